@@ -1,0 +1,1 @@
+"""Fine-tune Mixture-of-Experts language models with expert parallelism."""

@@ -1,0 +1,1 @@
+"""Ways to run the same experts: the choice of a backend, and the backends."""

@@ -1,0 +1,1 @@
+"""Who holds what: the device mesh, the placement of experts, and the exchange of tokens."""

@@ -1,0 +1,135 @@
+"""Send tokens to the ranks that hold their experts, and bring the results home.
+
+Dropless: every routed row travels, in buffers of exactly the needed size. A layer makes one small
+all-to-all of counts, reads the split sizes back to the host once, then makes one all-to-all of rows
+on the way out (`dispatch`) and one on the way back (`combine`); the backward pass makes the two
+row exchanges again in the other direction.
+
+Every rank of the ep group must enter every exchange, also with no row to send.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed._functional_collectives as functional_collectives
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Split sizes of one layer's exchange, on the host, and the order its rows are computed in.
+
+    `send_sizes` and `receive_sizes` count rows per rank of the ep group. `tokens_per_expert` counts
+    the received rows of each local expert. `expert_major (R,)` lists the received rows by local
+    expert, and `rank_major (R,)` undoes it; both are None where the rows arrive in that order.
+    """
+
+    send_sizes: list[int]
+    receive_sizes: list[int]
+    tokens_per_expert: list[int]
+    expert_major: Tensor | None
+    rank_major: Tensor | None
+
+
+def plan_dispatch(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> DispatchPlan:
+    """Exchange the counts of routed rows and work out who sends how many rows to whom.
+
+    **Collective:** one all-to-all of E integers on the ep group, then the layer's one host read.
+
+    Args:
+        tokens_per_expert: (E,) int64, this rank's rows for every expert of the layer.
+        group: the ep group.
+        ep_size: its size.
+    """
+    if ep_size == 1:
+        sizes = tokens_per_expert.tolist()
+        return DispatchPlan([sum(sizes)], [sum(sizes)], sizes, None, None)
+    # The functional collective, not `dist.all_to_all_single`: selective checkpointing keeps the
+    # result of an op, and would keep garbage of one that fills its output in place.
+    received = _exchange(tokens_per_expert, None, None, group)
+    send_sizes = tokens_per_expert.view(ep_size, -1).sum(dim=1)
+    host = torch.cat([received, send_sizes]).tolist()
+    num_local = tokens_per_expert.numel() // ep_size
+    by_rank = [host[r * num_local : (r + 1) * num_local] for r in range(ep_size)]
+    receive_sizes = [sum(counts) for counts in by_rank]
+    num_rows = sum(receive_sizes)
+    expert_major = rank_major = None
+    if num_local > 1:
+        expert_major = _expert_major_order(received.view(ep_size, num_local), num_rows)
+        rank_major = invert_permutation(expert_major)
+    return DispatchPlan(
+        send_sizes=host[ep_size * num_local :],
+        receive_sizes=receive_sizes,
+        tokens_per_expert=[sum(counts) for counts in zip(*by_rank, strict=True)],
+        expert_major=expert_major,
+        rank_major=rank_major,
+    )
+
+
+def dispatch_rows(rows: Tensor, plan: DispatchPlan, group: ProcessGroup) -> Tensor:
+    """Send rows (N, H), sorted by expert, to their experts' ranks; returns (R, H), by sender.
+
+    **Collective:** one all-to-all on the ep group, and one more in backward.
+    """
+    if len(plan.send_sizes) == 1:
+        return rows
+    return _AllToAll.apply(rows, plan.receive_sizes, plan.send_sizes, group)
+
+
+def combine_rows(rows: Tensor, plan: DispatchPlan, group: ProcessGroup) -> Tensor:
+    """Send results (R, H), in the order received, back to the senders; returns (N, H).
+
+    **Collective:** one all-to-all on the ep group, and one more in backward.
+    """
+    if len(plan.send_sizes) == 1:
+        return rows
+    return _AllToAll.apply(rows, plan.send_sizes, plan.receive_sizes, group)
+
+
+def invert_permutation(permutation: Tensor) -> Tensor:
+    """Return the permutation that undoes a permutation (N,)."""
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+    return inverse
+
+
+def _expert_major_order(received: Tensor, num_rows: int) -> Tensor:
+    """List rows that arrived as [sender][expert] in the order [expert][sender].
+
+    Each (expert, sender) segment keeps its rows' order; `received (ep_size, L)` are the counts.
+    """
+    flat = received.reshape(-1)
+    starts = (flat.cumsum(0) - flat).view_as(received).t().reshape(-1)
+    lengths = received.t().reshape(-1)
+    shift = starts - (lengths.cumsum(0) - lengths)
+    positions = torch.arange(num_rows, device=received.device)
+    return positions + shift.repeat_interleave(lengths, output_size=num_rows)
+
+
+def _exchange(
+    rows: Tensor,
+    output_sizes: list[int] | None,
+    input_sizes: list[int] | None,
+    group: ProcessGroup,
+) -> Tensor:
+    pending = functional_collectives.all_to_all_single(rows, output_sizes, input_sizes, group)
+    return functional_collectives.wait_tensor(pending)
+
+
+class _AllToAll(torch.autograd.Function):
+    """All-to-all of rows; the gradient travels the same way back.
+
+    Our own function because torch made the functional collective differentiable only in 2.13.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, output_sizes, input_sizes, group):  # noqa: D102
+        ctx.sizes = output_sizes, input_sizes
+        ctx.group = group
+        return _exchange(rows.contiguous(), output_sizes, input_sizes, group)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        output_sizes, input_sizes = ctx.sizes
+        return _exchange(grad.contiguous(), input_sizes, output_sizes, ctx.group), None, None, None

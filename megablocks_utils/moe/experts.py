@@ -1,0 +1,81 @@
+"""The experts of one layer as a dropless MoE (dMoE) over concatenated, sharded weights."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from megablocks_utils.kernels.backend import ExpertBackend
+from megablocks_utils.mesh.device_mesh import EP_AXIS
+from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.mesh.token_exchange import combine_rows, dispatch_rows, plan_dispatch
+from megablocks_utils.moe.permute import (
+    permute_tokens,
+    reorder_rows,
+    sort_by_expert,
+    unpermute_and_combine,
+)
+
+
+class DroplessExperts(nn.Module):
+    """Send each token to its experts wherever they are, run them, and bring the results home.
+
+    Takes the place of a transformers `experts` module and has its call:
+    `(hidden_states (T, H), top_k_index (T, K), top_k_weights (T, K)) -> (T, H)`.
+
+    Attributes:
+        gate_up_proj: (E, 2 * I, H) DTensor, Shard(0) on `ep`; gate rows first, then up.
+        down_proj: (E, H, I) DTensor, Shard(0) on `ep`.
+    """
+
+    def __init__(
+        self,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        *,
+        mesh: DeviceMesh,
+        backend: ExpertBackend,
+        activation: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Take the weights as they are: DTensors on the `ep` axis of `mesh`."""
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(gate_up_proj)
+        self.down_proj = nn.Parameter(down_proj)
+        self.num_experts = gate_up_proj.shape[0]
+        self.mesh = mesh
+        self.backend = backend
+        self.activation = activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Apply the experts to this rank's tokens.
+
+        The weights are cast to the dtype of the tokens, which is the dtype of compute: a no-op where
+        FSDP gathered them in that dtype already.
+
+        **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
+        backward; every rank of the axis must call, also with no token.
+        """
+        ep_mesh = self.mesh[EP_AXIS]
+        group, dtype = ep_mesh.get_group(), hidden_states.dtype
+        order = sort_by_expert(top_k_index, self.num_experts)
+        plan = plan_dispatch(order.tokens_per_expert, group, ep_mesh.size())
+        rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
+        rows = reorder_rows(rows, plan.expert_major, plan.rank_major)
+        rows = self.backend(
+            rows,
+            plan.tokens_per_expert,
+            local_tensor(self.gate_up_proj).to(dtype),
+            local_tensor(self.down_proj).to(dtype),
+            self.activation,
+        )
+        rows = reorder_rows(rows, plan.rank_major, plan.expert_major)
+        rows = combine_rows(rows, plan, group)
+        return unpermute_and_combine(rows, top_k_weights, order)
+
+    def extra_repr(self) -> str:
+        """Show sizes and the mesh in the printed model."""
+        num_experts, twice_intermediate, hidden_size = self.gate_up_proj.shape
+        return (
+            f"num_experts={num_experts}, hidden_size={hidden_size}, "
+            f"intermediate_size={twice_intermediate // 2}, ep_size={self.mesh[EP_AXIS].size()}"
+        )

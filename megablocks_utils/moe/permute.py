@@ -1,0 +1,122 @@
+"""Put routed rows into expert order and back: pure functions with exact, deterministic gradients.
+
+Plain indexing would do the same in the forward pass, but its backward pass scatters with additions
+(atomic, and so not repeatable, on a GPU; slow on a CPU). A permutation is undone by a gather.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megablocks_utils.mesh.token_exchange import invert_permutation
+
+
+@dataclass(frozen=True)
+class ExpertOrder:
+    """Order that sorts the N = T * K routed rows of this rank by expert.
+
+    `order (N,)`: routed row (token * K + slot) at each sorted place; `inverse (N,)`: sorted place of
+    each routed row; `tokens_per_expert (E,)`: int64 counts; `top_k`: K.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    tokens_per_expert: Tensor
+    top_k: int
+
+
+def sort_by_expert(top_k_index: Tensor, num_experts: int) -> ExpertOrder:
+    """Sort routed rows by expert, rows of one expert in token order.
+
+    Args:
+        top_k_index: (T, K) expert of each token's slots.
+        num_experts: E.
+    """
+    experts = top_k_index.reshape(-1)
+    order = experts.argsort(stable=True)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
+    counts.scatter_add_(0, experts, torch.ones_like(experts))
+    return ExpertOrder(order, invert_permutation(order), counts, top_k_index.shape[1])
+
+
+def permute_tokens(hidden_states: Tensor, order: ExpertOrder) -> Tensor:
+    """Copy each token (T, H) once for each of its K experts, in expert order: (N, H)."""
+    return _PermuteTokens.apply(hidden_states, order.order, order.inverse, order.top_k)
+
+
+def reorder_rows(rows: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """Return rows[index] (R, H) for a permutation and its inverse; None leaves them as they are."""
+    return rows if index is None else _ReorderRows.apply(rows, index, inverse)
+
+
+def unpermute_and_combine(rows: Tensor, top_k_weights: Tensor, order: ExpertOrder) -> Tensor:
+    """Sum each token's K results with its routing weights, in fp32 (fp64 for fp64 rows).
+
+    Args:
+        rows: (N, H) results in expert order.
+        top_k_weights: (T, K).
+        order: the order the rows are in.
+
+    Returns:
+        (T, H) in the dtype of `rows`.
+    """
+    return _CombineRows.apply(rows, top_k_weights, order.order, order.inverse)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _PermuteTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, order, inverse, top_k):
+        ctx.save_for_backward(inverse)
+        ctx.top_k = top_k
+        return hidden_states.index_select(0, order.div(top_k, rounding_mode="floor"))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        by_token = grad.index_select(0, inverse).unflatten(0, (-1, ctx.top_k))
+        return by_token.sum(dim=1), None, None, None
+
+
+class _ReorderRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, index, inverse):
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _CombineRows(torch.autograd.Function):
+    """Weighted sum per token; saves only the rows, the weights and the order."""
+
+    @staticmethod
+    def forward(ctx, rows, top_k_weights, order, inverse):
+        ctx.save_for_backward(rows, top_k_weights, order, inverse)
+        dtype = _sum_dtype(rows.dtype)
+        by_token = rows.index_select(0, inverse).unflatten(0, top_k_weights.shape).to(dtype)
+        weights = top_k_weights.to(dtype).unsqueeze(1)  # (T, 1, K)
+        return torch.bmm(weights, by_token).squeeze(1).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, top_k_weights, order, inverse = ctx.saved_tensors
+        dtype = _sum_dtype(rows.dtype)
+        top_k = top_k_weights.shape[1]
+        grad_rows = grad.to(dtype).index_select(0, order.div(top_k, rounding_mode="floor"))
+        grad_weights = None
+        if ctx.needs_input_grad[1]:
+            by_row = torch.linalg.vecdot(rows.to(dtype), grad_rows)  # (N,)
+            grad_weights = by_row.index_select(0, inverse).view_as(top_k_weights)
+            grad_weights = grad_weights.to(top_k_weights.dtype)
+        if ctx.needs_input_grad[0]:
+            weights = top_k_weights.to(dtype).reshape(-1).index_select(0, order)
+            grad_rows = grad_rows.mul_(weights.unsqueeze(1)).to(rows.dtype)
+        return grad_rows, grad_weights, None, None

@@ -1,0 +1,201 @@
+"""Give a transformers MoE model expert parallelism: `shard_moe`.
+
+Only the `experts` module of each MoE layer is swapped. Router, shared experts and the auxiliary
+loss stay transformers' own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
+from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES
+from megablocks_utils.checkpoint.load import load_experts
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.kernels.backend import ExpertShapes, KernelChoice, choose_backend
+from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
+from megablocks_utils.mesh.placement import (
+    distribute_experts,
+    local_expert_range,
+    wrap_local_experts,
+)
+from megablocks_utils.moe.experts import DroplessExperts
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+"""Names of the concatenated expert weights, in transformers' experts modules and in ours."""
+
+
+@dataclass(frozen=True)
+class ShardedMoE:
+    """A model whose experts are split over the mesh, and what FSDP must know of it.
+
+    Attributes:
+        model: the model given, with its experts swapped in place.
+        mesh: axes ("dp", "ep"), ep innermost.
+        expert_parameters: qualified name -> DTensor, Shard(0) on "ep".
+        expert_modules: qualified name -> module; what FSDP1 ignores and FSDP2 wraps on "dp".
+        expert_dp: what the dp axis does with an expert, "shard" or "replicate".
+        kernel: the backend that runs the experts, and why.
+    """
+
+    model: nn.Module
+    mesh: DeviceMesh
+    expert_parameters: dict[str, DTensor]
+    expert_modules: dict[str, DroplessExperts]
+    expert_dp: str
+    kernel: KernelChoice
+
+
+def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the experts of every MoE layer by their structure: qualified name -> module.
+
+    Raises:
+        ConfigurationError: the model has none, or its family is not one that is proven here.
+    """
+    modules = {name: module for name, module in model.named_modules() if _holds_experts(module)}
+    model_type = model.config.model_type
+    if not modules or model_type not in SUPPORTED_MODEL_TYPES:
+        families = ", ".join(SUPPORTED_MODEL_TYPES)
+        cause = "is not supported yet" if modules else "has no experts that could be split"
+        raise ConfigurationError(
+            f"model type {model_type} {cause}; expert parallelism works for {families}."
+        )
+    for name, module in modules.items():
+        _refuse_foreign_layout(name, module)
+    return modules
+
+
+def shard_moe(
+    model: nn.Module,
+    ep_size: int,
+    checkpoint_name_or_path: str | Path | None = None,
+    kernel: str = "auto",
+    expert_dp: str = "shard",
+    device_type: str | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> ShardedMoE:
+    """Split the experts of a transformers MoE model over the ranks, in place.
+
+    **Collective:** every rank of the world must call; process groups are made, no weights move.
+
+    Args:
+        model: with its weights, the same on every rank; or on the meta device, with
+            `checkpoint_name_or_path`.
+        ep_size: ranks the experts of a layer are split over.
+        checkpoint_name_or_path: folder or Hub name the experts are read from, each rank its own
+            slices only; None takes them from the model.
+        kernel: `auto`, `eager` or `grouped_mm`.
+        expert_dp: what the dp axis will do with an expert: `shard` it (FSDP2), or `replicate` it
+            and average the gradients of the copies.
+        device_type: `cpu` or `cuda`; None takes cuda where there is one.
+        compute_dtype: dtype the experts will be computed in; None is that of the weights.
+
+    Raises:
+        ConfigurationError: no process group, not a supported MoE model, sizes that do not divide,
+            or a kernel that cannot run here.
+        CheckpointError: expert weights that are missing or mis-shaped.
+    """
+    if not dist.is_initialized():
+        raise ConfigurationError(
+            "shard_moe needs torch.distributed to be initialised; launch with torchrun, or call "
+            "torch.distributed.init_process_group first."
+        )
+    modules = find_expert_modules(model)
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    mesh = build_mesh(_common_mesh_sizes(modules, ep_size), device_type)
+    first = next(iter(modules.values()))
+    choice = choose_backend(kernel, _expert_shapes(first, device_type, compute_dtype))
+    source = _ExpertSource(checkpoint_name_or_path, mesh, _local_device(device_type))
+    expert_modules = {}
+    for name, module in modules.items():
+        weights = source.take(name, module)
+        expert_modules[name] = DroplessExperts(
+            **weights, mesh=mesh, backend=choice.run, activation=module.act_fn
+        )
+        model.set_submodule(name, expert_modules[name])
+    return ShardedMoE(
+        model=model,
+        mesh=mesh,
+        expert_parameters={
+            f"{name}.{projection}": getattr(module, projection)
+            for name, module in expert_modules.items()
+            for projection in PROJECTIONS
+        },
+        expert_modules=expert_modules,
+        expert_dp=expert_dp,
+        kernel=choice,
+    )
+
+
+class _ExpertSource:
+    """Where the experts' weights come from: the model itself, or slices of a checkpoint."""
+
+    def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
+        self.index = checkpoint and open_checkpoint(resolve_checkpoint_folder(checkpoint))
+        self.mesh = mesh
+        self.device = device
+
+    def take(self, name: str, module: nn.Module) -> dict[str, DTensor]:
+        """Return the DTensors of one experts module, this rank's part on its device."""
+        if self.index is None:
+            return {p: self._split(getattr(module, p).detach(), name) for p in PROJECTIONS}
+        mine = local_expert_range(module.num_experts, self.mesh)
+        weights = load_experts(
+            self.index, name, first=mine.start, last=mine.stop, dtype=module.gate_up_proj.dtype
+        )
+        return {p: wrap_local_experts(weights[p].to(self.device), self.mesh) for p in PROJECTIONS}
+
+    def _split(self, weights: Tensor, name: str) -> DTensor:
+        if weights.is_meta:
+            raise ConfigurationError(
+                f"{name} has no weights (it is on the meta device); pass checkpoint_name_or_path."
+            )
+        local = distribute_experts(weights, self.mesh).to_local()
+        return wrap_local_experts(local.to(self.device), self.mesh)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    weights = [getattr(module, name, None) for name in PROJECTIONS]
+    return all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights)
+
+
+def _refuse_foreign_layout(name: str, module: nn.Module) -> None:
+    """Refuse experts that are not (E, 2 * I, H) gate-then-up and (E, H, I) without bias."""
+    flags = {
+        "is_transposed": False,
+        "has_bias": False,
+        "has_gate": True,
+        "is_concatenated": True,
+        "has_post_expert_norm": False,
+    }
+    for flag, wanted in flags.items():
+        seen = getattr(module, flag, wanted)
+        if seen != wanted:
+            raise ConfigurationError(
+                f"the experts of {name} have {flag}={seen}, but only {wanted} is supported."
+            )
+
+
+def _common_mesh_sizes(modules: dict[str, nn.Module], ep_size: int) -> MeshSizes:
+    counts = {module.num_experts for module in modules.values()}
+    sizes = [compute_mesh_sizes(dist.get_world_size(), ep_size, count) for count in counts]
+    return sizes[0]
+
+
+def _expert_shapes(
+    module: nn.Module, device_type: str, compute_dtype: torch.dtype | None
+) -> ExpertShapes:
+    _, hidden_size, intermediate_size = module.down_proj.shape
+    dtype = compute_dtype or module.down_proj.dtype
+    return ExpertShapes(hidden_size, intermediate_size, dtype, device_type)
+
+
+def _local_device(device_type: str) -> torch.device:
+    if device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device_type)

@@ -1,0 +1,88 @@
+"""The sharded experts layer on real ranks against the reference on one, in values and gradients."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import silu
+
+from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
+from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
+from megablocks_utils.mesh.placement import distribute_experts
+from megablocks_utils.moe.experts import DroplessExperts
+from megablocks_utils.moe.reference import experts_reference
+from tests.support.compare import relative_error
+
+E, H, I, K = 8, 16, 12, 2
+BACKENDS = {"eager": run_experts_eager, "grouped_mm": run_experts_grouped_mm}
+ROUTINGS = ("random", "empty_experts", "one_expert", "idle_rank")
+# Sums of at most 16 products, in another order: a few units of the last place.
+BOUNDS = {torch.float64: 1e-14, torch.float32: 2e-6}
+
+
+def _tokens(rank, routing, dtype):
+    """Return this rank's tokens: hidden states, top-k experts, weights, upstream gradient."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    num_tokens = 0 if routing == "idle_rank" and rank == 1 else 5 + 3 * rank
+    choices = torch.rand(num_tokens, E, generator=generator)
+    if routing == "empty_experts":
+        choices[:, [0, 3, 6, 7]] = 2.0  # never among the smallest
+    if routing == "one_expert":
+        choices[:, 5] = -1.0  # always first
+    index = choices.argsort(-1)[:, : 1 if routing == "one_expert" else K]
+    hidden = torch.randn(num_tokens, H, generator=generator, dtype=torch.float64)
+    weights = torch.rand(index.shape, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(num_tokens, H, generator=generator, dtype=torch.float64)
+    return hidden.to(dtype), index, weights.to(dtype), upstream.to(dtype)
+
+
+def _weights(dtype):
+    generator = torch.Generator().manual_seed(7)
+    gate_up = torch.randn(E, 2 * I, H, generator=generator, dtype=torch.float64)
+    down = torch.randn(E, H, I, generator=generator, dtype=torch.float64)
+    return gate_up.to(dtype), down.to(dtype)
+
+
+def _run_layer(rank, ep_size, backend, routing, dtype):
+    mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, E), "cpu")
+    weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
+    layer = DroplessExperts(*weights, mesh=mesh, backend=BACKENDS[backend], activation=silu)
+    hidden, index, top_k_weights, upstream = _tokens(rank, routing, dtype)
+    hidden.requires_grad_()
+    top_k_weights.requires_grad_()
+    output = layer(hidden, index, top_k_weights)
+    output.backward(upstream)
+    weight_grads = []
+    for parameter in (layer.gate_up_proj, layer.down_proj):
+        grad = parameter.grad.full_tensor() / mesh["ep"].size()
+        dist.all_reduce(grad)  # every rank of the world adds its group's part ep_size times
+        weight_grads.append(grad)
+    return output.detach(), hidden.grad, top_k_weights.grad, *weight_grads
+
+
+def _reference(world_size, routing):
+    tokens = [_tokens(rank, routing, torch.float64) for rank in range(world_size)]
+    hidden, index, top_k_weights, upstream = (torch.cat(parts) for parts in zip(*tokens))
+    leaves = [hidden, top_k_weights, *_weights(torch.float64)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    output = experts_reference(hidden, index, top_k_weights, *leaves[2:], silu)
+    grads = torch.autograd.grad(output, leaves, upstream)
+    return output.detach(), *grads
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("eager", torch.float64), ("eager", torch.float32), ("grouped_mm", torch.float32)],
+)
+def test_layer_equals_reference(ranks4, ep_size, backend, dtype, routing):
+    results = ranks4.run(_run_layer, ep_size, backend, routing, dtype)
+    by_token = [torch.cat([r[i] for r in results]) for i in range(3)]
+    wanted = _reference(4, routing)
+    for seen, expected in zip(by_token, wanted[:3], strict=True):
+        assert relative_error(seen, expected) < BOUNDS[dtype]
+    for i in (3, 4):
+        assert relative_error(results[0][i], wanted[i]) < BOUNDS[dtype]
+        assert all(torch.equal(r[i], results[0][i]) for r in results)

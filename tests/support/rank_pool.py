@@ -52,16 +52,14 @@ ABANDONED_TIMEOUT_S = (
     300.0  # ranks whose pytest process was killed leave their collective after this
 )
 GRACE_S = 1.0  # how long the other ranks may still answer after one of them failed
-CASES_PER_POOL = (
-    100  # every mesh of a case leaves gloo threads and sockets behind: begin afresh now and then
-)
+CASES_PER_POOL = 50  # every mesh leaves gloo threads and sockets behind: begin afresh at times
 
 
 class RankError(RuntimeError):
     """Report a case that failed, died or hung on some ranks.
 
     Attributes:
-        reports: what is known of each rank at fault: its traceback, its exit code, or where it hung.
+        reports: by rank at fault, its traceback, its exit code, or where it hung.
     """
 
     def __init__(self, name: str, reports: dict[int, str]) -> None:
@@ -116,8 +114,8 @@ class RankPool:
             timeout: seconds for all ranks to answer.
 
         Raises:
-            RankError: some rank raised, died or did not answer in time; it names them. What
-                `function` returns must be plain data or CPU tensors, else its rank counts as failed.
+            RankError: some rank raised, died, did not answer in time, or returned something other
+                than plain data and CPU tensors.
         """
         if self._cases == CASES_PER_POOL or not all(
             process.is_alive() for process in self._processes
@@ -293,7 +291,7 @@ def _answer(rank: int, job: bytes) -> tuple[bytes, bytes]:
 
 
 def _reset(environment: dict[str, str]) -> None:
-    """Undo what an earlier case may have left: accelerate's singletons, variables, RNG, default dtype."""
+    """Undo what an earlier case may have left: singletons, variables, random states, modes."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     for name in set(os.environ) - set(environment):

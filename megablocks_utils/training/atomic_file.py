@@ -1,0 +1,63 @@
+"""Files that are either complete or not there at all."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["finite_or_none", "publish_file", "write_json_atomically"]
+
+
+@contextmanager
+def publish_file(path: str | Path) -> Iterator[Path]:
+    """Hand out a temporary path beside `path` and move it there once the block ends well.
+
+    The content reaches the disk before the name does. A block that raises leaves whatever `path`
+    held before, and no temporary file.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomically(path: str | Path, payload: Any) -> None:
+    """Write `payload` as indented JSON, with null where a number is not finite.
+
+    Raises:
+        OSError: the folder cannot be written.
+        TypeError: the payload holds something JSON has no form for.
+    """
+    text = json.dumps(finite_or_none(payload), indent=2, allow_nan=False) + "\n"
+    with publish_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def finite_or_none(payload: Any) -> Any:
+    """Return `payload` with None for every NaN and infinity, which strict JSON cannot express."""
+    if isinstance(payload, dict):
+        return {key: finite_or_none(value) for key, value in payload.items()}
+    if isinstance(payload, (list, tuple)):
+        return [finite_or_none(value) for value in payload]
+    if isinstance(payload, float) and not math.isfinite(payload):
+        return None
+    return payload
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,54 @@
+"""How many parameters a model has, uses for one token and trains, and what a rank holds of them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["ParameterCounts", "count_local_bytes", "count_parameters"]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Count the parameters of the whole model, not of one rank.
+
+    Attributes:
+        total: all parameters, tied ones once.
+        active: those one token passes: everything outside the experts, and top_k experts a layer.
+        trainable: those that require a gradient.
+    """
+
+    total: int
+    active: int
+    trainable: int
+
+
+def count_parameters(
+    model: nn.Module, expert_parameters: Mapping[str, Tensor], top_k: int, num_experts: int
+) -> ParameterCounts:
+    """Count parameters from their global shapes.
+
+    A DTensor's shape is global, so any rank of an expert-parallel or FSDP2 model gives the same
+    counts. FSDP1 flattens and pads parameters: count before wrapping with it.
+
+    Args:
+        model: the model, its experts included; tensors on the meta device count too.
+        expert_parameters: every expert parameter of `model`, all experts of a layer along dim 0.
+        top_k: experts a token passes in each MoE layer.
+        num_experts: experts of each MoE layer.
+    """
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    in_experts = sum(parameter.numel() for parameter in expert_parameters.values())
+    return ParameterCounts(
+        total=total,
+        active=total - in_experts + in_experts * top_k // num_experts,
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    )
+
+
+def count_local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes this rank holds of `tensors`: a DTensor's own shard, a plain tensor whole."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)

@@ -1,0 +1,165 @@
+"""The birth certificate of a run: what ran, on what, with which result (`run.json`)."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megablocks_utils.training.atomic_file import write_json_atomically
+from megablocks_utils.training.memory import describe_memory_source
+from megablocks_utils.training.metrics import RunTotals
+from megablocks_utils.training.parameters import ParameterCounts
+
+__all__ = ["RunRecord", "build_run_record", "read_commit", "write_run_json"]
+
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Hold what `run.json` says, key by key.
+
+    Attributes:
+        status: "finished"; a run that did not finish leaves no `run.json`.
+        command: the script and its arguments, quoted for a shell.
+        options: every option by section, as given or by default.
+        resolved: what the options came to on this machine (precision, ep_size, ...).
+        versions: Python and libraries by name, None where not installed.
+        commit: git commit of this package, None outside a checkout.
+        hardware: `cpu`, `cores`, `memory_bytes`, `gpus` (names) of this rank's machine.
+        mesh: ranks along each mesh axis, outermost first.
+        kernel: `name` and `reason`.
+        parameters: `total`, `active`, `trainable`.
+        train_runtime_s: wall time of the training loop only.
+        totals: `steps`, `tokens`, `input_tokens`.
+        peaks: `mem_peak_bytes`, `mem_alloc_bytes` and what they `measured`.
+    """
+
+    status: str
+    command: str
+    options: dict[str, Any]
+    resolved: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None
+    hardware: dict[str, Any]
+    mesh: dict[str, int]
+    kernel: dict[str, str]
+    parameters: dict[str, int]
+    train_runtime_s: float
+    totals: dict[str, int]
+    peaks: dict[str, int | str]
+
+
+def build_run_record(
+    command: Sequence[str],
+    options: Any,
+    *,
+    resolved: Mapping[str, Any],
+    mesh: Mapping[str, int],
+    kernel: str,
+    kernel_reason: str,
+    parameters: ParameterCounts,
+    train_runtime_s: float,
+    totals: RunTotals,
+    device: torch.device,
+) -> RunRecord:
+    """Build the record of a finished run, adding versions, commit and hardware found here.
+
+    Args:
+        command: the script and its arguments (`sys.argv`).
+        options: the `RunConfig`, or any dataclass.
+        resolved: what the options came to on this machine; plain values only.
+        mesh: ranks along each axis, outermost first: `{"dp": 2, "ep": 4}`.
+        kernel: the backend the experts ran on.
+        kernel_reason: why that one.
+        parameters: counts of the whole model.
+        train_runtime_s: wall time of the training loop only.
+        totals: the run's steps added up.
+        device: the device memory was measured on.
+    """
+    peaks = {
+        "mem_peak_bytes": totals.mem_peak_bytes,
+        "mem_alloc_bytes": totals.mem_alloc_bytes,
+        "measured": describe_memory_source(device),
+    }
+    sums = {
+        "steps": totals.steps,
+        "tokens": totals.tokens,
+        "input_tokens": totals.input_tokens,
+    }
+    return RunRecord(
+        status="finished",
+        command=shlex.join(command),
+        options=asdict(options),
+        resolved=dict(resolved),
+        versions=_read_versions(),
+        commit=read_commit(CHECKOUT),
+        hardware=_describe_hardware(),
+        mesh=dict(mesh),
+        kernel={"name": kernel, "reason": kernel_reason},
+        parameters=asdict(parameters),
+        train_runtime_s=train_runtime_s,
+        totals=sums,
+        peaks=peaks,
+    )
+
+
+def write_run_json(path: str | Path, record: RunRecord) -> None:
+    """Write the record to `path`, complete or not at all. Rank 0 only.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    write_json_atomically(path, asdict(record))
+
+
+def read_commit(folder: Path) -> str | None:
+    """Return the git commit checked out in `folder`; None if it is no checkout or has no git."""
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _read_versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {
+        library: _read_version(library) for library in LIBRARIES
+    }
+
+
+def _read_version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe_hardware() -> dict[str, Any]:
+    return {
+        "cpu": _read_cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _read_cpu_model(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name, or its architecture where the system does not say."""
+    if cpu_info.exists():
+        for line in cpu_info.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

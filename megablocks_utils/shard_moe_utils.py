@@ -4,6 +4,7 @@ Only the `experts` module of each MoE layer is swapped. Router, shared experts a
 loss stay transformers' own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES
+from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_layout
 from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backend import ExpertShapes, KernelChoice, choose_backend
@@ -37,7 +38,6 @@ class ShardedMoE:
     Attributes:
         model: the model given, with its experts swapped in place.
         mesh: axes ("dp", "ep"), ep innermost.
-        expert_parameters: qualified name -> DTensor, Shard(0) on "ep".
         expert_modules: qualified name -> module; what FSDP1 ignores and FSDP2 wraps on "dp".
         expert_dp: what the dp axis does with an expert, "shard" or "replicate".
         kernel: the backend that runs the experts, and why.
@@ -45,10 +45,21 @@ class ShardedMoE:
 
     model: nn.Module
     mesh: DeviceMesh
-    expert_parameters: dict[str, DTensor]
     expert_modules: dict[str, DroplessExperts]
     expert_dp: str
     kernel: KernelChoice
+
+    @property
+    def expert_parameters(self) -> dict[str, DTensor]:
+        """The expert weights as they are now: qualified name -> DTensor, Shard(0) on "ep".
+
+        FSDP2 replaces the parameters it shards, so this looks them up each time.
+        """
+        return {
+            f"{name}.{projection}": getattr(module, projection)
+            for name, module in self.expert_modules.items()
+            for projection in PROJECTIONS
+        }
 
 
 def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -78,6 +89,7 @@ def shard_moe(
     expert_dp: str = "shard",
     device_type: str | None = None,
     compute_dtype: torch.dtype | None = None,
+    on_layer: Callable[[int], None] = lambda _: None,
 ) -> ShardedMoE:
     """Split the experts of a transformers MoE model over the ranks, in place.
 
@@ -94,6 +106,7 @@ def shard_moe(
             and average the gradients of the copies.
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
+        on_layer: called with 1 after each layer, for a progress bar.
 
     Raises:
         ConfigurationError: no process group, not a supported MoE model, sizes that do not divide,
@@ -118,18 +131,8 @@ def shard_moe(
             **weights, mesh=mesh, backend=choice.run, activation=module.act_fn
         )
         model.set_submodule(name, expert_modules[name])
-    return ShardedMoE(
-        model=model,
-        mesh=mesh,
-        expert_parameters={
-            f"{name}.{projection}": getattr(module, projection)
-            for name, module in expert_modules.items()
-            for projection in PROJECTIONS
-        },
-        expert_modules=expert_modules,
-        expert_dp=expert_dp,
-        kernel=choice,
-    )
+        on_layer(1)
+    return ShardedMoE(model, mesh, expert_modules, expert_dp, choice)
 
 
 class _ExpertSource:
@@ -137,6 +140,7 @@ class _ExpertSource:
 
     def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
         self.index = checkpoint and open_checkpoint(resolve_checkpoint_folder(checkpoint))
+        self.layout = self.index and detect_layout(self.index)
         self.mesh = mesh
         self.device = device
 
@@ -146,7 +150,12 @@ class _ExpertSource:
             return {p: self._split(getattr(module, p).detach(), name) for p in PROJECTIONS}
         mine = local_expert_range(module.num_experts, self.mesh)
         weights = load_experts(
-            self.index, name, first=mine.start, last=mine.stop, dtype=module.gate_up_proj.dtype
+            self.index,
+            self.layout,
+            name,
+            first=mine.start,
+            last=mine.stop,
+            dtype=module.gate_up_proj.dtype,
         )
         return {p: wrap_local_experts(weights[p].to(self.device), self.mesh) for p in PROJECTIONS}
 

@@ -1,0 +1,1 @@
+"""Low-rank adapters: which modules get them, and their files."""

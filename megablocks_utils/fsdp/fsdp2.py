@@ -1,0 +1,132 @@
+"""FSDP2: experts sharded over the dp axis by themselves, everything else over the world.
+
+Experts that are copies over dp (or that one rank holds alone) are left out of FSDP; the router and
+all the rest are Accelerate's to shard.
+"""
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from megablocks_utils.config import ResolvedPrecision, RunConfig
+from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
+from megablocks_utils.mesh.device_mesh import DP_AXIS
+from megablocks_utils.shard_moe_utils import ShardedMoE
+
+
+def build_accelerator(
+    config: RunConfig,
+    precision: ResolvedPrecision,
+    layer_classes: list[str],
+    device_type: str,
+) -> Accelerator:
+    """Build the accelerator of the FSDP2 loop, with FSDP really on.
+
+    Accelerate's own mixed precision stays off: it would upcast expert DTensors in place and break
+    the first optimizer step. FSDP's policy does the casts.
+
+    Args:
+        config: the run.
+        precision: its dtypes.
+        layer_classes: class names of the modules that become one FSDP unit each.
+        device_type: `cpu` or `cuda`.
+    """
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=layer_classes,
+        mixed_precision_policy=build_mixed_precision_policy(precision),
+        cpu_ram_efficient_loading=False,  # it takes every parameter for a full tensor of rank 0
+        reshard_after_forward=True,
+    )
+    accumulation = GradientAccumulationPlugin(
+        num_steps=config.optim.gradient_accumulation_steps,
+        sync_with_dataloader=False,
+        sync_each_batch=bool(config.optim.sync_each_batch),
+    )
+    accelerator = Accelerator(
+        cpu=device_type == "cpu",
+        fsdp_plugin=plugin,
+        gradient_accumulation_plugin=accumulation,
+        log_with=list(config.report_to) or None,
+        project_dir=config.output_dir,
+    )
+    turn_fsdp_on(accelerator, plugin)
+    assert_fsdp_is_on(accelerator)
+    return accelerator
+
+
+def build_mixed_precision_policy(precision: ResolvedPrecision) -> MixedPrecisionPolicy:
+    """Gather in the dtype of compute and reduce gradients in the dtype of the trained weights.
+
+    Inputs are not cast: the routing weights must reach the experts in fp32.
+    """
+    compute = getattr(torch, precision.compute)
+    stored = getattr(torch, precision.adapter)
+    return MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=stored, cast_forward_inputs=False
+    )
+
+
+def prepare_fsdp2(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    sharded: ShardedMoE | None,
+) -> tuple[nn.Module, Optimizer]:
+    """Shard the experts over dp, then hand the rest to Accelerate, and make all reductions sums.
+
+    **Collective:** every rank of the world must call.
+
+    Args:
+        accelerator: from `build_accelerator`.
+        model: sharded by `shard_moe`, adapters attached.
+        optimizer: over the parameters of `model`, without state yet.
+        sharded: what `shard_moe` returned; None without expert parallelism.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if sharded is not None:
+        if shards_over_dp(sharded):
+            shard_experts_over_dp(sharded, plugin.mixed_precision_policy)
+        else:
+            plugin.ignored_modules = list(sharded.expert_modules.values())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        # Sums everywhere (see `gradients`). Forced, because gloo has no premultiplied sum, which
+        # torch would use even for a factor of 1.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    _assert_all_sharded(model)
+    return model, optimizer
+
+
+def shards_over_dp(sharded: ShardedMoE) -> bool:
+    """Say whether FSDP shards the experts: asked for, and more than one rank to shard over."""
+    return sharded.expert_dp == "shard" and sharded.mesh[DP_AXIS].size() > 1
+
+
+def shard_experts_over_dp(sharded: ShardedMoE, policy: MixedPrecisionPolicy) -> None:
+    """Shard each experts module over the dp axis, so that a rank holds 1/world of the weights.
+
+    Whole experts where they divide evenly, else rows of every expert (no padding either way).
+    """
+    dp_mesh = sharded.mesh[DP_AXIS]
+
+    def choose_dim(parameter: nn.Parameter) -> Shard:
+        num_local = parameter.to_local().shape[0]
+        return Shard(0) if num_local % dp_mesh.size() == 0 else Shard(1)
+
+    for module in sharded.expert_modules.values():
+        fully_shard(module, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=choose_dim)
+
+
+def _assert_all_sharded(model: nn.Module) -> None:
+    """Stop if a parameter is a plain tensor: its gradient would never be reduced."""
+    plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if plain:
+        raise RuntimeError(f"FSDP2 left {len(plain)} parameters unsharded, the first is {plain[0]}")

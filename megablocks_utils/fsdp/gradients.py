@@ -1,0 +1,75 @@
+"""Gradients over two meshes: sums over the copies of an expert, one true norm, one clip factor.
+
+Convention of this project: the loss of a micro-batch is already divided by the label tokens of the
+whole global batch, so every reduction of gradients is a plain *sum* over ranks and nothing is
+rescaled afterwards. Dense parameters are summed over the world by FSDP; an expert's gradient arrives
+summed over its ep group through the all-to-all, and what is left is the sum over the dp axis.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from megablocks_utils.mesh.device_mesh import DP_AXIS
+from megablocks_utils.mesh.placement import count_replicas, local_tensor
+
+
+def sum_replica_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Sum the gradients of experts that are kept as copies over the dp axis, in place.
+
+    **Collective:** one all-reduce a parameter on the `dp` axis (none if its size is 1), in the
+    order given, which must be the same on every rank.
+    """
+    if mesh[DP_AXIS].size() == 1:
+        return
+    group = mesh[DP_AXIS].get_group()
+    grads = [local_tensor(p.grad) for p in parameters if p.requires_grad]
+    pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
+    for work in pending:
+        work.wait()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`; 0 leaves them.
+
+    **Collective:** see `global_grad_norm`.
+
+    Returns:
+        The norm before clipping, a scalar fp64 tensor, the same on every rank.
+    """
+    parameters = list(parameters)
+    norm = global_grad_norm(parameters)
+    if max_norm > 0:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's and transformers' formula
+        grads = _local_grads(parameters)
+        if grads:
+            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+    return norm
+
+
+def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Compute the L2 norm of the whole gradient, every parameter counted once.
+
+    Each rank adds the squares of the shards it holds, a shard that R ranks hold with weight 1/R.
+    Plain tensors are taken as this rank's own shard (FSDP1); a gradient that is None as zero.
+
+    **Collective:** one all-reduce of one number over the world.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    world_size = dist.get_world_size()
+    device = parameters[0].grad.device if parameters else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if parameters:
+        norms = torch._foreach_norm(_local_grads(parameters), 2, dtype=torch.float32)
+        replicas = [count_replicas(p.grad, world_size) for p in parameters]
+        squares = torch.stack(norms).double().square()
+        total += (squares / torch.tensor(replicas, device=device)).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def _local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [local_tensor(p.grad) for p in parameters if p.grad is not None]

@@ -1,0 +1,69 @@
+"""Checks of a `--debug` run: where every parameter lies, equal copies, finite gradients."""
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megablocks_utils.mesh.device_mesh import DP_AXIS
+from megablocks_utils.mesh.placement import count_replicas, local_tensor
+from megablocks_utils.shard_moe_utils import ShardedMoE
+
+logger = logging.getLogger(__name__)
+
+_BITS = {4: torch.int32, 2: torch.int16}
+
+
+def log_placements(model: nn.Module) -> None:
+    """Log each parameter's mesh axes, placements and the bytes this rank holds."""
+    for name, parameter in model.named_parameters():
+        local = local_tensor(parameter.detach())
+        where = "plain tensor"
+        if isinstance(parameter, DTensor):
+            axes = parameter.device_mesh.mesh_dim_names or ("world",)
+            where = ", ".join(
+                f"{axis}: {placement}"
+                for axis, placement in zip(axes, parameter.placements, strict=True)
+            )
+        num_bytes = local.numel() * local.element_size()
+        logger.info("%s %s on %s, %d bytes here", name, tuple(parameter.shape), where, num_bytes)
+
+
+def check_gradient_norm(norm: Tensor, step: int) -> None:
+    """Stop at the first gradient that is not finite.
+
+    Raises:
+        RuntimeError: naming the step.
+    """
+    if not torch.isfinite(norm):
+        raise RuntimeError(f"the gradient norm of step {step} is {norm.item()}")
+
+
+def check_replicas(sharded: ShardedMoE, step: int) -> None:
+    """Check bit by bit that the copies of every expert on the dp axis are equal.
+
+    **Collective:** one all-reduce (of maxima) a parameter on the `dp` axis, one at the end.
+
+    Raises:
+        RuntimeError: on every rank of the world, naming the step and the first parameter that
+            differs on this rank's copies.
+    """
+    group = sharded.mesh[DP_AXIS].get_group()
+    world_size = dist.get_world_size()
+    differing = []
+    for name, parameter in sharded.expert_parameters.items():
+        if count_replicas(parameter, world_size) == 1:
+            continue
+        own = local_tensor(parameter.detach())
+        bits = own.view(_BITS[own.element_size()]).to(torch.int32)
+        largest = bits.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        if not torch.equal(bits, largest):
+            differing.append(name)
+    found = torch.tensor(len(differing), device=sharded.mesh.device_type)
+    dist.all_reduce(found)
+    if found:
+        first = differing[0] if differing else "an expert of other ranks"
+        raise RuntimeError(f"after step {step} the copies of {first} differ between replicas")

@@ -1,0 +1,39 @@
+"""Recompute activations in the backward pass: all of them, or all but what crosses the network."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+
+def apply_gradient_checkpointing(model: PreTrainedModel, mode: str) -> None:
+    """Turn on non-reentrant checkpointing of every decoder layer.
+
+    Args:
+        model: the transformers model (not the PEFT wrapper).
+        mode: `full` recomputes everything, the all-to-alls of tokens too; `selective` keeps the
+            received rows, the routing and the counts, so that the backward pass repeats no
+            exchange and cannot route differently; `none` keeps all activations.
+    """
+    if mode == "none":
+        return
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        kwargs["context_fn"] = _selective_contexts()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def _selective_contexts() -> Callable[[], tuple]:
+    return partial(create_selective_checkpoint_contexts, _keep_routing_and_exchange)
+
+
+def _keep_routing_and_exchange(_context: Any, operator: Any, *_args, **_kwargs) -> CheckpointPolicy:
+    kept = (
+        torch.ops._c10d_functional.all_to_all_single.default,
+        torch.ops.aten.topk.default,
+        torch.ops.aten.sort.stable,
+    )
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE

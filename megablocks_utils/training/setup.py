@@ -1,0 +1,230 @@
+"""Build what both entry points train: processes, data, and a sharded model with its weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from megablocks_utils.checkpoint.index import (
+    CheckpointIndex,
+    open_checkpoint,
+    resolve_checkpoint_folder,
+)
+from megablocks_utils.checkpoint.layouts import Layout, detect_layout
+from megablocks_utils.checkpoint.load import (
+    build_model_on_meta,
+    check_against_model,
+    load_dense_parameters,
+    load_experts,
+)
+from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
+from megablocks_utils.errors import DataError, UserError
+from megablocks_utils.launch import Launch, agree_on_error
+from megablocks_utils.lora.attention import apply_attention_lora
+from megablocks_utils.shard_moe_utils import (
+    PROJECTIONS,
+    ShardedMoE,
+    find_expert_modules,
+    shard_moe,
+)
+from megablocks_utils.training.data import TokenizedExamples, load_examples
+from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.parameters import ParameterCounts, count_parameters
+from megablocks_utils.training.progress import track_sharding
+from megablocks_utils.training.schedule import Schedule
+from megablocks_utils.training.summary import build_console
+
+_TRUNCATED_LAYERS = 2
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to be wrapped with FSDP.
+
+    Attributes:
+        config: the options.
+        launch: which process this is.
+        precision: the dtypes.
+        device: where this rank computes.
+        console: rank 0's console; quiet elsewhere.
+        tokenizer: of the model.
+        schedule: which examples each step holds.
+        model: with adapters where asked for; weights on the CPU or the device.
+        base_model: the transformers model inside.
+        sharded: what `shard_moe` returned; None without expert parallelism.
+        counts: parameters of the whole model.
+    """
+
+    config: RunConfig
+    launch: Launch
+    precision: ResolvedPrecision
+    device: torch.device
+    console: Console
+    tokenizer: PreTrainedTokenizerBase
+    schedule: Schedule
+    model: nn.Module
+    base_model: PreTrainedModel
+    sharded: ShardedMoE | None
+    counts: ParameterCounts
+
+    @property
+    def layer_classes(self) -> list[str]:
+        """Class names of the decoder layers, which become one FSDP unit each."""
+        return sorted(self.base_model._no_split_modules)
+
+
+def start_processes(launch: Launch) -> torch.device:
+    """Connect the processes of the run and return this rank's device.
+
+    **Collective:** waits for all ranks. A run of one process makes a group of one, so that there is
+    one code path.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        return device
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    return device
+
+
+def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setup:
+    """Load data and model, shard the experts, attach adapters.
+
+    **Collective:** every rank must call; what one rank cannot read ends all of them.
+
+    Raises:
+        UserError: on every rank, for what the user can put right.
+    """
+    set_seed(config.seed)
+    check_world(config, launch.world_size)
+    console = build_console(launch.rank == 0)
+    precision = resolve_precision(config, device.type)
+    folder = _agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
+    source = _agreed(lambda: _ModelSource(folder, config, precision))
+    check_world(config, launch.world_size, source.num_experts)
+    tokenizer = _agreed(lambda: _load_tokenizer(folder))
+    examples = _agreed(lambda: _load_data(config, tokenizer, source.model))
+    with track_sharding(console, len(source.expert_names)) as on_layer:
+        sharded = _agreed(lambda: source.load(config, device, on_layer))
+    model, base_model = source.model, source.model
+    apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
+    if config.adapter.has_lora:
+        dtype = getattr(torch, precision.adapter)
+        model = apply_attention_lora(
+            base_model, config.adapter, adapter_dtype=dtype, seed=config.seed
+        )
+    return Setup(
+        config=config,
+        launch=launch,
+        precision=precision,
+        device=device,
+        console=console,
+        tokenizer=tokenizer,
+        schedule=Schedule(config, examples, launch.rank, launch.world_size),
+        model=model,
+        base_model=base_model,
+        sharded=sharded,
+        counts=_count(model, base_model, source.num_experts),
+    )
+
+
+class _ModelSource:
+    """A checked checkpoint and the model that it will fill."""
+
+    def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
+        layers = _TRUNCATED_LAYERS if config.model.truncate_model_for_debug else None
+        self.folder = folder
+        self.dtype = getattr(torch, precision.weights)
+        self.compute_dtype = getattr(torch, precision.compute)
+        self.model = build_model_on_meta(folder, truncate_layers=layers)
+        self.expert_names = list(find_expert_modules(self.model))
+        self.index: CheckpointIndex = open_checkpoint(folder)
+        self.layout: Layout = detect_layout(self.index)
+        check_against_model(self.model, self.index, self.layout, truncate_layers=layers)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(self.dtype)  # still on meta: only names the dtype
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+        return self.model.get_submodule(self.expert_names[0]).num_experts
+
+    def load(
+        self, config: RunConfig, device: torch.device, on_layer: Callable[[int], None]
+    ) -> ShardedMoE | None:
+        """Fill the model: this rank's experts only with expert parallelism, all of them without."""
+        sharded = None
+        if config.parallel.use_megablocks_sharding:
+            sharded = shard_moe(
+                self.model,
+                ep_size=config.parallel.ep_size or dist.get_world_size(),
+                checkpoint_name_or_path=self.folder,
+                kernel=config.parallel.kernel,
+                expert_dp=config.parallel.expert_dp,
+                device_type=device.type,
+                compute_dtype=self.compute_dtype,
+                on_layer=on_layer,
+            )
+        else:
+            self._fill_all_experts(on_layer)
+        load_dense_parameters(self.model, self.index, self.layout, dtype=self.dtype)
+        return sharded
+
+    def _fill_all_experts(self, on_layer: Callable[[int], None]) -> None:
+        for name in self.expert_names:
+            module = self.model.get_submodule(name)
+            weights = load_experts(
+                self.index, self.layout, name, first=0, last=module.num_experts, dtype=self.dtype
+            )
+            for projection in PROJECTIONS:
+                setattr(module, projection, nn.Parameter(weights[projection]))
+            on_layer(1)
+
+
+def _agreed(action: Callable[[], _Result]) -> _Result:
+    """Do something local on every rank, and raise on all ranks what one of them met."""
+    error = result = None
+    try:
+        result = action()
+    except UserError as met:
+        error = met
+    agree_on_error(error)
+    return result
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the model folder {folder} has no tokenizer that can be used") from error
+
+
+def _load_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> TokenizedExamples:
+    examples = load_examples(config.data, tokenizer)
+    examples.check_vocabulary(model.config.vocab_size)
+    return examples
+
+
+def _count(model: nn.Module, base_model: PreTrainedModel, num_experts: int) -> ParameterCounts:
+    experts = {
+        name: parameter
+        for name, parameter in base_model.named_parameters()
+        if name.endswith(tuple(f".experts.{projection}" for projection in PROJECTIONS))
+    }
+    top_k = base_model.config.num_experts_per_tok
+    return count_parameters(model, experts, top_k, num_experts)

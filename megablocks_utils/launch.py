@@ -1,0 +1,232 @@
+"""What both scripts do around their run: environment, output folder, errors and exit codes.
+
+No torch at module level: a bad option or environment is answered before torch is imported.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megablocks_utils.cli import HelpRequested, join_words
+from megablocks_utils.config import RunConfig
+from megablocks_utils.errors import ConfigurationError, UserError
+
+__all__ = [
+    "Launch",
+    "agree_on_error",
+    "check_environment",
+    "check_output_dir",
+    "claim_output_dir",
+    "run_entry_point",
+]
+
+# A launcher ends all ranks as soon as one has failed: the others give rank 0 this long to speak.
+_RANK_ZERO_FIRST_S = 5.0
+_LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+_RUN_FILES = ("run.json", "metrics.jsonl")
+_MODEL_FILES = ("model*.safetensors", "adapter_model.safetensors")
+_INDEX_FILES = ("model.safetensors.index.json",)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Say which process of how many this is, as the launcher's environment says.
+
+    Attributes:
+        rank: This process among all, from 0.
+        local_rank: This process among those of its machine, from 0.
+        world_size: How many processes the run has.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> None:
+    """Call `main(argv)` and end the process as the contract's exit codes say.
+
+    A UserError becomes its one sentence on standard error, written by rank 0 alone, and exit code
+    2. `--help` is written once and ends with 0. Every other exception keeps its traceback. An error
+    that only some ranks meet must go through `agree_on_error`, or rank 0 has nothing to say.
+
+    Raises:
+        SystemExit: with the exit code.
+    """
+    is_first = os.environ.get("RANK", "0").strip() in ("", "0")
+    try:
+        main(list(argv))
+    except HelpRequested as request:
+        if is_first:
+            sys.stdout.write(str(request))
+        sys.exit(0)
+    except UserError as error:
+        if is_first:
+            sys.stderr.write(f"{error}\n")
+        else:
+            time.sleep(_RANK_ZERO_FIRST_S)
+        _end(error.exit_code)
+
+
+def check_environment(
+    config: RunConfig | None = None, environ: Mapping[str, str] = os.environ
+) -> Launch:
+    """Check the launcher's environment variables, before anything waits for other processes.
+
+    Args:
+        config: The run, to see whether it asks for more processes than there are.
+        environ: The environment.
+
+    Raises:
+        ConfigurationError: for variables that are missing, no numbers or contradict each other,
+            and for an ep_size above 1 in a process that no launcher started.
+    """
+    given = [name for name in _LAUNCHER_NAMES if name in environ]
+    if not given:
+        _check_single_process(config)
+        return Launch()
+    needed = (*_LAUNCHER_NAMES, "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in environ]
+    if missing:
+        raise ConfigurationError(
+            f"{given[0]} is set, but {join_words(missing, 'and')} "
+            f"{'is' if len(missing) == 1 else 'are'} missing from the environment; start with "
+            "torchrun or accelerate launch, which set all of them."
+        )
+    launch = Launch(
+        world_size=_read_number(environ, "WORLD_SIZE", 1),
+        rank=_read_number(environ, "RANK", 0),
+        local_rank=_read_number(environ, "LOCAL_RANK", 0),
+    )
+    for name, rank in (("RANK", launch.rank), ("LOCAL_RANK", launch.local_rank)):
+        if rank >= launch.world_size:
+            raise ConfigurationError(
+                f"{name} is {rank}, but it must be below WORLD_SIZE, which is {launch.world_size}."
+            )
+    return launch
+
+
+def agree_on_error(error: UserError | None) -> None:
+    """Raise on every rank the error that the lowest-numbered failing rank met; None is no error.
+
+    For what only some ranks can see, such as a file that one machine cannot read.
+
+    **Collective:** all ranks of the default group must call it, with an error or without; before
+    `torch.distributed` is initialised it raises this rank's own.
+
+    Raises:
+        UserError: the agreed one.
+    """
+    import torch.distributed as dist
+
+    errors = [error]
+    if dist.is_available() and dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for met in errors:
+        if met is not None:
+            raise met
+
+
+def check_output_dir(config: RunConfig) -> Path:
+    """Return the output folder, or refuse one that cannot or must not be written.
+
+    Makes nothing: a run that is refused later, for its data or model, leaves no trace.
+
+    Raises:
+        ConfigurationError: for a folder that holds a finished run (without
+            `--overwrite_output_dir True`), a file, or a place where nothing can be written.
+    """
+    folder = Path(config.output_dir)
+    seen = f"--output_dir is {config.output_dir}, but"
+    try:
+        if finished := _find_finished_run(folder):
+            if not config.overwrite_output_dir:
+                raise ConfigurationError(
+                    f"{seen} it holds a finished run ({finished.name}); choose another folder or "
+                    "give --overwrite_output_dir True."
+                )
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            which = "that" if existing == folder else str(existing)
+            raise ConfigurationError(f"{seen} {which} is a file; it must be a folder.")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{seen} it cannot be written ({error.strerror}).") from error
+    return folder
+
+
+def claim_output_dir(config: RunConfig) -> Path:
+    """Check the output folder, make it, and remove the files of a finished run that it held.
+
+    Rank 0 calls this once data and model are known to be good, just before the first write, and
+    hands an error to `agree_on_error`. Old model files must go: transformers would load a stale
+    `model.safetensors` in place of new shards.
+
+    Raises:
+        ConfigurationError: as `check_output_dir`; then nothing is made or removed.
+    """
+    folder = check_output_dir(config)
+    made = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        raise ConfigurationError(
+            f"--output_dir is {config.output_dir}, but it cannot be made ({error.strerror})."
+        ) from error
+    for pattern in (*_RUN_FILES, *_MODEL_FILES, *_INDEX_FILES):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    return folder
+
+
+def _find_finished_run(folder: Path) -> Path | None:
+    patterns = ("run.json", *_MODEL_FILES)
+    return next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
+
+
+def _read_number(environ: Mapping[str, str], name: str, minimum: int) -> int:
+    text = environ[name].strip()
+    if not text.isdecimal() or int(text) < minimum:
+        raise ConfigurationError(
+            f"{name} is {text or 'empty'}, but it must be a whole number of at least {minimum}."
+        )
+    return int(text)
+
+
+def _check_single_process(config: RunConfig | None) -> None:
+    if config is None or config.parallel.ep_size in (None, 1):
+        return
+    ep_size = config.parallel.ep_size
+    line = {
+        "fsdp2": f"torchrun --nproc_per_node={ep_size} train_accelerate_fsdp2.py ...",
+        "fsdp1": f"accelerate launch --num_processes {ep_size} --config_file accelerate.yaml "
+        "train_fsdp1.py ...",
+    }[config.entry_point]
+    raise ConfigurationError(
+        f"--ep_size is {ep_size}, but this is one process without a launcher; start {ep_size} "
+        f"with: {line}"
+    )
+
+
+def _end(code: int) -> NoReturn:
+    """End this process with `code`, at once where a process group is up.
+
+    With one, the interpreter's ordinary end would run the destructors of gloo or NCCL, which may
+    wait for peers that are waiting for us. Nothing of ours is left to do but to flush.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

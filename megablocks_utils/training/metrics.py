@@ -221,7 +221,9 @@ def read_metrics(path: str | Path) -> list[StepMetrics]:
 
 def _parse_line(line: str) -> StepMetrics:
     record = json.loads(line)
-    known = {field.name: record[field.name] for field in fields(StepMetrics) if field.name in record}
+    known = {
+        field.name: record[field.name] for field in fields(StepMetrics) if field.name in record
+    }
     return StepMetrics(
         **{name: float("nan") if value is None else value for name, value in known.items()}
     )

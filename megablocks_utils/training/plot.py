@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +52,13 @@ def build_loss_figure(steps: Sequence[int], losses: Sequence[float]) -> "Figure"
     )
     if is_smoothed:
         window = choose_window(len(steps))
-        label = f"mean of {window} steps around"
+        label = f"mean over {window} steps"
         axes.plot(steps, smooth(losses, window), color=SMOOTH_COLOUR, linewidth=2.2, label=label)
         axes.legend(frameon=False, labelcolor=TEXT_COLOUR)
     axes.set_title(describe_fall(losses), loc="left", color=TEXT_COLOUR)
     axes.set_xlabel("optimizer step", color=TEXT_COLOUR)
     axes.set_ylabel("loss (nats per label token)", color=TEXT_COLOUR)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -74,12 +75,14 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     The window stays centred, so the line does not lag behind the values. Values that are not
     finite are left out; a window without a finite one gives NaN.
     """
+    sums = [0.0, *accumulate(v if math.isfinite(v) else 0.0 for v in values)]
+    counts = [0, *accumulate(int(math.isfinite(v)) for v in values)]
     reach = window // 2
     smoothed = []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        finite = [v for v in values[i - near : i + near + 1] if math.isfinite(v)]
-        smoothed.append(sum(finite) / len(finite) if finite else math.nan)
+        start, stop = max(0, i - reach), min(len(values), i + reach + 1)
+        num_finite = counts[stop] - counts[start]
+        smoothed.append((sums[stop] - sums[start]) / num_finite if num_finite else math.nan)
     return smoothed
 
 

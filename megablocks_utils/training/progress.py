@@ -93,7 +93,7 @@ def _build_bar(console: Console) -> Progress:
         BarColumn(bar_width=24),
         TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[remark]}"),
-        TimeRemainingColumn(compact=True),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         console=console,
         refresh_per_second=2,
     )
@@ -128,13 +128,16 @@ class PlainProgress:
         self._describe = describe
         self._clock = clock
         self._started_s = self._written_s = clock()
+        self._is_over = False
 
     def report(self, done: int, remark: str) -> None:
         """Write a line if one is due."""
         now_s = self._clock()
-        if done < self._total and now_s - self._written_s < PLAIN_INTERVAL_S:
+        is_due = done >= self._total or now_s - self._written_s >= PLAIN_INTERVAL_S
+        if self._is_over or not is_due:
             return
         self._written_s = now_s
+        self._is_over = done >= self._total
         parts = [self._describe(done, self._total), remark, self._describe_time(done, now_s)]
         line = f"{self._label}: " + ", ".join(part for part in parts if part)
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,67 @@
+"""The mesh as a table: which rank holds which experts."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["build_mesh_table"]
+
+COLUMN_GAP = 3  # characters rich puts between two columns
+
+
+def build_mesh_table(dp_size: int, ep_size: int, num_experts: int, width: int) -> Table:
+    """Draw the mesh: rows are dp, columns are ep, cells say "rank 3: experts 4-7".
+
+    Cells take two lines where the table would be too wide, and a mesh that is wider still is
+    drawn as one row for each ep coordinate.
+
+    Args:
+        dp_size: ranks that hold the same experts.
+        ep_size: ranks the experts are split over; divides `num_experts`.
+        num_experts: experts of one MoE layer.
+        width: characters there are.
+    """
+    experts = [_name_experts(ep, num_experts // ep_size) for ep in range(ep_size)]
+    for separator in (": ", "\n"):
+        cells = [
+            [f"rank {dp * ep_size + ep}{separator}{experts[ep]}" for ep in range(ep_size)]
+            for dp in range(dp_size)
+        ]
+        if _measure(cells) <= width:
+            return _build_grid(cells)
+    return _build_list(dp_size, experts)
+
+
+def _measure(cells: list[list[str]]) -> int:
+    """Return the width of the whole table, from its widest cells."""
+    label = len(f"dp {len(cells) - 1}")
+    return label + sum(
+        COLUMN_GAP + max(len(line) for cell in column for line in cell.splitlines())
+        for column in zip(*cells, strict=True)
+    )
+
+
+def _build_grid(cells: list[list[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("", style="bold", no_wrap=True)
+    for ep in range(len(cells[0])):
+        table.add_column(f"ep {ep}", no_wrap=True)
+    for dp, row in enumerate(cells):
+        table.add_row(f"dp {dp}", *(Text(cell) for cell in row))
+    return table
+
+
+def _build_list(dp_size: int, experts: list[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("", style="bold", no_wrap=True)
+    table.add_column("holds", no_wrap=True)
+    table.add_column("dp 0" if dp_size == 1 else f"dp 0 to dp {dp_size - 1}", overflow="fold")
+    for ep, held in enumerate(experts):
+        ranks = ", ".join(str(dp * len(experts) + ep) for dp in range(dp_size))
+        table.add_row(f"ep {ep}", held, f"rank{'s' * (dp_size > 1)} {ranks}")
+    return table
+
+
+def _name_experts(ep: int, num_local_experts: int) -> str:
+    first, last = ep * num_local_experts, (ep + 1) * num_local_experts - 1
+    return f"expert {first}" if first == last else f"experts {first}-{last}"

@@ -4,6 +4,8 @@ Experts that are copies over dp (or that one rank holds alone) are left out of F
 all the rest are Accelerate's to shard.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import GradientAccumulationPlugin
@@ -67,16 +69,14 @@ def build_mixed_precision_policy(precision: ResolvedPrecision) -> MixedPrecision
     """
     compute = getattr(torch, precision.compute)
     stored = getattr(torch, precision.adapter)
-    return MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=stored, cast_forward_inputs=False
-    )
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=stored, cast_forward_inputs=False)
 
 
 def prepare_fsdp2(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: Optimizer,
     sharded: ShardedMoE | None,
+    make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
 ) -> tuple[nn.Module, Optimizer]:
     """Shard the experts over dp, then hand the rest to Accelerate, and make all reductions sums.
 
@@ -85,8 +85,9 @@ def prepare_fsdp2(
     Args:
         accelerator: from `build_accelerator`.
         model: sharded by `shard_moe`, adapters attached.
-        optimizer: over the parameters of `model`, without state yet.
         sharded: what `shard_moe` returned; None without expert parallelism.
+        make_optimizer: makes the optimizer from the named parameters. It is called when the experts
+            have their final parameters; Accelerate relinks it to those it makes for the rest.
     """
     plugin = accelerator.state.fsdp_plugin
     if sharded is not None:
@@ -94,7 +95,7 @@ def prepare_fsdp2(
             shard_experts_over_dp(sharded, plugin.mixed_precision_policy)
         else:
             plugin.ignored_modules = list(sharded.expert_modules.values())
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model.named_parameters()))
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         # Sums everywhere (see `gradients`). Forced, because gloo has no premultiplied sum, which

@@ -49,5 +49,6 @@ def count_replicas(tensor: Tensor, world_size: int) -> int:
         return 1
     shards = 1
     for axis_size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        shards *= axis_size if placement.is_shard() else 1
+        # Not `is_shard()`: it denies the strided shards of an expert that FSDP2 sharded over dp.
+        shards *= 1 if placement.is_replicate() else axis_size
     return world_size // shards

@@ -57,7 +57,9 @@ class DroplessExperts(nn.Module):
         """
         ep_mesh = self.mesh[EP_AXIS]
         group, dtype = ep_mesh.get_group(), hidden_states.dtype
-        order = sort_by_expert(top_k_index, self.num_experts)
+        # A copy of its own, which selective checkpointing keeps: what is recomputed in backward
+        # must be routed as the rows were that other ranks hold.
+        order = sort_by_expert(top_k_index.clone(), self.num_experts)
         plan = plan_dispatch(order.tokens_per_expert, group, ep_mesh.size())
         rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
         rows = reorder_rows(rows, plan.expert_major, plan.rank_major)

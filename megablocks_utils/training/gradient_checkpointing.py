@@ -30,10 +30,12 @@ def _selective_contexts() -> Callable[[], tuple]:
     return partial(create_selective_checkpoint_contexts, _keep_routing_and_exchange)
 
 
-def _keep_routing_and_exchange(_context: Any, operator: Any, *_args, **_kwargs) -> CheckpointPolicy:
-    kept = (
-        torch.ops._c10d_functional.all_to_all_single.default,
-        torch.ops.aten.topk.default,
-        torch.ops.aten.sort.stable,
-    )
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_routing_and_exchange(_context: Any, operator: Any, *args, **_kwargs) -> CheckpointPolicy:
+    """Keep received rows and counts, and the experts' copy of the routing.
+
+    The router's own top-k cannot be kept: transformers normalises its values in place.
+    """
+    is_exchange = operator is torch.ops._c10d_functional.all_to_all_single.default
+    is_routing = operator is torch.ops.aten.clone.default and args[0].dtype == torch.int64
+    keep = is_exchange or is_routing
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

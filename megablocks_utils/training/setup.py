@@ -24,7 +24,7 @@ from megablocks_utils.checkpoint.load import (
     load_experts,
 )
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
-from megablocks_utils.errors import DataError, UserError
+from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.launch import Launch, agree_on_error
 from megablocks_utils.lora.attention import apply_attention_lora
 from megablocks_utils.shard_moe_utils import (
@@ -54,7 +54,7 @@ class Setup:
         precision: the dtypes.
         device: where this rank computes.
         console: rank 0's console; quiet elsewhere.
-        tokenizer: of the model.
+        tokenizer: of the model; None if its folder has none.
         schedule: which examples each step holds.
         model: with adapters where asked for; weights on the CPU or the device.
         base_model: the transformers model inside.
@@ -67,7 +67,7 @@ class Setup:
     precision: ResolvedPrecision
     device: torch.device
     console: Console
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     schedule: Schedule
     model: nn.Module
     base_model: PreTrainedModel
@@ -205,15 +205,18 @@ def _agreed(action: Callable[[], _Result]) -> _Result:
     return result
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the model's tokenizer; None for a folder without one (tokenized data needs none)."""
+    if not any(folder.glob("tokenizer*")):
+        return None
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise DataError(f"the model folder {folder} has no tokenizer that can be used") from error
+        raise CheckpointError(f"the tokenizer in {folder} cannot be used: {error}") from error
 
 
 def _load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
 ) -> TokenizedExamples:
     examples = load_examples(config.data, tokenizer)
     examples.check_vocabulary(model.config.vocab_size)

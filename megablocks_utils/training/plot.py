@@ -24,7 +24,7 @@ def plot_loss(metrics_path: str | Path, png_path: str | Path) -> None:
     Steps whose loss is not finite leave a gap.
 
     Raises:
-        OSError: the metrics cannot be read or the picture not written.
+        OSError: The metrics cannot be read or the picture not written.
     """
     figure = build_loss_figure(read_metrics(metrics_path))
     with publish_file(png_path) as temporary:
@@ -35,7 +35,7 @@ def build_loss_figure(metrics: Sequence[StepMetrics]) -> "Figure":
     """Build the figure: one line labelled "each step" and, given enough steps, a smoothed one.
 
     Args:
-        metrics: steps in ascending order; their losses are in nats per label token.
+        metrics: Steps in ascending order; their losses are in nats per label token.
     """
     from matplotlib.figure import Figure  # slow to import, and only rank 0 draws
     from matplotlib.ticker import MaxNLocator

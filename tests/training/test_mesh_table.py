@@ -40,6 +40,14 @@ def test_one_by_four_on_two_lines_where_one_is_too_long():
     ]
 
 
+def test_cells_break_exactly_where_they_must():
+    assert "rank 0: experts 0-3   rank 1: experts 4-7" in render(2, 2, 8, 48)[2]
+    assert render(2, 2, 8, 47)[2:4] == [
+        "dp 0   rank 0        rank 1",
+        "       experts 0-3   experts 4-7",
+    ]
+
+
 def test_a_wide_mesh_has_a_row_for_each_ep_coordinate():
     assert render(2, 8, 16, 80) == [
         "       holds           dp 0 to dp 1",

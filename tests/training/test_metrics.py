@@ -214,15 +214,15 @@ class TestMetricsWriter:
         with pytest.raises(CheckpointError) as error:
             MetricsWriter(path, resume_step=2)
         assert str(error.value) == (
-            f"{path} does not hold steps 1 to 2, which a run resumed there must continue"
+            f"{path} does not hold steps 1 to 2, which a run resumed there must continue."
         )
         assert (path.read_text() if path.exists() else None) == content
 
 
 def test_totals_add_sums_and_keep_peaks():
     totals = RunTotals()
-    totals = totals.plus(build_metrics(1, mem_peak_bytes=5, mem_alloc_bytes=4))
-    totals = totals.plus(build_metrics(2, tokens=1, input_tokens=2, mem_alloc_bytes=3))
+    totals = totals.plus(build_metrics(1, mem_peak_bytes=500, mem_alloc_bytes=3))
+    totals = totals.plus(build_metrics(2, tokens=1, input_tokens=2, mem_alloc_bytes=4))
     assert totals == RunTotals(
-        steps=2, tokens=11, input_tokens=32, mem_peak_bytes=200, mem_alloc_bytes=4
+        steps=2, tokens=11, input_tokens=32, mem_peak_bytes=500, mem_alloc_bytes=4
     )

@@ -239,3 +239,21 @@ def test_resolve_without_the_hub(monkeypatch, tmp_path, name, cause):
         resolve_checkpoint_folder(name)
     tried = "and fetching a model of that name from the Hub failed"
     assert_message(error, f"{name!r} is not a local folder, {tried} ({cause})")
+
+
+def test_resolve_asks_the_hub_for_what_is_read(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megablocks_utils.checkpoint.index.snapshot_download", download)
+    assert resolve_checkpoint_folder("someone/model") == tmp_path
+    patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "*.txt"]
+    assert asked == {
+        "name": "someone/model",
+        "allow_patterns": patterns,
+        "ignore_patterns": "consolidated*",
+    }

@@ -91,6 +91,15 @@ def test_casts_and_keeps_buffers_as_from_pretrained(tmp_path, family):
     assert model.config.dtype == torch.bfloat16
 
 
+def test_a_dense_layer_between_moe_layers(tmp_path):
+    save_tiny_model("qwen3_moe", tmp_path, mlp_only_layers=[0])
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    _, loaded = load_whole(tmp_path)
+    assert "model.layers.0.mlp.gate_proj.weight" in loaded
+    for name, tensor in reference.named_parameters():
+        assert torch.equal(loaded[name], tensor), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_when_the_experts_are_put_in(tmp_path, family):
     save_tiny_model(family, tmp_path)

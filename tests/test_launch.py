@@ -238,6 +238,7 @@ def test_agreement_without_a_process_group():
 
 TWO_RANKS = """
 import sys
+import torch
 import torch.distributed as dist
 from megablocks_utils.errors import DataError
 from megablocks_utils.launch import agree_on_error, run_entry_point
@@ -247,6 +248,9 @@ def main(argv):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     agree_on_error(None)
     sys.stdout.write("before ")
+    other = dist.new_group()
+    if rank == 0:  # a collective that rank 1 never joins
+        dist.all_reduce(torch.zeros(1), group=other, async_op=True)
     agree_on_error(DataError("rank 1 cannot read data.json") if rank == 1 else None)
     sys.stdout.write("after ")
 
@@ -268,7 +272,10 @@ def test_an_error_of_one_rank_ends_all_of_them(tmp_path):
         for rank in range(2)
     ]
     try:
-        (out0, err0), (out1, err1) = [rank.communicate(timeout=90) for rank in ranks]
+        out0, err0 = ranks[0].communicate(timeout=90)
+        # Rank 1 still gives rank 0 time to speak: rank 0 waited for no destructor.
+        assert ranks[1].poll() is None
+        out1, err1 = ranks[1].communicate(timeout=90)
     finally:
         for rank in ranks:
             rank.kill()

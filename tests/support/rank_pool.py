@@ -13,10 +13,10 @@ import random
 import signal
 import socket
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -256,6 +256,7 @@ def _serve(rank: int, world_size: int, port: int, folder: str, pipe: Connection)
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with _stack_file(folder, rank).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
@@ -264,7 +265,6 @@ def _serve(rank: int, world_size: int, port: int, folder: str, pipe: Connection)
             rank=rank,
             world_size=world_size,
             init_method=f"file://{folder}/rendezvous",
-            timeout=timedelta(seconds=ABANDONED_TIMEOUT_S),
         )
         environment = dict(os.environ)
         while (job := _next_job(pipe)) is not None:
@@ -272,6 +272,12 @@ def _serve(rank: int, world_size: int, port: int, folder: str, pipe: Connection)
             status, answer = _answer(rank, job)
             pipe.send_bytes(status)
             pipe.send_bytes(answer)
+
+
+def _exit_with_parent() -> None:
+    """Leave whatever this rank hangs in once pytest is gone, killed included."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _next_job(pipe: Connection) -> bytes | None:

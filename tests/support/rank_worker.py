@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import threading
 import traceback
@@ -42,7 +43,7 @@ def serve(rank: int, world_size: int, port: int, folder: str, pipe: Connection) 
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(folder,), daemon=True).start()
     torch.set_num_threads(1)
     with stack_file(folder, rank).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
@@ -60,9 +61,10 @@ def serve(rank: int, world_size: int, port: int, folder: str, pipe: Connection) 
             pipe.send_bytes(answer)
 
 
-def _exit_with_parent() -> None:
-    """Leave whatever this rank hangs in once pytest is gone, killed included."""
+def _exit_with_parent(folder: str) -> None:
+    """Leave whatever this rank hangs in, and no files, once pytest is gone, killed included."""
     wait([multiprocessing.parent_process().sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

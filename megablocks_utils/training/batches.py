@@ -12,9 +12,11 @@ with the most tokens; so micro-batches that run at the same time get nearly the 
    still have room (every micro-batch takes ``per_device_train_batch_size``);
 2. the finished micro-batches are sorted by their tokens, and neighbours run at the same time.
 
-The waiting of a whole step (the sum over its micro-steps of largest minus smallest micro-batch) stays
-below the longest example of a full batch (in each of 20,000 random ones), and the largest micro-batch, which sets the memory peak, is
-about as small as it can be. With one example per micro-batch all this is sorting by length.
+With that, a full batch waits (summed over its micro-steps: largest minus smallest micro-batch) for
+less than its longest example, as 20,000 random batches of all shapes did, and the largest
+micro-batch, which sets the memory peak, is about as small as it can be. With one example per
+micro-batch all this is sorting by length.
+
 Each rank computes the whole plan by itself; nothing is communicated.
 """
 
@@ -29,7 +31,7 @@ from megablocks_utils.training.data import TokenizedExamples
 from megablocks_utils.training.text import IGNORED_LABEL
 
 __all__ = ["MicroBatch", "StepPlan", "build_step_plan", "deal_examples", "epoch_order"]
-__all__ += ["steps_per_epoch"]
+__all__ += ["pack_examples", "steps_per_epoch"]
 
 
 @dataclass(frozen=True)
@@ -161,14 +163,15 @@ def build_step_plan(
     deal = deal_examples([int(examples.lengths[i]) for i in chosen], **sizes)
     rows = [[chosen[i] for i in micro_step[rank]] for micro_step in deal]
     return StepPlan(
-        micro_batches=[_pack(examples, row) for row in rows],
+        micro_batches=[pack_examples(examples, row) for row in rows],
         num_label_tokens=int(examples.num_label_tokens[chosen].sum()),
         num_input_tokens=int(examples.lengths[chosen].sum()),
         num_real_micro_batches=sum(bool(row) for micro_step in deal for row in micro_step),
     )
 
 
-def _pack(examples: TokenizedExamples, indices: Sequence[int]) -> MicroBatch:
+def pack_examples(examples: TokenizedExamples, indices: Sequence[int]) -> MicroBatch:
+    """Return the examples as one packed row, or a dummy row if there are none."""
     if not indices:
         zero = torch.zeros((1, 1), dtype=torch.long)
         return MicroBatch(zero, zero.clone(), zero + IGNORED_LABEL, is_dummy=True)

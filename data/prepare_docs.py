@@ -1,19 +1,20 @@
 """Make questions and answers from the documentation that every Python installation carries.
 
 The standard library's source files are parsed, never imported. Every public function, class and
-method with a docstring gives one record: the question names it and shows its signature, the answer is
-the docstring's first paragraph. Modules are split, not records: what is held out comes from modules
-that training never sees. Same Python, same files.
+method with a docstring gives one record: the question names it and shows its signature, the answer
+is the docstring's first paragraph. Modules are split, not records: what is held out comes from
+modules that training never sees. Same Python, same files.
 """
 
 import argparse
 import ast
 import hashlib
-import json
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from preparing import CACHE, exit_code_of, say, write_json
 
 SKIPPED_PACKAGES = {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test"}
 SKIPPED_PACKAGES |= {"tests", "turtledemo", "this", "antigravity"}
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("data/.cache"),
+        default=CACHE,
         help="folder for docs_train.json and docs_held_out.json (default data/.cache)",
     )
     return parser
@@ -104,24 +105,18 @@ def collect(root: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return train, held_out
 
 
-def write_json(path: Path, records: list[dict[str, str]]) -> None:
-    """Write records beside ``path`` and rename, so that the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+def prepare(output: Path) -> None:
+    """Write ``docs_train.json`` and ``docs_held_out.json``."""
+    train, held_out = collect(Path(sysconfig.get_paths()["stdlib"]))
+    for name, records in (("docs_train.json", train), ("docs_held_out.json", held_out)):
+        write_json(output / name, records)
+        say(f"{output / name}: {len(records)} records")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    from rich.console import Console
-
     options = build_parser().parse_args(argv)
-    train, held_out = collect(Path(sysconfig.get_paths()["stdlib"]))
-    for name, records in (("docs_train", train), ("docs_held_out", held_out)):
-        write_json(options.output / f"{name}.json", records)
-        Console(soft_wrap=True).print(f"{options.output / name}.json: {len(records)} records")
-    return 0
+    return exit_code_of(lambda: prepare(options.output))
 
 
 if __name__ == "__main__":

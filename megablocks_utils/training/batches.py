@@ -1,12 +1,13 @@
 """Decide which examples a rank sees in which micro-step.
 
 Global batch i of an epoch holds examples ``[i*G, (i+1)*G)`` of the epoch's order, where G is batch
-size x ranks x accumulation steps; the last one may be smaller and is kept. The order depends on seed
-and epoch alone, so runs with equal G see the same global batches on any number of ranks.
+size x ranks x accumulation steps; the last one may be smaller and is kept. The order depends on
+seed and epoch alone, so runs with equal G see the same global batches on any number of ranks.
 
 Who sees what *within* a global batch changes nothing in the result (loss and gradient are sums over
-it), so it is chosen for speed. All ranks meet in every layer's all-to-all, and each waits for the one
-with the most tokens; so micro-batches that run at the same time get nearly the same number of tokens:
+it), so it is chosen for speed. All ranks meet in every layer's all-to-all, and each waits for the
+one with the most tokens; so micro-batches that run at the same time get nearly the same number of
+tokens:
 
 1. the examples, longest first, each go to the micro-batch with the fewest tokens among those that
    still have room (every micro-batch takes ``per_device_train_batch_size``);
@@ -76,8 +77,8 @@ class StepPlan:
 def epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
     """Return the order of an epoch's examples: a function of seed and epoch alone.
 
-    numpy promises ``RandomState`` the same numbers in every version, so that a resumed run finds its
-    place after an upgrade.
+    numpy promises ``RandomState`` the same numbers in every version, so that a resumed run finds
+    its place after an upgrade.
     """
     if not shuffle:
         return list(range(num_examples))
@@ -110,6 +111,9 @@ def deal_examples(
 
     Args:
         lengths: tokens of each example of the global batch.
+        world_size: ranks.
+        per_device_train_batch_size: examples a micro-batch can take.
+        gradient_accumulation_steps: micro-steps.
 
     Returns:
         ``deal[micro_step][rank]``: the examples, as indices into ``lengths``.
@@ -146,6 +150,10 @@ def build_step_plan(
         examples: all examples.
         order: the epoch's order, from ``epoch_order``.
         step: the step within the epoch, from 0 to ``steps_per_epoch - 1``.
+        world_size: ranks, each with examples of its own.
+        rank: the one this plan is for.
+        per_device_train_batch_size: examples a micro-batch can take.
+        gradient_accumulation_steps: micro-batches of the plan.
 
     Raises:
         IndexError: the epoch has no such step.

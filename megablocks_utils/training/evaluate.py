@@ -1,5 +1,7 @@
-"""Measure a saved model on held-out examples and let it answer, in one process and with plain
-transformers and PEFT: what a run has learned is judged by code that had no part in it.
+"""Measure a saved model on held-out examples and let it answer, in one process.
+
+It loads the model with plain transformers and PEFT: what a run has learned is judged by code that
+had no part in it.
 
 Run it as ``python -m megablocks_utils.training.evaluate MODEL --data_path FILE``.
 """
@@ -78,7 +80,7 @@ def greedy_answer(
     *,
     max_new_tokens: int = 48,
 ) -> str:
-    """Return what the model answers to an instruction in Alpaca's prompt, most likely token first."""
+    """Return the model's answer to an instruction in Alpaca's prompt, decoded greedily."""
     inputs = tokenizer(alpaca_prompt(instruction), return_tensors="pt").to(model.device)
     with torch.no_grad():
         output = model.generate(
@@ -92,7 +94,7 @@ def greedy_answer(
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Load what the options name and return ``loss``, ``label_tokens``, ``examples``, ``answers``."""
+    """Return ``loss``, ``label_tokens``, ``examples`` and ``answers`` of what the options name."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -103,7 +105,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "label_tokens": int(examples.num_label_tokens.sum()),
         "examples": len(examples),
     }
-    answers = {text: greedy_answer(model, tokenizer, text) for text in options.ask}
+    answers = {
+        text: greedy_answer(model, tokenizer, text, max_new_tokens=options.max_new_tokens)
+        for text in options.ask
+    }
     return result | {"answers": answers}
 
 
@@ -117,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="folder of a PEFT adapter to put over the model")
     parser.add_argument("--data_path", required=True, help="held-out examples")
     parser.add_argument("--max_seq_length", type=int, default=4096)
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="of each answer")
     parser.add_argument(
         "--ask", action="append", default=[], metavar="INSTRUCTION", help="may be repeated"
     )

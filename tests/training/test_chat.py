@@ -113,8 +113,8 @@ WRONG_TEMPLATES = [
     (
         ONLY_LAST,
         (
-            "chat.jsonl:4: the tokenizer's chat template rewrites earlier turns (message 3 does not "
-            "continue what came before it), so its turns cannot be told apart"
+            "chat.jsonl:4: the tokenizer's chat template rewrites earlier turns (message 3 does "
+            "not continue what came before it), so its turns cannot be told apart"
         ),
     ),
     (

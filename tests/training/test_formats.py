@@ -117,8 +117,8 @@ WRONG = [
     (
         {},
         (
-            "d.json:3: no known columns: found none; wanted instruction and output (input optional), "
-            "output alone, messages, or input_ids and labels"
+            "d.json:3: no known columns: found none; wanted instruction and output (input "
+            "optional), output alone, messages, or input_ids and labels"
         ),
     ),
     (

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megablocks_utils.errors import DataError
+from megablocks_utils.training import sources
 from megablocks_utils.training.sources import read_records
 
 RECORDS = [{"output": "a"}, {"output": "b", "n": [1, 2]}, {"output": "Größe 東京"}]
@@ -133,6 +134,7 @@ def test_a_hub_dataset_is_read_from_its_train_split(monkeypatch):
         return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", lambda host, port: [])
     records = read_records("owner/name")
     assert asked == [("owner/name", "train")]
     assert [(r.place, r.columns) for r in records] == [
@@ -149,8 +151,25 @@ def test_a_hub_dataset_that_does_not_come_is_named(monkeypatch, error):
         raise error("no\n  network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources.socket, "getaddrinfo", lambda host, port: [])
     with pytest.raises(DataError) as caught:
         read_records("owner/name")
     assert str(caught.value) == (
         "--data_path owner/name is no local file and could not be loaded from the Hub: no network"
+    )
+
+
+def test_a_hub_without_address_is_named_at_once(monkeypatch):
+    def getaddrinfo(host, port):
+        raise sources.socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(sources.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.example")
+    with pytest.raises(DataError) as caught:
+        read_records("owner/name")
+    assert str(caught.value) == (
+        "--data_path owner/name is no local file and the Hub cannot be reached: hub.example has "
+        "no address here (HF_HUB_OFFLINE=True uses what has been downloaded before)"
     )

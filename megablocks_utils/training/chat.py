@@ -1,9 +1,9 @@
 """Turn ``messages`` records into tokens with the tokenizer's chat template.
 
-Only assistant turns are learned, each with its end-of-turn token. Where a template marks them itself
-(``{% generation %}``) its marks are used. Otherwise they are found by rendering the conversation turn
-by turn: what an assistant turn adds to the rendering of all turns before it (with the generation
-prompt) is what the model has to write.
+Only assistant turns are learned, each with its end-of-turn token. Where a template marks them
+itself (``{% generation %}``) its marks are used. Otherwise they are found by rendering the
+conversation turn by turn: what an assistant turn adds to the rendering of all turns before it (with
+the generation prompt) is what the model has to write.
 """
 
 import re
@@ -51,7 +51,8 @@ def encode_messages(
 
     Raises:
         DataError: no chat template, no offsets (slow tokenizer), a conversation that the template
-            refuses, or a template that rewrites earlier turns so that the turns cannot be told apart.
+            refuses, or a template that rewrites earlier turns so that the turns cannot be told
+            apart.
     """
     if not tokenizer.chat_template:
         raise DataError("messages need a chat template and the model's tokenizer has none")

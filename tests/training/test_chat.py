@@ -91,7 +91,7 @@ def test_unusual_answers_end_with_their_end_token(answer):
 
 @pytest.mark.parametrize("trims_offsets", [False, True])
 @pytest.mark.parametrize(
-    ("answer", "learned"), [("ok", "ok</s>"), ("  ok \n", "ok \n</s>"), ("", "</s>")]
+    ("answer", "learned"), [("that", "that</s>"), ("  ok \n", "ok \n</s>"), ("", "</s>")]
 )
 def test_a_first_word_merged_with_the_prompts_last_blank_is_learned(trims_offsets, answer, learned):
     tokenizer = tiny_tokenizer(chat_template=SPACED)

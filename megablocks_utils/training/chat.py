@@ -124,13 +124,13 @@ def _apply_template(record: Record, tokenizer: Any, messages: list[dict], **opti
 
 
 def _labels_in_spans(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """Keep the tokens that begin inside a span.
+    """Keep the tokens that reach into a span.
 
-    A byte-level tokenizer may report a token of blanks alone as empty, standing at its end.
+    That holds for a first word merged with a blank before it, which the prompt ends with; and for
+    tokenizers that leave blanks out of their offsets, so that one of blanks alone seems empty.
     """
     labels = [IGNORED_LABEL] * len(ids)
     for index, (start, end) in enumerate(offsets):
-        first = start - 1 if start == end else start
-        if any(low <= first < high for low, high in spans):
+        if any(start < high and end > low for low, high in spans):
             labels[index] = ids[index]
     return labels

@@ -1,6 +1,7 @@
 """Which tokens of a conversation are learned, with and without marks in the template."""
 
 import pytest
+from tokenizers import processors
 
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.chat import check_messages, encode_messages
@@ -25,6 +26,10 @@ ONLY_LAST = (
     "{% for message in messages %}{% if loop.last or message['role'] != 'assistant' %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '</s>\n' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+SPACED = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '</s>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 PICKY = "{{ raise_exception('roles must alternate') }}"
 
@@ -82,6 +87,19 @@ def test_unusual_answers_end_with_their_end_token(answer):
     learned = [label for label in labels if label != -100]
     assert learned[-1] == EOS
     assert tokenizer.decode(learned[:-1]).strip() == answer.strip()
+
+
+@pytest.mark.parametrize("trims_offsets", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "learned"), [("that", "that</s>"), ("  ok \n", "ok \n</s>"), ("", "</s>")]
+)
+def test_a_first_word_merged_with_the_prompts_last_blank_is_learned(trims_offsets, answer, learned):
+    tokenizer = tiny_tokenizer(chat_template=SPACED)
+    if trims_offsets:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    ids, labels = encode([TALK[1], {"role": "assistant", "content": answer}], tokenizer)
+    assert tokenizer.decode(ids) == f"user: Hi</s>assistant: {answer}</s>"
+    assert tokenizer.decode([label for label in labels if label != -100]).lstrip() == learned
 
 
 WRONG_MESSAGES = [

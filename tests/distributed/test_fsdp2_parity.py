@@ -13,7 +13,7 @@ import pytest
 from tests.support.parity import LAYOUTS, Layout, ParityCase, run_case
 from tests.support.trace import measure_distance
 
-BOUND = 1e-5  # relative; the contract's. Worst seen is about 2e-6, for Adam on tiny gradients.
+BOUND = 1e-5  # relative; the contract's
 NUM_STEPS = 6  # two epochs, so two smaller last batches
 
 # layout, model, (accumulation, sync_each_batch), checkpointing, aux loss, LoRA, clipped
@@ -76,7 +76,19 @@ def test_run_equals_one_stock_process(pools, parity_folder, case):
     assert distance.loss < BOUND, distance
     assert distance.grad_norm < BOUND, distance
     assert distance.first_gradient < BOUND, distance
-    assert distance.weight < BOUND, distance
+    assert _weight_error(parity_folder, case, seen, distance) < BOUND, distance
+
+
+def _weight_error(parity_folder, case, seen, distance):
+    """Return how far the final weights are from stock in fp32, or else from stock in fp64.
+
+    Adam divides a gradient by its own size. One of 1e-7 among others of 1e-3 is half noise, and so
+    is then its weight: two fp32 runs, each 6e-6 from fp64, were 1.2e-5 apart (an adapter).
+    """
+    if distance.weight < BOUND:
+        return distance.weight
+    exact = parity_folder.reference(parity_folder.stock_run(case, "float64"))
+    return measure_distance(seen, exact).weight
 
 
 def test_reference_learns(parity_folder):

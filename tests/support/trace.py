@@ -71,3 +71,9 @@ def _worst_number(seen: list[float], wanted: list[float]) -> float:
 def _worst_tensor(seen: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
     assert sorted(seen) == sorted(wanted)
     return max((relative_error(seen[name], wanted[name]), name) for name in wanted)
+
+
+def measure_drift(seen: Trace, wanted: Trace) -> float:
+    """Return the root of the mean squared difference of the step losses."""
+    squares = [(s - w) ** 2 for s, w in zip(seen.losses, wanted.losses, strict=True)]
+    return (sum(squares) / len(squares)) ** 0.5

@@ -80,7 +80,7 @@ def measure_parity(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[
 
 
 def measure_drifts(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[dict[str, Any]]:
-    """Run every precision and return rows: drift of the losses from stock fp32, ours and stock's."""
+    """Run every precision; return rows with the drift of the losses from stock fp32."""
     rows = []
     for model, layout, precision in product(FAMILIES, LAYOUTS, PRECISIONS):
         case = ParityCase(layout, model, precision=precision)

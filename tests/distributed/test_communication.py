@@ -1,4 +1,4 @@
-"""Number and bytes of every collective of a step equal the formulas of docs/expert-parallelism.md."""
+"""Number and bytes of a step's collectives equal the formulas of docs/expert-parallelism.md."""
 
 from dataclasses import dataclass, field
 
@@ -119,7 +119,7 @@ def test_exchange_of_tokens(ranks4, parity_folder, layout, checkpointing):
 
 
 def _forward_calls(record, layer, checkpointing):
-    """Return the places of a layer's forward calls, having checked that recomputing repeats them."""
+    """Return the places of a layer's forward calls; check that recomputing repeats them."""
     calls = record.routed[layer]
     if checkpointing == "False":
         return range(len(calls))

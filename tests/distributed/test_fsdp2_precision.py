@@ -7,7 +7,8 @@ from tests.support.trace import measure_drift
 
 NUM_STEPS = 8
 # Of stock bf16's own drift. Pure bf16 has the contract's bound (it is the same arithmetic in
-# another order: 0.97 to 1.02 seen over 20 steps); the others exist to drift much less (0.04 to 0.2).
+# another order: 0.97 to 1.02 seen over 20 steps); the others exist to drift much less (0.04 to
+# 0.2 seen).
 BOUNDS = {"bf16": 2.0, "mixed": 0.5, "bf16_sr": 0.5}
 
 

@@ -1,7 +1,7 @@
 """Who holds what of a run under FSDP2, counted from the DTensors on every rank."""
 
 import pytest
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from tests.support.parity import Layout, ParityCase, build_run
 

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -219,8 +219,3 @@ def record_first_gradients(state: TrainingState, trace: Trace) -> None:
             trace.first_gradients.clear()
 
     state.optimizer.optimizer.register_step_pre_hook(gather)
-
-
-def with_steps(case: ParityCase, num_steps: int) -> ParityCase:
-    """Return the same case with another number of steps."""
-    return replace(case, num_steps=num_steps)

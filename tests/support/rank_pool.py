@@ -32,6 +32,7 @@ PRELOADED = (
     "accelerate",
     "transformers",
     "transformers.modeling_utils",
+    "megablocks_utils.training.setup",  # and with it peft
 )
 CLEAN_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",

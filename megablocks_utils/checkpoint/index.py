@@ -30,6 +30,8 @@ __all__ = [
 SINGLE_FILE_NAME = "model.safetensors"
 INDEX_FILE_NAME = "model.safetensors.index.json"
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "*.txt")
+# Some repositories hold their weights a second time, in their author's own naming.
+HUB_DUPLICATE_PATTERN = "consolidated*"
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 
@@ -147,7 +149,13 @@ def resolve_checkpoint_folder(name_or_path: str) -> Path:
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise CheckpointError(f"the model folder {name_or_path} does not exist")
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(HUB_FILE_PATTERNS)))
+        return Path(
+            snapshot_download(
+                name_or_path,
+                allow_patterns=list(HUB_FILE_PATTERNS),
+                ignore_patterns=HUB_DUPLICATE_PATTERN,
+            )
+        )
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{name_or_path!r} is not a local folder, and fetching a model of that name from the"

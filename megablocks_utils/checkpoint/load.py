@@ -156,9 +156,7 @@ def read_dense_parameters(
         if is_expert_parameter(name) or name in copies:
             continue
         key = _stored_key(layout.hub_key(name), index, copies)
-        tensor = index.read(key)
-        _check_tensor(index, key, tensor, tuple(parameter.shape))
-        yield name, tensor.to(dtype)
+        yield name, _read_checked(index, key, tuple(parameter.shape)).to(dtype)
 
 
 def load_dense_parameters(
@@ -258,27 +256,28 @@ def _load_expert_tensor(
     result = torch.empty((len(experts), num_rows, num_columns), dtype=dtype)
     for part in parts:
         target = result[part.expert - experts.start, part.rows(num_rows)]
-        tensor = _read_part(index, part)
-        _check_tensor(index, part.key, tensor, tuple(target.shape))
-        target.copy_(tensor)
+        target.copy_(_read_part(index, part, tuple(target.shape)))
     return result
 
 
-def _read_part(index: CheckpointIndex, part: ExpertPart) -> torch.Tensor:
+def _read_part(index: CheckpointIndex, part: ExpertPart, shape: tuple[int, ...]) -> torch.Tensor:
     if part.is_fused:
-        return index.read_rows(part.key, part.expert, part.expert + 1)[0]
-    return index.read(part.key)
+        rows = range(part.expert, part.expert + 1)
+        return _read_checked(index, part.key, (1, *shape), rows)[0]
+    return _read_checked(index, part.key, shape)
 
 
-def _check_tensor(
-    index: CheckpointIndex, key: str, tensor: torch.Tensor, shape: tuple[int, ...]
-) -> None:
+def _read_checked(
+    index: CheckpointIndex, key: str, shape: tuple[int, ...], rows: range | None = None
+) -> torch.Tensor:
+    """Read a tensor, or rows of it, and refuse another shape and values that are not finite."""
+    tensor = index.read(key) if rows is None else index.read_rows(key, rows.start, rows.stop)
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
             f"{key} in {index.path(key)} has shape {tuple(tensor.shape)}, wanted is {shape}"
         )
     num_bad = tensor.numel() - int(tensor.isfinite().sum())
     if num_bad:
-        raise CheckpointError(
-            f"{key} in {index.path(key)} holds {num_bad} values that are not finite"
-        )
+        noun = "value" if num_bad == 1 else "values"
+        raise CheckpointError(f"{key} in {index.path(key)} holds {num_bad} non-finite {noun}")
+    return tensor

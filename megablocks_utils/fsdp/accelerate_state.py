@@ -41,6 +41,6 @@ def assert_fsdp_is_on(accelerator: Accelerator) -> None:
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         raise RuntimeError(
-            f"Accelerate runs {accelerator.distributed_type.value} instead of FSDP: experts and the "
-            "rest of the model would not be sharded"
+            f"Accelerate runs {accelerator.distributed_type.value} instead of FSDP: experts and "
+            "the rest of the model would not be sharded"
         )

@@ -4,12 +4,13 @@ Experts that are copies over dp (or that one rank holds alone) are left out of F
 all the rest are Accelerate's to shard.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import GradientAccumulationPlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
@@ -18,6 +19,8 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.mesh.device_mesh import DP_AXIS
 from megablocks_utils.shard_moe_utils import ShardedMoE
+
+NamedTensors = Iterator[tuple[str, Tensor | None]]
 
 
 def build_accelerator(
@@ -124,6 +127,24 @@ def shard_experts_over_dp(sharded: ShardedMoE, policy: MixedPrecisionPolicy) -> 
 
     for module in sharded.expert_modules.values():
         fully_shard(module, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=choose_dim)
+
+
+def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:
+    """Gather one parameter after the other: (name, whole tensor on rank 0, None elsewhere).
+
+    **Collective:** an all-gather a parameter; every rank must iterate to the end.
+
+    Args:
+        model: wrapped by `prepare_fsdp2`.
+        only_trainable: leave frozen parameters out.
+    """
+    is_writer = dist.get_rank() == 0
+    for name, parameter in model.named_parameters():
+        if only_trainable and not parameter.requires_grad:
+            continue
+        full = parameter.detach().full_tensor()
+        yield name, full.cpu() if is_writer else None
+        del full
 
 
 def _assert_all_sharded(model: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 Convention of this project: the loss of a micro-batch is already divided by the label tokens of the
 whole global batch, so every reduction of gradients is a plain *sum* over ranks and nothing is
-rescaled afterwards. Dense parameters are summed over the world by FSDP; an expert's gradient arrives
-summed over its ep group through the all-to-all, and what is left is the sum over the dp axis.
+rescaled afterwards. Dense parameters are summed over the world by FSDP; an expert's gradient
+arrives summed over its ep group through the all-to-all, and what is left is the sum over the dp
+axis.
 """
 
 from collections.abc import Iterable

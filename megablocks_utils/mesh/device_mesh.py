@@ -37,8 +37,8 @@ def compute_mesh_sizes(world_size: int, ep_size: int, num_experts: int) -> MeshS
     if ep_size < 1 or world_size % ep_size or num_experts % ep_size:
         choices = ", ".join(map(str, legal_ep_sizes(world_size, num_experts)))
         raise ConfigurationError(
-            f"--ep_size is {ep_size}, but it must divide the {world_size} processes of this run and "
-            f"the {num_experts} experts of a layer; these would work: {choices}."
+            f"--ep_size is {ep_size}, but it must divide the {world_size} processes of this run "
+            f"and the {num_experts} experts of a layer; these would work: {choices}."
         )
     return MeshSizes(dp_size=world_size // ep_size, ep_size=ep_size)
 

@@ -124,12 +124,12 @@ class _AllToAll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, output_sizes, input_sizes, group):  # noqa: D102
+    def forward(ctx, rows, output_sizes, input_sizes, group):
         ctx.sizes = output_sizes, input_sizes
         ctx.group = group
         return _exchange(rows.contiguous(), output_sizes, input_sizes, group)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         output_sizes, input_sizes = ctx.sizes
         return _exchange(grad.contiguous(), input_sizes, output_sizes, ctx.group), None, None, None

@@ -49,8 +49,8 @@ class DroplessExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
 
-        The weights are cast to the dtype of the tokens, which is the dtype of compute: a no-op where
-        FSDP gathered them in that dtype already.
+        The weights are cast to the dtype of the tokens, which is the dtype of compute: a no-op
+        where FSDP gathered them in that dtype already.
 
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
         backward; every rank of the axis must call, also with no token.

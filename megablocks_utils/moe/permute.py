@@ -16,8 +16,8 @@ from megablocks_utils.mesh.token_exchange import invert_permutation
 class ExpertOrder:
     """Order that sorts the N = T * K routed rows of this rank by expert.
 
-    `order (N,)`: routed row (token * K + slot) at each sorted place; `inverse (N,)`: sorted place of
-    each routed row; `tokens_per_expert (E,)`: int64 counts; `top_k`: K.
+    `order (N,)`: routed row (token * K + slot) at each sorted place; `inverse (N,)`: sorted place
+    of each routed row; `tokens_per_expert (E,)`: int64 counts; `top_k`: K.
     """
 
     order: Tensor
@@ -103,7 +103,10 @@ class _CombineRows(torch.autograd.Function):
         dtype = _sum_dtype(rows.dtype)
         by_token = rows.index_select(0, inverse).unflatten(0, top_k_weights.shape).to(dtype)
         weights = top_k_weights.to(dtype).unsqueeze(1)  # (T, 1, K)
-        return torch.bmm(weights, by_token).squeeze(1).to(rows.dtype)
+        # Written into a tensor of its own: FSDP2 warns of a module that returns a view.
+        output = by_token.new_empty(weights.shape[0], rows.shape[1])
+        torch.bmm(weights, by_token, out=output.unsqueeze(1))
+        return output.to(rows.dtype)
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,0 +1,1 @@
+"""Training: data, steps, both loops, and what a run shows and leaves behind."""

@@ -19,7 +19,7 @@ def publish_file(path: str | Path) -> Iterator[Path]:
     held before, and no temporary file.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: The folder cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -36,8 +36,8 @@ def write_json_atomically(path: str | Path, payload: Any) -> None:
     """Write `payload` as indented JSON, with null where a number is not finite.
 
     Raises:
-        OSError: the folder cannot be written.
-        TypeError: the payload holds something JSON has no form for.
+        OSError: The folder cannot be written.
+        TypeError: The payload holds something JSON has no form for.
     """
     text = json.dumps(finite_or_none(payload), indent=2, allow_nan=False) + "\n"
     with publish_file(path) as temporary:

@@ -1,6 +1,6 @@
 """Checks of a `--debug` run: where every parameter lies, equal copies, finite gradients."""
 
-import logging
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,24 +11,22 @@ from megablocks_utils.mesh.device_mesh import DP_AXIS
 from megablocks_utils.mesh.placement import count_replicas, local_tensor
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
-logger = logging.getLogger(__name__)
-
 _BITS = {4: torch.int32, 2: torch.int16}
 
 
-def log_placements(model: nn.Module) -> None:
-    """Log each parameter's mesh axes, placements and the bytes this rank holds."""
+def describe_placements(model: nn.Module) -> Iterator[str]:
+    """Yield a line for each parameter: mesh axes, placements and the bytes this rank holds."""
     for name, parameter in model.named_parameters():
         local = local_tensor(parameter.detach())
         where = "plain tensor"
         if isinstance(parameter, DTensor):
             axes = parameter.device_mesh.mesh_dim_names or ("world",)
             where = ", ".join(
-                f"{axis}: {placement}"
+                f"{axis}: {placement!r}"
                 for axis, placement in zip(axes, parameter.placements, strict=True)
             )
         num_bytes = local.numel() * local.element_size()
-        logger.info("%s %s on %s, %d bytes here", name, tuple(parameter.shape), where, num_bytes)
+        yield f"{name} {tuple(parameter.shape)} on {where}, {num_bytes:,} bytes here"
 
 
 def check_gradient_norm(norm: Tensor, step: int) -> None:

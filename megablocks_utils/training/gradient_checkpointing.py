@@ -23,7 +23,10 @@ def apply_gradient_checkpointing(model: PreTrainedModel, mode: str) -> None:
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         kwargs["context_fn"] = _selective_contexts()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # transformers before 5.20 knows it by its old name only
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def _selective_contexts() -> Callable[[], tuple]:

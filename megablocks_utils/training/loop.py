@@ -2,21 +2,26 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from megablocks_utils.fsdp.fsdp2 import shards_over_dp
+from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, shards_over_dp
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
 from megablocks_utils.shard_moe_utils import ShardedMoE
 from megablocks_utils.training.batches import StepPlan
 from megablocks_utils.training.debug import check_gradient_norm, check_replicas
 from megablocks_utils.training.metrics import StepMeter, StepMetrics
-from megablocks_utils.training.micro_batch import LossWeights, compute_micro_batch_loss
-from megablocks_utils.training.schedule import Schedule
+from megablocks_utils.training.micro_batch import (
+    LossWeights,
+    compute_micro_batch_loss,
+    resolve_aux_loss_coef,
+)
+from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
+from megablocks_utils.training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -38,40 +43,54 @@ class TrainingState:
     sharded: ShardedMoE | None
 
 
-def fit(
-    state: TrainingState,
-    schedule: Schedule,
-    *,
-    max_grad_norm: float,
-    aux_loss_coef: float,
-    debug: bool,
-) -> Iterator[StepMetrics]:
+def build_training_state(setup: Setup) -> TrainingState:
+    """Wrap the model with FSDP2 and build optimizer, schedule and trackers.
+
+    **Collective:** every rank of the world must call.
+    """
+    config = setup.config
+    accelerator = build_accelerator(config, setup.precision, setup.layer_classes, setup.device.type)
+    if config.report_to:
+        accelerator.init_trackers("megablocks_utils")
+    make_optimizer = partial(
+        build_optimizer,
+        optim_config=config.optim,
+        precision=setup.precision,
+        seed=config.seed,
+    )
+    model, optimizer = prepare_fsdp2(accelerator, setup.model, setup.sharded, make_optimizer)
+    scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
+    return TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
+
+
+def fit(state: TrainingState, setup: Setup) -> Iterator[StepMetrics]:
     """Train and yield the metrics of each optimizer step.
 
     **Collective:** every rank of the world must iterate to the end.
 
+    With `--debug`, every step checks that the norm is finite and that copies of experts are equal.
+
     Args:
         state: what to train.
-        schedule: which examples each step holds.
-        max_grad_norm: global norm to clip to; 0 does not clip.
-        aux_loss_coef: weight of the load-balancing loss.
-        debug: check after every step that copies of an expert are equal and the norm is finite.
+        setup: the run, for its options and its schedule.
     """
     state.model.train()
+    config = setup.config
+    aux_loss_coef = resolve_aux_loss_coef(setup.base_model.config, config.router_aux_loss_coef)
     meter = StepMeter(state.accelerator.device)
-    for step, (epoch, plan) in enumerate(schedule.plans(), start=1):
+    for step, (epoch, plan) in enumerate(setup.schedule.plans(), start=1):
         meter.start_step()
         _accumulate_gradients(state, plan, aux_loss_coef, meter)
         if state.sharded is not None and not shards_over_dp(state.sharded):
             sum_replica_gradients(state.sharded.expert_parameters.values(), state.sharded.mesh)
-        norm = clip_gradients(_trainable(state.model), max_grad_norm)
-        if debug:
+        norm = clip_gradients(_trainable(state.model), config.optim.max_grad_norm)
+        if config.debug:
             check_gradient_norm(norm, step)
         learning_rate = state.scheduler.get_last_lr()[0]
         state.optimizer.step()
         state.scheduler.step()
         state.optimizer.zero_grad()
-        if debug and state.sharded is not None:
+        if config.debug and state.sharded is not None:
             check_replicas(state.sharded, step)
         yield meter.finish_step(
             step,

@@ -28,8 +28,8 @@ def read_memory(device: torch.device, status_path: Path = PROCESS_STATUS) -> Mem
     file is missing, the peak stands for both.
 
     Args:
-        device: the device this rank computes on.
-        status_path: the kernel's status file of this process.
+        device: The device this rank computes on.
+        status_path: The kernel's status file of this process.
     """
     if device.type == "cuda":
         return MemoryReading(

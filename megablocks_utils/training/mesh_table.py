@@ -16,10 +16,10 @@ def build_mesh_table(dp_size: int, ep_size: int, num_experts: int, width: int) -
     drawn as one row for each ep coordinate.
 
     Args:
-        dp_size: ranks that hold the same experts.
-        ep_size: ranks the experts are split over; divides `num_experts`.
-        num_experts: experts of one MoE layer.
-        width: characters there are.
+        dp_size: Ranks that hold the same experts.
+        ep_size: Ranks the experts are split over; divides `num_experts`.
+        num_experts: Experts of one MoE layer.
+        width: Characters there are.
     """
     experts = [_name_experts(ep, num_experts // ep_size) for ep in range(ep_size)]
     for separator in (": ", "\n"):

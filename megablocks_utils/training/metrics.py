@@ -24,18 +24,18 @@ class StepMetrics:
     """Hold the numbers of one optimizer step, the same on every rank.
 
     Attributes:
-        step: optimizer steps done, 1 after the first.
-        epoch: epochs done, as a fraction.
-        loss: sum of the global batch's token losses over its number of label tokens.
-        grad_norm: global L2 norm of the gradient before clipping.
-        learning_rate: rate used by this step.
-        tokens: label tokens of the global batch.
-        input_tokens: input tokens of the global batch.
-        step_time_s: wall time of the slowest rank.
-        tokens_per_s: input tokens of all ranks per second.
-        mem_peak_bytes: peak memory since the run's start, largest over ranks.
-        mem_alloc_bytes: memory held after `zero_grad`, largest over ranks.
-        aux_loss: load-balancing loss before its coefficient, mean over the micro-batches of all
+        step: Optimizer steps done, 1 after the first.
+        epoch: Epochs done, as a fraction.
+        loss: Sum of the global batch's token losses over its number of label tokens.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        learning_rate: Rate used by this step.
+        tokens: Label tokens of the global batch.
+        input_tokens: Input tokens of the global batch.
+        step_time_s: Wall time of the slowest rank.
+        tokens_per_s: Input tokens of all ranks per second.
+        mem_peak_bytes: Peak memory since the run's start, largest over ranks.
+        mem_alloc_bytes: Memory held after `zero_grad`, largest over ranks.
+        aux_loss: Load-balancing loss before its coefficient, mean over the micro-batches of all
             ranks that gave one; None when none did.
     """
 
@@ -66,8 +66,8 @@ class StepMeter:
     Loss parts are added up on the device, so nothing waits for the device between micro-batches.
 
     Args:
-        device: where this rank computes.
-        group: ranks of the run; None for all of them, or for a run without processes.
+        device: Where this rank computes.
+        group: Ranks of the run; None for all of them, or for a run without processes.
     """
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
@@ -85,8 +85,8 @@ class StepMeter:
         """Add a micro-batch of this rank, without waiting for the device.
 
         Args:
-            loss_sum: scalar, sum of the token losses, not divided by anything.
-            aux: scalar, load-balancing loss before its coefficient; None where the model gives
+            loss_sum: Scalar, sum of the token losses, not divided by anything.
+            aux: Scalar, load-balancing loss before its coefficient; None where the model gives
                 none or the micro-batch is a dummy.
         """
         self._sums[0].add_(loss_sum.detach())
@@ -109,12 +109,12 @@ class StepMeter:
         **Collective:** two all-reduces over the group (sums, then maxima); every rank must call.
 
         Args:
-            step: optimizer steps done, this one included.
-            epoch: epochs done, as a fraction.
-            num_label_tokens: label tokens of the global batch, all ranks.
-            num_input_tokens: input tokens of the global batch, all ranks.
-            grad_norm: global norm before clipping, already the same on every rank.
-            learning_rate: rate this step used.
+            step: Optimizer steps done, this one included.
+            epoch: Epochs done, as a fraction.
+            num_label_tokens: Label tokens of the global batch, all ranks.
+            num_input_tokens: Input tokens of the global batch, all ranks.
+            grad_norm: Global norm before clipping, already the same on every rank.
+            learning_rate: Rate this step used.
 
         Raises:
             RuntimeError: `start_step` was not called for this step.
@@ -176,13 +176,13 @@ class MetricsWriter:
     """Write `metrics.jsonl`: one line a step, on disk as soon as the step is over. Rank 0 only.
 
     Args:
-        path: the file. What an earlier run left there is dropped.
-        resume_step: the step to go on after: lines up to it are kept, later ones dropped.
+        path: The file. What an earlier run left there is dropped.
+        resume_step: The step to go on after: lines up to it are kept, later ones dropped.
 
     Raises:
         CheckpointError: `resume_step` is given and the file does not hold steps 1 to
             `resume_step`.
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
 
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
@@ -235,7 +235,7 @@ def _lines_up_to(path: Path, last_step: int) -> list[str]:
     kept = lines[:last_step]
     if list(_steps_of(kept)) != list(range(1, last_step + 1)):
         raise CheckpointError(
-            f"{path} does not hold steps 1 to {last_step}, which a run resumed there must continue"
+            f"{path} does not hold steps 1 to {last_step}, which a run resumed there must continue."
         )
     return kept
 

@@ -45,8 +45,8 @@ def compute_micro_batch_loss(
 ) -> MicroBatchLoss:
     """Run the forward pass on a packed micro-batch.
 
-    The auxiliary loss is transformers' own, of this micro-batch's tokens; a step takes the mean over
-    its micro-batches. A dummy takes part in every exchange and counts nothing.
+    The auxiliary loss is transformers' own, of this micro-batch's tokens; a step takes the mean
+    over its micro-batches. A dummy takes part in every exchange and counts nothing.
     """
     positions, targets = label_positions(batch.labels)
     outputs = model(

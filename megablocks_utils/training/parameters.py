@@ -14,9 +14,9 @@ class ParameterCounts:
     """Count the parameters of the whole model, not of one rank.
 
     Attributes:
-        total: all parameters, tied ones once.
-        active: those one token passes: everything outside the experts, and top_k experts a layer.
-        trainable: those that require a gradient.
+        total: All parameters, tied ones once.
+        active: Those one token passes: everything outside the experts, and top_k experts a layer.
+        trainable: Those that require a gradient.
     """
 
     total: int
@@ -33,10 +33,10 @@ def count_parameters(
     counts. FSDP1 flattens and pads parameters: count before wrapping with it.
 
     Args:
-        model: the model, its experts included; tensors on the meta device count too.
-        expert_parameters: every expert parameter of `model`, all experts of a layer along dim 0.
-        top_k: experts a token passes in each MoE layer.
-        num_experts: experts of each MoE layer.
+        model: The model, its experts included; tensors on the meta device count too.
+        expert_parameters: Every expert parameter of `model`, all experts of a layer along dim 0.
+        top_k: Experts a token passes in each MoE layer.
+        num_experts: Experts of each MoE layer.
     """
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megablocks_utils.training.atomic_file import publish_file
-from megablocks_utils.training.metrics import read_metrics
+from megablocks_utils.training.metrics import StepMetrics, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,24 +24,23 @@ def plot_loss(metrics_path: str | Path, png_path: str | Path) -> None:
     Steps whose loss is not finite leave a gap.
 
     Raises:
-        OSError: the metrics cannot be read or the picture not written.
+        OSError: The metrics cannot be read or the picture not written.
     """
-    metrics = read_metrics(metrics_path)
-    figure = build_loss_figure([m.step for m in metrics], [m.loss for m in metrics])
+    figure = build_loss_figure(read_metrics(metrics_path))
     with publish_file(png_path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def build_loss_figure(steps: Sequence[int], losses: Sequence[float]) -> "Figure":
+def build_loss_figure(metrics: Sequence[StepMetrics]) -> "Figure":
     """Build the figure: one line labelled "each step" and, given enough steps, a smoothed one.
 
     Args:
-        steps: optimizer steps, ascending.
-        losses: loss of each step, in nats per label token.
+        metrics: Steps in ascending order; their losses are in nats per label token.
     """
     from matplotlib.figure import Figure  # slow to import, and only rank 0 draws
     from matplotlib.ticker import MaxNLocator
 
+    steps, losses = [m.step for m in metrics], [m.loss for m in metrics]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     is_smoothed = len(steps) >= MIN_STEPS_TO_SMOOTH

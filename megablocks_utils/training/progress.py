@@ -25,8 +25,8 @@ def track_loading(
     """Show how much of the weights is read; call the yielded function with each amount read.
 
     Args:
-        console: rank 0's console, or another rank's quiet one, on which nothing is shown.
-        total: how much there is to read.
+        console: Rank 0's console, or another rank's quiet one, on which nothing is shown.
+        total: How much there is to read.
         unit: "bytes" (shown in GiB), or what is counted: "tensors".
     """
     describe = _describe_bytes if unit == "bytes" else _describe_count(unit)
@@ -45,9 +45,9 @@ def track_training(
     """Show step, loss, speed and time left; call the yielded function with each step's metrics.
 
     Args:
-        console: rank 0's console, or another rank's quiet one, on which nothing is shown.
-        num_steps: the run's last step.
-        first_step: steps done before this run began, when it goes on from a checkpoint.
+        console: Rank 0's console, or another rank's quiet one, on which nothing is shown.
+        num_steps: The run's last step.
+        first_step: Steps done before this run began, when it goes on from a checkpoint.
     """
     with _track(console, "training", num_steps, first_step, _describe_count("steps")) as report:
         yield lambda metrics: report(
@@ -103,12 +103,12 @@ class PlainProgress:
     """Write progress as whole lines: the last one always, others when some seconds have passed.
 
     Args:
-        console: where to write.
-        label: what goes on.
-        total: how much there is to do.
-        done: how much was done before.
+        console: Where to write.
+        label: What goes on.
+        total: How much there is to do.
+        done: How much was done before.
         describe: (done, total) in words.
-        clock: seconds that only grow.
+        clock: Seconds that only grow.
     """
 
     def __init__(

@@ -17,7 +17,8 @@ from megablocks_utils.training.memory import describe_memory_source
 from megablocks_utils.training.metrics import RunTotals
 from megablocks_utils.training.parameters import ParameterCounts
 
-__all__ = ["RunRecord", "build_run_record", "read_commit", "write_run_json"]
+__all__ = ["RunRecord", "build_run_record", "describe_hardware", "read_commit"]
+__all__ += ["read_versions", "write_run_json"]
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -29,16 +30,16 @@ class RunRecord:
 
     Attributes:
         status: "finished"; a run that did not finish leaves no `run.json`.
-        command: the script and its arguments, quoted for a shell.
-        options: every option by section, as given or by default.
-        resolved: what the options came to on this machine (precision, ep_size, ...).
+        command: The script and its arguments, quoted for a shell.
+        options: Every option by section, as given or by default.
+        resolved: What the options came to on this machine (precision, ep_size, ...).
         versions: Python and libraries by name, None where not installed.
-        commit: git commit of this package, None outside a checkout.
+        commit: Git commit of this package, None outside a checkout.
         hardware: `cpu`, `cores`, `memory_bytes`, `gpus` (names) of this rank's machine.
-        mesh: ranks along each mesh axis, outermost first.
+        mesh: Ranks along each mesh axis, outermost first.
         kernel: `name` and `reason`.
         parameters: `total`, `active`, `trainable`.
-        train_runtime_s: wall time of the training loop only.
+        train_runtime_s: Wall time of the training loop only.
         totals: `steps`, `tokens`, `input_tokens`.
         peaks: `mem_peak_bytes`, `mem_alloc_bytes` and what they `measured`.
     """
@@ -74,16 +75,16 @@ def build_run_record(
     """Build the record of a finished run, adding versions, commit and hardware found here.
 
     Args:
-        command: the script and its arguments (`sys.argv`).
-        options: the `RunConfig`, or any dataclass.
-        resolved: what the options came to on this machine; plain values only.
-        mesh: ranks along each axis, outermost first: `{"dp": 2, "ep": 4}`.
-        kernel: the backend the experts ran on.
-        kernel_reason: why that one.
-        parameters: counts of the whole model.
-        train_runtime_s: wall time of the training loop only.
-        totals: the run's steps added up.
-        device: the device memory was measured on.
+        command: The script and its arguments (`sys.argv`).
+        options: The `RunConfig`, or any dataclass.
+        resolved: What the options came to on this machine; plain values only.
+        mesh: Ranks along each axis, outermost first: `{"dp": 2, "ep": 4}`.
+        kernel: The backend the experts ran on.
+        kernel_reason: Why that one.
+        parameters: Counts of the whole model.
+        train_runtime_s: Wall time of the training loop only.
+        totals: The run's steps added up.
+        device: The device memory was measured on.
     """
     peaks = {
         "mem_peak_bytes": totals.mem_peak_bytes,
@@ -100,9 +101,9 @@ def build_run_record(
         command=shlex.join(command),
         options=asdict(options),
         resolved=dict(resolved),
-        versions=_read_versions(),
+        versions=read_versions(),
         commit=read_commit(CHECKOUT),
-        hardware=_describe_hardware(),
+        hardware=describe_hardware(),
         mesh=dict(mesh),
         kernel={"name": kernel, "reason": kernel_reason},
         parameters=asdict(parameters),
@@ -116,7 +117,7 @@ def write_run_json(path: str | Path, record: RunRecord) -> None:
     """Write the record to `path`, complete or not at all. Rank 0 only.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: The folder cannot be written.
     """
     write_json_atomically(path, asdict(record))
 
@@ -133,7 +134,8 @@ def read_commit(folder: Path) -> str | None:
     return answer.stdout.strip()
 
 
-def _read_versions() -> dict[str, str | None]:
+def read_versions() -> dict[str, str | None]:
+    """Return the versions of Python and the libraries, None for those not installed."""
     return {"python": platform.python_version()} | {
         library: _read_version(library) for library in LIBRARIES
     }
@@ -146,7 +148,8 @@ def _read_version(library: str) -> str | None:
         return None
 
 
-def _describe_hardware() -> dict[str, Any]:
+def describe_hardware() -> dict[str, Any]:
+    """Return processor, cores, memory and GPUs of this rank's machine."""
     return {
         "cpu": _read_cpu_model(),
         "cores": os.cpu_count(),

@@ -1,5 +1,6 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from megablocks_utils.checkpoint.index import (
     open_checkpoint,
     resolve_checkpoint_folder,
 )
-from megablocks_utils.checkpoint.layouts import Layout, detect_layout
+from megablocks_utils.checkpoint.layouts import Layout, detect_layout, is_expert_parameter
 from megablocks_utils.checkpoint.load import (
     build_model_on_meta,
     check_against_model,
@@ -60,6 +61,8 @@ class Setup:
         base_model: the transformers model inside.
         sharded: what `shard_moe` returned; None without expert parallelism.
         counts: parameters of the whole model.
+        num_experts: experts of a layer.
+        parameter_specs: (name, whole shape, dtype) of every parameter of `base_model`.
     """
 
     config: RunConfig
@@ -73,6 +76,16 @@ class Setup:
     base_model: PreTrainedModel
     sharded: ShardedMoE | None
     counts: ParameterCounts
+    num_experts: int
+    parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """The expert weights of `base_model` as they are now, sharded or not, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.base_model.named_parameters()
+            if is_expert_parameter(name)
+        }
 
     @property
     def layer_classes(self) -> list[str]:
@@ -91,6 +104,8 @@ def start_processes(launch: Launch) -> torch.device:
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Gathering experts that are sharded twice takes two all-gathers, which is no news to anybody.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if dist.is_initialized():
         return device
     if launch.world_size == 1:
@@ -120,6 +135,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     with track_sharding(console, len(source.expert_names)) as on_layer:
         sharded = _agreed(lambda: source.load(config, device, on_layer))
     model, base_model = source.model, source.model
+    specs = [(name, tuple(p.shape), p.dtype) for name, p in base_model.named_parameters()]
     apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
     if config.adapter.has_lora:
         dtype = getattr(torch, precision.adapter)
@@ -138,6 +154,8 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         base_model=base_model,
         sharded=sharded,
         counts=_count(model, base_model, source.num_experts),
+        num_experts=source.num_experts,
+        parameter_specs=specs,
     )
 
 
@@ -224,10 +242,6 @@ def _load_data(
 
 
 def _count(model: nn.Module, base_model: PreTrainedModel, num_experts: int) -> ParameterCounts:
-    experts = {
-        name: parameter
-        for name, parameter in base_model.named_parameters()
-        if name.endswith(tuple(f".experts.{projection}" for projection in PROJECTIONS))
-    }
+    experts = {n: p for n, p in base_model.named_parameters() if is_expert_parameter(n)}
     top_k = base_model.config.num_experts_per_tok
     return count_parameters(model, experts, top_k, num_experts)

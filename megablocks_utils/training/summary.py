@@ -39,23 +39,23 @@ class RunFacts:
 
     Attributes:
         model: Hub name or folder.
-        family: the model's architecture, such as "mixtral".
-        parameters: counts of the whole model.
-        precision: in words, see `describe_precision`.
-        dp_size: ranks that hold the same experts.
-        ep_size: ranks the experts are split over; 1 without expert parallelism.
-        num_experts: experts of one MoE layer.
-        top_k: experts a token passes in one MoE layer.
+        family: The model's architecture, such as "mixtral".
+        parameters: Counts of the whole model.
+        precision: In words, see `describe_precision`.
+        dp_size: Ranks that hold the same experts.
+        ep_size: Ranks the experts are split over; 1 without expert parallelism.
+        num_experts: Experts of one MoE layer.
+        top_k: Experts a token passes in one MoE layer.
         expert_dp: "shard" or "replicate": what the dp axis does with an expert.
-        kernel: the backend the experts run on.
-        kernel_reason: why that one.
-        expert_bytes: expert weights this rank holds.
-        dense_bytes: all other weights this rank holds.
-        examples_kept: examples trained on, cut ones included.
-        examples_cut: those of them shortened to `--max_seq_length`.
-        examples_dropped: examples left out because nothing in them is learned.
-        steps: optimizer steps of the run.
-        examples_per_step: examples in one global batch.
+        kernel: The backend the experts run on.
+        kernel_reason: Why that one.
+        expert_bytes: Expert weights this rank holds.
+        dense_bytes: All other weights this rank holds.
+        examples_kept: Examples trained on, cut ones included.
+        examples_cut: Those of them shortened to `--max_seq_length`.
+        examples_dropped: Examples left out because nothing in them is learned.
+        steps: Optimizer steps of the run.
+        examples_per_step: Examples in one global batch.
     """
 
     model: str
@@ -83,12 +83,12 @@ class RunResult:
     """Hold what is known when a run is over.
 
     Attributes:
-        totals: the run's steps added up.
-        first_loss: loss of the first step.
-        final_loss: loss of the last step.
-        train_runtime_s: wall time of the training loop only.
-        memory_source: what the peak measures, from `describe_memory_source`.
-        output_dir: where the files are.
+        totals: The run's steps added up.
+        first_loss: Loss of the first step.
+        final_loss: Loss of the last step.
+        train_runtime_s: Wall time of the training loop only.
+        memory_source: What the peak measures, from `describe_memory_source`.
+        output_dir: Where the files are.
         files: (path, what it is) of each file or group of files, in reading order.
     """
 

@@ -13,7 +13,7 @@ from megablocks_utils.moe.experts import DroplessExperts
 from megablocks_utils.moe.reference import experts_reference
 from tests.support.compare import relative_error
 
-E, H, I, K = 8, 16, 12, 2
+NUM_EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 16, 12, 2
 BACKENDS = {"eager": run_experts_eager, "grouped_mm": run_experts_grouped_mm}
 ROUTINGS = ("random", "empty_experts", "one_expert", "idle_rank")
 # Sums of at most 16 products, in another order: a few units of the last place.
@@ -24,27 +24,29 @@ def _tokens(rank, routing, dtype):
     """Return this rank's tokens: hidden states, top-k experts, weights, upstream gradient."""
     generator = torch.Generator().manual_seed(100 + rank)
     num_tokens = 0 if routing == "idle_rank" and rank == 1 else 5 + 3 * rank
-    choices = torch.rand(num_tokens, E, generator=generator)
+    choices = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
     if routing == "empty_experts":
         choices[:, [0, 3, 6, 7]] = 2.0  # never among the smallest
     if routing == "one_expert":
         choices[:, 5] = -1.0  # always first
-    index = choices.argsort(-1)[:, : 1 if routing == "one_expert" else K]
-    hidden = torch.randn(num_tokens, H, generator=generator, dtype=torch.float64)
+    index = choices.argsort(-1)[:, : 1 if routing == "one_expert" else TOP_K]
+    hidden = torch.randn(num_tokens, HIDDEN, generator=generator, dtype=torch.float64)
     weights = torch.rand(index.shape, generator=generator, dtype=torch.float64)
-    upstream = torch.randn(num_tokens, H, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(num_tokens, HIDDEN, generator=generator, dtype=torch.float64)
     return hidden.to(dtype), index, weights.to(dtype), upstream.to(dtype)
 
 
 def _weights(dtype):
     generator = torch.Generator().manual_seed(7)
-    gate_up = torch.randn(E, 2 * I, H, generator=generator, dtype=torch.float64)
-    down = torch.randn(E, H, I, generator=generator, dtype=torch.float64)
+    gate_up = torch.randn(
+        NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator, dtype=torch.float64
+    )
+    down = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator, dtype=torch.float64)
     return gate_up.to(dtype), down.to(dtype)
 
 
 def _run_layer(rank, ep_size, backend, routing, dtype):
-    mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, E), "cpu")
+    mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, NUM_EXPERTS), "cpu")
     weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
     layer = DroplessExperts(*weights, mesh=mesh, backend=BACKENDS[backend], activation=silu)
     hidden, index, top_k_weights, upstream = _tokens(rank, routing, dtype)
@@ -62,7 +64,9 @@ def _run_layer(rank, ep_size, backend, routing, dtype):
 
 def _reference(world_size, routing):
     tokens = [_tokens(rank, routing, torch.float64) for rank in range(world_size)]
-    hidden, index, top_k_weights, upstream = (torch.cat(parts) for parts in zip(*tokens))
+    hidden, index, top_k_weights, upstream = (
+        torch.cat(parts) for parts in zip(*tokens, strict=True)
+    )
     leaves = [hidden, top_k_weights, *_weights(torch.float64)]
     for leaf in leaves:
         leaf.requires_grad_()

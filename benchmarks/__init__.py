@@ -1,0 +1,1 @@
+"""Measurements with birth certificates; run as `PYTHONPATH=. python -m benchmarks.NAME`."""

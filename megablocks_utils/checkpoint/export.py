@@ -1,0 +1,132 @@
+"""Write a sharded model as a Hugging Face folder, one gathered tensor at a time.
+
+The folder has the keys that transformers' own `save_pretrained` writes, so plain
+`AutoModelForCausalLM.from_pretrained` loads it with no code of ours.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from megablocks_utils.checkpoint.layouts import (
+    LAYOUT_OF_MODEL_TYPE,
+    TIED_PARAMETERS,
+    Layout,
+    is_expert_parameter,
+)
+from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
+from megablocks_utils.errors import CheckpointError
+
+__all__ = ["MAX_SHARD_BYTES", "export_model"]
+
+MAX_SHARD_BYTES = 5 * 1000**3
+
+
+def export_model(
+    model_config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    specs: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
+    tensors: Iterable[tuple[str, torch.Tensor | None]],
+    output_dir: str | Path,
+    *,
+    is_writer: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write weights, configuration and tokenizer to `output_dir`, complete or not at all.
+
+    Expert tensors are split into the Hub's keys as they pass, and a tied `lm_head` is left out.
+    Before the next tensor is asked for, the last one has been let go.
+
+    **Collective:** none here; but `tensors` usually gathers, so every rank must call this with an
+    iterator of equal length. If writing fails, the writer still runs its iterator to the end, so
+    that the other ranks are not left waiting, and raises then.
+
+    Args:
+        model_config: the model's config, of a supported `model_type`.
+        generation_config: written beside it if given.
+        tokenizer: written beside it if given.
+        specs: in-memory parameter name, whole shape and dtype to write, in the order of `tensors`.
+        tensors: yields each name with its whole tensor, or with None where not `is_writer`.
+        output_dir: the folder; other files in it stay, those of an earlier model are replaced.
+        is_writer: whether this rank writes.
+        max_shard_bytes: largest size of one weight file.
+
+    Raises:
+        CheckpointError: the folder cannot be written, for example because the disk is full.
+    """
+    remaining = iter(tensors)
+    try:
+        if is_writer:
+            specs = [TensorSpec(*spec) for spec in specs]
+            with staged_folder(Path(output_dir)) as folder:
+                _write_weights(model_config, specs, remaining, folder, max_shard_bytes)
+                _write_companions(model_config, generation_config, tokenizer, specs, folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot write the model to {output_dir}: {reason}") from error
+    finally:
+        for _ in remaining:
+            pass
+
+
+def _write_weights(
+    config: PreTrainedConfig,
+    specs: list[TensorSpec],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    layout = LAYOUT_OF_MODEL_TYPE[config.model_type]
+    copies = TIED_PARAMETERS if config.tie_word_embeddings else {}
+    hub_specs = [
+        hub_spec
+        for spec in specs
+        if spec.name not in copies
+        for hub_spec in _split_spec(layout, spec)
+    ]
+    with SafetensorsWriter(folder, hub_specs, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in tensors:
+            if name not in copies:
+                _append(writer, layout, name, tensor)
+            # Else it would still be held while the next one is gathered.
+            del tensor
+
+
+def _split_spec(layout: Layout, spec: TensorSpec) -> Iterator[TensorSpec]:
+    """Yield what is written for one in-memory parameter."""
+    if not is_expert_parameter(spec.name):
+        yield spec._replace(name=layout.hub_key(spec.name))
+        return
+    for part in layout.expert_parts(spec.name, range(spec.shape[0])):
+        yield TensorSpec(part.key, part.hub_shape(spec.shape), spec.dtype)
+
+
+def _append(writer: SafetensorsWriter, layout: Layout, name: str, tensor: torch.Tensor) -> None:
+    """Write one in-memory parameter, in the order of `_split_spec`."""
+    if not is_expert_parameter(name):
+        writer.append(layout.hub_key(name), tensor)
+        return
+    num_experts, num_rows, _ = tensor.shape
+    for part in layout.expert_parts(name, range(num_experts)):
+        writer.append(part.key, tensor[part.expert, part.rows(num_rows)])
+
+
+def _write_companions(
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    specs: list[TensorSpec],
+    folder: Path,
+) -> None:
+    config = copy.deepcopy(config)
+    config.dtype = specs[0].dtype
+    config.save_pretrained(folder)
+    if generation_config is not None:
+        # `save_pretrained` refuses settings that many published models carry.
+        generation_config.to_json_file(folder / "generation_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,207 @@
+"""Write safetensors files one tensor at a time, and a model folder complete or not at all.
+
+Names, shapes and dtypes are known in advance, so each file's header is written first and tensors
+are appended as they come: no more than one is in memory. Everything is written into a hidden
+folder inside the output folder and moved up by renames when all of it is on disk.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+import torch
+
+from megablocks_utils.checkpoint.index import (
+    HEADER_LENGTH_BYTES,
+    INDEX_FILE_NAME,
+    SINGLE_FILE_NAME,
+    TORCH_DTYPES,
+)
+
+__all__ = ["STAGING_FOLDER_NAME", "SafetensorsWriter", "TensorSpec", "staged_folder"]
+
+STAGING_FOLDER_NAME = ".model-being-written"
+WEIGHT_FILE_PATTERNS = (SINGLE_FILE_NAME, "model-*-of-*.safetensors", INDEX_FILE_NAME)
+METADATA = {"format": "pt"}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """Announce a tensor: its name, shape and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the tensor's size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsWriter:
+    """Write announced tensors, in their announced order, to one or several safetensors files.
+
+    A context manager: leaving it without an error checks that every tensor came, and writes the
+    index file if there are several files. Every file is synced to disk when it is full.
+    """
+
+    def __init__(self, folder: Path, specs: Iterable[TensorSpec], *, max_shard_bytes: int):
+        specs = list(specs)
+        self._folder = folder
+        self._shards = _plan_shards(specs, max_shard_bytes)
+        self._pending = deque(
+            (file_name, spec) for file_name, shard in self._shards.items() for spec in shard
+        )
+        self._file_name: str | None = None
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error_type is not None:
+            if self._file is not None:
+                self._file.close()
+            return
+        self._finish_file()
+        if self._pending:
+            raise ValueError(f"{len(self._pending)} announced tensors were never written")
+        if len(self._shards) > 1:
+            self._write_index()
+
+    def append(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor, cast to its announced dtype.
+
+        Raises:
+            ValueError: this is not the tensor that was announced for this place.
+        """
+        file_name, spec = self._pending.popleft() if self._pending else (None, None)
+        if spec is None or (name, tuple(tensor.shape)) != (spec.name, tuple(spec.shape)):
+            raise ValueError(f"{name} {tuple(tensor.shape)} came where {spec} was announced")
+        if file_name != self._file_name:
+            self._finish_file()
+            self._start_file(file_name)
+        flat = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1)
+        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+    def _start_file(self, file_name: str) -> None:
+        self._file_name = file_name
+        self._file = (self._folder / file_name).open("wb")
+        self._file.write(_header(self._shards[file_name]))
+
+    def _finish_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            _sync(self._folder / self._file_name)
+            self._file = None
+
+    def _write_index(self) -> None:
+        specs = [spec for shard in self._shards.values() for spec in shard]
+        file_names = {spec.name: name for name, shard in self._shards.items() for spec in shard}
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(spec.shape) for spec in specs),
+                "total_size": sum(spec.num_bytes for spec in specs),
+            },
+            "weight_map": dict(sorted(file_names.items())),
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (self._folder / INDEX_FILE_NAME).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def staged_folder(output_dir: Path, *, last: str = "config.json") -> Iterator[Path]:
+    """Give a hidden folder to write into; on success its files replace those of `output_dir`.
+
+    The file `last`, without which nothing loads the folder, is removed first and moved last, with
+    a sync in between: a run that dies leaves the old files, or a folder that does not load. What a
+    dead run left is removed when the next one starts. An error removes the hidden folder.
+
+    Args:
+        output_dir: where the files end up; made if it does not exist.
+        last: the file that makes the folder loadable.
+    """
+    staging = output_dir / STAGING_FOLDER_NAME
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        _publish(staging, output_dir, last)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, output_dir: Path, last: str) -> None:
+    names = sorted(path.name for path in staging.iterdir() if path.name != last)
+    for name in (*names, last, "."):
+        _sync(staging / name)
+    (output_dir / last).unlink(missing_ok=True)
+    _sync(output_dir)
+    for pattern in WEIGHT_FILE_PATTERNS:
+        for path in output_dir.glob(pattern):
+            path.unlink()
+    for name in names:
+        if (output_dir / name).is_dir():
+            shutil.rmtree(output_dir / name)
+        (staging / name).replace(output_dir / name)
+    _sync(output_dir)
+    (staging / last).replace(output_dir / last)
+    _sync(output_dir)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Split tensors over files in order.
+
+    A file ends when the next tensor would make it too large, or would start unaligned there.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    num_bytes = 0
+    for spec in specs:
+        is_full = num_bytes + spec.num_bytes > max_shard_bytes or num_bytes % spec.dtype.itemsize
+        if shards[-1] and is_full:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(spec)
+        num_bytes += spec.num_bytes
+    if len(shards) == 1:
+        return {SINGLE_FILE_NAME: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def _header(specs: Iterable[TensorSpec]) -> bytes:
+    """Return a file's first bytes: the header's length and the header, padded to 8 bytes."""
+    header: dict[str, object] = {"__metadata__": METADATA}
+    offset = 0
+    for spec in specs:
+        offsets = [offset, offset + spec.num_bytes]
+        dtype = DTYPE_NAMES[spec.dtype]
+        header[spec.name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_LENGTH_BYTES)
+    return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text

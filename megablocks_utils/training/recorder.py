@@ -1,0 +1,232 @@
+"""What a run shows and leaves behind: summaries, progress, metrics, the model, `run.json`."""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from megablocks_utils.checkpoint.export import export_model
+from megablocks_utils.errors import UserError
+from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.launch import agree_on_error, claim_output_dir
+from megablocks_utils.lora.adapter_files import export_adapter
+from megablocks_utils.training.debug import describe_placements
+from megablocks_utils.training.memory import describe_memory_source
+from megablocks_utils.training.metrics import MetricsWriter, RunTotals, StepMetrics
+from megablocks_utils.training.parameters import count_local_bytes
+from megablocks_utils.training.plot import plot_loss
+from megablocks_utils.training.progress import track_training
+from megablocks_utils.training.run_record import build_run_record, write_run_json
+from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.summary import (
+    RunFacts,
+    RunResult,
+    describe_precision,
+    show_end_summary,
+    show_start_summary,
+)
+
+Track = Callable[[dict[str, Any], int], None]
+
+
+class RunRecorder:
+    """Show and write what happens, on rank 0; the other ranks only keep totals.
+
+    Use it as a context around the training loop, then call `finish`.
+
+    Args:
+        setup: the run.
+        model: as wrapped by FSDP.
+        track: takes the numbers of a step and the step, every `--logging_steps`, for trackers.
+    """
+
+    def __init__(self, setup: Setup, model: nn.Module, track: Track = lambda *_: None) -> None:
+        self._setup = setup
+        self._track = track
+        self._model = model
+        self._is_main = setup.launch.rank == 0
+        self._totals = RunTotals()
+        self._losses: list[float] = []
+        self._open = ExitStack()
+        self._started_s = 0.0
+        self._runtime_s = 0.0
+        self.output_dir = Path(setup.config.output_dir)
+
+    def __enter__(self) -> Self:
+        """Claim the output folder, show the start-up summary, start the clock.
+
+        **Collective:** every rank must enter; all raise what rank 0 met.
+        """
+        setup = self._setup
+        _claim(setup)
+        show_start_summary(setup.console, _collect_facts(setup, self._model))
+        if setup.config.debug:
+            for line in describe_placements(self._model):
+                setup.console.print(line, markup=False)
+        if self._is_main:
+            self._writer = self._open.enter_context(MetricsWriter(self.metrics_path))
+        progress = track_training(setup.console, setup.schedule.num_steps)
+        self._show = self._open.enter_context(progress)
+        self._started_s = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._runtime_s = time.perf_counter() - self._started_s
+        self._open.close()
+
+    @property
+    def metrics_path(self) -> Path:
+        """Where the metrics of each step go."""
+        return self.output_dir / "metrics.jsonl"
+
+    def record(self, metrics: StepMetrics) -> None:
+        """Take the metrics of a step that is over."""
+        self._totals = self._totals.plus(metrics)
+        self._losses.append(metrics.loss)
+        if metrics.step % self._setup.config.logging_steps == 0:
+            self._track(metrics.as_record(), metrics.step)
+        if self._is_main:
+            self._writer.write(metrics)
+            self._show(metrics)
+
+    def finish(self, tensors: NamedTensors) -> None:
+        """Write the final model or adapter, the plot and `run.json`; show the end summary.
+
+        **Collective:** every rank must call; `tensors` gathers.
+
+        Args:
+            tensors: (name, whole tensor or None) of every parameter of the base model, or with
+                adapters of every trainable parameter.
+        """
+        setup = self._setup
+        _export(setup, tensors, self.output_dir, is_writer=self._is_main)
+        if not self._is_main:
+            return
+        plot_loss(self.metrics_path, self.output_dir / "loss.png")
+        record = build_run_record(
+            sys.argv,
+            setup.config,
+            resolved=_describe_resolved(setup),
+            mesh=_mesh_sizes(setup),
+            kernel=_kernel(setup)[0],
+            kernel_reason=_kernel(setup)[1],
+            parameters=setup.counts,
+            train_runtime_s=self._runtime_s,
+            totals=self._totals,
+            device=setup.device,
+        )
+        write_run_json(self.output_dir / "run.json", record)
+        show_end_summary(setup.console, self._result())
+
+    def _result(self) -> RunResult:
+        weights = "adapter_model.safetensors" if self._setup.config.adapter.has_lora else "model"
+        return RunResult(
+            totals=self._totals,
+            first_loss=self._losses[0],
+            final_loss=self._losses[-1],
+            train_runtime_s=self._runtime_s,
+            memory_source=describe_memory_source(self._setup.device),
+            output_dir=str(self.output_dir),
+            files=(
+                (weights, "the trained weights, with configuration and tokenizer"),
+                ("loss.png", "the loss of each step"),
+                ("metrics.jsonl", "every step's numbers"),
+                ("run.json", "what ran, on what"),
+            ),
+        )
+
+
+def _claim(setup: Setup) -> None:
+    error = None
+    if setup.launch.rank == 0:
+        try:
+            claim_output_dir(setup.config)
+        except UserError as met:
+            error = met
+    agree_on_error(error)
+
+
+def _export(setup: Setup, tensors: NamedTensors, output_dir: Path, *, is_writer: bool) -> None:
+    if setup.config.adapter.has_lora:
+        export_adapter(
+            setup.model,
+            setup.tokenizer,
+            tensors,
+            output_dir,
+            base_model_name=setup.config.model.model_name_or_path,
+            is_writer=is_writer,
+        )
+        return
+    base = setup.base_model
+    export_model(
+        base.config,
+        base.generation_config,
+        setup.tokenizer,
+        setup.parameter_specs,
+        tensors,
+        output_dir,
+        is_writer=is_writer,
+    )
+
+
+def _collect_facts(setup: Setup, model: nn.Module) -> RunFacts:
+    config, base = setup.config, setup.base_model
+    experts = setup.expert_parameters()
+    expert_bytes = count_local_bytes(experts.values())
+    mesh = _mesh_sizes(setup)
+    optim = config.optim
+    kernel, reason = _kernel(setup)
+    examples = setup.schedule.examples
+    return RunFacts(
+        model=config.model.model_name_or_path,
+        family=base.config.model_type,
+        parameters=setup.counts,
+        precision=describe_precision(setup.precision),
+        dp_size=mesh["dp"],
+        ep_size=mesh["ep"],
+        num_experts=setup.num_experts,
+        top_k=base.config.num_experts_per_tok,
+        expert_dp=str(config.parallel.expert_dp),
+        kernel=kernel,
+        kernel_reason=reason,
+        expert_bytes=expert_bytes,
+        dense_bytes=count_local_bytes(model.parameters()) - expert_bytes,
+        examples_kept=len(examples),
+        examples_cut=examples.num_cut,
+        examples_dropped=examples.num_dropped,
+        steps=setup.schedule.num_steps,
+        examples_per_step=setup.launch.world_size
+        * optim.per_device_train_batch_size
+        * optim.gradient_accumulation_steps,
+    )
+
+
+def _mesh_sizes(setup: Setup) -> dict[str, int]:
+    if setup.sharded is None:
+        return {"dp": setup.launch.world_size, "ep": 1}
+    mesh = setup.sharded.mesh
+    return {"dp": mesh["dp"].size(), "ep": mesh["ep"].size()}
+
+
+def _kernel(setup: Setup) -> tuple[str, str]:
+    if setup.sharded is None:
+        return "transformers", "no expert parallelism: transformers runs its own experts"
+    return setup.sharded.kernel.name, setup.sharded.kernel.reason
+
+
+def _describe_resolved(setup: Setup) -> dict[str, Any]:
+    return {
+        "world_size": setup.launch.world_size,
+        "device_type": setup.device.type,
+        "precision": setup.precision.name,
+        "weights_dtype": setup.precision.weights,
+        "compute_dtype": setup.precision.compute,
+        "optim_dtype": setup.precision.optim,
+        "ep_size": _mesh_sizes(setup)["ep"],
+        "num_steps": setup.schedule.num_steps,
+        "examples": len(setup.schedule.examples),
+    }

@@ -1,0 +1,179 @@
+"""Every fault of a model folder is named before, or when, its tensor is read."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, LlamaConfig
+
+from megablocks_utils.checkpoint.index import open_checkpoint
+from megablocks_utils.checkpoint.layouts import detect_layout
+from megablocks_utils.checkpoint.load import (
+    build_model_on_meta,
+    check_against_model,
+    load_dense_parameters,
+    load_experts,
+)
+from megablocks_utils.errors import CheckpointError
+from tests.support.tiny_models import edit_config, save_tiny_model
+
+BLOCK = "model.layers.0.block_sparse_moe"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_tiny_model("mixtral", tmp_path, sharded=False)
+    return tmp_path
+
+
+def edit_tensors(folder, edit):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def failure_of(action, *args, **kwargs):
+    with pytest.raises(CheckpointError) as error:
+        action(*args, **kwargs)
+    return str(error.value)
+
+
+def check(folder, **kwargs):
+    index = open_checkpoint(folder)
+    layout = detect_layout(index)
+    model = build_model_on_meta(folder, **kwargs)
+    check_against_model(model, index, layout, **kwargs)
+
+
+def test_missing_expert_tensor(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop(f"{BLOCK}.experts.2.w3.weight"))
+    start = f"{folder} does not fit its config.json"
+    message = f"{start}: 1 tensor missing ({BLOCK}.experts.2.w3.weight)"
+    assert failure_of(check, folder) == message
+    index = open_checkpoint(folder)
+    name = "model.layers.0.mlp.experts"
+    options = {"first": 2, "last": 4, "dtype": torch.float32}
+    message = failure_of(load_experts, index, detect_layout(index), name, **options)
+    assert message == f"{folder} has no tensor named {BLOCK}.experts.2.w3.weight"
+
+
+def test_missing_unexpected_and_misshaped_together(folder):
+    def edit(tensors):
+        for expert in range(4):
+            tensors.pop(f"{BLOCK}.experts.{expert}.w1.weight")
+        tensors["stray"] = torch.zeros(2)
+        tensors[f"{BLOCK}.gate.weight"] = torch.zeros(3, 64)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+
+    edit_tensors(folder, edit)
+    missing = ", ".join(f"{BLOCK}.experts.{expert}.w1.weight" for expert in range(3))
+    assert failure_of(check, folder) == (
+        f"{folder} does not fit its config.json: 4 tensors missing ({missing}, ...);"
+        " 1 tensor unexpected (stray);"
+        f" 1 tensor of another shape ({BLOCK}.gate.weight is (3, 64) instead of (4, 64))"
+    )
+
+
+def test_misshaped_expert_when_read(folder):
+    key = f"{BLOCK}.experts.1.w2.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(64, 95)}))
+    index = open_checkpoint(folder)
+    name = "model.layers.0.mlp.experts"
+    options = {"first": 0, "last": 2, "dtype": torch.float32}
+    message = failure_of(load_experts, index, detect_layout(index), name, **options)
+    file = folder / "model.safetensors"
+    assert message == f"{key} in {file} has shape (64, 95), wanted is (64, 96)"
+
+
+def test_more_experts_than_the_config_says(folder):
+    edit_config(folder, num_local_experts=3)
+    message = failure_of(check, folder)
+    extra = ", ".join(f"{BLOCK}.experts.3.w{number}.weight" for number in (1, 2, 3))
+    gates = [f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in (0, 1)]
+    shapes = ", ".join(f"{gate} is (4, 64) instead of (3, 64)" for gate in gates)
+    assert message == (
+        f"{folder} does not fit its config.json: 6 tensors unexpected ({extra}, ...);"
+        f" 2 tensors of another shape ({shapes})"
+    )
+
+
+def test_further_layers_are_unexpected_unless_truncated(tmp_path):
+    save_tiny_model("qwen3_moe", tmp_path, num_hidden_layers=3)
+    check(tmp_path, truncate_layers=2)
+    edit_config(tmp_path, num_hidden_layers=2)
+    assert failure_of(check, tmp_path).startswith(
+        f"{tmp_path} does not fit its config.json: 21 tensors unexpected (model.layers.2."
+    )
+
+
+def test_non_finite_expert_is_named(folder):
+    key = f"{BLOCK}.experts.3.w1.weight"
+
+    def edit(tensors):
+        tensors[key][5, 7] = float("nan")
+        tensors[key][5, 8] = float("inf")
+
+    edit_tensors(folder, edit)
+    index = open_checkpoint(folder)
+    layout = detect_layout(index)
+    name = "model.layers.0.mlp.experts"
+    load_experts(index, layout, name, first=0, last=3, dtype=torch.float32)
+    options = {"first": 3, "last": 4, "dtype": torch.float32}
+    file = folder / "model.safetensors"
+    message = failure_of(load_experts, index, layout, name, **options)
+    assert message == f"{key} in {file} holds 2 non-finite values"
+
+
+def test_non_finite_dense_weight_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors[NORM][:1].fill_(float("nan")))
+    index = open_checkpoint(folder)
+    model = build_model_on_meta(folder)
+    layout = detect_layout(index)
+    message = failure_of(load_dense_parameters, model, index, layout, dtype=torch.float32)
+    assert message == f"{NORM} in {folder / 'model.safetensors'} holds 1 non-finite value"
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    assert (
+        failure_of(build_model_on_meta, folder) == f"the model folder {folder} has no config.json"
+    )
+
+
+def test_config_that_is_not_json(folder):
+    file = folder / "config.json"
+    file.write_text('{"model_type": ')
+    where = "Expecting value: line 1 column 16 (char 15)"
+    assert failure_of(build_model_on_meta, folder) == f"{file} is not valid JSON: {where}"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_config_without_model_type(folder, content):
+    file = folder / "config.json"
+    file.write_text(content)
+    assert failure_of(build_model_on_meta, folder) == f"{file} names no model_type"
+
+
+def test_config_with_an_impossible_value(folder):
+    edit_config(folder, hidden_size="wide")
+    message = failure_of(build_model_on_meta, folder)
+    assert message.startswith(f"the configuration in {folder} cannot be used: ")
+    assert "hidden_size" in message and "\n" not in message
+
+
+SUPPORTED = "supported are mixtral, qwen3_moe, olmoe"
+
+
+def test_dense_model_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    message = f"model_type 'llama' in {file} has no experts: {SUPPORTED}"
+    assert failure_of(build_model_on_meta, tmp_path) == message
+
+
+def test_other_moe_family_is_refused(tmp_path):
+    GptOssConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    message = f"model_type 'gpt_oss' in {file} is not supported: {SUPPORTED}"
+    assert failure_of(build_model_on_meta, tmp_path) == message

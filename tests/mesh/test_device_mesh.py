@@ -1,0 +1,65 @@
+"""Mesh sizes and coordinates, also of worlds larger than this machine (fake process group)."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.mesh.device_mesh import MeshSizes, compute_mesh_sizes, legal_ep_sizes
+
+COORDINATES = """
+import sys
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
+from megablocks_utils.mesh.placement import local_expert_range
+world_size, ep_size, num_experts, rank = map(int, sys.argv[1:])
+dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+mesh = build_mesh(compute_mesh_sizes(world_size, ep_size, num_experts), "cpu")
+mine = local_expert_range(num_experts, mesh)
+ep_ranks = dist.get_process_group_ranks(mesh["ep"].get_group())
+print(mesh.mesh_dim_names, mesh["dp"].get_local_rank(), list(mine), ep_ranks)
+"""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "num_experts", "wanted"),
+    [
+        (8, 8, 8, MeshSizes(1, 8)),
+        (8, 4, 8, MeshSizes(2, 4)),
+        (8, 1, 8, MeshSizes(8, 1)),
+        (16, 8, 128, MeshSizes(2, 8)),
+    ],
+)
+def test_mesh_sizes(world_size, ep_size, num_experts, wanted):
+    assert compute_mesh_sizes(world_size, ep_size, num_experts) == wanted
+
+
+def test_legal_ep_sizes_divide_both():
+    assert legal_ep_sizes(world_size=12, num_experts=8) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("ep_size", [0, 3, 8])  # nothing; not the world; the world, not the experts
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(ep_size):
+    with pytest.raises(ConfigurationError) as refusal:
+        compute_mesh_sizes(world_size=8, ep_size=ep_size, num_experts=4)
+    assert str(refusal.value) == (
+        f"--ep_size is {ep_size}, but it must divide the 8 processes of this run and the 4 experts "
+        "of a layer; these would work: 1, 2, 4."
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "num_experts", "rank", "wanted"),
+    [
+        (8, 4, 8, 6, "('dp', 'ep') 1 [4, 5] [4, 5, 6, 7]"),  # ep innermost: neighbours exchange
+        (16, 8, 8, 9, "('dp', 'ep') 1 [1] [8, 9, 10, 11, 12, 13, 14, 15]"),
+        (16, 2, 4, 5, "('dp', 'ep') 2 [2, 3] [4, 5]"),
+    ],
+)
+def test_coordinates_of_a_rank(world_size, ep_size, num_experts, rank, wanted):
+    arguments = map(str, (world_size, ep_size, num_experts, rank))
+    command = [sys.executable, "-W", "ignore", "-c", COORDINATES, *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert answer.stdout.strip() == wanted

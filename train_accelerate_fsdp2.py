@@ -1,0 +1,40 @@
+"""Fine-tune an MoE model with expert parallelism and FSDP2, in a loop of our own on Accelerate.
+
+    torchrun --nproc_per_node=8 train_accelerate_fsdp2.py --use_megablocks_sharding True ...
+
+`--help` lists all options.
+"""
+
+import sys
+
+from megablocks_utils.config import RunConfig, parse_args
+from megablocks_utils.launch import Launch, check_environment, check_output_dir, run_entry_point
+
+
+def main(argv: list[str]) -> None:
+    """Check the options before torch is imported, then train."""
+    config = parse_args(argv, entry_point="fsdp2")
+    launch = check_environment(config)
+    check_output_dir(config)
+    train(config, launch)
+
+
+def train(config: RunConfig, launch: Launch) -> None:
+    """Build, fit, report."""
+    from megablocks_utils.fsdp.fsdp2 import full_parameters
+    from megablocks_utils.training.loop import build_training_state, fit
+    from megablocks_utils.training.recorder import RunRecorder
+    from megablocks_utils.training.setup import build_setup, start_processes
+
+    device = start_processes(launch)
+    setup = build_setup(config, launch, device)
+    state = build_training_state(setup)
+    with RunRecorder(setup, state.model, state.accelerator.log) as recorder:
+        for metrics in fit(state, setup):
+            recorder.record(metrics)
+    recorder.finish(full_parameters(state.model, only_trainable=config.adapter.has_lora))
+    state.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_entry_point(main, sys.argv[1:])

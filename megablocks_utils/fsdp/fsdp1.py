@@ -5,13 +5,13 @@ communication hook makes the reduction a plain sum, so no loss and no gradient i
 average, and accumulation, mixed precision and padding work as FSDP1 does them.
 
 A layer with adapters is wrapped twice: an inner unit holds its frozen weights, an outer one its
-adapters. A flat parameter has one dtype, and frozen weights beside trainable ones would need gradient
-memory. Both gather at the layer's door, outside of what checkpointing repeats: units around each
-small adapter, as PEFT's wrap policy makes them, gather eight times a layer and once more in
-recomputation, which selective checkpointing does not survive.
+adapters. A flat parameter has one dtype, and frozen weights beside trainable ones would need
+gradient memory. Both gather at the layer's door, outside of what checkpointing repeats. (Units
+around each small adapter, as PEFT's wrap policy makes them, gather eight times a layer and again in
+recomputation, which selective checkpointing does not survive.)
 """
 
-from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
@@ -29,16 +30,14 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _SHARDED_STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_PEFT_PREFIX = "base_model.model."
-_PEFT_BASE_LAYER = ".base_layer."
-_PEFT_ADAPTER_NAME = ".default."
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.")
 
 
 def build_fsdp1_plugin(precision: ResolvedPrecision) -> FullyShardedDataParallelPlugin:
     """Build Accelerate's description of FSDP1.
 
-    What is not set here (prefetching, `FULL_SHARD` or `SHARD_GRAD_OP`) comes from `accelerate.yaml`.
+    What is not set here (prefetching, `FULL_SHARD` or `SHARD_GRAD_OP`) comes from
+    `accelerate.yaml`.
 
     Raises:
         ConfigurationError: a sharding strategy that does not shard over the world.
@@ -129,30 +128,40 @@ def wrap_fsdp1(
     return root
 
 
-def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Gather the weights of the model without its adapters, one FSDP unit (a layer) at a time.
+def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:
+    """Gather layer by layer: (name, whole tensor on rank 0, None elsewhere).
 
-    **Collective:** every rank of the world must iterate to the end. Between two tensors a rank holds
-    at most one unit's weights, or one expert projection of one layer, more than in training.
+    Names and order are those of the unwrapped model's `named_parameters`. Between two tensors a
+    rank holds at most one layer's weights outside the experts, or one projection of one layer's
+    experts, more than in training.
 
-    Yields:
-        The name that the transformers model knows the parameter by, and on rank 0 the whole tensor
-        on the CPU, on other ranks None. Tied parameters come once.
+    **Collective:** an all-gather for each layer's run of parameters and one for each expert
+    parameter; every rank of the world must iterate to the end.
+
+    Args:
+        model: wrapped by `wrap_fsdp1`.
+        only_trainable: leave frozen parameters out.
     """
-    units = [unit for unit in _units(model).items() if not _holds_adapters(unit[1])]
-    for name, tensor in _gather(units):
-        name = name.removeprefix(_PEFT_PREFIX).replace(_PEFT_BASE_LAYER, ".")
-        yield name, tensor
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Gather the LoRA weights, under the names they have in PEFT's `adapter_model.safetensors`.
-
-    **Collective:** as `full_parameters`; frozen weights are not gathered.
-    """
-    units = [unit for unit in _units(model).items() if _holds_adapters(unit[1])]
-    for name, tensor in _gather(units):
-        yield name.replace(_PEFT_ADAPTER_NAME, "."), tensor
+    is_writer = dist.get_rank() == 0
+    units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit).values()}
+    wanted = [
+        (strip_wrappers(name), parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not only_trainable
+    ]
+    for unit, run in groupby(wanted, key=lambda item: _unit_to_gather(item[1], units)):
+        if unit is None:
+            for name, parameter in run:
+                whole = parameter.detach().full_tensor()
+                yield name, whole.cpu() if is_writer else None
+                del whole
+            continue
+        with FullyShardedDataParallel.summon_full_params(
+            unit, recurse=False, writeback=False, rank0_only=True
+        ):
+            for name, parameter in run:
+                # A copy also on CPU: FSDP1 frees the memory of what it has gathered.
+                yield name, parameter.detach().to("cpu", copy=True) if is_writer else None
 
 
 def strip_wrappers(name: str) -> str:
@@ -175,30 +184,11 @@ def _sum_over_ranks(
         _reduce_scatter(shard, gradient, group=group)
 
 
-def _gather(
-    units: Iterable[tuple[str, FullyShardedDataParallel]],
-) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield the parameters of each unit, then of the experts within it."""
-    is_writer = dist.get_rank() == 0
-    for prefix, unit in units:
-        own = _own_parameters(unit)
-        experts = {name: p for name, p in own.items() if isinstance(p, DTensor)}
-        if len(experts) < len(own):
-            with FullyShardedDataParallel.summon_full_params(
-                unit, recurse=False, writeback=False, rank0_only=True
-            ):
-                for name, parameter in _own_parameters(unit).items():
-                    if name not in experts:
-                        whole = _copy_to_cpu(parameter) if is_writer else None
-                        yield strip_wrappers(prefix + name), whole
-        for name, parameter in experts.items():
-            whole = parameter.detach().full_tensor()
-            yield strip_wrappers(prefix + name), whole.cpu() if is_writer else None
-
-
-def _copy_to_cpu(tensor: Tensor) -> Tensor:
-    """Copy even on CPU: FSDP1 frees the memory of what it has gathered."""
-    return tensor.detach().to("cpu", copy=True)
+def _unit_to_gather(
+    parameter: nn.Parameter, units: dict[int, FullyShardedDataParallel]
+) -> FullyShardedDataParallel | None:
+    """Return the unit that holds a parameter; None for an expert, a DTensor."""
+    return None if isinstance(parameter, DTensor) else units[id(parameter)]
 
 
 def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:

@@ -20,7 +20,7 @@ from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, wrap_fsdp1
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
 from megablocks_utils.training.batches import MicroBatch, StepPlan
-from megablocks_utils.training.debug import check_gradient_norm, check_replicas, log_placements
+from megablocks_utils.training.debug import check_gradient_norm, check_replicas
 from megablocks_utils.training.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.micro_batch import (
     LossWeights,
@@ -64,8 +64,8 @@ class MicroBatchLoader:
 class MoETrainer(Trainer):
     """Train with the contract's meaning of a step.
 
-    Trainer keeps its loop, callbacks, logging and Accelerate; everything a number depends on is what
-    the FSDP2 loop uses too.
+    Trainer keeps its loop, callbacks, logging and Accelerate; everything a number depends on is
+    what the FSDP2 loop uses too.
 
     Args:
         setup: the run, its model not wrapped yet.
@@ -93,8 +93,6 @@ class MoETrainer(Trainer):
             layer_classes=setup.layer_classes,
             device=setup.device,
         )
-        if setup.config.debug:
-            log_placements(self.model)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -158,8 +156,8 @@ class MoETrainer(Trainer):
         """Run forward and backward of one micro-batch.
 
         Returns:
-            What Trainer logs: it adds the micro-steps and takes the mean over ranks, so the share of
-            the step loss (without the auxiliary loss) times the ranks.
+            What Trainer logs: it adds the micro-steps and takes the mean over ranks, so the share
+            of the step loss (without the auxiliary loss) times the ranks.
         """
         super().training_step(model, inputs, num_items_in_batch)
         return self._report.loss_share * self.args.world_size
@@ -227,7 +225,10 @@ class _StepReport(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reduce the step's numbers over the ranks and hand them on. **Collective.**"""
+        """Reduce the step's numbers over the ranks and hand them on.
+
+        **Collective:** every rank of the world must call.
+        """
         if self._is_debug_run and self._sharded is not None:
             check_replicas(self._sharded, state.global_step)
         metrics = self._meter.finish_step(

@@ -61,6 +61,7 @@ def test_run_equals_one_stock_process(pools, parity_folder, case):
 
 # Of stock bf16's own drift from fp32, as for FSDP2.
 PRECISION_BOUNDS = {"bf16": 2.0, "mixed": 0.5, "bf16_sr": 0.5}
+LOW_PRECISION = 0.01  # less, and nothing was computed in bf16
 PRECISION_STEPS = 6
 
 
@@ -72,7 +73,7 @@ PRECISION_STEPS = 6
 def test_drift_is_bounded_by_stock_bf16(pools, parity_folder, layout, precision):
     case = ParityCase(layout, "qwen3_moe", PRECISION_STEPS, precision=precision)
     ours, stock = _drifts(pools, parity_folder, case)
-    assert 0 < ours < PRECISION_BOUNDS[precision] * stock
+    assert LOW_PRECISION * stock < ours < PRECISION_BOUNDS[precision] * stock
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_drift_with_adapters(pools, parity_folder, precision, sync_each_batch):
         checkpointing="selective",
     )
     ours, stock = _drifts(pools, parity_folder, case)
-    assert 0 < ours < 2 * stock
+    assert LOW_PRECISION * stock < ours < 2 * stock
 
 
 def _drifts(pools, parity_folder, case):

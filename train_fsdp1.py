@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
 
 def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     """Build, train, report."""
-    from megablocks_utils.fsdp.fsdp1 import adapter_parameters, full_parameters
+    from megablocks_utils.fsdp.fsdp1 import full_parameters
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.setup import build_setup, start_processes
     from megablocks_utils.training.trainer import MoETrainer
@@ -39,8 +39,8 @@ def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     trainer = MoETrainer(setup, arguments, on_step=recorder.record)
     with recorder:
         trainer.train()
-    gather = adapter_parameters if config.adapter.has_lora else full_parameters
-    recorder.finish(gather(trainer.model))
+    recorder.finish(full_parameters(trainer.model, only_trainable=config.adapter.has_lora))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

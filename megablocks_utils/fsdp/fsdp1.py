@@ -3,9 +3,15 @@
 FSDP1 averages gradients over the ranks; this project sums them (see `gradients`). The public
 communication hook makes the reduction a plain sum, so no loss and no gradient is scaled to undo an
 average, and accumulation, mixed precision and padding work as FSDP1 does them.
+
+A layer with adapters is wrapped twice: an inner unit holds its frozen weights, an outer one its
+adapters. A flat parameter has one dtype, and frozen weights beside trainable ones would need
+gradient memory. Both gather at the layer's door, outside of what checkpointing repeats. (Units
+around each small adapter, as PEFT's wrap policy makes them, gather eight times a layer and again in
+recomputation, which selective checkpointing does not survive.)
 """
 
-from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -16,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
@@ -23,36 +30,23 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _SHARDED_STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_PEFT_PREFIX = "base_model.model."
-_PEFT_BASE_LAYER = ".base_layer."
-_PEFT_ADAPTER_NAME = ".default."
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.")
 
 
-def build_fsdp1_plugin(
-    precision: ResolvedPrecision, layer_classes: list[str], sharded: ShardedMoE | None
-) -> FullyShardedDataParallelPlugin:
-    """Build Accelerate's description of FSDP1: what to wrap, what to leave alone, which dtypes.
+def build_fsdp1_plugin(precision: ResolvedPrecision) -> FullyShardedDataParallelPlugin:
+    """Build Accelerate's description of FSDP1.
 
-    What is not set here (prefetching, `FULL_SHARD` or `SHARD_GRAD_OP`) comes from `accelerate.yaml`.
-
-    Args:
-        precision: the run's dtypes.
-        layer_classes: class names of the modules that become one FSDP unit each. Adapters get
-            units of their own from PEFT's wrap policy, which Trainer puts in place: a flat
-            parameter has one dtype, and frozen weights beside them would need gradient memory.
-        sharded: whose experts FSDP leaves alone; None without expert parallelism.
+    What is not set here (prefetching, `FULL_SHARD` or `SHARD_GRAD_OP`) comes from
+    `accelerate.yaml`.
 
     Raises:
         ConfigurationError: a sharding strategy that does not shard over the world.
     """
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=1,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=layer_classes,
+        auto_wrap_policy="no_wrap",  # `wrap_fsdp1` does
         mixed_precision_policy=build_mixed_precision(precision),
-        ignored_modules=list(sharded.expert_modules.values()) if sharded else None,
-        use_orig_params=True,  # optimizer groups by name
+        use_orig_params=True,  # the optimizer groups by name
         cpu_offload=False,
         activation_checkpointing=False,  # the model does its own
         # Both would send rank 0's weights to all: every rank holds other experts.
@@ -71,60 +65,103 @@ def build_fsdp1_plugin(
 def build_mixed_precision(precision: ResolvedPrecision) -> MixedPrecision | None:
     """Gather in the dtype of compute, reduce in that of the trained weights; None if they agree.
 
-    Buffers stay as they are (rotary frequencies need fp32). Inputs of a unit are cast: PEFT casts an
-    adapter's input to the stored dtype of its weights, which is not the gathered one. The routing
-    weights still reach the experts in fp32, since experts are no unit.
+    Buffers stay as they are (rotary frequencies need fp32), and inputs are not cast: the routing
+    weights must reach the experts in fp32.
     """
     if precision.compute == precision.adapter:
         return None
     return MixedPrecision(
         param_dtype=getattr(torch, precision.compute),
         reduce_dtype=getattr(torch, precision.adapter),
+        cast_root_forward_inputs=False,
     )
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Make all gradient reductions of a wrapped model sums over the ranks. Once, before training.
+def wrap_fsdp1(
+    model: nn.Module,
+    sharded: ShardedMoE | None,
+    plugin: FullyShardedDataParallelPlugin,
+    *,
+    layer_classes: list[str],
+    device: torch.device,
+) -> FullyShardedDataParallel:
+    """Wrap every decoder layer, then the rest, leave the experts alone, and sum all gradients.
+
+    **Collective:** every rank of the world must call.
+
+    Args:
+        model: sharded by `shard_moe`, adapters attached; its layers are replaced in place.
+        sharded: what `shard_moe` returned; None without expert parallelism.
+        plugin: from `build_fsdp1_plugin`.
+        layer_classes: class names of the layers.
+        device: where this rank computes.
 
     Raises:
-        RuntimeError: the model is not wrapped, or a parameter is neither in FSDP nor a DTensor of
-            an expert: its gradient would never be reduced.
+        RuntimeError: FSDP left a parameter out: its gradient would never be reduced.
     """
-    if not isinstance(model, FullyShardedDataParallel):
-        raise RuntimeError(f"the model is a {type(model).__name__}, which FSDP1 has not wrapped")
-    managed = {id(p) for unit in _units(model).values() for p in _own_parameters(unit).values()}
-    left_out = [
-        name
+    experts = list(sharded.expert_modules.values()) if sharded else None
+
+    def wrap(module: nn.Module) -> FullyShardedDataParallel:
+        return FullyShardedDataParallel(
+            module,
+            sharding_strategy=plugin.sharding_strategy,
+            mixed_precision=plugin.mixed_precision_policy,
+            backward_prefetch=plugin.backward_prefetch,
+            forward_prefetch=plugin.forward_prefetch,
+            limit_all_gathers=plugin.limit_all_gathers,
+            use_orig_params=True,
+            ignored_modules=experts,
+            device_id=device,
+        )
+
+    num_elements = _count_local_dense(model)
+    layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
+    for name, layer in layers:
+        adapters = _take_adapters_off(layer)
+        unit = wrap(layer)
+        for place, child, adapter in adapters:
+            setattr(place, child, adapter)
+        model.set_submodule(name, wrap(unit) if adapters else unit)
+    root = wrap(model)
+    _assert_all_sharded(root, num_elements)
+    root.register_comm_hook(root.process_group, _sum_over_ranks)
+    return root
+
+
+def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:
+    """Gather layer by layer: (name, whole tensor on rank 0, None elsewhere).
+
+    Names and order are those of the unwrapped model's `named_parameters`. Between two tensors a
+    rank holds at most one layer's weights outside the experts, or one projection of one layer's
+    experts, more than in training.
+
+    **Collective:** an all-gather for each layer's run of parameters and one for each expert
+    parameter; every rank of the world must iterate to the end.
+
+    Args:
+        model: wrapped by `wrap_fsdp1`.
+        only_trainable: leave frozen parameters out.
+    """
+    is_writer = dist.get_rank() == 0
+    units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit).values()}
+    wanted = [
+        (strip_wrappers(name), parameter)
         for name, parameter in model.named_parameters()
-        if id(parameter) not in managed and not isinstance(parameter, DTensor)
+        if parameter.requires_grad or not only_trainable
     ]
-    if left_out:
-        raise RuntimeError(f"FSDP1 left {len(left_out)} parameters out, the first is {left_out[0]}")
-    model.register_comm_hook(model.process_group, _sum_over_ranks)
-
-
-def full_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Gather the weights of the model without its adapters, one FSDP unit (a layer) at a time.
-
-    **Collective:** every rank of the world must iterate to the end. Between two tensors a rank holds
-    at most one unit's weights, or one expert projection of one layer, more than in training.
-
-    Yields:
-        The name that the transformers model knows the parameter by, and on rank 0 the whole tensor
-        on the CPU, on other ranks None. Tied parameters come once.
-    """
-    for name, tensor in _gather(model, lambda name: not _is_adapter(name)):
-        name = name.removeprefix(_PEFT_PREFIX).replace(_PEFT_BASE_LAYER, ".")
-        yield name, tensor
-
-
-def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Gather the LoRA weights, under the names they have in PEFT's `adapter_model.safetensors`.
-
-    **Collective:** as `full_parameters`; frozen weights are not gathered.
-    """
-    for name, tensor in _gather(model, _is_adapter):
-        yield name.replace(_PEFT_ADAPTER_NAME, "."), tensor
+    for unit, run in groupby(wanted, key=lambda item: _unit_to_gather(item[1], units)):
+        if unit is None:
+            for name, parameter in run:
+                whole = parameter.detach().full_tensor()
+                yield name, whole.cpu() if is_writer else None
+                del whole
+            continue
+        with FullyShardedDataParallel.summon_full_params(
+            unit, recurse=False, writeback=False, rank0_only=True
+        ):
+            for name, parameter in run:
+                # A copy also on CPU: FSDP1 frees the memory of what it has gathered.
+                yield name, parameter.detach().to("cpu", copy=True) if is_writer else None
 
 
 def strip_wrappers(name: str) -> str:
@@ -147,35 +184,11 @@ def _sum_over_ranks(
         _reduce_scatter(shard, gradient, group=group)
 
 
-def _gather(
-    model: nn.Module, is_wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, Tensor | None]]:
-    """Yield the wanted parameters of each unit, then of the experts within it."""
-    is_writer = dist.get_rank() == 0
-    for prefix, unit in _units(model).items():
-        wanted = {
-            name: parameter
-            for name, parameter in _own_parameters(unit).items()
-            if is_wanted(strip_wrappers(prefix + name))
-        }
-        experts = {name: p for name, p in wanted.items() if isinstance(p, DTensor)}
-        dense = [name for name in wanted if name not in experts]
-        if dense:
-            with FullyShardedDataParallel.summon_full_params(
-                unit, recurse=False, writeback=False, rank0_only=True
-            ):
-                gathered = _own_parameters(unit)
-                for name in dense:
-                    whole = _copy_to_cpu(gathered[name]) if is_writer else None
-                    yield strip_wrappers(prefix + name), whole
-        for name, parameter in experts.items():
-            whole = parameter.detach().full_tensor()
-            yield strip_wrappers(prefix + name), whole.cpu() if is_writer else None
-
-
-def _copy_to_cpu(tensor: Tensor) -> Tensor:
-    """Copy even on CPU: FSDP1 frees the memory of what it has gathered."""
-    return tensor.detach().to("cpu", copy=True)
+def _unit_to_gather(
+    parameter: nn.Parameter, units: dict[int, FullyShardedDataParallel]
+) -> FullyShardedDataParallel | None:
+    """Return the unit that holds a parameter; None for an expert, a DTensor."""
+    return None if isinstance(parameter, DTensor) else units[id(parameter)]
 
 
 def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
@@ -188,10 +201,51 @@ def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
 
 
 def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
-    """Return a unit's parameters, ignored ones included, those of units inside it left out."""
-    inside = tuple(_units(unit.module))
-    named = unit.module.named_parameters()
-    return {name: parameter for name, parameter in named if not name.startswith(inside)}
+    """Return a unit's parameters and the experts beside them, without those of units inside it."""
+    inside = tuple(prefix for prefix in _units(unit.module) if prefix)
+    return {
+        name: parameter
+        for name, parameter in unit.module.named_parameters()
+        if not name.startswith(inside) and _is_adapter(name) == _holds_adapters(unit)
+    }
+
+
+def _holds_adapters(unit: FullyShardedDataParallel) -> bool:
+    """Say whether this is the outer one of a layer's two units."""
+    return isinstance(unit.module, FullyShardedDataParallel)
+
+
+def _take_adapters_off(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Take the adapters' modules out of a layer; returns where each was, for `setattr`.
+
+    FSDP1 could be told to ignore them, but then every unit around that one ignores them too.
+    """
+    paths = [name.rpartition(".")[0] for name, _ in layer.named_parameters() if _is_adapter(name)]
+    taken = []
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        place = layer.get_submodule(parent)
+        taken.append((place, child, getattr(place, child)))
+        delattr(place, child)
+    return taken
+
+
+def _assert_all_sharded(model: FullyShardedDataParallel, num_elements: int) -> None:
+    """Stop if a parameter is whole on every rank: its gradient would never be reduced.
+
+    **Collective:** one all-reduce of one number over the world.
+    """
+    device = next(model.parameters()).device
+    total = torch.tensor(_count_local_dense(model), device=device)
+    dist.all_reduce(total)
+    if total != num_elements:
+        raise RuntimeError(
+            f"FSDP1 was given {num_elements} elements to shard, but the ranks hold {total.item()}"
+        )
+
+
+def _count_local_dense(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
 
 
 def _is_adapter(name: str) -> bool:

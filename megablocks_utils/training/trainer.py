@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
-from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, sum_gradients
+from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, wrap_fsdp1
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
 from megablocks_utils.training.batches import MicroBatch, StepPlan
-from megablocks_utils.training.debug import check_gradient_norm, check_replicas, log_placements
+from megablocks_utils.training.debug import check_gradient_norm, check_replicas
 from megablocks_utils.training.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.micro_batch import (
     LossWeights,
@@ -64,8 +64,8 @@ class MicroBatchLoader:
 class MoETrainer(Trainer):
     """Train with the contract's meaning of a step.
 
-    Trainer keeps its loop, callbacks, logging and Accelerate; everything a number depends on is what
-    the FSDP2 loop uses too.
+    Trainer keeps its loop, callbacks, logging and Accelerate; everything a number depends on is
+    what the FSDP2 loop uses too.
 
     Args:
         setup: the run, its model not wrapped yet.
@@ -79,12 +79,20 @@ class MoETrainer(Trainer):
     def __init__(self, setup: Setup, arguments: TrainingArguments, on_step: OnStep) -> None:
         # Trainer's constructor builds the accelerator, which needs these.
         self._setup = setup
-        self._plugin = build_fsdp1_plugin(setup.precision, setup.layer_classes, setup.sharded)
+        self._plugin = build_fsdp1_plugin(setup.precision)
         self._aux_loss_coef = resolve_aux_loss_coef(
             setup.base_model.config, setup.config.router_aux_loss_coef
         )
         self._report = _StepReport(setup, on_step)
         super().__init__(setup.model, arguments, callbacks=[self._report])
+        # Wrapped already, the model is Accelerate's to use and not to wrap.
+        self.model = self.model_wrapped = wrap_fsdp1(
+            setup.model,
+            setup.sharded,
+            self._plugin,
+            layer_classes=setup.layer_classes,
+            device=setup.device,
+        )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -148,21 +156,14 @@ class MoETrainer(Trainer):
         """Run forward and backward of one micro-batch.
 
         Returns:
-            What Trainer logs: it adds the micro-steps and takes the mean over ranks, so the share of
-            the step loss (without the auxiliary loss) times the ranks.
+            What Trainer logs: it adds the micro-steps and takes the mean over ranks, so the share
+            of the step loss (without the auxiliary loss) times the ranks.
         """
         super().training_step(model, inputs, num_items_in_batch)
         return self._report.loss_share * self.args.world_size
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         return super()._build_accelerator_args(**kwargs | {"fsdp_plugin": self._plugin})
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, Any]:
-        model, loader = super()._prepare_for_training(*args, **kwargs)
-        sum_gradients(model)
-        if self._setup.config.debug:
-            log_placements(model)
-        return model, loader
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self._finish_gradients(model, self.args.max_grad_norm)
@@ -224,7 +225,10 @@ class _StepReport(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reduce the step's numbers over the ranks and hand them on. **Collective.**"""
+        """Reduce the step's numbers over the ranks and hand them on.
+
+        **Collective:** every rank of the world must call.
+        """
         if self._is_debug_run and self._sharded is not None:
             check_replicas(self._sharded, state.global_step)
         metrics = self._meter.finish_step(

@@ -1,4 +1,4 @@
-"""Hugging Face's TrainingArguments for the FSDP1 script: theirs pass through, contradictions do not."""
+"""Hugging Face's TrainingArguments for the FSDP1 script: all pass, except contradictions."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn

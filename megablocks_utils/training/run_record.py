@@ -17,7 +17,8 @@ from megablocks_utils.training.memory import describe_memory_source
 from megablocks_utils.training.metrics import RunTotals
 from megablocks_utils.training.parameters import ParameterCounts
 
-__all__ = ["RunRecord", "build_run_record", "read_commit", "write_run_json"]
+__all__ = ["RunRecord", "build_run_record", "describe_hardware", "read_commit"]
+__all__ += ["read_versions", "write_run_json"]
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -100,9 +101,9 @@ def build_run_record(
         command=shlex.join(command),
         options=asdict(options),
         resolved=dict(resolved),
-        versions=_read_versions(),
+        versions=read_versions(),
         commit=read_commit(CHECKOUT),
-        hardware=_describe_hardware(),
+        hardware=describe_hardware(),
         mesh=dict(mesh),
         kernel={"name": kernel, "reason": kernel_reason},
         parameters=asdict(parameters),
@@ -133,7 +134,8 @@ def read_commit(folder: Path) -> str | None:
     return answer.stdout.strip()
 
 
-def _read_versions() -> dict[str, str | None]:
+def read_versions() -> dict[str, str | None]:
+    """Return the versions of Python and the libraries, None for those not installed."""
     return {"python": platform.python_version()} | {
         library: _read_version(library) for library in LIBRARIES
     }
@@ -146,7 +148,8 @@ def _read_version(library: str) -> str | None:
         return None
 
 
-def _describe_hardware() -> dict[str, Any]:
+def describe_hardware() -> dict[str, Any]:
+    """Return processor, cores, memory and GPUs of this rank's machine."""
     return {
         "cpu": _read_cpu_model(),
         "cores": os.cpu_count(),

@@ -40,9 +40,7 @@ def test_shapes_grouped_mm_cannot_run(shapes, obstacle):
     assert (choice.name, choice.reason) == ("eager", f"auto: {obstacle}")
     with pytest.raises(ConfigurationError) as refusal:
         choose_backend("grouped_mm", shapes)
-    assert str(refusal.value) == (
-        f"--kernel is grouped_mm, but {obstacle}; --kernel eager works."
-    )
+    assert str(refusal.value) == (f"--kernel is grouped_mm, but {obstacle}; --kernel eager works.")
 
 
 def test_a_backend_of_a_later_version_is_refused():

@@ -1,1 +1,1 @@
-"""Measurements, each with its birth certificate; run as `PYTHONPATH=. python -m benchmarks.NAME`."""
+"""Measurements with birth certificates; run as `PYTHONPATH=. python -m benchmarks.NAME`."""

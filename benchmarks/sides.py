@@ -98,7 +98,7 @@ class StockSide:
     Args:
         ours: gives options and data.
         case: what is compared.
-        padded: True as most scripts do: examples in file order, padded to the longest of their
+        padded: as most scripts do, examples in file order, padded to the longest of their
             micro-batch, an attention mask, the model's own loss over all positions. False as lean as
             the stock model allows: our packed rows, and logits of label positions only.
     """
@@ -173,7 +173,9 @@ def _padded_batches(schedule: Schedule) -> Iterator[tuple[int, list[PaddedBatch]
 
 def _pad(schedule: Schedule, chosen: list[int]) -> PaddedBatch:
     pairs = [schedule.examples[i] for i in chosen]
-    input_ids, labels = ([torch.from_numpy(part).long() for part in parts] for parts in zip(*pairs))
+    input_ids, labels = (
+        [torch.from_numpy(part).long() for part in parts] for parts in zip(*pairs, strict=True)
+    )
     return PaddedBatch(
         input_ids=pad_sequence(input_ids, batch_first=True),
         attention_mask=pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
@@ -222,7 +224,7 @@ def _average_gradients(groups: list[list[nn.Parameter]]) -> None:
 
 
 def _clip(groups: list[list[nn.Parameter]]) -> None:
-    """Clip over all meshes; `torch.nn.utils.clip_grad_norm_` cannot, transformers' Trainer does so."""
+    """Clip over all meshes; `torch.nn.utils.clip_grad_norm_` cannot, Trainer does so."""
     norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms))

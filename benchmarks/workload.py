@@ -18,8 +18,8 @@ class Workload:
 
     Attributes:
         num_examples: of the data file, enough for all steps.
-        longest_tokens: examples have between 16 and this many tokens, log-normal around 64, as short
-            instructions have; the first 40 % of each is its prompt, without labels.
+        longest_tokens: examples have between 16 and this many tokens, log-normal around 64, as
+            short instructions have; the first 40 % of each is its prompt, without labels.
         global_batch: examples of an optimizer step, all ranks.
         per_device_batch: examples of a micro-batch.
     """

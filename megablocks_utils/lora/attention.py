@@ -1,5 +1,7 @@
 """LoRA on the attention projections, with PEFT, over frozen experts that may be sharded."""
 
+import warnings
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -46,7 +48,10 @@ def apply_attention_lora(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers by a name that transformers 5.23 has deprecated.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+            peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(adapter_dtype)

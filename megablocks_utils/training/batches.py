@@ -1,20 +1,23 @@
 """Decide which examples a rank sees in which micro-step.
 
 Global batch i of an epoch holds examples ``[i*G, (i+1)*G)`` of the epoch's order, where G is batch
-size x ranks x accumulation steps; the last one may be smaller and is kept. The order depends on seed
-and epoch alone, so runs with equal G see the same global batches on any number of ranks.
+size x ranks x accumulation steps; the last one may be smaller and is kept. The order depends on
+seed and epoch alone, so runs with equal G see the same global batches on any number of ranks.
 
 Who sees what *within* a global batch changes nothing in the result (loss and gradient are sums over
-it), so it is chosen for speed. All ranks meet in every layer's all-to-all, and each waits for the one
-with the most tokens; so micro-batches that run at the same time get nearly the same number of tokens:
+it), so it is chosen for speed. All ranks meet in every layer's all-to-all, and each waits for the
+one with the most tokens; so micro-batches that run at the same time get nearly the same number of
+tokens:
 
 1. the examples, longest first, each go to the micro-batch with the fewest tokens among those that
    still have room (every micro-batch takes ``per_device_train_batch_size``);
 2. the finished micro-batches are sorted by their tokens, and neighbours run at the same time.
 
-The waiting of a whole step (the sum over its micro-steps of largest minus smallest micro-batch) stays
-below the longest example of a full batch (in each of 20,000 random ones), and the largest micro-batch, which sets the memory peak, is
-about as small as it can be. With one example per micro-batch all this is sorting by length.
+With that, a full batch waits (summed over its micro-steps: largest minus smallest micro-batch) for
+less than its longest example, as 20,000 random batches of all shapes did, and the largest
+micro-batch, which sets the memory peak, is about as small as it can be. With one example per
+micro-batch all this is sorting by length.
+
 Each rank computes the whole plan by itself; nothing is communicated.
 """
 
@@ -29,7 +32,7 @@ from megablocks_utils.training.data import TokenizedExamples
 from megablocks_utils.training.text import IGNORED_LABEL
 
 __all__ = ["MicroBatch", "StepPlan", "build_step_plan", "deal_examples", "epoch_order"]
-__all__ += ["steps_per_epoch"]
+__all__ += ["pack_examples", "steps_per_epoch"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class StepPlan:
 def epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
     """Return the order of an epoch's examples: a function of seed and epoch alone.
 
-    numpy promises ``RandomState`` the same numbers in every version, so that a resumed run finds its
-    place after an upgrade.
+    numpy promises ``RandomState`` the same numbers in every version, so that a resumed run finds
+    its place after an upgrade.
     """
     if not shuffle:
         return list(range(num_examples))
@@ -108,6 +111,9 @@ def deal_examples(
 
     Args:
         lengths: tokens of each example of the global batch.
+        world_size: ranks.
+        per_device_train_batch_size: examples a micro-batch can take.
+        gradient_accumulation_steps: micro-steps.
 
     Returns:
         ``deal[micro_step][rank]``: the examples, as indices into ``lengths``.
@@ -144,6 +150,10 @@ def build_step_plan(
         examples: all examples.
         order: the epoch's order, from ``epoch_order``.
         step: the step within the epoch, from 0 to ``steps_per_epoch - 1``.
+        world_size: ranks, each with examples of its own.
+        rank: the one this plan is for.
+        per_device_train_batch_size: examples a micro-batch can take.
+        gradient_accumulation_steps: micro-batches of the plan.
 
     Raises:
         IndexError: the epoch has no such step.
@@ -161,14 +171,15 @@ def build_step_plan(
     deal = deal_examples([int(examples.lengths[i]) for i in chosen], **sizes)
     rows = [[chosen[i] for i in micro_step[rank]] for micro_step in deal]
     return StepPlan(
-        micro_batches=[_pack(examples, row) for row in rows],
+        micro_batches=[pack_examples(examples, row) for row in rows],
         num_label_tokens=int(examples.num_label_tokens[chosen].sum()),
         num_input_tokens=int(examples.lengths[chosen].sum()),
         num_real_micro_batches=sum(bool(row) for micro_step in deal for row in micro_step),
     )
 
 
-def _pack(examples: TokenizedExamples, indices: Sequence[int]) -> MicroBatch:
+def pack_examples(examples: TokenizedExamples, indices: Sequence[int]) -> MicroBatch:
+    """Return the examples as one packed row, or a dummy row if there are none."""
     if not indices:
         zero = torch.zeros((1, 1), dtype=torch.long)
         return MicroBatch(zero, zero.clone(), zero + IGNORED_LABEL, is_dummy=True)

@@ -1,9 +1,9 @@
 """Turn ``messages`` records into tokens with the tokenizer's chat template.
 
-Only assistant turns are learned, each with its end-of-turn token. Where a template marks them itself
-(``{% generation %}``) its marks are used. Otherwise they are found by rendering the conversation turn
-by turn: what an assistant turn adds to the rendering of all turns before it (with the generation
-prompt) is what the model has to write.
+Only assistant turns are learned, each with its end-of-turn token. Where a template marks them
+itself (``{% generation %}``) its marks are used. Otherwise they are found by rendering the
+conversation turn by turn: what an assistant turn adds to the rendering of all turns before it (with
+the generation prompt) is what the model has to write.
 """
 
 import re
@@ -51,7 +51,8 @@ def encode_messages(
 
     Raises:
         DataError: no chat template, no offsets (slow tokenizer), a conversation that the template
-            refuses, or a template that rewrites earlier turns so that the turns cannot be told apart.
+            refuses, or a template that rewrites earlier turns so that the turns cannot be told
+            apart.
     """
     if not tokenizer.chat_template:
         raise DataError("messages need a chat template and the model's tokenizer has none")
@@ -123,13 +124,13 @@ def _apply_template(record: Record, tokenizer: Any, messages: list[dict], **opti
 
 
 def _labels_in_spans(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """Keep the tokens that begin inside a span.
+    """Keep the tokens that reach into a span.
 
-    A byte-level tokenizer may report a token of blanks alone as empty, standing at its end.
+    That holds for a first word merged with a blank before it, which the prompt ends with; and for
+    tokenizers that leave blanks out of their offsets, so that one of blanks alone seems empty.
     """
     labels = [IGNORED_LABEL] * len(ids)
     for index, (start, end) in enumerate(offsets):
-        first = start - 1 if start == end else start
-        if any(low <= first < high for low, high in spans):
+        if any(start < high and end > low for low, high in spans):
             labels[index] = ids[index]
     return labels

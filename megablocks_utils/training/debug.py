@@ -22,7 +22,7 @@ def describe_placements(model: nn.Module) -> Iterator[str]:
         if isinstance(parameter, DTensor):
             axes = parameter.device_mesh.mesh_dim_names or ("world",)
             where = ", ".join(
-                f"{axis}: {placement}"
+                f"{axis}: {placement!r}"
                 for axis, placement in zip(axes, parameter.placements, strict=True)
             )
         num_bytes = local.numel() * local.element_size()

@@ -33,8 +33,8 @@ def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def token_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the sum of the tokens' cross entropies, computed in fp32.
 
-    With no token it is a zero that can still be differentiated, so that a rank without labels enters
-    every collective of the backward pass.
+    With no token it is a zero that can still be differentiated, so that a rank without labels
+    enters every collective of the backward pass.
 
     Args:
         logits: (1, P, V) in any float dtype.

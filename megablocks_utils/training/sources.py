@@ -6,10 +6,13 @@ so that every later complaint can point at it.
 
 import json
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from megablocks_utils.errors import DataError
 
@@ -163,12 +166,29 @@ def _read_hub(name: str) -> list[Record]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    _check_hub_is_reachable(name)
     try:
         return _numbered(name, load_dataset(name, split="train"))
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
             f"--data_path {name} is no local file and could not be loaded from the Hub: "
             f"{_one_line(error)}"
+        ) from error
+
+
+def _check_hub_is_reachable(name: str) -> None:
+    """Fail at once where the Hub has no address, which ``datasets`` retries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        raise DataError(
+            f"--data_path {name} is no local file and the Hub cannot be reached: {host} has no "
+            "address here (HF_HUB_OFFLINE=True uses what has been downloaded before)"
         ) from error
 
 

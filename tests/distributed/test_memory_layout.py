@@ -1,0 +1,95 @@
+"""Who holds what of a run under FSDP2, counted from the DTensors on every rank."""
+
+import pytest
+from torch.distributed.tensor import DTensor, Replicate
+
+from tests.support.parity import Layout, ParityCase, build_run
+
+WORLD_SIZE = 4
+NUM_LAYERS = 2
+HIDDEN, INTERMEDIATE = 64, 96
+
+
+def describe_parameters(rank, argv):
+    """Return of each parameter: mesh axes with their placements, local and whole bytes."""
+    setup, state = build_run(argv)
+    described = {}
+    for name, parameter in state.model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        axes = parameter.device_mesh.mesh_dim_names or ("world",)
+        local = parameter.to_local()
+        described[name] = {
+            "placements": dict(zip(axes, map(_plain, parameter.placements), strict=True)),
+            "local_bytes": local.untyped_storage().nbytes(),
+            "local_shape": tuple(local.shape),
+            "bytes": parameter.numel() * parameter.element_size(),
+        }
+    return set(setup.sharded.expert_parameters), described
+
+
+def _plain(placement):
+    """Name a placement; the strided shards of a tensor sharded twice are shards too."""
+    if isinstance(placement, Replicate):
+        return "replicated"
+    return f"shard {placement.dim}" if hasattr(placement, "dim") else str(placement)
+
+
+def _describe(ranks4, parity_folder, layout, **options):
+    case = ParityCase(layout, num_steps=1, **options)
+    return ranks4.run(describe_parameters, parity_folder.argv(case))
+
+
+@pytest.mark.parametrize(
+    ("layout", "share"),
+    [
+        (Layout(4, 1, "shard"), 1 / 4),
+        (Layout(4, 2, "shard"), 1 / 4),
+        (Layout(4, 4, "shard"), 1 / 4),
+        (Layout(4, 1, "replicate"), 1),
+        (Layout(4, 2, "replicate"), 1 / 2),
+        (Layout(4, 4, "replicate"), 1 / 4),
+    ],
+    ids=str,
+)
+def test_rank_holds_its_share_of_the_experts(ranks4, parity_folder, layout, share):
+    num_experts = 4
+    whole = NUM_LAYERS * num_experts * 3 * HIDDEN * INTERMEDIATE * 4
+    for experts, described in _describe(ranks4, parity_folder, layout):
+        assert sum(described[name]["bytes"] for name in experts) == whole
+        assert sum(described[name]["local_bytes"] for name in experts) == whole * share
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "placements", "local_experts"),
+    [
+        (Layout(4, 1), "mixtral", {"dp": "shard 0", "ep": "shard 0"}, 1),
+        (Layout(4, 2), "mixtral", {"dp": "shard 0", "ep": "shard 0"}, 1),
+        (Layout(4, 4), "mixtral", {"ep": "shard 0"}, 1),
+        (Layout(4, 2, "replicate"), "mixtral", {"ep": "shard 0"}, 2),
+        (Layout(4, 2), "olmoe, 2 experts", {"dp": "shard 1", "ep": "shard 0"}, 1),
+    ],
+    ids=str,
+)
+def test_exactly_the_experts_are_split_over_ep(
+    ranks4, parity_folder, layout, model, placements, local_experts
+):
+    for experts, described in _describe(ranks4, parity_folder, layout, model=model):
+        assert len(experts) == 2 * NUM_LAYERS
+        for name in experts:
+            assert described[name]["placements"] == placements
+            assert described[name]["local_shape"][0] == local_experts
+        split_over_ep = {n for n, d in described.items() if "ep" in d["placements"]}
+        assert split_over_ep == experts
+        others = [d for name, d in described.items() if name not in experts]
+        assert all(list(d["placements"].values()) == ["shard 0"] for d in others)
+
+
+def test_adapters_are_sharded_like_everything_else(ranks4, parity_folder):
+    for experts, described in _describe(ranks4, parity_folder, Layout(4, 2), lora=True):
+        adapters = {name: d for name, d in described.items() if "lora_" in name}
+        assert len(adapters) == NUM_LAYERS * 4 * 2
+        assert not experts & set(adapters)
+        for d in adapters.values():
+            assert list(d["placements"].values()) == ["shard 0"]
+            assert "ep" not in d["placements"]
+            assert d["local_bytes"] * WORLD_SIZE == d["bytes"]

@@ -1,0 +1,68 @@
+"""Count the collectives of a piece of a run, and the bytes of this rank that they move."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class CommunicationCounter(TorchDispatchMode):
+    """Count while it is entered; autograd on a CPU runs in the same thread and is seen too.
+
+    Attributes:
+        calls: by kind, collectives entered.
+        num_bytes: by kind: all-to-all, what leaves this rank; all-gather, what it receives from
+            others; reduce-scatter, what it gives to others; all-reduce, the size of the tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in _COUNTED:
+            kind, num_bytes = _COUNTED[func](*args)
+            self.calls[kind] += 1
+            self.num_bytes[kind] += num_bytes
+        return func(*args, **(kwargs or {}))
+
+
+def _count_all_to_all(
+    rows: Tensor, _: list[int], input_sizes: list[int], group_name: str
+) -> tuple[str, int]:
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    if rows.dim() == 1:
+        return "all_to_all of counts", _size(rows) * (group.size() - 1) // group.size()
+    num_rows = sum(input_sizes) - input_sizes[group.rank()]
+    return "all_to_all of rows", num_rows * rows.shape[1] * rows.element_size()
+
+
+def _count_all_gather(whole: Tensor, own: Tensor, *_: Any) -> tuple[str, int]:
+    return "all_gather", _size(whole) - _size(own)
+
+
+def _count_reduce_scatter(own: Tensor, whole: Tensor, *_: Any) -> tuple[str, int]:
+    return "reduce_scatter", _size(whole) - _size(own)
+
+
+def _count_all_reduce(tensors: list[Tensor], *_: Any) -> tuple[str, int]:
+    return "all_reduce", sum(map(_size, tensors))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+_COUNTED = {
+    torch.ops._c10d_functional.all_to_all_single.default: _count_all_to_all,
+    torch.ops.c10d._allgather_base_.default: _count_all_gather,
+    torch.ops.c10d._reduce_scatter_base_.default: _count_reduce_scatter,
+    torch.ops.c10d.allreduce_.default: _count_all_reduce,
+}

@@ -1,0 +1,221 @@
+"""Cases of parity: a layout and options, run through the real path and through the reference."""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from megablocks_utils.config import parse_args
+from megablocks_utils.fsdp.fsdp2 import full_parameters
+from megablocks_utils.launch import check_environment
+from megablocks_utils.training.loop import TrainingState, build_training_state, fit
+from megablocks_utils.training.setup import Setup, build_setup, start_processes
+from tests.support.rank_pool import RankPool
+from tests.support.stock_reference import StockRun, train_stock
+from tests.support.tiny_models import save_tiny_model
+from tests.support.trace import Trace
+
+GLOBAL_BATCH = 16
+NUM_EXAMPLES = 37  # two full global batches and one of five examples
+LEARNING_RATE = 1e-3
+SEED = 3
+LORA_RANK = 8
+
+MODELS: dict[str, tuple[str, dict]] = {
+    "mixtral": ("mixtral", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "olmoe": ("olmoe", {}),
+    "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
+    "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
+}
+"""Name of a tiny model -> family and options of its config."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks and what is done with the experts; `ep_size` 0 is no expert parallelism."""
+
+    world_size: int
+    ep_size: int
+    expert_dp: str = "shard"
+
+    def __str__(self) -> str:
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        if not self.ep_size:
+            return f"{ranks} unsharded"
+        return f"{ranks} ep{self.ep_size} {self.expert_dp}"
+
+
+LAYOUTS = (
+    Layout(1, 0),
+    Layout(2, 2),
+    Layout(4, 2, "shard"),
+    Layout(4, 2, "replicate"),
+    Layout(4, 4),
+)
+"""The five that the project promises."""
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """One run: where, what, and with which options (names and values as on the command line)."""
+
+    layout: Layout
+    model: str = "mixtral"
+    num_steps: int = 20
+    accumulation: int = 1
+    sync_each_batch: bool = True
+    checkpointing: str = "True"
+    lora: bool = False
+    aux_loss_coef: float = 0.0
+    num_examples: int = NUM_EXAMPLES
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    kernel: str = "auto"
+
+    def __str__(self) -> str:
+        """Name the layout, the model and every option that is not the default."""
+        plain = ParityCase(self.layout, self.model, self.num_steps)
+        names = [name for name in vars(self) if getattr(self, name) != getattr(plain, name)]
+        options = [f"{name}={getattr(self, name)}" for name in names]
+        return ", ".join([str(self.layout), self.model, *options])
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of a micro-batch, so that every case has the same global batches."""
+        return GLOBAL_BATCH // (self.layout.world_size * self.accumulation)
+
+
+class ParityFolder:
+    """Tiny models, data and reference runs, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reference = cache(train_stock)
+
+    def argv(self, case: ParityCase) -> list[str]:
+        """Return the words of the command line that runs a case."""
+        options = {
+            "model_name_or_path": self._model(case.model),
+            "data_path": self._data(case.num_examples),
+            "output_dir": self.folder / "unused",
+            "max_steps": case.num_steps,
+            "per_device_train_batch_size": case.batch_size,
+            "gradient_accumulation_steps": case.accumulation,
+            "sync_each_batch": case.sync_each_batch,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": case.weight_decay,
+            "max_grad_norm": case.max_grad_norm,
+            "seed": SEED,
+            "gradient_checkpointing": case.checkpointing,
+            "router_aux_loss_coef": case.aux_loss_coef,
+            "precision": case.precision,
+            "report_to": "none",
+        }
+        if case.layout.ep_size:
+            options |= {
+                "use_megablocks_sharding": True,
+                "ep_size": case.layout.ep_size,
+                "expert_dp": case.layout.expert_dp,
+                "kernel": case.kernel,
+                "debug": True,  # copies of experts are compared bit by bit in every step
+            }
+        if case.lora:
+            options |= {"use_lora": "attn-only", "lora_r": LORA_RANK, "lora_alpha": LORA_RANK}
+        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+    def stock_run(self, case: ParityCase, dtype: str = "float32") -> StockRun:
+        """Return the reference of a case; cases that mean the same steps share one."""
+        deal = (case.layout.world_size, case.batch_size, case.accumulation)
+        return StockRun(
+            model_folder=str(self._model(case.model)),
+            data_path=str(self._data(case.num_examples)),
+            global_batch=GLOBAL_BATCH,
+            num_steps=case.num_steps,
+            learning_rate=LEARNING_RATE,
+            weight_decay=case.weight_decay,
+            max_grad_norm=case.max_grad_norm,
+            seed=SEED,
+            dtype=dtype,
+            lora_rank=LORA_RANK if case.lora else 0,
+            aux_loss_coef=case.aux_loss_coef,
+            deal=deal if case.aux_loss_coef else None,
+        )
+
+    def _model(self, name: str) -> Path:
+        folder = self.folder / name.replace(", ", "-").replace(" ", "_")
+        if not folder.exists():
+            family, overrides = MODELS[name]
+            save_tiny_model(family, folder, **overrides)
+        return folder
+
+    def _data(self, num_examples: int) -> Path:
+        path = self.folder / f"{num_examples}.json"
+        if not path.exists():
+            write_examples(path, num_examples)
+        return path
+
+
+def write_examples(path: Path, num_examples: int) -> None:
+    """Write tokenized examples of 4 to 20 tokens; up to 3 at the front are not learned."""
+    generator = random.Random(0)
+    examples = []
+    for _ in range(num_examples):
+        tokens = [generator.randrange(3, 128) for _ in range(generator.randrange(4, 21))]
+        prompt = generator.randrange(4)
+        examples.append({"input_ids": tokens, "labels": [-100] * prompt + tokens[prompt:]})
+    path.write_text(json.dumps(examples))
+
+
+def run_case(pools: Mapping[int, RankPool], folder: ParityFolder, case: ParityCase) -> Trace:
+    """Run a case on its pool and return what rank 0 saw, having checked that all ranks agree."""
+    traces = pools[case.layout.world_size].run(train_fsdp2, folder.argv(case), timeout=240)
+    for trace in traces[1:]:
+        assert trace.losses == traces[0].losses
+        assert trace.grad_norms == traces[0].grad_norms
+    return traces[0]
+
+
+def train_fsdp2(rank: int, argv: list[str]) -> Trace:
+    """Run the FSDP2 script's path on one rank of a pool."""
+    setup, state = build_run(argv)
+    trace = Trace()
+    record_first_gradients(state, trace)
+    for metrics in fit(state, setup):
+        trace.losses.append(metrics.loss)
+        trace.grad_norms.append(metrics.grad_norm)
+        trace.learning_rates.append(metrics.learning_rate)
+    weights = full_parameters(state.model, only_trainable=setup.config.adapter.has_lora)
+    trace.weights = {name: weight.clone() for name, weight in weights if weight is not None}
+    return trace
+
+
+def build_run(argv: list[str]) -> tuple[Setup, TrainingState]:
+    """Do on a rank of a pool what the FSDP2 script does before its first step."""
+    config = parse_args(argv, entry_point="fsdp2")
+    launch = check_environment(config)
+    setup = build_setup(config, launch, start_processes(launch))
+    return setup, build_training_state(setup)
+
+
+def record_first_gradients(state: TrainingState, trace: Trace) -> None:
+    """Gather every gradient right before the first optimizer step, on rank 0."""
+    is_first = True
+
+    def gather(_optimizer: Optimizer, _args: tuple, _kwargs: dict) -> None:
+        nonlocal is_first
+        if not is_first:
+            return
+        is_first = False
+        for name, parameter in state.model.named_parameters():
+            if parameter.requires_grad:
+                trace.first_gradients[name] = parameter.grad.full_tensor().clone()
+        if state.accelerator.process_index:
+            trace.first_gradients.clear()
+
+    state.optimizer.optimizer.register_step_pre_hook(gather)

@@ -1,0 +1,145 @@
+"""The slow, obvious oracle of a whole run: one process of stock transformers and stock torch.
+
+Nothing of this project runs here but the two functions that say which examples a step holds
+(`epoch_order`) and, for the auxiliary loss alone, how they are cut into micro-batches
+(`deal_examples`). One example at a time goes through the stock model, so there is no packing, no
+padding, no kernel and no communication to get wrong.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+from megablocks_utils.training.batches import deal_examples, epoch_order
+from tests.support.trace import Trace
+
+Example = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class StockRun:
+    """A run of the reference; equal ones have equal results.
+
+    Attributes:
+        model_folder: checkpoint in Hugging Face format.
+        data_path: JSON list of `input_ids` and `labels`.
+        global_batch: examples of a step.
+        num_steps: optimizer steps, also the length of the linear schedule.
+        learning_rate: at the start of the schedule.
+        weight_decay: of matrices; norms are not decayed.
+        max_grad_norm: 0 leaves gradients as they are.
+        seed: of the data order and the adapters.
+        dtype: of weights, computation and Adam's states.
+        lora_rank: of adapters on the attention (alpha is the same); 0 trains all weights.
+        aux_loss_coef: weight of the load-balancing loss; 0 leaves it out.
+        deal: world size, batch size and accumulation that cut a step into the micro-batches whose
+            auxiliary losses are averaged; None without auxiliary loss.
+    """
+
+    model_folder: str
+    data_path: str
+    global_batch: int
+    num_steps: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    lora_rank: int = 0
+    aux_loss_coef: float = 0.0
+    deal: tuple[int, int, int] | None = None
+
+
+def train_stock(run: StockRun) -> Trace:
+    """Train and record the run."""
+    examples = json.loads(Path(run.data_path).read_text())
+    model = _load_model(run)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": run.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, foreach=False)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, run.num_steps)
+    trace = Trace()
+    for batch in islice(_global_batches(examples, run), run.num_steps):
+        trace.losses.append(_accumulate(model, batch, run))
+        max_norm = run.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm, foreach=False)
+        trace.grad_norms.append(norm.item())
+        trace.learning_rates.append(scheduler.get_last_lr()[0])
+        if not trace.first_gradients:
+            trace.first_gradients = {n: p.grad.clone() for n, p in parameters.items()}
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    trace.weights = {name: p.detach().clone() for name, p in parameters.items()}
+    return trace
+
+
+def _load_model(run: StockRun) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(
+        run.model_folder, dtype=getattr(torch, run.dtype), experts_implementation="eager"
+    )
+    if run.lora_rank:
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=run.lora_rank,
+            lora_alpha=run.lora_rank,
+            target_modules=targets,
+        )
+        torch.manual_seed(run.seed)
+        model = get_peft_model(model, config)
+    return model.train()
+
+
+def _global_batches(examples: list[Example], run: StockRun) -> Iterator[list[Example]]:
+    epoch = 0
+    while True:
+        order = epoch_order(len(examples), run.seed, epoch, shuffle=True)
+        for start in range(0, len(order), run.global_batch):
+            yield [examples[i] for i in order[start : start + run.global_batch]]
+        epoch += 1
+
+
+def _accumulate(model: nn.Module, batch: list[Example], run: StockRun) -> float:
+    """Leave the gradient of the step in `.grad` and return the step loss."""
+    num_labels = sum(label != -100 for example in batch for label in example["labels"][1:])
+    loss_sum = 0.0
+    for example in batch:
+        tokens, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        mean = model(input_ids=tokens, labels=labels, output_router_logits=False).loss
+        loss = mean * (labels[:, 1:] != -100).sum()
+        (loss / num_labels).backward()
+        loss_sum += loss.item()
+    if run.aux_loss_coef:
+        (run.aux_loss_coef * _mean_aux_loss(model, batch, run)).backward()
+    return loss_sum / num_labels
+
+
+def _mean_aux_loss(model: nn.Module, batch: list[Example], run: StockRun) -> Tensor:
+    """Return the mean of transformers' auxiliary loss over the step's micro-batches, padded."""
+    world_size, batch_size, accumulation = run.deal
+    deal = deal_examples(
+        [len(example["input_ids"]) for example in batch],
+        world_size=world_size,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+    losses = []
+    for chosen in (rank for micro_step in deal for rank in micro_step if rank):
+        rows = [torch.tensor(batch[i]["input_ids"]) for i in chosen]
+        tokens = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        outputs = model(input_ids=tokens, attention_mask=mask, output_router_logits=True)
+        losses.append(outputs.aux_loss)
+    return torch.stack(losses).mean()

@@ -71,7 +71,7 @@ def measure(rank: int, case: Case, workload: Workload, folder: str, plan: Plan) 
     **Collective:** as `compare_losses`.
 
     Returns:
-        `tokens` of each round; by side, `wall_s` and `cpu_s` (summed over ranks) of each round, and
+        `tokens` of each round; `padded_positions_per_token`; by side, `wall_s` and `cpu_s` (summed over ranks) of each round, and
         `first_losses`.
 
     Raises:
@@ -88,6 +88,7 @@ def measure(rank: int, case: Case, workload: Workload, folder: str, plan: Plan) 
             times[name].append(_time_block(sides[name], plan.steps_per_block))
     return {
         "tokens": tokens,
+        "padded_positions_per_token": _padding(*(sides[name] for name in SIDES[1:])),
         "first_losses": losses,
         "wall_s": {name: [wall for wall, _ in rows] for name, rows in times.items()},
         "cpu_s": {name: [cpu for _, cpu in rows] for name, rows in times.items()},
@@ -184,6 +185,12 @@ def _tokens_per_round(ours: OurSide, plan: Plan) -> list[int]:
     tokens = [step.num_input_tokens for _, step in ours.schedule.plans()]
     starts = range(plan.warmup_steps, plan.max_steps, plan.steps_per_block)
     return [sum(tokens[start : start + plan.steps_per_block]) for start in starts]
+
+
+def _padding(packed: StockSide, padded: StockSide) -> float:
+    positions = torch.tensor([packed.num_positions, padded.num_positions])
+    dist.all_reduce(positions)
+    return positions[1].item() / positions[0].item()
 
 
 def _time_block(side: OurSide | StockSide, steps: int) -> tuple[float, float]:

@@ -99,25 +99,30 @@ class StockSide:
         ours: gives options and data.
         case: what is compared.
         padded: as most scripts do, examples in file order, padded to the longest of their
-            micro-batch, an attention mask, the model's own loss over all positions. False as lean as
-            the stock model allows: our packed rows, and logits of label positions only.
+            micro-batch, an attention mask, the model's own loss over all positions. False as lean
+            as the stock model allows: our packed rows, and logits of label positions only.
+
+    Attributes:
+        num_positions: tokens that this rank computed so far, padding included.
     """
 
     def __init__(self, ours: OurSide, case: Case, *, padded: bool) -> None:
         config = ours.config
         self._schedule = ours.schedule
         self._is_lora = config.adapter.has_lora
+        self.num_positions = 0
         model = AutoModelForCausalLM.from_pretrained(
             config.model.model_name_or_path,
             dtype=torch.float32,
             distributed_config=DistributedConfig(fsdp_size=case.world_size, ep_size=case.ep_size),
         )
-        apply_gradient_checkpointing(model, config.gradient_checkpointing)
+        base_model = model
         if self._is_lora:
             model = apply_attention_lora(
                 model, config.adapter, adapter_dtype=torch.float32, seed=config.seed
             )
-        self._model = model.train()
+        apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
+        model.train()
         self._by_mesh = _group_by_mesh(model)
         groups = [{"params": parameters} for parameters in self._by_mesh]
         self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -128,6 +133,7 @@ class StockSide:
     def step(self) -> float:
         """Train one optimizer step and return its loss."""
         num_label_tokens, micro_batches = next(self._batches)
+        self.num_positions += sum(batch.input_ids.numel() for batch in micro_batches)
         total = torch.zeros(())
         for batch in micro_batches:
             # FSDP2 averages over ranks: the share of a rank counts world_size times.

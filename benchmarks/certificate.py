@@ -17,7 +17,7 @@ _VARIABLES = ("OMP_", "MKL_", "MALLOC_")
 
 
 def build_certificate(module: str, argv: Sequence[str], **settings: Any) -> dict[str, Any]:
-    """Return command, commit, versions, hardware, variables that set speed, date and the settings given."""
+    """Return command, commit, versions, hardware, variables that set speed, date and `settings`."""
     return {
         "command": shlex.join(["python", "-m", module, *argv]),
         "commit": read_commit(CHECKOUT),

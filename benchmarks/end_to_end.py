@@ -71,8 +71,8 @@ def measure(rank: int, case: Case, workload: Workload, folder: str, plan: Plan) 
     **Collective:** as `compare_losses`.
 
     Returns:
-        `tokens` of each round; `padded_positions_per_token`; by side, `wall_s` and `cpu_s` (summed over ranks) of each round, and
-        `first_losses`.
+        `tokens` of each round; `padded_positions_per_token`; by side, `wall_s` and `cpu_s` (summed
+        over ranks) of each round, and `first_losses`.
 
     Raises:
         RuntimeError: the sides' losses differ.
@@ -135,28 +135,34 @@ def run_case(case: Case, workload: Workload, folder: Path, plan: Plan) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """Run the cases and write the results after each."""
+    """Run the cases; after each, write its row in place of an older one of the same case."""
     options = _parse(argv)
     plan = Plan(options.rounds, options.steps_per_block)
     workload, cases = Workload(), [case for case in CASES if options.only in case.label()]
-    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(workload, folder / "model")
         save_data(workload, folder / "data.jsonl")
         for case in cases:
             result = run_case(case, workload, folder, plan)
-            rows.append({"case": asdict(case)} | summarise(result) | {"rounds": result})
-            sys.stdout.write(table_line(rows[-1]) + "\n")
+            certificate = build_certificate("benchmarks.end_to_end", argv)
+            settings = {"workload": asdict(workload), "plan": asdict(plan)}
+            row = {"case": asdict(case)} | certificate | settings | summarise(result)
+            write_row(Path(options.output), row | {"rounds": result})
+            sys.stdout.write(table_line(row) + "\n")
             sys.stdout.flush()
-            record = build_certificate(
-                "benchmarks.end_to_end", argv, workload=asdict(workload), plan=asdict(plan)
-            )
-            Path(options.output).write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+
+
+def write_row(path: Path, row: dict) -> None:
+    """Put a row into the JSON file, in place of an older one of the same case."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [other for other in rows if other["case"] != row["case"]]
+    kept = sorted([*kept, row], key=lambda r: list(map(str, r["case"].values())))
+    path.write_text(json.dumps({"rows": kept}, indent=1) + "\n")
 
 
 def table_line(row: dict) -> str:
-    """Return a row of the Markdown table in `docs/benchmarks.md`."""
+    """Return a line of the Markdown table in `docs/benchmarks.md`."""
     case = row["case"]
     cells = [
         f"{case['world_size']}, ep {case['ep_size']}",

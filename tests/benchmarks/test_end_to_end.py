@@ -1,8 +1,10 @@
 """The sides of the end-to-end benchmark train the same thing, and its summary adds up."""
 
+import json
+
 import pytest
 
-from benchmarks.end_to_end import SIDES, check_losses, compare_losses, summarise
+from benchmarks.end_to_end import SIDES, check_losses, compare_losses, summarise, write_row
 from benchmarks.sides import Case
 from benchmarks.workload import Workload, save_data, save_model
 
@@ -47,3 +49,12 @@ def test_summary_compares_blocks_of_the_same_round():
     assert summary["ratio"]["stock, packed"] == packed
     assert summary["ratio_of_cpu_time"]["stock, packed"] == packed
     assert summary["ratio"]["stock, padded"]["median"] == 1.5
+
+
+def test_row_takes_the_place_of_an_older_one_of_its_case(tmp_path):
+    path = tmp_path / "rows.json"
+    write_row(path, {"case": {"world_size": 4}, "n": 1})
+    write_row(path, {"case": {"world_size": 2}, "n": 2})
+    write_row(path, {"case": {"world_size": 4}, "n": 3})
+    rows = json.loads(path.read_text())["rows"]
+    assert rows == [{"case": {"world_size": 2}, "n": 2}, {"case": {"world_size": 4}, "n": 3}]

@@ -1,6 +1,7 @@
 """The birth certificate of a measurement: what made the numbers, on what, when."""
 
 import datetime
+import os
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +13,17 @@ from megablocks_utils.training.run_record import (
     read_versions,
 )
 
+_VARIABLES = ("OMP_", "MKL_", "MALLOC_")
+
 
 def build_certificate(module: str, argv: Sequence[str], **settings: Any) -> dict[str, Any]:
-    """Return command, commit, versions, hardware, date and the settings given."""
+    """Return command, commit, versions, hardware, variables that set speed, date and `settings`."""
     return {
         "command": shlex.join(["python", "-m", module, *argv]),
         "commit": read_commit(CHECKOUT),
         "versions": read_versions(),
         "hardware": describe_hardware(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(_VARIABLES)},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **settings,
     }

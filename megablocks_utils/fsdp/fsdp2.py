@@ -105,6 +105,9 @@ def prepare_fsdp2(
         # torch would use even for a factor of 1.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        # The gradient of an embedding does not need its weights, often the largest matrix outside
+        # the experts. (Tied to the output head, they are in the head's unit.)
+        unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
     _assert_all_sharded(model)
     return model, optimizer
 

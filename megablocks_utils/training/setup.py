@@ -136,12 +136,14 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         sharded = _agreed(lambda: source.load(config, device, on_layer))
     model, base_model = source.model, source.model
     specs = [(name, tuple(p.shape), p.dtype) for name, p in base_model.named_parameters()]
-    apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
     if config.adapter.has_lora:
         dtype = getattr(torch, precision.adapter)
         model = apply_attention_lora(
             base_model, config.adapter, adapter_dtype=dtype, seed=config.seed
         )
+    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
+    # which only reentrant checkpointing needs.
+    apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
     return Setup(
         config=config,
         launch=launch,

@@ -1,0 +1,238 @@
+"""The sides of the end-to-end benchmark: our FSDP2 step, and transformers' own expert parallelism.
+
+All sides load the same checkpoint, see the same global batches in the same order, and take the same
+step: the token mean of the global batch as loss, its gradient clipped to norm 1, fused AdamW with a
+constant learning rate.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from benchmarks.workload import Workload
+from megablocks_utils.config import RunConfig, parse_args
+from megablocks_utils.launch import check_environment
+from megablocks_utils.lora.attention import apply_attention_lora
+from megablocks_utils.training.batches import MicroBatch, epoch_order
+from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.loop import build_training_state, fit
+from megablocks_utils.training.objective import label_positions, token_loss_sum
+from megablocks_utils.training.schedule import Schedule
+from megablocks_utils.training.setup import build_setup, start_processes
+from megablocks_utils.training.text import IGNORED_LABEL
+
+LEARNING_RATE = 1e-4
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: `use_lora` and `gradient_checkpointing` as the options of the same names."""
+
+    world_size: int
+    ep_size: int
+    use_lora: str = "none"
+    gradient_checkpointing: str = "False"
+
+    def label(self) -> str:
+        """Name the case in a word, for files and logs."""
+        return (
+            f"{self.world_size} ranks, ep {self.ep_size}, lora {self.use_lora}, "
+            f"checkpointing {self.gradient_checkpointing}"
+        )
+
+
+class OurSide:
+    """The step of `train_accelerate_fsdp2.py`, metrics included, as `fit` yields it."""
+
+    def __init__(self, case: Case, workload: Workload, folder: Path, *, max_steps: int) -> None:
+        argv = build_arguments(case, workload, folder, max_steps=max_steps)
+        self.config: RunConfig = parse_args(argv, entry_point="fsdp2")
+        launch = check_environment(self.config)
+        setup = build_setup(self.config, launch, start_processes(launch))
+        self.schedule: Schedule = setup.schedule
+        self._steps = fit(build_training_state(setup), setup)
+
+    def step(self) -> float:
+        """Train one optimizer step and return its loss."""
+        return next(self._steps).loss
+
+
+def build_arguments(case: Case, workload: Workload, folder: Path, *, max_steps: int) -> list[str]:
+    """Return the command line of our side."""
+    accumulation = workload.global_batch // (workload.per_device_batch * case.world_size)
+    options = {
+        "model_name_or_path": folder / "model",
+        "data_path": folder / "data.jsonl",
+        "output_dir": folder / "output",
+        "use_megablocks_sharding": True,
+        "ep_size": case.ep_size,
+        "use_lora": case.use_lora,
+        "gradient_checkpointing": case.gradient_checkpointing,
+        "precision": "fp32",
+        "per_device_train_batch_size": workload.per_device_batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": max_steps,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "router_aux_loss_coef": 0,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+class StockSide:
+    """transformers' expert parallelism in a plain loop.
+
+    Args:
+        ours: gives options and data.
+        case: what is compared.
+        padded: as most scripts do, examples in file order, padded to the longest of their
+            micro-batch, an attention mask, the model's own loss over all positions. False as lean
+            as the stock model allows: our packed rows, and logits of label positions only.
+
+    Attributes:
+        num_positions: tokens that this rank computed so far, padding included.
+    """
+
+    def __init__(self, ours: OurSide, case: Case, *, padded: bool) -> None:
+        config = ours.config
+        self._schedule = ours.schedule
+        self._is_lora = config.adapter.has_lora
+        self.num_positions = 0
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.model_name_or_path,
+            dtype=torch.float32,
+            distributed_config=DistributedConfig(fsdp_size=case.world_size, ep_size=case.ep_size),
+        )
+        base_model = model
+        if self._is_lora:
+            model = apply_attention_lora(
+                model, config.adapter, adapter_dtype=torch.float32, seed=config.seed
+            )
+        apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
+        model.train()
+        self._by_mesh = _group_by_mesh(model)
+        groups = [{"params": parameters} for parameters in self._by_mesh]
+        self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        loss = partial(_padded_loss if padded else _packed_loss, model)
+        batches = _padded_batches(self._schedule) if padded else _packed_batches(self._schedule)
+        self._loss, self._batches = loss, batches
+
+    def step(self) -> float:
+        """Train one optimizer step and return its loss."""
+        num_label_tokens, micro_batches = next(self._batches)
+        self.num_positions += sum(batch.input_ids.numel() for batch in micro_batches)
+        total = torch.zeros(())
+        for batch in micro_batches:
+            # FSDP2 averages over ranks: the share of a rank counts world_size times.
+            loss = self._loss(batch, num_label_tokens / self._schedule.world_size)
+            loss.backward()
+            total += loss.detach() / self._schedule.world_size
+        if self._is_lora:
+            _average_gradients(self._by_mesh)
+        _clip(self._by_mesh)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        dist.all_reduce(total)
+        return total.item()
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """A padded micro-batch, each tensor (B, T)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def _packed_batches(schedule: Schedule) -> Iterator[tuple[int, list[MicroBatch]]]:
+    for _, plan in schedule.plans():
+        yield plan.num_label_tokens, plan.micro_batches
+
+
+def _padded_batches(schedule: Schedule) -> Iterator[tuple[int, list[PaddedBatch]]]:
+    """Deal the examples of a global batch out in order, a micro-batch to each rank in turn."""
+    config = schedule.config
+    size = config.optim.per_device_train_batch_size
+    stride = size * schedule.world_size
+    batch = stride * config.optim.gradient_accumulation_steps
+    order = epoch_order(len(schedule.examples), config.seed, 0, config.data.shuffle)
+    for start in range(0, len(order) - batch + 1, batch):
+        chosen = order[start : start + batch]
+        own = range(schedule.rank * size, batch, stride)
+        micro_batches = [_pad(schedule, chosen[first : first + size]) for first in own]
+        yield int(schedule.examples.num_label_tokens[chosen].sum()), micro_batches
+
+
+def _pad(schedule: Schedule, chosen: list[int]) -> PaddedBatch:
+    pairs = [schedule.examples[i] for i in chosen]
+    input_ids, labels = (
+        [torch.from_numpy(part).long() for part in parts] for parts in zip(*pairs, strict=True)
+    )
+    return PaddedBatch(
+        input_ids=pad_sequence(input_ids, batch_first=True),
+        attention_mask=pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    )
+
+
+def _packed_loss(model: nn.Module, batch: MicroBatch, num_items: float) -> Tensor:
+    positions, targets = label_positions(batch.labels)
+    outputs = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        logits_to_keep=positions,
+        use_cache=False,
+    )
+    return token_loss_sum(outputs.logits, targets) / num_items
+
+
+def _padded_loss(model: nn.Module, batch: PaddedBatch, num_items: float) -> Tensor:
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        num_items_in_batch=num_items,
+        use_cache=False,
+    ).loss
+
+
+def _group_by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:
+    groups: dict[object, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    return list(groups.values())
+
+
+def _average_gradients(groups: list[list[nn.Parameter]]) -> None:
+    """Average the gradients of adapters, which stock FSDP does not manage, in one all-reduce."""
+    grads = [parameter.grad for group in groups for parameter in group]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+
+
+def _clip(groups: list[list[nn.Parameter]]) -> None:
+    """Clip over all meshes; `torch.nn.utils.clip_grad_norm_` cannot, Trainer does so."""
+    norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        clip_grads_with_norm_(group, MAX_GRAD_NORM, total)

@@ -1,0 +1,60 @@
+"""The sides of the end-to-end benchmark train the same thing, and its summary adds up."""
+
+import json
+
+import pytest
+
+from benchmarks.end_to_end import SIDES, check_losses, compare_losses, summarise, write_row
+from benchmarks.sides import Case
+from benchmarks.workload import Workload, save_data, save_model
+
+TINY = Workload(
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_experts=4,
+    vocab_size=64,
+    num_examples=64,
+    longest_tokens=40,
+    global_batch=8,
+    per_device_batch=2,
+)
+
+
+@pytest.mark.parametrize("use_lora", ["none", "attn-only"])
+def test_sides_compute_the_same_losses(ranks2, tmp_path, use_lora):
+    save_model(TINY, tmp_path / "model")
+    save_data(TINY, tmp_path / "data.jsonl")
+    case = Case(2, 2, use_lora=use_lora, gradient_checkpointing="True")
+    first, second = ranks2.run(compare_losses, case, TINY, str(tmp_path), 4)
+    assert first == second
+    assert tuple(first) == SIDES
+    for side in SIDES[1:]:
+        assert first[side] == pytest.approx(first["ours"], rel=1e-5)
+    assert len(set(first["ours"])) == 4
+
+
+def test_check_losses_names_what_differs():
+    losses = {"ours": [4.0, 3.9], "stock, packed": [4.0, 3.9], "stock, padded": [4.0, 3.91]}
+    with pytest.raises(RuntimeError) as caught:
+        check_losses(losses)
+    assert str(caught.value) == ("the sides differ: ours [4.0, 3.9], stock, padded [4.0, 3.91]")
+
+
+def test_summary_compares_blocks_of_the_same_round():
+    times = {"ours": [1.0, 2.0, 2.0], "stock, packed": [2.0, 2.0, 5.0], "stock, padded": [3.0] * 3}
+    summary = summarise({"tokens": [10, 20, 20], "wall_s": times, "cpu_s": times})
+    assert summary["tokens_per_s"]["ours"] == {"n": 3, "median": 10.0, "min": 10.0, "max": 10.0}
+    packed = {"n": 3, "median": 2.0, "min": 1.0, "max": 2.5}
+    assert summary["ratio"]["stock, packed"] == packed
+    assert summary["ratio_of_cpu_time"]["stock, packed"] == packed
+    assert summary["ratio"]["stock, padded"]["median"] == 1.5
+
+
+def test_row_takes_the_place_of_an_older_one_of_its_case(tmp_path):
+    path = tmp_path / "rows.json"
+    write_row(path, {"case": {"world_size": 4}, "n": 1})
+    write_row(path, {"case": {"world_size": 2}, "n": 2})
+    write_row(path, {"case": {"world_size": 4}, "n": 3})
+    rows = json.loads(path.read_text())["rows"]
+    assert rows == [{"case": {"world_size": 2}, "n": 2}, {"case": {"world_size": 4}, "n": 3}]

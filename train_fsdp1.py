@@ -40,7 +40,6 @@ def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     with recorder:
         trainer.train()
     recorder.finish(full_parameters(trainer.model, only_trainable=config.adapter.has_lora))
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

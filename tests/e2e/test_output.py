@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: the numbers of one stock process, readable by stock libraries."""
+"""What a run leaves in its folder: one stock process's numbers, readable by stock libraries."""
 
 import json
 from pathlib import Path

@@ -29,11 +29,10 @@ def train(config: RunConfig, launch: Launch) -> None:
     device = start_processes(launch)
     setup = build_setup(config, launch, device)
     state = build_training_state(setup)
-    with RunRecorder(setup, state.model, state.accelerator.log) as recorder:
+    with RunRecorder(setup, state.accelerator.log) as recorder:
         for metrics in fit(state, setup):
             recorder.record(metrics)
     recorder.finish(full_parameters(state.model, only_trainable=config.adapter.has_lora))
-    state.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
     is_first = os.environ.get("RANK", "0").strip() in ("", "0")
     try:
         main(list(argv))
+        _leave_process_group()
     except HelpRequested as request:
         if is_first:
             sys.stdout.write(str(request))
@@ -215,6 +216,13 @@ def _check_single_process(config: RunConfig | None) -> None:
         f"--ep_size is {ep_size}, but this is one process without a launcher; start {ep_size} "
         f"with: {line}"
     )
+
+
+def _leave_process_group() -> None:
+    """Part from the other processes of a run that is done, as NCCL wants it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _end(code: int) -> NoReturn:

@@ -26,6 +26,7 @@ from megablocks_utils.checkpoint.index import (
 )
 
 __all__ = ["STAGING_FOLDER_NAME", "SafetensorsWriter", "TensorSpec", "staged_folder"]
+__all__ += ["sync_to_disk"]
 
 STAGING_FOLDER_NAME = ".model-being-written"
 WEIGHT_FILE_PATTERNS = (SINGLE_FILE_NAME, "model-*-of-*.safetensors", INDEX_FILE_NAME)
@@ -105,7 +106,7 @@ class SafetensorsWriter:
     def _finish_file(self) -> None:
         if self._file is not None:
             self._file.close()
-            _sync(self._folder / self._file_name)
+            sync_to_disk(self._folder / self._file_name)
             self._file = None
 
     def _write_index(self) -> None:
@@ -147,9 +148,9 @@ def staged_folder(output_dir: Path, *, last: str = "config.json") -> Iterator[Pa
 def _publish(staging: Path, output_dir: Path, last: str) -> None:
     names = sorted(path.name for path in staging.iterdir() if path.name != last)
     for name in (*names, last, "."):
-        _sync(staging / name)
+        sync_to_disk(staging / name)
     (output_dir / last).unlink(missing_ok=True)
-    _sync(output_dir)
+    sync_to_disk(output_dir)
     for pattern in WEIGHT_FILE_PATTERNS:
         for path in output_dir.glob(pattern):
             path.unlink()
@@ -157,12 +158,12 @@ def _publish(staging: Path, output_dir: Path, last: str) -> None:
         if (output_dir / name).is_dir():
             shutil.rmtree(output_dir / name)
         (staging / name).replace(output_dir / name)
-    _sync(output_dir)
+    sync_to_disk(output_dir)
     (staging / last).replace(output_dir / last)
-    _sync(output_dir)
+    sync_to_disk(output_dir)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Wait until a file, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

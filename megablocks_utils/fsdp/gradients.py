@@ -59,9 +59,10 @@ def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
     **Collective:** one all-reduce of one number over the world.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    parameters = list(parameters)
     world_size = dist.get_world_size()
-    device = parameters[0].grad.device if parameters else torch.device("cpu")
+    device = parameters[0].device if parameters else torch.device("cpu")
+    parameters = [p for p in parameters if p.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if parameters:
         norms = torch._foreach_norm(_local_grads(parameters), 2, dtype=torch.float32)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megablocks_utils.checkpoint.writer import sync_to_disk
+
 __all__ = ["finite_or_none", "publish_file", "write_json_atomically"]
 
 
@@ -25,9 +27,9 @@ def publish_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        sync_to_disk(temporary)
         os.replace(temporary, path)
-        _flush_to_disk(path.parent)
+        sync_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,11 +55,3 @@ def finite_or_none(payload: Any) -> Any:
     if isinstance(payload, float) and not math.isfinite(payload):
         return None
     return payload
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

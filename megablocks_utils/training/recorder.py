@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from torch import nn
-
 from megablocks_utils.checkpoint.export import export_model
 from megablocks_utils.errors import UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
@@ -39,15 +37,13 @@ class RunRecorder:
     Use it as a context around the training loop, then call `finish`.
 
     Args:
-        setup: the run.
-        model: as wrapped by FSDP.
+        setup: the run; its model must be wrapped by the time the context is entered.
         track: takes the numbers of a step and the step, every `--logging_steps`, for trackers.
     """
 
-    def __init__(self, setup: Setup, model: nn.Module, track: Track = lambda *_: None) -> None:
+    def __init__(self, setup: Setup, track: Track = lambda *_: None) -> None:
         self._setup = setup
         self._track = track
-        self._model = model
         self._is_main = setup.launch.rank == 0
         self._totals = RunTotals()
         self._losses: list[float] = []
@@ -63,9 +59,9 @@ class RunRecorder:
         """
         setup = self._setup
         _claim(setup)
-        show_start_summary(setup.console, _collect_facts(setup, self._model))
+        show_start_summary(setup.console, _collect_facts(setup))
         if setup.config.debug:
-            for line in describe_placements(self._model):
+            for line in describe_placements(setup.model):
                 setup.console.print(line, markup=False)
         if self._is_main:
             self._writer = self._open.enter_context(MetricsWriter(self.metrics_path))
@@ -173,7 +169,7 @@ def _export(setup: Setup, tensors: NamedTensors, output_dir: Path, *, is_writer:
     )
 
 
-def _collect_facts(setup: Setup, model: nn.Module) -> RunFacts:
+def _collect_facts(setup: Setup) -> RunFacts:
     config, base = setup.config, setup.base_model
     experts = setup.expert_parameters()
     expert_bytes = count_local_bytes(experts.values())
@@ -194,7 +190,7 @@ def _collect_facts(setup: Setup, model: nn.Module) -> RunFacts:
         kernel=kernel,
         kernel_reason=reason,
         expert_bytes=expert_bytes,
-        dense_bytes=count_local_bytes(model.parameters()) - expert_bytes,
+        dense_bytes=count_local_bytes(setup.model.parameters()) - expert_bytes,
         examples_kept=len(examples),
         examples_cut=examples.num_cut,
         examples_dropped=examples.num_dropped,

@@ -45,21 +45,23 @@ class Schedule:
 
     def plans(self) -> Iterator[tuple[float, StepPlan]]:
         """Yield the epochs done after each step, and this rank's part of the step."""
-        per_epoch = self.steps_per_epoch
-        order: list[int] = []
-        for step in range(self.num_steps):
-            epoch, step_of_epoch = divmod(step, per_epoch)
-            if step_of_epoch == 0:
-                order = self._order(epoch)
-            plan = build_step_plan(
+        num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
+        plans = (plan for epoch in range(num_epochs) for plan in self.plans_of_epoch(epoch))
+        for step, plan in zip(range(1, self.num_steps + 1), plans, strict=False):
+            yield step / self.steps_per_epoch, plan
+
+    def plans_of_epoch(self, epoch: int) -> Iterator[StepPlan]:
+        """Yield this rank's part of every step of a whole epoch, counted from 0."""
+        order = self._order(epoch)
+        for step in range(self.steps_per_epoch):
+            yield build_step_plan(
                 self.examples,
                 order,
-                step_of_epoch,
+                step,
                 world_size=self.world_size,
                 rank=self.rank,
                 **self._sizes(),
             )
-            yield (step + 1) / per_epoch, plan
 
     def _order(self, epoch: int) -> list[int]:
         config = self.config

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -172,9 +172,18 @@ def write_examples(path: Path, num_examples: int) -> None:
     path.write_text(json.dumps(examples))
 
 
-def run_case(pools: Mapping[int, RankPool], folder: ParityFolder, case: ParityCase) -> Trace:
-    """Run a case on its pool and return what rank 0 saw, having checked that all ranks agree."""
-    traces = pools[case.layout.world_size].run(train_fsdp2, folder.argv(case), timeout=240)
+def run_case(
+    pools: Mapping[int, RankPool],
+    folder: ParityFolder,
+    case: ParityCase,
+    train: Callable[[int, list[str]], Trace] | None = None,
+) -> Trace:
+    """Run a case on its pool and return what rank 0 saw, having checked that all ranks agree.
+
+    `train` is the path of another script than FSDP2's.
+    """
+    train = train or train_fsdp2
+    traces = pools[case.layout.world_size].run(train, folder.argv(case), timeout=240)
     for trace in traces[1:]:
         assert trace.losses == traces[0].losses
         assert trace.grad_norms == traces[0].grad_norms

@@ -1,0 +1,252 @@
+"""FSDP1: experts left out of FSDP as sharded copies, everything else in flat shards over the world.
+
+FSDP1 averages gradients over the ranks; this project sums them (see `gradients`). The public
+communication hook makes the reduction a plain sum, so no loss and no gradient is scaled to undo an
+average, and accumulation, mixed precision and padding work as FSDP1 does them.
+
+A layer with adapters is wrapped twice: an inner unit holds its frozen weights, an outer one its
+adapters. A flat parameter has one dtype, and frozen weights beside trainable ones would need
+gradient memory. Both gather at the layer's door, outside of what checkpointing repeats. (Units
+around each small adapter, as PEFT's wrap policy makes them, gather eight times a layer and again in
+recomputation, which selective checkpointing does not survive.)
+"""
+
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.tensor import DTensor
+
+from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.shard_moe_utils import ShardedMoE
+
+# torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_SHARDED_STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_ADAPTER_PARTS = (".lora_A.", ".lora_B.")
+
+
+def build_fsdp1_plugin(precision: ResolvedPrecision) -> FullyShardedDataParallelPlugin:
+    """Build Accelerate's description of FSDP1.
+
+    What is not set here (prefetching, `FULL_SHARD` or `SHARD_GRAD_OP`) comes from
+    `accelerate.yaml`.
+
+    Raises:
+        ConfigurationError: a sharding strategy that does not shard over the world.
+    """
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=1,
+        auto_wrap_policy="no_wrap",  # `wrap_fsdp1` does
+        mixed_precision_policy=build_mixed_precision(precision),
+        use_orig_params=True,  # the optimizer groups by name
+        cpu_offload=False,
+        activation_checkpointing=False,  # the model does its own
+        # Both would send rank 0's weights to all: every rank holds other experts.
+        sync_module_states=False,
+        cpu_ram_efficient_loading=False,
+    )
+    if plugin.sharding_strategy not in _SHARDED_STRATEGIES:
+        wanted = " or ".join(strategy.name for strategy in _SHARDED_STRATEGIES)
+        raise ConfigurationError(
+            f"fsdp_sharding_strategy is {plugin.sharding_strategy.name} in Accelerate's "
+            f"configuration, but it must be {wanted}."
+        )
+    return plugin
+
+
+def build_mixed_precision(precision: ResolvedPrecision) -> MixedPrecision | None:
+    """Gather in the dtype of compute, reduce in that of the trained weights; None if they agree.
+
+    Buffers stay as they are (rotary frequencies need fp32), and inputs are not cast: the routing
+    weights must reach the experts in fp32.
+    """
+    if precision.compute == precision.adapter:
+        return None
+    return MixedPrecision(
+        param_dtype=getattr(torch, precision.compute),
+        reduce_dtype=getattr(torch, precision.adapter),
+        cast_root_forward_inputs=False,
+    )
+
+
+def wrap_fsdp1(
+    model: nn.Module,
+    sharded: ShardedMoE | None,
+    plugin: FullyShardedDataParallelPlugin,
+    *,
+    layer_classes: list[str],
+    device: torch.device,
+) -> FullyShardedDataParallel:
+    """Wrap every decoder layer, then the rest, leave the experts alone, and sum all gradients.
+
+    **Collective:** every rank of the world must call.
+
+    Args:
+        model: sharded by `shard_moe`, adapters attached; its layers are replaced in place.
+        sharded: what `shard_moe` returned; None without expert parallelism.
+        plugin: from `build_fsdp1_plugin`.
+        layer_classes: class names of the layers.
+        device: where this rank computes.
+
+    Raises:
+        RuntimeError: FSDP left a parameter out: its gradient would never be reduced.
+    """
+    experts = list(sharded.expert_modules.values()) if sharded else None
+
+    def wrap(module: nn.Module) -> FullyShardedDataParallel:
+        return FullyShardedDataParallel(
+            module,
+            sharding_strategy=plugin.sharding_strategy,
+            mixed_precision=plugin.mixed_precision_policy,
+            backward_prefetch=plugin.backward_prefetch,
+            forward_prefetch=plugin.forward_prefetch,
+            limit_all_gathers=plugin.limit_all_gathers,
+            use_orig_params=True,
+            ignored_modules=experts,
+            device_id=device,
+        )
+
+    num_elements = _count_local_dense(model)
+    layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
+    for name, layer in layers:
+        adapters = _take_adapters_off(layer)
+        unit = wrap(layer)
+        for place, child, adapter in adapters:
+            setattr(place, child, adapter)
+        model.set_submodule(name, wrap(unit) if adapters else unit)
+    root = wrap(model)
+    _assert_all_sharded(root, num_elements)
+    root.register_comm_hook(root.process_group, _sum_over_ranks)
+    return root
+
+
+def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:
+    """Gather layer by layer: (name, whole tensor on rank 0, None elsewhere).
+
+    Names and order are those of the unwrapped model's `named_parameters`. Between two tensors a
+    rank holds at most one layer's weights outside the experts, or one projection of one layer's
+    experts, more than in training.
+
+    **Collective:** an all-gather for each layer's run of parameters and one for each expert
+    parameter; every rank of the world must iterate to the end.
+
+    Args:
+        model: wrapped by `wrap_fsdp1`.
+        only_trainable: leave frozen parameters out.
+    """
+    is_writer = dist.get_rank() == 0
+    units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit).values()}
+    wanted = [
+        (strip_wrappers(name), parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not only_trainable
+    ]
+    for unit, run in groupby(wanted, key=lambda item: _unit_to_gather(item[1], units)):
+        if unit is None:
+            for name, parameter in run:
+                whole = parameter.detach().full_tensor()
+                yield name, whole.cpu() if is_writer else None
+                del whole
+            continue
+        with FullyShardedDataParallel.summon_full_params(
+            unit, recurse=False, writeback=False, rank0_only=True
+        ):
+            for name, parameter in run:
+                # A copy also on CPU: FSDP1 frees the memory of what it has gathered.
+                yield name, parameter.detach().to("cpu", copy=True) if is_writer else None
+
+
+def strip_wrappers(name: str) -> str:
+    """Return a parameter's name without the parts that FSDP1 and checkpointing put in."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _sum_over_ranks(
+    group: dist.ProcessGroup, gradient: Tensor, shard: Tensor | None = None
+) -> None:
+    """Reduce an unsharded gradient into this rank's shard, or in place if FSDP1 does not shard.
+
+    FSDP1's own hook signature; one rank alone is what it does not shard.
+    """
+    if shard is None:
+        dist.all_reduce(gradient, group=group)
+    else:
+        _reduce_scatter(shard, gradient, group=group)
+
+
+def _unit_to_gather(
+    parameter: nn.Parameter, units: dict[int, FullyShardedDataParallel]
+) -> FullyShardedDataParallel | None:
+    """Return the unit that holds a parameter; None for an expert, a DTensor."""
+    return None if isinstance(parameter, DTensor) else units[id(parameter)]
+
+
+def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
+    """Return every FSDP unit by the prefix of its parameters' names, the root first."""
+    return {
+        f"{name}." if name else "": module
+        for name, module in model.named_modules()
+        if isinstance(module, FullyShardedDataParallel)
+    }
+
+
+def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
+    """Return a unit's parameters and the experts beside them, without those of units inside it."""
+    inside = tuple(prefix for prefix in _units(unit.module) if prefix)
+    return {
+        name: parameter
+        for name, parameter in unit.module.named_parameters()
+        if not name.startswith(inside) and _is_adapter(name) == _holds_adapters(unit)
+    }
+
+
+def _holds_adapters(unit: FullyShardedDataParallel) -> bool:
+    """Say whether this is the outer one of a layer's two units."""
+    return isinstance(unit.module, FullyShardedDataParallel)
+
+
+def _take_adapters_off(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Take the adapters' modules out of a layer; returns where each was, for `setattr`.
+
+    FSDP1 could be told to ignore them, but then every unit around that one ignores them too.
+    """
+    paths = [name.rpartition(".")[0] for name, _ in layer.named_parameters() if _is_adapter(name)]
+    taken = []
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        place = layer.get_submodule(parent)
+        taken.append((place, child, getattr(place, child)))
+        delattr(place, child)
+    return taken
+
+
+def _assert_all_sharded(model: FullyShardedDataParallel, num_elements: int) -> None:
+    """Stop if a parameter is whole on every rank: its gradient would never be reduced.
+
+    **Collective:** one all-reduce of one number over the world.
+    """
+    device = next(model.parameters()).device
+    total = torch.tensor(_count_local_dense(model), device=device)
+    dist.all_reduce(total)
+    if total != num_elements:
+        raise RuntimeError(
+            f"FSDP1 was given {num_elements} elements to shard, but the ranks hold {total.item()}"
+        )
+
+
+def _count_local_dense(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in name for part in _ADAPTER_PARTS)

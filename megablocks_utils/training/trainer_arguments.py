@@ -1,0 +1,162 @@
+"""Hugging Face's TrainingArguments for the FSDP1 script: all pass, except contradictions."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from megablocks_utils.cli import check_leftovers
+from megablocks_utils.config import RunConfig
+from megablocks_utils.errors import ConfigurationError
+
+__all__ = ["build_trainer_arguments", "parse_trainer_flags"]
+
+_OWN_OPTIMIZER = "the optimizer is AdamW with betas 0.9 and 0.999 and eps 1e-8"
+_OWN_CHECKPOINTING = "--gradient_checkpointing True, False or selective says all there is to say"
+_NO_EVALUATION = "this script has no evaluation data"
+_NO_CHECKPOINTS = "this version saves the final model only"
+_OWN_LOSS = "the loss is the mean over the label tokens of the global batch"
+_OWN_ORDER = "the order of the examples follows from --seed and --shuffle alone"
+_OWN_LAUNCH = "FSDP is set up from accelerate.yaml and the options of this script"
+
+_FIXED = {
+    "optim_args": _OWN_OPTIMIZER,
+    "optim_target_modules": _OWN_OPTIMIZER,
+    "adam_beta1": _OWN_OPTIMIZER,
+    "adam_beta2": _OWN_OPTIMIZER,
+    "adam_epsilon": _OWN_OPTIMIZER,
+    "lr_scheduler_kwargs": "schedules take --warmup_steps only",
+    "activation_checkpointing_kwargs": _OWN_CHECKPOINTING,
+    "gradient_checkpointing_kwargs": _OWN_CHECKPOINTING,
+    "auto_find_batch_size": "the batch size is part of what a step means",
+    "average_tokens_across_devices": _OWN_LOSS,
+    "label_smoothing_factor": _OWN_LOSS,
+    "neftune_noise_alpha": _OWN_LOSS,
+    "data_seed": _OWN_ORDER,
+    "dataloader_drop_last": "the last, smaller batch of an epoch is kept",
+    "train_sampling_strategy": _OWN_ORDER,
+    "deepspeed": _OWN_LAUNCH,
+    "fsdp": _OWN_LAUNCH,
+    "fsdp_config": _OWN_LAUNCH,
+    "parallelism_config": _OWN_LAUNCH,
+    "torch_compile": "exchanges of changing sizes are not compiled",
+    "torch_compile_backend": "exchanges of changing sizes are not compiled",
+    "torch_compile_mode": "exchanges of changing sizes are not compiled",
+    "use_liger_kernel": "experts run on --kernel",
+    "use_cache": "packed rows are only kept apart without a cache",
+    "bf16_full_eval": _NO_EVALUATION,
+    "fp16_full_eval": _NO_EVALUATION,
+    "eval_strategy": _NO_EVALUATION,
+    "eval_on_start": _NO_EVALUATION,
+    "load_best_model_at_end": _NO_EVALUATION,
+    "enable_jit_checkpoint": _NO_CHECKPOINTS,
+    "push_to_hub": "this script does not upload",
+    "include_num_input_tokens_seen": "metrics.jsonl has input_tokens of every step",
+    "disable_tqdm": "progress is shown in this script's own way",
+}
+"""Options of TrainingArguments that must keep their default, and why."""
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+def parse_trainer_flags(leftovers: Sequence[str]) -> dict[str, Any]:
+    """Read the words that `config.parse_known_args` left, without touching any device.
+
+    Returns:
+        Values of TrainingArguments' fields, defaults included.
+
+    Raises:
+        ConfigurationError: for an unknown option, a value of the wrong kind, or an option that
+            contradicts the way this script trains.
+    """
+    parser = _Parser(TrainingArguments, allow_abbrev=False)
+    defaults = vars(parser.parse_args([]))
+    check_leftovers(leftovers, defaults)
+    values = vars(parser.parse_args(list(leftovers)))
+    if values["optim"] not in _ADAMW:
+        raise ConfigurationError(f"--optim is {values['optim']}, but {_OWN_OPTIMIZER}.")
+    for name, reason in _FIXED.items():
+        if values[name] != defaults[name]:
+            raise ConfigurationError(f"--{name} is {values[name]}, but {reason}.")
+    return values
+
+
+def build_trainer_arguments(
+    flags: dict[str, Any], config: RunConfig, device_type: str
+) -> TrainingArguments:
+    """Build TrainingArguments from Hugging Face's own flags and from this run's options.
+
+    Call it when the processes are connected: TrainingArguments would otherwise connect them.
+
+    Args:
+        flags: from `parse_trainer_flags`.
+        config: the run; its options take the place of the fields with the same meaning.
+        device_type: `cpu` or `cuda`.
+
+    Raises:
+        ConfigurationError: for what TrainingArguments itself refuses, and for mixed precision in
+            Accelerate's configuration.
+    """
+    if flags["use_cpu"] and device_type != "cpu":
+        raise ConfigurationError(
+            "--use_cpu is True, but a GPU is used where one is visible; hide it with "
+            "CUDA_VISIBLE_DEVICES="
+        )
+    # Without it Accelerate takes CPU processes that torchrun started for lone ones.
+    own = _own_values(config) | {"use_cpu": device_type == "cpu"}
+    try:
+        arguments = TrainingArguments(**flags | own)
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigurationError(
+            f"transformers.TrainingArguments refuses these options: {first_line}"
+        ) from error
+    if arguments.mixed_precision != "no":
+        raise ConfigurationError(
+            f"mixed_precision is {arguments.mixed_precision} in Accelerate's configuration, but it "
+            "must be no, since dtypes come from --precision."
+        )
+    if arguments.accelerator_config.gradient_accumulation_kwargs:
+        raise ConfigurationError(
+            "gradient_accumulation_kwargs is set in --accelerator_config, but accumulation follows "
+            "--gradient_accumulation_steps and --sync_each_batch."
+        )
+    sync_each_batch = bool(config.optim.sync_each_batch)
+    arguments.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": sync_each_batch}
+    # One process uses one GPU: Trainer would spread it over all that are visible.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _Parser(HfArgumentParser):
+    """Hugging Face's parser, with errors as one sentence instead of usage text and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would have ended the process with."""
+        raise ConfigurationError(f"{message}.")
+
+
+def _own_values(config: RunConfig) -> dict[str, Any]:
+    optim = config.optim
+    return {
+        "output_dir": config.output_dir,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": optim.lr_scheduler_type,
+        "warmup_steps": optim.warmup_steps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+        "num_train_epochs": optim.num_train_epochs,
+        "max_steps": optim.max_steps,
+        "per_device_train_batch_size": optim.per_device_train_batch_size,
+        "gradient_accumulation_steps": optim.gradient_accumulation_steps,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "report_to": list(config.report_to) or "none",
+        "save_strategy": "no",
+        "activation_checkpointing": False,  # the model already has ours
+        "gradient_checkpointing": None,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would wait for the device in every micro-step
+        "remove_unused_columns": False,
+        "debug": "",
+    }

@@ -1,0 +1,83 @@
+"""The FSDP1 script as it is called: `accelerate launch`, with the contract's flags."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = "--num_processes 2 --config_file accelerate.yaml train_fsdp1.py"
+FLAGS = (
+    "--accelerator_config accelerator_config.json --torch_dtype bfloat16 --num_train_epochs 1 "
+    "--per_device_train_batch_size 1 --per_device_eval_batch_size 1 "
+    "--gradient_accumulation_steps 16 --gradient_checkpointing True --evaluation_strategy no "
+    "--save_strategy no --learning_rate 5e-5 --lr_scheduler_type linear --logging_steps 1 "
+    "--use_megablocks_sharding True"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model, and three global batches of 32 examples, the last one smaller."""
+    save_tiny_model("mixtral", tmp_path / "model")
+    examples = [{"input_ids": [5 + i % 90, 6, 7, 8], "labels": [-100, 6, 7, 8]} for i in range(70)]
+    (tmp_path / "data.json").write_text(json.dumps(examples))
+    return tmp_path
+
+
+def _launch(folder, flags, free_port):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port"]
+    command += [str(free_port), *LAUNCH.split(), *flags.split()]
+    command += ["--model_name_or_path", folder / "model", "--data_path", folder / "data.json"]
+    command += ["--output_dir", folder / "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "info"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
+    )
+
+
+def test_three_steps_as_the_contract_writes_them(folder, free_port):
+    answer = _launch(folder, FLAGS, free_port)
+    assert answer.returncode == 0, answer.stderr
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert [step["tokens"] for step in steps] == [96, 96, 18]
+    assert [step["epoch"] for step in steps] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert steps[0]["learning_rate"] == 5e-5
+    model = AutoModelForCausalLM.from_pretrained(folder / "out")
+    before = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    moved = [
+        not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    ]
+    assert sum(moved) > len(moved) // 2
+    assert json.loads((folder / "out" / "run.json").read_text())["mesh"] == {"dp": 1, "ep": 2}
+
+
+def test_a_bad_flag_is_one_sentence_and_exit_code_two(folder, free_port):
+    answer = _launch(folder, f"{FLAGS} --deepspeed zero3.json", free_port)
+    assert answer.returncode != 0
+    sentences = [line for line in answer.stderr.splitlines() if line.startswith("--deepspeed")]
+    assert sentences == [
+        "--deepspeed is zero3.json, but FSDP is set up from accelerate.yaml and the options of "
+        "this script."
+    ]
+    assert "exitcode  : 2 " in answer.stderr
+    assert not (folder / "out").exists()
+
+
+@pytest.fixture
+def free_port():
+    """A port that no other run has at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

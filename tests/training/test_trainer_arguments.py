@@ -1,0 +1,97 @@
+"""Which of Trainer's options pass, which are this project's, which are refused and how."""
+
+import pytest
+
+from megablocks_utils.config import RunConfig, parse_known_args
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags
+
+REFUSED = {
+    "--optim sgd": "--optim is sgd, but the optimizer is AdamW with betas 0.9 and 0.999 and eps "
+    "1e-8.",
+    "--adam_beta2 0.95": "--adam_beta2 is 0.95, but the optimizer is AdamW with betas 0.9 and "
+    "0.999 and eps 1e-8.",
+    "--fsdp full_shard": "--fsdp is full_shard, but FSDP is set up from accelerate.yaml and the "
+    "options of this script.",
+    "--deepspeed zero3.json": "--deepspeed is zero3.json, but FSDP is set up from accelerate.yaml "
+    "and the options of this script.",
+    "--auto_find_batch_size True": "--auto_find_batch_size is True, but the batch size is part of "
+    "what a step means.",
+    "--auto_find_batch_size": "--auto_find_batch_size is True, but the batch size is part of what "
+    "a step means.",
+    "--eval_strategy steps": "--eval_strategy is steps, but this script has no evaluation data.",
+    '--gradient_checkpointing_kwargs {"use_reentrant":true}': "--gradient_checkpointing_kwargs is "
+    '{"use_reentrant":true}, but --gradient_checkpointing True, False or selective says all there '
+    "is to say.",
+    "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
+    "--adam_epsilo 1": "unknown option --adam_epsilo; did you mean --adam_epsilon?",
+    "--ddp_timeout soon": "argument --ddp_timeout/--ddp-timeout: invalid int value: 'soon'.",
+}
+"""Words of the command line -> the sentence they are answered with."""
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refusals(words):
+    with pytest.raises(ConfigurationError) as error:
+        parse_trainer_flags(words.split())
+    assert str(error.value) == REFUSED[words]
+
+
+def _build(words):
+    config, leftovers = parse_known_args(words.split(), entry_point="fsdp1")
+    return build_trainer_arguments(parse_trainer_flags(leftovers), config, "cpu")
+
+
+def test_both_kinds_of_options_arrive(tmp_path):
+    path = tmp_path / "accelerator_config.json"
+    path.write_text('{"split_batches": false, "even_batches": true}')
+    arguments = _build(
+        f"--accelerator_config {path} --output_dir {tmp_path} --torch_dtype bfloat16 "
+        "--per_device_eval_batch_size 1 --evaluation_strategy no --save_strategy no "
+        "--learning_rate 3e-4 --gradient_accumulation_steps 16 --gradient_checkpointing True "
+        "--optim adamw_torch --run_name mine --logging_steps 7 --sync_each_batch False"
+    )
+    assert arguments.run_name == "mine"
+    assert arguments.per_device_eval_batch_size == 1
+    assert arguments.learning_rate == 3e-4
+    assert arguments.gradient_accumulation_steps == 16
+    assert arguments.logging_steps == 7
+    assert arguments.report_to == []
+    assert arguments.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": False}
+    assert not arguments.bf16
+    assert not arguments.activation_checkpointing  # the model has ours
+
+
+def test_report_to_tensorboard(tmp_path):
+    assert _build(f"--output_dir {tmp_path} --report_to tensorboard").report_to == ["tensorboard"]
+
+
+def test_what_training_arguments_refuse_is_one_sentence(tmp_path):
+    flags = parse_trainer_flags(["--accelerator_config", str(tmp_path / "none.json")])
+    with pytest.raises(ConfigurationError) as error:
+        build_trainer_arguments(flags, RunConfig(output_dir=str(tmp_path)), "cpu")
+    assert str(error.value).startswith("transformers.TrainingArguments refuses these options: ")
+    assert "none.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_accelerates_own_mixed_precision_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigurationError) as error:
+        _build(f"--output_dir {tmp_path}")
+    assert str(error.value) == (
+        "mixed_precision is bf16 in Accelerate's configuration, but it must be no, since dtypes "
+        "come from --precision."
+    )
+
+
+def test_accumulation_of_accelerate_is_refused(tmp_path):
+    config = '{"gradient_accumulation_kwargs":{"num_steps":2}}'
+    with pytest.raises(ConfigurationError, match="follows --gradient_accumulation_steps"):
+        _build(f"--output_dir {tmp_path} --accelerator_config {config}")
+
+
+def test_use_cpu_beside_a_gpu_is_refused(tmp_path):
+    flags = parse_trainer_flags(["--use_cpu", "True"])
+    with pytest.raises(ConfigurationError, match="^--use_cpu is True, but a GPU is used"):
+        build_trainer_arguments(flags, RunConfig(output_dir=str(tmp_path)), "cuda")

@@ -1,0 +1,46 @@
+"""Fine-tune an MoE model with expert parallelism and FSDP1, in Hugging Face's Trainer.
+
+    accelerate launch --num_processes 8 --config_file accelerate.yaml train_fsdp1.py \
+        --use_megablocks_sharding True ...
+
+`--help` lists this project's options; every other option of TrainingArguments passes through.
+"""
+
+import sys
+
+from megablocks_utils.config import RunConfig, parse_known_args
+from megablocks_utils.launch import Launch, check_environment, check_output_dir, run_entry_point
+
+
+def main(argv: list[str]) -> None:
+    """Check the options before anything is loaded, then train."""
+    config, leftovers = parse_known_args(argv, entry_point="fsdp1")
+    launch = check_environment(config)
+    check_output_dir(config)
+    train(config, launch, leftovers)
+
+
+def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
+    """Build, train, report."""
+    from megablocks_utils.fsdp.fsdp1 import full_parameters
+    from megablocks_utils.training.recorder import RunRecorder
+    from megablocks_utils.training.setup import build_setup, start_processes
+    from megablocks_utils.training.trainer import MoETrainer
+    from megablocks_utils.training.trainer_arguments import (
+        build_trainer_arguments,
+        parse_trainer_flags,
+    )
+
+    flags = parse_trainer_flags(leftovers)
+    device = start_processes(launch)
+    arguments = build_trainer_arguments(flags, config, device.type)
+    setup = build_setup(config, launch, device)
+    recorder = RunRecorder(setup)
+    trainer = MoETrainer(setup, arguments, on_step=recorder.record)
+    with recorder:
+        trainer.train()
+    recorder.finish(full_parameters(trainer.model, only_trainable=config.adapter.has_lora))
+
+
+if __name__ == "__main__":
+    run_entry_point(main, sys.argv[1:])

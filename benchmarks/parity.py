@@ -7,6 +7,7 @@ drift of each precision; about ten minutes on two cores. Writes benchmarks/resul
 and prints it as Markdown tables. Ends with exit code 1 if a bound does not hold.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -141,6 +142,7 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Measure, write, show, judge."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
     torch.set_num_threads(1)
     started = time.monotonic()
     with ExitStack() as stack:

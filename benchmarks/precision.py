@@ -14,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.certificate import build_certificate
 from rich.console import Console
 from rich.progress import Progress
+
+from benchmarks.certificate import build_certificate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "precision_cpu.json"

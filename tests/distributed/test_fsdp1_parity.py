@@ -60,9 +60,9 @@ def test_run_equals_one_stock_process(pools, parity_folder, case):
 
 
 # Of stock bf16's own drift from fp32, as for FSDP2.
-PRECISION_BOUNDS = {"bf16": 2.0, "mixed": 1.0, "bf16_sr": 1.0}
+PRECISION_BOUNDS = {"bf16": 2.0, "mixed": 0.5, "bf16_sr": 0.5}
 LOW_PRECISION = 0.01  # less, and nothing was computed in bf16
-PRECISION_STEPS = 8  # enough for what pure bf16 loses to show
+PRECISION_STEPS = 8  # enough for what pure bf16 loses to show: 0.27 and 0.22 seen, at six 0.7
 
 
 @pytest.mark.parametrize(

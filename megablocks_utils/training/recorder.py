@@ -62,7 +62,7 @@ class RunRecorder:
         show_start_summary(setup.console, _collect_facts(setup))
         if setup.config.debug:
             for line in describe_placements(setup.model):
-                setup.console.print(line, markup=False)
+                setup.console.print(line, markup=False, soft_wrap=True)
         if self._is_main:
             self._writer = self._open.enter_context(MetricsWriter(self.metrics_path))
         progress = track_training(setup.console, setup.schedule.num_steps)

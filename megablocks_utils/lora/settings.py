@@ -1,0 +1,64 @@
+"""What adapters a run has: which modules, which ranks, how strong; and the same in PEFT's words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from peft import LoraConfig
+
+from megablocks_utils.shard_moe_utils import PROJECTIONS
+
+_NO_EXPERTS: Mapping[str, int] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Describe the adapters of a model; every one adds `scaling * B @ A` to its weight.
+
+    Attributes:
+        r: rank of the adapters of linear layers.
+        lora_alpha: strength, over `r`.
+        target_modules: last names of the linear layers with adapters; may be empty.
+        expert_ranks: projection of the experts -> rank; empty where experts have no adapters. A
+            rank other than `r` comes from adapters of the separate gate and up of transformers 4.
+    """
+
+    r: int
+    lora_alpha: int
+    target_modules: tuple[str, ...] = ()
+    expert_ranks: Mapping[str, int] = _NO_EXPERTS
+
+    @property
+    def scaling(self) -> float:
+        """Factor of every adapter, those of experts with other ranks too."""
+        return self.lora_alpha / self.r
+
+
+def same_rank_everywhere(r: int) -> Mapping[str, int]:
+    """Return `expert_ranks` for adapters of rank `r` on all projections of the experts."""
+    return MappingProxyType(dict.fromkeys(PROJECTIONS, r))
+
+
+def build_peft_config(settings: LoraSettings, base_model_name: str | None = None) -> LoraConfig:
+    """Say the settings in PEFT's words, for its own layers and for `adapter_config.json`."""
+    patterns = {
+        _target(projection): rank
+        for projection, rank in settings.expert_ranks.items()
+        if rank != settings.r
+    }
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model_name,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(settings.target_modules),
+        target_parameters=[_target(projection) for projection in settings.expert_ranks] or None,
+        rank_pattern=patterns,
+        alpha_pattern={name: rank * settings.scaling for name, rank in patterns.items()},
+    )
+
+
+def _target(projection: str) -> str:
+    """Return the end of the name by which PEFT finds this projection in every layer."""
+    return f"mlp.experts.{projection}"

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _CHECKPOINTING = {"True": "full", "False": "none", "selective": "selective"}
+_LORA_DEFAULT = 16
 _Section = TypeVar("_Section")
 
 
@@ -76,16 +77,36 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Say which modules get low-rank adapters; `use_lora` "none" trains all weights."""
+    """Say which modules get low-rank adapters; `use_lora` "none" trains all weights.
+
+    Attributes:
+        use_lora: "none", "attn-only", "mlp-only" (experts) or "all" (both).
+        lora_r: Rank; the parsers fill in 16, or leave None for that of `resume_adapter`.
+        lora_alpha: Strength over the rank; likewise.
+        resume_adapter: PEFT adapter to go on from.
+        verify_adapter: "auto", "True" or "False".
+    """
 
     use_lora: str = default_of("use_lora")
-    lora_r: int = default_of("lora_r")
-    lora_alpha: int = default_of("lora_alpha")
+    lora_r: int | None = default_of("lora_r")
+    lora_alpha: int | None = default_of("lora_alpha")
+    resume_adapter: str | None = default_of("resume_adapter")
+    verify_adapter: str = default_of("verify_adapter")
 
     @property
     def has_lora(self) -> bool:
         """Whether adapters are trained instead of all weights."""
         return self.use_lora != "none"
+
+    @property
+    def trains_attention(self) -> bool:
+        """Whether the attention's linear layers have adapters."""
+        return self.use_lora in ("attn-only", "all")
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether the experts have adapters."""
+        return self.use_lora in ("mlp-only", "all")
 
 
 @dataclass(frozen=True)
@@ -237,6 +258,9 @@ def _build_config(given: dict[str, Any], entry_point: str) -> RunConfig:
     values["expert_dp"] = values["expert_dp"] or own_expert_dp
     if values["sync_each_batch"] is None:
         values["sync_each_batch"] = values["use_lora"] == "none"
+    if values["resume_adapter"] is None:
+        for name in ("lora_r", "lora_alpha"):
+            values[name] = values[name] or _LORA_DEFAULT
     values["gradient_checkpointing"] = _CHECKPOINTING[values["gradient_checkpointing"]]
     values["report_to"] = tuple(word for word in values["report_to"] if word != "none")
     sections = {
@@ -270,6 +294,11 @@ def _check_together(values: dict[str, Any], entry_point: str) -> None:
         raise ConfigurationError(
             "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
             "use train_accelerate_fsdp2.py."
+        )
+    if values["resume_adapter"] is not None and values["use_lora"] == "none":
+        raise ConfigurationError(
+            "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
+            "attn-only, mlp-only or all."
         )
     if values["max_steps"] == 0:
         raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")

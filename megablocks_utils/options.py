@@ -19,7 +19,6 @@ _SCHEDULES = (
 )
 
 NOT_BUILT = (
-    NotBuilt("use_lora", ("mlp-only", "all")),
     NotBuilt("kernel", ("triton", "scattermoe", "megablocks")),
     NotBuilt("use_scattermoe", ("True",), "offers --kernel auto, eager and grouped_mm"),
     NotBuilt("save_strategy", ("steps", "epoch")),
@@ -87,13 +86,40 @@ OPTIONS = (
         "use_lora",
         "text",
         "none",
-        help="train low-rank adapters on these modules, everything else frozen; "
-        "none trains all weights",
+        help="train low-rank adapters on the attention, on the experts (mlp-only) or on both, "
+        "everything else frozen; none trains all weights",
         choices=("none", "attn-only", "mlp-only", "all"),
     ),
-    Option("lora_r", "integer", 16, help="rank of the adapters", minimum=1),
     Option(
-        "lora_alpha", "integer", 16, help="scale of the adapters: lora_alpha / lora_r", minimum=1
+        "lora_r",
+        "integer",
+        None,
+        help="rank of the adapters",
+        minimum=1,
+        shown_default="16, or that of --resume_adapter",
+    ),
+    Option(
+        "lora_alpha",
+        "integer",
+        None,
+        help="strength of the adapters: lora_alpha / lora_r",
+        minimum=1,
+        shown_default="16, or that of --resume_adapter",
+    ),
+    Option(
+        "resume_adapter",
+        "text",
+        None,
+        help="PEFT adapter to go on from, folder or Hub name: weights, rank and alpha are its own, "
+        "the optimizer starts anew",
+    ),
+    Option(
+        "verify_adapter",
+        "text",
+        "auto",
+        help="after saving, load the adapter with plain PEFT on the plain model in one process and "
+        "compare logits; auto: where the model fits in the memory of one process",
+        choices=("auto", "True", "False"),
     ),
     Option(
         "precision",

@@ -51,14 +51,14 @@ class ShardedMoE:
 
     @property
     def expert_parameters(self) -> dict[str, DTensor]:
-        """The expert weights as they are now: qualified name -> DTensor, Shard(0) on "ep".
+        """The experts' weights and adapters as they are now: name -> DTensor, Shard(0) on "ep".
 
         FSDP2 replaces the parameters it shards, so this looks them up each time.
         """
         return {
-            f"{name}.{projection}": getattr(module, projection)
+            f"{name}.{parameter_name}": parameter
             for name, module in self.expert_modules.items()
-            for projection in PROJECTIONS
+            for parameter_name, parameter in module.named_parameters()
         }
 
 

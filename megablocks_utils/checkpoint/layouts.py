@@ -31,6 +31,7 @@ __all__ = [
     "MemoryPart",
     "detect_layout",
     "is_expert_parameter",
+    "is_in_experts",
 ]
 
 # The in-memory tensors, and which projections their rows hold, in order and in equal shares.
@@ -156,6 +157,11 @@ READABLE_LAYOUTS = (MIXTRAL, QWEN_MOE, FUSED)
 def is_expert_parameter(name: str) -> bool:
     """Return whether the in-memory parameter `name` is an expert weight."""
     return EXPERT_PARAMETER.fullmatch(name) is not None
+
+
+def is_in_experts(name: str) -> bool:
+    """Return whether a parameter is in an experts module: a weight, or an adapter of one."""
+    return ".mlp.experts." in name
 
 
 def detect_layout(keys: Iterable[str], *, source: object = "the checkpoint") -> Layout:

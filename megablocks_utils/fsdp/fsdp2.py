@@ -120,13 +120,15 @@ def shards_over_dp(sharded: ShardedMoE) -> bool:
 def shard_experts_over_dp(sharded: ShardedMoE, policy: MixedPrecisionPolicy) -> None:
     """Shard each experts module over the dp axis, so that a rank holds 1/world of the weights.
 
-    Whole experts where they divide evenly, else rows of every expert (no padding either way).
+    Whole experts where they divide evenly, else rows of every expert, else (adapters of small rank)
+    columns: without padding wherever one of them divides.
     """
     dp_mesh = sharded.mesh[DP_AXIS]
 
     def choose_dim(parameter: nn.Parameter) -> Shard:
-        num_local = parameter.to_local().shape[0]
-        return Shard(0) if num_local % dp_mesh.size() == 0 else Shard(1)
+        sizes = parameter.to_local().shape
+        even = (dim for dim, size in enumerate(sizes) if size % dp_mesh.size() == 0)
+        return Shard(next(even, 0))
 
     for module in sharded.expert_modules.values():
         fully_shard(module, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=choose_dim)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.eager import run_experts_eager
 from megablocks_utils.kernels.grouped_mm import find_grouped_mm_obstacle, run_experts_grouped_mm
+from megablocks_utils.kernels.low_rank import LowRank
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -22,8 +23,10 @@ class ExpertBackend(Protocol):
     """Run local experts on rows in expert order.
 
     Takes rows (R, H), tokens_per_expert (L host integers that sum to R), gate_up_proj (L, 2 * I, H)
-    with the gate rows first, down_proj (L, H, I) and the gate's activation; returns (R, H).
-    Differentiable in rows and weights; every expert's weight gets a gradient, also without rows.
+    with the gate rows first, down_proj (L, H, I), the gate's activation and an adapter of each
+    projection, if it has one; returns (R, H). Differentiable in rows, weights and adapters; every
+    expert's weight gets a gradient, also without rows, and a frozen one costs no gradient of its
+    size.
     """
 
     def __call__(  # noqa: D102
@@ -33,6 +36,9 @@ class ExpertBackend(Protocol):
         gate_up_proj: Tensor,
         down_proj: Tensor,
         activation: Activation,
+        *,
+        gate_up_lora: LowRank | None = None,
+        down_lora: LowRank | None = None,
     ) -> Tensor: ...
 
 

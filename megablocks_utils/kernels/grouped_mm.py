@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, pad
+
+from megablocks_utils.kernels.low_rank import LowRank
 
 _ALIGNMENT_BYTES = 16
 
@@ -37,14 +39,39 @@ def run_experts_grouped_mm(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     activation: Callable[[Tensor], Tensor],
+    *,
+    gate_up_lora: LowRank | None = None,
+    down_lora: LowRank | None = None,
 ) -> Tensor:
-    """Multiply every expert's rows in one call per projection; see `ExpertBackend`.
+    """Multiply every expert's rows in one call per projection, three with an adapter.
 
-    The offsets end exactly at the last row: grouped_mm leaves rows past them uninitialised
-    (pytorch#154557), so there must be none.
+    See `ExpertBackend`. The offsets end exactly at the last row: grouped_mm leaves rows past them
+    uninitialised (pytorch#154557), so there must be none.
     """
     counts = torch.tensor(tokens_per_expert, dtype=torch.int32)
     offsets = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
-    gate_up = grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=offsets)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return grouped_mm(activation(gate) * up, down_proj.transpose(1, 2), offs=offsets)
+    gate, up = _project(rows, gate_up_proj, gate_up_lora, offsets).chunk(2, dim=-1)
+    return _project(activation(gate) * up, down_proj, down_lora, offsets)
+
+
+def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tensor) -> Tensor:
+    """Multiply rows (R, in) by their experts' weights and adapters: (R, out)."""
+    output = grouped_mm(rows, weights.transpose(1, 2), offs=offsets)
+    if lora is None:
+        return output
+    lora_a, lora_b = _pad_rank(lora)
+    inner = grouped_mm(rows, lora_a.transpose(1, 2), offs=offsets)  # (R, r), perhaps padded
+    # In place: the product with the weights keeps nothing of its own result for the backward pass.
+    return output.add_(grouped_mm(inner * lora.scaling, lora_b.transpose(1, 2), offs=offsets))
+
+
+def _pad_rank(lora: LowRank) -> tuple[Tensor, Tensor]:
+    """Return the factors with a rank whose rows begin at multiples of 16 bytes.
+
+    The rank that is added is zero in both factors: it changes no result and no gradient.
+    """
+    lora_a, lora_b = lora.lora_a, lora.lora_b
+    missing = -lora_a.shape[1] % (_ALIGNMENT_BYTES // lora_a.dtype.itemsize)
+    if not missing:
+        return lora_a, lora_b
+    return pad(lora_a, (0, 0, 0, missing)), pad(lora_b, (0, missing))

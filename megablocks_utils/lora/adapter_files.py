@@ -1,58 +1,83 @@
 """Write the adapters of a run as a PEFT folder that plain PEFT loads."""
 
-import copy
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.writer import staged_folder
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.lora.peft_format import expert_key, linear_key, pack_lora_a, pack_lora_b
+from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+_LINEAR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.default\.weight")
+_EXPERT = re.compile(r"(?P<parameter>.+)_lora\.lora_(?P<side>[AB])")
 
 
 def export_adapter(
-    model: PeftModel,
+    settings: LoraSettings,
     tokenizer: PreTrainedTokenizerBase | None,
-    tensors: Iterable[tuple[str, torch.Tensor | None]],
+    tensors: Iterable[tuple[str, Tensor | None]],
     output_dir: str | Path,
     *,
     base_model_name: str,
     is_writer: bool,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write adapter weights, their configuration and the tokenizer, complete or not at all.
 
     **Collective:** none here; but `tensors` usually gathers, so every rank must call.
 
     Args:
-        model: the PEFT model (its configuration is written).
-        tokenizer: written beside it if given.
-        tensors: each adapter parameter's name in `model` and whole tensor (None where not writer).
+        settings: of the adapters.
+        tokenizer: written beside them if given.
+        tensors: each adapter parameter's name in the model and whole tensor (None where not
+            writer).
         output_dir: the folder.
         base_model_name: what PEFT will load the adapter onto.
         is_writer: whether this rank writes.
+        check: called with the folder that holds the complete files, before they get their place;
+            if it raises, they do not.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    whole = dict(tensors)
+    weights = {}
+    for name, tensor in tensors:
+        if is_writer:
+            key, stored = to_peft(name, tensor)
+            weights[key] = stored
     if not is_writer:
         return
-    config = copy.deepcopy(model.peft_config[model.active_adapter])
-    config.base_model_name_or_path = base_model_name
+    config = build_peft_config(settings, base_model_name)
     config.inference_mode = True
-    weights = get_peft_model_state_dict(model, state_dict=whole)
     try:
-        with staged_folder(Path(output_dir), last=_CONFIG) as folder:
-            save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+        with staged_folder(Path(output_dir), last=CONFIG_NAME) as folder:
+            save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            check(folder)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the adapter to {output_dir}: {reason}") from error
+
+
+def to_peft(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Return the name and the form in which PEFT stores an adapter parameter.
+
+    Args:
+        name: in the model, `...q_proj.lora_A.default.weight` or
+            `...mlp.experts.gate_up_proj_lora.lora_A`.
+        tensor: whole.
+    """
+    if match := _LINEAR.fullmatch(name):
+        return linear_key(match["layer"], match["side"]), tensor
+    match = _EXPERT.fullmatch(name)
+    pack = pack_lora_a if match["side"] == "A" else pack_lora_b
+    return expert_key(match["parameter"], match["side"]), pack(tensor).contiguous()

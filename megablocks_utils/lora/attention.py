@@ -1,19 +1,24 @@
-"""LoRA on the attention projections, with PEFT, over frozen experts that may be sharded."""
+"""LoRA on linear layers, with PEFT's own layers."""
 
 import warnings
+from collections.abc import Iterable
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import inject_adapter_in_model
 from torch import nn
 
-from megablocks_utils.config import AdapterConfig
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 
 _ATTENTION_MODULE = "self_attn"
 
 
-def find_attention_projections(model: nn.Module) -> list[str]:
+def find_attention_projections(model: nn.Module, use_lora: str) -> tuple[str, ...]:
     """Find the last names of the linear layers in the attention, sorted (q_proj, k_proj, ...).
+
+    Args:
+        model: the model.
+        use_lora: the option's value, for the message.
 
     Raises:
         ConfigurationError: the model has none.
@@ -25,34 +30,31 @@ def find_attention_projections(model: nn.Module) -> list[str]:
     }
     if not names:
         raise ConfigurationError(
-            f"--use_lora attn-only needs linear layers in modules named {_ATTENTION_MODULE}, and "
+            f"--use_lora {use_lora} needs linear layers in modules named {_ATTENTION_MODULE}, and "
             f"model type {model.config.model_type} has none."
         )
-    return sorted(names)
+    return tuple(sorted(names))
 
 
-def apply_attention_lora(
-    model: nn.Module, adapter: AdapterConfig, *, adapter_dtype: torch.dtype, seed: int
-) -> PeftModel:
-    """Freeze the model and attach trainable adapters to its attention projections.
+def attach_linear_lora(
+    model: nn.Module, settings: LoraSettings, *, dtype: torch.dtype, seed: int
+) -> None:
+    """Put PEFT's adapters around the linear layers that the settings name, in place.
 
-    Call it before FSDP wraps the model, so that the adapters are sharded like everything else. The
-    same seed gives every rank the same adapters, which FSDP relies on.
+    The same seed gives every rank the same adapters, which FSDP relies on.
     """
-    lora_config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.lora_r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=find_attention_projections(model),
-    )
-    with torch.random.fork_rng(devices=[]):
+    without_experts = LoraSettings(settings.r, settings.lora_alpha, settings.target_modules)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 asks transformers by a name that transformers 5.23 has deprecated.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers by a name that transformers 5.23 has deprecated.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-            peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=False)
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(adapter_dtype)
-    return peft_model
+        inject_adapter_in_model(build_peft_config(without_experts), model)
+    for parameter in linear_lora_parameters(model):
+        parameter.data = parameter.data.to(dtype)
+
+
+def linear_lora_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Yield the parameters of PEFT's adapters in a model, in order."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            yield parameter

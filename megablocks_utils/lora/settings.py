@@ -1,14 +1,11 @@
 """What adapters a run has: which modules, which ranks, how strong; and the same in PEFT's words."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from peft import LoraConfig
 
 from megablocks_utils.shard_moe_utils import PROJECTIONS
-
-_NO_EXPERTS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class LoraSettings:
     r: int
     lora_alpha: int
     target_modules: tuple[str, ...] = ()
-    expert_ranks: Mapping[str, int] = _NO_EXPERTS
+    expert_ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
@@ -36,7 +33,7 @@ class LoraSettings:
 
 def same_rank_everywhere(r: int) -> Mapping[str, int]:
     """Return `expert_ranks` for adapters of rank `r` on all projections of the experts."""
-    return MappingProxyType(dict.fromkeys(PROJECTIONS, r))
+    return dict.fromkeys(PROJECTIONS, r)
 
 
 def build_peft_config(settings: LoraSettings, base_model_name: str | None = None) -> LoraConfig:

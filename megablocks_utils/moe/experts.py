@@ -9,6 +9,7 @@ from megablocks_utils.kernels.backend import ExpertBackend
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.mesh.token_exchange import combine_rows, dispatch_rows, plan_dispatch
+from megablocks_utils.moe.lora import ExpertLora
 from megablocks_utils.moe.permute import (
     permute_tokens,
     reorder_rows,
@@ -26,7 +27,12 @@ class DroplessExperts(nn.Module):
     Attributes:
         gate_up_proj: (E, 2 * I, H) DTensor, Shard(0) on `ep`; gate rows first, then up.
         down_proj: (E, H, I) DTensor, Shard(0) on `ep`.
+        gate_up_proj_lora: adapters of the first; None without.
+        down_proj_lora: adapters of the second; None without.
     """
+
+    gate_up_proj_lora: ExpertLora | None
+    down_proj_lora: ExpertLora | None
 
     def __init__(
         self,
@@ -41,6 +47,8 @@ class DroplessExperts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(gate_up_proj)
         self.down_proj = nn.Parameter(down_proj)
+        self.register_module("gate_up_proj_lora", None)
+        self.register_module("down_proj_lora", None)
         self.num_experts = gate_up_proj.shape[0]
         self.mesh = mesh
         self.backend = backend
@@ -69,6 +77,8 @@ class DroplessExperts(nn.Module):
             local_tensor(self.gate_up_proj).to(dtype),
             local_tensor(self.down_proj).to(dtype),
             self.activation,
+            gate_up_lora=self.gate_up_proj_lora and self.gate_up_proj_lora.local(dtype),
+            down_lora=self.down_proj_lora and self.down_proj_lora.local(dtype),
         )
         rows = reorder_rows(rows, plan.rank_major, plan.expert_major)
         rows = combine_rows(rows, plan, group)

@@ -76,7 +76,7 @@ def fit(state: TrainingState, setup: Setup) -> Iterator[StepMetrics]:
     """
     state.model.train()
     config = setup.config
-    aux_loss_coef = resolve_aux_loss_coef(setup.base_model.config, config.router_aux_loss_coef)
+    aux_loss_coef = resolve_aux_loss_coef(setup.model.config, config.router_aux_loss_coef)
     meter = StepMeter(state.accelerator.device)
     for step, (epoch, plan) in enumerate(setup.schedule.plans(), start=1):
         meter.start_step()

@@ -34,7 +34,8 @@ def count_parameters(
 
     Args:
         model: The model, its experts included; tensors on the meta device count too.
-        expert_parameters: Every expert parameter of `model`, all experts of a layer along dim 0.
+        expert_parameters: Every parameter of the experts of `model`, adapters too, all experts of a
+            layer along dim 0.
         top_k: Experts a token passes in each MoE layer.
         num_experts: Experts of each MoE layer.
     """

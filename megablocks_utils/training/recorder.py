@@ -147,9 +147,9 @@ def _claim(setup: Setup) -> None:
 
 
 def _export(setup: Setup, tensors: NamedTensors, output_dir: Path, *, is_writer: bool) -> None:
-    if setup.config.adapter.has_lora:
+    if setup.lora is not None:
         export_adapter(
-            setup.model,
+            setup.lora,
             setup.tokenizer,
             tensors,
             output_dir,
@@ -157,7 +157,7 @@ def _export(setup: Setup, tensors: NamedTensors, output_dir: Path, *, is_writer:
             is_writer=is_writer,
         )
         return
-    base = setup.base_model
+    base = setup.model
     export_model(
         base.config,
         base.generation_config,
@@ -170,7 +170,7 @@ def _export(setup: Setup, tensors: NamedTensors, output_dir: Path, *, is_writer:
 
 
 def _collect_facts(setup: Setup) -> RunFacts:
-    config, base = setup.config, setup.base_model
+    config, base = setup.config, setup.model
     experts = setup.expert_parameters()
     expert_bytes = count_local_bytes(experts.values())
     mesh = _mesh_sizes(setup)

@@ -17,7 +17,12 @@ from megablocks_utils.checkpoint.index import (
     open_checkpoint,
     resolve_checkpoint_folder,
 )
-from megablocks_utils.checkpoint.layouts import Layout, detect_layout, is_expert_parameter
+from megablocks_utils.checkpoint.layouts import (
+    Layout,
+    detect_layout,
+    is_expert_parameter,
+    is_in_experts,
+)
 from megablocks_utils.checkpoint.load import (
     build_model_on_meta,
     check_against_model,
@@ -27,7 +32,8 @@ from megablocks_utils.checkpoint.load import (
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.launch import Launch, agree_on_error
-from megablocks_utils.lora.attention import apply_attention_lora
+from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.shard_moe_utils import (
     PROJECTIONS,
     ShardedMoE,
@@ -57,12 +63,13 @@ class Setup:
         console: rank 0's console; quiet elsewhere.
         tokenizer: of the model; None if its folder has none.
         schedule: which examples each step holds.
-        model: with adapters where asked for; weights on the CPU or the device.
-        base_model: the transformers model inside.
+        model: the transformers model, with adapters where asked for; weights on the CPU or the
+            device.
         sharded: what `shard_moe` returned; None without expert parallelism.
+        lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.
-        parameter_specs: (name, whole shape, dtype) of every parameter of `base_model`.
+        parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
     """
 
     config: RunConfig
@@ -72,25 +79,25 @@ class Setup:
     console: Console
     tokenizer: PreTrainedTokenizerBase | None
     schedule: Schedule
-    model: nn.Module
-    base_model: PreTrainedModel
+    model: PreTrainedModel
     sharded: ShardedMoE | None
+    lora: LoraSettings | None
     counts: ParameterCounts
     num_experts: int
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """The expert weights of `base_model` as they are now, sharded or not, by name."""
+        """The expert weights as they are now, sharded or not, by name; without adapters."""
         return {
             name: parameter
-            for name, parameter in self.base_model.named_parameters()
+            for name, parameter in self.model.named_parameters()
             if is_expert_parameter(name)
         }
 
     @property
     def layer_classes(self) -> list[str]:
         """Class names of the decoder layers, which become one FSDP unit each."""
-        return sorted(self.base_model._no_split_modules)
+        return sorted(self.model._no_split_modules)
 
 
 def start_processes(launch: Launch) -> torch.device:
@@ -134,16 +141,12 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     examples = _agreed(lambda: _load_data(config, tokenizer, source.model))
     with track_sharding(console, len(source.expert_names)) as on_layer:
         sharded = _agreed(lambda: source.load(config, device, on_layer))
-    model, base_model = source.model, source.model
-    specs = [(name, tuple(p.shape), p.dtype) for name, p in base_model.named_parameters()]
-    if config.adapter.has_lora:
-        dtype = getattr(torch, precision.adapter)
-        model = apply_attention_lora(
-            base_model, config.adapter, adapter_dtype=dtype, seed=config.seed
-        )
+    model = source.model
+    specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
+    lora = _agreed(lambda: _apply_lora(model, sharded, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
     # which only reentrant checkpointing needs.
-    apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
+    apply_gradient_checkpointing(model, config.gradient_checkpointing)
     return Setup(
         config=config,
         launch=launch,
@@ -153,9 +156,9 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         tokenizer=tokenizer,
         schedule=Schedule(config, examples, launch.rank, launch.world_size),
         model=model,
-        base_model=base_model,
         sharded=sharded,
-        counts=_count(model, base_model, source.num_experts),
+        lora=lora,
+        counts=_count(model, source.num_experts),
         num_experts=source.num_experts,
         parameter_specs=specs,
     )
@@ -185,12 +188,17 @@ class _ModelSource:
     def load(
         self, config: RunConfig, device: torch.device, on_layer: Callable[[int], None]
     ) -> ShardedMoE | None:
-        """Fill the model: this rank's experts only with expert parallelism, all of them without."""
+        """Fill the model: this rank's experts only with expert parallelism, all of them without.
+
+        Experts with adapters are this project's own also without expert parallelism (ep 1): PEFT's
+        way through transformers' experts holds W + B A of all experts.
+        """
         sharded = None
-        if config.parallel.use_megablocks_sharding:
+        has_ep = config.parallel.use_megablocks_sharding
+        if has_ep or config.adapter.trains_experts:
             sharded = shard_moe(
                 self.model,
-                ep_size=config.parallel.ep_size or dist.get_world_size(),
+                ep_size=(config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
                 checkpoint_name_or_path=self.folder,
                 kernel=config.parallel.kernel,
                 expert_dp=config.parallel.expert_dp,
@@ -235,6 +243,20 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise CheckpointError(f"the tokenizer in {folder} cannot be used: {error}") from error
 
 
+def _apply_lora(
+    model: PreTrainedModel,
+    sharded: ShardedMoE | None,
+    config: RunConfig,
+    precision: ResolvedPrecision,
+) -> LoraSettings | None:
+    if not config.adapter.has_lora:
+        return None
+    settings, source = choose_adapters(model, config.adapter)
+    dtype = getattr(torch, precision.adapter)
+    apply_lora(model, sharded, settings, dtype=dtype, seed=config.seed, source=source)
+    return settings
+
+
 def _load_data(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
 ) -> TokenizedExamples:
@@ -243,7 +265,6 @@ def _load_data(
     return examples
 
 
-def _count(model: nn.Module, base_model: PreTrainedModel, num_experts: int) -> ParameterCounts:
-    experts = {n: p for n, p in base_model.named_parameters() if is_expert_parameter(n)}
-    top_k = base_model.config.num_experts_per_tok
-    return count_parameters(model, experts, top_k, num_experts)
+def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:
+    experts = {n: p for n, p in model.named_parameters() if is_in_experts(n)}
+    return count_parameters(model, experts, model.config.num_experts_per_tok, num_experts)

@@ -81,7 +81,7 @@ class MoETrainer(Trainer):
         self._setup = setup
         self._plugin = build_fsdp1_plugin(setup.precision)
         self._aux_loss_coef = resolve_aux_loss_coef(
-            setup.base_model.config, setup.config.router_aux_loss_coef
+            setup.model.config, setup.config.router_aux_loss_coef
         )
         self._report = _StepReport(setup, on_step)
         super().__init__(setup.model, arguments, callbacks=[self._report])

@@ -32,13 +32,13 @@ CASES = [
     # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
     ParityCase(FOUR_TWO, num_steps=3, num_examples=3, accumulation=4, aux_loss_coef=0.02),
     # Adapters, which have their own units.
-    ParityCase(TWO, "mixtral", NUM_STEPS, lora=True),
-    ParityCase(FOUR_TWO, "qwen3_moe", NUM_STEPS, lora=True, checkpointing="selective"),
+    ParityCase(TWO, "mixtral", NUM_STEPS, lora="attn-only"),
+    ParityCase(FOUR_TWO, "qwen3_moe", NUM_STEPS, lora="attn-only", checkpointing="selective"),
     ParityCase(
         FOUR,
         "olmoe",
         NUM_STEPS,
-        lora=True,
+        lora="attn-only",
         checkpointing="False",
         accumulation=4,
         sync_each_batch=False,
@@ -86,7 +86,7 @@ def test_drift_with_adapters(pools, parity_folder, precision, sync_each_batch):
         "mixtral",
         PRECISION_STEPS,
         precision=precision,
-        lora=True,
+        lora="attn-only",
         accumulation=4,
         sync_each_batch=sync_each_batch,
         checkpointing="selective",

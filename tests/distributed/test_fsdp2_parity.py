@@ -45,7 +45,7 @@ def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
         sync_each_batch=accumulation[1],
         checkpointing=checkpointing,
         aux_loss_coef=0.02 if aux else 0.0,
-        lora=lora,
+        lora="attn-only" if lora else "none",
         max_grad_norm=1.0 if clipped else 0.0,
         weight_decay=0.0 if clipped else 0.1,
     )

@@ -91,7 +91,7 @@ def test_full_run_leaves_a_model_that_transformers_loads(ranks4, parity_folder, 
 
 def test_lora_run_leaves_an_adapter_that_peft_loads(ranks4, parity_folder, tmp_path):
     """Plain PEFT on plain transformers gives the logits of the reference's adapters."""
-    case = ParityCase(Layout(4, 2), "mixtral", num_steps=3, lora=True)
+    case = ParityCase(Layout(4, 2), "mixtral", num_steps=3, lora="attn-only")
     _run(ranks4, parity_folder, case, tmp_path)
     run = parity_folder.stock_run(case)
     reference = parity_folder.reference(run)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+from peft import LoraConfig, get_peft_model
 from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megablocks_utils.config import parse_args
 from megablocks_utils.fsdp.fsdp2 import full_parameters
@@ -23,7 +26,7 @@ GLOBAL_BATCH = 16
 NUM_EXAMPLES = 37  # two full global batches and one of five examples
 LEARNING_RATE = 1e-3
 SEED = 3
-LORA_RANK = 8
+LORA_ALPHA = 8
 
 MODELS: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", {}),
@@ -31,6 +34,10 @@ MODELS: dict[str, tuple[str, dict]] = {
     "olmoe": ("olmoe", {}),
     "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
+    # Rows and columns of every projection go past a tile of 128 and of 256, and end inside one.
+    "mixtral, wide": ("mixtral", {"hidden_size": 272, "intermediate_size": 328}),
+    # Experts 2 to 7 never receive a token: see `starve_experts`.
+    "olmoe, starved": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 1}),
 }
 """Name of a tiny model -> family and options of its config."""
 
@@ -70,7 +77,8 @@ class ParityCase:
     accumulation: int = 1
     sync_each_batch: bool = True
     checkpointing: str = "True"
-    lora: bool = False
+    lora: str = "none"
+    lora_rank: int = 8
     aux_loss_coef: float = 0.0
     num_examples: int = NUM_EXAMPLES
     weight_decay: float = 0.0
@@ -84,6 +92,11 @@ class ParityCase:
         names = [name for name in vars(self) if getattr(self, name) != getattr(plain, name)]
         options = [f"{name}={getattr(self, name)}" for name in names]
         return ", ".join([str(self.layout), self.model, *options])
+
+    @property
+    def has_expert_lora(self) -> bool:
+        """Whether experts have adapters; then both sides start from one that PEFT has written."""
+        return self.lora in ("mlp-only", "all")
 
     @property
     def batch_size(self) -> int:
@@ -125,8 +138,12 @@ class ParityFolder:
                 "kernel": case.kernel,
                 "debug": True,  # copies of experts are compared bit by bit in every step
             }
-        if case.lora:
-            options |= {"use_lora": "attn-only", "lora_r": LORA_RANK, "lora_alpha": LORA_RANK}
+        if case.lora != "none":
+            options |= {"use_lora": case.lora}
+        if case.has_expert_lora:
+            options |= {"resume_adapter": self.adapter(case)}
+        elif case.lora != "none":
+            options |= {"lora_r": case.lora_rank, "lora_alpha": LORA_ALPHA}
         return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
     def stock_run(self, case: ParityCase, dtype: str = "float32") -> StockRun:
@@ -142,16 +159,25 @@ class ParityFolder:
             max_grad_norm=case.max_grad_norm,
             seed=SEED,
             dtype=dtype,
-            lora_rank=LORA_RANK if case.lora else 0,
+            lora_rank=case.lora_rank if case.lora == "attn-only" else 0,
+            adapter=str(self.adapter(case)) if case.has_expert_lora else None,
             aux_loss_coef=case.aux_loss_coef,
             deal=deal if case.aux_loss_coef else None,
         )
+
+    def adapter(self, case: ParityCase) -> Path:
+        """Return an adapter that PEFT has written, with B random too, so that A has gradients."""
+        folder = self._model(case.model) / f"adapter-{case.lora}-{case.lora_rank}"
+        if not folder.exists():
+            save_adapter(folder, self._model(case.model), case.lora, case.lora_rank)
+        return folder
 
     def _model(self, name: str) -> Path:
         folder = self.folder / name.replace(", ", "-").replace(" ", "_")
         if not folder.exists():
             family, overrides = MODELS[name]
-            save_tiny_model(family, folder, **overrides)
+            prepare = starve_experts if name.endswith("starved") else None
+            save_tiny_model(family, folder, prepare=prepare, **overrides)
         return folder
 
     def _data(self, num_examples: int) -> Path:
@@ -159,6 +185,38 @@ class ParityFolder:
         if not path.exists():
             write_examples(path, num_examples)
         return path
+
+
+def starve_experts(model: PreTrainedModel) -> None:
+    """Route every token to expert 0 or 1.
+
+    Their logits are x and -x, those of all others 0, so that one of the two is always the largest.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            router = layer.mlp.gate.weight
+            router[1] = -router[0]
+            router[2:] = 0.0
+
+
+def save_adapter(folder: Path, model_folder: Path, use_lora: str, rank: int) -> None:
+    """Let PEFT write an adapter for a model, random in A and in B."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if use_lora == "all" else []
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=LORA_ALPHA,
+        target_modules=attention,
+        target_parameters=experts,
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config)
+    generator = torch.Generator().manual_seed(rank)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    model.save_pretrained(folder)
 
 
 def write_examples(path: Path, num_examples: int) -> None:

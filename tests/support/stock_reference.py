@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
@@ -38,7 +38,8 @@ class StockRun:
         max_grad_norm: 0 leaves gradients as they are.
         seed: of the data order and the adapters.
         dtype: of weights, computation and Adam's states.
-        lora_rank: of adapters on the attention (alpha is the same); 0 trains all weights.
+        lora_rank: of adapters on the attention (alpha is the same); 0 for none of these.
+        adapter: folder of a PEFT adapter to go on from; with neither, all weights are trained.
         aux_loss_coef: weight of the load-balancing loss; 0 leaves it out.
         deal: world size, batch size and accumulation that cut a step into the micro-batches whose
             auxiliary losses are averaged; None without auxiliary loss.
@@ -54,6 +55,7 @@ class StockRun:
     seed: int = 0
     dtype: str = "float32"
     lora_rank: int = 0
+    adapter: str | None = None
     aux_loss_coef: float = 0.0
     deal: tuple[int, int, int] | None = None
 
@@ -62,6 +64,7 @@ def train_stock(run: StockRun) -> Trace:
     """Train and record the run."""
     examples = json.loads(Path(run.data_path).read_text())
     model = _load_model(run)
+    num_experts = model.config.num_experts
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() == 1]
@@ -77,12 +80,32 @@ def train_stock(run: StockRun) -> Trace:
         trace.grad_norms.append(norm.item())
         trace.learning_rates.append(scheduler.get_last_lr()[0])
         if not trace.first_gradients:
-            trace.first_gradients = {n: p.grad.clone() for n, p in parameters.items()}
+            grads = ((n, p.grad.clone()) for n, p in parameters.items())
+            trace.first_gradients = dict(in_our_words(n, g, num_experts) for n, g in grads)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    trace.weights = {name: p.detach().clone() for name, p in parameters.items()}
+    weights = ((name, p.detach().clone()) for name, p in parameters.items())
+    trace.weights = dict(in_our_words(name, weight, num_experts) for name, weight in weights)
     return trace
+
+
+def in_our_words(name: str, tensor: Tensor, num_experts: int) -> tuple[str, Tensor]:
+    """Return a parameter's name without PEFT's wrappers, and adapters by expert.
+
+    PEFT keeps A of the experts as (E * r, in), B as (out, r * E) with the expert running fastest.
+    """
+    name = name.removeprefix("base_model.model.")
+    layer, is_in_experts, rest = name.partition(".mlp.experts.")
+    if not is_in_experts or "lora_" not in rest:
+        return name, tensor
+    projection = "gate_up_proj" if rest.startswith("base_layer.") else "down_proj"
+    if "lora_A" in rest:
+        rows = tensor.shape[0] // num_experts
+        stacked = torch.stack([tensor[e * rows : (e + 1) * rows] for e in range(num_experts)])
+        return f"{layer}.mlp.experts.{projection}_lora.lora_A", stacked
+    stacked = torch.stack([tensor[:, e::num_experts] for e in range(num_experts)])
+    return f"{layer}.mlp.experts.{projection}_lora.lora_B", stacked
 
 
 def _load_model(run: StockRun) -> nn.Module:
@@ -99,6 +122,8 @@ def _load_model(run: StockRun) -> nn.Module:
         )
         torch.manual_seed(run.seed)
         model = get_peft_model(model, config)
+    if run.adapter:
+        model = PeftModel.from_pretrained(model, run.adapter, is_trainable=True)
     return model.train()
 
 

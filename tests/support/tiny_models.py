@@ -1,6 +1,7 @@
 """Tiny random MoE models of every supported family, and folders that hold them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,7 +57,13 @@ def build_tiny_model(family: str, *, seed: int = 0, **overrides) -> PreTrainedMo
 
 
 def save_tiny_model(
-    family: str, folder: str | Path, *, sharded: bool = True, fused: bool = False, **overrides
+    family: str,
+    folder: str | Path,
+    *,
+    sharded: bool = True,
+    fused: bool = False,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
+    **overrides,
 ) -> PreTrainedModel:
     """Write a tiny model with transformers' own `save_pretrained`, and return it.
 
@@ -65,9 +72,12 @@ def save_tiny_model(
         folder: where to.
         sharded: several files and an index, or one file.
         fused: experts as in memory (`save_original_format=False`), or in the family's Hub layout.
+        prepare: changes the weights in place before they are written.
         overrides: as for `build_tiny_model`.
     """
     model = build_tiny_model(family, **overrides)
+    if prepare is not None:
+        prepare(model)
     max_shard_size = SHARD_SIZE if sharded else "5GB"
     model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not fused)
     return model

@@ -64,6 +64,20 @@ def measure_distance(seen: Trace, wanted: Trace) -> Distance:
     )
 
 
+def measure_excess(seen: Trace, stock: Trace, exact: Trace, *, floor: float) -> float:
+    """Return by which factor a final weight's error is at most larger than stock's own in fp32.
+
+    Errors are relative norms from fp64; up to `floor` any error is stock's. Adam divides a gradient
+    by its own size: of one of 1e-7 among others of 1e-3 half is rounding, and so is then its
+    weight, in any fp32 run.
+    """
+    return max(
+        relative_error(seen.weights[name], weight)
+        / max(relative_error(stock.weights[name], weight), floor)
+        for name, weight in exact.weights.items()
+    )
+
+
 def _worst_number(seen: list[float], wanted: list[float]) -> float:
     return max(abs(s - w) / abs(w) for s, w in zip(seen, wanted, strict=True))
 

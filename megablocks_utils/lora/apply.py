@@ -1,0 +1,109 @@
+"""`--use_lora`: freeze the model and attach adapters to attention, experts or both."""
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from megablocks_utils.config import AdapterConfig
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.lora.adapter_reader import AdapterReader, open_adapter
+from megablocks_utils.lora.attention import attach_linear_lora, find_attention_projections
+from megablocks_utils.lora.experts import attach_expert_lora, lora_name
+from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
+from megablocks_utils.mesh.placement import local_expert_range, local_tensor
+from megablocks_utils.shard_moe_utils import ShardedMoE
+
+_ADAPTER_NAME = "default"
+
+
+def choose_adapters(
+    model: PreTrainedModel, adapter: AdapterConfig
+) -> tuple[LoraSettings, AdapterReader | None]:
+    """Return the settings of the run's adapters, and the adapter to go on from if there is one.
+
+    Raises:
+        CheckpointError: `--resume_adapter` cannot be read or does not fit the model.
+        ConfigurationError: it contradicts `--use_lora`, `--lora_r` or `--lora_alpha`; or the model
+            has no attention where `--use_lora` wants adapters.
+    """
+    if adapter.resume_adapter is None:
+        return _new_settings(model, adapter), None
+    reader = open_adapter(adapter.resume_adapter, model)
+    _check_agreement(adapter, reader.settings)
+    return reader.settings, reader
+
+
+def _new_settings(model: nn.Module, adapter: AdapterConfig) -> LoraSettings:
+    modules: tuple[str, ...] = ()
+    if adapter.trains_attention:
+        modules = find_attention_projections(model, adapter.use_lora)
+    ranks = same_rank_everywhere(adapter.lora_r) if adapter.trains_experts else {}
+    return LoraSettings(adapter.lora_r, adapter.lora_alpha, modules, ranks)
+
+
+def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:
+    """Refuse options that say something else than the adapter to go on from."""
+    kinds = {(True, False): "attn-only", (False, True): "mlp-only", (True, True): "all"}
+    kind = kinds[bool(settings.target_modules), bool(settings.expert_ranks)]
+    own = {"use_lora": kind, "lora_r": settings.r, "lora_alpha": settings.lora_alpha}
+    for name, value in own.items():
+        given = getattr(adapter, name)
+        if given is not None and given != value:
+            raise ConfigurationError(
+                f"--{name} is {given}, but the adapter {adapter.resume_adapter} has {value}."
+            )
+
+
+def apply_lora(
+    model: nn.Module,
+    sharded: ShardedMoE | None,
+    settings: LoraSettings,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    source: AdapterReader | None = None,
+) -> None:
+    """Freeze the model and attach adapters, in place; nothing else of it is trained.
+
+    Call it before FSDP wraps the model, so that the adapters are sharded like everything else. No
+    communication: every rank makes or reads its own part.
+
+    Args:
+        model: the transformers model.
+        sharded: what `shard_moe` returned; needed for adapters of experts.
+        settings: which adapters.
+        dtype: in which they are kept and trained.
+        seed: of their start; equal on all ranks.
+        source: adapters to go on from instead.
+    """
+    model.requires_grad_(False)
+    if settings.target_modules:
+        attach_linear_lora(model, settings, dtype=dtype, seed=seed)
+    if settings.expert_ranks:
+        attach_expert_lora(sharded, settings, dtype=dtype, seed=seed)
+    if source is not None:
+        _fill(model, sharded, settings, source)
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    sharded: ShardedMoE | None,
+    settings: LoraSettings,
+    source: AdapterReader,
+) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            lora_a, lora_b = source.linear(name)
+            module.lora_A[_ADAPTER_NAME].weight.copy_(lora_a)
+            module.lora_B[_ADAPTER_NAME].weight.copy_(lora_b)
+    if not settings.expert_ranks:
+        return
+    for name, module in sharded.expert_modules.items():
+        mine = local_expert_range(module.num_experts, sharded.mesh)
+        for projection in settings.expert_ranks:
+            lora = getattr(module, lora_name(projection))
+            lora_a, lora_b = source.experts(f"{name}.{projection}", mine)
+            local_tensor(lora.lora_A.detach()).copy_(lora_a)
+            local_tensor(lora.lora_B.detach()).copy_(lora_b)

@@ -1,0 +1,58 @@
+"""LoRA on the experts of a sharded model: adapters lie where their experts lie."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.mesh.placement import local_expert_range, local_tensor, wrap_local_experts
+from megablocks_utils.moe.lora import ExpertLora
+from megablocks_utils.shard_moe_utils import ShardedMoE
+
+
+def attach_expert_lora(
+    sharded: ShardedMoE, settings: LoraSettings, *, dtype: torch.dtype, seed: int
+) -> None:
+    """Give every expert adapters on the projections that the settings name, in place.
+
+    They start as PEFT's do: A uniform within 1 / sqrt(in) (Kaiming's bound for a = sqrt(5)), B
+    zero. What an expert starts with is a function of the seed and its place in the model alone,
+    not of the mesh. No communication.
+
+    Args:
+        sharded: what `shard_moe` returned.
+        settings: ranks and strength.
+        dtype: of the adapters.
+        seed: equal on all ranks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in sharded.expert_modules.values():
+        mine = local_expert_range(module.num_experts, sharded.mesh)
+        for projection, rank in settings.expert_ranks.items():
+            weights = getattr(module, projection)
+            num_experts, num_out, num_in = weights.shape
+            bound = 1 / math.sqrt(num_in)
+            lora_a = torch.empty(num_experts, rank, num_in).uniform_(
+                -bound, bound, generator=generator
+            )
+            lora_b = torch.zeros(len(mine), num_out, rank)
+            factors = [
+                _place(factor, weights, dtype, sharded)
+                for factor in (lora_a[mine.start : mine.stop], lora_b)
+            ]
+            setattr(module, lora_name(projection), ExpertLora(*factors, settings.scaling))
+
+
+def lora_name(projection: str) -> str:
+    """Return the name that a projection's adapters have in the experts module."""
+    return f"{projection}_lora"
+
+
+def _place(
+    local_factor: Tensor, weights: Tensor, dtype: torch.dtype, sharded: ShardedMoE
+) -> Tensor:
+    """Put this rank's factors where their weights are; memory of their own, not a slice's."""
+    device = local_tensor(weights.detach()).device
+    own = local_factor.to(device=device, dtype=dtype, copy=True).contiguous()
+    return wrap_local_experts(own, sharded.mesh)

@@ -32,7 +32,8 @@ def train(config: RunConfig, launch: Launch) -> None:
     with RunRecorder(setup, state.accelerator.log) as recorder:
         for metrics in fit(state, setup):
             recorder.record(metrics)
-    recorder.finish(full_parameters(state.model, only_trainable=config.adapter.has_lora))
+    tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
+    recorder.finish(state.model, state.optimizer, tensors)
 
 
 if __name__ == "__main__":

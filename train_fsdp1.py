@@ -39,7 +39,8 @@ def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     trainer = MoETrainer(setup, arguments, on_step=recorder.record)
     with recorder:
         trainer.train()
-    recorder.finish(full_parameters(trainer.model, only_trainable=config.adapter.has_lora))
+    tensors = full_parameters(trainer.model, only_trainable=config.adapter.has_lora)
+    recorder.finish(trainer.model, trainer.optimizer, tensors)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Write the adapters of a run as a PEFT folder that plain PEFT loads."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.writer import staged_folder
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.lora.file_check import AdapterCheckError
 from megablocks_utils.lora.peft_format import expert_key, linear_key, pack_lora_a, pack_lora_b
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+REFUSED_NAME = "refused_adapter"
 _LINEAR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.default\.weight")
 _EXPERT = re.compile(r"(?P<parameter>.+)_lora\.lora_(?P<side>[AB])")
 
@@ -41,10 +44,11 @@ def export_adapter(
         output_dir: the folder.
         base_model_name: what PEFT will load the adapter onto.
         is_writer: whether this rank writes.
-        check: called with the folder that holds the complete files, before they get their place;
-            if it raises, they do not.
+        check: called with the folder that holds the complete files, before they get their place. If
+            it refuses them, they are kept in `refused_adapter` of the folder.
 
     Raises:
+        AdapterCheckError: as `check`.
         CheckpointError: the folder cannot be written.
     """
     weights = {}
@@ -62,10 +66,22 @@ def export_adapter(
             config.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            check(folder)
+            try:
+                check(folder)
+            except AdapterCheckError as error:
+                kept = _keep_for_inspection(folder, Path(output_dir))
+                raise AdapterCheckError(f"{error}; the files are in {kept}") from error
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the adapter to {output_dir}: {reason}") from error
+
+
+def _keep_for_inspection(folder: Path, output_dir: Path) -> Path:
+    """Move a refused adapter to a place of its own, where nobody takes it for a good one."""
+    kept = output_dir / REFUSED_NAME
+    shutil.rmtree(kept, ignore_errors=True)
+    folder.rename(kept)
+    return kept
 
 
 def to_peft(name: str, tensor: Tensor) -> tuple[str, Tensor]:

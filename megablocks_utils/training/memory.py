@@ -1,5 +1,6 @@
 """What this process holds: device memory on a GPU, resident memory on a CPU."""
 
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["MemoryReading", "describe_memory_source", "read_memory"]
+__all__ = ["MemoryReading", "describe_memory_source", "read_available_memory", "read_memory"]
 
 PROCESS_STATUS = Path("/proc/self/status")
+MEMORY_INFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ def read_memory(device: torch.device, status_path: Path = PROCESS_STATUS) -> Mem
     status = _read_status(status_path)
     peak_bytes = status.get("VmHWM", _peak_resident_bytes())
     return MemoryReading(peak_bytes, status.get("VmRSS", peak_bytes))
+
+
+def read_available_memory(meminfo_path: Path = MEMORY_INFO) -> int:
+    """Read how many bytes of this machine's memory a process could still take, without swapping."""
+    fields = _read_status(meminfo_path)
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return fields.get("MemAvailable", free)
 
 
 def describe_memory_source(device: torch.device, status_path: Path = PROCESS_STATUS) -> str:

@@ -7,11 +7,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from torch import nn
+from torch.optim import Optimizer
+
 from megablocks_utils.checkpoint.export import export_model
 from megablocks_utils.errors import UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.launch import agree_on_error, claim_output_dir
 from megablocks_utils.lora.adapter_files import export_adapter
+from megablocks_utils.training.adapter_check import AdapterCheck
 from megablocks_utils.training.debug import describe_placements
 from megablocks_utils.training.memory import describe_memory_source
 from megablocks_utils.training.metrics import MetricsWriter, RunTotals, StepMetrics
@@ -47,6 +51,8 @@ class RunRecorder:
         self._is_main = setup.launch.rank == 0
         self._totals = RunTotals()
         self._losses: list[float] = []
+        self._has_learned = False
+        self._adapter_check: AdapterCheck | None = None
         self._open = ExitStack()
         self._started_s = 0.0
         self._runtime_s = 0.0
@@ -83,23 +89,33 @@ class RunRecorder:
         """Take the metrics of a step that is over."""
         self._totals = self._totals.plus(metrics)
         self._losses.append(metrics.loss)
+        self._has_learned |= metrics.learning_rate > 0
         if metrics.step % self._setup.config.logging_steps == 0:
             self._track(metrics.as_record(), metrics.step)
         if self._is_main:
             self._writer.write(metrics)
             self._show(metrics)
 
-    def finish(self, tensors: NamedTensors) -> None:
+    def finish(self, model: nn.Module, optimizer: Optimizer, tensors: NamedTensors) -> None:
         """Write the final model or adapter, the plot and `run.json`; show the end summary.
 
         **Collective:** every rank must call; `tensors` gathers.
 
         Args:
-            tensors: (name, whole tensor or None) of every parameter of the base model, or with
-                adapters of every trainable parameter.
+            model: wrapped, trained.
+            optimizer: of the run.
+            tensors: (name, whole tensor or None) of every parameter, or with adapters of every
+                trainable one; not begun yet.
+
+        Raises:
+            AdapterCheckError: on rank 0, for an adapter that was not written as it was trained.
         """
         setup = self._setup
-        _export(setup, tensors, self.output_dir, is_writer=self._is_main)
+        if setup.lora is not None:
+            self._adapter_check = AdapterCheck(
+                setup, model, optimizer, has_learned=self._has_learned
+            )
+        self._export(tensors)
         if not self._is_main:
             return
         plot_loss(self.metrics_path, self.output_dir / "loss.png")
@@ -114,9 +130,33 @@ class RunRecorder:
             train_runtime_s=self._runtime_s,
             totals=self._totals,
             device=setup.device,
+            adapter_check=self._adapter_check and self._adapter_check.report.as_record(),
         )
         write_run_json(self.output_dir / "run.json", record)
         show_end_summary(setup.console, self._result())
+
+    def _export(self, tensors: NamedTensors) -> None:
+        setup, model = self._setup, self._setup.model
+        if setup.lora is not None:
+            export_adapter(
+                setup.lora,
+                setup.tokenizer,
+                tensors,
+                self.output_dir,
+                base_model_name=setup.config.model.model_name_or_path,
+                is_writer=self._is_main,
+                check=self._adapter_check,
+            )
+            return
+        export_model(
+            model.config,
+            model.generation_config,
+            setup.tokenizer,
+            setup.parameter_specs,
+            tensors,
+            self.output_dir,
+            is_writer=self._is_main,
+        )
 
     def _result(self) -> RunResult:
         weights = "adapter_model.safetensors" if self._setup.config.adapter.has_lora else "model"
@@ -126,6 +166,7 @@ class RunRecorder:
             final_loss=self._losses[-1],
             train_runtime_s=self._runtime_s,
             memory_source=describe_memory_source(self._setup.device),
+            adapter_check=self._adapter_check and self._adapter_check.report.describe(),
             output_dir=str(self.output_dir),
             files=(
                 (weights, "the trained weights, with configuration and tokenizer"),
@@ -144,29 +185,6 @@ def _claim(setup: Setup) -> None:
         except UserError as met:
             error = met
     agree_on_error(error)
-
-
-def _export(setup: Setup, tensors: NamedTensors, output_dir: Path, *, is_writer: bool) -> None:
-    if setup.lora is not None:
-        export_adapter(
-            setup.lora,
-            setup.tokenizer,
-            tensors,
-            output_dir,
-            base_model_name=setup.config.model.model_name_or_path,
-            is_writer=is_writer,
-        )
-        return
-    base = setup.model
-    export_model(
-        base.config,
-        base.generation_config,
-        setup.tokenizer,
-        setup.parameter_specs,
-        tensors,
-        output_dir,
-        is_writer=is_writer,
-    )
 
 
 def _collect_facts(setup: Setup) -> RunFacts:

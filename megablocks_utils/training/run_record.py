@@ -42,6 +42,8 @@ class RunRecord:
         train_runtime_s: Wall time of the training loop only.
         totals: `steps`, `tokens`, `input_tokens`.
         peaks: `mem_peak_bytes`, `mem_alloc_bytes` and what they `measured`.
+        adapter_check: What comparing the written adapter with the trained one found, see
+            `adapter_check.AdapterReport`; None without LoRA.
     """
 
     status: str
@@ -57,6 +59,7 @@ class RunRecord:
     train_runtime_s: float
     totals: dict[str, int]
     peaks: dict[str, int | str]
+    adapter_check: dict[str, Any] | None
 
 
 def build_run_record(
@@ -71,6 +74,7 @@ def build_run_record(
     train_runtime_s: float,
     totals: RunTotals,
     device: torch.device,
+    adapter_check: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Build the record of a finished run, adding versions, commit and hardware found here.
 
@@ -85,6 +89,7 @@ def build_run_record(
         train_runtime_s: Wall time of the training loop only.
         totals: The run's steps added up.
         device: The device memory was measured on.
+        adapter_check: What checking the written adapter found; None without LoRA.
     """
     peaks = {
         "mem_peak_bytes": totals.mem_peak_bytes,
@@ -110,6 +115,7 @@ def build_run_record(
         train_runtime_s=train_runtime_s,
         totals=sums,
         peaks=peaks,
+        adapter_check=dict(adapter_check) if adapter_check is not None else None,
     )
 
 

@@ -63,6 +63,7 @@ class Setup:
         console: rank 0's console; quiet elsewhere.
         tokenizer: of the model; None if its folder has none.
         schedule: which examples each step holds.
+        model_folder: the local folder its weights came from.
         model: the transformers model, with adapters where asked for; weights on the CPU or the
             device.
         sharded: what `shard_moe` returned; None without expert parallelism.
@@ -79,6 +80,7 @@ class Setup:
     console: Console
     tokenizer: PreTrainedTokenizerBase | None
     schedule: Schedule
+    model_folder: Path
     model: PreTrainedModel
     sharded: ShardedMoE | None
     lora: LoraSettings | None
@@ -155,6 +157,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         console=console,
         tokenizer=tokenizer,
         schedule=Schedule(config, examples, launch.rank, launch.world_size),
+        model_folder=folder,
         model=model,
         sharded=sharded,
         lora=lora,

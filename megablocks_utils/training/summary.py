@@ -88,6 +88,7 @@ class RunResult:
         final_loss: Loss of the last step.
         train_runtime_s: Wall time of the training loop only.
         memory_source: What the peak measures, from `describe_memory_source`.
+        adapter_check: What checking the written adapter found, in words; None without LoRA.
         output_dir: Where the files are.
         files: (path, what it is) of each file or group of files, in reading order.
     """
@@ -97,6 +98,7 @@ class RunResult:
     final_loss: float
     train_runtime_s: float
     memory_source: str
+    adapter_check: str | None
     output_dir: str
     files: tuple[tuple[str, str], ...]
 
@@ -150,6 +152,10 @@ def build_end_summary(result: RunResult) -> Group:
         f"({totals.input_tokens:,} in all, loss on {totals.tokens:,})",
         "peak memory": f"{_format_gib(totals.mem_peak_bytes)} on the fullest rank, "
         f"{result.memory_source}",
+    }
+    if result.adapter_check is not None:
+        rows["adapter"] = result.adapter_check
+    rows |= {
         "output": Group(Text(result.output_dir), _build_grid(dict(result.files), style="none")),
     }
     return Group(_build_rows("Finished", rows), "")

@@ -1,0 +1,153 @@
+"""After a LoRA run: is the adapter on disk the one that was trained?"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megablocks_utils.checkpoint.load import build_model_on_meta
+from megablocks_utils.fsdp.fsdp2 import free_gathered_weights
+from megablocks_utils.lora.file_check import (
+    ExpertNorms,
+    check_files,
+    count_trained,
+    measure_experts,
+)
+from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
+from megablocks_utils.training.memory import read_available_memory
+from megablocks_utils.training.setup import Setup
+
+_NUM_TOKENS = 128
+GIB = 1024**3
+AUTO_LIMIT_BYTES = 16 * GIB
+"""Above it, `--verify_adapter auto` loads no model: on one core that takes minutes."""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """Say what the check found.
+
+    Attributes:
+        trained: adapters of single experts (one projection each) that got gradients.
+        total: all of them.
+        logits: comparison with plain PEFT; None if it was not made.
+        skipped: why not.
+    """
+
+    trained: int
+    total: int
+    logits: LogitsCheck | None
+    skipped: str | None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what `run.json` holds."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Say it in a line or two."""
+        experts = (
+            f"{self.trained} of {self.total} expert adapters got gradients and are in the file"
+        )
+        parts = [experts] if self.total else []
+        if self.logits is None:
+            parts.append(f"not loaded with plain PEFT: {self.skipped}")
+        else:
+            logits = self.logits
+            parts.append(
+                f"plain PEFT's logits differ by {logits.ours:.1e} from ours (its own rounding: "
+                f"{logits.stock:.1e}; without the adapter: {logits.effect:.1e})"
+            )
+        return "; ".join(parts)
+
+
+class AdapterCheck:
+    """Remember what was trained, then compare the written files with it.
+
+    Args:
+        setup: the run.
+        model: wrapped, trained.
+        optimizer: of the run.
+        has_learned: whether any step had a learning rate above 0.
+
+    Attributes:
+        report: what was found, once called on rank 0.
+    """
+
+    report: AdapterReport | None = None
+
+    def __init__(
+        self, setup: Setup, model: nn.Module, optimizer: Optimizer, *, has_learned: bool
+    ) -> None:
+        """**Collective:** measures on every rank of the world, and runs one forward pass."""
+        self._setup = setup
+        self._measured = _measure(setup, optimizer, has_learned)
+        self._skipped = _agree_on_skipping(partial(_reason_to_skip, setup))
+        self._input_ids = self._logits = None
+        if self._skipped is None:
+            self._input_ids = torch.from_numpy(setup.schedule.examples[0][0][None, :_NUM_TOKENS])
+            self._logits = _run_forward(model, self._input_ids.to(setup.device))
+
+    def __call__(self, folder: Path) -> None:
+        """Check the files in a folder; rank 0 only.
+
+        Raises:
+            AdapterCheckError: they are not what was trained.
+        """
+        setup = self._setup
+        layers = setup.model.config.num_hidden_layers
+        plain = build_model_on_meta(setup.model_folder, truncate_layers=layers)
+        check_files(folder, plain, self._measured)
+        logits = None
+        if self._logits is not None:
+            logits = check_logits(
+                folder,
+                setup.model_folder,
+                self._input_ids,
+                self._logits,
+                compute=getattr(torch, setup.precision.compute),
+                num_layers=layers,
+            )
+        self.report = AdapterReport(*count_trained(self._measured), logits, self._skipped)
+
+
+def _measure(setup: Setup, optimizer: Optimizer, has_learned: bool) -> dict[str, ExpertNorms]:
+    if setup.sharded is None or not setup.lora.expert_ranks:
+        return {}
+    states = optimizer.state if has_learned else {}
+    return measure_experts(setup.sharded, setup.lora, states)
+
+
+def _reason_to_skip(setup: Setup) -> str | None:
+    choice = setup.config.adapter.verify_adapter
+    if choice == "False":
+        return "--verify_adapter is False"
+    needed = needed_bytes(setup.counts.total, getattr(torch, setup.precision.compute))
+    room = min(read_available_memory() // 2, AUTO_LIMIT_BYTES)
+    if choice == "True" or needed <= room:
+        return None
+    return (
+        f"the model would take {needed / GIB:.1f} GiB in one process, and --verify_adapter auto "
+        f"uses at most {room / GIB:.1f} GiB here"
+    )
+
+
+def _agree_on_skipping(decide: Callable[[], str | None]) -> str | None:
+    """Let rank 0 decide for all: each sees another amount of free memory."""
+    answer = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _run_forward(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return the logits (1, T, V) on the CPU; every rank runs the same tokens."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, use_cache=False).logits.cpu()
+    free_gathered_weights(model)
+    return logits

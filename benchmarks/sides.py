@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 from benchmarks.workload import Workload
 from megablocks_utils.config import RunConfig, parse_args
 from megablocks_utils.launch import check_environment
-from megablocks_utils.lora.attention import apply_attention_lora
+from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.training.batches import MicroBatch, epoch_order
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.loop import build_training_state, fit
@@ -116,12 +116,10 @@ class StockSide:
             dtype=torch.float32,
             distributed_config=DistributedConfig(fsdp_size=case.world_size, ep_size=case.ep_size),
         )
-        base_model = model
         if self._is_lora:
-            model = apply_attention_lora(
-                model, config.adapter, adapter_dtype=torch.float32, seed=config.seed
-            )
-        apply_gradient_checkpointing(base_model, config.gradient_checkpointing)
+            settings, _ = choose_adapters(model, config.adapter)
+            apply_lora(model, None, settings, dtype=torch.float32, seed=config.seed)
+        apply_gradient_checkpointing(model, config.gradient_checkpointing)
         model.train()
         self._by_mesh = _group_by_mesh(model)
         groups = [{"params": parameters} for parameters in self._by_mesh]

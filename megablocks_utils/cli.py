@@ -9,8 +9,9 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.not_built import NOT_BUILT, offered
 from megablocks_utils.option_types import Option
-from megablocks_utils.options import NOT_BUILT, OPTIONS, find_option, offered
+from megablocks_utils.options import OPTIONS, find_option
 
 __all__ = [
     "HelpRequested",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from megablocks_utils.cli import check_no_dtype_flags, join_words, read_arguments
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.option_checks import check_together
 from megablocks_utils.options import OPTIONS, default_of
 from megablocks_utils.precision import (
     PrecisionConfig,
@@ -253,7 +254,7 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
 
 def _build_config(given: dict[str, Any], entry_point: str) -> RunConfig:
     values = {option.name: option.default for option in OPTIONS} | given
-    _check_together(values, entry_point)
+    check_together(values, entry_point)
     own_expert_dp = "shard" if entry_point == "fsdp2" else "replicate"
     values["expert_dp"] = values["expert_dp"] or own_expert_dp
     if values["sync_each_batch"] is None:
@@ -279,35 +280,3 @@ def _build_config(given: dict[str, Any], entry_point: str) -> RunConfig:
 def _pick(section: type[_Section], values: dict[str, Any]) -> _Section:
     names = [field.name for field in fields(section) if field.name in values]
     return section(**{name: values[name] for name in names})
-
-
-def _check_together(values: dict[str, Any], entry_point: str) -> None:
-    """Refuse options that contradict each other."""
-    if not values["use_megablocks_sharding"]:
-        idle = {"ep_size": (None, 1), "expert_dp": (None,), "kernel": ("auto",)}
-        for name, harmless in idle.items():
-            if values[name] not in harmless:
-                raise ConfigurationError(
-                    f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
-                )
-    if entry_point == "fsdp1" and values["expert_dp"] == "shard":
-        raise ConfigurationError(
-            "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
-            "use train_accelerate_fsdp2.py."
-        )
-    if values["resume_adapter"] is not None and values["use_lora"] == "none":
-        raise ConfigurationError(
-            "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
-            "attn-only, mlp-only or all."
-        )
-    if values["max_steps"] == 0:
-        raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")
-    warmup_steps = values["warmup_steps"]
-    if warmup_steps >= 1 and warmup_steps != int(warmup_steps):
-        raise ConfigurationError(
-            f"--warmup_steps is {warmup_steps}, but it must be a whole number, or below 1 a share."
-        )
-    if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
-        raise ConfigurationError(
-            f"--report_to is {', '.join(values['report_to'])}, but none cannot stand beside others."
-        )

@@ -1,12 +1,11 @@
 """The one table of options: what parsing, `--help`, `docs/options.md` and the defaults come from.
 
-Torch-free. An option is a row of `OPTIONS`; a value that a later version will build is a row of
-`NOT_BUILT`, so building it means deleting that row.
+Torch-free. An option is a row of `OPTIONS`.
 """
 
-from megablocks_utils.option_types import NotBuilt, Option
+from megablocks_utils.option_types import Option
 
-__all__ = ["NOT_BUILT", "OPTIONS", "default_of", "find_option", "offered"]
+__all__ = ["OPTIONS", "default_of", "find_option"]
 
 _SCHEDULES = (
     "linear",
@@ -16,15 +15,6 @@ _SCHEDULES = (
     "constant",
     "constant_with_warmup",
     "inverse_sqrt",
-)
-
-NOT_BUILT = (
-    NotBuilt("kernel", ("triton", "scattermoe", "megablocks")),
-    NotBuilt("use_scattermoe", ("True",), "offers --kernel auto, eager and grouped_mm"),
-    NotBuilt("save_strategy", ("steps", "epoch")),
-    NotBuilt("save_steps", (), "saves the final model only"),
-    NotBuilt("save_total_limit", (), "saves the final model only"),
-    NotBuilt("resume_from_checkpoint", (), "starts every run from the model"),
 )
 
 OPTIONS = (
@@ -307,9 +297,3 @@ def find_option(name: str) -> Option | None:
 def default_of(name: str) -> object:
     """Return the default of an option: the dataclasses of `config` take theirs from here."""
     return _BY_NAME[name].default
-
-
-def offered(option: Option) -> tuple[str, ...]:
-    """Return the choices of an option that this version has built."""
-    refused = {value for row in NOT_BUILT if row.name == option.name for value in row.values}
-    return tuple(choice for choice in option.choices if choice not in refused)

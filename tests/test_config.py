@@ -200,9 +200,10 @@ REFUSALS = {
     "beside others.",
     "--eval_strategy steps": "--eval_strategy is steps, but it must be no.",
     "--evaluation_strategy epoch": "--evaluation_strategy is epoch, but it must be no.",
-    "--use_lora all": "--use_lora all is not built yet (this version offers none and attn-only).",
-    "--use_lora mlp-only": "--use_lora mlp-only is not built yet (this version offers none and "
-    "attn-only).",
+    "--use_lora experts": "--use_lora is experts, but it must be none, attn-only, mlp-only or all.",
+    "--verify_adapter maybe": "--verify_adapter is maybe, but it must be auto, True or False.",
+    "--resume_adapter out": "--use_lora is none, but --resume_adapter needs it to say what the "
+    "adapter is on: attn-only, mlp-only or all.",
     "--kernel triton": "--kernel triton is not built yet (this version offers auto, eager and "
     "grouped_mm).",
     "--kernel=scattermoe": "--kernel scattermoe is not built yet (this version offers auto, eager "
@@ -336,6 +337,34 @@ def test_help_lists_every_option():
     assert max(map(len, format_help("fsdp1").splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("words", "rank_and_alpha"),
+    [
+        ("", (16, 16)),
+        ("--lora_r 8", (8, 16)),
+        ("--resume_adapter out", (None, None)),  # the adapter's own
+        ("--resume_adapter out --lora_alpha 4", (None, 4)),  # which must then be the adapter's
+    ],
+)
+def test_rank_and_alpha(words, rank_and_alpha):
+    adapter = parse(f"--use_lora all {words}").adapter
+    assert (adapter.lora_r, adapter.lora_alpha) == rank_and_alpha
+
+
+@pytest.mark.parametrize(
+    ("use_lora", "attention", "experts"),
+    [
+        ("none", False, False),
+        ("attn-only", True, False),
+        ("mlp-only", False, True),
+        ("all", True, True),
+    ],
+)
+def test_what_gets_adapters(use_lora, attention, experts):
+    adapter = AdapterConfig(use_lora)
+    assert (adapter.trains_attention, adapter.trains_experts) == (attention, experts)
+
+
 def test_contract_options_are_all_there():
     names = {name for row in OPTIONS for name in (row.name, *row.aliases)}
     contract = """model_name_or_path data_path output_dir overwrite_output_dir
@@ -345,7 +374,7 @@ def test_contract_options_are_all_there():
         learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed logging_steps
         save_strategy save_steps save_total_limit resume_from_checkpoint report_to shuffle
         gradient_checkpointing router_aux_loss_coef debug truncate_model_for_debug eval_strategy
-        evaluation_strategy"""
+        evaluation_strategy verify_adapter resume_adapter"""
     assert set(contract.split()) <= names
 
 

@@ -14,7 +14,7 @@ SCRIPTS = sorted(ROOT.glob("train_*.py"))
 ORDER = (
     ("errors",),
     ("option_types",),
-    ("options",),
+    ("options", "option_checks", "not_built"),
     ("cli", "precision"),
     ("config",),
     ("launch",),
@@ -28,7 +28,7 @@ ORDER = (
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_FREE = ("errors", "option_types", "options", "cli", "precision", "config", "launch")
+TORCH_FREE = tuple(room for rooms in ORDER[: ORDER.index(("launch",)) + 1] for room in rooms)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

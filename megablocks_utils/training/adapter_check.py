@@ -59,9 +59,10 @@ class AdapterReport:
             parts.append(f"not loaded with plain PEFT: {self.skipped}")
         else:
             logits = self.logits
+            hidden = ", so they say little" if logits.is_hidden else ""
             parts.append(
                 f"plain PEFT's logits differ by {logits.ours:.1e} from ours (its own rounding: "
-                f"{logits.stock:.1e}; without the adapter: {logits.effect:.1e})"
+                f"{logits.stock:.1e}; without the adapter: {logits.effect:.1e}{hidden})"
             )
         return "; ".join(parts)
 

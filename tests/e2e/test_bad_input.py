@@ -100,9 +100,9 @@ CASES = {
         "unknown option --learning_rat; did you mean --learning_rate?",
     ),
     "not built yet": (
-        {"use_lora": "all"},
+        {"kernel": "triton"},
         _nothing,
-        "--use_lora all is not built yet (this version offers none and attn-only).",
+        "--kernel triton is not built yet (this version offers auto, eager and grouped_mm).",
     ),
     "missing data": (
         {"data_path": "{folder}/none.json"},

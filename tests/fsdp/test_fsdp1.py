@@ -76,7 +76,7 @@ def test_adapters_have_units_of_their_own(ranks2, folder):
     """A flat parameter has one dtype: bf16 for the frozen base, fp32 for the adapters."""
     argv = _argv(folder, use_lora="attn-only", precision="mixed")
     units, trainable = ranks2.run(_describe_shards, argv)[0]
-    layer = "base_model.model.model.layers.1."
+    layer = "model.layers.1."
     adapters = units[f"{layer}FullyShardedDataParallel"]
     frozen = units[f"{layer}MixtralDecoderLayer"]
     assert len(adapters) == 8

@@ -3,23 +3,23 @@
 import pytest
 import torch
 
-from megablocks_utils.config import AdapterConfig
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.lora.attention import apply_attention_lora, find_attention_projections
+from megablocks_utils.lora.attention import attach_linear_lora, find_attention_projections
+from megablocks_utils.lora.settings import LoraSettings
 from tests.support.tiny_models import FAMILIES, build_tiny_model
 
-ADAPTER = AdapterConfig(use_lora="attn-only", lora_r=4, lora_alpha=8)
+PROJECTIONS = ("k_proj", "o_proj", "q_proj", "v_proj")
+SETTINGS = LoraSettings(4, 8, PROJECTIONS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_attention_projections_get_adapters(family):
     model = build_tiny_model(family)
-    assert find_attention_projections(model) == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    peft_model = apply_attention_lora(model, ADAPTER, adapter_dtype=torch.float32, seed=1)
-    trainable = {name for name, p in peft_model.named_parameters() if p.requires_grad}
-    prefix = "base_model.model.model.layers"
+    assert find_attention_projections(model, "all") == PROJECTIONS
+    attach_linear_lora(model, SETTINGS, dtype=torch.float32, seed=1)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {
-        f"{prefix}.{layer}.self_attn.{projection}_proj.lora_{side}.default.weight"
+        f"model.layers.{layer}.self_attn.{projection}_proj.lora_{side}.default.weight"
         for layer in (0, 1)
         for projection in "kqvo"
         for side in "AB"
@@ -28,17 +28,16 @@ def test_only_attention_projections_get_adapters(family):
 
 def test_adapters_have_their_own_dtype_and_the_base_keeps_its():
     model = build_tiny_model("mixtral").to(torch.bfloat16)
-    peft_model = apply_attention_lora(model, ADAPTER, adapter_dtype=torch.float32, seed=1)
-    for name, parameter in peft_model.named_parameters():
+    attach_linear_lora(model, SETTINGS, dtype=torch.float32, seed=1)
+    for name, parameter in model.named_parameters():
         wanted = torch.float32 if "lora_" in name else torch.bfloat16
         assert parameter.dtype == wanted, name
 
 
 def _adapters(seed):
     torch.rand(7)  # whatever was drawn before must not matter
-    model = apply_attention_lora(
-        build_tiny_model("mixtral"), ADAPTER, adapter_dtype=torch.float32, seed=seed
-    )
+    model = build_tiny_model("mixtral")
+    attach_linear_lora(model, SETTINGS, dtype=torch.float32, seed=seed)
     return {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
 
 
@@ -55,7 +54,7 @@ def test_a_model_without_attention_of_the_usual_name_is_refused():
     model = torch.nn.Module()
     model.config = type("Config", (), {"model_type": "odd"})()
     with pytest.raises(ConfigurationError) as refusal:
-        find_attention_projections(model)
+        find_attention_projections(model, "attn-only")
     assert str(refusal.value) == (
         "--use_lora attn-only needs linear layers in modules named self_attn, and model type odd "
         "has none."

@@ -65,6 +65,7 @@ def test_keys_and_values(tmp_path):
         "train_runtime_s",
         "totals",
         "peaks",
+        "adapter_check",
     ]
     assert run["status"] == "finished"
     assert run["command"] == "train.py --data_path 'my data.json'"

@@ -45,6 +45,7 @@ RESULT = RunResult(
     final_loss=1.75,
     train_runtime_s=3661.0,
     memory_source="CUDA tensors",
+    adapter_check=None,
     output_dir="./results",
     files=(("metrics.jsonl", "one line a step"), ("loss.png", "the loss curve")),
 )
@@ -110,6 +111,12 @@ def test_end_summary_at_80_columns():
         "               loss.png       the loss curve",
         "",
     ]
+
+
+def test_end_summary_of_an_adapter_says_what_its_check_found():
+    console = build_text_console()
+    show_end_summary(console, replace(RESULT, adapter_check="8 of 8 expert adapters"))
+    assert "  adapter      8 of 8 expert adapters" in lines_of(console)
 
 
 def test_console_writes_to_standard_error_of_rank_0_only(capsys):

@@ -1,0 +1,51 @@
+"""What options mean together: combinations that contradict each other.
+
+Torch-free.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megablocks_utils.errors import ConfigurationError
+
+__all__ = ["check_together"]
+
+
+def check_together(values: Mapping[str, Any], entry_point: str) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        values: every option by name, defaults where not given.
+        entry_point: "fsdp2" or "fsdp1".
+
+    Raises:
+        ConfigurationError: naming an option, its value and what it contradicts.
+    """
+    if not values["use_megablocks_sharding"]:
+        idle = {"ep_size": (None, 1), "expert_dp": (None,), "kernel": ("auto",)}
+        for name, harmless in idle.items():
+            if values[name] not in harmless:
+                raise ConfigurationError(
+                    f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
+                )
+    if entry_point == "fsdp1" and values["expert_dp"] == "shard":
+        raise ConfigurationError(
+            "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
+            "use train_accelerate_fsdp2.py."
+        )
+    if values["resume_adapter"] is not None and values["use_lora"] == "none":
+        raise ConfigurationError(
+            "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
+            "attn-only, mlp-only or all."
+        )
+    if values["max_steps"] == 0:
+        raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")
+    warmup_steps = values["warmup_steps"]
+    if warmup_steps >= 1 and warmup_steps != int(warmup_steps):
+        raise ConfigurationError(
+            f"--warmup_steps is {warmup_steps}, but it must be a whole number, or below 1 a share."
+        )
+    if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
+        raise ConfigurationError(
+            f"--report_to is {', '.join(values['report_to'])}, but none cannot stand beside others."
+        )

@@ -1,18 +1,9 @@
 """Fixtures of the tests that run whole training runs on the pools."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.support.parity import ParityFolder
 from tests.support.rank_pool import RankPool
-
-
-@pytest.fixture(scope="session")
-def ranks1() -> Iterator[RankPool]:
-    """One gloo rank: a process of its own, so that a run leaves nothing in pytest's."""
-    with RankPool(1) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="session")

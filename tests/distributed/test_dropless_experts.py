@@ -10,6 +10,7 @@ from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import distribute_experts
 from megablocks_utils.moe.experts import DroplessExperts
+from megablocks_utils.moe.lora import ExpertLora
 from megablocks_utils.moe.reference import experts_reference
 from tests.support.compare import relative_error
 
@@ -90,3 +91,68 @@ def test_layer_equals_reference(ranks4, ep_size, backend, dtype, routing):
     for i in (3, 4):
         assert relative_error(results[0][i], wanted[i]) < BOUNDS[dtype]
         assert all(torch.equal(r[i], results[0][i]) for r in results)
+
+
+RANK, SCALING = 3, 0.5
+
+
+def _adapters(dtype):
+    """Return A and B of both projections, whole."""
+    generator = torch.Generator().manual_seed(8)
+    shapes = [(RANK, HIDDEN), (2 * INTERMEDIATE, RANK), (RANK, INTERMEDIATE), (HIDDEN, RANK)]
+    return [
+        torch.randn(NUM_EXPERTS, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in shapes
+    ]
+
+
+def _run_layer_with_adapters(rank, ep_size, backend, routing, dtype):
+    mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, NUM_EXPERTS), "cpu")
+    weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
+    layer = DroplessExperts(*weights, mesh=mesh, backend=BACKENDS[backend], activation=silu)
+    layer.requires_grad_(False)
+    gate_up_a, gate_up_b, down_a, down_b = (distribute_experts(w, mesh) for w in _adapters(dtype))
+    layer.gate_up_proj_lora = ExpertLora(gate_up_a, gate_up_b, SCALING)
+    layer.down_proj_lora = ExpertLora(down_a, down_b, SCALING)
+    hidden, index, top_k_weights, upstream = _tokens(rank, routing, dtype)
+    hidden.requires_grad_()
+    top_k_weights.requires_grad_()
+    output = layer(hidden, index, top_k_weights)
+    output.backward(upstream)
+    assert layer.gate_up_proj.grad is None and layer.down_proj.grad is None
+    grads = []
+    for lora in (layer.gate_up_proj_lora, layer.down_proj_lora):
+        for parameter in (lora.lora_A, lora.lora_B):
+            grad = parameter.grad.full_tensor() / mesh["ep"].size()
+            dist.all_reduce(grad)
+            grads.append(grad)
+    return output.detach(), hidden.grad, top_k_weights.grad, *grads
+
+
+def _reference_with_adapters(world_size, routing):
+    tokens = [_tokens(rank, routing, torch.float64) for rank in range(world_size)]
+    hidden, index, top_k_weights, upstream = (
+        torch.cat(parts) for parts in zip(*tokens, strict=True)
+    )
+    gate_up, down = _weights(torch.float64)
+    leaves = [hidden, top_k_weights, *_adapters(torch.float64)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    gate_up = gate_up + SCALING * leaves[3] @ leaves[2]
+    down = down + SCALING * leaves[5] @ leaves[4]
+    output = experts_reference(hidden, index, top_k_weights, gate_up, down, silu)
+    return output.detach(), *torch.autograd.grad(output, leaves, upstream)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("eager", torch.float64), ("grouped_mm", torch.float32)]
+)
+def test_layer_with_adapters_equals_merged_reference(ranks4, ep_size, backend, dtype, routing):
+    results = ranks4.run(_run_layer_with_adapters, ep_size, backend, routing, dtype)
+    wanted = _reference_with_adapters(4, routing)
+    for i, expected in enumerate(wanted):
+        by_rank = [result[i] for result in results]
+        seen = torch.cat(by_rank) if i < 3 else by_rank[0]
+        assert relative_error(seen, expected) < BOUNDS[dtype], i

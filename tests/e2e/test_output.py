@@ -89,9 +89,13 @@ def test_full_run_leaves_a_model_that_transformers_loads(ranks4, parity_folder, 
     ]
 
 
-def test_lora_run_leaves_an_adapter_that_peft_loads(ranks4, parity_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [("mixtral", "attn-only"), ("mixtral", "all"), ("qwen3_moe", "mlp-only"), ("olmoe", "all")],
+)
+def test_lora_run_leaves_an_adapter_that_peft_loads(ranks4, parity_folder, tmp_path, family, lora):
     """Plain PEFT on plain transformers gives the logits of the reference's adapters."""
-    case = ParityCase(Layout(4, 2), "mixtral", num_steps=3, lora="attn-only")
+    case = ParityCase(Layout(4, 2), family, num_steps=3, lora=lora, lora_rank=4)
     _run(ranks4, parity_folder, case, tmp_path)
     run = parity_folder.stock_run(case)
     reference = parity_folder.reference(run)
@@ -103,11 +107,16 @@ def test_lora_run_leaves_an_adapter_that_peft_loads(ranks4, parity_folder, tmp_p
         untrained = base(tokens).logits
         model = PeftModel.from_pretrained(base, tmp_path)
         loaded = model(tokens).logits
-        parameters = dict(model.named_parameters())
-        for name, weight in reference.weights.items():
-            parameters[name].copy_(weight)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(reference.stored_weights[name])
         wanted = model(tokens).logits
     assert relative_error(loaded, wanted) < BOUND
     assert relative_error(untrained, wanted) > 1e-3  # the adapters do something
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == run.model_folder
+    check = json.loads((tmp_path / "run.json").read_text())["adapter_check"]
+    num_adapters = 0 if lora == "attn-only" else 16  # 4 experts, 2 projections, 2 layers
+    assert (check["trained"], check["total"]) == (num_adapters, num_adapters)
+    assert check["logits"]["ours"] <= 2 * check["logits"]["stock"]
+    assert check["logits"]["effect"] > 1e-3

@@ -160,6 +160,7 @@ class ParityFolder:
             seed=SEED,
             dtype=dtype,
             lora_rank=case.lora_rank if case.lora == "attn-only" else 0,
+            lora_alpha=LORA_ALPHA,
             adapter=str(self.adapter(case)) if case.has_expert_lora else None,
             aux_loss_coef=case.aux_loss_coef,
             deal=deal if case.aux_loss_coef else None,

@@ -38,7 +38,8 @@ class StockRun:
         max_grad_norm: 0 leaves gradients as they are.
         seed: of the data order and the adapters.
         dtype: of weights, computation and Adam's states.
-        lora_rank: of adapters on the attention (alpha is the same); 0 for none of these.
+        lora_rank: of new adapters on the attention; 0 for none of these.
+        lora_alpha: of these.
         adapter: folder of a PEFT adapter to go on from; with neither, all weights are trained.
         aux_loss_coef: weight of the load-balancing loss; 0 leaves it out.
         deal: world size, batch size and accumulation that cut a step into the micro-batches whose
@@ -55,6 +56,7 @@ class StockRun:
     seed: int = 0
     dtype: str = "float32"
     lora_rank: int = 0
+    lora_alpha: int = 0
     adapter: str | None = None
     aux_loss_coef: float = 0.0
     deal: tuple[int, int, int] | None = None
@@ -85,8 +87,10 @@ def train_stock(run: StockRun) -> Trace:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    weights = ((name, p.detach().clone()) for name, p in parameters.items())
-    trace.weights = dict(in_our_words(name, weight, num_experts) for name, weight in weights)
+    trace.stored_weights = {name: p.detach().clone() for name, p in parameters.items()}
+    trace.weights = dict(
+        in_our_words(name, weight, num_experts) for name, weight in trace.stored_weights.items()
+    )
     return trace
 
 
@@ -117,7 +121,7 @@ def _load_model(run: StockRun) -> nn.Module:
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=run.lora_rank,
-            lora_alpha=run.lora_rank,
+            lora_alpha=run.lora_alpha,
             target_modules=targets,
         )
         torch.manual_seed(run.seed)

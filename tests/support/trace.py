@@ -18,6 +18,7 @@ class Trace:
         first_gradients: by parameter, the whole gradient that the first optimizer step was given
             (clipped); only on rank 0.
         weights: by parameter, the whole tensor after the last step; only on rank 0.
+        stored_weights: the same by PEFT's names and in its form; only of the reference.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -25,6 +26,7 @@ class Trace:
     learning_rates: list[float] = field(default_factory=list)
     first_gradients: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    stored_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""An adapter goes from ep 4 to plain PEFT and back to another mesh, and training goes on."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train_accelerate_fsdp2
+import train_fsdp1
+from megablocks_utils.lora import adapter_files
+from megablocks_utils.lora.file_check import AdapterCheckError
+from tests.support.compare import relative_error
+from tests.support.parity import Layout, ParityCase, ParityFolder
+from tests.support.stock_reference import StockRun
+
+BOUND = 1e-5  # relative; the contract's
+NUM_STEPS = 3
+SCRIPTS = {"fsdp2": train_accelerate_fsdp2, "fsdp1": train_fsdp1}
+
+
+@pytest.fixture(scope="module")
+def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> ParityFolder:
+    """Tiny models, data and reference runs."""
+    return ParityFolder(tmp_path_factory.mktemp("round_trip"))
+
+
+def _call_main(rank, script, argv):
+    SCRIPTS[script].main(argv)
+
+
+def _train(pool, folder, case, script, **options):
+    """Run a script and return its loss of each step."""
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    pool.run(_call_main, script, [*folder.argv(case), *words], timeout=240)
+    lines = (options["output_dir"] / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def _load_stock(run: StockRun, adapter):
+    base = AutoModelForCausalLM.from_pretrained(run.model_folder)
+    return PeftModel.from_pretrained(base, adapter)
+
+
+def _save_stock(run: StockRun, trace, folder):
+    """Let PEFT save the adapter that the reference has trained."""
+    model = _load_stock(run, run.adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trace.stored_weights:
+                parameter.copy_(trace.stored_weights[name])
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "script"), [("mixtral", "fsdp2"), ("qwen3_moe", "fsdp1"), ("olmoe", "fsdp2")]
+)
+def test_training_goes_on_at_another_ep_size(ranks4, parity_folder, tmp_path, family, script):
+    """Both optimizers start anew in the second half; nothing else may tell that there are two."""
+    first = ParityCase(Layout(4, 4), family, NUM_STEPS, lora="all", lora_rank=4)
+    dp_mode = "shard" if script == "fsdp2" else "replicate"
+    second = ParityCase(Layout(4, 2, dp_mode), family, NUM_STEPS, lora="all", lora_rank=4)
+    losses = _train(ranks4, parity_folder, first, "fsdp2", output_dir=tmp_path / "ep4")
+    losses += _train(
+        ranks4,
+        parity_folder,
+        second,
+        script,
+        output_dir=tmp_path / "ep2",
+        resume_adapter=tmp_path / "ep4",
+    )
+
+    run = parity_folder.stock_run(first)
+    before = parity_folder.reference(run)
+    _save_stock(run, before, tmp_path / "stock")
+    after_run = StockRun(**vars(run) | {"adapter": str(tmp_path / "stock")})
+    after = parity_folder.reference(after_run)
+    assert losses == pytest.approx(before.losses + after.losses, rel=BOUND)
+    assert after.losses[0] != pytest.approx(before.losses[0], rel=1e-3)  # the first half counts
+
+    trained = _load_stock(run, tmp_path / "ep2").state_dict()
+    wanted = {n.replace(".default", ""): p for n, p in after.stored_weights.items()}
+    seen = {n.replace(".default", ""): p for n, p in trained.items() if "lora_" in n}
+    assert sorted(seen) == sorted(wanted)
+    for name, weight in wanted.items():
+        assert relative_error(seen[name], weight) < 10 * BOUND, name  # Adam: see measure_excess
+    written = load_file(tmp_path / "ep2" / "adapter_model.safetensors")
+    assert sorted(written) == sorted(wanted)
+
+
+def _train_with_scrambled_file(rank, argv):
+    """Write B's columns expert by expert, as others do; return what the rank is told."""
+
+    def scramble(lora_b):
+        return lora_b.permute(1, 0, 2).flatten(1)
+
+    with mock.patch.object(adapter_files, "pack_lora_b", scramble):
+        try:
+            train_accelerate_fsdp2.main(argv)
+        except AdapterCheckError as error:
+            return str(error)
+    return None
+
+
+def test_a_run_that_writes_a_wrong_adapter_fails(ranks2, parity_folder, tmp_path):
+    case = ParityCase(Layout(2, 2), "mixtral", NUM_STEPS, lora="mlp-only", lora_rank=4)
+    argv = [*parity_folder.argv(case), "--output_dir", str(tmp_path)]
+    told = ranks2.run(_train_with_scrambled_file, argv, timeout=240)
+    assert told == [
+        "the adapter of model.layers.0.mlp.experts.gate_up_proj, experts 0, 1, 2, 3, differs from "
+        f"what was trained in lora_B; the files are in {tmp_path / 'refused_adapter'}",
+        None,
+    ]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["metrics.jsonl", "refused_adapter"]

@@ -24,6 +24,7 @@ ORDER = (
     ("checkpoint",),
     ("shard_moe_utils",),
     ("fsdp", "lora"),
+    ("merge",),
     ("training",),
     ("__init__",),
 )

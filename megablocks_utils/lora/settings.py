@@ -1,14 +1,12 @@
 """What adapters a run has: which modules, which ranks, how strong; and the same in PEFT's words."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from peft import LoraConfig
 
 from megablocks_utils.shard_moe_utils import PROJECTIONS
-
-_NO_EXPERTS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class LoraSettings:
     r: int
     lora_alpha: int
     target_modules: tuple[str, ...] = ()
-    expert_ranks: Mapping[str, int] = _NO_EXPERTS
+    expert_ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import Layout, MemoryPart
-from megablocks_utils.checkpoint.load import check_finite
+from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_reader import AdapterReader
 
 __all__ = ["Folding"]
@@ -61,20 +61,19 @@ class Folding:
         part = self._layout.memory_part(key)
         if part.name not in self._adapter.expert_shapes:
             lora_a, lora_b = self._adapter.linear(_linear_name(part.name))
-            self._add(tensor, lora_a, lora_b, rounds_twice=False)
+            self._add(key, tensor, lora_a, lora_b, rounds_twice=False)
         else:
-            self._add_experts(part, tensor)
-        check_finite(tensor, f"{key} with the adapter added")
+            self._add_experts(key, part, tensor)
 
-    def _add_experts(self, part: MemoryPart, tensor: Tensor) -> None:
+    def _add_experts(self, key: str, part: MemoryPart, tensor: Tensor) -> None:
         lora_a, lora_b = self._read_experts(part.name)
         if part.expert is None:
             for weight, a, b in zip(tensor, lora_a, lora_b, strict=True):
-                self._add(weight, a, b, rounds_twice=True)
+                self._add(key, weight, a, b, rounds_twice=True)
             return
         first_row = part.share * tensor.shape[0]
         rows = lora_b[part.expert, first_row : first_row + tensor.shape[0]]
-        self._add(tensor, lora_a[part.expert], rows, rounds_twice=True)
+        self._add(key, tensor, lora_a[part.expert], rows, rounds_twice=True)
 
     def _read_experts(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the adapters of all experts of a parameter, held until another layer's come."""
@@ -87,14 +86,19 @@ class Folding:
             self._experts[name] = self._adapter.experts(name, range(num_experts))
         return self._experts[name]
 
-    def _add(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, rounds_twice: bool) -> None:
+    def _add(
+        self, key: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, rounds_twice: bool
+    ) -> None:
         """Add scaling * B @ A to a weight (out, in), in place, as PEFT does."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         lora_a = lora_a.to(dtype)
         num_rows = max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
         for rows, b in zip(weight.split(num_rows), lora_b.split(num_rows), strict=True):
-            delta = (b.to(dtype) @ lora_a) * self._adapter.settings.scaling
+            delta = (b.to(dtype) @ lora_a).mul_(self._adapter.settings.scaling)
             rows += delta.to(weight.dtype) if rounds_twice else delta
+            # By blocks, because the check needs more than twice the bytes of what it checks.
+            if not rows.isfinite().all():
+                raise CheckpointError(f"{key} with the adapter added is not finite")
 
 
 def _linear_name(parameter_name: str) -> str:

@@ -139,25 +139,26 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
 
 
 def check_output(folder: Path) -> None:
-    """Refuse an output folder that is a file or holds something; make nothing.
+    """Refuse an output folder that is a file, holds something or cannot be looked into.
 
     Raises:
         ConfigurationError: naming what is there.
     """
-    seen = f"--output is {folder}, but"
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        which = "that" if existing == folder else str(existing)
-        raise ConfigurationError(f"{seen} {which} is a file; it must be a new or empty folder.")
-    names = sorted(path.name for path in folder.iterdir()) if existing == folder else []
+    seen, wanted = f"--output is {folder}, but", "it must be a new or empty folder"
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            which = "that" if existing == folder else str(existing)
+            raise ConfigurationError(f"{seen} {which} is a file; {wanted}.")
+        names = sorted(path.name for path in folder.iterdir()) if existing == folder else []
+    except OSError as error:
+        raise ConfigurationError(f"{seen} it cannot be read ({error.strerror}).") from error
     if names:
         # What a killed run left is no obstacle: the next one removes it.
         from megablocks_utils.checkpoint.writer import STAGING_FOLDER_NAME
 
         if names != [STAGING_FOLDER_NAME]:
-            raise ConfigurationError(
-                f"{seen} it holds {names[0]}; it must be a new or empty folder."
-            )
+            raise ConfigurationError(f"{seen} it holds {names[0]}; {wanted}.")
 
 
 def _base_name(options: MergeOptions, adapter_folder: Path) -> str:

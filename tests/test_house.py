@@ -29,7 +29,7 @@ ORDER = (
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_FREE = ("errors", "option_types", "options", "cli", "precision", "config", "launch")
+TORCH_FREE = ("errors", "option_types", "options", "cli", "precision", "config", "launch", "merge")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -63,8 +63,8 @@ class AdapterReader:
     def experts(self, name: str, experts: range) -> tuple[Tensor, Tensor]:
         """Read A (n, rank, in) and B (n, out, rank) of some experts, in the file's dtype.
 
-        The rank is that of `settings.expert_ranks`. Of the file's other experts only those columns
-        of B are read that lie between.
+        The rank is that of `settings.expert_ranks`. Only these experts are read, except for B in
+        PEFT's own format: there the columns of all experts alternate, so B is read whole.
 
         Args:
             name: one of `expert_shapes`, `model.layers.0.mlp.experts.gate_up_proj`.

@@ -136,6 +136,13 @@ def test_adapters_on_attention_or_experts_alone(tmp_path, kind):
     assert reader.settings.target_modules == (ATTENTION if kind == "attention" else ())
 
 
+def test_target_modules_are_sorted(tmp_path):
+    names = ["v_proj", "q_proj", "o_proj", "k_proj"]
+    save_fused_adapter("mixtral", tmp_path, target_modules=names)
+    reader = open_adapter(tmp_path, build_tiny_model("mixtral"))
+    assert reader.settings.target_modules == tuple(sorted(names))
+
+
 def test_a_model_on_meta_will_do(tmp_path):
     save_tiny_model("qwen3_moe", tmp_path / "base")
     save_fused_adapter("qwen3_moe", tmp_path / "adapter")

@@ -114,6 +114,23 @@ def test_reads_back_a_separate_adapter_that_was_saved_again(tmp_path, family, sa
     assert_same(deltas_of(reader, [range(4)]), expert_deltas(load_with_peft(family, tmp_path)))
 
 
+def test_a_rank_by_pattern_whose_strength_is_rounded(tmp_path):
+    """25 * (1 / 3) / 25 is not 1 / 3."""
+    save_fused_adapter(
+        "mixtral",
+        tmp_path,
+        r=3,
+        lora_alpha=1,
+        rank_pattern={"gate_up_proj": 25},
+        alpha_pattern={"gate_up_proj": 25 * (1 / 3)},
+    )
+    reader = open_adapter(tmp_path, build_tiny_model("mixtral"))
+    ranks = {"gate_up_proj": 25, "down_proj": 3}
+    assert reader.settings == LoraSettings(3, 1, ATTENTION, ranks)
+    wanted = expert_deltas(load_with_peft("mixtral", tmp_path))
+    assert_same(deltas_of(reader, [range(4)]), wanted)
+
+
 def test_keeps_the_dtype_of_the_file(tmp_path):
     for save in (save_fused_adapter, save_separate_adapter):
         save("olmoe", tmp_path, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megablocks_utils import merge
@@ -158,6 +158,16 @@ def test_what_cannot_be_used_is_named_and_leaves_nothing(folder, changes, messag
     changes = {name: value.format(folder) for name, value in changes.items()}
     with pytest.raises(CheckpointError, match=re.escape(message.format(folder))):
         merge_adapter(options_of(folder, **changes))
+    assert not (folder / "out").exists()
+
+
+def test_a_base_that_lacks_a_tensor_is_refused(folder):
+    path, key = folder / "base" / "model.safetensors", "model.norm.weight"
+    save_file({k: tensor for k, tensor in load_file(path).items() if k != key}, path)
+    with pytest.raises(CheckpointError) as error:
+        merge_adapter(options_of(folder))
+    fault = f"does not fit its config.json: 1 tensor missing ({key})"
+    assert str(error.value) == f"{folder / 'base'} {fault}"
     assert not (folder / "out").exists()
 
 

@@ -117,8 +117,8 @@ class StockSide:
             distributed_config=DistributedConfig(fsdp_size=case.world_size, ep_size=case.ep_size),
         )
         if self._is_lora:
-            settings, _ = choose_adapters(model, config.adapter)
-            apply_lora(model, None, settings, dtype=torch.float32, seed=config.seed)
+            adapters = choose_adapters(model, config.adapter)
+            apply_lora(model, None, adapters, dtype=torch.float32, seed=config.seed)
         apply_gradient_checkpointing(model, config.gradient_checkpointing)
         model.train()
         self._by_mesh = _group_by_mesh(model)

@@ -24,11 +24,12 @@ ORDER = (
     ("checkpoint",),
     ("shard_moe_utils",),
     ("fsdp", "lora"),
+    ("merge",),
     ("training",),
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_FREE = tuple(room for rooms in ORDER[: ORDER.index(("launch",)) + 1] for room in rooms)
+TORCH_FREE = ("merge", *(room for rooms in ORDER[: ORDER.index(("launch",)) + 1] for room in rooms))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

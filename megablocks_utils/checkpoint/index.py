@@ -8,7 +8,7 @@ opened gives a sentence instead of a bus error.
 
 import json
 import math
-from collections.abc import Iterator, KeysView
+from collections.abc import Iterator, KeysView, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ __all__ = [
     "TORCH_DTYPES",
     "CheckpointIndex",
     "open_checkpoint",
+    "open_safetensors_file",
     "resolve_checkpoint_folder",
 ]
 
@@ -133,33 +134,39 @@ class CheckpointIndex:
         return self._entries[key]
 
 
-def resolve_checkpoint_folder(name_or_path: str) -> Path:
+def resolve_checkpoint_folder(
+    name_or_path: str, *, kind: str = "model", patterns: Sequence[str] = HUB_FILE_PATTERNS
+) -> Path:
     """Return the local folder of a model, fetching it from the Hub when it is not a local one.
 
-    Only weights in safetensors form, configuration and tokenizer files are fetched.
+    Args:
+        name_or_path: local folder or Hub name.
+        kind: what messages call it.
+        patterns: the files to fetch; safetensors, configuration and tokenizer unless given.
 
     Raises:
         CheckpointError: no such folder, and no such model on the Hub or no way to reach it.
     """
+    article = "an" if kind[0] in "aeiou" else "a"
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{name_or_path} is a file, but a model folder is wanted")
+        raise CheckpointError(f"{name_or_path} is a file, but {article} {kind} folder is wanted")
     if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise CheckpointError(f"the model folder {name_or_path} does not exist")
+        raise CheckpointError(f"the {kind} folder {name_or_path} does not exist")
     try:
         return Path(
             snapshot_download(
                 name_or_path,
-                allow_patterns=list(HUB_FILE_PATTERNS),
+                allow_patterns=list(patterns),
                 ignore_patterns=HUB_DUPLICATE_PATTERN,
             )
         )
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"{name_or_path!r} is not a local folder, and fetching a model of that name from the"
-            f" Hub failed ({type(error).__name__})"
+            f"{name_or_path!r} is not a local folder, and fetching {article} {kind} of that name"
+            f" from the Hub failed ({type(error).__name__})"
         ) from error
 
 
@@ -178,6 +185,15 @@ def open_checkpoint(folder: str | Path) -> CheckpointIndex:
     if (folder / INDEX_FILE_NAME).is_file():
         return CheckpointIndex(folder, _read_sharded(folder / INDEX_FILE_NAME))
     raise CheckpointError(_describe_missing_weights(folder))
+
+
+def open_safetensors_file(path: Path) -> CheckpointIndex:
+    """Read the header of one safetensors file, which must exist.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return CheckpointIndex(path.parent, _read_header(path))
 
 
 def _describe_missing_weights(folder: Path) -> str:

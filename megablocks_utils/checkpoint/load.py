@@ -30,6 +30,7 @@ from megablocks_utils.errors import CheckpointError
 __all__ = [
     "build_model_on_meta",
     "check_against_model",
+    "check_finite",
     "load_dense_parameters",
     "load_experts",
     "read_dense_parameters",
@@ -179,6 +180,18 @@ def load_dense_parameters(
     model.config.dtype = dtype
 
 
+def check_finite(tensor: torch.Tensor, source: str) -> None:
+    """Refuse a tensor, called `source` in the message, with values that are not finite.
+
+    Raises:
+        CheckpointError: it holds some.
+    """
+    num_bad = tensor.numel() - int(tensor.isfinite().sum())
+    if num_bad:
+        noun = "value" if num_bad == 1 else "values"
+        raise CheckpointError(f"{source} holds {num_bad} non-finite {noun}")
+
+
 def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
@@ -276,8 +289,5 @@ def _read_checked(
         raise CheckpointError(
             f"{key} in {index.path(key)} has shape {tuple(tensor.shape)}, wanted is {shape}"
         )
-    num_bad = tensor.numel() - int(tensor.isfinite().sum())
-    if num_bad:
-        noun = "value" if num_bad == 1 else "values"
-        raise CheckpointError(f"{key} in {index.path(key)} holds {num_bad} non-finite {noun}")
+    check_finite(tensor, f"{key} in {index.path(key)}")
     return tensor

@@ -12,11 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from megablocks_utils.checkpoint.writer import staged_folder
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.file_check import AdapterCheckError
-from megablocks_utils.lora.peft_format import expert_key, linear_key, pack_lora_a, pack_lora_b
+from megablocks_utils.lora.peft_format import (
+    CONFIG_FILE_NAME,
+    WEIGHTS_FILE_NAME,
+    expert_key,
+    linear_key,
+    pack_lora_a,
+    pack_lora_b,
+)
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 REFUSED_NAME = "refused_adapter"
 _LINEAR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.default\.weight")
 _EXPERT = re.compile(r"(?P<parameter>.+)_lora\.lora_(?P<side>[AB])")
@@ -61,8 +66,8 @@ def export_adapter(
     config = build_peft_config(settings, base_model_name)
     config.inference_mode = True
     try:
-        with staged_folder(Path(output_dir), last=CONFIG_NAME) as folder:
-            save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        with staged_folder(Path(output_dir), last=CONFIG_FILE_NAME) as folder:
+            save_file(weights, folder / WEIGHTS_FILE_NAME, metadata={"format": "pt"})
             config.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)

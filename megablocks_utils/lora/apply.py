@@ -1,5 +1,7 @@
 """`--use_lora`: freeze the model and attach adapters to attention, experts or both."""
 
+from dataclasses import dataclass
+
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -17,10 +19,16 @@ from megablocks_utils.shard_moe_utils import ShardedMoE
 _ADAPTER_NAME = "default"
 
 
-def choose_adapters(
-    model: PreTrainedModel, adapter: AdapterConfig
-) -> tuple[LoraSettings, AdapterReader | None]:
-    """Return the settings of the run's adapters, and the adapter to go on from if there is one.
+@dataclass(frozen=True)
+class ChosenAdapters:
+    """Say which adapters a run trains, and which ones it goes on from; None makes new ones."""
+
+    settings: LoraSettings
+    source: AdapterReader | None = None
+
+
+def choose_adapters(model: PreTrainedModel, adapter: AdapterConfig) -> ChosenAdapters:
+    """Choose the adapters of a run, before any weight is read.
 
     Raises:
         CheckpointError: `--resume_adapter` cannot be read or does not fit the model.
@@ -28,10 +36,10 @@ def choose_adapters(
             has no attention where `--use_lora` wants adapters.
     """
     if adapter.resume_adapter is None:
-        return _new_settings(model, adapter), None
+        return ChosenAdapters(_new_settings(model, adapter))
     reader = open_adapter(adapter.resume_adapter, model)
     _check_agreement(adapter, reader.settings)
-    return reader.settings, reader
+    return ChosenAdapters(reader.settings, reader)
 
 
 def _new_settings(model: nn.Module, adapter: AdapterConfig) -> LoraSettings:
@@ -58,11 +66,10 @@ def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:
 def apply_lora(
     model: nn.Module,
     sharded: ShardedMoE | None,
-    settings: LoraSettings,
+    adapters: ChosenAdapters,
     *,
     dtype: torch.dtype,
     seed: int,
-    source: AdapterReader | None = None,
 ) -> None:
     """Freeze the model and attach adapters, in place; nothing else of it is trained.
 
@@ -72,37 +79,35 @@ def apply_lora(
     Args:
         model: the transformers model.
         sharded: what `shard_moe` returned; needed for adapters of experts.
-        settings: which adapters.
+        adapters: which, from `choose_adapters`.
         dtype: in which they are kept and trained.
-        seed: of their start; equal on all ranks.
-        source: adapters to go on from instead.
+        seed: of new ones; equal on all ranks.
+
+    Raises:
+        CheckpointError: adapters to go on from that are not finite.
     """
+    settings = adapters.settings
     model.requires_grad_(False)
     if settings.target_modules:
         attach_linear_lora(model, settings, dtype=dtype, seed=seed)
     if settings.expert_ranks:
         attach_expert_lora(sharded, settings, dtype=dtype, seed=seed)
-    if source is not None:
-        _fill(model, sharded, settings, source)
+    if adapters.source is not None:
+        _fill(model, sharded, adapters.source)
 
 
 @torch.no_grad()
-def _fill(
-    model: nn.Module,
-    sharded: ShardedMoE | None,
-    settings: LoraSettings,
-    source: AdapterReader,
-) -> None:
+def _fill(model: nn.Module, sharded: ShardedMoE | None, source: AdapterReader) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             lora_a, lora_b = source.linear(name)
             module.lora_A[_ADAPTER_NAME].weight.copy_(lora_a)
             module.lora_B[_ADAPTER_NAME].weight.copy_(lora_b)
-    if not settings.expert_ranks:
+    if not source.settings.expert_ranks:
         return
     for name, module in sharded.expert_modules.items():
         mine = local_expert_range(module.num_experts, sharded.mesh)
-        for projection in settings.expert_ranks:
+        for projection in source.settings.expert_ranks:
             lora = getattr(module, lora_name(projection))
             lora_a, lora_b = source.experts(f"{name}.{projection}", mine)
             local_tensor(lora.lora_A.detach()).copy_(lora_a)

@@ -1,4 +1,4 @@
-"""How PEFT 0.21 stores adapters: names of the tensors, and the order of experts inside them.
+"""How PEFT 0.21 stores adapters: names of files and tensors, and the order of experts inside them.
 
 PEFT keeps one matrix for all E experts of a projection: A as (E * r, in), the rows of one expert
 together, and B as (out, r * E), the *columns of one rank* together (column = rank * E + expert).
@@ -11,6 +11,8 @@ the second's, which is what tells the two apart in the names.
 from torch import Tensor
 
 __all__ = [
+    "CONFIG_FILE_NAME",
+    "WEIGHTS_FILE_NAME",
     "expert_key",
     "linear_key",
     "pack_lora_a",
@@ -19,6 +21,8 @@ __all__ = [
     "unpack_lora_b",
 ]
 
+CONFIG_FILE_NAME = "adapter_config.json"
+WEIGHTS_FILE_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _WRAPPER_OF_PROJECTION = {"gate_up_proj": "base_layer.", "down_proj": ""}
 

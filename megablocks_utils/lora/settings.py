@@ -21,7 +21,7 @@ class LoraSettings:
     """
 
     r: int
-    lora_alpha: int
+    lora_alpha: float
     target_modules: tuple[str, ...] = ()
     expert_ranks: Mapping[str, int] = field(default_factory=dict)
 

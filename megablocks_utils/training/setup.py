@@ -32,7 +32,7 @@ from megablocks_utils.checkpoint.load import (
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.launch import Launch, agree_on_error
-from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.shard_moe_utils import (
     PROJECTIONS,
@@ -139,13 +139,15 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     folder = _agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = _agreed(lambda: _ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
+    adapters = _agreed(lambda: _choose_adapters(source.model, config))
     tokenizer = _agreed(lambda: _load_tokenizer(folder))
     examples = _agreed(lambda: _load_data(config, tokenizer, source.model))
     with track_sharding(console, len(source.expert_names)) as on_layer:
         sharded = _agreed(lambda: source.load(config, device, on_layer))
     model = source.model
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    lora = _agreed(lambda: _apply_lora(model, sharded, config, precision))
+    if adapters is not None:
+        _agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
     # which only reentrant checkpointing needs.
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
@@ -160,7 +162,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         model_folder=folder,
         model=model,
         sharded=sharded,
-        lora=lora,
+        lora=adapters and adapters.settings,
         counts=_count(model, source.num_experts),
         num_experts=source.num_experts,
         parameter_specs=specs,
@@ -246,18 +248,19 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         raise CheckpointError(f"the tokenizer in {folder} cannot be used: {error}") from error
 
 
+def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:
+    return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
+
+
 def _apply_lora(
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
+    adapters: ChosenAdapters,
     config: RunConfig,
     precision: ResolvedPrecision,
-) -> LoraSettings | None:
-    if not config.adapter.has_lora:
-        return None
-    settings, source = choose_adapters(model, config.adapter)
+) -> None:
     dtype = getattr(torch, precision.adapter)
-    apply_lora(model, sharded, settings, dtype=dtype, seed=config.seed, source=source)
-    return settings
+    apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
 
 
 def _load_data(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import Shard
 
-from megablocks_utils.lora.apply import apply_lora
+from megablocks_utils.lora.apply import ChosenAdapters, apply_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.shard_moe_utils import shard_moe
 from tests.support.tiny_models import build_tiny_model
@@ -22,7 +22,7 @@ def _start(rank, ep_size, seed, dtype=torch.float32):
     torch.rand(rank + 1)  # whatever was drawn before must not matter
     model = build_tiny_model("mixtral").to(dtype)
     sharded = shard_moe(model, ep_size)
-    apply_lora(model, sharded, SETTINGS, dtype=torch.float32, seed=seed)
+    apply_lora(model, sharded, ChosenAdapters(SETTINGS), dtype=torch.float32, seed=seed)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(p.dtype == torch.float32 for p in trainable.values())
     assert all(p.dtype == dtype for name, p in model.named_parameters() if name not in trainable)

@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.lora.adapter_files import WEIGHTS_NAME, export_adapter
-from megablocks_utils.lora.apply import apply_lora
+from megablocks_utils.lora.adapter_files import export_adapter
+from megablocks_utils.lora.apply import ChosenAdapters, apply_lora
 from megablocks_utils.lora.file_check import (
     AdapterCheckError,
     check_files,
     count_trained,
     measure_experts,
 )
+from megablocks_utils.lora.peft_format import WEIGHTS_FILE_NAME
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.shard_moe_utils import shard_moe
 from tests.support.tiny_models import build_tiny_model
@@ -30,7 +31,7 @@ def _train_and_write(rank, folder, ep_size):
     """Write an adapter whose experts all but one got gradients; return what the ranks measured."""
     model = build_tiny_model("mixtral")
     sharded = shard_moe(model, ep_size)
-    apply_lora(model, sharded, SETTINGS, dtype=torch.float32, seed=0)
+    apply_lora(model, sharded, ChosenAdapters(SETTINGS), dtype=torch.float32, seed=0)
     states, tensors = {}, []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -65,9 +66,9 @@ def change(written, tmp_path):
     folder, measured = written
 
     def change_and_check(**changed):
-        tensors = load_file(folder / WEIGHTS_NAME) | changed.pop("tensors", {})
+        tensors = load_file(folder / WEIGHTS_FILE_NAME) | changed.pop("tensors", {})
         tensors = {key: x for key, x in tensors.items() if x is not None}
-        save_file(tensors, tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, tmp_path / WEIGHTS_FILE_NAME, metadata={"format": "pt"})
         config = (folder / "adapter_config.json").read_text()
         (tmp_path / "adapter_config.json").write_text(config)
         check_files(tmp_path, build_tiny_model("mixtral"), measured[0] | changed)
@@ -119,7 +120,7 @@ SCRAMBLES = {
 @pytest.mark.parametrize("name", SCRAMBLES)
 def test_a_file_that_is_not_what_was_trained_is_refused(written, change, name):
     key, scramble, found, side = SCRAMBLES[name]
-    stored = load_file(written[0] / WEIGHTS_NAME)[key]
+    stored = load_file(written[0] / WEIGHTS_FILE_NAME)[key]
     with pytest.raises(AdapterCheckError) as refusal:
         change(tensors={key: scramble(stored).contiguous()})
     assert str(refusal.value) == (
@@ -149,7 +150,7 @@ def test_a_missing_tensor_is_refused(change):
 def _refuse_and_keep(rank, folder):
     model = build_tiny_model("mixtral")
     sharded = shard_moe(model, 1)
-    apply_lora(model, sharded, SETTINGS, dtype=torch.float32, seed=0)
+    apply_lora(model, sharded, ChosenAdapters(SETTINGS), dtype=torch.float32, seed=0)
     tensors = [
         (name, getattr(p, "full_tensor", lambda p=p: p)().detach())
         for name, p in model.named_parameters()
@@ -157,7 +158,7 @@ def _refuse_and_keep(rank, folder):
     ]
 
     def refuse(written_folder):
-        assert (written_folder / WEIGHTS_NAME).is_file()
+        assert (written_folder / WEIGHTS_FILE_NAME).is_file()
         raise AdapterCheckError("it is wrong")
 
     with pytest.raises(AdapterCheckError) as refusal:
@@ -172,4 +173,4 @@ def test_a_refused_adapter_is_kept_where_nobody_takes_it_for_a_good_one(ranks1, 
     assert message == f"it is wrong; the files are in {tmp_path / 'refused_adapter'}"
     assert [path.name for path in tmp_path.iterdir()] == ["refused_adapter"]
     kept = sorted(path.name for path in (tmp_path / "refused_adapter").iterdir())
-    assert kept == ["adapter_config.json", WEIGHTS_NAME]
+    assert kept == ["adapter_config.json", WEIGHTS_FILE_NAME]

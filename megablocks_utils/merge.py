@@ -1,0 +1,237 @@
+"""Fold a LoRA adapter into its base model: `python -m megablocks_utils.merge --help`.
+
+Streams tensor by tensor, so that a model of any size needs the memory of its largest tensor; no
+process group and no GPU. Torch is imported when the options are good, so `--help` answers at once.
+"""
+
+import difflib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megablocks_utils.cli import HelpRequested
+from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.launch import run_entry_point
+
+if TYPE_CHECKING:
+    from megablocks_utils.checkpoint.index import CheckpointIndex
+    from megablocks_utils.lora.fold import Folding
+
+__all__ = ["MergeOptions", "main", "merge_adapter", "parse_options"]
+
+HELP = """\
+usage: python -m megablocks_utils.merge --adapter DIR --output DIR [--model_name_or_path BASE]
+
+Folds a PEFT LoRA adapter into its base model and writes an ordinary Hugging Face model folder,
+with the base's own tensor names and dtypes, its configuration and its tokenizer. Equals PEFT's
+merge_and_unload. Memory: the largest tensor of the base. No GPU.
+
+  --adapter DIR
+      The adapter: local folder or Hub name, with adapter_config.json and
+      adapter_model.safetensors. Both PEFT's own format for experts and that of adapters made with
+      transformers 4 (one per expert) are read.
+  --output DIR
+      The folder to write; must not exist, or be empty. It is complete, or nothing is written.
+  --model_name_or_path BASE
+      The base model: local folder or Hub name.
+      Default: base_model_name_or_path of the adapter's configuration.
+
+Exit codes: 0 done; 2 a bad option or file, said in one sentence; 1 anything unexpected.
+"""
+NAMES = ("adapter", "output", "model_name_or_path")
+# Files of the base that belong to the model as much as its weights do.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model"),
+)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Hold the options; `model_name_or_path` None takes the name in the adapter's configuration."""
+
+    adapter: str
+    output: Path
+    model_name_or_path: str | None = None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Merge as the options say, and write a line on what was written.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        UserError: for options or files that cannot be used.
+    """
+    options = parse_options(argv)
+    sys.stdout.write(f"{merge_adapter(options)}\n")
+
+
+def parse_options(argv: Sequence[str]) -> MergeOptions:
+    """Read `--name value` and `--name=value` words; the last of several values counts.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        ConfigurationError: for a word or name that is not known, or a value that is missing.
+    """
+    given: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        flag, has_value, value = words.pop(0).partition("=")
+        if flag in ("--help", "-h"):
+            raise HelpRequested(HELP)
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            raise ConfigurationError(f"{flag} is not an option; write options as --name value.")
+        if name not in NAMES:
+            nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(f"unknown option {flag}; did you mean --{nearest}?")
+        if not has_value and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        if not value:
+            raise ConfigurationError(f"{flag} has no value, but it must be a folder or name.")
+        given[name] = value
+    for name in ("adapter", "output"):
+        if name not in given:
+            raise ConfigurationError(f"--{name} is not given, but it must be a folder.")
+    return MergeOptions(given["adapter"], Path(given["output"]), given.get("model_name_or_path"))
+
+
+def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) -> str:
+    """Write the base model with the adapter folded in, and return a line that says what was done.
+
+    Args:
+        options: adapter, base and output.
+        max_shard_bytes: largest size of one weight file; None is that of a run's own model.
+
+    Raises:
+        ConfigurationError: the output folder cannot be used, or no base model is named.
+        CheckpointError: an adapter or base that cannot be used, or a disk that is full.
+    """
+    check_output(options.output)
+    from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
+    from megablocks_utils.checkpoint.layouts import detect_layout
+    from megablocks_utils.checkpoint.load import build_model_on_meta, check_against_model
+    from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
+    from megablocks_utils.lora.fold import Folding
+
+    adapter_folder = resolve_adapter_folder(options.adapter)
+    base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
+    index = open_checkpoint(base)
+    layout = detect_layout(index, source=base)
+    model = build_model_on_meta(base)
+    check_against_model(model, index, layout)
+    folding = Folding(open_adapter(adapter_folder, model), index, layout)
+    try:
+        with _removed_on_error(options.output):
+            _write(folding, index, options.output, max_shard_bytes)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot write the model to {options.output}: {reason}") from error
+    changed = sum(folding.is_changed(key) for key in index)
+    return (
+        f"wrote {options.output}: {changed} of {len(index.keys())} tensors changed,"
+        f" {index.total_bytes:,} bytes"
+    )
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder that is a file, holds something or cannot be looked into.
+
+    Raises:
+        ConfigurationError: naming what is there.
+    """
+    seen, wanted = f"--output is {folder}, but", "it must be a new or empty folder"
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            which = "that" if existing == folder else str(existing)
+            raise ConfigurationError(f"{seen} {which} is a file; {wanted}.")
+        names = sorted(path.name for path in folder.iterdir()) if existing == folder else []
+    except OSError as error:
+        raise ConfigurationError(f"{seen} it cannot be read ({error.strerror}).") from error
+    if names:
+        # What a killed run left is no obstacle: the next one removes it.
+        from megablocks_utils.checkpoint.writer import STAGING_FOLDER_NAME
+
+        if names != [STAGING_FOLDER_NAME]:
+            raise ConfigurationError(f"{seen} it holds {names[0]}; {wanted}.")
+
+
+def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
+    from megablocks_utils.lora.config_file import read_adapter_config
+
+    config = read_adapter_config(adapter_folder)
+    name = options.model_name_or_path or config.base_model_name
+    if name is None:
+        raise ConfigurationError(
+            f"--model_name_or_path is not given, and {config.path} names no"
+            " base_model_name_or_path; give the base model of this adapter."
+        )
+    return name
+
+
+def _write(
+    folding: "Folding", index: "CheckpointIndex", output: Path, max_shard_bytes: int | None
+) -> None:
+    from megablocks_utils.checkpoint.export import MAX_SHARD_BYTES
+    from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
+
+    specs = [TensorSpec(key, index.shape(key), index.dtype(key)) for key in index]
+    with (
+        staged_folder(output) as folder,
+        SafetensorsWriter(
+            folder, specs, max_shard_bytes=max_shard_bytes or MAX_SHARD_BYTES
+        ) as writer,
+        _show_progress(index.total_bytes) as advance,
+    ):
+        for key, tensor in folding.tensors():
+            writer.append(key, tensor)
+            advance(tensor.nbytes)
+            # Else it would still be held while the next one is read.
+            del tensor
+        for path in sorted({path for pattern in COMPANIONS for path in index.folder.glob(pattern)}):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """Remove the folders that were made, if they are empty again after an error."""
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        for path in () if is_done else made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def _show_progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal, and nothing elsewhere; yield what takes each amount written."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        yield lambda amount: None
+        return
+    columns = (
+        TextColumn("merging"),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, refresh_per_second=2) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda amount: bar.advance(task, amount)
+
+
+if __name__ == "__main__":
+    run_entry_point(main, sys.argv[1:])

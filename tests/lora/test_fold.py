@@ -1,0 +1,120 @@
+"""Folding equals PEFT's merge_and_unload bit for bit, and holds one tensor at a time."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megablocks_utils import merge
+from megablocks_utils.checkpoint.index import open_checkpoint
+from megablocks_utils.lora import fold
+from megablocks_utils.merge import MergeOptions, merge_adapter
+from tests.support.merged import assert_same_model, merge_with_peft, save_base
+from tests.support.tiny_adapters import save_fused_adapter, save_separate_adapter
+from tests.support.tiny_models import FAMILIES
+
+ADAPTERS = {"fused": save_fused_adapter, "separate": save_separate_adapter}
+# PEFT's own: it asks transformers by a name of old, and looks for patterns among modules only.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
+]
+
+
+@pytest.mark.parametrize("r", [1, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_peft_bit_for_bit(tmp_path, family, kind, dtype, r):
+    save_base(family, tmp_path / "base", dtype)
+    ADAPTERS[kind](family, tmp_path / "adapter", r=r, lora_alpha=3)
+    merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "wanted")
+    line = merge_adapter(
+        MergeOptions(str(tmp_path / "adapter"), tmp_path / "out", str(tmp_path / "base"))
+    )
+    assert_same_model(tmp_path / "out", tmp_path / "wanted")
+    # 2 layers of 4 experts with 3 matrices, and 2 projections of the attention.
+    base = open_checkpoint(tmp_path / "base")
+    assert line == (
+        f"wrote {tmp_path / 'out'}: 28 of {len(base.keys())} tensors changed,"
+        f" {base.total_bytes:,} bytes"
+    )
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_low_precision_are_added_in_full(tmp_path, kind, adapter_dtype):
+    """As PEFT does, which casts them to float32 when it loads them."""
+    for base_dtype in (torch.float32, torch.bfloat16):
+        base, wanted, out = (tmp_path / f"{name}_{base_dtype}" for name in ("base", "want", "out"))
+        save_base("mixtral", base, base_dtype)
+        ADAPTERS[kind]("mixtral", tmp_path / "adapter", dtype=adapter_dtype)
+        merge_with_peft(base, tmp_path / "adapter", wanted)
+        merge_adapter(MergeOptions(str(tmp_path / "adapter"), out, str(base)))
+        assert_same_model(out, wanted)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fused_base_with_tied_embeddings(tmp_path, kind, dtype):
+    save_base("qwen3_moe", tmp_path / "base", dtype, fused=True, tie_word_embeddings=True)
+    ADAPTERS[kind]("qwen3_moe", tmp_path / "adapter")
+    merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "wanted", fused=True)
+    line = merge_adapter(
+        MergeOptions(str(tmp_path / "adapter"), tmp_path / "out", str(tmp_path / "base"))
+    )
+    assert " 8 of " in line
+    assert "lm_head.weight" not in open_checkpoint(tmp_path / "out")
+    assert_same_model(tmp_path / "out", tmp_path / "wanted")
+
+
+def test_blocks_of_rows_change_no_element(tmp_path, monkeypatch):
+    save_base("mixtral", tmp_path / "base", torch.bfloat16)
+    save_fused_adapter("mixtral", tmp_path / "adapter")
+    options = [str(tmp_path / "adapter"), tmp_path / "whole", str(tmp_path / "base")]
+    merge_adapter(MergeOptions(*options))
+    monkeypatch.setattr(fold, "BLOCK_BYTES", 5 * 64 * 4)
+    options[1] = tmp_path / "blocks"
+    merge_adapter(MergeOptions(*options))
+    assert_same_model(tmp_path / "blocks", tmp_path / "whole")
+
+
+class PeakBytes(TorchDispatchMode):
+    """Note the largest number of bytes that tensors hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            storage = result.untyped_storage()
+            self.held[StorageWeakRef(storage).cdata] = (StorageWeakRef(storage), storage.nbytes())
+            del storage
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self.held.values()))
+        return result
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per_expert", "fused"])
+def test_holds_one_tensor_and_a_block_of_what_is_added(tmp_path, monkeypatch, fused):
+    block_bytes = 4096
+    monkeypatch.setattr(fold, "BLOCK_BYTES", block_bytes)
+    save_base("mixtral", tmp_path / "base", torch.bfloat16, fused=fused, num_hidden_layers=2)
+    save_fused_adapter("mixtral", tmp_path / "adapter", r=1)
+    traced, write = PeakBytes(), merge._write
+
+    def traced_write(*args):
+        with traced:
+            write(*args)
+
+    # From here on: making the model on meta reserves each parameter for a moment, untouched.
+    monkeypatch.setattr(merge, "_write", traced_write)
+    merge_adapter(MergeOptions(str(tmp_path / "adapter"), tmp_path / "out", str(tmp_path / "base")))
+    index = open_checkpoint(tmp_path / "base")
+    largest = max(index.shape(key)[0] * index.read(key)[0].nbytes for key in index)
+    # Those of one layer's experts in fp32, and as much again while B is read and checked.
+    adapters = 4 * 4 * (64 + 192 + 96 + 64)
+    assert largest < traced.peak <= largest + 2 * block_bytes + 2 * adapters
+    assert traced.peak < index.total_bytes / (2 if fused else 5)

@@ -16,6 +16,7 @@ from megablocks_utils.lora.file_check import AdapterCheckError
 from tests.support.compare import relative_error
 from tests.support.parity import Layout, ParityCase, ParityFolder
 from tests.support.stock_reference import StockRun
+from tests.support.tiny_adapters import save_separate_adapter
 
 BOUND = 1e-5  # relative; the contract's
 NUM_STEPS = 3
@@ -89,6 +90,32 @@ def test_training_goes_on_at_another_ep_size(ranks4, parity_folder, tmp_path, fa
         assert relative_error(seen[name], weight) < 10 * BOUND, name  # Adam: see measure_excess
     written = load_file(tmp_path / "ep2" / "adapter_model.safetensors")
     assert sorted(written) == sorted(wanted)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_training_goes_on_from_an_adapter_of_transformers_4(
+    ranks4, parity_folder, tmp_path, family
+):
+    """Each expert had its own gate and up: together they have twice the rank, here as in PEFT."""
+    case = ParityCase(Layout(4, 2), family, NUM_STEPS, lora="all", lora_rank=4)
+    save_separate_adapter(family, tmp_path / "old")
+    losses = _train(
+        ranks4,
+        parity_folder,
+        case,
+        "fsdp2",
+        output_dir=tmp_path / "out",
+        resume_adapter=tmp_path / "old",
+    )
+    run = StockRun(**vars(parity_folder.stock_run(case)) | {"adapter": str(tmp_path / "old")})
+    wanted = parity_folder.reference(run)
+    assert losses == pytest.approx(wanted.losses, rel=BOUND)
+    check = json.loads((tmp_path / "out" / "run.json").read_text())["adapter_check"]
+    assert (check["trained"], check["total"]) == (16, 16)
+    assert check["logits"]["ours"] <= 2 * check["logits"]["stock"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"mlp.experts.gate_up_proj": 8}
+    assert config["alpha_pattern"] == {"mlp.experts.gate_up_proj": 16}
 
 
 def _train_with_scrambled_file(rank, argv):

@@ -75,9 +75,8 @@ def test_the_start_is_distributed_as_pefts(ranks2, projection):
 
 def _memory_of_adapters(rank):
     model = build_tiny_model("mixtral")
-    apply_lora(
-        model, shard_moe(model, dist.get_world_size()), SETTINGS, dtype=torch.float32, seed=0
-    )
+    sharded = shard_moe(model, dist.get_world_size())
+    apply_lora(model, sharded, ChosenAdapters(SETTINGS), dtype=torch.float32, seed=0)
     locals_ = [p.to_local() for p in model.parameters() if p.requires_grad]
     return [(p.untyped_storage().nbytes(), p.numel() * 4) for p in locals_]
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,6 +19,7 @@ from megablocks_utils.training.loop import TrainingState, build_training_state, 
 from megablocks_utils.training.setup import Setup, build_setup, start_processes
 from tests.support.rank_pool import RankPool
 from tests.support.stock_reference import StockRun, train_stock
+from tests.support.tiny_adapters import attach_random_adapters
 from tests.support.tiny_models import save_tiny_model
 from tests.support.trace import Trace
 
@@ -211,13 +212,8 @@ def save_adapter(folder: Path, model_folder: Path, use_lora: str, rank: int) -> 
         target_modules=attention,
         target_parameters=experts,
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config)
-    generator = torch.Generator().manual_seed(rank)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05, generator=generator)
-    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    attach_random_adapters(model, config).save_pretrained(folder)
 
 
 def write_examples(path: Path, num_examples: int) -> None:

@@ -1,0 +1,82 @@
+"""The choice of a run's adapters: new ones, or those of an adapter that is there."""
+
+import pytest
+import torch
+
+from megablocks_utils.config import AdapterConfig
+from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.lora.settings import LoraSettings, build_peft_config
+from tests.support.tiny_adapters import ATTENTION, edit_tensors, save_fused_adapter
+from tests.support.tiny_models import build_tiny_model
+
+ALL_ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
+EXPERTS = {"gate_up_proj": 4, "down_proj": 4}
+
+
+@pytest.mark.parametrize(
+    ("use_lora", "modules", "experts"),
+    [
+        ("attn-only", ALL_ATTENTION, {}),
+        ("mlp-only", (), EXPERTS),
+        ("all", ALL_ATTENTION, EXPERTS),
+    ],
+)
+def test_new_adapters(use_lora, modules, experts):
+    chosen = choose_adapters(build_tiny_model("olmoe"), AdapterConfig(use_lora, 4, 6))
+    assert chosen.source is None
+    assert chosen.settings == LoraSettings(4, 6, modules, experts)
+    assert chosen.settings.scaling == 1.5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    save_fused_adapter("mixtral", folder, r=4, lora_alpha=8)
+    return str(folder)
+
+
+def test_an_adapter_to_go_on_from_brings_its_own_settings(folder):
+    config = AdapterConfig("all", None, None, resume_adapter=folder)
+    chosen = choose_adapters(build_tiny_model("mixtral"), config)
+    assert chosen.settings == LoraSettings(4, 8, ATTENTION, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"lora_r": 16}, "--lora_r is 16, but the adapter {} has 4."),
+        ({"lora_alpha": 4}, "--lora_alpha is 4, but the adapter {} has 8."),
+        ({"use_lora": "mlp-only"}, "--use_lora is mlp-only, but the adapter {} has all."),
+    ],
+)
+def test_options_that_contradict_the_adapter(folder, given, sentence):
+    options = {"use_lora": "all", "lora_r": None, "lora_alpha": None} | given
+    with pytest.raises(ConfigurationError) as refusal:
+        choose_adapters(
+            build_tiny_model("mixtral"), AdapterConfig(**options, resume_adapter=folder)
+        )
+    assert str(refusal.value) == sentence.format(folder)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    save_fused_adapter("mixtral", tmp_path, target_parameters=None)
+
+    def spoil(tensors):
+        tensors[sorted(tensors)[0]][0, 0] = float("nan")
+
+    edit_tensors(tmp_path, spoil)
+    model = build_tiny_model("mixtral")
+    config = AdapterConfig("attn-only", None, None, resume_adapter=str(tmp_path))
+    chosen = choose_adapters(model, config)
+    with pytest.raises(CheckpointError, match="k_proj.lora_A.weight .* holds 1 non-finite value"):
+        apply_lora(model, None, chosen, dtype=torch.float32, seed=0)
+
+
+def test_the_settings_in_pefts_words():
+    config = build_peft_config(LoraSettings(4, 6, ("q_proj",), {"gate_up_proj": 8, "down_proj": 4}))
+    assert config.target_modules == {"q_proj"}
+    assert config.target_parameters == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.0)
+    assert config.rank_pattern == {"mlp.experts.gate_up_proj": 8}
+    assert config.alpha_pattern == {"mlp.experts.gate_up_proj": 12.0}

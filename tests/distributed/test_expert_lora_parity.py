@@ -14,7 +14,7 @@ from tests.support.parity import Layout, ParityCase, run_case, train_fsdp2
 from tests.support.trace import measure_distance, measure_excess
 
 BOUND = 1e-5  # relative; the contract's
-# Times stock fp32's own distance from fp64, where Adam has made it larger than the bound (2.4 seen).
+# Times the distance of stock fp32 from fp64, where Adam makes it larger than the bound (2.4 seen).
 MAX_EXCESS = 4
 NUM_STEPS = 4  # into the second epoch, so a smaller last batch too
 TRAIN = {"fsdp2": train_fsdp2, "fsdp1": train_fsdp1}

@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
     output = options.output or (None if options.quick else RESULTS)
     device = torch.device(options.device)
     # The profiler that counts memory would otherwise write to standard error.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     rows: list[dict[str, Any]] = []
     with single_process(device):
         for row in measure_rows(plan, device):

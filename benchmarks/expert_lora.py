@@ -40,7 +40,7 @@ class Plan:
     model_tokens: int
     backends: tuple[str, ...] = ("grouped_mm", "eager")
     rounds: int = 9
-    least_turn_s: float = 0.5
+    least_turn_s: float = 0.25
 
 
 FULL = Plan(

@@ -90,6 +90,12 @@ def test_peak_is_the_same_each_time_and_not_below_what_is_saved(sides):
     assert peaks[PEFT].pop() > ACTIVATIONS + WEIGHTS
 
 
+def test_a_step_starts_from_no_gradients(sides):
+    for side in sides.values():
+        first = {name: tensor.clone() for name, tensor in side.results().items()}
+        assert max(measure_agreement(side.results(), first).values()) == 0.0
+
+
 def _peak(side):
     side.step()
     side.clear()

@@ -91,12 +91,11 @@ def _our_layer(
         for size in rows_and_columns
     ]
     choice = choose_backend(backend, ExpertShapes(hidden, intermediate, torch.float32, device.type))
-    activation = nn.SiLU()
     layer = DroplessExperts(
         *(wrap_local_experts(weight.to(device), mesh) for weight in weights),
         mesh=mesh,
         backend=choice.run,
-        activation=activation,
+        activation=nn.SiLU(),
     )
     block = _Block(layer).requires_grad_(False)
     sharded = ShardedMoE(block, mesh, {"experts": layer}, "shard", choice)
@@ -112,7 +111,7 @@ def _peft_layer(shape: Shape, backend: str, ours: _Block) -> PeftModel:
         intermediate_size=shape.intermediate_size,
         num_local_experts=shape.num_experts,
     )
-    config._experts_implementation = backend
+    config._experts_implementation = backend  # as `from_config(experts_implementation=...)` does
     with torch.device("meta"):
         experts = MixtralExperts(config)
     for name in PROJECTIONS:  # the same memory: nobody writes to it

@@ -39,7 +39,8 @@ def build_model_sides(
     Ours is `shard_moe` with an ep axis of one rank, then the adapter that PEFT has written.
     """
     torch.manual_seed(0)
-    stock = AutoModelForCausalLM.from_config(_model_config(shape, num_tokens, backend))
+    config = _model_config(shape, num_tokens)
+    stock = AutoModelForCausalLM.from_config(config, experts_implementation=backend)
     stock = stock.to(device).train()
     model = copy.deepcopy(stock)
     with warnings.catch_warnings():
@@ -86,8 +87,8 @@ def _resume_ours(
         apply_lora(model, sharded, settings, dtype=torch.float32, seed=0, source=source)
 
 
-def _model_config(shape: ModelShape, num_tokens: int, backend: str) -> MixtralConfig:
-    config = MixtralConfig(
+def _model_config(shape: ModelShape, num_tokens: int) -> MixtralConfig:
+    return MixtralConfig(
         hidden_size=shape.experts.hidden_size,
         intermediate_size=shape.experts.intermediate_size,
         num_local_experts=shape.experts.num_experts,
@@ -98,8 +99,6 @@ def _model_config(shape: ModelShape, num_tokens: int, backend: str) -> MixtralCo
         vocab_size=shape.vocab_size,
         max_position_embeddings=max(512, num_tokens),
     )
-    config._experts_implementation = backend
-    return config
 
 
 def _build_optimizer(module: nn.Module) -> AdamW:

@@ -26,7 +26,7 @@ def describe_method(device: torch.device) -> dict[str, str]:
         "saved (torch.autograd.graph.saved_tensors_hooks), each distinct storage once and whole, "
         "without those of parameters, buffers and the step's inputs.",
         "peak_bytes": "the most that one step held at once above what was there at its start "
-        "(weights, adapters, inputs; no gradients yet), its gradients included: "
+        "(weights, adapters, AdamW states, inputs; no gradients yet), its gradients included: "
         + (_CUDA_PEAK if device.type == "cuda" else _CPU_PEAK),
     }
 

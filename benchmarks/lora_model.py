@@ -81,10 +81,9 @@ def _resume_ours(
     sharded = shard_moe(model, 1, kernel=backend, device_type=device.type)
     with tempfile.TemporaryDirectory() as folder:
         peft.save_pretrained(folder, save_embedding_layers=False)
-        settings, source = choose_adapters(
-            model, AdapterConfig(use_lora="all", resume_adapter=folder)
-        )
-        apply_lora(model, sharded, settings, dtype=torch.float32, seed=0, source=source)
+        config = AdapterConfig(use_lora="all", resume_adapter=folder)
+        adapters = choose_adapters(model, config)
+        apply_lora(model, sharded, adapters, dtype=torch.float32, seed=0)
 
 
 def _model_config(shape: ModelShape, num_tokens: int) -> MixtralConfig:

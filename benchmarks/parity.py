@@ -104,11 +104,11 @@ def format_tables(parity: list[dict[str, Any]], drifts: list[dict[str, Any]]) ->
         f"| layout | model | runs | {' | '.join(MEASURED)} |",
         "|---|---|---:|" + "---:|" * len(MEASURED),
     ]
-    for (layout, model), rows in _grouped(parity, "layout", "model").items():
+    for (layout, model), rows in grouped(parity, "layout", "model").items():
         worst = [f"{max(row[name] for row in rows):.1e}" for name in MEASURED]
         lines.append(f"| {layout} | {model} | {len(rows)} | {' | '.join(worst)} |")
     lines += ["", "| precision | model | drift / stock bf16's drift, by layout |", "|---|---|---|"]
-    for (precision, model), rows in _grouped(drifts, "precision", "model").items():
+    for (precision, model), rows in grouped(drifts, "precision", "model").items():
         ratios = ", ".join(f"{row['drift'] / row['stock_bf16_drift']:.2f}" for row in rows)
         lines.append(f"| {precision} | {model} | {ratios} |")
     return "\n".join(lines) + "\n"
@@ -128,7 +128,8 @@ def find_violations(parity: list[dict[str, Any]], drifts: list[dict[str, Any]]) 
     return broken
 
 
-def _grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
+def grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
+    """Return the rows by the values of some of their keys, in order of appearance."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)

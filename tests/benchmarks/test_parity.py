@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 
+from benchmarks import lora_parity
 from benchmarks.parity import ACCUMULATION, CHECKPOINTING, find_violations, format_tables
 from benchmarks.parity import parity_cases as cases
 from tests.support.parity import LAYOUTS
@@ -47,3 +48,29 @@ def test_weights_may_be_far_from_fp32_but_not_from_fp64_too():
 
 def test_drift_past_twice_stock_bf16_is_named():
     assert len(find_violations([], [DRIFT | {"drift": 0.04}])) == 1
+
+
+def test_matrix_of_adapters_is_full():
+    seen = [
+        (script, c.model, c.layout.ep_size, c.lora_rank) for script, c in lora_parity.lora_cases()
+    ]
+    scripts, models = ("fsdp2", "fsdp1"), ("mixtral, wide", "qwen3_moe", "olmoe")
+    assert set(seen) >= set(product(scripts, models, (1, 2, 4), (1, 4, 16)))
+    assert len(set(lora_parity.lora_cases())) == len(seen)
+    assert {(c.num_steps, c.layout.world_size) for _, c in lora_parity.lora_cases()} == {(20, 4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("loss", 1e-5), ("grad_norm", 1e-5), ("first_gradient", 1e-5)]
+)
+def test_adapters_past_the_bound_are_named(name, value):
+    row = ROW | {"weight": 1e-4, "weight_excess": 3.0}  # Adam's noise, of stock's size
+    assert lora_parity.find_violations([row]) == []
+    assert len(lora_parity.find_violations([row, row | {name: value}])) == 1
+    assert len(lora_parity.find_violations([row | {"weight_excess": 4.0}])) == 1
+
+
+def test_table_of_adapters_shows_the_worst_run():
+    row = ROW | {"script": "fsdp1", "lora_rank": 4}
+    table = lora_parity.format_table([row, row | {"grad_norm": 8e-6}])
+    assert "| fsdp1 | olmoe | 4 | 2 | 1.0e-07 | 8.0e-06 | 3.0e-07 | 4.0e-07 |" in table

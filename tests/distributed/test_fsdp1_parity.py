@@ -77,16 +77,23 @@ def test_drift_is_bounded_by_stock_bf16(pools, parity_folder, layout, precision)
 
 
 @pytest.mark.parametrize(
-    ("precision", "sync_each_batch"), [("bf16", True), ("mixed", False), ("bf16_sr", False)]
+    ("precision", "sync_each_batch", "lora"),
+    [
+        ("bf16", True, "attn-only"),
+        ("mixed", False, "attn-only"),
+        ("bf16_sr", False, "attn-only"),
+        ("mixed", True, "all"),
+        ("bf16_sr", False, "all"),
+    ],
 )
-def test_drift_with_adapters(pools, parity_folder, precision, sync_each_batch):
+def test_drift_with_adapters(pools, parity_folder, precision, sync_each_batch, lora):
     """The frozen base is bf16 in all three; only the adapters differ."""
     case = ParityCase(
         TWO,
         "mixtral",
         PRECISION_STEPS,
         precision=precision,
-        lora="attn-only",
+        lora=lora,
         accumulation=4,
         sync_each_batch=sync_each_batch,
         checkpointing="selective",

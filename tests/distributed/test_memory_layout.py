@@ -93,3 +93,30 @@ def test_adapters_are_sharded_like_everything_else(ranks4, parity_folder):
             assert list(d["placements"].values()) == ["shard 0"]
             assert "ep" not in d["placements"]
             assert d["local_bytes"] * WORLD_SIZE == d["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "rank", "placements", "num_held"),
+    [
+        (Layout(4, 4), "mixtral", 3, {"ep": "shard 0"}, 1),
+        (Layout(4, 2), "mixtral", 3, {"dp": "shard 0", "ep": "shard 0"}, 1),
+        (Layout(4, 2, "replicate"), "mixtral", 3, {"ep": "shard 0"}, 2),
+        # One expert and a rank of 1: A has nothing to split over dp but its columns.
+        (Layout(4, 2), "olmoe, 2 experts", 1, {"dp": "shard 2", "ep": "shard 0"}, 1 / 2),
+    ],
+    ids=str,
+)
+def test_adapters_of_experts_lie_with_their_experts(
+    ranks4, parity_folder, layout, model, rank, placements, num_held
+):
+    """`num_held`: experts whose adapters a rank holds, or the share of one."""
+    case = {"model": model, "lora": "mlp-only", "lora_rank": rank}
+    for experts, described in _describe(ranks4, parity_folder, layout, **case):
+        adapters = {name: d for name, d in described.items() if "lora_" in name}
+        assert len(adapters) == NUM_LAYERS * 2 * 2
+        assert set(adapters) <= experts
+        for name, d in adapters.items():
+            num_experts = 2 if "2 experts" in model else 4
+            assert d["local_bytes"] == d["bytes"] * num_held / num_experts, name
+            if "lora_A" in name:
+                assert d["placements"] == placements

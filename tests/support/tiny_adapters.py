@@ -26,16 +26,20 @@ SIZES = ((96, 64), (96, 64), (64, 96))  # (out, in) of gate, up and down in a ti
 
 
 def attach_random_adapters(
-    model: PreTrainedModel, config: LoraConfig, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    config: LoraConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    std: float = 0.1,
 ) -> PeftModel:
-    """Attach PEFT's own adapters, A and B random."""
+    """Attach PEFT's own adapters, A and B random with standard deviation `std`."""
     generator = torch.Generator().manual_seed(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.data = noise.to(dtype)
     return peft_model.eval()
 

@@ -1,7 +1,7 @@
 """Watch a real MoE learn: build model and data, fine-tune with expert parallelism, compare.
 
 Everything built is kept in ``data/.cache`` and found again by the next run. ``FULL=1`` in the
-environment trains all weights instead of LoRA adapters on the attention.
+environment trains all weights instead of LoRA adapters on attention and experts.
 """
 
 import argparse
@@ -29,7 +29,7 @@ GLOBAL_BATCH = 4
 MAX_STEPS = 16
 MAX_SEQ_LENGTH = 160
 METHODS = {
-    "LoRA": ["--use_lora", "attn-only", "--lora_r", "16", "--learning_rate", "1e-3"],
+    "LoRA": ["--use_lora", "all", "--lora_r", "16", "--learning_rate", "1e-3"],
     "full": ["--use_lora", "none", "--learning_rate", "1e-4"],
 }
 

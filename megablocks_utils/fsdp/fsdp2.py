@@ -112,16 +112,6 @@ def prepare_fsdp2(
     return model, optimizer
 
 
-def free_gathered_weights(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward pass leaves gathered: the root's weights.
-
-    Does nothing to a model that FSDP2 has not wrapped.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def shards_over_dp(sharded: ShardedMoE) -> bool:
     """Say whether FSDP shards the experts: asked for, and more than one rank to shard over."""
     return sharded.expert_dp == "shard" and sharded.mesh[DP_AXIS].size() > 1

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megablocks_utils.checkpoint.load import build_model_on_meta
-from megablocks_utils.fsdp.fsdp2 import free_gathered_weights
 from megablocks_utils.lora.file_check import (
     ExpertNorms,
     check_files,
@@ -149,6 +148,4 @@ def _run_forward(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Return the logits (1, T, V) on the CPU; every rank runs the same tokens."""
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=input_ids, use_cache=False).logits.cpu()
-    free_gathered_weights(model)
-    return logits
+        return model(input_ids=input_ids, use_cache=False).logits.cpu()

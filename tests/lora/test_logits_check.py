@@ -81,12 +81,28 @@ def _noisy(seed, size, like):
 
 
 def test_rounding_that_hides_the_adapter_is_no_fault():
-    """The effect, 1e-3, is ten times smaller than rounding, 1e-2: nothing can be said."""
-    exact = torch.randn(1, 40, 128, dtype=torch.float64)
-    without = _noisy(1, 1e-3, exact)
+    """The effect is a thousand times smaller than rounding: its share is noise."""
+    exact = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(0)).double()
+    without = _noisy(1, 1e-5, exact)
     found = compare_logits(_noisy(2, 1e-2, exact), _noisy(3, 1e-2, exact), exact, without)
     assert found.is_hidden
+    assert abs(found.share - 1) > 1
     assert found.find_fault() is None
+
+
+def test_errors_that_rounding_does_not_explain_are_a_fault():
+    """Also where the adapter's whole effect is there: something else is wrong."""
+    exact = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(0)).double()
+    without = _noisy(1, 1e-2, exact)
+    stock = _noisy(3, 1e-7, exact)
+    found = compare_logits(_noisy(2, 5e-7, exact), stock, exact, without)
+    assert found.share == pytest.approx(1.0, abs=1e-3)
+    fault = found.find_fault()
+    assert fault == (
+        f"its logits are {found.ours:.1e} from those of the trained model, where rounding explains "
+        f"{found.stock:.1e}"
+    )
+    assert compare_logits(_noisy(2, 3e-7, exact), stock, exact, without).find_fault() is None
 
 
 def test_an_adapter_that_is_missing_shows_beside_rounding_of_its_size():

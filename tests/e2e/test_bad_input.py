@@ -104,6 +104,11 @@ CASES = {
         _nothing,
         "--kernel triton is not built yet (this version offers auto, eager and grouped_mm).",
     ),
+    "missing adapter": (
+        {"use_lora": "all", "resume_adapter": "{folder}/none"},
+        _nothing,
+        "the adapter folder {folder}/none does not exist",
+    ),
     "missing data": (
         {"data_path": "{folder}/none.json"},
         _nothing,

@@ -53,8 +53,8 @@ def export_adapter(
             it refuses them, they are kept in `refused_adapter` of the folder.
 
     Raises:
-        AdapterCheckError: as `check`.
-        CheckpointError: the folder cannot be written.
+        AdapterCheckError: from `check`, with the place of the files.
+        CheckpointError: likewise, for values that are not finite; or the folder cannot be written.
     """
     weights = {}
     for name, tensor in tensors:
@@ -73,9 +73,9 @@ def export_adapter(
                 tokenizer.save_pretrained(folder)
             try:
                 check(folder)
-            except AdapterCheckError as error:
+            except (AdapterCheckError, CheckpointError) as error:
                 kept = _keep_for_inspection(folder, Path(output_dir))
-                raise AdapterCheckError(f"{error}; the files are in {kept}") from error
+                raise type(error)(f"{error}; the files are in {kept}") from error
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the adapter to {output_dir}: {reason}") from error

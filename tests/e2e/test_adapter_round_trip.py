@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import train_accelerate_fsdp2
 import train_fsdp1
+from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora import adapter_files
 from megablocks_utils.lora.file_check import AdapterCheckError
 from tests.support.compare import relative_error
@@ -116,6 +117,28 @@ def test_training_goes_on_from_an_adapter_of_transformers_4(
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {"mlp.experts.gate_up_proj": 8}
     assert config["alpha_pattern"] == {"mlp.experts.gate_up_proj": 16}
+
+
+def _train_until_it_breaks(rank, argv):
+    """Return what the rank is told after a run whose adapter is not finite."""
+    try:
+        train_accelerate_fsdp2.main(argv)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def test_an_adapter_that_is_not_finite_is_refused_and_kept(ranks2, parity_folder, tmp_path):
+    """A learning rate of 1e38 overflows float32 in the second step."""
+    case = ParityCase(Layout(2, 2), "mixtral", NUM_STEPS, lora="mlp-only", lora_rank=4)
+    argv = [*parity_folder.argv(case), "--output_dir", str(tmp_path), "--debug", "False"]
+    told = ranks2.run(_train_until_it_breaks, [*argv, "--learning_rate", "1e38"], timeout=240)
+    assert told[1] is None
+    kept = tmp_path / "refused_adapter"
+    assert "non-finite value" in told[0]
+    assert told[0].endswith(f"; the files are in {kept}")
+    assert (kept / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "adapter_config.json").exists()
 
 
 def _train_with_scrambled_file(rank, argv):

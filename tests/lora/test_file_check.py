@@ -147,7 +147,7 @@ def test_a_missing_tensor_is_refused(change):
         change(tensors={KEY_B: None})
 
 
-def _refuse_and_keep(rank, folder):
+def _refuse_and_keep(rank, folder, refusal_type):
     model = build_tiny_model("mixtral")
     sharded = shard_moe(model, 1)
     apply_lora(model, sharded, ChosenAdapters(SETTINGS), dtype=torch.float32, seed=0)
@@ -159,17 +159,20 @@ def _refuse_and_keep(rank, folder):
 
     def refuse(written_folder):
         assert (written_folder / WEIGHTS_FILE_NAME).is_file()
-        raise AdapterCheckError("it is wrong")
+        raise refusal_type("it is wrong")
 
-    with pytest.raises(AdapterCheckError) as refusal:
+    with pytest.raises(refusal_type) as refusal:
         export_adapter(
             SETTINGS, None, tensors, folder, base_model_name="x", is_writer=True, check=refuse
         )
     return str(refusal.value)
 
 
-def test_a_refused_adapter_is_kept_where_nobody_takes_it_for_a_good_one(ranks1, tmp_path):
-    message = ranks1.run(_refuse_and_keep, tmp_path)[0]
+@pytest.mark.parametrize("refusal_type", [AdapterCheckError, CheckpointError])
+def test_a_refused_adapter_is_kept_where_nobody_takes_it_for_a_good_one(
+    ranks1, tmp_path, refusal_type
+):
+    message = ranks1.run(_refuse_and_keep, tmp_path, refusal_type)[0]
     assert message == f"it is wrong; the files are in {tmp_path / 'refused_adapter'}"
     assert [path.name for path in tmp_path.iterdir()] == ["refused_adapter"]
     kept = sorted(path.name for path in (tmp_path / "refused_adapter").iterdir())

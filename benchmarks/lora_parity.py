@@ -10,19 +10,15 @@ bound does not hold.
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.certificate import build_certificate
-from benchmarks.parity import BOUND, MEASURED, describe_case, grouped, say
+from benchmarks.parity import BOUND, MEASURED, describe_case, grouped, open_workplace, say
 from megablocks_utils.training.atomic_file import write_json_atomically
 from tests.support.fsdp1_run import train_fsdp1
 from tests.support.parity import Layout, ParityCase, ParityFolder, run_case, train_fsdp2
@@ -107,11 +103,8 @@ def find_violations(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Measure, write, show, judge."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
-    torch.set_num_threads(1)
     started = time.monotonic()
-    with ExitStack() as stack:
-        folder = ParityFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        pools = {4: stack.enter_context(RankPool(4))}
+    with open_workplace(4) as (pools, folder):
         rows = measure_rows(pools, folder)
     runtime_s = round(time.monotonic() - started)
     certificate = build_certificate("benchmarks.lora_parity", sys.argv[1:], runtime_s=runtime_s)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -136,6 +136,15 @@ def grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str
     return groups
 
 
+@contextmanager
+def open_workplace(*pool_sizes: int) -> Iterator[tuple[dict[int, RankPool], ParityFolder]]:
+    """Give pools of ranks by their size, and a folder that is gone afterwards; one thread a rank."""
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        folder = ParityFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        yield {size: stack.enter_context(RankPool(size)) for size in pool_sizes}, folder
+
+
 def say(text: str) -> None:
     """Write a line to standard error; standard output gets the tables."""
     sys.stderr.write(text + "\n")
@@ -144,11 +153,8 @@ def say(text: str) -> None:
 def main() -> None:
     """Measure, write, show, judge."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
-    torch.set_num_threads(1)
     started = time.monotonic()
-    with ExitStack() as stack:
-        folder = ParityFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        pools = {size: stack.enter_context(RankPool(size)) for size in (1, 2, 4)}
+    with open_workplace(1, 2, 4) as (pools, folder):
         parity = measure_parity(pools, folder)
         drifts = measure_drifts(pools, folder)
     certificate = build_certificate(

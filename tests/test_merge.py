@@ -19,16 +19,12 @@ from megablocks_utils.cli import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.merge import MergeOptions, main, merge_adapter, parse_options
 from tests.support.merged import assert_same_model, merge_with_peft, save_base
-from tests.support.tiny_adapters import edit_settings, save_fused_adapter
+from tests.support.tiny_adapters import PEFT_WARNINGS, edit_settings, save_fused_adapter
 from tests.support.tiny_models import save_tiny_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-# PEFT's own: it asks transformers by a name of old, and looks for patterns among modules only.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
-]
+pytestmark = PEFT_WARNINGS
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ experts that this rank holds, and `load_dense_parameters` (or `read_dense_parame
 at a time) for everything else. No function here communicates.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from megablocks_utils.checkpoint.layouts import (
     Layout,
     is_expert_parameter,
 )
+from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.errors import CheckpointError
 
 __all__ = [
@@ -56,7 +56,7 @@ def build_model_on_meta(
         CheckpointError: no usable config.json, or not a model whose experts can be read.
     """
     folder = Path(folder)
-    _check_model_type(folder, _read_config(folder))
+    _check_model_type(folder, read_settings(folder / "config.json", "model"))
     try:
         config = AutoConfig.from_pretrained(folder)
         if truncate_layers is not None:
@@ -192,20 +192,9 @@ def check_finite(tensor: torch.Tensor, source: str) -> None:
         raise CheckpointError(f"{source} holds {num_bad} non-finite {noun}")
 
 
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"the model folder {folder} has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(f"{path} names no model_type")
-    return config
-
-
 def _check_model_type(folder: Path, config: dict) -> None:
+    if "model_type" not in config:
+        raise CheckpointError(f"{folder / 'config.json'} names no model_type")
     model_type = config["model_type"]
     if model_type in SUPPORTED_MODEL_TYPES:
         return

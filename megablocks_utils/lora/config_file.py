@@ -1,6 +1,5 @@
 """Read an adapter's `adapter_config.json`, and refuse what is more than plain LoRA."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.peft_format import CONFIG_FILE_NAME
 
@@ -66,7 +66,7 @@ def read_adapter_config(folder: Path) -> AdapterConfigFile:
         CheckpointError: the file is missing or damaged, or asks for more than plain LoRA.
     """
     path = folder / CONFIG_FILE_NAME
-    config = _read_json(path)
+    config = read_settings(path, "adapter")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} has peft_type {config.get('peft_type')!r}, wanted is 'LORA'")
     _refuse_more_than_plain_lora(path, config)
@@ -84,18 +84,6 @@ def read_adapter_config(folder: Path) -> AdapterConfigFile:
         _pattern(path, "alpha_pattern", config.get("alpha_pattern"), int | float),
         base_model_name or None,
     )
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise CheckpointError(f"the adapter folder {path.parent} has no {path.name}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no settings: its JSON is not an object")
-    return config
 
 
 def _refuse_more_than_plain_lora(path: Path, config: dict) -> None:

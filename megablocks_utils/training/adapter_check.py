@@ -25,7 +25,7 @@ from megablocks_utils.training.setup import Setup
 _NUM_TOKENS = 128
 GIB = 1024**3
 AUTO_LIMIT_BYTES = 16 * GIB
-"""Above it, `--verify_adapter auto` loads no model: on one core that takes minutes."""
+"""Above it, `--verify_adapter auto` loads no model: the check must not outlast a short run."""
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,10 @@ def _mesh_sizes(setup: Setup) -> dict[str, int]:
 def _kernel(setup: Setup) -> tuple[str, str]:
     if setup.sharded is None:
         return "transformers", "no expert parallelism: transformers runs its own experts"
-    return setup.sharded.kernel.name, setup.sharded.kernel.reason
+    kernel = setup.sharded.kernel
+    if not setup.config.parallel.use_megablocks_sharding:
+        return kernel.name, f"{kernel.reason}; experts with adapters are this project's at ep 1"
+    return kernel.name, kernel.reason
 
 
 def _describe_resolved(setup: Setup) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class Setup:
         model_folder: the local folder its weights came from.
         model: the transformers model, with adapters where asked for; weights on the CPU or the
             device.
-        sharded: what `shard_moe` returned; None without expert parallelism.
+        sharded: what `shard_moe` returned; None without expert parallelism and without adapters of
+            experts, which are this project's at ep 1 also then.
         lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.

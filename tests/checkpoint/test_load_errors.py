@@ -148,11 +148,14 @@ def test_config_that_is_not_json(folder):
     assert failure_of(build_model_on_meta, folder) == f"{file} is not valid JSON: {where}"
 
 
-@pytest.mark.parametrize("content", ["[]", "{}"])
-def test_config_without_model_type(folder, content):
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [("[]", "holds no settings: its JSON is not an object"), ("{}", "names no model_type")],
+)
+def test_config_without_model_type(folder, content, fault):
     file = folder / "config.json"
     file.write_text(content)
-    assert failure_of(build_model_on_meta, folder) == f"{file} names no model_type"
+    assert failure_of(build_model_on_meta, folder) == f"{file} {fault}"
 
 
 def test_config_with_an_impossible_value(folder):

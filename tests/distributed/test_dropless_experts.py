@@ -46,21 +46,32 @@ def _weights(dtype):
     return gate_up.to(dtype), down.to(dtype)
 
 
-def _run_layer(rank, ep_size, backend, routing, dtype):
+def _build_layer(ep_size, backend, dtype):
     mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, NUM_EXPERTS), "cpu")
     weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
-    layer = DroplessExperts(*weights, mesh=mesh, backend=BACKENDS[backend], activation=silu)
+    return DroplessExperts(*weights, mesh=mesh, backend=BACKENDS[backend], activation=silu)
+
+
+def _run_layer(rank, ep_size, backend, routing, dtype):
+    return _step(_build_layer(ep_size, backend, dtype), rank, routing, dtype)
+
+
+def _step(layer, rank, routing, dtype):
+    """Return the output, and the gradients of inputs and (over all ranks) of what is trained."""
     hidden, index, top_k_weights, upstream = _tokens(rank, routing, dtype)
     hidden.requires_grad_()
     top_k_weights.requires_grad_()
     output = layer(hidden, index, top_k_weights)
     output.backward(upstream)
-    weight_grads = []
-    for parameter in (layer.gate_up_proj, layer.down_proj):
-        grad = parameter.grad.full_tensor() / mesh["ep"].size()
+    trained_grads = []
+    for parameter in layer.parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+            continue
+        grad = parameter.grad.full_tensor() / layer.mesh["ep"].size()
         dist.all_reduce(grad)  # every rank of the world adds its group's part ep_size times
-        weight_grads.append(grad)
-    return output.detach(), hidden.grad, top_k_weights.grad, *weight_grads
+        trained_grads.append(grad)
+    return output.detach(), hidden.grad, top_k_weights.grad, *trained_grads
 
 
 def _reference(world_size, routing):
@@ -107,26 +118,12 @@ def _adapters(dtype):
 
 
 def _run_layer_with_adapters(rank, ep_size, backend, routing, dtype):
-    mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, NUM_EXPERTS), "cpu")
-    weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
-    layer = DroplessExperts(*weights, mesh=mesh, backend=BACKENDS[backend], activation=silu)
-    layer.requires_grad_(False)
-    gate_up_a, gate_up_b, down_a, down_b = (distribute_experts(w, mesh) for w in _adapters(dtype))
+    layer = _build_layer(ep_size, backend, dtype).requires_grad_(False)
+    adapters = [distribute_experts(w, layer.mesh) for w in _adapters(dtype)]
+    gate_up_a, gate_up_b, down_a, down_b = adapters
     layer.gate_up_proj_lora = ExpertLora(gate_up_a, gate_up_b, SCALING)
     layer.down_proj_lora = ExpertLora(down_a, down_b, SCALING)
-    hidden, index, top_k_weights, upstream = _tokens(rank, routing, dtype)
-    hidden.requires_grad_()
-    top_k_weights.requires_grad_()
-    output = layer(hidden, index, top_k_weights)
-    output.backward(upstream)
-    assert layer.gate_up_proj.grad is None and layer.down_proj.grad is None
-    grads = []
-    for lora in (layer.gate_up_proj_lora, layer.down_proj_lora):
-        for parameter in (lora.lora_A, lora.lora_B):
-            grad = parameter.grad.full_tensor() / mesh["ep"].size()
-            dist.all_reduce(grad)
-            grads.append(grad)
-    return output.detach(), hidden.grad, top_k_weights.grad, *grads
+    return _step(layer, rank, routing, dtype)
 
 
 def _reference_with_adapters(world_size, routing):

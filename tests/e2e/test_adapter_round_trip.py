@@ -119,12 +119,12 @@ def test_training_goes_on_from_an_adapter_of_transformers_4(
     assert config["alpha_pattern"] == {"mlp.experts.gate_up_proj": 16}
 
 
-def _train_until_it_breaks(rank, argv):
-    """Return what the rank is told after a run whose adapter is not finite."""
+def _train_and_listen(rank, argv):
+    """Return what the rank is told of its adapter; None if nothing is wrong."""
     try:
         train_accelerate_fsdp2.main(argv)
-    except CheckpointError as error:
-        return str(error)
+    except (AdapterCheckError, CheckpointError) as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 
@@ -132,9 +132,10 @@ def test_an_adapter_that_is_not_finite_is_refused_and_kept(ranks2, parity_folder
     """A learning rate of 1e38 overflows float32 in the second step."""
     case = ParityCase(Layout(2, 2), "mixtral", NUM_STEPS, lora="mlp-only", lora_rank=4)
     argv = [*parity_folder.argv(case), "--output_dir", str(tmp_path), "--debug", "False"]
-    told = ranks2.run(_train_until_it_breaks, [*argv, "--learning_rate", "1e38"], timeout=240)
+    told = ranks2.run(_train_and_listen, [*argv, "--learning_rate", "1e38"], timeout=240)
     assert told[1] is None
     kept = tmp_path / "refused_adapter"
+    assert told[0].startswith("CheckpointError: ")
     assert "non-finite value" in told[0]
     assert told[0].endswith(f"; the files are in {kept}")
     assert (kept / "adapter_model.safetensors").is_file()
@@ -142,17 +143,13 @@ def test_an_adapter_that_is_not_finite_is_refused_and_kept(ranks2, parity_folder
 
 
 def _train_with_scrambled_file(rank, argv):
-    """Write B's columns expert by expert, as others do; return what the rank is told."""
+    """Write B's columns expert by expert, as others do."""
 
     def scramble(lora_b):
         return lora_b.permute(1, 0, 2).flatten(1)
 
     with mock.patch.object(adapter_files, "pack_lora_b", scramble):
-        try:
-            train_accelerate_fsdp2.main(argv)
-        except AdapterCheckError as error:
-            return str(error)
-    return None
+        return _train_and_listen(rank, argv)
 
 
 def test_a_run_that_writes_a_wrong_adapter_fails(ranks2, parity_folder, tmp_path):
@@ -160,8 +157,9 @@ def test_a_run_that_writes_a_wrong_adapter_fails(ranks2, parity_folder, tmp_path
     argv = [*parity_folder.argv(case), "--output_dir", str(tmp_path)]
     told = ranks2.run(_train_with_scrambled_file, argv, timeout=240)
     assert told == [
-        "the adapter of model.layers.0.mlp.experts.gate_up_proj, experts 0, 1, 2, 3, differs from "
-        f"what was trained in lora_B; the files are in {tmp_path / 'refused_adapter'}",
+        "AdapterCheckError: the adapter of model.layers.0.mlp.experts.gate_up_proj, experts 0, 1, "
+        "2, 3, differs from what was trained in lora_B; the files are in "
+        f"{tmp_path / 'refused_adapter'}",
         None,
     ]
     left = sorted(path.name for path in tmp_path.iterdir())

@@ -120,3 +120,15 @@ def test_lora_run_leaves_an_adapter_that_peft_loads(ranks4, parity_folder, tmp_p
     assert (check["trained"], check["total"]) == (num_adapters, num_adapters)
     assert check["logits"]["ours"] <= 2 * check["logits"]["stock"]
     assert check["logits"]["effect"] > 1e-3
+
+
+def test_experts_with_adapters_are_ours_also_without_expert_parallelism(
+    ranks2, parity_folder, tmp_path
+):
+    case = ParityCase(Layout(2, 0), "mixtral", num_steps=3, lora="mlp-only", lora_rank=4)
+    _run(ranks2, parity_folder, case, tmp_path)
+    _check_metrics(tmp_path, case, parity_folder.reference(parity_folder.stock_run(case)))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["mesh"] == {"dp": 2, "ep": 1}
+    assert record["kernel"]["name"] == "grouped_mm"
+    assert record["kernel"]["reason"].endswith("; experts with adapters are this project's at ep 1")

@@ -15,6 +15,7 @@ from megablocks_utils.lora.adapter_reader import open_adapter
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 from tests.support.tiny_adapters import (
     ATTENTION,
+    PEFT_WARNINGS,
     WEIGHTS,
     attach_random_adapters,
     edit_tensors,
@@ -24,11 +25,7 @@ from tests.support.tiny_adapters import (
 )
 from tests.support.tiny_models import FAMILIES, build_tiny_model, save_tiny_model
 
-# PEFT's own: it asks transformers by a name of old, and looks for patterns among modules only.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
-]
+pytestmark = PEFT_WARNINGS
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
 SEPARATE = LoraSettings(4, 8, ATTENTION, {"gate_up_proj": 8, "down_proj": 4})
 FUSED = LoraSettings(4, 8, ATTENTION, {"gate_up_proj": 4, "down_proj": 4})

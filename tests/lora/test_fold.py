@@ -10,15 +10,11 @@ from megablocks_utils.checkpoint.index import open_checkpoint
 from megablocks_utils.lora import fold
 from megablocks_utils.merge import MergeOptions, merge_adapter
 from tests.support.merged import assert_same_model, merge_with_peft, save_base
-from tests.support.tiny_adapters import save_fused_adapter, save_separate_adapter
+from tests.support.tiny_adapters import PEFT_WARNINGS, save_fused_adapter, save_separate_adapter
 from tests.support.tiny_models import FAMILIES
 
 ADAPTERS = {"fused": save_fused_adapter, "separate": save_separate_adapter}
-# PEFT's own: it asks transformers by a name of old, and looks for patterns among modules only.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
-]
+pytestmark = PEFT_WARNINGS
 
 
 @pytest.mark.parametrize("r", [1, 4, 16])

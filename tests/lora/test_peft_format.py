@@ -15,6 +15,7 @@ from megablocks_utils.lora.peft_format import (
 )
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config, same_rank_everywhere
 from tests.support.tiny_adapters import (
+    PEFT_WARNINGS,
     WEIGHTS,
     attach_random_adapters,
     edit_tensors,
@@ -23,11 +24,7 @@ from tests.support.tiny_adapters import (
 )
 from tests.support.tiny_models import FAMILIES, build_tiny_model
 
-# PEFT's own: it asks transformers by a name of old, and looks for patterns among modules only.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
-]
+pytestmark = PEFT_WARNINGS
 SCALING = 2.0
 PROJECTIONS = {"gate_up_proj": (192, 64), "down_proj": (64, 96)}
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
@@ -14,6 +15,11 @@ from transformers import PreTrainedModel
 
 from tests.support.tiny_models import build_tiny_model
 
+# PEFT's own: it asks transformers by a name of old, and looks for patterns among modules only.
+PEFT_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys"),
+]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ATTENTION = ("k_proj", "q_proj")
 # Names that the families' linear layers had in transformers 4: block, then gate, up and down.

@@ -138,7 +138,7 @@ def grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str
 
 @contextmanager
 def open_workplace(*pool_sizes: int) -> Iterator[tuple[dict[int, RankPool], ParityFolder]]:
-    """Give pools of ranks by their size, and a folder that is gone afterwards; one thread a rank."""
+    """Give pools of ranks by size, and a folder that is gone afterwards; one thread a rank."""
     torch.set_num_threads(1)
     with ExitStack() as stack:
         folder = ParityFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))

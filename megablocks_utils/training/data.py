@@ -4,6 +4,7 @@ Every rank reads and tokenizes the whole source, so that all of them know every 
 can plan every step without a word between them.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,13 @@ class TokenizedExamples(Sequence):
         end = self._ends[index]
         place = slice(end - self.lengths[index], end)
         return self._input_ids[place], self._labels[place]
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of all examples in order, tokens and labels."""
+        digest = hashlib.sha256()
+        for array in (self.lengths, self._input_ids, self._labels):
+            digest.update(array.astype("<i8", copy=False))
+        return digest.hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if a token or label lies outside the model's vocabulary."""

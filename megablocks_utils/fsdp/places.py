@@ -1,0 +1,61 @@
+"""Say where each trained parameter's local part lies in the whole parameter, under FSDP2 and FSDP1.
+
+What a checkpoint of any layout is written from and read into.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from megablocks_utils.checkpoint.pieces import BlockPlace, Place, RunPlace
+from megablocks_utils.fsdp.fsdp1 import strip_wrappers
+from megablocks_utils.mesh.placement import local_offsets
+
+__all__ = ["PlacedParameters", "find_places"]
+
+PlacedParameters = dict[str, tuple[nn.Parameter, Place]]
+
+
+def find_places(model: nn.Module) -> PlacedParameters:
+    """Return every trainable parameter and its place, by its name in the unwrapped model.
+
+    A parameter of which this rank holds nothing is left out where FSDP1 says so, and has no
+    elements elsewhere. Adapters keep the names they have in this project's model.
+
+    Args:
+        model: wrapped by `prepare_fsdp2` or `wrap_fsdp1`.
+    """
+    runs = _runs_in_flat_parameters(model.modules())
+    places: PlacedParameters = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if isinstance(parameter, DTensor):
+            place = BlockPlace(tuple(parameter.shape), local_offsets(parameter))
+        elif id(parameter) in runs:
+            place = runs[id(parameter)]
+        else:
+            continue
+        places[strip_wrappers(name)] = parameter, place
+    return places
+
+
+def _runs_in_flat_parameters(modules: Iterable[nn.Module]) -> dict[int, RunPlace]:
+    """Return the place of each parameter that FSDP1 holds a part of here, by the parameter's id.
+
+    FSDP1 says this in private attributes only; its public state dicts gather every parameter.
+    Without sharding (one rank) they say that all of it is here, as they should.
+    """
+    runs = {}
+    for module in modules:
+        handle = getattr(module, "_handle", None)
+        if not isinstance(module, FullyShardedDataParallel) or handle is None:
+            continue
+        flat = handle.flat_param
+        described = zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True)
+        for parameter, shape, info in described:
+            if info.in_shard:
+                runs[id(parameter)] = RunPlace(tuple(shape), info.intra_param_start_idx)
+    return runs

@@ -9,7 +9,8 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_known_args
-from megablocks_utils.launch import Launch, check_environment, check_output_dir, run_entry_point
+from megablocks_utils.launch import Launch, check_environment, run_entry_point
+from megablocks_utils.output_folder import check_output_dir
 
 
 def main(argv: list[str]) -> None:

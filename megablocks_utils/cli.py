@@ -224,8 +224,6 @@ def _find_refusal(option: Option, flag: str, values: list[str]) -> str | None:
     for row in NOT_BUILT:
         if row.name != option.name:
             continue
-        if not row.values:
-            return f"{flag} is not built yet (this version {row.instead})."
         for value in values or ["True"]:
             if value.lower() in {refused.lower() for refused in row.values}:
                 instead = row.instead or f"offers {join_words(offered(option), 'and')}"
@@ -235,9 +233,7 @@ def _find_refusal(option: Option, flag: str, values: list[str]) -> str | None:
 
 def _not_built_text(option: Option) -> str:
     rows = [row for row in NOT_BUILT if row.name == option.name]
-    return "".join(
-        f"Not built yet{': ' if row.values else ''}{', '.join(row.values)}." for row in rows
-    )
+    return "".join(f"Not built yet: {', '.join(row.values)}." for row in rows)
 
 
 def _values_text(option: Option) -> str:

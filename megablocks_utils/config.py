@@ -20,6 +20,7 @@ from megablocks_utils.precision import (
     check_dtype,
     resolve_preset,
 )
+from megablocks_utils.saving import SavingConfig
 
 __all__ = [
     "AdapterConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "PrecisionConfig",
     "ResolvedPrecision",
     "RunConfig",
+    "SavingConfig",
     "check_world",
     "parse_args",
     "parse_known_args",
@@ -152,13 +154,13 @@ class RunConfig:
         adapter: Which adapters.
         precision: The precision options as given; `resolve_precision` says what they mean.
         optim: How a step is made.
+        saving: When checkpoints are written, and which one the run goes on from.
         output_dir: Folder for everything the run leaves.
         overwrite_output_dir: Whether a finished run there may be overwritten.
         gradient_checkpointing: "full", "none" or "selective".
         router_aux_loss_coef: Weight of the load-balancing loss; None: as the model's config says.
         seed: Seed of data order and random numbers.
         logging_steps: Steps between two log lines.
-        save_strategy: When checkpoints are written: "no".
         report_to: Trackers; empty for none.
         debug: Whether placements are printed and replicas checked in every step.
     """
@@ -170,13 +172,13 @@ class RunConfig:
     adapter: AdapterConfig = AdapterConfig()
     precision: PrecisionConfig = PrecisionConfig()
     optim: OptimConfig = OptimConfig()
+    saving: SavingConfig = SavingConfig()
     output_dir: str = default_of("output_dir")
     overwrite_output_dir: bool = default_of("overwrite_output_dir")
     gradient_checkpointing: str = _CHECKPOINTING[default_of("gradient_checkpointing")]
     router_aux_loss_coef: float | None = default_of("router_aux_loss_coef")
     seed: int = default_of("seed")
     logging_steps: int = default_of("logging_steps")
-    save_strategy: str = default_of("save_strategy")
     report_to: tuple[str, ...] = ()
     debug: bool = default_of("debug")
 
@@ -271,6 +273,7 @@ def _build_config(given: dict[str, Any], entry_point: str) -> RunConfig:
         "adapter": _pick(AdapterConfig, values),
         "precision": _pick(PrecisionConfig, values),
         "optim": _pick(OptimConfig, values),
+        "saving": _pick(SavingConfig, values),
     }
     check_dtype(sections["precision"])
     rest = {name: value for name, value in values.items() if name != "precision"}

@@ -1,16 +1,13 @@
-"""What both scripts do around their run: environment, output folder, errors and exit codes.
+"""What both scripts do around their run: environment, errors and exit codes.
 
 No torch at module level: a bad option or environment is answered before torch is imported.
 """
 
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from megablocks_utils.cli import HelpRequested, join_words
@@ -21,17 +18,12 @@ __all__ = [
     "Launch",
     "agree_on_error",
     "check_environment",
-    "check_output_dir",
-    "claim_output_dir",
     "run_entry_point",
 ]
 
 # A launcher ends all ranks as soon as one has failed: the others give rank 0 this long to speak.
 _RANK_ZERO_FIRST_S = 3.0
 _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-_RUN_FILES = ("run.json", "metrics.jsonl")
-_MODEL_FILES = ("model*.safetensors", "adapter_model.safetensors")
-_INDEX_FILES = ("model.safetensors.index.json",)
 
 
 @dataclass(frozen=True)
@@ -133,65 +125,6 @@ def agree_on_error(error: UserError | None) -> None:
     for met in errors:
         if met is not None:
             raise met
-
-
-def check_output_dir(config: RunConfig) -> Path:
-    """Return the output folder, or refuse one that cannot or must not be written.
-
-    Makes nothing: a run that is refused later, for its data or model, leaves no trace.
-
-    Raises:
-        ConfigurationError: for a folder that holds a finished run (without
-            `--overwrite_output_dir True`), a file, or a place where nothing can be written.
-    """
-    folder = Path(config.output_dir)
-    seen = f"--output_dir is {config.output_dir}, but"
-    try:
-        if (finished := _find_finished_run(folder)) and not config.overwrite_output_dir:
-            raise ConfigurationError(
-                f"{seen} it holds a finished run ({finished.name}); choose another folder or "
-                "give --overwrite_output_dir True."
-            )
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            which = "that" if existing == folder else str(existing)
-            raise ConfigurationError(f"{seen} {which} is a file; it must be a folder.")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"{seen} it cannot be written ({error.strerror}).") from error
-    return folder
-
-
-def claim_output_dir(config: RunConfig) -> Path:
-    """Check the output folder, make it, and remove the files of a finished run that it held.
-
-    Rank 0 calls this once data and model are known to be good, just before the first write, and
-    hands an error to `agree_on_error`. Old model files must go: transformers would load a stale
-    `model.safetensors` in place of new shards.
-
-    Raises:
-        ConfigurationError: as `check_output_dir`; then nothing is made or removed.
-    """
-    folder = check_output_dir(config)
-    made = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        raise ConfigurationError(
-            f"--output_dir is {config.output_dir}, but it cannot be made ({error.strerror})."
-        ) from error
-    for pattern in (*_RUN_FILES, *_MODEL_FILES, *_INDEX_FILES):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    return folder
-
-
-def _find_finished_run(folder: Path) -> Path | None:
-    patterns = ("run.json", *_MODEL_FILES)
-    return next((path for pattern in patterns for path in sorted(folder.glob(pattern))), None)
 
 
 def _read_number(environ: Mapping[str, str], name: str, minimum: int) -> int:

@@ -10,10 +10,6 @@ __all__ = ["NOT_BUILT", "offered"]
 NOT_BUILT = (
     NotBuilt("kernel", ("triton", "scattermoe", "megablocks")),
     NotBuilt("use_scattermoe", ("True",), "offers --kernel auto, eager and grouped_mm"),
-    NotBuilt("save_strategy", ("steps", "epoch")),
-    NotBuilt("save_steps", (), "saves the final model only"),
-    NotBuilt("save_total_limit", (), "saves the final model only"),
-    NotBuilt("resume_from_checkpoint", (), "starts every run from the model"),
 )
 
 

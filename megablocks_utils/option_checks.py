@@ -40,11 +40,11 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         )
     if values["max_steps"] == 0:
         raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")
-    warmup_steps = values["warmup_steps"]
-    if warmup_steps >= 1 and warmup_steps != int(warmup_steps):
-        raise ConfigurationError(
-            f"--warmup_steps is {warmup_steps}, but it must be a whole number, or below 1 a share."
-        )
+    for name in ("warmup_steps", "save_steps"):
+        if values[name] >= 1 and values[name] != int(values[name]):
+            raise ConfigurationError(
+                f"--{name} is {values[name]}, but it must be a whole number, or below 1 a share."
+            )
     if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
         raise ConfigurationError(
             f"--report_to is {', '.join(values['report_to'])}, but none cannot stand beside others."

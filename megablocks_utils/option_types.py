@@ -45,10 +45,10 @@ class NotBuilt:
 
     Attributes:
         name: The option.
-        values: The refused values; empty means the option itself is refused, whatever its value.
+        values: The refused values.
         instead: What this version does instead; computed from the choices where empty.
     """
 
     name: str
-    values: tuple[str, ...] = ()
+    values: tuple[str, ...]
     instead: str = ""

@@ -17,6 +17,7 @@ from megablocks_utils.config import (
     PrecisionConfig,
     ResolvedPrecision,
     RunConfig,
+    SavingConfig,
     check_world,
     parse_args,
     parse_known_args,
@@ -70,13 +71,13 @@ def test_published_fsdp2_command():
             gradient_accumulation_steps=16,
             sync_each_batch=True,
         ),
+        saving=SavingConfig("no", 500, save_total_limit=None, async_save=False),
         output_dir="./results",
         overwrite_output_dir=False,
         gradient_checkpointing="full",
         router_aux_loss_coef=None,
         seed=42,
         logging_steps=1,
-        save_strategy="no",
         report_to=(),
         debug=True,
     )
@@ -103,13 +104,13 @@ def test_published_fsdp1_command():
             gradient_accumulation_steps=16,
             sync_each_batch=True,
         ),
+        saving=SavingConfig("no", 500, save_total_limit=None, async_save=False),
         output_dir="./results",
         overwrite_output_dir=False,
         gradient_checkpointing="full",
         router_aux_loss_coef=None,
         seed=42,
         logging_steps=1,
-        save_strategy="no",
         report_to=(),
         debug=False,
     )
@@ -152,6 +153,23 @@ def test_values_that_are_rewritten():
     assert parse("--gradient_checkpointing FALSE").gradient_checkpointing == "none"
     assert parse("--use_lora attn-only --sync_each_batch True").optim.sync_each_batch is True
     assert parse("--sync_each_batch false").optim.sync_each_batch is False
+
+
+SAVES = {
+    "--save_steps 3": [],  # taken, as Hugging Face takes it, but nothing is saved
+    "--save_strategy steps": [10],  # the default is 500, and the last step counts
+    "--save_strategy steps --save_steps 3": [3, 6, 9, 10],
+    "--save_strategy steps --save_steps 5": [5, 10],
+    "--save_strategy steps --save_steps 0.25": [3, 6, 9, 10],  # ceil(2.5)
+    "--save_strategy epoch": [4, 8, 10],
+}
+
+
+@pytest.mark.parametrize("line", SAVES)
+def test_when_checkpoints_are_due(line):
+    saving = parse(line).saving
+    due = [n for n in range(1, 11) if saving.is_due(n, num_steps=10, steps_per_epoch=4)]
+    assert due == SAVES[line]
 
 
 REFUSALS = {
@@ -214,13 +232,12 @@ REFUSALS = {
     "auto, eager and grouped_mm).",
     "--use_scattermoe": "--use_scattermoe True is not built yet (this version offers --kernel "
     "auto, eager and grouped_mm).",
-    "--save_strategy steps": "--save_strategy steps is not built yet (this version offers no).",
-    "--save_strategy epoch": "--save_strategy epoch is not built yet (this version offers no).",
-    "--save_steps 5": "--save_steps is not built yet (this version saves the final model only).",
-    "--save_total_limit 5": "--save_total_limit is not built yet (this version saves the final "
-    "model only).",
-    "--resume_from_checkpoint x": "--resume_from_checkpoint is not built yet (this version starts "
-    "every run from the model).",
+    "--save_strategy often": "--save_strategy is often, but it must be no, steps or epoch.",
+    "--save_steps 0": "--save_steps is 0, but it must be a number above 0.",
+    "--save_steps 2.5": "--save_steps is 2.5, but it must be a whole number, or below 1 a share.",
+    "--save_total_limit 0": "--save_total_limit is 0, but it must be a whole number of at least 1.",
+    "--resume_from_checkpoint": "--resume_from_checkpoint has no value, but it must be a name or "
+    "path.",
     "--ep_size 2": "--ep_size is 2, but it needs --use_megablocks_sharding True.",
     "--expert_dp shard": "--expert_dp is shard, but it needs --use_megablocks_sharding True.",
     "--kernel eager": "--kernel is eager, but it needs --use_megablocks_sharding True.",
@@ -372,8 +389,8 @@ def test_contract_options_are_all_there():
         lora_r lora_alpha precision dtype torch_dtype optim_dtype max_seq_length
         per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
         learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed logging_steps
-        save_strategy save_steps save_total_limit resume_from_checkpoint report_to shuffle
-        gradient_checkpointing router_aux_loss_coef debug truncate_model_for_debug eval_strategy
+        save_strategy save_steps save_total_limit async_save resume_from_checkpoint report_to
+        shuffle gradient_checkpointing router_aux_loss_coef debug truncate_model_for_debug eval_strategy
         evaluation_strategy verify_adapter resume_adapter"""
     assert set(contract.split()) <= names
 

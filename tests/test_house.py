@@ -14,10 +14,11 @@ SCRIPTS = sorted(ROOT.glob("train_*.py"))
 ORDER = (
     ("errors",),
     ("option_types",),
+    ("options_model", "options_training", "options_output"),
     ("options", "option_checks", "not_built"),
-    ("cli", "precision"),
+    ("cli", "precision", "saving"),
     ("config",),
-    ("launch",),
+    ("launch", "output_folder"),
     ("mesh",),
     ("kernels",),
     ("moe",),
@@ -29,7 +30,7 @@ ORDER = (
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_FREE = ("merge", *(room for rooms in ORDER[: ORDER.index(("launch",)) + 1] for room in rooms))
+TORCH_FREE = ("merge", *(room for rooms in ORDER[: LEVEL["launch"] + 1] for room in rooms))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -3,21 +3,18 @@
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from megablocks_utils.cli import HelpRequested
-from megablocks_utils.config import RunConfig, parse_args
+from megablocks_utils.config import parse_args
 from megablocks_utils.errors import ConfigurationError, DataError
 from megablocks_utils.launch import (
     Launch,
     agree_on_error,
     check_environment,
-    check_output_dir,
-    claim_output_dir,
     run_entry_point,
 )
 
@@ -35,10 +32,6 @@ LAUNCHED = {
 def _no_launcher(monkeypatch):
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
-
-
-def run_config(output_dir: Path | str, *more: str) -> RunConfig:
-    return parse_args(["--output_dir", str(output_dir), *more], entry_point="fsdp2")
 
 
 def raise_(error: BaseException):
@@ -142,92 +135,6 @@ def test_ep_size_without_a_launcher(entry_point, line):
     assert str(caught.value) == (
         "--ep_size is 4, but this is one process without a launcher; start 4 with: " + line
     )
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """Return every file with its text and every folder below `folder`."""
-    paths = sorted(folder.rglob("*"))
-    return {str(path): path.read_text() if path.is_file() else "folder" for path in paths}
-
-
-@pytest.mark.parametrize(
-    "name", ["run.json", "model.safetensors", "model-00001-of-2.safetensors",
-             "adapter_model.safetensors"],
-)  # fmt: skip
-def test_finished_run_is_kept(tmp_path, name):
-    (tmp_path / name).write_text("old")
-    before = snapshot(tmp_path)
-    for refuse in (check_output_dir, claim_output_dir):
-        with pytest.raises(ConfigurationError) as caught:
-            refuse(run_config(tmp_path))
-        assert str(caught.value) == (
-            f"--output_dir is {tmp_path}, but it holds a finished run ({name}); choose another "
-            "folder or give --overwrite_output_dir True."
-        )
-    assert snapshot(tmp_path) == before
-
-
-def test_overwriting_removes_the_old_run_only(tmp_path):
-    ours = ["run.json", "metrics.jsonl", "model.safetensors", "model.safetensors.index.json"]
-    for name in [*ours, "adapter_model.safetensors", "notes.txt"]:
-        (tmp_path / name).write_text("old")
-    config = run_config(tmp_path, "--overwrite_output_dir", "True")
-    assert check_output_dir(config) == tmp_path
-    assert len(snapshot(tmp_path)) == 6
-    assert claim_output_dir(config) == tmp_path
-    assert snapshot(tmp_path) == {str(tmp_path / "notes.txt"): "old"}
-
-
-def test_new_folder_is_made_by_the_claim_alone(tmp_path):
-    folder = tmp_path / "a" / "b"
-    assert check_output_dir(run_config(folder)) == folder
-    assert snapshot(tmp_path) == {}
-    assert claim_output_dir(run_config(folder)) == folder
-    assert snapshot(tmp_path) == {str(tmp_path / "a"): "folder", str(folder): "folder"}
-    assert claim_output_dir(run_config(folder)) == folder
-
-
-def test_output_places_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("mine")
-    before = snapshot(tmp_path)
-    long_name = "x" * 300
-    sentences = {
-        "file": "--output_dir is file, but that is a file; it must be a folder.",
-        "file/run": f"--output_dir is file/run, but {tmp_path}/file is a file; it must be a "
-        "folder.",
-        long_name: f"--output_dir is {long_name}, but it cannot be written (File name too long).",
-    }
-    for output_dir, sentence in sentences.items():
-        for refuse in (check_output_dir, claim_output_dir):
-            with pytest.raises(ConfigurationError) as caught:
-                refuse(run_config(output_dir))
-            assert str(caught.value) == sentence
-    assert snapshot(tmp_path) == before
-
-
-def test_folder_without_write_permission(tmp_path, monkeypatch):
-    def refuse(dir):
-        raise PermissionError(13, "Permission denied")
-
-    # Not by chmod: root, whom tests may run as, writes everywhere.
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    with pytest.raises(ConfigurationError) as caught:
-        check_output_dir(run_config(tmp_path))
-    assert str(caught.value) == (
-        f"--output_dir is {tmp_path}, but it cannot be written (Permission denied)."
-    )
-
-
-def test_claim_that_fails_half_way_leaves_nothing(tmp_path):
-    folder = tmp_path / "a" / ("x" * 300)
-    assert check_output_dir(run_config(folder)) == folder
-    with pytest.raises(ConfigurationError) as caught:
-        claim_output_dir(run_config(folder))
-    assert str(caught.value) == (
-        f"--output_dir is {folder}, but it cannot be made (File name too long)."
-    )
-    assert snapshot(tmp_path) == {}
 
 
 def test_agreement_without_a_process_group():

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from megablocks_utils.checkpoint.export import export_model
 from megablocks_utils.errors import UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
-from megablocks_utils.launch import agree_on_error, claim_output_dir
+from megablocks_utils.launch import agree_on_error
 from megablocks_utils.lora.adapter_files import export_adapter
+from megablocks_utils.output_folder import claim_output_dir
 from megablocks_utils.training.adapter_check import AdapterCheck
 from megablocks_utils.training.debug import describe_placements
 from megablocks_utils.training.memory import describe_memory_source

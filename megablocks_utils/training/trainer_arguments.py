@@ -14,7 +14,6 @@ __all__ = ["build_trainer_arguments", "parse_trainer_flags"]
 _OWN_OPTIMIZER = "the optimizer is AdamW with betas 0.9 and 0.999 and eps 1e-8"
 _OWN_CHECKPOINTING = "--gradient_checkpointing True, False or selective says all there is to say"
 _NO_EVALUATION = "this script has no evaluation data"
-_NO_CHECKPOINTS = "this version saves the final model only"
 _OWN_LOSS = "the loss is the mean over the label tokens of the global batch"
 _OWN_ORDER = "the order of the examples follows from --seed and --shuffle alone"
 _OWN_LAUNCH = "FSDP is set up from accelerate.yaml and the options of this script"
@@ -49,7 +48,10 @@ _FIXED = {
     "eval_strategy": _NO_EVALUATION,
     "eval_on_start": _NO_EVALUATION,
     "load_best_model_at_end": _NO_EVALUATION,
-    "enable_jit_checkpoint": _NO_CHECKPOINTS,
+    "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint already",
+    "save_only_model": "a checkpoint holds all that a run needs to go on; the final model is "
+    "written by itself",
+    "save_on_each_node": "all machines write their parts of one checkpoint into one --output_dir",
     "push_to_hub": "this script does not upload",
     "include_num_input_tokens_seen": "metrics.jsonl has input_tokens of every step",
     "disable_tqdm": "progress is shown in this script's own way",

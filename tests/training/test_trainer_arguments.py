@@ -23,6 +23,12 @@ REFUSED = {
     '--gradient_checkpointing_kwargs {"use_reentrant":true}': "--gradient_checkpointing_kwargs is "
     '{"use_reentrant":true}, but --gradient_checkpointing True, False or selective says all there '
     "is to say.",
+    "--enable_jit_checkpoint True": "--enable_jit_checkpoint is True, but SIGTERM and SIGINT save "
+    "a checkpoint already.",
+    "--save_only_model True": "--save_only_model is True, but a checkpoint holds all that a run "
+    "needs to go on; the final model is written by itself.",
+    "--save_on_each_node True": "--save_on_each_node is True, but all machines write their parts "
+    "of one checkpoint into one --output_dir.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
     "--adam_epsilo 1": "unknown option --adam_epsilo; did you mean --adam_epsilon?",
     "--ddp_timeout soon": "argument --ddp_timeout/--ddp-timeout: invalid int value: 'soon'.",
@@ -47,7 +53,7 @@ def test_both_kinds_of_options_arrive(tmp_path):
     path.write_text('{"split_batches": false, "even_batches": true}')
     arguments = _build(
         f"--accelerator_config {path} --output_dir {tmp_path} --torch_dtype bfloat16 "
-        "--per_device_eval_batch_size 1 --evaluation_strategy no --save_strategy no "
+        "--per_device_eval_batch_size 1 --evaluation_strategy no --save_strategy steps "
         "--learning_rate 3e-4 --gradient_accumulation_steps 16 --gradient_checkpointing True "
         "--optim adamw_torch --run_name mine --logging_steps 7 --sync_each_batch False"
     )
@@ -57,6 +63,7 @@ def test_both_kinds_of_options_arrive(tmp_path):
     assert arguments.gradient_accumulation_steps == 16
     assert arguments.logging_steps == 7
     assert arguments.report_to == []
+    assert arguments.save_strategy == "no"  # checkpoints are this project's
     assert arguments.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": False}
     assert not arguments.bf16
     assert not arguments.activation_checkpointing  # the model has ours

@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
 def train(config: RunConfig, launch: Launch) -> None:
     """Build, fit, report."""
     from megablocks_utils.fsdp.fsdp2 import full_parameters
+    from megablocks_utils.training.checkpointer import Checkpointer
     from megablocks_utils.training.loop import build_training_state, fit
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.setup import build_setup, start_processes
@@ -30,9 +31,13 @@ def train(config: RunConfig, launch: Launch) -> None:
     device = start_processes(launch)
     setup = build_setup(config, launch, device)
     state = build_training_state(setup)
-    with RunRecorder(setup, state.accelerator.log) as recorder:
-        for metrics in fit(state, setup):
+    recorder = RunRecorder(setup, state.accelerator.log)
+    checkpointer = Checkpointer(setup, state.run_state, recorder.metrics_path)
+    with recorder, checkpointer:
+        for metrics in fit(state, setup, checkpointer):
             recorder.record(metrics)
+    if checkpointer.is_interrupted:
+        return
     tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
     recorder.finish(state.model, state.optimizer, tensors)
 

@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
 def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     """Build, train, report."""
     from megablocks_utils.fsdp.fsdp1 import full_parameters
+    from megablocks_utils.training.checkpointer import Checkpointer
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.setup import build_setup, start_processes
     from megablocks_utils.training.trainer import MoETrainer
@@ -38,8 +39,11 @@ def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     setup = build_setup(config, launch, device)
     recorder = RunRecorder(setup)
     trainer = MoETrainer(setup, arguments, on_step=recorder.record)
-    with recorder:
+    trainer.hooks = checkpointer = Checkpointer(setup, trainer.run_state, recorder.metrics_path)
+    with recorder, checkpointer:
         trainer.train()
+    if checkpointer.is_interrupted:
+        return
     tensors = full_parameters(trainer.model, only_trainable=config.adapter.has_lora)
     recorder.finish(trainer.model, trainer.optimizer, tensors)
 

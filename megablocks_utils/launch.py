@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from megablocks_utils.cli import HelpRequested, join_words
 from megablocks_utils.config import RunConfig
@@ -17,12 +17,14 @@ from megablocks_utils.errors import ConfigurationError, UserError
 __all__ = [
     "Launch",
     "agree_on_error",
+    "agreed",
     "check_environment",
     "run_entry_point",
 ]
 
 # A launcher ends all ranks as soon as one has failed: the others give rank 0 this long to speak.
 _RANK_ZERO_FIRST_S = 3.0
+_Result = TypeVar("_Result")
 _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
@@ -125,6 +127,20 @@ def agree_on_error(error: UserError | None) -> None:
     for met in errors:
         if met is not None:
             raise met
+
+
+def agreed(action: Callable[[], _Result]) -> _Result:
+    """Do something local on every rank, and raise on all ranks what one of them met.
+
+    **Collective:** as `agree_on_error`.
+    """
+    error = result = None
+    try:
+        result = action()
+    except UserError as met:
+        error = met
+    agree_on_error(error)
+    return result
 
 
 def _read_number(environ: Mapping[str, str], name: str, minimum: int) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "claim_output_dir",
     "find_checkpoints",
     "find_incomplete",
+    "remove_checkpoint",
 ]
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -48,6 +49,12 @@ def find_incomplete(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder` that were never finished, the oldest first."""
     found = _find_checkpoint_folders(folder)
     return [path for _, path in sorted(found) if not _is_complete(path)]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; what an interrupted removal leaves does not look complete."""
+    (path / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def choose_checkpoint(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -184,9 +191,7 @@ def _refuse_earlier_run(folder: Path, seen: str) -> None:
 def _remove_checkpoints(folder: Path) -> None:
     (folder / LATEST_NAME).unlink(missing_ok=True)
     for _, path in _find_checkpoint_folders(folder):
-        # The manifest first: what an interrupted removal leaves must not look complete.
-        (path / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        remove_checkpoint(path)
 
 
 def _is_restart(folder: Path, environ: Mapping[str, str]) -> bool:

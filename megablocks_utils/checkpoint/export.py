@@ -20,7 +20,7 @@ from megablocks_utils.checkpoint.layouts import (
 from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
 from megablocks_utils.errors import CheckpointError
 
-__all__ = ["MAX_SHARD_BYTES", "export_model"]
+__all__ = ["MAX_SHARD_BYTES", "export_model", "write_companions"]
 
 MAX_SHARD_BYTES = 5 * 1000**3
 
@@ -64,7 +64,9 @@ def export_model(
             specs = [TensorSpec(*spec) for spec in specs]
             with staged_folder(Path(output_dir)) as folder:
                 _write_weights(model_config, specs, remaining, folder, max_shard_bytes)
-                _write_companions(model_config, generation_config, tokenizer, specs, folder)
+                write_companions(
+                    model_config, generation_config, tokenizer, specs[0].dtype, folder
+                )
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {output_dir}: {reason}") from error
@@ -115,15 +117,16 @@ def _append(writer: SafetensorsWriter, layout: Layout, name: str, tensor: torch.
         writer.append(part.key, tensor[part.expert, part.rows(num_rows)])
 
 
-def _write_companions(
+def write_companions(
     config: PreTrainedConfig,
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    specs: list[TensorSpec],
+    dtype: torch.dtype,
     folder: Path,
 ) -> None:
+    """Write what stands beside weights of a dtype: configuration and tokenizer."""
     config = copy.deepcopy(config)
-    config.dtype = specs[0].dtype
+    config.dtype = dtype
     config.save_pretrained(folder)
     if generation_config is not None:
         # `save_pretrained` refuses settings that many published models carry.

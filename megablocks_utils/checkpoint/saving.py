@@ -24,6 +24,7 @@ from megablocks_utils.output_folder import (
     INCOMPLETE_SUFFIX,
     LATEST_NAME,
     find_checkpoints,
+    remove_checkpoint,
 )
 
 __all__ = ["Snapshot", "delete_beyond", "write_checkpoint"]
@@ -101,14 +102,11 @@ def write_checkpoint(
 
 
 def delete_beyond(output_dir: Path, total_limit: int | None) -> None:
-    """Delete the oldest complete checkpoints until `total_limit` are left; None keeps all.
-
-    Renamed first, so that one that is half deleted is not taken for a complete one.
-    """
+    """Delete the oldest complete checkpoints until `total_limit` are left; None keeps all."""
     if total_limit is None:
         return
     for _step, path in find_checkpoints(output_dir)[:-total_limit]:
-        _remove(path)
+        remove_checkpoint(path)
 
 
 def _final(folder: Path) -> Path:
@@ -146,7 +144,7 @@ def _complete(
     sync_to_disk(folder)
     final = _final(folder)
     if final.exists():
-        _remove(final)
+        remove_checkpoint(final)
     folder.rename(final)
     sync_to_disk(final.parent)
     pointer = final.with_name(f".{LATEST_NAME}")
@@ -154,13 +152,6 @@ def _complete(
     pointer.symlink_to(final.name)
     pointer.replace(final.with_name(LATEST_NAME))
     sync_to_disk(final.parent)
-
-
-def _remove(path: Path) -> None:
-    aside = path.with_name(f"{path.name}.deleted{INCOMPLETE_SUFFIX}")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    shutil.rmtree(aside)
 
 
 def _on_all(

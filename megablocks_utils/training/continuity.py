@@ -8,6 +8,7 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.training.data import TokenizedExamples
+from megablocks_utils.training.schedule import Schedule
 
 __all__ = ["Continuity", "changed_options", "check_continuity", "describe_continuity"]
 
@@ -74,14 +75,21 @@ def describe_continuity(
 
 
 def check_continuity(
-    stored: Mapping[str, Any], own: Continuity, config: RunConfig, world_size: int
+    manifest: Mapping[str, Any], own: Continuity, config: RunConfig, schedule: Schedule
 ) -> None:
     """Refuse to go on from a checkpoint whose steps meant something else.
+
+    Args:
+        manifest: of the checkpoint.
+        own: the facts of this run.
+        config: its options.
+        schedule: its steps.
 
     Raises:
         ConfigurationError: naming the option, what it says and what the checkpoint says.
     """
-    _check_global_batch(stored["global_batch"], own.global_batch, config, world_size)
+    stored, step = manifest["continuity"], manifest["step"]
+    _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
     kinds = {
         "model_type": "--model_name_or_path is a model of type",
         "lora": "--use_lora, --lora_r and --lora_alpha make the adapters",
@@ -97,6 +105,11 @@ def check_continuity(
             raise ConfigurationError(
                 f"{words} {_words(found)}, but the checkpoint to resume has {_words(wanted)}."
             )
+    if step > schedule.num_steps:
+        raise ConfigurationError(
+            f"--max_steps or --num_train_epochs make {schedule.num_steps} steps, but the "
+            f"checkpoint to resume has {step} done."
+        )
 
 
 def _check_global_batch(wanted: int, found: int, config: RunConfig, world_size: int) -> None:

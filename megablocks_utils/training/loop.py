@@ -21,7 +21,10 @@ from megablocks_utils.training.micro_batch import (
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
+from megablocks_utils.training.resume import restore_run
+from megablocks_utils.training.run_state import RunState
 from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step_hooks import StepHooks
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,13 @@ class TrainingState:
     scheduler: LRScheduler
     sharded: ShardedMoE | None
 
+    def run_state(self) -> RunState:
+        """Return what a checkpoint holds of it."""
+        return RunState(self.model, self.optimizer.optimizer, self.scheduler)
+
 
 def build_training_state(setup: Setup) -> TrainingState:
-    """Wrap the model with FSDP2 and build optimizer, schedule and trackers.
+    """Wrap the model with FSDP2, build optimizer, schedule and trackers, go on where asked.
 
     **Collective:** every rank of the world must call.
     """
@@ -60,10 +67,15 @@ def build_training_state(setup: Setup) -> TrainingState:
     )
     model, optimizer = prepare_fsdp2(accelerator, setup.model, setup.sharded, make_optimizer)
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
-    return TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
+    state = TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
+    if setup.resume is not None:
+        restore_run(setup.resume, state.run_state(), setup.launch)
+    return state
 
 
-def fit(state: TrainingState, setup: Setup) -> Iterator[StepMetrics]:
+def fit(
+    state: TrainingState, setup: Setup, hooks: StepHooks | None = None
+) -> Iterator[StepMetrics]:
     """Train and yield the metrics of each optimizer step.
 
     **Collective:** every rank of the world must iterate to the end.
@@ -73,14 +85,19 @@ def fit(state: TrainingState, setup: Setup) -> Iterator[StepMetrics]:
     Args:
         state: what to train.
         setup: the run, for its options and its schedule.
+        hooks: saves and stops; None does neither.
     """
+    hooks = hooks or StepHooks()
     state.model.train()
     config = setup.config
     aux_loss_coef = resolve_aux_loss_coef(setup.model.config, config.router_aux_loss_coef)
     meter = StepMeter(state.accelerator.device)
-    for step, (epoch, plan) in enumerate(setup.schedule.plans(), start=1):
+    first_step = setup.first_step
+    for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
         meter.start_step()
-        _accumulate_gradients(state, plan, aux_loss_coef, meter)
+        if not _accumulate_gradients(state, plan, aux_loss_coef, meter, hooks):
+            hooks.after_stop(step - 1)
+            return
         if state.sharded is not None and not shards_over_dp(state.sharded):
             sum_replica_gradients(state.sharded.expert_parameters.values(), state.sharded.mesh)
         norm = clip_gradients(_trainable(state.model), config.optim.max_grad_norm)
@@ -100,19 +117,28 @@ def fit(state: TrainingState, setup: Setup) -> Iterator[StepMetrics]:
             grad_norm=norm,
             learning_rate=learning_rate,
         )
+        hooks.after_step(step)
 
 
 def _accumulate_gradients(
-    state: TrainingState, plan: StepPlan, aux_loss_coef: float, meter: StepMeter
-) -> None:
+    state: TrainingState,
+    plan: StepPlan,
+    aux_loss_coef: float,
+    meter: StepMeter,
+    hooks: StepHooks,
+) -> bool:
+    """Run the micro-batches of a step; False if the run was asked to stop on the way."""
     accelerator = state.accelerator
     weights = LossWeights(plan.num_label_tokens, plan.num_real_micro_batches, aux_loss_coef)
     for batch in plan.micro_batches:
+        if hooks.should_stop():
+            return False
         with accelerator.accumulate(state.model):
             loss = compute_micro_batch_loss(state.model, batch, weights, accelerator.device)
             # Accelerate divides by the number of micro-batches; our loss has its weight already.
             accelerator.backward(loss.objective * accelerator.gradient_accumulation_steps)
             meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+    return True
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

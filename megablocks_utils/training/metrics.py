@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megablocks_utils.errors import CheckpointError
 from megablocks_utils.training.atomic_file import finite_or_none, publish_file
 from megablocks_utils.training.memory import read_memory
 
@@ -177,19 +175,17 @@ class MetricsWriter:
 
     Args:
         path: The file. What an earlier run left there is dropped.
-        resume_step: The step to go on after: lines up to it are kept, later ones dropped.
+        after: The metrics of the steps done before, whose copy is continued.
 
     Raises:
-        CheckpointError: `resume_step` is given and the file does not hold steps 1 to
-            `resume_step`.
         OSError: The file cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, after: str | Path | None = None) -> None:
         path = Path(path)
-        kept = [] if resume_step is None else _lines_up_to(path, resume_step)
+        done = b"" if after is None else Path(after).read_bytes()
         with publish_file(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_bytes(done)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
@@ -227,22 +223,3 @@ def _parse_line(line: str) -> StepMetrics:
     return StepMetrics(
         **{name: float("nan") if value is None else value for name, value in known.items()}
     )
-
-
-def _lines_up_to(path: Path, last_step: int) -> list[str]:
-    """Return the lines of steps 1 to `last_step`; a line torn by a crash may follow them."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = lines[:last_step]
-    if list(_steps_of(kept)) != list(range(1, last_step + 1)):
-        raise CheckpointError(
-            f"{path} does not hold steps 1 to {last_step}, which a run resumed there must continue."
-        )
-    return kept
-
-
-def _steps_of(lines: Iterable[str]) -> Iterator[int | None]:
-    for line in lines:
-        try:
-            yield json.loads(line)["step"]
-        except json.JSONDecodeError:
-            yield None

@@ -19,7 +19,7 @@ from megablocks_utils.output_folder import claim_output_dir
 from megablocks_utils.training.adapter_check import AdapterCheck
 from megablocks_utils.training.debug import describe_placements
 from megablocks_utils.training.memory import describe_memory_source
-from megablocks_utils.training.metrics import MetricsWriter, RunTotals, StepMetrics
+from megablocks_utils.training.metrics import MetricsWriter, RunTotals, StepMetrics, read_metrics
 from megablocks_utils.training.parameters import count_local_bytes
 from megablocks_utils.training.plot import plot_loss
 from megablocks_utils.training.progress import track_training
@@ -58,6 +58,10 @@ class RunRecorder:
         self._started_s = 0.0
         self._runtime_s = 0.0
         self.output_dir = Path(setup.config.output_dir)
+        if setup.resume is not None:
+            self._runtime_s = setup.resume.manifest["train_runtime_s"]
+            for metrics in read_metrics(setup.resume.metrics_path):
+                self._add(metrics)
 
     def __enter__(self) -> Self:
         """Claim the output folder, show the start-up summary, start the clock.
@@ -71,14 +75,15 @@ class RunRecorder:
             for line in describe_placements(setup.model):
                 setup.console.print(line, markup=False, soft_wrap=True)
         if self._is_main:
-            self._writer = self._open.enter_context(MetricsWriter(self.metrics_path))
-        progress = track_training(setup.console, setup.schedule.num_steps)
+            writer = MetricsWriter(self.metrics_path, after=setup.resume and setup.resume.metrics_path)
+            self._writer = self._open.enter_context(writer)
+        progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
         self._started_s = time.perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._runtime_s = time.perf_counter() - self._started_s
+        self._runtime_s += time.perf_counter() - self._started_s
         self._open.close()
 
     @property
@@ -88,14 +93,17 @@ class RunRecorder:
 
     def record(self, metrics: StepMetrics) -> None:
         """Take the metrics of a step that is over."""
-        self._totals = self._totals.plus(metrics)
-        self._losses.append(metrics.loss)
-        self._has_learned |= metrics.learning_rate > 0
+        self._add(metrics)
         if metrics.step % self._setup.config.logging_steps == 0:
             self._track(metrics.as_record(), metrics.step)
         if self._is_main:
             self._writer.write(metrics)
             self._show(metrics)
+
+    def _add(self, metrics: StepMetrics) -> None:
+        self._totals = self._totals.plus(metrics)
+        self._losses.append(metrics.loss)
+        self._has_learned |= metrics.learning_rate > 0
 
     def finish(self, model: nn.Module, optimizer: Optimizer, tensors: NamedTensors) -> None:
         """Write the final model or adapter, the plot and `run.json`; show the end summary.
@@ -124,7 +132,7 @@ class RunRecorder:
             sys.argv,
             setup.config,
             resolved=_describe_resolved(setup),
-            mesh=_mesh_sizes(setup),
+            mesh=setup.mesh_sizes(),
             kernel=_kernel(setup)[0],
             kernel_reason=_kernel(setup)[1],
             parameters=setup.counts,
@@ -192,7 +200,7 @@ def _collect_facts(setup: Setup) -> RunFacts:
     config, base = setup.config, setup.model
     experts = setup.expert_parameters()
     expert_bytes = count_local_bytes(experts.values())
-    mesh = _mesh_sizes(setup)
+    mesh = setup.mesh_sizes()
     optim = config.optim
     kernel, reason = _kernel(setup)
     examples = setup.schedule.examples
@@ -220,13 +228,6 @@ def _collect_facts(setup: Setup) -> RunFacts:
     )
 
 
-def _mesh_sizes(setup: Setup) -> dict[str, int]:
-    if setup.sharded is None:
-        return {"dp": setup.launch.world_size, "ep": 1}
-    mesh = setup.sharded.mesh
-    return {"dp": mesh["dp"].size(), "ep": mesh["ep"].size()}
-
-
 def _kernel(setup: Setup) -> tuple[str, str]:
     if setup.sharded is None:
         return "transformers", "no expert parallelism: transformers runs its own experts"
@@ -244,7 +245,7 @@ def _describe_resolved(setup: Setup) -> dict[str, Any]:
         "weights_dtype": setup.precision.weights,
         "compute_dtype": setup.precision.compute,
         "optim_dtype": setup.precision.optim,
-        "ep_size": _mesh_sizes(setup)["ep"],
+        "ep_size": setup.mesh_sizes()["ep"],
         "num_steps": setup.schedule.num_steps,
         "examples": len(setup.schedule.examples),
     }

@@ -43,21 +43,37 @@ class Schedule:
             return optim.max_steps
         return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
 
-    def plans(self) -> Iterator[tuple[float, StepPlan]]:
-        """Yield the epochs done after each step, and this rank's part of the step."""
+    def plans(self, first_step: int = 0) -> Iterator[tuple[float, StepPlan]]:
+        """Yield the epochs done after each step, and this rank's part of the step.
+
+        Args:
+            first_step: steps done before, whose plans are left out.
+        """
         num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
-        plans = (plan for epoch in range(num_epochs) for plan in self.plans_of_epoch(epoch))
-        for step, plan in zip(range(1, self.num_steps + 1), plans, strict=False):
+        first_epoch = first_step // self.steps_per_epoch
+        plans = (
+            plan
+            for epoch in range(first_epoch, num_epochs)
+            for plan in self.plans_of_epoch(epoch, first_step)
+        )
+        for step, plan in enumerate(plans, start=first_step + 1):
             yield step / self.steps_per_epoch, plan
 
-    def plans_of_epoch(self, epoch: int) -> Iterator[StepPlan]:
-        """Yield this rank's part of every step of a whole epoch, counted from 0."""
+    def plans_of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
+        """Yield this rank's part of every step of an epoch, counted from 0.
+
+        Args:
+            epoch: which one.
+            first_step: steps of the run done before, whose plans are left out.
+        """
         order = self._order(epoch)
-        for step in range(self.steps_per_epoch):
+        start = epoch * self.steps_per_epoch
+        stop = min(start + self.steps_per_epoch, self.num_steps)
+        for step in range(max(start, first_step), stop):
             yield build_step_plan(
                 self.examples,
                 order,
-                step,
+                step - start,
                 world_size=self.world_size,
                 rank=self.rank,
                 **self._sizes(),

@@ -40,10 +40,16 @@ from megablocks_utils.shard_moe_utils import (
     find_expert_modules,
     shard_moe,
 )
+from megablocks_utils.training.continuity import (
+    Continuity,
+    check_continuity,
+    describe_continuity,
+)
 from megablocks_utils.training.data import TokenizedExamples, load_examples
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.parameters import ParameterCounts, count_parameters
 from megablocks_utils.training.progress import track_sharding
+from megablocks_utils.training.resume import ResumePoint, find_resume_point
 from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.summary import build_console
 
@@ -72,6 +78,8 @@ class Setup:
         counts: parameters of the whole model.
         num_experts: experts of a layer.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
+        continuity: what a run that goes on from this one's checkpoints must share with it.
+        resume: the checkpoint to go on from; None for a run that starts anew.
     """
 
     config: RunConfig
@@ -88,6 +96,8 @@ class Setup:
     counts: ParameterCounts
     num_experts: int
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    continuity: Continuity
+    resume: ResumePoint | None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -96,6 +106,18 @@ class Setup:
             for name, parameter in self.model.named_parameters()
             if is_expert_parameter(name)
         }
+
+    def mesh_sizes(self) -> dict[str, int]:
+        """Ranks along the axes of the experts' mesh, also where there is none."""
+        if self.sharded is None:
+            return {"dp": self.launch.world_size, "ep": 1}
+        mesh = self.sharded.mesh
+        return {"dp": mesh["dp"].size(), "ep": mesh["ep"].size()}
+
+    @property
+    def first_step(self) -> int:
+        """Optimizer steps that earlier processes of this run have done."""
+        return self.resume.step if self.resume else 0
 
     @property
     def layer_classes(self) -> list[str]:
@@ -137,12 +159,24 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
+    resume = find_resume_point(config, launch)
     folder = _agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = _agreed(lambda: _ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
     adapters = _agreed(lambda: _choose_adapters(source.model, config))
     tokenizer = _agreed(lambda: _load_tokenizer(folder))
     examples = _agreed(lambda: _load_data(config, tokenizer, source.model))
+    continuity = describe_continuity(
+        config,
+        precision,
+        adapters and adapters.settings,
+        examples,
+        model_type=source.model.config.model_type,
+        world_size=launch.world_size,
+    )
+    schedule = Schedule(config, examples, launch.rank, launch.world_size)
+    if resume is not None:
+        check_continuity(resume.manifest, continuity, config, schedule)
     with track_sharding(console, len(source.expert_names)) as on_layer:
         sharded = _agreed(lambda: source.load(config, device, on_layer))
     model = source.model
@@ -159,7 +193,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         device=device,
         console=console,
         tokenizer=tokenizer,
-        schedule=Schedule(config, examples, launch.rank, launch.world_size),
+        schedule=schedule,
         model_folder=folder,
         model=model,
         sharded=sharded,
@@ -167,6 +201,8 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         counts=_count(model, source.num_experts),
         num_experts=source.num_experts,
         parameter_specs=specs,
+        continuity=continuity,
+        resume=resume,
     )
 
 

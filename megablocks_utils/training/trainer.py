@@ -29,8 +29,11 @@ from megablocks_utils.training.micro_batch import (
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
+from megablocks_utils.training.resume import restore_run
+from megablocks_utils.training.run_state import RunState
 from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step_hooks import StepHooks
 
 __all__ = ["MicroBatchLoader", "MoETrainer"]
 
@@ -40,11 +43,13 @@ OnStep = Callable[[StepMetrics], None]
 class MicroBatchLoader:
     """Hand Trainer this rank's micro-batches of an epoch: every step has accumulation-many.
 
-    Not a DataLoader, so that Accelerate does not split once more what is this rank's already.
+    Not a DataLoader, so that Accelerate does not split once more what is this rank's already. The
+    steps that a resumed run has done are left out.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, first_step: int = 0) -> None:
         self._schedule = schedule
+        self._first_step = first_step
         self._epoch = 0
 
     def __len__(self) -> int:
@@ -56,7 +61,7 @@ class MicroBatchLoader:
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, MicroBatch | StepPlan]]:
-        for plan in self._schedule.plans_of_epoch(self._epoch):
+        for plan in self._schedule.plans_of_epoch(self._epoch, self._first_step):
             for micro_batch in plan.micro_batches:
                 yield {"micro_batch": micro_batch, "plan": plan}
 
@@ -71,7 +76,12 @@ class MoETrainer(Trainer):
         setup: the run, its model not wrapped yet.
         arguments: from `build_trainer_arguments`.
         on_step: called with every step's metrics, on every rank.
+
+    Attributes:
+        hooks: saves and stops; to be set before `train`.
     """
+
+    hooks: StepHooks
 
     loss_is_scaled_for_ga = True
     """Told to Trainer: a micro-batch's loss is its share of the step's already."""
@@ -83,7 +93,8 @@ class MoETrainer(Trainer):
         self._aux_loss_coef = resolve_aux_loss_coef(
             setup.model.config, setup.config.router_aux_loss_coef
         )
-        self._report = _StepReport(setup, on_step)
+        self.hooks = StepHooks()
+        self._report = _StepReport(setup, on_step, self)
         super().__init__(setup.model, arguments, callbacks=[self._report])
         # Wrapped already, the model is Accelerate's to use and not to wrap.
         self.model = self.model_wrapped = wrap_fsdp1(
@@ -105,7 +116,7 @@ class MoETrainer(Trainer):
 
     def get_train_dataloader(self) -> MicroBatchLoader:
         """Return this rank's micro-batches."""
-        return MicroBatchLoader(self._setup.schedule)
+        return MicroBatchLoader(self._setup.schedule, self._setup.first_step)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Build the optimizer over flat shards and experts, each kind in groups of its own."""
@@ -130,6 +141,27 @@ class MoETrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def run_state(self) -> RunState:
+        """Return what a checkpoint holds of the run."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return RunState(self.model, optimizer, self.lr_scheduler)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        """Begin at the step to go on from; `MicroBatchLoader` leaves out what is done."""
+        super()._init_training_state(*args)
+        self.state.global_step = self._setup.first_step
+        return self._setup.first_step // self._setup.schedule.steps_per_epoch, 0
+
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, MicroBatchLoader]:
+        """Make the optimizer, and go on from the checkpoint in this project's own way.
+
+        Trainer's cannot put back experts, nor a run that was sharded in another way.
+        """
+        prepared = super()._prepare_for_training(*args)
+        if self._setup.resume is not None:
+            restore_run(self._setup.resume, self.run_state(), self._setup.launch)
+        return prepared
 
     def compute_loss(
         self,
@@ -193,7 +225,8 @@ class _StepReport(TrainerCallback):
     loss_share: Tensor
     grad_norm: Tensor
 
-    def __init__(self, setup: Setup, on_step: OnStep) -> None:
+    def __init__(self, setup: Setup, on_step: OnStep, trainer: "MoETrainer") -> None:
+        self._trainer = trainer
         self._schedule = setup.schedule
         self._sharded = setup.sharded
         self._is_debug_run = setup.config.debug
@@ -240,3 +273,17 @@ class _StepReport(TrainerCallback):
             learning_rate=self._learning_rate,
         )
         self._on_step(metrics)
+        self._trainer.hooks.after_step(state.global_step)
+        if state.global_step < self._schedule.num_steps:
+            self._stop_if_asked(state, control)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop within a step if the run was asked to; what it has accumulated is dropped."""
+        self._stop_if_asked(state, control)
+
+    def _stop_if_asked(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._trainer.hooks.should_stop():
+            self._trainer.hooks.after_stop(state.global_step)
+            control.should_training_stop = True

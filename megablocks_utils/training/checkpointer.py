@@ -1,0 +1,174 @@
+"""Save checkpoints while a run trains, in both loops: when due, in the background, or on a signal."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from megablocks_utils.checkpoint.export import write_companions
+from megablocks_utils.checkpoint.pieces import Piece
+from megablocks_utils.checkpoint.saving import Snapshot, write_checkpoint
+from megablocks_utils.training.interrupt import StopRequest
+from megablocks_utils.training.resume import METRICS_NAME, rank_file_name
+from megablocks_utils.training.rng import capture_random_states
+from megablocks_utils.training.run_record import read_versions
+from megablocks_utils.training.run_state import RunState
+from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step_hooks import StepHooks
+
+__all__ = ["Checkpointer"]
+
+
+class Checkpointer(StepHooks):
+    """Save when `--save_strategy` says so, and when the run is asked to stop.
+
+    Use it as a context around the training loop: on leaving it, a save in the background is over.
+
+    Args:
+        setup: the run.
+        get_state: returns the run's weights, optimizer and schedule.
+        metrics_path: where the run's `metrics.jsonl` is.
+
+    Attributes:
+        is_interrupted: whether the loop was stopped by a signal.
+    """
+
+    def __init__(
+        self, setup: Setup, get_state: Callable[[], RunState], metrics_path: Path
+    ) -> None:
+        self.is_interrupted = False
+        self._setup = setup
+        self._get_state = get_state
+        self._metrics_path = metrics_path
+        self._is_first = setup.launch.rank == 0
+        self._output_dir = Path(setup.config.output_dir)
+        self._saved_step = setup.resume.step if setup.resume else 0
+        self._stop = StopRequest()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+        self._open = ExitStack()
+        self._started_s = 0.0
+
+    def __enter__(self) -> Self:
+        """Listen for signals.
+
+        **Collective:** every rank must enter: a process group for saving is made.
+        """
+        # Its own, so that a save in the background never meets the run's collectives.
+        self._group = dist.new_group(backend="gloo")
+        self._open.enter_context(self._stop)
+        self._started_s = time.perf_counter()
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self._finish_pending()
+        finally:
+            # Not waiting: after an error, other ranks may never come to the save's collectives.
+            self._background.shutdown(wait=False)
+            self._open.close()
+
+    def should_stop(self) -> bool:
+        """Say whether a signal has asked some rank to stop."""
+        return self._stop.agreed()
+
+    def after_step(self, step: int) -> None:
+        """Save if a checkpoint is due."""
+        schedule = self._setup.schedule
+        if self._setup.config.saving.is_due(
+            step, num_steps=schedule.num_steps, steps_per_epoch=schedule.steps_per_epoch
+        ):
+            self._save(step)
+
+    def after_stop(self, step: int) -> None:
+        """Save what the run had come to, unless that is saved already."""
+        self.is_interrupted = True
+        if step != self._saved_step:
+            self._save(step)
+        self._finish_pending()
+        console = self._setup.console
+        console.print(
+            f"Stopped by {self._stop.name} after step {step} of {self._setup.schedule.num_steps}; "
+            + (
+                "go on with --resume_from_checkpoint True"
+                if step
+                else "no step was done, so there is nothing to save"
+            ),
+            markup=False,
+        )
+
+    def _save(self, step: int) -> None:
+        self._finish_pending()
+        config = self._setup.config.saving
+        started_s = time.perf_counter()
+        pieces = self._get_state().pieces()
+        if config.async_save:
+            pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
+        write = partial(
+            write_checkpoint,
+            self._take_snapshot(step, pieces),
+            self._output_dir,
+            group=self._group,
+            total_limit=config.save_total_limit,
+        )
+        if config.async_save:
+            self._pending = self._background.submit(write)
+        else:
+            write()
+        self._saved_step = step
+        stall_s = time.perf_counter() - started_s
+        self._setup.console.print(f"checkpoint-{step}: training waited {stall_s:.2f} s")
+
+    def _finish_pending(self) -> None:
+        """Wait for the save in the background, and raise what it met."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _take_snapshot(self, step: int, pieces: Mapping[str, Piece]) -> Snapshot:
+        setup = self._setup
+        model = setup.model
+        metrics = self._metrics_path.read_bytes() if self._is_first else b""
+
+        def write_shared(folder: Path) -> None:
+            (folder / METRICS_NAME).write_bytes(metrics)
+            write_companions(
+                model.config,
+                model.generation_config,
+                setup.tokenizer,
+                getattr(torch, setup.precision.weights),
+                folder,
+            )
+
+        return Snapshot(
+            step=step,
+            pieces=pieces,
+            rank_files={rank_file_name(setup.launch.rank): capture_random_states()},
+            write_shared=write_shared,
+            contents=self._describe(step) if self._is_first else {},
+        )
+
+    def _describe(self, step: int) -> dict[str, Any]:
+        """Return what the manifest says besides its files."""
+        setup = self._setup
+        parallel = setup.config.parallel
+        before_s = setup.resume.manifest["train_runtime_s"] if setup.resume else 0.0
+        return {
+            "step": step,
+            "world_size": setup.launch.world_size,
+            "mesh": setup.mesh_sizes(),
+            "expert_dp": parallel.expert_dp if setup.sharded else None,
+            "entry_point": setup.config.entry_point,
+            "versions": read_versions(),
+            "options": asdict(setup.config),
+            "continuity": setup.continuity.as_record(),
+            "train_runtime_s": before_s + time.perf_counter() - self._started_s,
+        }

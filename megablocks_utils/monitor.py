@@ -24,6 +24,7 @@ _FAR_VERDICT_S = 50.0  # and one elsewhere
 _CONNECTION_WORDS = ("connection", "peer", "network", "pipe")
 _STUCK_POLLS = 45  # a store that does not answer for so long is gone
 _GRACE_S = 10.0  # a rank ended with an error that the others probably met too
+_GRACE_POLL_S = 0.2
 _WORD_S = 1.5  # how long others wait for the lowest survivor to speak
 _LINGER_S = 2.0  # until all have seen the verdict: this process may hold the store
 _LAST_OUT_S = 10.0  # likewise, for the others to leave
@@ -47,6 +48,7 @@ class _Monitor:
         self._board = Board(store)
         self._watch = Watch(members, rank, self._board)
         self._stopped = threading.Event()
+        self._has_failed = False
         self._looks = 0
         self._hook_before = sys.excepthook
 
@@ -98,14 +100,24 @@ class _Monitor:
                 self._speak_and_end(STORE_LOSS, speaks=self._watch.speaks_first(STORE_LOSS))
 
     def _conclude(self, loss: Loss) -> None:
-        if self._stopped.wait(loss.grace_s):
-            return
         first = loss.rank != self._rank and self._watch.speaks_first(loss)
         try:
+            if self._ends_by_itself(loss.grace_s):
+                return
             speaks = self._takes_word(first)
         except RuntimeError:
             speaks = first
         self._speak_and_end(loss, speaks=speaks)
+
+    def _ends_by_itself(self, grace_s: float) -> bool:
+        """Return whether this rank leaves while it may; others, once one has spoken, may not."""
+        last_s = time.monotonic() + grace_s
+        while time.monotonic() < last_s:
+            if self._stopped.wait(_GRACE_POLL_S):
+                return True
+            if self._has_failed or self._board.is_word_taken():
+                break
+        return False
 
     def _takes_word(self, first: bool) -> bool:
         """Return whether this rank speaks for all: the first one, or another if that one cannot."""
@@ -140,6 +152,7 @@ class _Monitor:
     ) -> None:
         """Wait for a verdict where a lost peer may be behind the error, else tell the others."""
         if issubclass(kind, RuntimeError):
+            self._has_failed = True
             time.sleep(self._verdict_wait_s(str(error)))
         self._stopped.set()
         first_line = "".join(str(error).strip().splitlines()[:1])

@@ -28,7 +28,7 @@ def train(config: RunConfig, launch: Launch) -> None:
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.setup import build_setup, start_processes
 
-    device = start_processes(launch)
+    device = start_processes(launch, config.output_dir)
     setup = build_setup(config, launch, device)
     state = build_training_state(setup)
     recorder = RunRecorder(setup, state.accelerator.log)

@@ -34,7 +34,7 @@ def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     )
 
     flags = parse_trainer_flags(leftovers)
-    device = start_processes(launch)
+    device = start_processes(launch, config.output_dir)
     arguments = build_trainer_arguments(flags, config, device.type)
     setup = build_setup(config, launch, device)
     recorder = RunRecorder(setup)

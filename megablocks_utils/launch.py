@@ -13,6 +13,7 @@ from typing import NoReturn, TypeVar
 from megablocks_utils.cli import HelpRequested, join_words
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import ConfigurationError, UserError
+from megablocks_utils.monitor import leave_run
 
 __all__ = [
     "Launch",
@@ -47,8 +48,9 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
     """Call `main(argv)` and end the process as the contract's exit codes say.
 
     A UserError becomes its one sentence on standard error, written by rank 0 alone, and exit code
-    2. `--help` is written once and ends with 0. Every other exception keeps its traceback. An error
-    that only some ranks meet must go through `agree_on_error`, or rank 0 has nothing to say.
+    2. `--help` is written once and ends with 0. Every other exception keeps its traceback, unless
+    `monitor` finds that another rank's loss was behind it. An error that only some ranks meet must
+    go through `agree_on_error`, or rank 0 has nothing to say.
 
     Raises:
         SystemExit: with the exit code.
@@ -56,6 +58,7 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
     is_first = os.environ.get("RANK", "0").strip() in ("", "0")
     try:
         main(list(argv))
+        leave_run()
         _leave_process_group()
     except HelpRequested as request:
         if is_first:
@@ -64,7 +67,8 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
     except UserError as error:
         if is_first:
             sys.stderr.write(f"{error}\n")
-        else:
+        leave_run(str(error))
+        if not is_first:
             time.sleep(_RANK_ZERO_FIRST_S)
         _end(error.exit_code)
 

@@ -26,7 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._number = 0
-        self._first_s = 0.0
+        self._received_s: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -51,16 +51,12 @@ class StopRequest:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             number = torch.tensor([self._number])
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            if number.item() and not self._number:
-                self._note(int(number.item()))
+            self._number = self._number or int(number.item())
         return self._number != 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if not self._number:
-            self._note(number)
-        elif time.monotonic() - self._first_s >= _SAME_REQUEST_S:
+        if self._received_s is None:
+            self._number, self._received_s = number, time.monotonic()
+        elif time.monotonic() - self._received_s >= _SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-    def _note(self, number: int) -> None:
-        self._number, self._first_s = number, time.monotonic()

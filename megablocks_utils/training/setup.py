@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,8 +33,10 @@ from megablocks_utils.checkpoint.load import (
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.launch import Launch, agree_on_error
+from megablocks_utils.liveness import describe_self
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.monitor import start_monitor
 from megablocks_utils.shard_moe_utils import (
     PROJECTIONS,
     ShardedMoE,
@@ -54,6 +57,7 @@ from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.summary import build_console
 
 _TRUNCATED_LAYERS = 2
+_STORE_TIMEOUT = timedelta(seconds=30)
 _Result = TypeVar("_Result")
 
 
@@ -125,11 +129,15 @@ class Setup:
         return sorted(self.model._no_split_modules)
 
 
-def start_processes(launch: Launch) -> torch.device:
+def start_processes(launch: Launch, output_dir: str | None = None) -> torch.device:
     """Connect the processes of the run and return this rank's device.
 
     **Collective:** waits for all ranks. A run of one process makes a group of one, so that there is
     one code path.
+
+    Args:
+        launch: which process this is.
+        output_dir: where to look for checkpoints when a rank is lost; None: nobody watches.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -142,8 +150,11 @@ def start_processes(launch: Launch) -> torch.device:
         return device
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend)
+        return device
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    if output_dir is not None:
+        _watch_ranks(store, rank, world_size, output_dir)
     return device
 
 
@@ -262,6 +273,16 @@ class _ModelSource:
             for projection in PROJECTIONS:
                 setattr(module, projection, nn.Parameter(weights[projection]))
             on_layer(1)
+
+
+def _watch_ranks(store: dist.Store, rank: int, world_size: int, output_dir: str) -> None:
+    members = [describe_self(rank)] * world_size
+    dist.all_gather_object(members, members[rank])
+    # The launcher's store may hold what an earlier start of this run has written.
+    prefix = f"liveness/{members[0].pid}-{members[0].started}"
+    own_client = store.clone()
+    own_client.set_timeout(_STORE_TIMEOUT)
+    start_monitor(members, rank, dist.PrefixStore(prefix, own_client), output_dir)
 
 
 def _agreed(action: Callable[[], _Result]) -> _Result:

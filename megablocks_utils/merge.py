@@ -4,18 +4,21 @@ Streams tensor by tensor, so that a model of any size needs the memory of its la
 process group and no GPU. Torch is imported when the options are good, so `--help` answers at once.
 """
 
-import difflib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megablocks_utils.cli import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.launch import run_entry_point
+from megablocks_utils.output_tool import (
+    check_output,
+    read_words,
+    removed_on_error,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from megablocks_utils.checkpoint.index import CheckpointIndex
@@ -77,26 +80,7 @@ def parse_options(argv: Sequence[str]) -> MergeOptions:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word or name that is not known, or a value that is missing.
     """
-    given: dict[str, str] = {}
-    words = list(argv)
-    while words:
-        flag, has_value, value = words.pop(0).partition("=")
-        if flag in ("--help", "-h"):
-            raise HelpRequested(HELP)
-        name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--"):
-            raise ConfigurationError(f"{flag} is not an option; write options as --name value.")
-        if name not in NAMES:
-            nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(f"unknown option {flag}; did you mean --{nearest}?")
-        if not has_value and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        if not value:
-            raise ConfigurationError(f"{flag} has no value, but it must be a folder or name.")
-        given[name] = value
-    for name in ("adapter", "output"):
-        if name not in given:
-            raise ConfigurationError(f"--{name} is not given, but it must be a folder.")
+    given = read_words(argv, NAMES, required=("adapter", "output"), help_text=HELP)
     return MergeOptions(given["adapter"], Path(given["output"]), given.get("model_name_or_path"))
 
 
@@ -126,7 +110,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     check_against_model(model, index, layout)
     folding = Folding(open_adapter(adapter_folder, model), index, layout)
     try:
-        with _removed_on_error(options.output):
+        with removed_on_error(options.output):
             _write(folding, index, options.output, max_shard_bytes)
     except OSError as error:
         reason = error.strerror or error
@@ -136,29 +120,6 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         f"wrote {options.output}: {changed} of {len(index.keys())} tensors changed,"
         f" {index.total_bytes:,} bytes"
     )
-
-
-def check_output(folder: Path) -> None:
-    """Refuse an output folder that is a file, holds something or cannot be looked into.
-
-    Raises:
-        ConfigurationError: naming what is there.
-    """
-    seen, wanted = f"--output is {folder}, but", "it must be a new or empty folder"
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            which = "that" if existing == folder else str(existing)
-            raise ConfigurationError(f"{seen} {which} is a file; {wanted}.")
-        names = sorted(path.name for path in folder.iterdir()) if existing == folder else []
-    except OSError as error:
-        raise ConfigurationError(f"{seen} it cannot be read ({error.strerror}).") from error
-    if names:
-        # What a killed run left is no obstacle: the next one removes it.
-        from megablocks_utils.checkpoint.writer import STAGING_FOLDER_NAME
-
-        if names != [STAGING_FOLDER_NAME]:
-            raise ConfigurationError(f"{seen} it holds {names[0]}; {wanted}.")
 
 
 def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
@@ -186,7 +147,7 @@ def _write(
         SafetensorsWriter(
             folder, specs, max_shard_bytes=max_shard_bytes or MAX_SHARD_BYTES
         ) as writer,
-        _show_progress(index.total_bytes) as advance,
+        show_progress("merging", index.total_bytes) as advance,
     ):
         for key, tensor in folding.tensors():
             writer.append(key, tensor)
@@ -196,41 +157,6 @@ def _write(
         for path in sorted({path for pattern in COMPANIONS for path in index.folder.glob(pattern)}):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-
-
-@contextmanager
-def _removed_on_error(folder: Path) -> Iterator[None]:
-    """Remove the folders that were made, if they are empty again after an error."""
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    is_done = False
-    try:
-        yield
-        is_done = True
-    finally:
-        for path in () if is_done else made:
-            with suppress(OSError):
-                path.rmdir()
-
-
-@contextmanager
-def _show_progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, and nothing elsewhere; yield what takes each amount written."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_interactive:
-        yield lambda amount: None
-        return
-    columns = (
-        TextColumn("merging"),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=total_bytes)
-        yield lambda amount: bar.advance(task, amount)
 
 
 if __name__ == "__main__":

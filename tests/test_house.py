@@ -27,12 +27,16 @@ ORDER = (
     ("checkpoint",),
     ("shard_moe_utils",),
     ("fsdp", "lora"),
-    ("merge",),
+    ("output_tool",),
+    ("merge", "export"),
     ("training",),
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_FREE = ("merge", *(room for rooms in ORDER[: LEVEL["launch"] + 1] for room in rooms))
+TORCH_FREE = (
+    *("output_tool", "merge", "export"),
+    *(room for rooms in ORDER[: LEVEL["launch"] + 1] for room in rooms),
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

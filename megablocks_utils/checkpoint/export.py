@@ -64,9 +64,7 @@ def export_model(
             specs = [TensorSpec(*spec) for spec in specs]
             with staged_folder(Path(output_dir)) as folder:
                 _write_weights(model_config, specs, remaining, folder, max_shard_bytes)
-                write_companions(
-                    model_config, generation_config, tokenizer, specs[0].dtype, folder
-                )
+                write_companions(model_config, generation_config, tokenizer, specs[0].dtype, folder)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {output_dir}: {reason}") from error

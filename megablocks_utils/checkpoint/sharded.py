@@ -29,9 +29,14 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megablocks_utils.checkpoint.pieces import Block, Piece
 from megablocks_utils.errors import CheckpointError
 
-__all__ = ["DCP_INDEX_NAME", "read_pieces", "read_stored_tensors", "write_pieces"]
+__all__ = ["DCP_INDEX_NAME", "MODEL_PREFIX", "OPTIMIZER_PREFIX"]
+__all__ += ["read_pieces", "read_stored_tensors", "read_whole_tensor"]
+__all__ += ["write_pieces"]
 
 DCP_INDEX_NAME = ".metadata"
+# A weight x is stored as model.x, its states as optimizer.x.exp_avg, .exp_avg_sq and .step.
+MODEL_PREFIX = "model."
+OPTIMIZER_PREFIX = "optimizer."
 _NUM_NAMED = 3
 _AS_GIVEN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
@@ -84,6 +89,19 @@ def read_pieces(pieces: Mapping[str, Piece], folder: Path) -> None:
             )
     except CheckpointException as error:
         raise CheckpointError(f"cannot read {folder}: {_first_reason(error)}") from error
+
+
+def read_whole_tensor(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path
+) -> Tensor:
+    """Read one tensor whole; shape and dtype are those of `read_stored_tensors`.
+
+    Raises:
+        CheckpointError: as `read_pieces`.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    read_pieces({name: Piece(shape, (Block((0,) * len(shape), tensor),))}, folder)
+    return tensor
 
 
 def read_stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -163,12 +181,12 @@ def _chunk(block: Block) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(block.offsets), block.tensor.size())
 
 
-def _check_stored(
-    pieces: Mapping[str, Piece], stored: Mapping[str, TensorStorageMetadata]
-) -> None:
+def _check_stored(pieces: Mapping[str, Piece], stored: Mapping[str, TensorStorageMetadata]) -> None:
     missing = [name for name in pieces if name not in stored]
     if missing:
-        raise CheckpointError(f"it has no {', '.join(missing[:_NUM_NAMED])} ({len(missing)} missing)")
+        raise CheckpointError(
+            f"it has no {', '.join(missing[:_NUM_NAMED])} ({len(missing)} missing)"
+        )
     for name, piece in pieces.items():
         found = tuple(stored[name].size)
         if found != piece.whole_shape:

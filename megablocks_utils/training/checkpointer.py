@@ -1,4 +1,4 @@
-"""Save checkpoints while a run trains, in both loops: when due, in the background, or on a signal."""
+"""Save checkpoints while a run trains, in both loops: when due, or when a signal stops it."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -40,9 +40,7 @@ class Checkpointer(StepHooks):
         is_interrupted: whether the loop was stopped by a signal.
     """
 
-    def __init__(
-        self, setup: Setup, get_state: Callable[[], RunState], metrics_path: Path
-    ) -> None:
+    def __init__(self, setup: Setup, get_state: Callable[[], RunState], metrics_path: Path) -> None:
         self.is_interrupted = False
         self._setup = setup
         self._get_state = get_state

@@ -75,7 +75,9 @@ class RunRecorder:
             for line in describe_placements(setup.model):
                 setup.console.print(line, markup=False, soft_wrap=True)
         if self._is_main:
-            writer = MetricsWriter(self.metrics_path, after=setup.resume and setup.resume.metrics_path)
+            writer = MetricsWriter(
+                self.metrics_path, after=setup.resume and setup.resume.metrics_path
+            )
             self._writer = self._open.enter_context(writer)
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)

@@ -10,16 +10,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from megablocks_utils.checkpoint.pieces import BlockPlace, Piece
-from megablocks_utils.checkpoint.sharded import read_pieces, read_stored_tensors
+from megablocks_utils.checkpoint.sharded import (
+    MODEL_PREFIX,
+    OPTIMIZER_PREFIX,
+    read_pieces,
+    read_stored_tensors,
+)
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.fsdp.places import PlacedParameters, find_places
 from megablocks_utils.mesh.placement import local_tensor
 
-__all__ = ["MODEL_PREFIX", "OPTIMIZER_PREFIX", "RunState"]
+__all__ = ["RunState"]
 
-MODEL_PREFIX = "model."
-OPTIMIZER_PREFIX = "optimizer."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = BlockPlace((1,), (0,))
 
@@ -41,10 +44,7 @@ class RunState:
     scheduler: LRScheduler
 
     def pieces(self) -> dict[str, Piece]:
-        """Return what this rank holds of every weight and state: views, nothing is copied.
-
-        A weight `x` is `model.x`; its states are `optimizer.x.exp_avg`, `.exp_avg_sq` and `.step`.
-        """
+        """Return what this rank holds of every weight and state: views, nothing is copied."""
         pieces = {}
         for name, (parameter, place) in find_places(self.model).items():
             pieces[MODEL_PREFIX + name] = place.piece(local_tensor(parameter.detach()))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import (
     CheckpointIndex,
@@ -30,8 +30,9 @@ from megablocks_utils.checkpoint.load import (
     load_dense_parameters,
     load_experts,
 )
+from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
-from megablocks_utils.errors import CheckpointError, UserError
+from megablocks_utils.errors import UserError
 from megablocks_utils.launch import Launch, agree_on_error
 from megablocks_utils.liveness import describe_self
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
@@ -175,7 +176,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     source = _agreed(lambda: _ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
     adapters = _agreed(lambda: _choose_adapters(source.model, config))
-    tokenizer = _agreed(lambda: _load_tokenizer(folder))
+    tokenizer = _agreed(lambda: load_tokenizer(folder))
     examples = _agreed(lambda: _load_data(config, tokenizer, source.model))
     continuity = describe_continuity(
         config,
@@ -294,16 +295,6 @@ def _agreed(action: Callable[[], _Result]) -> _Result:
         error = met
     agree_on_error(error)
     return result
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Return the model's tokenizer; None for a folder without one (tokenized data needs none)."""
-    if not any(folder.glob("tokenizer*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be used: {error}") from error
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

@@ -1,0 +1,175 @@
+"""Turn a checkpoint into a Hugging Face model: `python -m megablocks_utils.export --help`.
+
+Reads the checkpoint tensor by tensor, whatever number of ranks has written it; no process group and
+no GPU. Torch is imported when the options are good, so `--help` answers at once.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.launch import run_entry_point
+from megablocks_utils.output_folder import MANIFEST_NAME, find_checkpoints
+from megablocks_utils.output_tool import (
+    check_output,
+    read_words,
+    removed_on_error,
+    show_progress,
+)
+
+__all__ = ["ExportOptions", "export_checkpoint", "main", "parse_options"]
+
+HELP = """\
+usage: python -m megablocks_utils.export --checkpoint DIR --output DIR
+
+Writes the model of a checkpoint as an ordinary Hugging Face folder, which transformers loads: with
+the Hub's own tensor names, configuration and tokenizer. A checkpoint of a LoRA run becomes a PEFT
+adapter. The training processes are not needed, nor as many processes as have written it. Every
+file is compared with its checksum first. Memory: one layer's experts (an adapter: all of it).
+
+  --checkpoint DIR
+      The checkpoint: a folder checkpoint-<step> of a run, or the checkpoint-latest beside it.
+  --output DIR
+      The folder to write; must not exist, or be empty. It is complete, or nothing is written.
+
+Exit codes: 0 done; 2 a bad option or file, said in one sentence; 1 anything unexpected.
+"""
+NAMES = ("checkpoint", "output")
+# Name -> shape and dtype (named Any, since torch is not imported yet).
+Stored = Mapping[str, tuple[tuple[int, ...], Any]]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Hold the options."""
+
+    checkpoint: Path
+    output: Path
+
+
+def main(argv: Sequence[str]) -> None:
+    """Export as the options say, and write a line on what was written.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        UserError: for options or files that cannot be used.
+    """
+    options = parse_options(argv)
+    sys.stdout.write(f"{export_checkpoint(options)}\n")
+
+
+def parse_options(argv: Sequence[str]) -> ExportOptions:
+    """Read the options.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        ConfigurationError: for a word or name that is not known, or a value that is missing.
+    """
+    given = read_words(argv, NAMES, required=NAMES, help_text=HELP)
+    return ExportOptions(Path(given["checkpoint"]), Path(given["output"]))
+
+
+def export_checkpoint(options: ExportOptions) -> str:
+    """Write the model or adapter of a checkpoint, and return a line that says what was done.
+
+    Raises:
+        ConfigurationError: a folder that is no checkpoint, or an output that cannot be used.
+        CheckpointError: a damaged checkpoint, or a disk that is full.
+    """
+    check_output(options.output)
+    _check_is_checkpoint(options.checkpoint)
+    from megablocks_utils.checkpoint.manifest import check_files, read_manifest
+    from megablocks_utils.checkpoint.sharded import MODEL_PREFIX, read_stored_tensors
+
+    folder = options.checkpoint.resolve()
+    manifest = read_manifest(folder)
+    check_files(folder, manifest["files"], manifest["files"])
+    stored = {
+        name.removeprefix(MODEL_PREFIX): tensor
+        for name, tensor in read_stored_tensors(folder).items()
+        if name.startswith(MODEL_PREFIX)
+    }
+    with removed_on_error(options.output):
+        if manifest["continuity"]["lora"] is None:
+            _export_model(folder, stored, options.output)
+        else:
+            _export_adapter(folder, manifest, stored, options.output)
+    return f"wrote {options.output}: the {_kind(manifest)} after step {manifest['step']}"
+
+
+def _kind(manifest: Mapping[str, Any]) -> str:
+    return "model" if manifest["continuity"]["lora"] is None else "adapter"
+
+
+def _check_is_checkpoint(folder: Path) -> None:
+    seen = f"--checkpoint is {folder}, but"
+    if not folder.is_dir():
+        raise ConfigurationError(f"{seen} that is no folder; it must be a checkpoint of a run.")
+    if not (folder / MANIFEST_NAME).is_file():
+        inside = find_checkpoints(folder)
+        hint = f", such as {inside[-1][1]}" if inside else ""
+        raise ConfigurationError(
+            f"{seen} that holds no {MANIFEST_NAME}; it must be a complete checkpoint{hint}."
+        )
+
+
+def _export_model(folder: Path, stored: Stored, output: Path) -> None:
+    from megablocks_utils.checkpoint.export import export_model
+    from megablocks_utils.checkpoint.load import build_model_on_meta
+    from megablocks_utils.checkpoint.tokenizer import load_tokenizer
+
+    model = build_model_on_meta(folder)
+    names = [name for name, _ in model.named_parameters()]
+    sizes = (_count_bytes(*stored[name]) for name in names)
+    with show_progress("exporting", sum(sizes)) as advance:
+        export_model(
+            model.config,
+            getattr(model, "generation_config", None),
+            load_tokenizer(folder),
+            [(name, *stored[name]) for name in names],
+            _read_tensors(folder, stored, names, advance),
+            output,
+            is_writer=True,
+        )
+
+
+def _export_adapter(
+    folder: Path, manifest: Mapping[str, Any], stored: Stored, output: Path
+) -> None:
+    from megablocks_utils.checkpoint.tokenizer import load_tokenizer
+    from megablocks_utils.lora.adapter_files import export_adapter
+    from megablocks_utils.lora.settings import LoraSettings
+
+    lora = manifest["continuity"]["lora"]
+    with show_progress("exporting", sum(_count_bytes(*s) for s in stored.values())) as advance:
+        export_adapter(
+            LoraSettings(**lora | {"target_modules": tuple(lora["target_modules"])}),
+            load_tokenizer(folder),
+            _read_tensors(folder, stored, sorted(stored), advance),
+            output,
+            base_model_name=manifest["options"]["model"]["model_name_or_path"],
+            is_writer=True,
+        )
+
+
+def _read_tensors(
+    folder: Path, stored: Stored, names: Sequence[str], advance: Callable[[int], None]
+) -> Iterator[tuple[str, Any]]:
+    """Yield one whole tensor after the other; none is held while the next one is read."""
+    from megablocks_utils.checkpoint.sharded import MODEL_PREFIX, read_whole_tensor
+
+    for name in names:
+        yield name, read_whole_tensor(MODEL_PREFIX + name, *stored[name], folder)
+        advance(_count_bytes(*stored[name]))
+
+
+def _count_bytes(shape: Sequence[int], dtype: Any) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+if __name__ == "__main__":
+    run_entry_point(main, sys.argv[1:])

@@ -164,7 +164,7 @@ def _describe_lora(lora: LoraSettings) -> dict[str, Any]:
 
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {_words(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     return str(value)[:40]

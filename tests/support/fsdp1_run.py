@@ -4,13 +4,13 @@ from typing import Any
 
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from megablocks_utils.config import parse_known_args
 from megablocks_utils.fsdp.fsdp1 import full_parameters, strip_wrappers
 from megablocks_utils.launch import check_environment
 from megablocks_utils.training.metrics import StepMetrics
-from megablocks_utils.training.setup import build_setup, start_processes
+from megablocks_utils.training.setup import Setup, build_setup, start_processes
 from megablocks_utils.training.trainer import MoETrainer
 from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags
 from tests.support.trace import Trace
@@ -18,12 +18,17 @@ from tests.support.trace import Trace
 
 def build_trainer(argv: list[str], on_step=lambda metrics: None) -> MoETrainer:
     """Do on a rank of a pool what the FSDP1 script does before its first step."""
+    return MoETrainer(*build_setup_and_arguments(argv), on_step)
+
+
+def build_setup_and_arguments(argv: list[str]) -> tuple[Setup, TrainingArguments]:
+    """Do on a rank of a pool what the FSDP1 script does before it makes the trainer."""
     config, leftovers = parse_known_args(argv, entry_point="fsdp1")
     launch = check_environment(config)
     flags = parse_trainer_flags(leftovers)
     device = start_processes(launch)
     arguments = build_trainer_arguments(flags, config, device.type)
-    return MoETrainer(build_setup(config, launch, device), arguments, on_step)
+    return build_setup(config, launch, device), arguments
 
 
 def train_fsdp1(rank: int, argv: list[str]) -> Trace:

@@ -1,0 +1,158 @@
+"""A run goes on from a checkpoint as if it had never stopped, on whatever ranks and script."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import count
+
+import pytest
+import torch
+
+from tests.support.parity import Layout
+from tests.support.resuming import (
+    EPOCH_BOUNDARY,
+    MID_EPOCH,
+    NUM_STEPS,
+    SAVED_STEP,
+    ResumedRun,
+    Run,
+    SavedRun,
+    make_run,
+    resume,
+    run_and_save,
+)
+
+BOUND = 1e-5  # relative; the contract's
+
+# Rows of experts are cut where there are fewer experts than ranks or odd sizes; FSDP1's flat shards
+# cut within rows.
+ONE = make_run("fsdp2", Layout(1, 0))
+TWO = make_run("fsdp2", Layout(2, 2), model="qwen3_moe, tied")
+FOUR_TWO = make_run("fsdp2", Layout(4, 2), model="olmoe, 2 experts")
+FOUR_TWO_COPIES = make_run("fsdp2", Layout(4, 2, "replicate"))
+FOUR = make_run("fsdp2", Layout(4, 4))
+ONE_FSDP1 = make_run("fsdp1", Layout(1, 0, "replicate"), model="mixtral, wide")
+TWO_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), model="mixtral, wide")
+FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe")
+FOUR_UNSHARDED_FSDP1 = make_run("fsdp1", Layout(4, 0, "replicate"), model="olmoe, 2 experts")
+ADAPTERS = make_run("fsdp2", Layout(4, 2), model="qwen3_moe", lora="all")
+ADAPTERS_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), lora="all")
+
+RESHARDS = [
+    (ONE, FOUR_TWO),
+    (ONE, FOUR_UNSHARDED_FSDP1),
+    (TWO, FOUR),
+    (TWO, ONE_FSDP1),
+    (FOUR_TWO, FOUR_TWO_COPIES),
+    (FOUR_TWO, TWO_FSDP1),
+    (FOUR_TWO_COPIES, FOUR_TWO_FSDP1),
+    (FOUR, ONE),
+    (ONE_FSDP1, TWO_FSDP1),
+    (TWO_FSDP1, TWO),
+    (FOUR_TWO_FSDP1, ONE),
+    (FOUR_UNSHARDED_FSDP1, FOUR_TWO),
+    (FOUR_UNSHARDED_FSDP1, ONE_FSDP1),
+    (ADAPTERS, TWO_FSDP1),
+    (ADAPTERS_FSDP1, TWO),
+]
+SAME_LAYOUT = [
+    FOUR_TWO,
+    FOUR_TWO_COPIES,
+    FOUR_TWO_FSDP1,
+    ADAPTERS_FSDP1,
+    make_run("fsdp2", Layout(2, 2), lora="all", precision="bf16_sr"),
+    *(
+        make_run(
+            script,
+            Layout(2, 2, "replicate"),
+            precision=precision,
+            accumulation=2,
+            sync_each_batch=False,
+            checkpointing=checkpointing,
+            num_examples=num_examples,
+        )
+        for script, precision, checkpointing, num_examples in (
+            ("fsdp2", "bf16_sr", "False", MID_EPOCH),
+            ("fsdp2", "mixed", "True", EPOCH_BOUNDARY),
+            ("fsdp1", "bf16_sr", "False", EPOCH_BOUNDARY),
+            ("fsdp1", "mixed", "selective", MID_EPOCH),
+        )
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def save(pools, parity_folder, tmp_path_factory) -> Callable[..., SavedRun]:
+    """Runs that have saved, each made once."""
+    numbers = count()
+
+    @cache
+    def run_once(run: Run, *options: str) -> SavedRun:
+        folder = tmp_path_factory.mktemp("saved") / str(next(numbers))
+        return run_and_save(pools, parity_folder, run, folder, *options)
+
+    return run_once
+
+
+@pytest.fixture
+def go_on(pools, parity_folder, tmp_path) -> Callable[[SavedRun, Run], ResumedRun]:
+    """Go on from a saved run as another, having checked that its state is exactly the saved one."""
+
+    def resume_and_check(saved: SavedRun, run: Run) -> ResumedRun:
+        resumed = resume(pools, parity_folder, run, saved.checkpoint, tmp_path / "resumed")
+        assert resumed.state.keys() == saved.state.keys()
+        for name, wanted in saved.state.items():
+            assert resumed.state[name].dtype == wanted.dtype, name
+            assert torch.equal(resumed.state[name], wanted), name
+        assert [step.step for step in resumed.metrics] == list(range(1, NUM_STEPS + 1))
+        assert resumed.metrics[:SAVED_STEP] == saved.metrics[:SAVED_STEP]
+        return resumed
+
+    return resume_and_check
+
+
+def series(run: SavedRun | ResumedRun) -> list[tuple[float, ...]]:
+    """Return what a step says of the training itself, of every step."""
+    return [
+        (step.epoch, step.learning_rate, step.tokens, step.loss, step.grad_norm)
+        for step in run.metrics
+    ]
+
+
+def check_close(resumed: ResumedRun, saved: SavedRun) -> None:
+    """Compare a run with the uninterrupted one in another layout, whose sums are rounded apart."""
+    assert [line[:3] for line in series(resumed)] == [line[:3] for line in series(saved)]
+    for ours, wanted in zip(resumed.metrics, saved.metrics, strict=True):
+        assert ours.loss == pytest.approx(wanted.loss, rel=BOUND)
+        assert ours.grad_norm == pytest.approx(wanted.grad_norm, rel=BOUND)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), RESHARDS, ids=lambda run: f"{run.script} {run.layout} {run.case.lora}"
+)
+def test_another_layout_goes_on(save, go_on, source, target):
+    check_close(go_on(save(source), source.on(target)), save(source))
+
+
+@pytest.mark.parametrize("run", SAME_LAYOUT, ids=str)
+def test_same_layout_goes_on_bit_by_bit(save, go_on, run):
+    saved = save(run)
+    assert series(go_on(saved, run)) == series(saved)
+    if run.case.lora != "none":
+        assert all(".lora_" in name for name in saved.state)  # the frozen weights are not kept
+
+
+@pytest.mark.parametrize("run", [TWO, ADAPTERS_FSDP1], ids=str)
+def test_background_save_keeps_the_state_of_its_step(save, go_on, run):
+    """The save is held back until the next step is over, and the run is as without saves."""
+    saved = save(run, "--async_save", "True")
+    assert series(saved) == series(save(run, "--save_strategy", "no"))
+    assert series(go_on(saved, run)) == series(saved)
+
+
+@pytest.mark.parametrize("whole", [TWO, ADAPTERS_FSDP1], ids=str)
+def test_run_may_be_made_longer(save, go_on, whole):
+    whole = replace(whole, options=("--lr_scheduler_type", "constant"))
+    short = replace(whole, case=replace(whole.case, num_steps=SAVED_STEP))
+    resumed = go_on(save(short), whole)
+    assert series(resumed) == series(save(whole, "--save_strategy", "no"))

@@ -1,0 +1,236 @@
+"""Runs that save checkpoints, and runs that go on from them, on the pools of ranks.
+
+Both scripts' own path, watched from outside: what every rank holds at the moment of saving and
+right after restoring is put together here on its own, so that nothing is compared with itself.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from megablocks_utils.checkpoint.pieces import Piece
+from megablocks_utils.checkpoint.saving import write_checkpoint
+from megablocks_utils.training.checkpointer import Checkpointer
+from megablocks_utils.training.loop import fit
+from megablocks_utils.training.metrics import StepMetrics, read_metrics
+from megablocks_utils.training.recorder import RunRecorder
+from megablocks_utils.training.run_state import RunState
+from megablocks_utils.training.trainer import MoETrainer
+from tests.support.fsdp1_run import build_setup_and_arguments
+from tests.support.parity import Layout, ParityCase, ParityFolder, build_run
+from tests.support.rank_pool import RankPool
+
+SAVED_STEP = 3
+NUM_STEPS = 8
+MID_EPOCH = 53  # examples: three full global batches and one of five, so step 3 is within an epoch
+EPOCH_BOUNDARY = 37  # an epoch of three steps
+
+Pieces = dict[str, Piece]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A script and what it trains; `options` are words of the command line besides the case's."""
+
+    script: str
+    case: ParityCase
+    options: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join([self.script, str(self.case), *self.options])
+
+    @property
+    def layout(self) -> Layout:
+        """Ranks and what is done with the experts."""
+        return self.case.layout
+
+    def on(self, other: "Run") -> "Run":
+        """Return the same training, on the script and layout of another run."""
+        return replace(self, script=other.script, case=replace(self.case, layout=other.layout))
+
+
+def make_run(script: str, layout: Layout, *options: str, **case: Any) -> Run:
+    """Return a run of eight steps; `case` are fields of `ParityCase`."""
+    settings = {"num_steps": NUM_STEPS, "num_examples": MID_EPOCH, "checkpointing": "False"}
+    return Run(script, ParityCase(layout, **settings | case), options)
+
+
+@dataclass
+class Watched:
+    """What one rank held when `SAVED_STEP` was saved and when a resumed run began."""
+
+    saved: Pieces = field(default_factory=dict)
+    restored: Pieces = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run that was saved after `SAVED_STEP` and trained on.
+
+    Attributes:
+        run: what ran.
+        folder: its output.
+        state: whole tensors at the moment of saving, by name.
+        metrics: of all its steps.
+    """
+
+    run: Run
+    folder: Path
+    state: dict[str, Tensor]
+    metrics: list[StepMetrics]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint of `SAVED_STEP`."""
+        return self.folder / f"checkpoint-{SAVED_STEP}"
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """A run that has gone on from another's checkpoint: as `SavedRun`, its state when it began."""
+
+    state: dict[str, Tensor]
+    metrics: list[StepMetrics]
+
+
+def run_and_save(
+    pools: Mapping[int, RankPool], models: ParityFolder, run: Run, folder: Path, *options: str
+) -> SavedRun:
+    """Train all steps, saving after every third."""
+    words = ["--save_strategy", "steps", "--save_steps", str(SAVED_STEP), *options]
+    watched = _train(pools, models, run, folder, *words)
+    state = assemble([rank.saved for rank in watched], run)
+    return SavedRun(run, folder, state, read_metrics(folder / "metrics.jsonl"))
+
+
+def resume(
+    pools: Mapping[int, RankPool], models: ParityFolder, run: Run, checkpoint: Path, folder: Path
+) -> ResumedRun:
+    """Go on from a checkpoint to the last step."""
+    watched = _train(pools, models, run, folder, "--resume_from_checkpoint", str(checkpoint))
+    state = assemble([rank.restored for rank in watched], run)
+    return ResumedRun(state, read_metrics(folder / "metrics.jsonl"))
+
+
+def assemble(ranks: Sequence[Pieces], run: Run) -> dict[str, Tensor]:
+    """Put together whole tensors from what every rank holds.
+
+    Checks that every element is there as often as the layout says, and equal each time.
+    """
+    wholes = {}
+    for name in sorted({name for pieces in ranks for name in pieces}):
+        pieces = [pieces[name] for pieces in ranks if name in pieces]
+        assert {piece.whole_shape for piece in pieces} == {pieces[0].whole_shape}, name
+        blocks: dict[tuple, list[Tensor]] = {}
+        for piece in pieces:
+            for block in piece.blocks:
+                key = block.offsets, tuple(block.tensor.shape)
+                blocks.setdefault(key, []).append(block.tensor)
+        wholes[name] = _put_together(name, pieces[0].whole_shape, blocks)
+        if not name.endswith(".step"):  # held by every rank that holds any of the parameter
+            assert {len(held) for held in blocks.values()} == {num_copies(name, run)}, name
+    return wholes
+
+
+def num_copies(name: str, run: Run) -> int:
+    """Return how many ranks hold the same part of a tensor."""
+    layout = run.layout
+    is_copied = ".mlp.experts." in name and layout.expert_dp == "replicate" and layout.ep_size
+    return layout.world_size // layout.ep_size if is_copied else 1
+
+
+def _put_together(
+    name: str, shape: tuple[int, ...], blocks: Mapping[tuple, list[Tensor]]
+) -> Tensor:
+    dtype = next(iter(blocks.values()))[0].dtype
+    whole, times = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.int32)
+    for (offsets, sizes), held in blocks.items():
+        assert all(torch.equal(held[0], other) for other in held), name
+        window = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+        whole[window] = held[0]
+        times[window] += 1
+    assert (times == 1).all(), f"{name}: held {times.unique().tolist()} times"
+    return whole
+
+
+def _train(
+    pools: Mapping[int, RankPool], models: ParityFolder, run: Run, folder: Path, *words: str
+) -> list[Watched]:
+    argv = [*models.argv(run.case), *run.options, *words, "--output_dir", str(folder)]
+    train = {"fsdp2": train_fsdp2, "fsdp1": train_fsdp1}[run.script]
+    return pools[run.layout.world_size].run(train, argv, timeout=240)
+
+
+def train_fsdp2(rank: int, argv: list[str]) -> Watched:
+    """Run the FSDP2 script's path with its checkpoints, without the final model."""
+    setup, state = build_run(argv)
+    watched = Watched()
+    if setup.resume is not None:
+        watched.restored = _copy(state.run_state())
+    recorder = RunRecorder(setup, state.accelerator.log)
+    checkpointer = _WatchingCheckpointer(setup, state.run_state, recorder.metrics_path)
+    with recorder, checkpointer.watching(watched):
+        for metrics in fit(state, setup, checkpointer):
+            recorder.record(metrics)
+    return watched
+
+
+def train_fsdp1(rank: int, argv: list[str]) -> Watched:
+    """Run the FSDP1 script's path with its checkpoints, without the final model."""
+    setup, arguments = build_setup_and_arguments(argv)
+    watched = Watched()
+    recorder = RunRecorder(setup)
+    trainer = MoETrainer(setup, arguments, on_step=recorder.record)
+    if setup.resume is not None:
+        trainer.add_callback(_AtTheBeginning(trainer, watched))
+    checkpointer = _WatchingCheckpointer(setup, trainer.run_state, recorder.metrics_path)
+    trainer.hooks = checkpointer
+    with recorder, checkpointer.watching(watched):
+        trainer.train()
+    return watched
+
+
+class _WatchingCheckpointer(Checkpointer):
+    """Keep what this rank held at `SAVED_STEP`; let that step's background save wait for the next.
+
+    So whatever the save does not own has changed by the time it is written.
+    """
+
+    def watching(self, watched: Watched) -> "_WatchingCheckpointer":
+        self._watched = watched
+        self._is_next_step_over = threading.Event()
+        return self
+
+    def after_step(self, step: int) -> None:
+        if step == SAVED_STEP:
+            self._watched.saved = _copy(self._get_state())
+        else:
+            self._is_next_step_over.set()
+        with mock.patch("megablocks_utils.training.checkpointer.write_checkpoint", self._write):
+            super().after_step(step)
+
+    def _write(self, *args: Any, **kwargs: Any) -> Path:
+        if threading.current_thread() is not threading.main_thread():
+            assert self._is_next_step_over.wait(timeout=60)
+        return write_checkpoint(*args, **kwargs)
+
+
+class _AtTheBeginning(TrainerCallback):
+    """Keep what this rank holds before the first step, all of it restored."""
+
+    def __init__(self, trainer: MoETrainer, watched: Watched) -> None:
+        self._trainer, self._watched = trainer, watched
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._watched.restored = _copy(self._trainer.run_state())
+
+
+def _copy(state: RunState) -> Pieces:
+    return {name: piece.copied_to_cpu() for name, piece in state.pieces().items()}

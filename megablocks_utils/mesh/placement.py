@@ -4,9 +4,12 @@ The only place that makes expert DTensors and takes their local part. What the `
 (shard once more, or keep copies) is FSDP's business and is written in the DTensor's placements.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 
@@ -38,6 +41,44 @@ def local_tensor(tensor: Tensor) -> Tensor:
     Gradients flow back with the placements of the DTensor.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_offsets(tensor: Tensor) -> tuple[int, ...]:
+    """Return where this rank's part of a tensor begins in the whole tensor, along every dim.
+
+    With the shape of `local_tensor(tensor)` this says which elements they are. The part may be
+    empty; a plain tensor begins at zero. No communication.
+    """
+    offsets = [0] * tensor.dim()
+    if not isinstance(tensor, DTensor):
+        return tuple(offsets)
+    mesh, sizes = tensor.device_mesh, list(tensor.shape)
+    for axis in _axes_in_order_of_sharding(tensor.placements, mesh.shape):
+        dim = tensor.placements[axis].dim
+        chunk = -(-sizes[dim] // mesh.size(axis))  # as `torch.chunk` cuts: the last ones are short
+        first = min(mesh.get_local_rank(axis) * chunk, sizes[dim])
+        offsets[dim] += first
+        sizes[dim] = min(chunk, sizes[dim] - first)
+    assert tuple(sizes) == local_tensor(tensor.detach()).shape, (tensor.placements, sizes)
+    return tuple(offsets)
+
+
+def _axes_in_order_of_sharding(placements: Sequence[Placement], shape: Sequence[int]) -> list[int]:
+    """Return the mesh axes that cut a tensor, the one that cut first in front.
+
+    From left to right, but a strided shard cut what the axes right of it had left: FSDP2 shards
+    over `dp` what is sharded over `ep` already.
+    """
+    plain, strided = [], []
+    for axis, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        assert hasattr(placement, "dim"), f"{placement} is not supported"
+        factor = getattr(placement, "split_factor", 1)
+        (plain if factor == 1 else strided).append(axis)
+        inside = [n for n in range(axis + 1, len(shape)) if placements[n] == Shard(placement.dim)]
+        assert factor == 1 or factor == prod(shape[n] for n in inside), f"{placements}"
+    return plain + strided[::-1]
 
 
 def count_replicas(tensor: Tensor, world_size: int) -> int:

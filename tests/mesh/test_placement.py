@@ -1,12 +1,18 @@
 """Which rank holds which experts, and how many ranks hold the same."""
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh
-from megablocks_utils.mesh.placement import count_replicas, distribute_experts, local_tensor
+from megablocks_utils.mesh.placement import (
+    count_replicas,
+    distribute_experts,
+    local_offsets,
+    local_tensor,
+)
 from tests.support.compare import relative_error
 
 EXPERTS = torch.arange(4 * 2 * 3.0).view(4, 2, 3)
@@ -49,3 +55,61 @@ def test_count_replicas(ranks4):
 
 def test_relative_error_of_zero_is_absolute():
     assert relative_error(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5.0
+
+
+def _indices(*shape):
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+
+
+def _shard_over_dp(tensor, mesh, dim):
+    holder = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(distribute_experts(tensor, mesh))
+    fully_shard(holder, mesh=mesh["dp"], shard_placement_fn=lambda _: Shard(dim))
+    return holder.weight.detach()
+
+
+def _check_offsets(rank, name):
+    """Cut this rank's part out of the whole tensor at its offsets, and compare with what it has."""
+    world = init_device_mesh("cpu", (4,))
+    grid = build_mesh(MeshSizes(2, 2), "cpu")
+    shape, place = {
+        "dense, uneven": ((10, 3), lambda t: distribute_tensor(t, world, [Shard(0)])),
+        "dense, fewer rows than ranks": ((3, 2), lambda t: distribute_tensor(t, world, [Shard(0)])),
+        "whole": ((5, 2), lambda t: distribute_tensor(t, world, [Replicate()])),
+        "two plain shards": ((9, 2), lambda t: distribute_tensor(t, grid, [Shard(0), Shard(0)])),
+        "experts, copies": ((4, 2, 3), lambda t: distribute_experts(t, grid)),
+        "experts, dp on experts": ((8, 2, 3), lambda t: _shard_over_dp(t, grid, 0)),
+        "experts, dp on rows": ((2, 6, 3), lambda t: _shard_over_dp(t, grid, 1)),
+        "experts, dp on columns": ((2, 3, 6), lambda t: _shard_over_dp(t, grid, 2)),
+        "fewer experts than ranks": ((2, 3, 3), lambda t: _shard_over_dp(t, grid, 0)),
+        "three experts a rank": ((6, 3, 3), lambda t: _shard_over_dp(t, grid, 0)),
+        "plain": ((4, 2), lambda t: t),
+    }[name]
+    whole = _indices(*shape)
+    placed = place(whole)
+    mine, offsets = local_tensor(placed), local_offsets(placed)
+    window = tuple(slice(o, o + n) for o, n in zip(offsets, mine.shape, strict=True))
+    assert torch.equal(mine, whole[window])
+    return mine.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "copies"),
+    [
+        ("dense, uneven", 1),
+        ("dense, fewer rows than ranks", 1),
+        ("whole", 4),
+        ("two plain shards", 1),
+        ("experts, copies", 2),
+        ("experts, dp on experts", 1),
+        ("experts, dp on rows", 1),
+        ("experts, dp on columns", 1),
+        ("fewer experts than ranks", 1),
+        ("three experts a rank", 1),
+        ("plain", 4),
+    ],
+)
+def test_local_offsets(ranks4, name, copies):
+    """Every element is at the offsets of a rank, `copies` times: its value is its global index."""
+    held = sorted(value for part in ranks4.run(_check_offsets, name) for value in part)
+    assert held == [float(n) for n in range(len(held) // copies) for _ in range(copies)]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from megablocks_utils.cli import HelpRequested, join_words
 from megablocks_utils.config import RunConfig
@@ -20,6 +20,7 @@ from megablocks_utils.errors import ConfigurationError, UserError
 __all__ = [
     "Launch",
     "agree_on_error",
+    "agreed",
     "check_environment",
     "check_output_dir",
     "claim_output_dir",
@@ -32,6 +33,7 @@ _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _RUN_FILES = ("run.json", "metrics.jsonl")
 _MODEL_FILES = ("model*.safetensors", "adapter_model.safetensors")
 _INDEX_FILES = ("model.safetensors.index.json",)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,20 @@ def agree_on_error(error: UserError | None) -> None:
     for met in errors:
         if met is not None:
             raise met
+
+
+def agreed(action: Callable[[], _Result]) -> _Result:
+    """Do something local on every rank, and raise on all ranks what one of them met.
+
+    **Collective:** as `agree_on_error`.
+    """
+    error = result = None
+    try:
+        result = action()
+    except UserError as met:
+        error = met
+    agree_on_error(error)
+    return result
 
 
 def check_output_dir(config: RunConfig) -> Path:

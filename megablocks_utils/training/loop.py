@@ -21,6 +21,7 @@ from megablocks_utils.training.micro_batch import (
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
+from megablocks_utils.training.progress import track_sharding
 from megablocks_utils.training.setup import Setup
 
 
@@ -44,7 +45,7 @@ class TrainingState:
 
 
 def build_training_state(setup: Setup) -> TrainingState:
-    """Wrap the model with FSDP2 and build optimizer, schedule and trackers.
+    """Wrap and fill the model with FSDP2, and build optimizer, schedule and trackers.
 
     **Collective:** every rank of the world must call.
     """
@@ -58,7 +59,15 @@ def build_training_state(setup: Setup) -> TrainingState:
         precision=setup.precision,
         seed=config.seed,
     )
-    model, optimizer = prepare_fsdp2(accelerator, setup.model, setup.sharded, make_optimizer)
+    with track_sharding(setup.console, setup.num_layers) as on_layer:
+        model, optimizer = prepare_fsdp2(
+            accelerator,
+            setup.model,
+            setup.sharded,
+            make_optimizer,
+            fill_local=setup.fill_local,
+            on_layer=on_layer,
+        )
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
     return TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
 

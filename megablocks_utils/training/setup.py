@@ -1,10 +1,8 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +16,6 @@ from megablocks_utils.checkpoint.index import (
     resolve_checkpoint_folder,
 )
 from megablocks_utils.checkpoint.layouts import (
-    Layout,
     detect_layout,
     is_expert_parameter,
     is_in_experts,
@@ -26,29 +23,26 @@ from megablocks_utils.checkpoint.layouts import (
 from megablocks_utils.checkpoint.load import (
     build_model_on_meta,
     check_against_model,
-    load_dense_parameters,
-    load_experts,
 )
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
-from megablocks_utils.errors import CheckpointError, UserError
-from megablocks_utils.launch import Launch, agree_on_error
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.fsdp.materialize import FillLocal
+from megablocks_utils.launch import Launch, agreed
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.shard_moe_utils import (
-    PROJECTIONS,
     ShardedMoE,
     find_expert_modules,
-    shard_moe,
+    split_experts_on_meta,
 )
 from megablocks_utils.training.data import TokenizedExamples, load_examples
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.parameters import ParameterCounts, count_parameters
-from megablocks_utils.training.progress import track_sharding
 from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.summary import build_console
 
 _TRUNCATED_LAYERS = 2
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,15 @@ class Setup:
         tokenizer: of the model; None if its folder has none.
         schedule: which examples each step holds.
         model_folder: the local folder its weights came from.
-        model: the transformers model, with adapters where asked for; weights on the CPU or the
-            device.
-        sharded: what `shard_moe` returned; None without expert parallelism and without adapters of
+        model: the transformers model on meta until FSDP has wrapped it; adapters, where asked for,
+            have their values.
+        sharded: how its experts are split; None without expert parallelism and without adapters of
             experts, which are this project's at ep 1 also then.
         lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
+        fill_local: where the weights come from once each rank knows its part of them.
     """
 
     config: RunConfig
@@ -88,6 +83,7 @@ class Setup:
     counts: ParameterCounts
     num_experts: int
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    fill_local: FillLocal
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -96,6 +92,11 @@ class Setup:
             for name, parameter in self.model.named_parameters()
             if is_expert_parameter(name)
         }
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.model.config.num_hidden_layers
 
     @property
     def layer_classes(self) -> list[str]:
@@ -126,7 +127,7 @@ def start_processes(launch: Launch) -> torch.device:
 
 
 def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setup:
-    """Load data and model, shard the experts, attach adapters.
+    """Load data, build the model without its weights, split the experts, attach adapters.
 
     **Collective:** every rank must call; what one rank cannot read ends all of them.
 
@@ -137,18 +138,17 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
-    folder = _agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
-    source = _agreed(lambda: _ModelSource(folder, config, precision))
+    folder = agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
+    source = agreed(lambda: _ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
-    adapters = _agreed(lambda: _choose_adapters(source.model, config))
-    tokenizer = _agreed(lambda: _load_tokenizer(folder))
-    examples = _agreed(lambda: _load_data(config, tokenizer, source.model))
-    with track_sharding(console, len(source.expert_names)) as on_layer:
-        sharded = _agreed(lambda: source.load(config, device, on_layer))
+    adapters = agreed(lambda: _choose_adapters(source.model, config))
+    tokenizer = agreed(lambda: _load_tokenizer(folder))
+    examples = agreed(lambda: _load_data(config, tokenizer, source.model))
+    sharded = agreed(lambda: source.split_experts(config, device))
     model = source.model
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     if adapters is not None:
-        _agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
+        agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
     # which only reentrant checkpointing needs.
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
@@ -167,6 +167,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         counts=_count(model, source.num_experts),
         num_experts=source.num_experts,
         parameter_specs=specs,
+        fill_local=source.reader.fill_local,
     )
 
 
@@ -181,8 +182,11 @@ class _ModelSource:
         self.model = build_model_on_meta(folder, truncate_layers=layers)
         self.expert_names = list(find_expert_modules(self.model))
         self.index: CheckpointIndex = open_checkpoint(folder)
-        self.layout: Layout = detect_layout(self.index)
-        check_against_model(self.model, self.index, self.layout, truncate_layers=layers)
+        layout = detect_layout(self.index)
+        check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        self.reader = SliceReader(self.index, layout)
+        self.model.tie_weights()
+        self.model.config.dtype = self.dtype
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(self.dtype)  # still on meta: only names the dtype
 
@@ -191,52 +195,23 @@ class _ModelSource:
         """Experts of a layer."""
         return self.model.get_submodule(self.expert_names[0]).num_experts
 
-    def load(
-        self, config: RunConfig, device: torch.device, on_layer: Callable[[int], None]
-    ) -> ShardedMoE | None:
-        """Fill the model: this rank's experts only with expert parallelism, all of them without.
+    def split_experts(self, config: RunConfig, device: torch.device) -> ShardedMoE | None:
+        """Split the experts over the ranks with expert parallelism; they stay on meta.
 
         Experts with adapters are this project's own also without expert parallelism (ep 1): PEFT's
         way through transformers' experts holds W + B A of all experts.
         """
-        sharded = None
         has_ep = config.parallel.use_megablocks_sharding
-        if has_ep or config.adapter.trains_experts:
-            sharded = shard_moe(
-                self.model,
-                ep_size=(config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
-                checkpoint_name_or_path=self.folder,
-                kernel=config.parallel.kernel,
-                expert_dp=config.parallel.expert_dp,
-                device_type=device.type,
-                compute_dtype=self.compute_dtype,
-                on_layer=on_layer,
-            )
-        else:
-            self._fill_all_experts(on_layer)
-        load_dense_parameters(self.model, self.index, self.layout, dtype=self.dtype)
-        return sharded
-
-    def _fill_all_experts(self, on_layer: Callable[[int], None]) -> None:
-        for name in self.expert_names:
-            module = self.model.get_submodule(name)
-            weights = load_experts(
-                self.index, self.layout, name, first=0, last=module.num_experts, dtype=self.dtype
-            )
-            for projection in PROJECTIONS:
-                setattr(module, projection, nn.Parameter(weights[projection]))
-            on_layer(1)
-
-
-def _agreed(action: Callable[[], _Result]) -> _Result:
-    """Do something local on every rank, and raise on all ranks what one of them met."""
-    error = result = None
-    try:
-        result = action()
-    except UserError as met:
-        error = met
-    agree_on_error(error)
-    return result
+        if not has_ep and not config.adapter.trains_experts:
+            return None
+        return split_experts_on_meta(
+            self.model,
+            (config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
+            kernel=config.parallel.kernel,
+            expert_dp=config.parallel.expert_dp,
+            device_type=device.type,
+            compute_dtype=self.compute_dtype,
+        )
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -25,8 +25,9 @@ def train(config: RunConfig, launch: Launch) -> None:
     from megablocks_utils.fsdp.fsdp2 import full_parameters
     from megablocks_utils.training.checkpointer import Checkpointer
     from megablocks_utils.training.loop import build_training_state, fit
+    from megablocks_utils.training.processes import start_processes
     from megablocks_utils.training.recorder import RunRecorder
-    from megablocks_utils.training.setup import build_setup, start_processes
+    from megablocks_utils.training.setup import build_setup
 
     device = start_processes(launch, config.output_dir)
     setup = build_setup(config, launch, device)

@@ -25,8 +25,9 @@ def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     """Build, train, report."""
     from megablocks_utils.fsdp.fsdp1 import full_parameters
     from megablocks_utils.training.checkpointer import Checkpointer
+    from megablocks_utils.training.processes import start_processes
     from megablocks_utils.training.recorder import RunRecorder
-    from megablocks_utils.training.setup import build_setup, start_processes
+    from megablocks_utils.training.setup import build_setup
     from megablocks_utils.training.trainer import MoETrainer
     from megablocks_utils.training.trainer_arguments import (
         build_trainer_arguments,

@@ -27,8 +27,9 @@ from megablocks_utils.training.batches import MicroBatch, epoch_order
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.loop import build_training_state, fit
 from megablocks_utils.training.objective import label_positions, token_loss_sum
+from megablocks_utils.training.processes import start_processes
 from megablocks_utils.training.schedule import Schedule
-from megablocks_utils.training.setup import build_setup, start_processes
+from megablocks_utils.training.setup import build_setup
 from megablocks_utils.training.text import IGNORED_LABEL
 
 LEARNING_RATE = 1e-4

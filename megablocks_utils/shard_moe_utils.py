@@ -118,21 +118,62 @@ def shard_moe(
             "shard_moe needs torch.distributed to be initialised; launch with torchrun, or call "
             "torch.distributed.init_process_group first."
         )
-    modules = find_expert_modules(model)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    sharded = _plan(model, ep_size, kernel, expert_dp, device_type, compute_dtype)
+    source = _ExpertSource(checkpoint_name_or_path, sharded.mesh, _local_device(device_type))
+    for name, module in find_expert_modules(model).items():
+        _swap(sharded, name, module, source.take(name, module))
+        on_layer(1)
+    return sharded
+
+
+def split_experts_on_meta(
+    model: nn.Module,
+    ep_size: int,
+    *,
+    kernel: str,
+    expert_dp: str,
+    device_type: str,
+    compute_dtype: torch.dtype,
+) -> ShardedMoE:
+    """Do what `shard_moe` does for a model on meta, and leave it there for `fsdp` to fill.
+
+    **Collective:** every rank of the world must call; process groups are made.
+
+    Raises:
+        ConfigurationError: as `shard_moe`.
+    """
+    sharded = _plan(model, ep_size, kernel, expert_dp, device_type, compute_dtype)
+    for name, module in find_expert_modules(model).items():
+        num_local = len(local_expert_range(module.num_experts, sharded.mesh))
+        parts = {p: getattr(module, p).detach()[:num_local] for p in PROJECTIONS}
+        weights = {p: wrap_local_experts(part, sharded.mesh) for p, part in parts.items()}
+        _swap(sharded, name, module, weights)
+    return sharded
+
+
+def _plan(
+    model: nn.Module,
+    ep_size: int,
+    kernel: str,
+    expert_dp: str,
+    device_type: str,
+    compute_dtype: torch.dtype | None,
+) -> ShardedMoE:
+    """Make the mesh and choose the kernel; no experts are swapped yet."""
+    modules = find_expert_modules(model)
     mesh = build_mesh(_common_mesh_sizes(modules, ep_size), device_type)
     first = next(iter(modules.values()))
     choice = choose_backend(kernel, _expert_shapes(first, device_type, compute_dtype))
-    source = _ExpertSource(checkpoint_name_or_path, mesh, _local_device(device_type))
-    expert_modules = {}
-    for name, module in modules.items():
-        weights = source.take(name, module)
-        expert_modules[name] = DroplessExperts(
-            **weights, mesh=mesh, backend=choice.run, activation=module.act_fn
-        )
-        model.set_submodule(name, expert_modules[name])
-        on_layer(1)
-    return ShardedMoE(model, mesh, expert_modules, expert_dp, choice)
+    return ShardedMoE(model, mesh, {}, expert_dp, choice)
+
+
+def _swap(sharded: ShardedMoE, name: str, module: nn.Module, weights: dict[str, DTensor]) -> None:
+    experts = DroplessExperts(
+        **weights, mesh=sharded.mesh, backend=sharded.kernel.run, activation=module.act_fn
+    )
+    sharded.expert_modules[name] = experts
+    sharded.model.set_submodule(name, experts)
 
 
 class _ExpertSource:

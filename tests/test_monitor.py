@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megablocks_utils.errors import DataError
 from megablocks_utils.launch import Launch, run_entry_point
-from megablocks_utils.training.setup import start_processes
+from megablocks_utils.training.processes import start_processes
 from tests.support.rank_pool import _free_port, _start_forkserver
 
 WORLD = 4

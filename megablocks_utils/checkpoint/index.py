@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from torch import Tensor
 
 from megablocks_utils.errors import CheckpointError
 
@@ -102,7 +103,7 @@ class CheckpointIndex:
         """Return the size of all tensors together."""
         return sum(entry.num_bytes for entry in self._entries.values())
 
-    def read(self, key: str) -> torch.Tensor:
+    def read(self, key: str) -> Tensor:
         """Read tensor `key` into CPU memory of its own.
 
         Raises:
@@ -111,22 +112,23 @@ class CheckpointIndex:
         entry = self._entry(key)
         return _read_bytes(entry, entry.offset, entry.shape)
 
-    def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Read rows `start:stop` of dim 0 of tensor `key`, and no other byte of it.
+    def read_rows(self, key: str, start: int, stop: int, *, item: int | None = None) -> Tensor:
+        """Read rows `start:stop` of tensor `key`, or of its element `item`, and no other byte.
 
         Raises:
             CheckpointError: the tensor or some of the rows are not there.
         """
         entry = self._entry(key)
-        num_rows = entry.shape[0] if entry.shape else 0
-        if not 0 <= start <= stop <= num_rows:
+        shape = entry.shape if item is None else entry.shape[1:]
+        num_rows = shape[0] if shape else 0
+        first = (item or 0) * num_rows + start
+        is_there = item is None or 0 <= item < entry.shape[0]
+        if not is_there or not 0 <= start <= stop <= num_rows:
             raise CheckpointError(
                 f"rows {start}:{stop} of {key} were asked for, but {entry.path} has {num_rows}"
             )
-        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        return _read_bytes(
-            entry, entry.offset + start * row_bytes, (stop - start, *entry.shape[1:])
-        )
+        row_bytes = math.prod(shape[1:]) * entry.dtype.itemsize
+        return _read_bytes(entry, entry.offset + first * row_bytes, (stop - start, *shape[1:]))
 
     def _entry(self, key: str) -> TensorEntry:
         if key not in self._entries:
@@ -281,7 +283,7 @@ def _parse_header(path: Path, text: bytes, data_start: int) -> tuple[dict[str, T
     return entries, end
 
 
-def _read_bytes(entry: TensorEntry, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _read_bytes(entry: TensorEntry, offset: int, shape: tuple[int, ...]) -> Tensor:
     tensor = torch.empty(shape, dtype=entry.dtype)
     target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     with entry.path.open("rb", buffering=0) as file:

@@ -1,18 +1,16 @@
-"""Build a model without weights, check a checkpoint against it, and read only what is wanted.
+"""Build a model without weights, check a checkpoint against it, and read experts from it.
 
 The way of a load: `build_model_on_meta`, `open_checkpoint`, `detect_layout`,
-`check_against_model` (before any weight is read), then `load_experts` per MoE layer for the
-experts that this rank holds, and `load_dense_parameters` (or `read_dense_parameters`, one tensor
-at a time) for everything else. No function here communicates.
+`check_against_model` (before any weight is read), then a `SliceReader` for the parts that this
+rank holds. No function here communicates.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
@@ -20,20 +18,17 @@ from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
     SUPPORTED_MODEL_TYPES,
     TIED_PARAMETERS,
-    ExpertPart,
     Layout,
     is_expert_parameter,
 )
 from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.checkpoint.slices import SliceReader, stored_key
 from megablocks_utils.errors import CheckpointError
 
 __all__ = [
     "build_model_on_meta",
     "check_against_model",
-    "check_finite",
-    "load_dense_parameters",
     "load_experts",
-    "read_dense_parameters",
 ]
 
 NUM_NAMED = 3
@@ -135,61 +130,14 @@ def load_experts(
     Raises:
         CheckpointError: a tensor is missing, of another shape than its neighbours, or non-finite.
     """
-    experts = range(first, last)
-    return {
-        tensor: _load_expert_tensor(index, layout, f"{module_name}.{tensor}", experts, dtype)
-        for tensor in EXPERT_TENSORS
-    }
-
-
-def read_dense_parameters(
-    model: PreTrainedModel, index: CheckpointIndex, layout: Layout, *, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and CPU tensor of every parameter that is not an expert weight, one at a time.
-
-    Tied copies are left out. The order is the model's own, the same on every rank.
-
-    Raises:
-        CheckpointError: a tensor is missing, of another shape than the parameter, or non-finite.
-    """
-    copies = _tied_copies(model)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_expert_parameter(name) or name in copies:
-            continue
-        key = _stored_key(layout.hub_key(name), index, copies)
-        yield name, _read_checked(index, key, tuple(parameter.shape)).to(dtype)
-
-
-def load_dense_parameters(
-    model: PreTrainedModel, index: CheckpointIndex, layout: Layout, *, dtype: torch.dtype
-) -> None:
-    """Fill every parameter of a model on meta that is not an expert weight, and tie tied ones.
-
-    Afterwards only expert weights are still on meta. `requires_grad` stays as it was.
-
-    Raises:
-        CheckpointError: as `read_dense_parameters`.
-    """
-    for name, tensor in read_dense_parameters(model, index, layout, dtype=dtype):
-        module_name, _, parameter_name = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        requires_grad = module.get_parameter(parameter_name).requires_grad
-        parameter = nn.Parameter(tensor, requires_grad=requires_grad)
-        module.register_parameter(parameter_name, parameter)
-    model.tie_weights()
-    model.config.dtype = dtype
-
-
-def check_finite(tensor: torch.Tensor, source: str) -> None:
-    """Refuse a tensor, called `source` in the message, with values that are not finite.
-
-    Raises:
-        CheckpointError: it holds some.
-    """
-    num_bad = tensor.numel() - int(tensor.isfinite().sum())
-    if num_bad:
-        noun = "value" if num_bad == 1 else "values"
-        raise CheckpointError(f"{source} holds {num_bad} non-finite {noun}")
+    reader, loaded = SliceReader(index, layout), {}
+    for tensor in EXPERT_TENSORS:
+        name = f"{module_name}.{tensor}"
+        loaded[tensor] = torch.empty(
+            (last - first, *reader.expert_matrix_shape(name, first)), dtype=dtype
+        )
+        reader.fill_local(name, loaded[tensor], (first, 0, 0))
+    return loaded
 
 
 def _check_model_type(folder: Path, config: dict) -> None:
@@ -210,12 +158,6 @@ def _tied_copies(model: PreTrainedModel) -> Mapping[str, str]:
     return TIED_PARAMETERS if model.config.tie_word_embeddings else {}
 
 
-def _stored_key(key: str, index: CheckpointIndex, copies: Mapping[str, str]) -> str:
-    """Return `key`, or the tied copy under whose name the checkpoint stores the tensor instead."""
-    stored = [copy for copy, source in copies.items() if source == key and copy in index]
-    return stored[0] if stored and key not in index else key
-
-
 def _wanted_shapes(
     model: PreTrainedModel, index: CheckpointIndex, layout: Layout
 ) -> dict[str, tuple[int, ...]]:
@@ -228,7 +170,7 @@ def _wanted_shapes(
             for part in layout.expert_parts(name, range(shape[0])):
                 shapes[part.key] = part.hub_shape(shape)
         elif name not in copies:
-            shapes[_stored_key(layout.hub_key(name), index, copies)] = shape
+            shapes[stored_key(layout.hub_key(name), index, copies)] = shape
     return shapes
 
 
@@ -247,36 +189,3 @@ def _describe(kind: str, items: list[str]) -> str:
     noun = "tensor" if len(items) == 1 else "tensors"
     more = ", ..." if len(items) > NUM_NAMED else ""
     return f"{len(items)} {noun} {kind} ({', '.join(items[:NUM_NAMED])}{more})"
-
-
-def _load_expert_tensor(
-    index: CheckpointIndex, layout: Layout, name: str, experts: range, dtype: torch.dtype
-) -> torch.Tensor:
-    parts = list(layout.expert_parts(name, experts))
-    num_rows, num_columns = index.shape(parts[0].key)[-2:]
-    num_rows *= parts[0].num_shares
-    result = torch.empty((len(experts), num_rows, num_columns), dtype=dtype)
-    for part in parts:
-        target = result[part.expert - experts.start, part.rows(num_rows)]
-        target.copy_(_read_part(index, part, tuple(target.shape)))
-    return result
-
-
-def _read_part(index: CheckpointIndex, part: ExpertPart, shape: tuple[int, ...]) -> torch.Tensor:
-    if part.is_fused:
-        rows = range(part.expert, part.expert + 1)
-        return _read_checked(index, part.key, (1, *shape), rows)[0]
-    return _read_checked(index, part.key, shape)
-
-
-def _read_checked(
-    index: CheckpointIndex, key: str, shape: tuple[int, ...], rows: range | None = None
-) -> torch.Tensor:
-    """Read a tensor, or rows of it, and refuse another shape and values that are not finite."""
-    tensor = index.read(key) if rows is None else index.read_rows(key, rows.start, rows.stop)
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            f"{key} in {index.path(key)} has shape {tuple(tensor.shape)}, wanted is {shape}"
-        )
-    check_finite(tensor, f"{key} in {index.path(key)}")
-    return tensor

@@ -11,6 +11,7 @@ around each small adapter, as PEFT's wrap policy makes them, gather eight times 
 recomputation, which selective checkpointing does not survive.)
 """
 
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.fsdp.materialize import FillLocal, materialize
+from megablocks_utils.launch import agreed
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
@@ -84,8 +87,13 @@ def wrap_fsdp1(
     *,
     layer_classes: list[str],
     device: torch.device,
+    fill_local: FillLocal,
+    on_layer: Callable[[int], None] = lambda _: None,
 ) -> FullyShardedDataParallel:
     """Wrap every decoder layer, then the rest, leave the experts alone, and sum all gradients.
+
+    What is on meta is filled just before it is wrapped, so that a rank holds the dense weights of
+    one unit whole at a time, beside its shards and its experts.
 
     **Collective:** every rank of the world must call.
 
@@ -95,8 +103,11 @@ def wrap_fsdp1(
         plugin: from `build_fsdp1_plugin`.
         layer_classes: class names of the layers.
         device: where this rank computes.
+        fill_local: where the values of parameters on meta come from.
+        on_layer: called with 1 after each layer, for a progress bar.
 
     Raises:
+        UserError: on every rank, what one met in `fill_local`.
         RuntimeError: FSDP left a parameter out: its gradient would never be reduced.
     """
     experts = list(sharded.expert_modules.values()) if sharded else None
@@ -114,18 +125,32 @@ def wrap_fsdp1(
             device_id=device,
         )
 
+    def fill_and_wrap() -> FullyShardedDataParallel:
+        """Communicate nothing, so that a rank may fail on its way."""
+        for name, layer in layers:
+            materialize(layer, fill_local, device, prefix=f"{name}.")
+            model.set_submodule(name, _wrap_layer(layer, wrap))
+            on_layer(1)
+        materialize(model, fill_local, device)
+        return wrap(model)
+
     num_elements = _count_local_dense(model)
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
-    for name, layer in layers:
-        adapters = _take_adapters_off(layer)
-        unit = wrap(layer)
-        for place, child, adapter in adapters:
-            setattr(place, child, adapter)
-        model.set_submodule(name, wrap(unit) if adapters else unit)
-    root = wrap(model)
+    root = agreed(fill_and_wrap)
     _assert_all_sharded(root, num_elements)
     root.register_comm_hook(root.process_group, _sum_over_ranks)
     return root
+
+
+def _wrap_layer(
+    layer: nn.Module, wrap: Callable[[nn.Module], FullyShardedDataParallel]
+) -> FullyShardedDataParallel:
+    """Wrap a layer's frozen weights and its adapters in a unit each; without adapters in one."""
+    adapters = _take_adapters_off(layer)
+    unit = wrap(layer)
+    for place, child, adapter in adapters:
+        setattr(place, child, adapter)
+    return wrap(unit) if adapters else unit
 
 
 def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:

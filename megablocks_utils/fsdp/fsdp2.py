@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
+from megablocks_utils.fsdp.materialize import FillLocal, materialize
+from megablocks_utils.launch import agreed
 from megablocks_utils.mesh.device_mesh import DP_AXIS
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
@@ -80,8 +82,11 @@ def prepare_fsdp2(
     model: nn.Module,
     sharded: ShardedMoE | None,
     make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer],
+    *,
+    fill_local: FillLocal,
+    on_layer: Callable[[int], None] = lambda _: None,
 ) -> tuple[nn.Module, Optimizer]:
-    """Shard the experts over dp, then hand the rest to Accelerate, and make all reductions sums.
+    """Shard the experts over dp, hand the rest to Accelerate, make all reductions sums, and fill.
 
     **Collective:** every rank of the world must call.
 
@@ -89,8 +94,12 @@ def prepare_fsdp2(
         accelerator: from `build_accelerator`.
         model: sharded by `shard_moe`, adapters attached.
         sharded: what `shard_moe` returned; None without expert parallelism.
-        make_optimizer: makes the optimizer from the named parameters. It is called when the experts
-            have their final parameters; Accelerate relinks it to those it makes for the rest.
+        make_optimizer: makes the optimizer from the named parameters, the final ones.
+        fill_local: where the values of parameters on meta come from.
+        on_layer: called with 1 after each layer, for a progress bar.
+
+    Raises:
+        UserError: on every rank, what one met in `fill_local`.
     """
     plugin = accelerator.state.fsdp_plugin
     if sharded is not None:
@@ -98,7 +107,8 @@ def prepare_fsdp2(
             shard_experts_over_dp(sharded, plugin.mixed_precision_policy)
         else:
             plugin.ignored_modules = list(sharded.expert_modules.values())
-    model, optimizer = accelerator.prepare(model, make_optimizer(model.named_parameters()))
+    layers = _find_layers(model, plugin.transformer_cls_names_to_wrap)
+    model = _prepare_model(accelerator, model)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         # Sums everywhere (see `gradients`). Forced, because gloo has no premultiplied sum, which
@@ -109,7 +119,37 @@ def prepare_fsdp2(
         # the experts. (Tied to the output head, they are in the head's unit.)
         unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
     _assert_all_sharded(model)
-    return model, optimizer
+    agreed(lambda: _fill(model, layers, fill_local, accelerator.device, on_layer))
+    return model, accelerator.prepare_optimizer(make_optimizer(model.named_parameters()))
+
+
+def _find_layers(model: nn.Module, classes: list[str]) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if type(m).__name__ in classes}
+
+
+def _prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Let Accelerate shard a model that has no optimizer yet.
+
+    Accelerate refuses a model without one, and it finds the parameters of a real one again by
+    `data_ptr`, which is 0 for all that are on meta. So it gets one without parameters.
+    """
+    stand_in = torch.optim.SGD([{"params": []}])
+    model, prepared = accelerator.prepare(model, stand_in)
+    accelerator._optimizers.remove(prepared)
+    return model
+
+
+def _fill(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    fill_local: FillLocal,
+    device: torch.device,
+    on_layer: Callable[[int], None],
+) -> None:
+    for name, layer in layers.items():
+        materialize(layer, fill_local, device, prefix=f"{name}.")
+        on_layer(1)
+    materialize(model, fill_local, device)
 
 
 def shards_over_dp(sharded: ShardedMoE) -> bool:

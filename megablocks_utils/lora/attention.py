@@ -1,7 +1,8 @@
 """LoRA on linear layers, with PEFT's own layers."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import inject_adapter_in_model
@@ -44,13 +45,32 @@ def attach_linear_lora(
     The same seed gives every rank the same adapters, which FSDP relies on.
     """
     without_experts = LoraSettings(settings.r, settings.lora_alpha, settings.target_modules)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _weights_off_meta(model):
         # PEFT 0.21 asks transformers by a name that transformers 5.23 has deprecated.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         torch.manual_seed(seed)
         inject_adapter_in_model(build_peft_config(without_experts), model)
     for parameter in linear_lora_parameters(model):
         parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _weights_off_meta(model: nn.Module) -> Iterator[None]:
+    """Let linear layers on meta have weights of one element, seen as many, for a while.
+
+    PEFT moves new adapters to where the layer's weight is, and on meta their values would be lost.
+    """
+    on_meta = {
+        module: module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight.is_meta
+    }
+    for module, weight in on_meta.items():
+        seen_as_many = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
+        module.weight = nn.Parameter(seen_as_many, requires_grad=weight.requires_grad)
+    yield
+    for module, weight in on_meta.items():
+        module.weight = weight
 
 
 def linear_lora_parameters(model: nn.Module) -> Iterable[nn.Parameter]:

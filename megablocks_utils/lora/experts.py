@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.mesh.placement import local_expert_range, local_tensor, wrap_local_experts
+from megablocks_utils.mesh.placement import local_expert_range, wrap_local_experts
 from megablocks_utils.moe.lora import ExpertLora
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
@@ -50,9 +51,9 @@ def lora_name(projection: str) -> str:
 
 
 def _place(
-    local_factor: Tensor, weights: Tensor, dtype: torch.dtype, sharded: ShardedMoE
+    local_factor: Tensor, weights: DTensor, dtype: torch.dtype, sharded: ShardedMoE
 ) -> Tensor:
-    """Put this rank's factors where their weights are; memory of their own, not a slice's."""
-    device = local_tensor(weights.detach()).device
+    """Put this rank's factors where their weights will be; memory of their own, not a slice's."""
+    device = weights.device_mesh.device_type  # the weights may still be on meta
     own = local_factor.to(device=device, dtype=dtype, copy=True).contiguous()
     return wrap_local_experts(own, sharded.mesh)

@@ -21,6 +21,7 @@ from megablocks_utils.training.micro_batch import (
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
+from megablocks_utils.training.progress import track_sharding
 from megablocks_utils.training.resume import restore_run
 from megablocks_utils.training.run_state import RunState
 from megablocks_utils.training.setup import Setup
@@ -51,7 +52,7 @@ class TrainingState:
 
 
 def build_training_state(setup: Setup) -> TrainingState:
-    """Wrap the model with FSDP2, build optimizer, schedule and trackers, go on where asked.
+    """Wrap and fill the model with FSDP2, build optimizer and schedule, go on where asked.
 
     **Collective:** every rank of the world must call.
     """
@@ -65,7 +66,15 @@ def build_training_state(setup: Setup) -> TrainingState:
         precision=setup.precision,
         seed=config.seed,
     )
-    model, optimizer = prepare_fsdp2(accelerator, setup.model, setup.sharded, make_optimizer)
+    with track_sharding(setup.console, setup.num_layers) as on_layer:
+        model, optimizer = prepare_fsdp2(
+            accelerator,
+            setup.model,
+            setup.sharded,
+            make_optimizer,
+            fill_local=setup.fill_local,
+            on_layer=on_layer,
+        )
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
     state = TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
     if setup.resume is not None:

@@ -1,16 +1,12 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import (
@@ -19,7 +15,6 @@ from megablocks_utils.checkpoint.index import (
     resolve_checkpoint_folder,
 )
 from megablocks_utils.checkpoint.layouts import (
-    Layout,
     detect_layout,
     is_expert_parameter,
     is_in_experts,
@@ -27,22 +22,18 @@ from megablocks_utils.checkpoint.layouts import (
 from megablocks_utils.checkpoint.load import (
     build_model_on_meta,
     check_against_model,
-    load_dense_parameters,
-    load_experts,
 )
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
-from megablocks_utils.errors import UserError
-from megablocks_utils.launch import Launch, agree_on_error
-from megablocks_utils.liveness import describe_self
+from megablocks_utils.fsdp.materialize import FillLocal
+from megablocks_utils.launch import Launch, agreed
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.monitor import start_monitor
 from megablocks_utils.shard_moe_utils import (
-    PROJECTIONS,
     ShardedMoE,
     find_expert_modules,
-    shard_moe,
+    split_experts_on_meta,
 )
 from megablocks_utils.training.continuity import (
     Continuity,
@@ -52,14 +43,11 @@ from megablocks_utils.training.continuity import (
 from megablocks_utils.training.data import TokenizedExamples, load_examples
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.parameters import ParameterCounts, count_parameters
-from megablocks_utils.training.progress import track_sharding
 from megablocks_utils.training.resume import ResumePoint, find_resume_point
 from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.summary import build_console
 
 _TRUNCATED_LAYERS = 2
-_STORE_TIMEOUT = timedelta(seconds=30)
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -75,14 +63,15 @@ class Setup:
         tokenizer: of the model; None if its folder has none.
         schedule: which examples each step holds.
         model_folder: the local folder its weights came from.
-        model: the transformers model, with adapters where asked for; weights on the CPU or the
-            device.
-        sharded: what `shard_moe` returned; None without expert parallelism and without adapters of
+        model: the transformers model on meta until FSDP has wrapped it; adapters, where asked for,
+            have their values.
+        sharded: how its experts are split; None without expert parallelism and without adapters of
             experts, which are this project's at ep 1 also then.
         lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
+        fill_local: where the weights come from once each rank knows its part of them.
         continuity: what a run that goes on from this one's checkpoints must share with it.
         resume: the checkpoint to go on from; None for a run that starts anew.
     """
@@ -101,6 +90,7 @@ class Setup:
     counts: ParameterCounts
     num_experts: int
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    fill_local: FillLocal
     continuity: Continuity
     resume: ResumePoint | None
 
@@ -125,42 +115,18 @@ class Setup:
         return self.resume.step if self.resume else 0
 
     @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.model.config.num_hidden_layers
+
+    @property
     def layer_classes(self) -> list[str]:
         """Class names of the decoder layers, which become one FSDP unit each."""
         return sorted(self.model._no_split_modules)
 
 
-def start_processes(launch: Launch, output_dir: str | None = None) -> torch.device:
-    """Connect the processes of the run and return this rank's device.
-
-    **Collective:** waits for all ranks. A run of one process makes a group of one, so that there is
-    one code path.
-
-    Args:
-        launch: which process this is.
-        output_dir: where to look for checkpoints when a rank is lost; None: nobody watches.
-    """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank)
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Gathering experts that are sharded twice takes two all-gathers, which is no news to anybody.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    if dist.is_initialized():
-        return device
-    if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return device
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    if output_dir is not None:
-        _watch_ranks(store, rank, world_size, output_dir)
-    return device
-
-
 def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setup:
-    """Load data and model, shard the experts, attach adapters.
+    """Load data, build the model without its weights, split the experts, attach adapters.
 
     **Collective:** every rank must call; what one rank cannot read ends all of them.
 
@@ -172,12 +138,12 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    folder = _agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
-    source = _agreed(lambda: _ModelSource(folder, config, precision))
+    folder = agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
+    source = agreed(lambda: _ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
-    adapters = _agreed(lambda: _choose_adapters(source.model, config))
-    tokenizer = _agreed(lambda: load_tokenizer(folder))
-    examples = _agreed(lambda: _load_data(config, tokenizer, source.model))
+    adapters = agreed(lambda: _choose_adapters(source.model, config))
+    tokenizer = agreed(lambda: load_tokenizer(folder))
+    examples = agreed(lambda: _load_data(config, tokenizer, source.model))
     continuity = describe_continuity(
         config,
         precision,
@@ -189,12 +155,11 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     schedule = Schedule(config, examples, launch.rank, launch.world_size)
     if resume is not None:
         check_continuity(resume.manifest, continuity, config, schedule)
-    with track_sharding(console, len(source.expert_names)) as on_layer:
-        sharded = _agreed(lambda: source.load(config, device, on_layer))
+    sharded = agreed(lambda: source.split_experts(config, device))
     model = source.model
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     if adapters is not None:
-        _agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
+        agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
     # which only reentrant checkpointing needs.
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
@@ -213,6 +178,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         counts=_count(model, source.num_experts),
         num_experts=source.num_experts,
         parameter_specs=specs,
+        fill_local=_leave_empty if resume and adapters is None else source.reader.fill_local,
         continuity=continuity,
         resume=resume,
     )
@@ -229,8 +195,11 @@ class _ModelSource:
         self.model = build_model_on_meta(folder, truncate_layers=layers)
         self.expert_names = list(find_expert_modules(self.model))
         self.index: CheckpointIndex = open_checkpoint(folder)
-        self.layout: Layout = detect_layout(self.index)
-        check_against_model(self.model, self.index, self.layout, truncate_layers=layers)
+        layout = detect_layout(self.index)
+        check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        self.reader = SliceReader(self.index, layout)
+        self.model.tie_weights()
+        self.model.config.dtype = self.dtype
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(self.dtype)  # still on meta: only names the dtype
 
@@ -239,62 +208,27 @@ class _ModelSource:
         """Experts of a layer."""
         return self.model.get_submodule(self.expert_names[0]).num_experts
 
-    def load(
-        self, config: RunConfig, device: torch.device, on_layer: Callable[[int], None]
-    ) -> ShardedMoE | None:
-        """Fill the model: this rank's experts only with expert parallelism, all of them without.
+    def split_experts(self, config: RunConfig, device: torch.device) -> ShardedMoE | None:
+        """Split the experts over the ranks with expert parallelism; they stay on meta.
 
         Experts with adapters are this project's own also without expert parallelism (ep 1): PEFT's
         way through transformers' experts holds W + B A of all experts.
         """
-        sharded = None
         has_ep = config.parallel.use_megablocks_sharding
-        if has_ep or config.adapter.trains_experts:
-            sharded = shard_moe(
-                self.model,
-                ep_size=(config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
-                checkpoint_name_or_path=self.folder,
-                kernel=config.parallel.kernel,
-                expert_dp=config.parallel.expert_dp,
-                device_type=device.type,
-                compute_dtype=self.compute_dtype,
-                on_layer=on_layer,
-            )
-        else:
-            self._fill_all_experts(on_layer)
-        load_dense_parameters(self.model, self.index, self.layout, dtype=self.dtype)
-        return sharded
-
-    def _fill_all_experts(self, on_layer: Callable[[int], None]) -> None:
-        for name in self.expert_names:
-            module = self.model.get_submodule(name)
-            weights = load_experts(
-                self.index, self.layout, name, first=0, last=module.num_experts, dtype=self.dtype
-            )
-            for projection in PROJECTIONS:
-                setattr(module, projection, nn.Parameter(weights[projection]))
-            on_layer(1)
+        if not has_ep and not config.adapter.trains_experts:
+            return None
+        return split_experts_on_meta(
+            self.model,
+            (config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
+            kernel=config.parallel.kernel,
+            expert_dp=config.parallel.expert_dp,
+            device_type=device.type,
+            compute_dtype=self.compute_dtype,
+        )
 
 
-def _watch_ranks(store: dist.Store, rank: int, world_size: int, output_dir: str) -> None:
-    members = [describe_self(rank)] * world_size
-    dist.all_gather_object(members, members[rank])
-    # The launcher's store may hold what an earlier start of this run has written.
-    prefix = f"liveness/{members[0].pid}-{members[0].started}"
-    own_client = store.clone()
-    own_client.set_timeout(_STORE_TIMEOUT)
-    start_monitor(members, rank, dist.PrefixStore(prefix, own_client), output_dir)
-
-
-def _agreed(action: Callable[[], _Result]) -> _Result:
-    """Do something local on every rank, and raise on all ranks what one of them met."""
-    error = result = None
-    try:
-        result = action()
-    except UserError as met:
-        error = met
-    agree_on_error(error)
-    return result
+def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
+    """Fill nothing: all weights come from the checkpoint that the run goes on from."""
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

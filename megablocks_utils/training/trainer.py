@@ -29,6 +29,7 @@ from megablocks_utils.training.micro_batch import (
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
+from megablocks_utils.training.progress import track_sharding
 from megablocks_utils.training.resume import restore_run
 from megablocks_utils.training.run_state import RunState
 from megablocks_utils.training.schedule import Schedule
@@ -97,13 +98,16 @@ class MoETrainer(Trainer):
         self._report = _StepReport(setup, on_step, self)
         super().__init__(setup.model, arguments, callbacks=[self._report])
         # Wrapped already, the model is Accelerate's to use and not to wrap.
-        self.model = self.model_wrapped = wrap_fsdp1(
-            setup.model,
-            setup.sharded,
-            self._plugin,
-            layer_classes=setup.layer_classes,
-            device=setup.device,
-        )
+        with track_sharding(setup.console, setup.num_layers) as on_layer:
+            self.model = self.model_wrapped = wrap_fsdp1(
+                setup.model,
+                setup.sharded,
+                self._plugin,
+                layer_classes=setup.layer_classes,
+                device=setup.device,
+                fill_local=setup.fill_local,
+                on_layer=on_layer,
+            )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 

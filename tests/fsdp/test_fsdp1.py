@@ -99,7 +99,14 @@ def _wrap_and_leave_one_out(rank):
         mock.patch.object(fsdp1, "FullyShardedDataParallel", wrap_all_but_one),
         pytest.raises(RuntimeError, match="given 40 elements to shard, but the ranks hold 60"),
     ):
-        fsdp1.wrap_fsdp1(model, None, plugin, layer_classes=[], device=torch.device("cpu"))
+        fsdp1.wrap_fsdp1(
+            model,
+            None,
+            plugin,
+            layer_classes=[],
+            device=torch.device("cpu"),
+            fill_local=pytest.fail,
+        )
 
 
 def test_a_parameter_that_is_not_sharded_stops_the_run(ranks2):

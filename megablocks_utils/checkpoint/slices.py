@@ -1,0 +1,127 @@
+"""Read the part of a parameter that a rank holds, and no other byte of its tensors.
+
+Parameters are named and cut as in memory. A part of an expert weight is put together from the Hub
+tensors that it meets. Every value goes through one stored tensor (or the wanted rows of it) at a
+time, cast while it is copied, so that a rank holds hardly more than its own part.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megablocks_utils.checkpoint.index import CheckpointIndex
+from megablocks_utils.checkpoint.layouts import (
+    TIED_PARAMETERS,
+    ExpertPart,
+    Layout,
+    is_expert_parameter,
+)
+from megablocks_utils.errors import CheckpointError
+
+__all__ = ["SliceReader", "check_finite", "stored_key"]
+
+
+class SliceReader:
+    """Fill parts of a model's parameters from a checkpoint that `check_against_model` let pass.
+
+    Args:
+        index: the checkpoint.
+        layout: the layout of its experts.
+    """
+
+    def __init__(self, index: CheckpointIndex, layout: Layout) -> None:
+        self._index = index
+        self._layout = layout
+
+    def fill_local(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
+        """Read a part of a parameter into `local`, in its dtype and on its device.
+
+        Args:
+            name: of the parameter in the transformers model, not wrapped.
+            local: the part, contiguous or not; may be empty, which reads nothing.
+            offsets: where it begins in the whole parameter, along every dim.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape, or non-finite in this part.
+        """
+        if local.numel() == 0:
+            return
+        if is_expert_parameter(name):
+            self._fill_experts(name, local, offsets)
+            return
+        key = stored_key(self._layout.hub_key(name), self._index)
+        rows = self._read_rows(key, offsets[0], offsets[0] + len(local))
+        _copy_columns(rows, local, offsets[1:], f"{key} in {self._index.path(key)}")
+
+    def expert_matrix_shape(self, name: str, expert: int) -> tuple[int, int]:
+        """Return (rows, columns) that an expert of an expert weight has, by what is stored."""
+        part = next(self._layout.expert_parts(name, [expert]))
+        num_rows, num_columns = self._index.shape(part.key)[-2:]
+        return num_rows * part.num_shares, num_columns
+
+    def _fill_experts(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
+        """Fill experts x rows x columns of a weight (E, rows, columns)."""
+        first, first_row, first_column = offsets
+        shape = self.expert_matrix_shape(name, first)
+        for part in self._layout.expert_parts(name, range(first, first + len(local))):
+            self._check_shape(part, shape)
+            held = part.rows(shape[0])
+            start = max(held.start, first_row)
+            stop = min(held.stop, first_row + local.shape[1])
+            if start >= stop:
+                continue
+            item = part.expert if part.is_fused else None
+            rows = self._read_rows(part.key, start - held.start, stop - held.start, item=item)
+            target = local[part.expert - first, start - first_row : stop - first_row]
+            source = f"{part.key} in {self._index.path(part.key)}"
+            _copy_columns(rows, target, (first_column,), source)
+
+    def _check_shape(self, part: ExpertPart, matrix: tuple[int, int]) -> None:
+        """Refuse a Hub tensor that does not fit its neighbours of the same weight."""
+        seen = self._index.shape(part.key)
+        wanted = part.hub_shape((seen[0], *matrix))
+        if seen != wanted:
+            raise CheckpointError(
+                f"{part.key} in {self._index.path(part.key)} has shape {seen}, wanted is {wanted}"
+            )
+
+    def _read_rows(self, key: str, start: int, stop: int, *, item: int | None = None) -> Tensor:
+        """Read rows of a tensor, or of element `item` of its dim 0, and check their values."""
+        rows = self._index.read_rows(key, start, stop, item=item)
+        check_finite(rows, f"{key} in {self._index.path(key)}")
+        return rows
+
+
+def stored_key(
+    key: str, index: CheckpointIndex, copies: Mapping[str, str] = TIED_PARAMETERS
+) -> str:
+    """Return `key`, or the tied copy under whose name the checkpoint stores the tensor instead."""
+    stored = [copy for copy, source in copies.items() if source == key and copy in index]
+    return stored[0] if stored and key not in index else key
+
+
+def check_finite(tensor: Tensor, source: str) -> None:
+    """Refuse a tensor, called `source` in the message, with values that are not finite.
+
+    Raises:
+        CheckpointError: it holds some.
+    """
+    # The extremes, which NaN and infinity pass through, need no memory; `isfinite` needs copies.
+    if tensor.numel() == 0 or all(value.isfinite() for value in torch.aminmax(tensor)):
+        return
+    num_bad = tensor.numel() - int(tensor.isfinite().sum())
+    noun = "value" if num_bad == 1 else "values"
+    raise CheckpointError(f"{source} holds {num_bad} non-finite {noun}")
+
+
+def _copy_columns(rows: Tensor, target: Tensor, offsets: tuple[int, ...], source: str) -> None:
+    """Copy rows into `target`: of the dims after the first, the window that begins at `offsets`."""
+    for dim, offset in enumerate(offsets, start=1):
+        if offset + target.shape[dim] > rows.shape[dim]:
+            raise CheckpointError(
+                f"{source} has rows of shape {tuple(rows.shape[1:])}, wanted is "
+                f"{tuple(target.shape[1:])} at {offsets}"
+            )
+        rows = rows.narrow(dim, offset, target.shape[dim])
+    target.copy_(rows)

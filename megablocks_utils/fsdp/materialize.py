@@ -1,0 +1,59 @@
+"""Give a model that was built on meta its memory and its values, each rank its own part only."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megablocks_utils.mesh.placement import local_offsets, local_tensor
+
+FillLocal = Callable[[str, Tensor, tuple[int, ...]], None]
+"""Fills a part of a parameter: (name in the transformers model, the part, where it begins)."""
+
+# PEFT's layers hold the layer they adapt under this name.
+_ADAPTED_LAYER = "base_layer."
+
+
+@torch.no_grad()
+def materialize(
+    module: nn.Module, fill_local: FillLocal, device: torch.device, *, prefix: str = ""
+) -> None:
+    """Fill every parameter that is on meta; others (adapters) stay as they are.
+
+    A filled parameter is a new one, put in all places of the old: tied weights stay tied. FSDP2
+    looks its parameters up again before the first step. No communication.
+
+    Args:
+        module: of the transformers model, or all of it.
+        fill_local: where the values come from.
+        device: where they go.
+        prefix: what the names of the module's parameters begin with in the model.
+    """
+    places: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if local_tensor(parameter.detach()).is_meta:
+            places.setdefault(parameter, []).append(name)
+    for parameter, names in places.items():
+        local = torch.empty_like(local_tensor(parameter.detach()), device=device)
+        fill_local(
+            f"{prefix}{names[0]}".replace(_ADAPTED_LAYER, ""), local, local_offsets(parameter)
+        )
+        filled = nn.Parameter(_place_like(parameter, local), requires_grad=parameter.requires_grad)
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, filled)
+
+
+def _place_like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    """Declare a local tensor to be this rank's part of a parameter's whole tensor."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

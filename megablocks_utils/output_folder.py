@@ -90,15 +90,19 @@ def check_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
 
     Raises:
         ConfigurationError: for a folder that holds a finished run or checkpoints of another one
-            (unless resuming, or with `--overwrite_output_dir True`), a file, a place where nothing
-            can be written, and as `choose_checkpoint`.
+            (unless resuming), or checkpoints later than the one to go on from; both are allowed
+            with `--overwrite_output_dir True`. For a file, a place where nothing can be written,
+            and as `choose_checkpoint`.
     """
     folder = Path(config.output_dir)
     seen = f"--output_dir is {config.output_dir}, but"
     try:
-        resumes = choose_checkpoint(config, environ) is not None
-        if not (resumes or config.overwrite_output_dir or _is_restart(folder, environ)):
-            _refuse_earlier_run(folder, seen)
+        chosen = choose_checkpoint(config, environ)
+        if not (config.overwrite_output_dir or _is_restart(folder, environ)):
+            if chosen is None:
+                _refuse_earlier_run(folder, seen)
+            else:
+                _refuse_later_checkpoints(folder, chosen, seen)
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
             which = "that" if existing == folder else str(existing)
@@ -122,7 +126,7 @@ def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
         ConfigurationError: as `check_output_dir`; then nothing is made or removed.
     """
     folder = check_output_dir(config, environ)
-    resumes = choose_checkpoint(config, environ) is not None
+    chosen = choose_checkpoint(config, environ)
     made = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,11 +136,11 @@ def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
         raise ConfigurationError(
             f"--output_dir is {config.output_dir}, but it cannot be made ({error.strerror})."
         ) from error
-    for pattern in _RESULT_FILES if resumes else (*_RESULT_FILES, _METRICS_NAME):
+    for pattern in _RESULT_FILES if chosen else (*_RESULT_FILES, _METRICS_NAME):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
-    if config.overwrite_output_dir and not resumes:
-        _remove_checkpoints(folder)
+    if config.overwrite_output_dir:
+        _remove_checkpoints(folder, chosen)
     if launch := _describe_launch(environ):
         (folder / _CLAIM_NAME).write_text(json.dumps(launch), encoding="utf-8")
     return folder
@@ -188,7 +192,27 @@ def _refuse_earlier_run(folder: Path, seen: str) -> None:
         )
 
 
-def _remove_checkpoints(folder: Path) -> None:
+def _refuse_later_checkpoints(folder: Path, chosen: Path, seen: str) -> None:
+    if later := _find_later(folder, chosen):
+        raise ConfigurationError(
+            f"{seen} it holds {later[-1].name}, which does not belong to a run that goes on from "
+            f"{chosen}; choose another folder, or give --overwrite_output_dir True to delete it."
+        )
+
+
+def _find_later(folder: Path, chosen: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder` that a run from `chosen` has not come by."""
+    complete = find_checkpoints(folder)
+    own = [step for step, path in complete if path.resolve() == chosen.resolve()]
+    return [path for step, path in complete if not own or step > own[0]]
+
+
+def _remove_checkpoints(folder: Path, chosen: Path | None) -> None:
+    """Remove what must never be gone on from by mistake: all, or those later than `chosen`."""
+    if chosen is not None:
+        for path in _find_later(folder, chosen):
+            remove_checkpoint(path)
+        return
     (folder / LATEST_NAME).unlink(missing_ok=True)
     for _, path in _find_checkpoint_folders(folder):
         remove_checkpoint(path)

@@ -268,3 +268,22 @@ def test_a_restart_on_another_machine_is_known_by_its_run(tmp_path, monkeypatch)
     assert choose_checkpoint(run_config(tmp_path), there) == tmp_path / "checkpoint-5"
     other_run = there | {"TORCHELASTIC_RUN_ID": "7"}
     assert choose_checkpoint(run_config(tmp_path), other_run) is None
+
+
+def test_checkpoints_later_than_the_one_to_go_on_from(unfinished, tmp_path_factory):
+    (step, first), *_, (_, newest) = find_checkpoints(unfinished)
+    words = ("--resume_from_checkpoint", str(first))
+    assert refusal(check_output_dir, run_config(unfinished, *words)) == (
+        f"--output_dir is {unfinished}, but it holds {newest.name}, which does not belong to a run "
+        f"that goes on from {first}; choose another folder, or give --overwrite_output_dir True to "
+        "delete it."
+    )
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save(elsewhere, "checkpoint-1")
+    for more in ((), ("--resume_from_checkpoint", str(elsewhere / "checkpoint-1"))):
+        assert refusal(check_output_dir, run_config(unfinished, *more)).startswith(
+            f"--output_dir is {unfinished}, but it holds "
+        )
+    check_output_dir(run_config(unfinished, "--resume_from_checkpoint", "True"))
+    claim_output_dir(run_config(unfinished, *words, "--overwrite_output_dir", "True"))
+    assert find_checkpoints(unfinished) == [(step, first)]

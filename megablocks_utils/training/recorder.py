@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -227,6 +228,7 @@ def _collect_facts(setup: Setup) -> RunFacts:
         examples_per_step=setup.launch.world_size
         * optim.per_device_train_batch_size
         * optim.gradient_accumulation_steps,
+        resumed=setup.resume and setup.resume.describe(asdict(config)),
     )
 
 

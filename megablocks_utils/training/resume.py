@@ -1,5 +1,6 @@
 """Find the checkpoint that a run goes on from, and check that nothing of it is damaged."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
+from megablocks_utils.cli import join_words
 from megablocks_utils.config import RunConfig
 from megablocks_utils.launch import Launch, agreed
-from megablocks_utils.output_folder import choose_checkpoint
+from megablocks_utils.output_folder import choose_checkpoint, find_incomplete
+from megablocks_utils.training.continuity import changed_options
 from megablocks_utils.training.rng import restore_random_states
 from megablocks_utils.training.run_state import RunState
 
@@ -39,6 +42,25 @@ class ResumePoint:
     def metrics_path(self) -> Path:
         """The metrics of the steps done."""
         return self.folder / METRICS_NAME
+
+    def describe(self, options: Mapping[str, Any]) -> str:
+        """Say in words where the run goes on, and which of its options have changed.
+
+        Args:
+            options: of this run, by section.
+        """
+        before = self.manifest
+        axes = " x ".join(f"{axis} {size}" for axis, size in before["mesh"].items())
+        processes = (
+            "1 process" if before["world_size"] == 1 else f"{before['world_size']} processes"
+        )
+        parts = [f"{self.folder}, after step {self.step}, written by {processes} ({axes})"]
+        if changed := changed_options(before["options"], options):
+            parts.append(f"changed: {', '.join(changed)}")
+        if unfinished := find_incomplete(self.folder.parent):
+            names = join_words([path.name for path in unfinished], "and")
+            parts.append(f"never finished, and left alone: {names}")
+        return "; ".join(parts)
 
     def restore_random_states(self, launch: Launch) -> None:
         """Continue this rank's random numbers, where as many ranks have written the checkpoint.

@@ -56,6 +56,7 @@ class RunFacts:
         examples_dropped: Examples left out because nothing in them is learned.
         steps: Optimizer steps of the run.
         examples_per_step: Examples in one global batch.
+        resumed: What the run goes on from, in words; None for one that starts anew.
     """
 
     model: str
@@ -76,6 +77,7 @@ class RunFacts:
     examples_dropped: int
     steps: int
     examples_per_step: int
+    resumed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         "steps": f"{facts.steps:,}, {facts.examples_per_step:,} examples each",
         "mesh": _describe_mesh(facts),
     }
+    if facts.resumed is not None:
+        rows["resumed"] = facts.resumed
     mesh_table = build_mesh_table(facts.dp_size, facts.ep_size, facts.num_experts, width - 2)
     return Group(_build_rows("Training", rows), Padding(mesh_table, (1, 0, 1, 2)))
 

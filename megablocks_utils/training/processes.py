@@ -1,6 +1,7 @@
 """Connect the processes of a run, and have them watch each other."""
 
 import logging
+import os
 from datetime import timedelta
 
 import torch
@@ -38,6 +39,10 @@ def start_processes(launch: Launch, output_dir: str | None = None) -> torch.devi
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return device
     store, rank, world_size = next(dist.rendezvous("env://"))
+    # With static rendezvous (no --rdzv_backend) torchrun 2.13 restarts processes on the same store,
+    # where those of the attempt before have left their addresses.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if output_dir is not None:
         _watch_ranks(store, rank, world_size, output_dir)

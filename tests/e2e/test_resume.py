@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ from tests.support.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
-    "fsdp2": "-m torch.distributed.run --nproc_per_node 2 --master_port {port} "
+    "fsdp2": "-m torch.distributed.run --nproc_per_node 2 --master_port {port} --max_restarts 1 "
     "train_accelerate_fsdp2.py",
     "fsdp1": "-m accelerate.commands.launch --num_processes 2 --main_process_port {port} "
     "--config_file accelerate.yaml train_fsdp1.py",
@@ -130,6 +131,36 @@ def test_a_run_whose_workers_get_sigterm_saves_and_goes_on(runs_of):
     runs.finish(runs.start("stopped", "--resume_from_checkpoint", "True"))
     assert runs.series("stopped") == runs.series("whole")
     assert runs.weights("stopped") == runs.weights("whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_rank_is_restarted_and_goes_on(runs_of):
+    """One rank is killed: the other ends with one sentence, and torchrun starts both again."""
+    runs = runs_of("fsdp2")
+    killed = runs.folder / "killed"
+    process = runs.start("killed", "--save_steps", "4")
+    wait_for_lines(killed / "metrics.jsonl", 9, process)
+    victim = find_rank(process.pid, 1)
+    os.kill(victim, signal.SIGKILL)
+    output = runs.finish(process)
+    sentence = (
+        rf"rank 1 \(process {victim} on .+\) was lost: its process is gone. The newest complete "
+        rf"checkpoint is {killed}/checkpoint-\d+; go on from it with --resume_from_checkpoint True."
+    )
+    assert len(re.findall(sentence, output)) == 1
+    assert "Traceback" not in output
+    assert runs.series("killed") == runs.series("whole")
+    assert runs.weights("killed") == runs.weights("whole")
+
+
+def find_rank(launcher_pid: int, rank: int) -> int:
+    """Return the process id of a rank: a child of the launcher with that RANK."""
+    wanted = f"RANK={rank}".encode()
+    return next(
+        pid
+        for pid in children_of(launcher_pid)
+        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
 
 
 def names_in(folder: Path) -> list[str]:

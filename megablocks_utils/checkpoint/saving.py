@@ -83,7 +83,7 @@ def write_checkpoint(
     rank = dist.get_rank(group)
     is_done = False
     try:
-        _on_all(group, folder, lambda: rank or _make_empty(folder))
+        _on_first(group, folder, lambda: _make_empty(folder))
         write_pieces(snapshot.pieces, folder, group)
         _on_all(group, folder, lambda: _write_small_files(snapshot, folder, is_first=rank == 0))
         names = _on_all(group, folder, lambda: sorted(path.name for path in folder.iterdir()))[0]
@@ -92,12 +92,12 @@ def write_checkpoint(
             group, folder, lambda: {name: describe_file(folder / name) for name in mine}
         )
         files = {name: described for part in parts for name, described in part.items()}
-        _on_all(group, folder, lambda: rank or _complete(folder, snapshot.contents, files))
+        _on_first(group, folder, lambda: _complete(folder, snapshot.contents, files))
         is_done = True
     finally:
         if rank == 0 and not is_done:
             shutil.rmtree(folder, ignore_errors=True)
-    _on_all(group, folder, lambda: rank or delete_beyond(output_dir, total_limit))
+    _on_first(group, folder, lambda: delete_beyond(output_dir, total_limit))
     return _final(folder)
 
 
@@ -152,6 +152,14 @@ def _complete(
     pointer.symlink_to(final.name)
     pointer.replace(final.with_name(LATEST_NAME))
     sync_to_disk(final.parent)
+
+
+def _on_first(group: dist.ProcessGroup | None, folder: Path, action: Callable[[], None]) -> None:
+    """Do something on the first rank while the others wait, and raise everywhere what it met.
+
+    **Collective:** as `_on_all`.
+    """
+    _on_all(group, folder, lambda: action() if dist.get_rank(group) == 0 else None)
 
 
 def _on_all(

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from megablocks_utils.checkpoint.export import write_companions
 from megablocks_utils.checkpoint.pieces import Piece
 from megablocks_utils.checkpoint.saving import Snapshot, write_checkpoint
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.launch import agreed
 from megablocks_utils.training.interrupt import StopRequest
 from megablocks_utils.training.resume import METRICS_NAME, rank_file_name
 from megablocks_utils.training.rng import capture_random_states
@@ -134,7 +136,7 @@ class Checkpointer(StepHooks):
     def _take_snapshot(self, step: int, pieces: Mapping[str, Piece]) -> Snapshot:
         setup = self._setup
         model = setup.model
-        metrics = self._metrics_path.read_bytes() if self._is_first else b""
+        metrics = agreed(self._read_metrics)
 
         def write_shared(folder: Path) -> None:
             (folder / METRICS_NAME).write_bytes(metrics)
@@ -153,6 +155,13 @@ class Checkpointer(StepHooks):
             write_shared=write_shared,
             contents=self._describe(step) if self._is_first else {},
         )
+
+    def _read_metrics(self) -> bytes:
+        """Return the metrics so far, on rank 0, which writes them."""
+        try:
+            return self._metrics_path.read_bytes() if self._is_first else b""
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._metrics_path}: {error.strerror}") from error
 
     def _describe(self, step: int) -> dict[str, Any]:
         """Return what the manifest says besides its files."""

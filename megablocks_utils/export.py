@@ -123,6 +123,7 @@ def _export_model(folder: Path, stored: Stored, output: Path) -> None:
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 
     model = build_model_on_meta(folder)
+    model.tie_weights()
     names = [name for name, _ in model.named_parameters()]
     sizes = (_count_bytes(*stored[name]) for name in names)
     with show_progress("exporting", sum(sizes)) as advance:

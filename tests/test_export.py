@@ -1,0 +1,138 @@
+"""A checkpoint becomes a model that transformers loads, without the processes of its run."""
+
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megablocks_utils import export
+from megablocks_utils.checkpoint import sharded
+from megablocks_utils.checkpoint.sharded import MODEL_PREFIX
+from megablocks_utils.cli import HelpRequested
+from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.export import ExportOptions, export_checkpoint, main, parse_options
+from megablocks_utils.lora.adapter_files import to_peft
+from tests.support.parity import Layout, ParityFolder
+from tests.support.resuming import SavedRun, make_run, run_and_save
+
+
+@pytest.fixture(scope="module")
+def save(ranks2, tmp_path_factory):
+    """Train on two ranks; the run with its state after step 3."""
+    models = ParityFolder(tmp_path_factory.mktemp("models"))
+
+    def run(script: str, **case) -> SavedRun:
+        layout = Layout(2, 2, "shard" if script == "fsdp2" else "replicate")
+        folder = tmp_path_factory.mktemp("run")
+        return run_and_save({2: ranks2}, models, make_run(script, layout, **case), folder)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def mixtral(save) -> SavedRun:
+    return save("fsdp2")
+
+
+def refusal(action, *args) -> str:
+    with pytest.raises((CheckpointError, ConfigurationError)) as error:
+        action(*args)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "model"), [("fsdp2", "qwen3_moe, tied"), ("fsdp1", "olmoe"), ("fsdp2", "mixtral")]
+)
+def test_transformers_loads_the_state_of_the_step(save, tmp_path, script, model):
+    saved = save(script, model=model, precision="bf16" if model == "olmoe" else "fp32")
+    line = export_checkpoint(ExportOptions(saved.checkpoint, tmp_path / "out"))
+    assert line == f"wrote {tmp_path / 'out'}: the model after step 3"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weights = dict(loaded.named_parameters())
+    assert {MODEL_PREFIX + name for name in weights} == {
+        name for name in saved.state if name.startswith(MODEL_PREFIX)
+    }
+    for name, weight in weights.items():
+        wanted = saved.state[MODEL_PREFIX + name]
+        assert weight.dtype == wanted.dtype and torch.equal(weight, wanted), name
+
+
+def test_an_adapter_is_what_was_trained(save, tmp_path):
+    saved = save("fsdp2", lora="all")
+    line = export_checkpoint(ExportOptions(saved.checkpoint, tmp_path / "out"))
+    assert line.endswith("the adapter after step 3")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    trained = [name for name in saved.state if name.startswith(MODEL_PREFIX)]
+    wanted = dict(to_peft(name.removeprefix(MODEL_PREFIX), saved.state[name]) for name in trained)
+    assert written.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert torch.equal(written[key], tensor), key
+
+
+def test_one_tensor_is_held_at_a_time(mixtral, tmp_path, monkeypatch):
+    """Each is let go before the next is read: of experts, one projection of one layer."""
+    read, held = sharded.read_whole_tensor, []
+
+    def watch(*args):
+        assert all(reference() is None for reference in held)
+        tensor = read(*args)
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(sharded, "read_whole_tensor", watch)
+    export_checkpoint(ExportOptions(mixtral.checkpoint, tmp_path / "out"))
+    assert len(held) == sum(name.startswith(MODEL_PREFIX) for name in mixtral.state)
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_written(mixtral, tmp_path):
+    damaged = shutil.copytree(mixtral.checkpoint, tmp_path / "checkpoint-3")
+    file = damaged / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    options = ExportOptions(damaged, tmp_path / "new" / "out")
+    assert refusal(export_checkpoint, options).startswith(f"{file} was altered: its checksum is ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_checkpoint(mixtral, tmp_path):
+    assert refusal(export_checkpoint, ExportOptions(tmp_path / "none", tmp_path / "out")) == (
+        f"--checkpoint is {tmp_path / 'none'}, but that is no folder; it must be a checkpoint of a "
+        "run."
+    )
+    newest = mixtral.folder / "checkpoint-8"
+    assert refusal(export_checkpoint, ExportOptions(mixtral.folder, tmp_path / "out")) == (
+        f"--checkpoint is {mixtral.folder}, but that holds no manifest.json; it must be a complete "
+        f"checkpoint, such as {newest}."
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    assert refusal(export_checkpoint, ExportOptions(newest, tmp_path / "out")).startswith(
+        f"--output is {tmp_path / 'out'}, but it holds x; "
+    )
+
+
+def test_options():
+    with pytest.raises(HelpRequested):
+        main(["--help"])
+    assert refusal(parse_options, ["--chekpoint", "a"]) == (
+        "unknown option --chekpoint; did you mean --checkpoint?"
+    )
+    assert refusal(parse_options, ["--checkpoint", "a"]).startswith("--output is not given")
+    for name in export.NAMES:
+        assert f"--{name} DIR" in export.HELP
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from megablocks_utils import export\n"
+        "try:\n    export.main(['--checkpoint', 'x', '--output', 'y'])\n"
+        "except Exception: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -107,7 +107,7 @@ class CheckpointIndex:
         """Read tensor `key` into CPU memory of its own.
 
         Raises:
-            CheckpointError: the tensor is not there, or its file has become shorter.
+            CheckpointError: the tensor is not there, or its file is not what it was.
         """
         entry = self._entry(key)
         return _read_bytes(entry, entry.offset, entry.shape)
@@ -116,19 +116,19 @@ class CheckpointIndex:
         """Read rows `start:stop` of tensor `key`, or of its element `item`, and no other byte.
 
         Raises:
-            CheckpointError: the tensor or some of the rows are not there.
+            CheckpointError: the tensor or some of the rows are not there, or as in `read`.
         """
         entry = self._entry(key)
         shape = entry.shape if item is None else entry.shape[1:]
-        num_rows = shape[0] if shape else 0
-        first = (item or 0) * num_rows + start
-        is_there = item is None or 0 <= item < entry.shape[0]
-        if not is_there or not 0 <= start <= stop <= num_rows:
+        num_rows = shape[0] if shape and (item or 0) in range(entry.shape[0]) else 0
+        if not 0 <= start <= stop <= num_rows:
+            part = key if item is None else f"{key}[{item}]"
             raise CheckpointError(
-                f"rows {start}:{stop} of {key} were asked for, but {entry.path} has {num_rows}"
+                f"rows {start}:{stop} of {part} were asked for, but {entry.path} has {num_rows}"
             )
         row_bytes = math.prod(shape[1:]) * entry.dtype.itemsize
-        return _read_bytes(entry, entry.offset + first * row_bytes, (stop - start, *shape[1:]))
+        first_byte = entry.offset + ((item or 0) * num_rows + start) * row_bytes
+        return _read_bytes(entry, first_byte, (stop - start, *shape[1:]))
 
     def _entry(self, key: str) -> TensorEntry:
         if key not in self._entries:
@@ -250,13 +250,10 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _check_size(path: Path, wanted: int, found: int, *, exactly: bool) -> None:
-    if found < wanted:
+    if found < wanted or (exactly and found > wanted):
+        fault = "truncated" if found < wanted else "damaged"
         raise CheckpointError(
-            f"{path} is truncated: its header asks for {wanted} bytes, the file has {found}"
-        )
-    if exactly and found > wanted:
-        raise CheckpointError(
-            f"{path} is damaged: its header asks for {wanted} bytes, the file has {found}"
+            f"{path} is {fault}: its header asks for {wanted} bytes, the file has {found}"
         )
 
 
@@ -286,15 +283,18 @@ def _parse_header(path: Path, text: bytes, data_start: int) -> tuple[dict[str, T
 def _read_bytes(entry: TensorEntry, offset: int, shape: tuple[int, ...]) -> Tensor:
     tensor = torch.empty(shape, dtype=entry.dtype)
     target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < len(target):
-            count = file.readinto(target[done:])
-            if not count:
-                raise CheckpointError(
-                    f"{entry.path} is truncated: {len(target)} bytes were asked for at byte"
-                    f" {offset}, {done} came"
-                )
-            done += count
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(target):
+                count = file.readinto(target[done:])
+                if not count:
+                    raise CheckpointError(
+                        f"{entry.path} is truncated: {len(target)} bytes were asked for at byte"
+                        f" {offset}, {done} came"
+                    )
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{entry.path} cannot be read: {error.strerror}") from error
     return tensor

@@ -51,8 +51,7 @@ class SliceReader:
             self._fill_experts(name, local, offsets)
             return
         key = stored_key(self._layout.hub_key(name), self._index)
-        rows = self._read_rows(key, offsets[0], offsets[0] + len(local))
-        _copy_columns(rows, local, offsets[1:], f"{key} in {self._index.path(key)}")
+        self._fill_rows(local, key, offsets[0], offsets[1:])
 
     def expert_matrix_shape(self, name: str, expert: int) -> tuple[int, int]:
         """Return (rows, columns) that an expert of an expert weight has, by what is stored."""
@@ -72,10 +71,8 @@ class SliceReader:
             if start >= stop:
                 continue
             item = part.expert if part.is_fused else None
-            rows = self._read_rows(part.key, start - held.start, stop - held.start, item=item)
             target = local[part.expert - first, start - first_row : stop - first_row]
-            source = f"{part.key} in {self._index.path(part.key)}"
-            _copy_columns(rows, target, (first_column,), source)
+            self._fill_rows(target, part.key, start - held.start, (first_column,), item=item)
 
     def _check_shape(self, part: ExpertPart, matrix: tuple[int, int]) -> None:
         """Refuse a Hub tensor that does not fit its neighbours of the same weight."""
@@ -86,11 +83,37 @@ class SliceReader:
                 f"{part.key} in {self._index.path(part.key)} has shape {seen}, wanted is {wanted}"
             )
 
-    def _read_rows(self, key: str, start: int, stop: int, *, item: int | None = None) -> Tensor:
-        """Read rows of a tensor, or of element `item` of its dim 0, and check their values."""
-        rows = self._index.read_rows(key, start, stop, item=item)
-        check_finite(rows, f"{key} in {self._index.path(key)}")
-        return rows
+    def _fill_rows(
+        self,
+        target: Tensor,
+        key: str,
+        first_row: int,
+        offsets: tuple[int, ...],
+        *,
+        item: int | None = None,
+    ) -> None:
+        """Read rows of a tensor, or of element `item` of its dim 0, check them and copy a window.
+
+        The rows are let go on return, before any other tensor is read.
+
+        Args:
+            target: the window; its dim 0 says how many rows.
+            key: of the stored tensor.
+            first_row: the first row that is read.
+            offsets: where the window begins along the dims after that of the rows.
+            item: which element; None for a tensor whose dim 0 are the rows.
+        """
+        rows = self._index.read_rows(key, first_row, first_row + len(target), item=item)
+        source = f"{key} in {self._index.path(key)}"
+        check_finite(rows, source)
+        for dim, offset in enumerate(offsets, start=1):
+            if offset + target.shape[dim] > rows.shape[dim]:
+                raise CheckpointError(
+                    f"{source} has rows of shape {tuple(rows.shape[1:])}, wanted is "
+                    f"{tuple(target.shape[1:])} at {offsets}"
+                )
+            rows = rows.narrow(dim, offset, target.shape[dim])
+        target.copy_(rows)
 
 
 def stored_key(
@@ -113,15 +136,3 @@ def check_finite(tensor: Tensor, source: str) -> None:
     num_bad = tensor.numel() - int(tensor.isfinite().sum())
     noun = "value" if num_bad == 1 else "values"
     raise CheckpointError(f"{source} holds {num_bad} non-finite {noun}")
-
-
-def _copy_columns(rows: Tensor, target: Tensor, offsets: tuple[int, ...], source: str) -> None:
-    """Copy rows into `target`: of the dims after the first, the window that begins at `offsets`."""
-    for dim, offset in enumerate(offsets, start=1):
-        if offset + target.shape[dim] > rows.shape[dim]:
-            raise CheckpointError(
-                f"{source} has rows of shape {tuple(rows.shape[1:])}, wanted is "
-                f"{tuple(target.shape[1:])} at {offsets}"
-            )
-        rows = rows.narrow(dim, offset, target.shape[dim])
-    target.copy_(rows)

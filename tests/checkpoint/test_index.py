@@ -44,6 +44,7 @@ def test_reads_rows_into_memory_of_their_own(tmp_path, tensors):
     assert torch.equal(rows, tensors["half"][1:3])
     assert rows.untyped_storage().nbytes() == 2 * 2 * 4 * 2
     assert index.read_rows("matrix", 2, 2).shape == (0, 5)
+    assert torch.equal(index.read_rows("half", 1, 2, item=2), tensors["half"][2, 1:2])
 
 
 def test_sharded_folder_equals_its_files(tmp_path):
@@ -65,6 +66,11 @@ def test_unknown_tensor_and_rows_are_named(tmp_path, tensors):
         index.read_rows("matrix", 4, 7)
     file = tmp_path / "model.safetensors"
     assert_message(error, f"rows 4:7 of matrix were asked for, but {file} has 6")
+    for item, start, stop, num_rows in ((1, 0, 3, 2), (3, 0, 1, 0), (-1, 0, 1, 0)):
+        with pytest.raises(CheckpointError) as error:
+            index.read_rows("half", start, stop, item=item)
+        rows = f"rows {start}:{stop} of half[{item}]"
+        assert_message(error, f"{rows} were asked for, but {file} has {num_rows}")
 
 
 def test_truncated_file_is_named_with_both_sizes(tmp_path, tensors):
@@ -105,6 +111,10 @@ def test_file_that_shrinks_after_opening_is_named(tmp_path, tensors):
         index.read("matrix")
     came = f"120 bytes were asked for at byte {size - 120}, 100 came"
     assert_message(error, f"{file} is truncated: {came}")
+    file.unlink()
+    with pytest.raises(CheckpointError) as error:
+        index.read("matrix")
+    assert_message(error, f"{file} cannot be read: No such file or directory")
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])

@@ -10,10 +10,11 @@ from megablocks_utils.checkpoint.layouts import detect_layout
 from megablocks_utils.checkpoint.load import (
     build_model_on_meta,
     check_against_model,
-    load_dense_parameters,
     load_experts,
 )
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.fsdp.materialize import materialize
 from tests.support.tiny_models import edit_config, save_tiny_model
 
 BLOCK = "model.layers.0.block_sparse_moe"
@@ -128,9 +129,9 @@ def test_non_finite_expert_is_named(folder):
 def test_non_finite_dense_weight_is_named(folder):
     edit_tensors(folder, lambda tensors: tensors[NORM][:1].fill_(float("nan")))
     index = open_checkpoint(folder)
+    reader = SliceReader(index, detect_layout(index))
     model = build_model_on_meta(folder)
-    layout = detect_layout(index)
-    message = failure_of(load_dense_parameters, model, index, layout, dtype=torch.float32)
+    message = failure_of(materialize, model, reader.fill_local, torch.device("cpu"))
     assert message == f"{NORM} in {folder / 'model.safetensors'} holds 1 non-finite value"
 
 

@@ -68,9 +68,11 @@ def _weights_off_meta(model: nn.Module) -> Iterator[None]:
     for module, weight in on_meta.items():
         seen_as_many = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
         module.weight = nn.Parameter(seen_as_many, requires_grad=weight.requires_grad)
-    yield
-    for module, weight in on_meta.items():
-        module.weight = weight
+    try:
+        yield
+    finally:
+        for module, weight in on_meta.items():
+            module.weight = weight
 
 
 def linear_lora_parameters(model: nn.Module) -> Iterable[nn.Parameter]:

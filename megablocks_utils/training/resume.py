@@ -8,10 +8,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
-from megablocks_utils.cli import join_words
 from megablocks_utils.config import RunConfig
 from megablocks_utils.launch import Launch, agreed
-from megablocks_utils.output_folder import choose_checkpoint, find_incomplete
+from megablocks_utils.output_folder import choose_checkpoint
 from megablocks_utils.training.continuity import changed_options
 from megablocks_utils.training.rng import restore_random_states
 from megablocks_utils.training.run_state import RunState
@@ -57,9 +56,6 @@ class ResumePoint:
         parts = [f"{self.folder}, after step {self.step}, written by {processes} ({axes})"]
         if changed := changed_options(before["options"], options):
             parts.append(f"changed: {', '.join(changed)}")
-        if unfinished := find_incomplete(self.folder.parent):
-            names = join_words([path.name for path in unfinished], "and")
-            parts.append(f"never finished, and left alone: {names}")
         return "; ".join(parts)
 
     def restore_random_states(self, launch: Launch) -> None:

@@ -1,0 +1,69 @@
+"""The benchmark of loading loads with every side, and its bound is the one it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.load import build_row, build_table
+from benchmarks.load_sides import OURS, SIDES
+
+ROOT = Path(__file__).parents[2]
+
+
+def rank(peak, own=100, bare=40):
+    return {"peak_bytes": peak, "bare_bytes": bare, "own_bytes": own, "seconds": peak / 100}
+
+
+def test_a_row_says_whether_every_rank_of_every_load_is_within_its_bound():
+    # 1.25 x 100 + 10 + 40 = 175; the rank with the smaller part has 1.25 x 80 + 10 + 40 = 150.
+    loads = [[rank(175), rank(150, own=80)], [rank(160), rank(120, own=80)]]
+    row = build_row(2, OURS[0], loads, 10)
+    assert row["is_within_bound"]
+    assert row["bound_bytes"] == {"n": 2, "median": 175, "min": 175, "max": 175}
+    assert row["peak_bytes"] == {"n": 2, "median": 167.5, "min": 160, "max": 175}
+    assert row["seconds"]["max"] == 1.75 and row["own_bytes"]["median"] == 100
+    loads[1][1]["peak_bytes"] = 151
+    assert not build_row(2, OURS[0], loads, 10)["is_within_bound"]
+
+
+def test_a_side_that_fails_is_a_result():
+    row = build_row(4, SIDES[-1], [[rank(1)] * 4, "ValueError: no"], 10)
+    assert row == {
+        "world_size": 4,
+        "side": SIDES[-1],
+        "error": "ValueError: no",
+        "failed": "1 of 2",
+    }
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(build_table([row, build_row(1, OURS[1], [[rank(1)]], 10)]))
+    assert "failed: ValueError: no" in shown.get() and "yes" in shown.get()
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    output = tmp_path_factory.mktemp("load") / "load.json"
+    command = [sys.executable, "-m", "benchmarks.load", "--smoke", "--output", str(output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    return json.loads(output.read_text())
+
+
+def test_every_side_loads_what_it_should(result):
+    rows = {row["side"]: row for row in result["rows"]}
+    assert tuple(rows) == SIDES
+    assert not [row for row in rows.values() if "error" in row]
+    whole = rows["from_pretrained in every rank"]["own_bytes"]["median"]
+    assert whole == result["model_bytes"]
+    for side in set(SIDES) - {"from_pretrained in every rank"}:
+        padding = 64 if side == "ours, FSDP1" else 0
+        assert rows[side]["own_bytes"]["median"] == pytest.approx(whole / 2, abs=padding, rel=0)
+    for row in rows.values():
+        for load in row["rounds"]:
+            assert all(r["peak_bytes"] >= r["bare_bytes"] > 0 < r["seconds"] for r in load)
+    assert result["num_files"] > 2 and "commit" in result

@@ -1,4 +1,4 @@
-"""Kill many runs with SIGKILL at random moments, go on with each, and compare with an undisturbed one.
+"""Kill runs with SIGKILL at random moments, go on with each, compare with an undisturbed one.
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python -m tests.faults.kill --runs 100
 

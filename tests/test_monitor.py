@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megablocks_utils.errors import DataError
 from megablocks_utils.launch import Launch, run_entry_point
 from megablocks_utils.training.processes import start_processes
-from tests.support.rank_pool import _free_port, _start_forkserver
+from tests.support.rank_pool import _free_port, start_forkserver
 
 WORLD = 4
 
@@ -68,7 +68,7 @@ def _serve(rank: int, port: int, folder: str, job, arguments: tuple) -> None:
 @contextmanager
 def started(folder: Path, *jobs):
     """Start ranks that do their jobs, a function or (function, argument); wait until all are up."""
-    _start_forkserver()
+    start_forkserver()
     context, port = multiprocessing.get_context("forkserver"), _free_port()
     pairs = [job if isinstance(job, tuple) else (job,) for job in jobs]
     ranks = [

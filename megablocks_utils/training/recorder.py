@@ -16,7 +16,7 @@ from megablocks_utils.errors import UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.launch import agree_on_error
 from megablocks_utils.lora.adapter_files import export_adapter
-from megablocks_utils.output_folder import claim_output_dir
+from megablocks_utils.output_folder import claim_output_dir, find_incomplete
 from megablocks_utils.training.adapter_check import AdapterCheck
 from megablocks_utils.training.debug import describe_placements
 from megablocks_utils.training.memory import describe_memory_source
@@ -72,6 +72,9 @@ class RunRecorder:
         setup = self._setup
         _claim(setup)
         show_start_summary(setup.console, _collect_facts(setup))
+        for path in find_incomplete(self.output_dir):
+            line = f"{path.name} was never finished; it is left alone"
+            setup.console.print(line, markup=False, soft_wrap=True)
         if setup.config.debug:
             for line in describe_placements(setup.model):
                 setup.console.print(line, markup=False, soft_wrap=True)

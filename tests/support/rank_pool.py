@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.support.rank_worker import report_ready, serve, stack_file
 
-__all__ = ["RankError", "RankPool"]
+__all__ = ["RankError", "RankPool", "start_forkserver"]
 
 PRELOADED = (
     "torch",
@@ -33,6 +33,11 @@ PRELOADED = (
     "transformers",
     "transformers.modeling_utils",
     "megablocks_utils.training.setup",  # and with it peft
+    "megablocks_utils.training.checkpointer",
+    "megablocks_utils.training.loop",
+    "megablocks_utils.training.recorder",
+    "megablocks_utils.training.trainer",
+    "matplotlib.figure",
 )
 CLEAN_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -133,7 +138,7 @@ class RankPool:
             self._folder = None
 
     def _start(self) -> None:
-        _start_forkserver()
+        start_forkserver()
         context = multiprocessing.get_context("forkserver")
         self._folder = tempfile.TemporaryDirectory(prefix="rank_pool_")
         port = _free_port()
@@ -207,7 +212,7 @@ class RankPool:
         return {rank: stack_file(self._folder.name, rank).read_text() for rank in ranks}
 
 
-def _start_forkserver() -> None:
+def start_forkserver() -> None:
     """Start the process the ranks are forked from: libraries imported, GPUs hidden, one thread."""
     before = {name: os.environ.get(name) for name in CLEAN_ENVIRONMENT}
     os.environ.update(CLEAN_ENVIRONMENT)

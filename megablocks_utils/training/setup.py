@@ -1,9 +1,9 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,10 +33,8 @@ from megablocks_utils.checkpoint.load import (
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.launch import Launch, agree_on_error
-from megablocks_utils.liveness import describe_self
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.monitor import start_monitor
 from megablocks_utils.shard_moe_utils import (
     PROJECTIONS,
     ShardedMoE,
@@ -49,9 +47,9 @@ from megablocks_utils.training.parameters import ParameterCounts, count_paramete
 from megablocks_utils.training.progress import track_sharding
 from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.summary import build_console
+from megablocks_utils.training.watching import watch_ranks
 
 _TRUNCATED_LAYERS = 2
-_STORE_TIMEOUT = timedelta(seconds=30)
 _Result = TypeVar("_Result")
 
 
@@ -130,9 +128,13 @@ def start_processes(launch: Launch, output_dir: str | None = None) -> torch.devi
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return device
     store, rank, world_size = next(dist.rendezvous("env://"))
+    # With its static rendezvous torchrun keeps the store when it restarts the processes: without a
+    # prefix they would read each other's old addresses.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if output_dir is not None:
-        _watch_ranks(store, rank, world_size, output_dir)
+        watch_ranks(store, output_dir)
     return device
 
 
@@ -237,16 +239,6 @@ class _ModelSource:
             for projection in PROJECTIONS:
                 setattr(module, projection, nn.Parameter(weights[projection]))
             on_layer(1)
-
-
-def _watch_ranks(store: dist.Store, rank: int, world_size: int, output_dir: str) -> None:
-    members = [describe_self(rank)] * world_size
-    dist.all_gather_object(members, members[rank])
-    # The launcher's store may hold what an earlier start of this run has written.
-    prefix = f"liveness/{members[0].pid}-{members[0].started}"
-    own_client = store.clone()
-    own_client.set_timeout(_STORE_TIMEOUT)
-    start_monitor(members, rank, dist.PrefixStore(prefix, own_client), output_dir)
 
 
 def _agreed(action: Callable[[], _Result]) -> _Result:

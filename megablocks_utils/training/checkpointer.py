@@ -15,6 +15,8 @@ import torch.distributed as dist
 from megablocks_utils.checkpoint.export import write_companions
 from megablocks_utils.checkpoint.pieces import Piece
 from megablocks_utils.checkpoint.saving import Snapshot, write_checkpoint
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.launch import agreed
 from megablocks_utils.training.interrupt import StopRequest
 from megablocks_utils.training.resume import METRICS_NAME, rank_file_name
 from megablocks_utils.training.rng import capture_random_states
@@ -112,7 +114,7 @@ class Checkpointer(StepHooks):
             pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
         write = partial(
             write_checkpoint,
-            self._take_snapshot(step, pieces),
+            agreed(lambda: self._take_snapshot(step, pieces)),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
@@ -134,7 +136,7 @@ class Checkpointer(StepHooks):
     def _take_snapshot(self, step: int, pieces: Mapping[str, Piece]) -> Snapshot:
         setup = self._setup
         model = setup.model
-        metrics = self._metrics_path.read_bytes() if self._is_first else b""
+        metrics = self._read_metrics() if self._is_first else b""
 
         def write_shared(folder: Path) -> None:
             (folder / METRICS_NAME).write_bytes(metrics)
@@ -153,6 +155,12 @@ class Checkpointer(StepHooks):
             write_shared=write_shared,
             contents=self._describe(step) if self._is_first else {},
         )
+
+    def _read_metrics(self) -> bytes:
+        try:
+            return self._metrics_path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self._metrics_path}: {error.strerror}") from error
 
     def _describe(self, step: int) -> dict[str, Any]:
         """Return what the manifest says besides its files."""

@@ -68,14 +68,9 @@ def _serve(rank: int, environ: dict, folder: str, job, arguments: list) -> None:
 @contextmanager
 def started(folder: Path, *jobs, **environ: str):
     """Start ranks that do their jobs, a function or (function, argument); wait until all are up."""
-<<<<<<< HEAD
     start_forkserver()
-    context, port = multiprocessing.get_context("forkserver"), _free_port()
-=======
-    _start_forkserver()
     context = multiprocessing.get_context("forkserver")
     environ = {"MASTER_PORT": str(_free_port()), **environ}
->>>>>>> issue4-alive
     pairs = [job if isinstance(job, tuple) else (job,) for job in jobs]
     ranks = [
         context.Process(target=_serve, args=(n, environ, str(folder), job, arguments), daemon=True)

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megablocks_utils.checkpoint.pieces import Block, Piece
 from megablocks_utils.errors import CheckpointError
@@ -54,7 +56,7 @@ def write_pieces(
     Raises:
         CheckpointError: on every rank, if one of them cannot write.
     """
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=True)
     try:
         dcp.save(
             dict(pieces),
@@ -118,6 +120,18 @@ def read_stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.
         name: (tuple(stored.size), stored.properties.dtype)
         for name, stored in index.state_dict_metadata.items()
     }
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Raise what the system said, which torch's archives hide behind an error of their own."""
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 class _PieceSavePlanner(dcp.DefaultSavePlanner):

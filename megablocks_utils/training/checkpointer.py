@@ -114,7 +114,7 @@ class Checkpointer(StepHooks):
             pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
         write = partial(
             write_checkpoint,
-            self._take_snapshot(step, pieces),
+            agreed(lambda: self._take_snapshot(step, pieces)),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,

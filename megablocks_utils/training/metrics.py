@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -189,13 +190,18 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        """Append one step; a number that is not finite becomes null."""
+        """Append one step; a number that is not finite becomes null.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         self._file.write(json.dumps(finite_or_none(metrics.as_record()), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; every line that could be written is in it."""
+        with suppress(OSError):  # of a line that `write` has failed on: closing tries it again
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megablocks_utils.checkpoint.export import export_model
-from megablocks_utils.errors import UserError
+from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.launch import agree_on_error
 from megablocks_utils.lora.adapter_files import export_adapter
@@ -79,9 +79,10 @@ class RunRecorder:
             for line in describe_placements(setup.model):
                 setup.console.print(line, markup=False, soft_wrap=True)
         if self._is_main:
-            writer = MetricsWriter(
-                self.metrics_path, after=setup.resume and setup.resume.metrics_path
-            )
+            with _as_sentence(self.metrics_path):
+                writer = MetricsWriter(
+                    self.metrics_path, after=setup.resume and setup.resume.metrics_path
+                )
             self._writer = self._open.enter_context(writer)
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
@@ -98,12 +99,17 @@ class RunRecorder:
         return self.output_dir / "metrics.jsonl"
 
     def record(self, metrics: StepMetrics) -> None:
-        """Take the metrics of a step that is over."""
+        """Take the metrics of a step that is over.
+
+        Raises:
+            CheckpointError: on rank 0, if they cannot be written.
+        """
         self._add(metrics)
         if metrics.step % self._setup.config.logging_steps == 0:
             self._track(metrics.as_record(), metrics.step)
         if self._is_main:
-            self._writer.write(metrics)
+            with _as_sentence(self.metrics_path):
+                self._writer.write(metrics)
             self._show(metrics)
 
     def _add(self, metrics: StepMetrics) -> None:
@@ -123,6 +129,7 @@ class RunRecorder:
                 trainable one; not begun yet.
 
         Raises:
+            CheckpointError: on rank 0, if something cannot be written.
             AdapterCheckError: on rank 0, for an adapter that was not written as it was trained.
         """
         setup = self._setup
@@ -133,7 +140,8 @@ class RunRecorder:
         self._export(tensors)
         if not self._is_main:
             return
-        plot_loss(self.metrics_path, self.output_dir / "loss.png")
+        with _as_sentence(self.output_dir / "loss.png"):
+            plot_loss(self.metrics_path, self.output_dir / "loss.png")
         record = build_run_record(
             sys.argv,
             setup.config,
@@ -147,7 +155,8 @@ class RunRecorder:
             device=setup.device,
             adapter_check=self._adapter_check and self._adapter_check.report.as_record(),
         )
-        write_run_json(self.output_dir / "run.json", record)
+        with _as_sentence(self.output_dir / "run.json"):
+            write_run_json(self.output_dir / "run.json", record)
         show_end_summary(setup.console, self._result())
 
     def _export(self, tensors: NamedTensors) -> None:
@@ -190,6 +199,15 @@ class RunRecorder:
                 ("run.json", "what ran, on what"),
             ),
         )
+
+
+@contextmanager
+def _as_sentence(path: Path) -> Iterator[None]:
+    """Make of a full disk or a folder that has vanished what a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _claim(setup: Setup) -> None:

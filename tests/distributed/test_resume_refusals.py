@@ -79,7 +79,8 @@ OTHER_RUNS = {
         [],
         "--use_lora, --lora_r and --lora_alpha make the adapters r 8, lora_alpha 8, "
         "target_modules k_proj o_proj q_proj v_proj, expert_ranks none, but the checkpoint to "
-        "resume has r 4, lora_alpha 8, target_modules k_proj o_proj q_proj v_proj, expert_ranks none.",
+        "resume has r 4, lora_alpha 8, target_modules k_proj o_proj q_proj v_proj, expert_ranks "
+        "none.",
     ),
     "precision": (
         {"precision": "bf16"},

@@ -211,7 +211,7 @@ class _WatchingCheckpointer(Checkpointer):
     def after_step(self, step: int) -> None:
         if step == SAVED_STEP:
             self._watched.saved = _copy(self._get_state())
-        else:
+        elif step > SAVED_STEP:
             self._is_next_step_over.set()
         with mock.patch("megablocks_utils.training.checkpointer.write_checkpoint", self._write):
             super().after_step(step)

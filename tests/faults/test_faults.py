@@ -28,9 +28,10 @@ def small_disk(ground) -> Iterator[Path]:
     folder = ground.folder / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or (
-        answer := subprocess.run(mount, capture_output=True, text=True)
-    ).returncode:
+    if (
+        shutil.which("mount") is None
+        or (answer := subprocess.run(mount, capture_output=True, text=True)).returncode
+    ):
         reason = "there is no mount" if shutil.which("mount") is None else answer.stderr.strip()
         pytest.skip(f"no small tmpfs can be mounted here: {reason}")
     yield folder

@@ -25,7 +25,8 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._number = 0
+        self._received = 0
+        self._agreed = 0
         self._received_s: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -39,8 +40,8 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """Name of the signal, such as SIGTERM; of another rank's once `agreed` has said True."""
-        return signal.Signals(self._number).name if self._number else ""
+        """Name of the signal that `agreed` has told of, such as SIGTERM; empty before."""
+        return signal.Signals(self._agreed).name if self._agreed else ""
 
     def agreed(self) -> bool:
         """Return whether any rank has been asked to stop.
@@ -48,15 +49,17 @@ class StopRequest:
         **Collective:** all ranks of the default group must call it, as often as each other; it
         sends one number over the CPU. Without a group, or with one rank, it sends nothing.
         """
+        # A signal that comes during the exchange counts for the next one: others do not know it.
+        self._agreed = 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            number = torch.tensor([self._number])
+            number = torch.tensor([self._received])
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            self._number = self._number or int(number.item())
-        return self._number != 0
+            self._agreed = int(number.item())
+        return (self._agreed or self._received) != 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._received_s is None:
-            self._number, self._received_s = number, time.monotonic()
+            self._received, self._received_s = number, time.monotonic()
         elif time.monotonic() - self._received_s >= _SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

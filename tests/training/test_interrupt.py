@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megablocks_utils.training.interrupt import StopRequest
 
@@ -67,22 +68,30 @@ def test_handlers_are_as_before():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def _stop_at(rank: int, asked_rank: int) -> tuple[int, str]:
-    """Go on until all agree; the rank that is asked is so in the middle of micro-step 3."""
+def _stop_at(rank: int, asked_rank: int, is_during_exchange: bool) -> tuple[int, str]:
+    """Go on until all agree; one rank is asked before or while it exchanges for the third time."""
+    all_reduce = dist.all_reduce
+
+    def reduce_and_ask(*arguments, **options):
+        all_reduce(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+
     with StopRequest() as stop:
         for micro_step in range(1, 10):
-            if micro_step == 3 and rank == asked_rank:
+            asks = micro_step == 3 and rank == asked_rank
+            if asks and not is_during_exchange:
                 os.kill(os.getpid(), signal.SIGINT)
+            dist.all_reduce = reduce_and_ask if asks and is_during_exchange else all_reduce
             if stop.agreed():
-                if rank != asked_rank:  # its own first signal, after all: no reason to die
-                    stop._received_s = None
-                    os.kill(os.getpid(), signal.SIGTERM)
+                # Too early after the first, or the first one here: no reason to die.
+                os.kill(os.getpid(), signal.SIGTERM)
                 return micro_step, stop.name
     return 0, ""
 
 
 @pytest.mark.parametrize("asked_rank", [0, 1])
-def test_one_asked_rank_stops_all_at_the_same_micro_step(ranks2, asked_rank):
-    answers = ranks2.run(_stop_at, asked_rank)
-    assert [micro_step for micro_step, _ in answers] == [3, 3]
-    assert answers[asked_rank][1] == "SIGINT"
+@pytest.mark.parametrize("is_during_exchange", [False, True])
+def test_all_stop_at_the_same_micro_step(ranks2, asked_rank, is_during_exchange):
+    """A signal during the third exchange counts in the fourth, since the others cannot know it."""
+    answers = ranks2.run(_stop_at, asked_rank, is_during_exchange)
+    assert answers == [(4 if is_during_exchange else 3, "SIGINT")] * 2

@@ -21,6 +21,7 @@ from megablocks_utils.training.checkpointer import Checkpointer
 from megablocks_utils.training.loop import fit
 from megablocks_utils.training.metrics import StepMetrics, read_metrics
 from megablocks_utils.training.recorder import RunRecorder
+from megablocks_utils.training.rng import capture_random_states
 from megablocks_utils.training.run_state import RunState
 from megablocks_utils.training.trainer import MoETrainer
 from tests.support.fsdp1_run import build_setup_and_arguments
@@ -68,6 +69,7 @@ class Watched:
 
     saved: Pieces = field(default_factory=dict)
     restored: Pieces = field(default_factory=dict)
+    random_states: bytes = b""  # at the same moment
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class SavedRun:
         folder: its output.
         state: whole tensors at the moment of saving, by name.
         metrics: of all its steps.
+        random_states: of each rank at the moment of saving.
     """
 
     run: Run
     folder: Path
     state: dict[str, Tensor]
     metrics: list[StepMetrics]
+    random_states: list[bytes]
 
     @property
     def checkpoint(self) -> Path:
@@ -98,6 +102,7 @@ class ResumedRun:
 
     state: dict[str, Tensor]
     metrics: list[StepMetrics]
+    random_states: list[bytes]
 
 
 def run_and_save(
@@ -107,7 +112,8 @@ def run_and_save(
     words = ["--save_strategy", "steps", "--save_steps", str(SAVED_STEP), *options]
     watched = _train(pools, models, run, folder, *words)
     state = assemble([rank.saved for rank in watched], run)
-    return SavedRun(run, folder, state, read_metrics(folder / "metrics.jsonl"))
+    random_states = [rank.random_states for rank in watched]
+    return SavedRun(run, folder, state, read_metrics(folder / "metrics.jsonl"), random_states)
 
 
 def resume(
@@ -116,7 +122,8 @@ def resume(
     """Go on from a checkpoint to the last step."""
     watched = _train(pools, models, run, folder, "--resume_from_checkpoint", str(checkpoint))
     state = assemble([rank.restored for rank in watched], run)
-    return ResumedRun(state, read_metrics(folder / "metrics.jsonl"))
+    random_states = [rank.random_states for rank in watched]
+    return ResumedRun(state, read_metrics(folder / "metrics.jsonl"), random_states)
 
 
 def assemble(ranks: Sequence[Pieces], run: Run) -> dict[str, Tensor]:
@@ -174,6 +181,7 @@ def train_fsdp2(rank: int, argv: list[str]) -> Watched:
     watched = Watched()
     if setup.resume is not None:
         watched.restored = _copy(state.run_state())
+        watched.random_states = capture_random_states()
     recorder = RunRecorder(setup, state.accelerator.log)
     checkpointer = _WatchingCheckpointer(setup, state.run_state, recorder.metrics_path)
     with recorder, checkpointer.watching(watched):
@@ -210,7 +218,9 @@ class _WatchingCheckpointer(Checkpointer):
 
     def after_step(self, step: int) -> None:
         if step == SAVED_STEP:
+            torch.rand(1)  # nothing else draws: without this, there would be nothing to restore
             self._watched.saved = _copy(self._get_state())
+            self._watched.random_states = capture_random_states()
         elif step > SAVED_STEP:
             self._is_next_step_over.set()
         with mock.patch("megablocks_utils.training.checkpointer.write_checkpoint", self._write):
@@ -230,6 +240,7 @@ class _AtTheBeginning(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._watched.restored = _copy(self._trainer.run_state())
+        self._watched.random_states = capture_random_states()
 
 
 def _copy(state: RunState) -> Pieces:

@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,15 +90,18 @@ def save_bf16_model(plan: Plan, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size=plan.shard_size)
 
 
-def measure_all(plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """Load with every side on every number of ranks, in turns, and return a row for each pair."""
+def measure_all(plan: Plan, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Load with every side on every number of ranks, and yield a row for each pair, turn by turn.
+
+    The rows of a turn hold the loads of all turns so far.
+    """
     largest = _largest_tensor_bytes(folder / "model")
     cases = [(world_size, side) for world_size in plan.world_sizes for side in SIDES]
     seen: dict[tuple[int, str], list[Any]] = {case: [] for case in cases}
     for turn in range(plan.repetitions):
         for world_size, side in cases if turn % 2 == 0 else reversed(cases):
             seen[world_size, side].append(_measure(side, world_size, plan, folder))
-    return [build_row(*case, results, largest) for case, results in seen.items()]
+        yield [build_row(*case, results, largest) for case, results in seen.items()]
 
 
 def build_row(
@@ -143,7 +146,7 @@ def build_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str]) -> None:
-    """Make the model, measure, write, show."""
+    """Make the model, measure, write after each turn, show."""
     options = _parse(argv)
     plan = SMOKE if options.smoke else FULL
     output = options.output or (None if options.smoke else RESULTS)
@@ -152,10 +155,10 @@ def main(argv: list[str]) -> None:
         save_bf16_model(plan, folder / "model")
         save_data(plan.workload, folder / "data.jsonl")
         settings = _describe(plan, folder / "model")
-        rows = measure_all(plan, folder)
-    if output:
-        certificate = build_certificate("benchmarks.load", argv, **settings)
-        write_json_atomically(output, certificate | {"rows": rows})
+        for rows in measure_all(plan, folder):
+            if output:
+                certificate = build_certificate("benchmarks.load", argv, **settings)
+                write_json_atomically(output, certificate | {"rows": rows})
     # Wide enough for every column, also where the output is not a terminal.
     Console(width=max(_WIDTH, Console().width)).print(build_table(rows))
 

@@ -23,7 +23,17 @@ from tests.faults.ranks import SCRIPTS, ScriptRun
 from tests.support.parity import write_examples
 from tests.support.tiny_models import save_tiny_model
 
-__all__ = ["MOMENTS", "PHASES", "Case", "Ground", "TooLate", "draw_case", "play"]
+__all__ = [
+    "MOMENTS",
+    "PHASES",
+    "Case",
+    "Ground",
+    "TooLate",
+    "count_steps",
+    "draw_case",
+    "play",
+    "wait_for",
+]
 
 NUM_STEPS, SAVE_STEPS, WORLD_SIZE = 10, 2, 4
 OPTIONS = (
@@ -165,7 +175,7 @@ def play(ground: Ground, case: Case, name: str) -> dict[str, Any]:
 
 def _kill(ground: Ground, case: Case, name: str, folder: Path) -> dict[str, Any]:
     with ground.start(case.script, name, *case.options) as run:
-        _wait_for(_condition(case, folder), run)
+        wait_for(_condition(case, folder), run)
         time.sleep(case.delay_s)
         try:
             run.freeze()
@@ -173,7 +183,7 @@ def _kill(ground: Ground, case: Case, name: str, folder: Path) -> dict[str, Any]
             raise TooLate from error
         if (folder / "run.json").exists():
             raise TooLate
-        phase, num_done = _describe_moment(folder), _count_steps(folder)
+        phase, num_done = _describe_moment(folder), count_steps(folder)
         run.kill(case.victims)
         killed_s = time.monotonic()
         run.thaw()
@@ -196,13 +206,19 @@ def _condition(case: Case, folder: Path) -> Callable[[], bool]:
     aside = final.with_name(final.name + INCOMPLETE_SUFFIX)
     metrics = folder / "metrics.jsonl"
     return {
-        "step": lambda: metrics.is_file() and _count_steps(folder) >= case.step,
+        "step": lambda: metrics.is_file() and count_steps(folder) >= case.step,
         "save": lambda: aside.is_dir() or final.is_dir(),
         "rename": lambda: (aside / MANIFEST_NAME).is_file() or final.is_dir(),
     }[case.moment]
 
 
-def _wait_for(condition: Callable[[], bool], run: ScriptRun) -> None:
+def wait_for(condition: Callable[[], bool], run: ScriptRun) -> None:
+    """Wait until something is so.
+
+    Raises:
+        RuntimeError: the run has ended without it.
+        TimeoutError: it took too long.
+    """
     deadline = time.monotonic() + RUN_TIMEOUT_S
     polls = 0
     while not condition():
@@ -214,8 +230,10 @@ def _wait_for(condition: Callable[[], bool], run: ScriptRun) -> None:
         time.sleep(POLL_S)
 
 
-def _count_steps(folder: Path) -> int:
-    return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+def count_steps(folder: Path) -> int:
+    """Return how many steps the metrics in a folder have."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _describe_moment(folder: Path) -> str:

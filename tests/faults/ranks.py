@@ -79,6 +79,11 @@ class ScriptRun:
             process.join()
 
     @property
+    def ranks(self) -> range:
+        """All ranks."""
+        return range(len(self._processes))
+
+    @property
     def pids(self) -> list[int]:
         """Process id of each rank."""
         return [process.pid for process in self._processes]
@@ -116,22 +121,27 @@ class ScriptRun:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGCONT)
 
-    def wait(self, timeout_s: float) -> list[int]:
-        """Wait for the end of all ranks, and return their exit codes; negative for a signal.
+    def wait(self, timeout_s: float, ranks: Iterable[int] | None = None) -> list[int]:
+        """Wait for the end of ranks, and return their exit codes; negative for a signal.
+
+        Args:
+            timeout_s: for all of them.
+            ranks: None for all.
 
         Raises:
             TimeoutError: with what they said.
         """
+        processes = [self._processes[rank] for rank in ranks or self.ranks]
         deadline = time.monotonic() + timeout_s
-        pending = {process.sentinel for process in self._processes}
+        pending = {process.sentinel for process in processes}
         while pending:
             ready = wait(pending, max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError(f"{len(pending)} ranks have not ended:\n{self.output()}")
             pending -= set(ready)
-        for process in self._processes:
+        for process in processes:
             process.join()
-        return [process.exitcode for process in self._processes]
+        return [process.exitcode for process in processes]
 
     def finish(self, timeout_s: float) -> None:
         """Wait for a run that must succeed.

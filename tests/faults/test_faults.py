@@ -1,6 +1,5 @@
 """Runs that meet a fault: killed at three moments, on a full disk, with a damaged checkpoint."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
-from tests.faults.cases import Case, Ground, play
+from tests.faults.cases import Case, Ground, count_steps, play, wait_for
 from tests.faults.kill import build_table, summarize
 
 END_S = 60.0
@@ -81,6 +80,82 @@ def test_full_disk(ground, small_disk, words):
     for path in (roomy, whole):
         assert (path / "model.safetensors").is_file()
     assert (roomy / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_full_disk_while_a_step_is_noted_down(ground, small_disk):
+    """Nothing is saved: the line of a step in metrics.jsonl is what meets the full disk."""
+    folder, filler = small_disk / "lines", small_disk / "filler"
+    words = ["--save_strategy", "no", "--max_steps", "100"]
+    try:
+        with ground.start("fsdp2", "small/lines", *words) as run:
+            wait_for(lambda: count_steps(folder) > 0, run)
+            run.freeze()
+            with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            run.thaw()
+            # The others end by rank 0's verdict 10 s later.
+            assert run.wait(END_S, [0]) == [2]
+            said = _sentences(run.output())
+        assert said == [f"cannot write {folder}/metrics.jsonl: No space left on device"]
+        assert 1 < count_steps(folder) < 100
+    finally:
+        filler.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("words", [[], ["--async_save", "True"]], ids=["sync", "async"])
+def test_output_folder_that_vanishes(ground, words):
+    name = "-".join(["gone", *words])
+    folder = ground.folder / name
+    with ground.start("fsdp2", name, *words) as run:
+        wait_for(lambda: count_steps(folder) >= 3, run)
+        run.freeze()
+        shutil.rmtree(folder)
+        run.thaw()
+        codes = run.wait(END_S)
+        (said,) = _sentences(run.output())
+        assert "Traceback" not in run.output()
+    assert codes == [2, 2, 2, 2]
+    assert said.startswith(("cannot read ", "cannot write ")) and str(folder) in said
+    assert said.endswith("No such file or directory")
+    assert not folder.exists()
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": ("__2_0.distcp", _truncate, "{path} is truncated: it has "),
+    "altered": ("__3_0.distcp", _flip_one_bit, "{path} was altered: its checksum is "),
+    "manifest": ("manifest.json", _flip_one_bit, "{path} "),
+    "missing": ("rng-00001.json", Path.unlink, "the checkpoint {path.parent} lacks its file "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint(ground, damage):
+    """Four processes refuse it in one sentence, with exit code 2, and write nothing."""
+    folder = ground.folder / f"damaged-{damage}"
+    folder.mkdir()
+    checkpoint = ground.reference("fsdp2") / "checkpoint-4"
+    path = shutil.copytree(checkpoint, folder / "checkpoint-4") / DAMAGES[damage][0]
+    DAMAGES[damage][1](path)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    with ground.start("fsdp2", folder.name, "--resume_from_checkpoint", "True") as run:
+        codes = run.wait(END_S)
+        said = run.output().splitlines()
+    assert codes == [2, 2, 2, 2], said
+    assert len([line for line in said if str(folder) in line]) == 1
+    assert [line for line in said if line.startswith(DAMAGES[damage][2].format(path=path))]
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
 def _sentences(output: str) -> list[str]:

@@ -19,9 +19,8 @@ from megablocks_utils.output_folder import (
     find_incomplete,
 )
 from megablocks_utils.training.metrics import read_metrics
+from tests.faults.ground import NUM_STEPS, RUN_TIMEOUT_S, SAVE_STEPS, WORLD_SIZE, Ground
 from tests.faults.ranks import SCRIPTS, ScriptRun
-from tests.support.parity import write_examples
-from tests.support.tiny_models import save_tiny_model
 
 __all__ = [
     "MOMENTS",
@@ -35,16 +34,9 @@ __all__ = [
     "wait_for",
 ]
 
-NUM_STEPS, SAVE_STEPS, WORLD_SIZE = 10, 2, 4
-OPTIONS = (
-    f"--use_megablocks_sharding True --ep_size 2 --precision fp32 --max_steps {NUM_STEPS} "
-    f"--save_strategy steps --save_steps {SAVE_STEPS} --per_device_train_batch_size 4 "
-    "--learning_rate 1e-3 --report_to none"
-)
-NUM_EXAMPLES = 53  # three full global batches of 16 and one of five: resumes fall within epochs
 MOMENTS = ("step", "save", "rename")  # what is aimed at
 PHASES = ("step", "save", "rename", "end")  # what was hit
-RUN_TIMEOUT_S, END_TIMEOUT_S = 240.0, 60.0
+END_TIMEOUT_S = 60.0
 POLL_S = 0.0005
 _NUMBERS = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "input_tokens")
 
@@ -96,48 +88,6 @@ def draw_case(rng: random.Random) -> Case:
     )
 
 
-class Ground:
-    """A model, data, and what a run that nobody disturbs makes of them.
-
-    Args:
-        folder: for all of it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not (folder / "data.json").is_file():
-            save_tiny_model("mixtral", folder / "model")
-            write_examples(folder / "data.json", NUM_EXAMPLES)
-
-    def argv(self, output: Path, *words: str) -> list[str]:
-        """Return the options of a run."""
-        paths = ["--model_name_or_path", self.folder / "model"]
-        paths += ["--data_path", self.folder / "data.json", "--output_dir", output]
-        return [*OPTIONS.split(), *map(str, paths), *words]
-
-    def start(self, script: str, name: str, *words: str) -> ScriptRun:
-        """Start a run that writes to a folder of this name."""
-        logs = self.folder / "logs" / f"{name}-{time.monotonic_ns()}"
-        return ScriptRun(script, self.argv(self.folder / name, *words), logs)
-
-    def run(self, script: str, name: str, *words: str) -> str:
-        """Run to the end, and return what was said.
-
-        Raises:
-            RuntimeError: it failed.
-        """
-        with self.start(script, name, *words) as run:
-            run.finish(RUN_TIMEOUT_S)
-            return run.output()
-
-    def reference(self, script: str) -> Path:
-        """Return the output of an undisturbed run of a script; it runs once."""
-        name = f"whole-{script}"
-        if not (self.folder / name / "run.json").is_file():
-            self.run(script, name, "--overwrite_output_dir", "True")
-        return self.folder / name
-
-
 def play(ground: Ground, case: Case, name: str) -> dict[str, Any]:
     """Kill a run as the case says, go on with it, and return what happened.
 
@@ -183,7 +133,7 @@ def _kill(ground: Ground, case: Case, name: str, folder: Path) -> dict[str, Any]
             raise TooLate from error
         if (folder / "run.json").exists():
             raise TooLate
-        phase, num_done = _describe_moment(folder), count_steps(folder)
+        phase, num_done = _describe_moment(folder, ground.num_steps), count_steps(folder)
         run.kill(case.victims)
         killed_s = time.monotonic()
         run.thaw()
@@ -236,7 +186,7 @@ def count_steps(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def _describe_moment(folder: Path) -> str:
+def _describe_moment(folder: Path, num_steps: int) -> str:
     """Return what a run is at by what is in its folder, while it stands still."""
     for aside in find_incomplete(folder):
         return "rename" if (aside / MANIFEST_NAME).exists() else "save"
@@ -247,7 +197,7 @@ def _describe_moment(folder: Path) -> str:
     pointer = folder / LATEST_NAME
     if not pointer.is_symlink() or pointer.readlink().name != newest.name:
         return "rename"
-    return "end" if step == NUM_STEPS else "step"
+    return "end" if step == num_steps else "step"
 
 
 def _time_of_message(run: ScriptRun, since_s: float) -> float | None:
@@ -308,7 +258,7 @@ def _compare(folder: Path, reference: Path) -> list[str]:
     """Return in what a run that went on differs from the undisturbed one."""
     differences = []
     found, wanted = (_read_series(path) for path in (folder, reference))
-    if [row["step"] for row in found] != list(range(1, NUM_STEPS + 1)):
+    if [row["step"] for row in found] != list(range(1, len(wanted) + 1)):
         differences.append(f"steps {[row['step'] for row in found]}")
     elif found != wanted:
         differences += [

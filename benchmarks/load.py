@@ -167,7 +167,10 @@ def _measure(side: str, world_size: int, plan: Plan, folder: Path) -> list[dict[
     with tempfile.TemporaryDirectory() as meeting:
         try:
             return measure_load(Job(side, world_size, plan.workload, folder, Path(meeting)))
-        except multiprocessing.ProcessException as error:
+        except (
+            multiprocessing.ProcessRaisedException,
+            multiprocessing.ProcessExitedException,
+        ) as error:
             return str(error).strip().splitlines()[-1]
 
 

@@ -60,7 +60,8 @@ def measure_load(job: Job) -> list[dict[str, float]]:
         `own_bytes` of the weights it holds then, and `seconds` until the last rank was done.
 
     Raises:
-        ProcessException: a rank failed.
+        ProcessRaisedException: a rank has failed.
+        ProcessExitedException: a rank has died.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     multiprocessing.start_processes(

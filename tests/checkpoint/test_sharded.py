@@ -1,6 +1,9 @@
 """Pieces through torch's distributed checkpoint: written in one cut, read in any other."""
 
+import resource
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +132,23 @@ def test_index_that_cannot_be_read_is_one_sentence(written, tmp_path, content):
         index.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
     with pytest.raises(CheckpointError, match=f"^cannot read {folder}/.metadata: "):
         read_stored_tensors(folder)
+
+
+def _write_beyond_a_limit(rank: int, folder: Path) -> str:
+    """Write 20 kB where the system allows files of 1 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        write_pieces({"x": RunPlace((5000,), 0).piece(torch.zeros(5000))}, folder, None)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return ""
+
+
+def test_what_the_system_refuses_is_said_in_its_words(ranks1, tmp_path):
+    """Not in those of torch's archive, which fails once more while it is closed."""
+    folder = tmp_path / "c"
+    assert ranks1.run(_write_beyond_a_limit, folder) == [f"cannot write {folder}: File too large"]

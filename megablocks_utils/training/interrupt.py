@@ -50,12 +50,12 @@ class StopRequest:
         sends one number over the CPU. Without a group, or with one rank, it sends nothing.
         """
         # A signal that comes during the exchange counts for the next one: others do not know it.
-        self._agreed = 0
+        self._agreed = self._received
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            number = torch.tensor([self._received])
+            number = torch.tensor([self._agreed])
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
             self._agreed = int(number.item())
-        return (self._agreed or self._received) != 0
+        return self._agreed != 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._received_s is None:

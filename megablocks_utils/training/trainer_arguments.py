@@ -52,6 +52,8 @@ _FIXED = {
     "save_only_model": "a checkpoint holds all that a run needs to go on; the final model is "
     "written by itself",
     "save_on_each_node": "all machines write their parts of one checkpoint into one --output_dir",
+    "ignore_data_skip": "a run goes on at its place in the data",
+    "restore_callback_states_from_checkpoint": "callbacks of this script keep nothing",
     "push_to_hub": "this script does not upload",
     "include_num_input_tokens_seen": "metrics.jsonl has input_tokens of every step",
     "disable_tqdm": "progress is shown in this script's own way",

@@ -43,12 +43,14 @@ class Plan:
         shard_size: of its files.
         world_sizes: numbers of ranks; ep is as many.
         repetitions: loads of each side by each number of ranks.
+        sides: of `SIDES`.
     """
 
     workload: Workload
     shard_size: str
     world_sizes: tuple[int, ...]
     repetitions: int
+    sides: tuple[str, ...] = SIDES
 
 
 FULL = Plan(
@@ -69,6 +71,7 @@ SMOKE = Plan(
     shard_size="200KB",
     world_sizes=(2,),
     repetitions=1,
+    sides=OURS,
 )
 
 
@@ -96,7 +99,7 @@ def measure_all(plan: Plan, folder: Path) -> Iterator[list[dict[str, Any]]]:
     The rows of a turn hold the loads of all turns so far.
     """
     largest = _largest_tensor_bytes(folder / "model")
-    cases = [(world_size, side) for world_size in plan.world_sizes for side in SIDES]
+    cases = [(world_size, side) for world_size in plan.world_sizes for side in plan.sides]
     seen: dict[tuple[int, str], list[Any]] = {case: [] for case in cases}
     for turn in range(plan.repetitions):
         for world_size, side in cases if turn % 2 == 0 else reversed(cases):

@@ -1,6 +1,8 @@
 """Runs that meet a fault: killed at three moments, on a full disk, with a damaged checkpoint."""
 
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
+from megablocks_utils.output_folder import find_checkpoints
+from megablocks_utils.training.metrics import read_metrics
 from tests.faults.cases import Case, count_steps, play, wait_for
 from tests.faults.ground import Ground
 from tests.faults.kill import build_table, summarize
@@ -55,6 +59,31 @@ def test_a_killed_run_goes_on_bit_by_bit(ground, case):
     assert row["resumed_from"] in (2, 4)
     assert "1 of 1" in build_table([row])
     assert summarize([row])["equal"] == 1
+
+
+@pytest.mark.parametrize("script", ["fsdp2", "fsdp1"])
+def test_a_signal_to_one_rank_saves_and_the_run_goes_on_bit_by_bit(ground, script):
+    folder, whole = ground.folder / f"stopped-{script}", ground.reference(script)
+    with ground.start(script, folder.name, "--save_strategy", "no") as run:
+        wait_for(lambda: count_steps(folder) >= 2, run)
+        run.freeze()
+        os.kill(run.pids[1], signal.SIGTERM)
+        run.thaw()
+        run.finish(END_S)  # every rank ends with 0
+        said = run.output()
+    ((step, _),) = find_checkpoints(folder)
+    assert 2 <= step < ground.num_steps
+    assert f"Stopped by SIGTERM after step {step} of {ground.num_steps}; " in said
+    assert not (folder / "run.json").exists() and not (folder / "model.safetensors").exists()
+    ground.run(script, folder.name, "--resume_from_checkpoint", "True")
+    assert _series(folder) == _series(whole)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def _series(folder: Path) -> list[tuple]:
+    """Return the numbers of each step that do not depend on the clock."""
+    steps = read_metrics(folder / "metrics.jsonl")
+    return [(s.step, s.epoch, s.loss, s.grad_norm, s.learning_rate, s.tokens) for s in steps]
 
 
 @pytest.mark.parametrize("words", [[], ["--async_save", "True"]], ids=["sync", "async"])
@@ -121,10 +150,6 @@ def test_output_folder_that_vanishes(ground):
     assert not folder.exists()
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 def _flip_one_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -132,9 +157,7 @@ def _flip_one_bit(path: Path) -> None:
 
 
 DAMAGES = {
-    "truncated": ("__2_0.distcp", _truncate, "{path} is truncated: it has "),
     "altered": ("__3_0.distcp", _flip_one_bit, "{path} was altered: its checksum is "),
-    "manifest": ("manifest.json", _flip_one_bit, "{path} "),
     "missing": ("rng-00001.json", Path.unlink, "the checkpoint {path.parent} lacks its file "),
 }
 

@@ -1,10 +1,10 @@
 """One switch for the ways to run the same experts, decided once, with the same signature for all.
 
-A backend takes rows already in expert order and returns their results. `auto` says what it chose
-and why; a backend that is named but cannot run is an error, never a silent change to another.
+A backend takes tokens and the experts they are routed to, and returns their results. `auto` says
+what it chose and why; a backend that is named but cannot run is an error, never a silent change to
+another.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,31 +14,26 @@ from torch import Tensor
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.eager import run_experts_eager
 from megablocks_utils.kernels.grouped_mm import find_grouped_mm_obstacle, run_experts_grouped_mm
-from megablocks_utils.kernels.low_rank import LowRank
-
-Activation = Callable[[Tensor], Tensor]
+from megablocks_utils.kernels.permute import ExpertOrder
+from megablocks_utils.kernels.weights import ExpertWeights
 
 
 class ExpertBackend(Protocol):
-    """Run local experts on rows in expert order.
+    """Run local experts on tokens, from gathering them to the weighted sum.
 
-    Takes rows (R, H), tokens_per_expert (L host integers that sum to R), gate_up_proj (L, 2 * I, H)
-    with the gate rows first, down_proj (L, H, I), the gate's activation and an adapter of each
-    projection, if it has one; returns (R, H). Differentiable in rows, weights and adapters; every
-    expert's weight gets a gradient, also without rows, and a frozen one costs no gradient of its
-    size.
+    Takes tokens (T, H), the order of their N = T * K routed rows, routing weights (T, K) and the
+    experts; returns (T, H). Without routing weights K is 1 and results stand as they are: so expert
+    parallelism runs rows that came from other ranks, which weight them at home. Differentiable in
+    tokens, routing weights and all of the experts; every expert's weight gets a gradient, also
+    without rows, and a frozen one costs no gradient of its size.
     """
 
     def __call__(  # noqa: D102
         self,
-        rows: Tensor,
-        tokens_per_expert: list[int],
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        activation: Activation,
-        *,
-        gate_up_lora: LowRank | None = None,
-        down_lora: LowRank | None = None,
+        tokens: Tensor,
+        order: ExpertOrder,
+        top_k_weights: Tensor | None,
+        experts: ExpertWeights,
     ) -> Tensor: ...
 
 

@@ -1,50 +1,53 @@
 """Run experts one after the other with plain matrix products: any dtype, any size, any device."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megablocks_utils.kernels.low_rank import LowRank
+from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
+from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
 
 def run_experts_eager(
-    rows: Tensor,
-    tokens_per_expert: list[int],
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    *,
-    gate_up_lora: LowRank | None = None,
-    down_lora: LowRank | None = None,
+    tokens: Tensor, order: ExpertOrder, top_k_weights: Tensor | None, experts: ExpertWeights
 ) -> Tensor:
-    """Loop over the experts; see `ExpertBackend`.
+    """Loop over the experts; see `ExpertBackend`. Reads the counts back to the host.
 
     An expert without rows is computed on none, so that its weights get zero gradients and the graph
     is the same on every rank.
     """
-    projections = zip(_split(gate_up_proj, gate_up_lora), _split(down_proj, down_lora), strict=True)
+    rows = permute_tokens(tokens, order)
+    gate_up, down = experts.projections
+    projections = zip(
+        _split(gate_up, experts.gate_up_bias, experts.gate_up_lora),
+        _split(down, experts.down_bias, experts.down_lora),
+        strict=True,
+    )
     results = []
-    for expert_rows, (gate_up, down) in zip(
-        rows.split(tokens_per_expert), projections, strict=True
+    for expert_rows, (first, second) in zip(
+        rows.split(order.tokens_per_expert.tolist()), projections, strict=True
     ):
-        gate, up = _project(expert_rows, *gate_up).chunk(2, dim=-1)
-        results.append(_project(activation(gate) * up, *down))
-    return torch.cat(results)
+        hidden = experts.apply_gate(_project(expert_rows, *first))
+        results.append(_project(hidden, *second))
+    return unpermute_and_combine(torch.cat(results), top_k_weights, order)
 
 
-def _split(weights: Tensor, lora: LowRank | None) -> list[tuple[Tensor, LowRank | None]]:
-    """Return the weight (out, in) and the adapter, (r, in) and (out, r), of each expert."""
-    if lora is None:
-        return [(weight, None) for weight in weights.unbind(0)]
-    factors = zip(weights.unbind(0), lora.lora_a.unbind(0), lora.lora_b.unbind(0), strict=True)
-    return [(weight, LowRank(a, b, lora.scaling)) for weight, a, b in factors]
+def _split(
+    weights: Tensor, bias: Tensor | None, lora: LowRank | None
+) -> list[tuple[Tensor, Tensor | None, LowRank | None]]:
+    """Return each expert's weight (out, in), bias (out,) and adapter, (r, in) and (out, r)."""
+    nothing = [None] * len(weights)
+    adapters = nothing
+    if lora is not None:
+        factors = zip(lora.lora_a.unbind(0), lora.lora_b.unbind(0), strict=True)
+        adapters = [LowRank(a, b, lora.scaling) for a, b in factors]
+    biases = nothing if bias is None else bias.unbind(0)
+    return list(zip(weights.unbind(0), biases, adapters, strict=True))
 
 
-def _project(rows: Tensor, weight: Tensor, lora: LowRank | None) -> Tensor:
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | None) -> Tensor:
     """Multiply one expert's rows (n, in) by its weight and adapter: (n, out)."""
-    output = linear(rows, weight)
+    output = linear(rows, weight, bias)
     if lora is None:
         return output
     inner = linear(rows, lora.lora_a)  # (n, r)

@@ -1,12 +1,11 @@
 """Run all local experts in two grouped matrix products of torch."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
-from megablocks_utils.kernels.low_rank import LowRank
+from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
+from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
 _ALIGNMENT_BYTES = 16
 
@@ -34,24 +33,21 @@ def find_grouped_mm_obstacle(
 
 
 def run_experts_grouped_mm(
-    rows: Tensor,
-    tokens_per_expert: list[int],
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    *,
-    gate_up_lora: LowRank | None = None,
-    down_lora: LowRank | None = None,
+    tokens: Tensor, order: ExpertOrder, top_k_weights: Tensor | None, experts: ExpertWeights
 ) -> Tensor:
     """Multiply every expert's rows in one call per projection, three with an adapter.
 
-    See `ExpertBackend`. The offsets end exactly at the last row: grouped_mm leaves rows past them
-    uninitialised (pytorch#154557), so there must be none.
+    See `ExpertBackend`; nothing is read back to the host. The offsets end exactly at the last row:
+    grouped_mm leaves rows past them uninitialised (pytorch#154557), so there must be none.
     """
-    counts = torch.tensor(tokens_per_expert, dtype=torch.int32)
-    offsets = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
-    gate, up = _project(rows, gate_up_proj, gate_up_lora, offsets).chunk(2, dim=-1)
-    return _project(activation(gate) * up, down_proj, down_lora, offsets)
+    rows = permute_tokens(tokens, order)
+    offsets = order.tokens_per_expert.cumsum(0, dtype=torch.int32)
+    gate_up, down = experts.projections
+    hidden = _project(rows, gate_up, experts.gate_up_lora, offsets)
+    hidden = experts.apply_gate(_add_bias(hidden, experts.gate_up_bias, order))
+    output = _project(hidden, down, experts.down_lora, offsets)
+    output = _add_bias(output, experts.down_bias, order)
+    return unpermute_and_combine(output, top_k_weights, order)
 
 
 def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tensor) -> Tensor:
@@ -63,6 +59,14 @@ def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tenso
     inner = grouped_mm(rows, lora_a.transpose(1, 2), offs=offsets)  # (R, r), perhaps padded
     # In place: the product with the weights keeps nothing of its own result for the backward pass.
     return output.add_(grouped_mm(inner * lora.scaling, lora_b.transpose(1, 2), offs=offsets))
+
+
+def _add_bias(rows: Tensor, bias: Tensor | None, order: ExpertOrder) -> Tensor:
+    """Add each row's (R, out) expert's bias (L, out)."""
+    if bias is None:
+        return rows
+    by_row = bias.repeat_interleave(order.tokens_per_expert, dim=0, output_size=len(rows))
+    return rows.add_(by_row)
 
 
 def _pad_rank(lora: LowRank) -> tuple[Tensor, Tensor]:

@@ -20,14 +20,15 @@ from torch.distributed import ProcessGroup
 class DispatchPlan:
     """Split sizes of one layer's exchange, on the host, and the order its rows are computed in.
 
-    `send_sizes` and `receive_sizes` count rows per rank of the ep group. `tokens_per_expert` counts
-    the received rows of each local expert. `expert_major (R,)` lists the received rows by local
-    expert, and `rank_major (R,)` undoes it; both are None where the rows arrive in that order.
+    `send_sizes` and `receive_sizes` count rows per rank of the ep group. `tokens_per_expert (L,)`
+    counts, on the device, the received rows of each local expert. `expert_major (R,)` lists the
+    received rows by local expert, and `rank_major (R,)` undoes it; both are None where the rows
+    arrive in that order.
     """
 
     send_sizes: list[int]
     receive_sizes: list[int]
-    tokens_per_expert: list[int]
+    tokens_per_expert: Tensor
     expert_major: Tensor | None
     rank_major: Tensor | None
 
@@ -42,26 +43,20 @@ def plan_dispatch(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) 
         group: the ep group.
         ep_size: its size.
     """
-    if ep_size == 1:
-        sizes = tokens_per_expert.tolist()
-        return DispatchPlan([sum(sizes)], [sum(sizes)], sizes, None, None)
     # The functional collective, not `dist.all_to_all_single`: selective checkpointing keeps the
     # result of an op, and would keep garbage of one that fills its output in place.
     received = _exchange(tokens_per_expert, None, None, group)
     send_sizes = tokens_per_expert.view(ep_size, -1).sum(dim=1)
-    host = torch.cat([received, send_sizes]).tolist()
-    num_local = tokens_per_expert.numel() // ep_size
-    by_rank = [host[r * num_local : (r + 1) * num_local] for r in range(ep_size)]
-    receive_sizes = [sum(counts) for counts in by_rank]
-    num_rows = sum(receive_sizes)
+    received = received.view(ep_size, -1)
+    send_sizes, receive_sizes = torch.stack([send_sizes, received.sum(dim=1)]).tolist()
     expert_major = rank_major = None
-    if num_local > 1:
-        expert_major = _expert_major_order(received.view(ep_size, num_local), num_rows)
+    if received.shape[1] > 1:
+        expert_major = _expert_major_order(received, sum(receive_sizes))
         rank_major = invert_permutation(expert_major)
     return DispatchPlan(
-        send_sizes=host[ep_size * num_local :],
+        send_sizes=send_sizes,
         receive_sizes=receive_sizes,
-        tokens_per_expert=[sum(counts) for counts in zip(*by_rank, strict=True)],
+        tokens_per_expert=received.sum(dim=0),
         expert_major=expert_major,
         rank_major=rank_major,
     )
@@ -72,8 +67,6 @@ def dispatch_rows(rows: Tensor, plan: DispatchPlan, group: ProcessGroup) -> Tens
 
     **Collective:** one all-to-all on the ep group, and one more in backward.
     """
-    if len(plan.send_sizes) == 1:
-        return rows
     return _AllToAll.apply(rows, plan.receive_sizes, plan.send_sizes, group)
 
 
@@ -82,8 +75,6 @@ def combine_rows(rows: Tensor, plan: DispatchPlan, group: ProcessGroup) -> Tenso
 
     **Collective:** one all-to-all on the ep group, and one more in backward.
     """
-    if len(plan.send_sizes) == 1:
-        return rows
     return _AllToAll.apply(rows, plan.send_sizes, plan.receive_sizes, group)
 
 

@@ -2,20 +2,23 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from megablocks_utils.kernels.backend import ExpertBackend
+from megablocks_utils.kernels.gate import build_gate
+from megablocks_utils.kernels.permute import (
+    ExpertOrder,
+    permute_tokens,
+    sort_by_expert,
+    unpermute_and_combine,
+)
+from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.mesh.token_exchange import combine_rows, dispatch_rows, plan_dispatch
 from megablocks_utils.moe.lora import ExpertLora
-from megablocks_utils.moe.permute import (
-    permute_tokens,
-    reorder_rows,
-    sort_by_expert,
-    unpermute_and_combine,
-)
 
 
 class DroplessExperts(nn.Module):
@@ -52,7 +55,7 @@ class DroplessExperts(nn.Module):
         self.num_experts = gate_up_proj.shape[0]
         self.mesh = mesh
         self.backend = backend
-        self.activation = activation
+        self.gate = build_gate(activation)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
@@ -61,28 +64,31 @@ class DroplessExperts(nn.Module):
         where FSDP gathered them in that dtype already.
 
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
-        backward; every rank of the axis must call, also with no token.
+        backward, none where it has one rank; every rank of the axis must call, also with no token.
         """
         ep_mesh = self.mesh[EP_AXIS]
         group, dtype = ep_mesh.get_group(), hidden_states.dtype
         # A copy of its own, which selective checkpointing keeps: what is recomputed in backward
         # must be routed as the rows were that other ranks hold.
         order = sort_by_expert(top_k_index.clone(), self.num_experts)
+        experts = self.local_weights(dtype)
+        if ep_mesh.size() == 1:
+            return self.backend(hidden_states, order, top_k_weights, experts)
         plan = plan_dispatch(order.tokens_per_expert, group, ep_mesh.size())
         rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
-        rows = reorder_rows(rows, plan.expert_major, plan.rank_major)
-        rows = self.backend(
-            rows,
-            plan.tokens_per_expert,
+        received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
+        rows = self.backend(rows, received, None, experts)
+        return unpermute_and_combine(combine_rows(rows, plan, group), top_k_weights, order)
+
+    def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """Return the experts that this rank computes with, cast to the dtype of compute."""
+        return ExpertWeights(
             local_tensor(self.gate_up_proj).to(dtype),
             local_tensor(self.down_proj).to(dtype),
-            self.activation,
+            self.gate,
             gate_up_lora=self.gate_up_proj_lora and self.gate_up_proj_lora.local(dtype),
             down_lora=self.down_proj_lora and self.down_proj_lora.local(dtype),
         )
-        rows = reorder_rows(rows, plan.rank_major, plan.expert_major)
-        rows = combine_rows(rows, plan, group)
-        return unpermute_and_combine(rows, top_k_weights, order)
 
     def extra_repr(self) -> str:
         """Show sizes and the mesh in the printed model."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megablocks_utils.kernels.low_rank import LowRank
+from megablocks_utils.kernels.weights import LowRank
 from megablocks_utils.mesh.placement import local_tensor
 
 

@@ -6,10 +6,18 @@ from torch.nn.functional import silu
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backend import ExpertShapes, choose_backend
-from megablocks_utils.kernels.low_rank import LowRank
+from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.permute import ExpertOrder
+from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.moe.reference import experts_reference
 from tests.support.allocations import LargestResult
 from tests.support.compare import relative_error
+
+
+def sorted_rows(counts):
+    """Return the order of rows that lie in expert order."""
+    return ExpertOrder(None, None, torch.tensor(counts), top_k=1)
+
 
 FITTING = ExpertShapes(64, 96, torch.float32, "cpu")
 
@@ -78,7 +86,8 @@ def test_backend_equals_reference_in_values_and_gradients(kernel, dtype, counts)
         return [output, *grads]
 
     rows, gate_up, down = (leaf.to(dtype).requires_grad_() for leaf in leaves)
-    output = choose_backend(kernel, FITTING).run(rows, counts, gate_up, down, silu)
+    weights = ExpertWeights(gate_up, down, SwiGlu())
+    output = choose_backend(kernel, FITTING).run(rows, sorted_rows(counts), None, weights)
     seen = [output, *torch.autograd.grad(output, [rows, gate_up, down], upstream.to(dtype))]
     exact, baseline = run_reference(torch.float64), run_reference(dtype)
     for ours, wanted, own in zip(seen, exact, baseline, strict=True):
@@ -113,25 +122,25 @@ def _run_lora(run, weights, leaves, counts, dtype, upstream):
     gate_up, down = (weight.to(dtype) for weight in weights)
     leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
     rows, gate_up_a, gate_up_b, down_a, down_b = leaves
-    output = run(
-        rows,
-        counts,
+    experts = ExpertWeights(
         gate_up,
         down,
-        silu,
+        SwiGlu(),
         gate_up_lora=LowRank(gate_up_a, gate_up_b, SCALING),
         down_lora=LowRank(down_a, down_b, SCALING),
     )
+    output = run(rows, sorted_rows(counts), None, experts)
     return [output, *torch.autograd.grad(output, leaves, upstream.to(dtype))]
 
 
-def _merge_and_run(rows, counts, gate_up, down, silu, *, gate_up_lora, down_lora):
+def _merge_and_run(rows, order, _top_k_weights, experts):
     """Do it the obvious way: add B A to the weights and call the reference."""
-    experts = torch.arange(4).repeat_interleave(torch.tensor(counts)).unsqueeze(1)
-    gate_up = gate_up + SCALING * gate_up_lora.lora_b @ gate_up_lora.lora_a
-    down = down + SCALING * down_lora.lora_b @ down_lora.lora_a
+    index = torch.arange(4).repeat_interleave(order.tokens_per_expert).unsqueeze(1)
+    first, second = experts.gate_up_lora, experts.down_lora
+    gate_up = experts.gate_up_proj + SCALING * first.lora_b @ first.lora_a
+    down = experts.down_proj + SCALING * second.lora_b @ second.lora_a
     weights = torch.ones(len(rows), 1, dtype=rows.dtype)
-    return experts_reference(rows, experts, weights, gate_up, down, silu)
+    return experts_reference(rows, index, weights, gate_up, down, silu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megablocks_utils.moe.permute import (
+from megablocks_utils.kernels.permute import (
+    ExpertOrder,
     permute_tokens,
-    reorder_rows,
     sort_by_expert,
     unpermute_and_combine,
 )
@@ -50,11 +50,24 @@ def test_combine_sums_bf16_rows_in_fp32():
     assert unpermute_and_combine(rows, torch.ones(1, 3), order).item() == 258.0
 
 
-def test_reorder_rows_and_its_gradient():
+def test_rows_of_one_expert_each_are_only_reordered():
     index = torch.tensor([2, 0, 1])
+    order = ExpertOrder(index, index.argsort(), torch.tensor([1, 1, 1]), top_k=1)
     rows = torch.arange(6.0).view(3, 2).requires_grad_()
-    out = reorder_rows(rows, index, index.argsort())
-    assert torch.equal(out, rows[index])
-    (grad,) = torch.autograd.grad(out, rows, torch.tensor([[1.0, 1], [2, 2], [3, 3]]))
+    sorted_rows = permute_tokens(rows, order)
+    assert torch.equal(sorted_rows, rows[index])
+    (grad,) = torch.autograd.grad(
+        sorted_rows, rows, torch.tensor([[1.0, 1], [2, 2], [3, 3]]), retain_graph=True
+    )
     assert grad.tolist() == [[2, 2], [3, 3], [1, 1]]
-    assert reorder_rows(rows, None, None) is rows
+    home = unpermute_and_combine(sorted_rows, None, order)
+    assert torch.equal(home, rows)
+    upstream = torch.randn(3, 2)
+    assert torch.equal(torch.autograd.grad(home, rows, upstream)[0], upstream)
+
+
+def test_rows_that_are_sorted_are_not_copied():
+    order = ExpertOrder(None, None, torch.tensor([3]), top_k=1)
+    rows = torch.randn(3, 2)
+    assert permute_tokens(rows, order) is rows
+    assert unpermute_and_combine(rows, None, order) is rows

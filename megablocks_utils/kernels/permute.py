@@ -14,14 +14,15 @@ from megablocks_utils.mesh.token_exchange import invert_permutation
 
 @dataclass(frozen=True)
 class ExpertOrder:
-    """Order that sorts the N = T * K routed rows of this rank by expert.
+    """Order that sorts N = T * K routed rows by expert; all of it on the device.
 
     `order (N,)`: routed row (token * K + slot) at each sorted place; `inverse (N,)`: sorted place
-    of each routed row; `tokens_per_expert (E,)`: int64 counts; `top_k`: K.
+    of each routed row, both None where the rows are sorted already; `tokens_per_expert`: int64
+    counts of rows, one an expert, that sum to N; `top_k`: K.
     """
 
-    order: Tensor
-    inverse: Tensor
+    order: Tensor | None
+    inverse: Tensor | None
     tokens_per_expert: Tensor
     top_k: int
 
@@ -42,25 +43,27 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> ExpertOrder:
 
 def permute_tokens(hidden_states: Tensor, order: ExpertOrder) -> Tensor:
     """Copy each token (T, H) once for each of its K experts, in expert order: (N, H)."""
+    if order.order is None:
+        return hidden_states
+    if order.top_k == 1:
+        return _ReorderRows.apply(hidden_states, order.order, order.inverse)
     return _PermuteTokens.apply(hidden_states, order.order, order.inverse, order.top_k)
 
 
-def reorder_rows(rows: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
-    """Return rows[index] (R, H) for a permutation and its inverse; None leaves them as they are."""
-    return rows if index is None else _ReorderRows.apply(rows, index, inverse)
-
-
-def unpermute_and_combine(rows: Tensor, top_k_weights: Tensor, order: ExpertOrder) -> Tensor:
+def unpermute_and_combine(rows: Tensor, top_k_weights: Tensor | None, order: ExpertOrder) -> Tensor:
     """Sum each token's K results with its routing weights, in fp32 (fp64 for fp64 rows).
 
     Args:
         rows: (N, H) results in expert order.
-        top_k_weights: (T, K).
+        top_k_weights: (T, K); None, with K = 1, takes the results as they are.
         order: the order the rows are in.
 
     Returns:
         (T, H) in the dtype of `rows`.
     """
+    if top_k_weights is None:
+        assert order.top_k == 1, order.top_k
+        return rows if order.order is None else _ReorderRows.apply(rows, order.inverse, order.order)
     return _CombineRows.apply(rows, top_k_weights, order.order, order.inverse)
 
 

@@ -1,0 +1,84 @@
+"""What a backend computes with: the weights of this rank's experts, as they lie in memory."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megablocks_utils.kernels.gate import Gate
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Add `scaling * lora_b[e] @ lora_a[e]` to the weight of each local expert e of a projection.
+
+    No backend computes that product: rows pass the two factors one after the other.
+
+    Attributes:
+        lora_a: (L, r, in).
+        lora_b: (L, out, r).
+        scaling: lora_alpha / r.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The L experts of a rank, in the dtype of compute; what needs a gradient may be any of them.
+
+    Attributes:
+        gate_up_proj: (L, 2 * I, H); (L, H, 2 * I) where `is_transposed`.
+        down_proj: (L, H, I); (L, I, H) where `is_transposed`.
+        gate: makes (R, I) of gate and up, (R, I) each.
+        gate_up_lora: adapter of the first projection, in the order of its outputs; or None.
+        down_lora: adapter of the second; or None.
+        gate_up_bias: (L, 2 * I) or None.
+        down_bias: (L, H) or None.
+        is_transposed: whether the weights are stored (in, out), as GPT-OSS does.
+        is_interleaved: whether outputs of the first projection are gate, up, gate, up, ... instead
+            of all gates, then all ups.
+    """
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    gate: Gate
+    gate_up_lora: LowRank | None = None
+    down_lora: LowRank | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    is_transposed: bool = False
+    is_interleaved: bool = False
+
+    @property
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """Both weights as (L, out, in), whatever way they are stored."""
+        if self.is_transposed:
+            return self.gate_up_proj.transpose(1, 2), self.down_proj.transpose(1, 2)
+        return self.gate_up_proj, self.down_proj
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether a projection has an adapter."""
+        return self.gate_up_lora is not None or self.down_lora is not None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that may have a gradient, by the name a person would call it."""
+        named = {
+            "gate_up_proj": self.gate_up_proj,
+            "down_proj": self.down_proj,
+            "gate_up_proj_bias": self.gate_up_bias,
+            "down_proj_bias": self.down_bias,
+        }
+        for name, lora in (("gate_up_proj", self.gate_up_lora), ("down_proj", self.down_lora)):
+            if lora is not None:
+                named |= {f"{name}.lora_A": lora.lora_a, f"{name}.lora_B": lora.lora_b}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def apply_gate(self, gate_up: Tensor) -> Tensor:
+        """Apply the gate to outputs (R, 2 * I) of the first projection: (R, I)."""
+        if self.is_interleaved:
+            return self.gate(gate_up[..., ::2], gate_up[..., 1::2])
+        return self.gate(*gate_up.chunk(2, dim=-1))

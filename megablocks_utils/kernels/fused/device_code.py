@@ -1,0 +1,156 @@
+"""What the Triton kernels share: finding a tile's rows, products, rounding.
+
+Offsets into tensors are int64 throughout: N * 2I passes 2**31 at 75 thousand rows of Mixtral.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swizzle(pid, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
+    """Order the tiles so that GROUP_M row tiles use a column tile's weights while L2 holds them."""
+    per_group = GROUP_M * num_tiles_n
+    first_m = pid // per_group * GROUP_M
+    size_m = tl.minimum(num_tiles_m - first_m, GROUP_M)
+    within = pid % per_group
+    return first_m + within % size_m, within // size_m
+
+
+@triton.jit
+def find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Find the expert and the sorted rows of a row tile; a tile never spans two experts.
+
+    `offsets_ptr` holds the L + 1 int32 ends of experts' rows. The grid has as many row tiles as
+    there can be; for those past the last one the expert is `num_experts` or more.
+
+    Returns:
+        The expert, its rows of this tile, and the end of its rows.
+    """
+    experts = tl.arange(0, EXPERTS_POW2)
+    exists = experts < num_experts
+    start = tl.load(offsets_ptr + experts, mask=exists, other=0)
+    end = tl.load(offsets_ptr + experts + 1, mask=exists, other=0)
+    tiles = tl.cdiv(end - start, BLOCK_M)
+    tiles_end = tl.cumsum(tiles, 0)
+    expert = tl.sum((tiles_end <= tile_m).to(tl.int32), 0)
+    is_it = experts == expert
+    first_row = tl.sum(tl.where(is_it, start + (tile_m - tiles_end + tiles) * BLOCK_M, 0), 0)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    return expert, rows, tl.sum(tl.where(is_it, end, 0), 0)
+
+
+@triton.jit
+def read_order(order_ptr, rows, exists, HAS_ORDER: tl.constexpr):
+    """Return the routed row (token * K + slot) of sorted rows, as int64."""
+    if HAS_ORDER:
+        return tl.load(order_ptr + rows, mask=exists, other=0).to(tl.int64)
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def load_rows(x_ptr, source, exists, k, num_k, stride_m, EVEN_K: tl.constexpr):
+    """Load columns `k` of rows `source` (int64) of a matrix whose columns lie side by side."""
+    mask = exists[:, None]
+    if not EVEN_K:
+        mask = mask & (k < num_k)[None, :]
+    return tl.load(x_ptr + source[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_weights(
+    w,
+    expert,
+    k,
+    cols,
+    num_k,
+    num_cols,
+    stride_e,
+    stride_n,
+    stride_k,
+    EVEN_K: tl.constexpr,
+):
+    """Load weights (K, N) of an expert by pointers: rows `k`, columns `cols`."""
+    pointers = w + expert.to(tl.int64) * stride_e
+    pointers += k[:, None].to(tl.int64) * stride_k + cols[None, :].to(tl.int64) * stride_n
+    exists = (cols < num_cols)[None, :]
+    if not EVEN_K:
+        exists = exists & (k < num_k)[:, None]
+    return tl.load(pointers, mask=exists, other=0.0)
+
+
+@triton.jit
+def load_weights_tma(
+    w,
+    expert,
+    first_k,
+    first_col,
+    num_k,
+    num_cols,
+    K_IS_LAST: tl.constexpr,
+):
+    """Load the same by a tensor descriptor over (L * rows, columns) of the stored weights.
+
+    A box may reach into the next expert: its columns are masked when results are stored, and along
+    K the launcher only lets whole boxes through.
+    """
+    if K_IS_LAST:
+        return w.load([expert * num_cols + first_col, first_k]).T
+    return w.load([expert * num_k + first_k, first_col])
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """Add a @ b to acc in fp32; the interpreter cannot multiply bf16 (triton#11584)."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """Round fp32 to nearest even in `dtype`, which the interpreter would cut off for bf16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    inner_ptr,
+    rows,
+    rows_exist,
+    rank,
+    factor_ptr,
+    expert,
+    cols,
+    num_cols,
+    stride_e,
+    stride_n,
+    stride_r,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add inner (N, r) @ factor (r, columns) of an expert to acc; `inner` has the scaling in it."""
+    factor_ptr += expert.to(tl.int64) * stride_e
+    for first in range(0, rank, BLOCK_R):
+        ranks = first + tl.arange(0, BLOCK_R)
+        inner = tl.load(
+            inner_ptr + rows[:, None].to(tl.int64) * rank + ranks[None, :],
+            mask=rows_exist[:, None] & (ranks < rank)[None, :],
+            other=0.0,
+        )
+        factor = tl.load(
+            factor_ptr
+            + ranks[:, None].to(tl.int64) * stride_r
+            + cols[None, :].to(tl.int64) * stride_n,
+            mask=(ranks < rank)[:, None] & (cols < num_cols)[None, :],
+            other=0.0,
+        )
+        acc = dot(inner, factor, acc, PRECISION, INTERPRET)
+    return acc

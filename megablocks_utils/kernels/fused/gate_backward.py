@@ -1,0 +1,280 @@
+"""Go back through the down projection and the gate: one kernel, and the router's gradient with it."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megablocks_utils.kernels.fused.device_code import (
+    add_low_rank,
+    dot,
+    find_rows,
+    load_rows,
+    load_weights,
+    load_weights_tma,
+    read_order,
+    round_to,
+    swizzle,
+)
+from megablocks_utils.kernels.fused.launch import (
+    GROUP_M,
+    GateLayout,
+    Inner,
+    Matrix,
+    Routing,
+    block_rank,
+    launch_options,
+    weights_argument,
+)
+from megablocks_utils.kernels.fused.tiles import Tile
+
+
+@triton.jit
+def differentiate_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """Return `SwiGlu` of gate and up in fp32, and its derivatives by gate and by up."""
+    inside_gate = gate == gate
+    inside_up = inside_gate
+    if LIMIT > 0:
+        inside_gate = gate <= LIMIT
+        inside_up = (up >= -LIMIT) & (up <= LIMIT)
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+    sigmoid = tl.sigmoid(ALPHA * gate)
+    by_up = gate * sigmoid
+    by_gate = up * sigmoid * (1.0 + ALPHA * gate * (1.0 - sigmoid))
+    return by_up * up, tl.where(inside_gate, by_gate, 0.0), tl.where(inside_up, by_up, 0.0)
+
+
+@triton.jit
+def gate_backward_kernel(
+    grad_ptr,
+    w,
+    hidden_ptr,
+    weight_ptr,
+    grad_hidden_ptr,
+    weighted_ptr,
+    partial_ptr,
+    order_ptr,
+    offsets_ptr,
+    inner_ptr,
+    factor_ptr,
+    num_rows,
+    num_experts,
+    num_k,
+    num_cols,
+    num_tiles_m,
+    num_tiles_n,
+    rank,
+    stride_gm,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_fe,
+    stride_fn,
+    stride_fr,
+    TOP_K: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    KEEP_GRAD_HIDDEN: tl.constexpr,
+    KEEP_WEIGHTED: tl.constexpr,
+    KEEP_PARTIAL: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    K_IS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Compute a tile of the gradient of the gate's inputs.
+
+    `grad` is the output's gradient by token; the product with the weights, and with the adapter's
+    factor, is the gradient of the gate's result before the routing weight. With the result itself,
+    made again from `hidden`, it gives the routing weight's gradient: each program leaves its
+    columns' part in `partial`.
+    """
+    tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
+    expert, rows, end = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
+    if expert >= num_experts:
+        return
+    exists = rows < end
+    routed = read_order(order_ptr, rows, exists, HAS_ORDER)
+    source = routed // TOP_K
+    first_col = tile_n * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_k in range(0, num_k, BLOCK_K):
+        k = first_k + tl.arange(0, BLOCK_K)
+        grad = load_rows(grad_ptr, source, exists, k, num_k, stride_gm, EVEN_K)
+        if USE_TMA:
+            weights = load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST)
+        else:
+            weights = load_weights(
+                w, expert, k, cols, num_k, num_cols, stride_we, stride_wn, stride_wk, EVEN_K
+            )
+        acc = dot(grad, weights, acc, PRECISION, INTERPRET)
+    if HAS_LORA:
+        acc = add_low_rank(
+            acc,
+            inner_ptr,
+            rows,
+            exists,
+            rank,
+            factor_ptr,
+            expert,
+            cols,
+            num_cols,
+            stride_fe,
+            stride_fn,
+            stride_fr,
+            BLOCK_R,
+            PRECISION,
+            INTERPRET,
+        )
+    is_col = cols < num_cols
+    mask = exists[:, None] & is_col[None, :]
+    row_starts = rows.to(tl.int64)[:, None]
+    gate_cols = 2 * cols if INTERLEAVED else cols
+    up_cols = 2 * cols + 1 if INTERLEAVED else cols + num_cols
+    hidden = row_starts * (2 * num_cols)
+    gate = tl.load(hidden_ptr + hidden + gate_cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(hidden_ptr + hidden + up_cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    result, by_gate, by_up = differentiate_gate(gate, up, ALPHA, LIMIT)
+    if KEEP_PARTIAL:
+        part = tl.sum(tl.where(mask, acc * result, 0.0), 1)
+        tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + routed, part, mask=exists)
+    if HAS_WEIGHTS:
+        weight = tl.load(weight_ptr + routed, mask=exists, other=0.0).to(tl.float32)[:, None]
+        acc *= weight
+        result *= weight
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    if KEEP_WEIGHTED:
+        tl.store(
+            weighted_ptr + row_starts * num_cols + cols[None, :],
+            round_to(result, dtype, INTERPRET),
+            mask=mask,
+        )
+    if KEEP_GRAD_HIDDEN:
+        tl.store(
+            grad_hidden_ptr + hidden + gate_cols[None, :],
+            round_to(acc * by_gate, dtype, INTERPRET),
+            mask=mask,
+        )
+        tl.store(
+            grad_hidden_ptr + hidden + up_cols[None, :],
+            round_to(acc * by_up, dtype, INTERPRET),
+            mask=mask,
+        )
+
+
+@dataclass(frozen=True)
+class GateGradients:
+    """What comes out on the way back through the gate; None where it was not asked for.
+
+    Attributes:
+        hidden: (N, 2 * I) gradient of the gate's inputs, in expert order.
+        weighted: (N, I) the gate's results times their routing weights, in expert order.
+        top_k_weights: (N,) fp32, gradient of the routing weights, by routed row; a bias of the down
+            projection is not in it.
+    """
+
+    hidden: Tensor | None
+    weighted: Tensor | None
+    top_k_weights: Tensor | None
+
+
+def gate_backward(
+    grad: Tensor,
+    weights: Matrix,
+    hidden: Tensor,
+    top_k_weights: Tensor | None,
+    routing: Routing,
+    tile: Tile,
+    layout: GateLayout,
+    *,
+    wants_hidden: bool,
+    wants_weighted: bool,
+    wants_top_k_weights: bool,
+    inner: Inner | None = None,
+) -> GateGradients:
+    """Run the first half of the way back.
+
+    Args:
+        grad: (T, H) gradient of the layer's output.
+        weights: the experts' (H, I): the down projection, transposed.
+        hidden: (N, 2 * I) that `gate_up` kept.
+        top_k_weights: (T, K) or None for ones.
+        routing: which rows go to which expert.
+        tile: sizes of a program's work.
+        layout: order of the 2 * I values, and the gate.
+        wants_hidden: whether their gradient is needed.
+        wants_weighted: whether the weighted results are.
+        wants_top_k_weights: whether the routing weights' gradient is.
+        inner: a low-rank product to add to the gradient of the gate's result.
+    """
+    num_k, num_cols = weights.num_rows, weights.num_cols
+    grid_m, grid_n = routing.num_tiles(tile.block_m), triton.cdiv(num_cols, tile.block_n)
+    num_rows = routing.num_rows
+    grad_hidden = grad.new_empty(num_rows, 2 * num_cols) if wants_hidden else None
+    weighted = grad.new_empty(num_rows, num_cols) if wants_weighted else None
+    partial = None
+    if wants_top_k_weights:
+        partial = grad.new_empty(grid_n, num_rows, dtype=torch.float32)
+    if num_rows:
+        uses_tma = weights.fits_descriptor(tile)
+        factor = inner.factor if inner else weights
+        gate_backward_kernel[(grid_m * grid_n,)](
+            grad,
+            weights_argument(weights, tile, uses_tma),
+            hidden,
+            top_k_weights,
+            grad_hidden,
+            weighted,
+            partial,
+            routing.order,
+            routing.offsets,
+            inner.rows if inner else grad,
+            factor.tensor,
+            num_rows,
+            routing.num_experts,
+            num_k,
+            num_cols,
+            grid_m,
+            grid_n,
+            factor.num_rows,
+            grad.stride(0),
+            *weights.strides,
+            *factor.strides,
+            TOP_K=routing.top_k,
+            EXPERTS_POW2=routing.experts_pow2,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            BLOCK_R=block_rank(factor.num_rows) if inner else 16,
+            GROUP_M=GROUP_M,
+            HAS_ORDER=routing.order is not None,
+            INTERLEAVED=layout.is_interleaved,
+            ALPHA=layout.gate.alpha,
+            LIMIT=layout.gate.limit or 0.0,
+            HAS_WEIGHTS=top_k_weights is not None,
+            KEEP_GRAD_HIDDEN=wants_hidden,
+            KEEP_WEIGHTED=wants_weighted,
+            KEEP_PARTIAL=wants_top_k_weights,
+            HAS_LORA=inner is not None,
+            EVEN_K=num_k % tile.block_k == 0,
+            USE_TMA=uses_tma,
+            K_IS_LAST=weights.rows_are_last,
+            **launch_options(grad, tile),
+        )
+    by_row = partial.sum(dim=0) if wants_top_k_weights else None
+    return GateGradients(grad_hidden, weighted, by_row)

@@ -1,0 +1,162 @@
+"""What every launch of a kernel needs: who gets which rows, how matrices lie, how to compile."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.permute import ExpertOrder
+
+GROUP_M = 8
+"""Row tiles that share a column tile's weights while these are in L2."""
+
+_MAX_BLOCK_RANK = 64
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Say which rows go to which expert; nothing of it is known on the host but sizes.
+
+    Attributes:
+        order: (N,) routed row at each sorted place; None: rows lie sorted.
+        offsets: (L + 1,) int32; expert e has the sorted rows from offsets[e] up to offsets[e + 1].
+        num_rows: N.
+        top_k: K.
+    """
+
+    order: Tensor | None
+    offsets: Tensor
+    num_rows: int
+    top_k: int
+
+    @property
+    def num_experts(self) -> int:
+        """L."""
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def experts_pow2(self) -> int:
+        """L, or the next power of two."""
+        return triton.next_power_of_2(self.num_experts)
+
+    def num_tiles(self, block_m: int) -> int:
+        """Return how many row tiles there can be at most: each expert wastes less than one."""
+        most = (self.num_rows + self.num_experts * (block_m - 1)) // block_m
+        return min(self.num_rows, most)
+
+
+def build_routing(order: ExpertOrder, num_tokens: int) -> Routing:
+    """Turn an order into what the kernels read. Nothing is read back to the host."""
+    counts = order.tokens_per_expert
+    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
+    return Routing(order.order, offsets, num_tokens * order.top_k, order.top_k)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix (rows, columns) of each expert, as a view of stored weights: `row @ matrix`.
+
+    Attributes:
+        tensor: (L, a, b), any strides.
+        rows_are_last: whether its rows run along the last dim of `tensor`.
+    """
+
+    tensor: Tensor
+    rows_are_last: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Length of what is multiplied with a column."""
+        return self.tensor.shape[2 if self.rows_are_last else 1]
+
+    @property
+    def num_cols(self) -> int:
+        """Length of a result."""
+        return self.tensor.shape[1 if self.rows_are_last else 2]
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Elements from one expert, column and row to the next."""
+        expert, middle, last = self.tensor.stride()
+        return (expert, middle, last) if self.rows_are_last else (expert, last, middle)
+
+    @property
+    def transposed(self) -> "Matrix":
+        """The matrix for the way back: `row @ matrix.T`."""
+        return Matrix(self.tensor, not self.rows_are_last)
+
+    def fits_descriptor(self, tile: Tile) -> bool:
+        """Say whether tiles of it can be loaded by TMA: whole boxes along the rows, 16-byte lines."""
+        return (
+            has_tma(self.tensor)
+            and self.tensor.is_contiguous()
+            and self.num_rows % tile.block_k == 0
+            and self.tensor.shape[2] * self.tensor.element_size() % 16 == 0
+            and self.tensor.data_ptr() % 16 == 0
+        )
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A low-rank product that a kernel adds to its result: `rows @ factor`.
+
+    Attributes:
+        rows: (N, r) in expert order, scaled.
+        factor: the experts' (r, columns).
+    """
+
+    rows: Tensor
+    factor: Matrix
+
+
+@dataclass(frozen=True)
+class GateLayout:
+    """Say how the first projection's 2 * I outputs lie, and what the gate makes of them."""
+
+    gate: SwiGlu
+    is_interleaved: bool
+
+
+def weights_argument(weights: Matrix, tile: Tile, uses_tma: bool) -> Tensor | TensorDescriptor:
+    """Return what a kernel loads weights by: a descriptor of boxes, or the tensor."""
+    if not uses_tma:
+        return weights.tensor
+    box = (tile.block_n, tile.block_k) if weights.rows_are_last else (tile.block_k, tile.block_n)
+    return TensorDescriptor.from_tensor(weights.tensor.flatten(0, 1), list(box))
+
+
+def has_tma(tensor: Tensor) -> bool:
+    """Say whether the device loads boxes by itself (Hopper and newer)."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def is_interpreted() -> bool:
+    """Say whether Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def block_rank(rank: int) -> int:
+    """Return how many ranks of an adapter a program multiplies at a time (16 at least, for dot)."""
+    return min(max(16, triton.next_power_of_2(rank)), _MAX_BLOCK_RANK)
+
+
+def launch_options(x: Tensor, tile: Tile) -> dict[str, Any]:
+    """Return the constants that every matrix kernel takes, and how to compile it.
+
+    fp32 is multiplied in fp32 unless torch itself is allowed to use tf32.
+    """
+    is_tf32 = torch.backends.cuda.matmul.allow_tf32
+    return {
+        "PRECISION": "tf32" if is_tf32 else "ieee",
+        "INTERPRET": is_interpreted(),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }

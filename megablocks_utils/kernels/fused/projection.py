@@ -1,0 +1,121 @@
+"""One projection of the experts with its adapter: the low-rank ways through it, its gradients."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megablocks_utils.kernels.fused.launch import Inner, Matrix, Routing
+from megablocks_utils.kernels.fused.row_gemm import row_gemm
+from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What of a projection may be trained; each None where there is none.
+
+    Attributes:
+        weight: (L, out, in), or (L, in, out) in a model that stores it so.
+        bias: (L, out).
+        lora_a: (L, r, in).
+        lora_b: (L, out, r).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection and how to run it.
+
+    Attributes:
+        parameters: its tensors.
+        scaling: of the adapter.
+        is_transposed: whether the weight is stored (in, out).
+        routing: which rows go to which expert.
+        tiles: sizes of the programs' work.
+        num_programs: how many keep the device busy.
+    """
+
+    parameters: Parameters
+    scaling: float
+    is_transposed: bool
+    routing: Routing
+    tiles: TileTable
+    num_programs: int
+
+    @property
+    def matrix(self) -> Matrix:
+        """The weights (in, out)."""
+        return Matrix(self.parameters.weight, rows_are_last=not self.is_transposed)
+
+    def inner(self, inputs: Operand) -> Inner | None:
+        """Send inputs through A; the kernel that takes the result sends it through B."""
+        if self.parameters.lora_a is None:
+            return None
+        rows = self._thin(inputs, Matrix(self.parameters.lora_a, rows_are_last=True))
+        return Inner(rows, Matrix(self.parameters.lora_b, rows_are_last=True))
+
+    def inner_back(self, grads: Operand) -> Inner | None:
+        """Send the outputs' gradients back through B; the next kernel sends them through A."""
+        if self.parameters.lora_a is None:
+            return None
+        rows = self._thin(grads, Matrix(self.parameters.lora_b, rows_are_last=False))
+        return Inner(rows, Matrix(self.parameters.lora_a, rows_are_last=False))
+
+    def gradients(
+        self,
+        grads: Operand,
+        inputs: Operand,
+        back: Inner | None,
+        bias_weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Return the gradients of weight, bias, A and B; None where `needs` says so.
+
+        Args:
+            grads: the outputs' gradients.
+            inputs: what was multiplied, so that `grads^T inputs` is the weight's gradient.
+            back: what `inner_back` made of `grads`.
+            bias_weights: (N, 1), in expert order, so that `grads^T bias_weights` is the bias's.
+            needs: whether each is needed.
+        """
+        weight, bias, lora_a, lora_b = (
+            parameter if needed else None
+            for parameter, needed in zip(vars(self.parameters).values(), needs, strict=True)
+        )
+        results: list[Tensor | None] = [None] * 4
+        if weight is not None:
+            results[0] = self._sum(grads, inputs, weight, is_transposed=self.is_transposed)
+        if bias is not None:
+            results[1] = self._sum(grads, Operand(bias_weights), bias.unsqueeze(2)).squeeze(2)
+        if lora_a is not None:
+            results[2] = self._sum(Operand(back.rows), inputs, lora_a)
+        if lora_b is not None:
+            results[3] = self._sum(grads, Operand(self.inner(inputs).rows), lora_b)
+        return results
+
+    def _thin(self, rows: Operand, factor: Matrix) -> Tensor:
+        return row_gemm(
+            rows.rows,
+            factor,
+            self.routing,
+            self.tiles.skinny,
+            gather=rows.by_token,
+            scale=self.scaling,
+        )
+
+    def _sum(self, x: Operand, y: Operand, like: Tensor, *, is_transposed: bool = False) -> Tensor:
+        return weight_grad(
+            x,
+            y,
+            like.new_empty(like.shape),
+            self.routing,
+            self.tiles.weight_grad,
+            num_programs=self.num_programs,
+            is_transposed=is_transposed,
+        )

@@ -1,0 +1,167 @@
+"""Sum outer products of rows by expert: the gradients of weights, adapters and biases."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megablocks_utils.kernels.fused.device_code import dot, load_rows, read_order, round_to
+from megablocks_utils.kernels.fused.launch import Routing, launch_options
+from megablocks_utils.kernels.fused.tiles import Tile
+
+_MAX_SPLITS = 16
+
+
+@triton.jit
+def weight_grad_kernel(
+    x_ptr,
+    y_ptr,
+    out_ptr,
+    order_ptr,
+    offsets_ptr,
+    num_x,
+    num_y,
+    num_tiles_x,
+    num_tiles_y,
+    stride_xm,
+    stride_ym,
+    stride_split,
+    stride_oe,
+    stride_ox,
+    stride_oy,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    GATHER_Y: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Compute a tile of out[e] = sum over an expert's rows i of x[i]^T y[i].
+
+    One program owns the whole sum of its tile, or, with SPLITS, the part of one share of the rows,
+    in a place of its own. An expert without rows gets zeros.
+    """
+    tile = tl.program_id(0)
+    expert = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(end - start, SPLITS), BLOCK_K) * BLOCK_K
+        start += split * share
+        end = tl.minimum(end, start + share)
+    # Rows of tiles side by side share `y`, which L2 holds.
+    cols_x = tile % num_tiles_x * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols_y = tile // num_tiles_x * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(start, end, BLOCK_K):
+        rows = first + tl.arange(0, BLOCK_K)
+        exists = rows < end
+        token = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
+        in_order = rows.to(tl.int64)
+        x = load_rows(
+            x_ptr, token if GATHER_X else in_order, exists, cols_x, num_x, stride_xm, False
+        )
+        y = load_rows(
+            y_ptr, token if GATHER_Y else in_order, exists, cols_y, num_y, stride_ym, False
+        )
+        acc = dot(x.T, y, acc, PRECISION, INTERPRET)
+    out_ptr += split.to(tl.int64) * stride_split + expert * stride_oe
+    tl.store(
+        out_ptr
+        + cols_x[:, None].to(tl.int64) * stride_ox
+        + cols_y[None, :].to(tl.int64) * stride_oy,
+        round_to(acc, out_ptr.dtype.element_ty, INTERPRET),
+        mask=(cols_x < num_x)[:, None] & (cols_y < num_y)[None, :],
+    )
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Rows of one side of the products.
+
+    Attributes:
+        rows: (N, columns) in expert order, or (T, columns) by token where `by_token`.
+        by_token: whether rows are gathered from the tokens.
+    """
+
+    rows: Tensor
+    by_token: bool = False
+
+
+def weight_grad(
+    x: Operand,
+    y: Operand,
+    out: Tensor,
+    routing: Routing,
+    tile: Tile,
+    *,
+    num_programs: int,
+    is_transposed: bool = False,
+) -> Tensor:
+    """Fill `out` (L, columns of x, columns of y) with every expert's sum of x^T y.
+
+    Args:
+        x: left side.
+        y: right side.
+        out: filled and returned; (L, columns of y, columns of x) where `is_transposed`.
+        routing: which rows belong to which expert.
+        tile: `block_m` columns of x, `block_n` columns of y, `block_k` rows at a time.
+        num_programs: how many keep the device busy; with fewer, the rows of an expert are shared
+            out among several, which leave their sums in fp32 to be added in order.
+        is_transposed: how `out` lies.
+    """
+    num_x, num_y = x.rows.shape[1], y.rows.shape[1]
+    block_x, block_y = _fit_block(tile.block_m, num_x), _fit_block(tile.block_n, num_y)
+    tiles_x, tiles_y = triton.cdiv(num_x, block_x), triton.cdiv(num_y, block_y)
+    splits = _count_splits(tiles_x * tiles_y * routing.num_experts, routing, tile, num_programs)
+    sums = out.unsqueeze(0)
+    if splits > 1:
+        sums = out.new_empty(splits, *out.shape, dtype=torch.float32)
+    stride_split, stride_e, stride_x, stride_y = sums.stride()
+    if is_transposed:
+        stride_x, stride_y = stride_y, stride_x
+    weight_grad_kernel[(tiles_x * tiles_y, routing.num_experts, splits)](
+        x.rows,
+        y.rows,
+        sums,
+        routing.order,
+        routing.offsets,
+        num_x,
+        num_y,
+        tiles_x,
+        tiles_y,
+        x.rows.stride(0),
+        y.rows.stride(0),
+        stride_split,
+        stride_e,
+        stride_x,
+        stride_y,
+        TOP_K=routing.top_k,
+        BLOCK_M=block_x,
+        BLOCK_N=block_y,
+        BLOCK_K=tile.block_k,
+        SPLITS=splits,
+        HAS_ORDER=routing.order is not None,
+        GATHER_X=x.by_token,
+        GATHER_Y=y.by_token,
+        **launch_options(x.rows, tile),
+    )
+    return out.copy_(sums.sum(dim=0)) if splits > 1 else out
+
+
+def _fit_block(block: int, size: int) -> int:
+    """Return a block that is not much wider than a thin operand; dot wants 16 at least."""
+    return min(block, max(16, triton.next_power_of_2(size)))
+
+
+def _count_splits(num_tiles: int, routing: Routing, tile: Tile, num_programs: int) -> int:
+    """Return into how many shares an expert's rows go; a power of two, so that few are compiled."""
+    wanted = min(num_programs // num_tiles, routing.num_rows // (4 * tile.block_k), _MAX_SPLITS)
+    return 1 << max(0, wanted.bit_length() - 1)

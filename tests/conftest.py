@@ -1,10 +1,16 @@
 """Fixtures every test can use."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.support.rank_pool import RankPool
+
+if not torch.cuda.is_available():
+    # Before anything imports triton, which decides once: its kernels then run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

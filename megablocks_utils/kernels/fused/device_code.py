@@ -43,9 +43,10 @@ def find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2: tl.constexpr, BLOC
 @triton.jit
 def read_order(order_ptr, rows, exists, HAS_ORDER: tl.constexpr):
     """Return the routed row (token * K + slot) of sorted rows, as int64."""
+    routed = rows.to(tl.int64)
     if HAS_ORDER:
-        return tl.load(order_ptr + rows, mask=exists, other=0).to(tl.int64)
-    return rows.to(tl.int64)
+        routed = tl.load(order_ptr + rows, mask=exists, other=0).to(tl.int64)
+    return routed
 
 
 @triton.jit
@@ -63,8 +64,8 @@ def load_weights(
     expert,
     k,
     cols,
+    is_col,
     num_k,
-    num_cols,
     stride_e,
     stride_n,
     stride_k,
@@ -73,7 +74,7 @@ def load_weights(
     """Load weights (K, N) of an expert by pointers: rows `k`, columns `cols`."""
     pointers = w + expert.to(tl.int64) * stride_e
     pointers += k[:, None].to(tl.int64) * stride_k + cols[None, :].to(tl.int64) * stride_n
-    exists = (cols < num_cols)[None, :]
+    exists = is_col[None, :]
     if not EVEN_K:
         exists = exists & (k < num_k)[:, None]
     return tl.load(pointers, mask=exists, other=0.0)
@@ -95,8 +96,10 @@ def load_weights_tma(
     K the launcher only lets whole boxes through.
     """
     if K_IS_LAST:
-        return w.load([expert * num_cols + first_col, first_k]).T
-    return w.load([expert * num_k + first_k, first_col])
+        weights = w.load([expert * num_cols + first_col, first_k]).T
+    else:
+        weights = w.load([expert * num_k + first_k, first_col])
+    return weights
 
 
 @triton.jit
@@ -128,7 +131,7 @@ def add_low_rank(
     factor_ptr,
     expert,
     cols,
-    num_cols,
+    is_col,
     stride_e,
     stride_n,
     stride_r,
@@ -149,7 +152,7 @@ def add_low_rank(
             factor_ptr
             + ranks[:, None].to(tl.int64) * stride_r
             + cols[None, :].to(tl.int64) * stride_n,
-            mask=(ranks < rank)[:, None] & (cols < num_cols)[None, :],
+            mask=(ranks < rank)[:, None] & is_col[None, :],
             other=0.0,
         )
         acc = dot(inner, factor, acc, PRECISION, INTERPRET)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.gate_backward import gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
-from megablocks_utils.kernels.fused.launch import GateLayout, Matrix, Routing, build_routing
+from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Matrix, Routing
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import INTERPRET, TileTable
@@ -41,8 +42,13 @@ def run_experts_triton(
     ]
     has_gradient = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     loras = experts.gate_up_lora, experts.down_lora
+    offsets = torch.zeros(
+        order.tokens_per_expert.numel() + 1, dtype=torch.int32, device=tokens.device
+    )
+    torch.cumsum(order.tokens_per_expert, 0, dtype=torch.int32, out=offsets[1:])
     plan = _Plan(
-        routing=build_routing(order, len(tokens)),
+        num_rows=len(tokens) * order.top_k,
+        top_k=order.top_k,
         tiles=tiles or INTERPRET,
         num_programs=_count_programs(tokens.device),
         layout=GateLayout(experts.gate, experts.is_interleaved),
@@ -50,14 +56,15 @@ def run_experts_triton(
         scalings=tuple(lora.scaling if lora else 0.0 for lora in loras),
         keeps_hidden=has_gradient and torch.is_grad_enabled(),
     )
-    return _FusedExperts.apply(plan, *tensors)
+    return _FusedExperts.apply(plan, order.order, offsets, *tensors)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What both passes need besides tensors that may have gradients."""
+    """What both passes need besides tensors."""
 
-    routing: Routing
+    num_rows: int
+    top_k: int
     tiles: TileTable
     num_programs: int
     layout: GateLayout
@@ -65,14 +72,16 @@ class _Plan:
     scalings: tuple[float, ...]
     keeps_hidden: bool
 
-    def projections(self, parameters: Sequence[Tensor | None]) -> tuple[Projection, Projection]:
+    def projections(
+        self, routing: Routing, parameters: Sequence[Tensor | None]
+    ) -> tuple[Projection, Projection]:
         """Put the eight parameters, in the order of `_flatten`, into their projections."""
         first, second = (
             Projection(
                 Parameters(*part),
                 scaling,
                 self.is_transposed,
-                self.routing,
+                routing,
                 self.tiles,
                 self.num_programs,
             )
@@ -83,14 +92,14 @@ class _Plan:
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, tokens, top_k_weights, *parameters):
-        first, second = plan.projections(parameters)
-        routing, tiles = plan.routing, plan.tiles
+    def forward(ctx, plan, order, offsets, tokens, top_k_weights, *parameters):
+        routing = Routing(order, offsets, plan.num_rows, plan.top_k)
+        first, second = plan.projections(routing, parameters)
         activations, hidden = gate_up(
             tokens,
             first.matrix,
             routing,
-            tiles.up,
+            plan.tiles.up,
             plan.layout,
             keeps_hidden=plan.keeps_hidden,
             inner=first.inner(Operand(tokens, by_token=True)),
@@ -100,32 +109,25 @@ class _FusedExperts(torch.autograd.Function):
             activations,
             second.matrix,
             routing,
-            tiles.linear,
+            plan.tiles.linear,
             scatter=True,
             inner=second.inner(Operand(activations)),
             bias=second.parameters.bias,
         )
         if plan.keeps_hidden:
-            # Indices are those of forward's arguments: weight 3, A 5 and B 6 of the first.
-            wants_tokens = any(ctx.needs_input_grad[i] for i in (3, 5, 6))
-            kept_tokens = tokens if wants_tokens else None
+            needs = _Needs.of(ctx)
+            kept_tokens = tokens if needs.multiplies_tokens else None
             ctx.plan = plan
-            ctx.save_for_backward(kept_tokens, hidden, top_k_weights, *parameters)
-        return combine(rows, top_k_weights, routing.top_k)
+            ctx.save_for_backward(order, offsets, kept_tokens, hidden, top_k_weights, *parameters)
+        return combine(rows, top_k_weights, plan.top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        tokens, hidden, top_k_weights, *parameters = ctx.saved_tensors
-        plan, grad = ctx.plan, grad.contiguous()
-        first, second = plan.projections(parameters)
-        needs = ctx.needs_input_grad[1:]
-        needs_tokens, needs_weights, needs_first, needs_second = (
-            needs[0],
-            needs[1],
-            needs[2:6],
-            needs[6:],
-        )
+        order, offsets, tokens, hidden, top_k_weights, *parameters = ctx.saved_tensors
+        plan, needs, grad = ctx.plan, _Needs.of(ctx), grad.contiguous()
+        routing = Routing(order, offsets, plan.num_rows, plan.top_k)
+        first, second = plan.projections(routing, parameters)
         output_grads = Operand(grad, by_token=True)
         back = second.inner_back(output_grads)
         through_gate = gate_backward(
@@ -133,47 +135,71 @@ class _FusedExperts(torch.autograd.Function):
             second.matrix.transposed,
             hidden,
             top_k_weights,
-            plan.routing,
+            routing,
             plan.tiles.act_backward,
             plan.layout,
-            wants_hidden=needs_tokens or any(needs_first),
-            wants_weighted=needs_second[0] or any(needs_second[2:]),
-            wants_top_k_weights=needs_weights,
+            wants_hidden=needs.tokens or any(needs.first),
+            wants_weighted=needs.second[0] or any(needs.second[2:]),
+            wants_top_k_weights=needs.top_k_weights,
             inner=back,
         )
         second_grads = second.gradients(
             output_grads,
             Operand(through_gate.weighted),
             back,
-            _sort_weights(top_k_weights, grad, plan.routing) if needs_second[1] else None,
-            needs_second,
+            _sort_weights(top_k_weights, grad, routing) if needs.second[1] else None,
+            needs.second,
         )
         hidden_grads = Operand(through_gate.hidden)
-        needs_back = needs_tokens or needs_first[2]
-        back = first.inner_back(hidden_grads) if needs_back else None
+        back = first.inner_back(hidden_grads) if needs.tokens or needs.first[2] else None
         first_grads = first.gradients(
             hidden_grads,
             Operand(tokens, by_token=True),
             back,
-            grad.new_ones(plan.routing.num_rows, 1) if needs_first[1] else None,
-            needs_first,
+            grad.new_ones(plan.num_rows, 1) if needs.first[1] else None,
+            needs.first,
         )
-        token_grads = None
-        if needs_tokens:
-            rows = row_gemm(
-                through_gate.hidden,
-                first.matrix.transposed,
-                plan.routing,
-                plan.tiles.linear,
-                scatter=True,
-                inner=back,
-            )
-            token_grads = combine(rows, None, plan.routing.top_k)
-        weight_grads = None
-        if needs_weights:
+        token_grads = weight_grads = None
+        if needs.tokens:
+            token_grads = _differentiate_tokens(through_gate.hidden, first, back)
+        if needs.top_k_weights:
             weight_grads = _add_bias_part(through_gate.top_k_weights, grad, second)
             weight_grads = weight_grads.view_as(top_k_weights).to(top_k_weights.dtype)
-        return None, token_grads, weight_grads, *first_grads, *second_grads
+        return None, None, None, token_grads, weight_grads, *first_grads, *second_grads
+
+
+class _Needs(NamedTuple):
+    """Which inputs of `_FusedExperts` need a gradient; of a projection, those of `_flatten`."""
+
+    tokens: bool
+    top_k_weights: bool
+    first: tuple[bool, ...]
+    second: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, ctx: Any) -> "_Needs":
+        """Read them off autograd's context."""
+        tokens, top_k_weights, *parameters = ctx.needs_input_grad[3:]
+        return cls(tokens, top_k_weights, tuple(parameters[:4]), tuple(parameters[4:]))
+
+    @property
+    def multiplies_tokens(self) -> bool:
+        """Whether a gradient is made of the tokens: that of the first weight, of A or of B."""
+        weight, _, lora_a, lora_b = self.first
+        return weight or lora_a or lora_b
+
+
+def _differentiate_tokens(hidden_grads: Tensor, first: Projection, back: Inner | None) -> Tensor:
+    """Go back through the first projection: (T, H)."""
+    rows = row_gemm(
+        hidden_grads,
+        first.matrix.transposed,
+        first.routing,
+        first.tiles.linear,
+        scatter=True,
+        inner=back,
+    )
+    return combine(rows, None, first.routing.top_k)
 
 
 def _add_bias_part(weight_grads: Tensor, grad: Tensor, second: Projection) -> Tensor:

@@ -1,4 +1,4 @@
-"""Go back through the down projection and the gate: one kernel, and the router's gradient with it."""
+"""Go back through the down projection and the gate, to the router too: one kernel."""
 
 from dataclasses import dataclass
 
@@ -45,6 +45,74 @@ def differentiate_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     by_up = gate * sigmoid
     by_gate = up * sigmoid * (1.0 + ALPHA * gate * (1.0 - sigmoid))
     return by_up * up, tl.where(inside_gate, by_gate, 0.0), tl.where(inside_up, by_up, 0.0)
+
+
+@triton.jit
+def halve(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Cut a tile into its left and its right columns."""
+    halves = tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2))
+    return tl.split(tl.permute(halves, (0, 2, 1)))
+
+
+@triton.jit
+def go_through_gate(
+    grad,
+    first_col,
+    rows,
+    routed,
+    exists,
+    num_cols,
+    hidden_ptr,
+    weight_ptr,
+    grad_hidden_ptr,
+    weighted_ptr,
+    BLOCK_N: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    KEEP_GRAD_HIDDEN: tl.constexpr,
+    KEEP_WEIGHTED: tl.constexpr,
+    dtype: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Turn the gradient of some columns of the gate's results into that of its inputs.
+
+    Returns:
+        Each row's part of the routing weight's gradient.
+    """
+    cols = first_col + tl.arange(0, BLOCK_N)
+    mask = exists[:, None] & (cols < num_cols)[None, :]
+    row_starts = rows.to(tl.int64)[:, None]
+    gate_cols = 2 * cols if INTERLEAVED else cols
+    up_cols = 2 * cols + 1 if INTERLEAVED else cols + num_cols
+    hidden = row_starts * (2 * num_cols)
+    gate = tl.load(hidden_ptr + hidden + gate_cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(hidden_ptr + hidden + up_cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    result, by_gate, by_up = differentiate_gate(gate, up, ALPHA, LIMIT)
+    part = tl.sum(tl.where(mask, grad * result, 0.0), 1)
+    if HAS_WEIGHTS:
+        weight = tl.load(weight_ptr + routed, mask=exists, other=0.0).to(tl.float32)[:, None]
+        grad *= weight
+        result *= weight
+    if KEEP_WEIGHTED:
+        tl.store(
+            weighted_ptr + row_starts * num_cols + cols[None, :],
+            round_to(result, dtype, INTERPRET),
+            mask=mask,
+        )
+    if KEEP_GRAD_HIDDEN:
+        tl.store(
+            grad_hidden_ptr + hidden + gate_cols[None, :],
+            round_to(grad * by_gate, dtype, INTERPRET),
+            mask=mask,
+        )
+        tl.store(
+            grad_hidden_ptr + hidden + up_cols[None, :],
+            round_to(grad * by_up, dtype, INTERPRET),
+            mask=mask,
+        )
+    return part
 
 
 @triton.jit
@@ -112,6 +180,7 @@ def gate_backward_kernel(
     source = routed // TOP_K
     first_col = tile_n * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
+    is_col = cols < num_cols
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
@@ -120,7 +189,7 @@ def gate_backward_kernel(
             weights = load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST)
         else:
             weights = load_weights(
-                w, expert, k, cols, num_k, num_cols, stride_we, stride_wn, stride_wk, EVEN_K
+                w, expert, k, cols, is_col, num_k, stride_we, stride_wn, stride_wk, EVEN_K
             )
         acc = dot(grad, weights, acc, PRECISION, INTERPRET)
     if HAS_LORA:
@@ -133,7 +202,7 @@ def gate_backward_kernel(
             factor_ptr,
             expert,
             cols,
-            num_cols,
+            is_col,
             stride_fe,
             stride_fn,
             stride_fr,
@@ -141,40 +210,53 @@ def gate_backward_kernel(
             PRECISION,
             INTERPRET,
         )
-    is_col = cols < num_cols
-    mask = exists[:, None] & is_col[None, :]
-    row_starts = rows.to(tl.int64)[:, None]
-    gate_cols = 2 * cols if INTERLEAVED else cols
-    up_cols = 2 * cols + 1 if INTERLEAVED else cols + num_cols
-    hidden = row_starts * (2 * num_cols)
-    gate = tl.load(hidden_ptr + hidden + gate_cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(hidden_ptr + hidden + up_cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    result, by_gate, by_up = differentiate_gate(gate, up, ALPHA, LIMIT)
-    if KEEP_PARTIAL:
-        part = tl.sum(tl.where(mask, acc * result, 0.0), 1)
-        tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + routed, part, mask=exists)
-    if HAS_WEIGHTS:
-        weight = tl.load(weight_ptr + routed, mask=exists, other=0.0).to(tl.float32)[:, None]
-        acc *= weight
-        result *= weight
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    if KEEP_WEIGHTED:
-        tl.store(
-            weighted_ptr + row_starts * num_cols + cols[None, :],
-            round_to(result, dtype, INTERPRET),
-            mask=mask,
-        )
-    if KEEP_GRAD_HIDDEN:
-        tl.store(
-            grad_hidden_ptr + hidden + gate_cols[None, :],
-            round_to(acc * by_gate, dtype, INTERPRET),
-            mask=mask,
-        )
-        tl.store(
-            grad_hidden_ptr + hidden + up_cols[None, :],
-            round_to(acc * by_up, dtype, INTERPRET),
-            mask=mask,
-        )
+    # Column slices one after the other: the epilogue of a whole tile does not fit in registers.
+    left, right = halve(acc, BLOCK_M, BLOCK_N)
+    part = go_through_gate(
+        left,
+        first_col,
+        rows,
+        routed,
+        exists,
+        num_cols,
+        hidden_ptr,
+        weight_ptr,
+        grad_hidden_ptr,
+        weighted_ptr,
+        BLOCK_N // 2,
+        INTERLEAVED,
+        ALPHA,
+        LIMIT,
+        HAS_WEIGHTS,
+        KEEP_GRAD_HIDDEN,
+        KEEP_WEIGHTED,
+        dtype,
+        INTERPRET,
+    )
+    part += go_through_gate(
+        right,
+        first_col + BLOCK_N // 2,
+        rows,
+        routed,
+        exists,
+        num_cols,
+        hidden_ptr,
+        weight_ptr,
+        grad_hidden_ptr,
+        weighted_ptr,
+        BLOCK_N // 2,
+        INTERLEAVED,
+        ALPHA,
+        LIMIT,
+        HAS_WEIGHTS,
+        KEEP_GRAD_HIDDEN,
+        KEEP_WEIGHTED,
+        dtype,
+        INTERPRET,
+    )
+    if KEEP_PARTIAL:
+        tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + routed, part, mask=exists)
 
 
 @dataclass(frozen=True)

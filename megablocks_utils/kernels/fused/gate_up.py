@@ -96,9 +96,8 @@ def gate_up_kernel(
     cols = first_col + tl.arange(0, BLOCK_N)
     is_col = cols < num_cols
     two_cols = 2 * num_cols
-    # Columns past the last one are sent past both halves, so that every mask is one comparison.
-    gate_cols = tl.where(is_col, 2 * cols if INTERLEAVED else cols, two_cols)
-    up_cols = tl.where(is_col, 2 * cols + 1 if INTERLEAVED else cols + num_cols, two_cols)
+    gate_cols = 2 * cols if INTERLEAVED else cols
+    up_cols = 2 * cols + 1 if INTERLEAVED else cols + num_cols
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
@@ -111,10 +110,10 @@ def gate_up_kernel(
             )
         else:
             w_gate = load_weights(
-                w, expert, k, gate_cols, num_k, two_cols, stride_we, stride_wn, stride_wk, EVEN_K
+                w, expert, k, gate_cols, is_col, num_k, stride_we, stride_wn, stride_wk, EVEN_K
             )
             w_up = load_weights(
-                w, expert, k, up_cols, num_k, two_cols, stride_we, stride_wn, stride_wk, EVEN_K
+                w, expert, k, up_cols, is_col, num_k, stride_we, stride_wn, stride_wk, EVEN_K
             )
         gate = dot(x, w_gate, gate, PRECISION, INTERPRET)
         up = dot(x, w_up, up, PRECISION, INTERPRET)
@@ -128,7 +127,7 @@ def gate_up_kernel(
             factor_ptr,
             expert,
             gate_cols,
-            two_cols,
+            is_col,
             stride_fe,
             stride_fn,
             stride_fr,
@@ -145,7 +144,7 @@ def gate_up_kernel(
             factor_ptr,
             expert,
             up_cols,
-            two_cols,
+            is_col,
             stride_fe,
             stride_fn,
             stride_fr,

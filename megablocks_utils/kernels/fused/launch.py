@@ -12,7 +12,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megablocks_utils.kernels.fused.tiles import Tile
 from megablocks_utils.kernels.gate import SwiGlu
-from megablocks_utils.kernels.permute import ExpertOrder
 
 GROUP_M = 8
 """Row tiles that share a column tile's weights while these are in L2."""
@@ -52,14 +51,6 @@ class Routing:
         return min(self.num_rows, most)
 
 
-def build_routing(order: ExpertOrder, num_tokens: int) -> Routing:
-    """Turn an order into what the kernels read. Nothing is read back to the host."""
-    counts = order.tokens_per_expert
-    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
-    return Routing(order.order, offsets, num_tokens * order.top_k, order.top_k)
-
-
 @dataclass(frozen=True)
 class Matrix:
     """A matrix (rows, columns) of each expert, as a view of stored weights: `row @ matrix`.
@@ -94,9 +85,9 @@ class Matrix:
         return Matrix(self.tensor, not self.rows_are_last)
 
     def fits_descriptor(self, tile: Tile) -> bool:
-        """Say whether tiles of it can be loaded by TMA: whole boxes along the rows, 16-byte lines."""
+        """Say whether TMA may and can load tiles of it: whole boxes along the rows, even lines."""
         return (
-            has_tma(self.tensor)
+            tile.uses_tma
             and self.tensor.is_contiguous()
             and self.num_rows % tile.block_k == 0
             and self.tensor.shape[2] * self.tensor.element_size() % 16 == 0
@@ -133,11 +124,6 @@ def weights_argument(weights: Matrix, tile: Tile, uses_tma: bool) -> Tensor | Te
     return TensorDescriptor.from_tensor(weights.tensor.flatten(0, 1), list(box))
 
 
-def has_tma(tensor: Tensor) -> bool:
-    """Say whether the device loads boxes by itself (Hopper and newer)."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-
-
 def is_interpreted() -> bool:
     """Say whether Triton runs kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -159,4 +145,5 @@ def launch_options(x: Tensor, tile: Tile) -> dict[str, Any]:
         "INTERPRET": is_interpreted(),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
     }

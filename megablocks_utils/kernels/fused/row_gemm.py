@@ -85,6 +85,7 @@ def row_gemm_kernel(
     source = routed // TOP_K if GATHER else rows.to(tl.int64)
     first_col = tile_n * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
+    is_col = cols < num_cols
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
@@ -93,7 +94,7 @@ def row_gemm_kernel(
             weights = load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST)
         else:
             weights = load_weights(
-                w, expert, k, cols, num_k, num_cols, stride_we, stride_wn, stride_wk, EVEN_K
+                w, expert, k, cols, is_col, num_k, stride_we, stride_wn, stride_wk, EVEN_K
             )
         acc = dot(x, weights, acc, PRECISION, INTERPRET)
     acc *= scale
@@ -107,7 +108,7 @@ def row_gemm_kernel(
             factor_ptr,
             expert,
             cols,
-            num_cols,
+            is_col,
             stride_fe,
             stride_fn,
             stride_fr,
@@ -115,7 +116,6 @@ def row_gemm_kernel(
             PRECISION,
             INTERPRET,
         )
-    is_col = cols < num_cols
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + cols, mask=is_col, other=0.0)
         acc += bias.to(tl.float32)[None, :]

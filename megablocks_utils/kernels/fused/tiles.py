@@ -1,4 +1,4 @@
-"""stub"""
+"""Stub."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    uses_tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,4 +26,4 @@ class TileTable:
     weight_grad: Tile
 
 
-INTERPRET = TileTable(*[Tile(16, 32, 16, 4, 1)] * 5)
+INTERPRET = TileTable(*[Tile(16, 32, 16, 4, 1)] * 4, Tile(32, 32, 16, 4, 1))

@@ -1,0 +1,187 @@
+"""The fused layer against the obvious one, in values and every gradient; what it keeps and skips.
+
+Tiles have 16 rows, 32 (thin ones 16) columns and 16 (32) steps of a sum in the interpreter, so
+sizes of 40 and more cross tiles in every dim and end inside one.
+"""
+
+import inspect
+import pkgutil
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+
+from megablocks_utils.kernels import fused
+from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.fused.experts import run_experts_triton
+from tests.support.allocations import LargestResult
+from tests.support.compare import relative_error
+from tests.support.layer_case import (
+    ADAPTERS,
+    PROJECTIONS,
+    LayerCase,
+    LayerRun,
+    assert_equals_obvious,
+    prepare,
+    run_case,
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+FP32, BF16 = torch.float32, torch.bfloat16
+WIDE = LayerCase(18, 40, 36)  # tiles are crossed in rows, columns and sums
+PLAIN = LayerCase(5, 24, 36)
+LORA = replace(PLAIN, rank=4)
+CASES = {
+    "tiles are crossed": (WIDE, FP32),
+    "tiles are crossed, bf16": (WIDE, BF16),
+    "tiles are crossed, frozen, adapters": (replace(WIDE, rank=4, frozen=PROJECTIONS), FP32),
+    "one token": (replace(PLAIN, num_tokens=1), FP32),
+    "no token": (replace(LORA, num_tokens=0), FP32),
+    "every expert": (replace(PLAIN, top_k=3), FP32),
+    "one hot expert": (LayerCase(40, 24, 20, num_experts=5, top_k=1, routing="one expert"), FP32),
+    "an expert twice in a token": (replace(PLAIN, routing="same twice"), FP32),
+    "one expert": (replace(PLAIN, num_experts=1, top_k=1), FP32),
+    "received rows": (replace(PLAIN, num_tokens=18, top_k=1, is_received=True), FP32),
+    "adapters": (LORA, FP32),
+    "adapters, bf16": (replace(PLAIN, rank=16), BF16),
+    "rank 1": (replace(PLAIN, rank=1), FP32),
+    "rank not a power of two": (replace(PLAIN, rank=24), FP32),
+    "rank beyond a block of 64": (replace(PLAIN, num_experts=1, top_k=1, rank=72), FP32),
+    "received rows, adapters": (replace(LORA, top_k=1, is_received=True), FP32),
+    "frozen experts": (replace(PLAIN, frozen=PROJECTIONS), FP32),
+    "frozen first projection": (replace(LORA, frozen=("gate_up_proj", *ADAPTERS[:2])), FP32),
+    "frozen second projection": (replace(LORA, frozen=("down_proj", *ADAPTERS[2:])), FP32),
+    "frozen router": (replace(PLAIN, frozen=("top_k_weights",)), FP32),
+    "only parameters": (replace(LORA, frozen=("tokens", "top_k_weights")), FP32),
+    "only A": (replace(LORA, frozen=(*PROJECTIONS, "tokens", ADAPTERS[1], ADAPTERS[3])), FP32),
+    "only B": (replace(LORA, frozen=(*PROJECTIONS, "tokens", ADAPTERS[0], ADAPTERS[2])), FP32),
+    "bias": (replace(LORA, has_bias=True), FP32),
+    "received rows, bias": (replace(PLAIN, top_k=1, is_received=True, has_bias=True), FP32),
+    "interleaved": (replace(LORA, is_interleaved=True), FP32),
+    "transposed": (replace(LORA, is_transposed=True), FP32),
+    "clamped": (replace(PLAIN, limit=0.7), FP32),
+    "as GPT-OSS": (
+        replace(LORA, has_bias=True, is_interleaved=True, is_transposed=True, limit=0.7),
+        BF16,
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES.values(), ids=CASES)
+def test_layer_equals_the_obvious_one(case, dtype):
+    assert_equals_obvious(case, run_experts_triton, dtype)
+
+
+def test_a_limit_cuts_gates_and_ups_on_both_sides():
+    """Otherwise the clamped cases would prove nothing."""
+    case = CASES["clamped"][0]
+    leaves = case.draw_leaves()
+    hidden = torch.einsum("th,eoh->teo", leaves["tokens"], leaves["gate_up_proj"])
+    gate, up = hidden.chunk(2, dim=-1)
+    shares = [(gate > 0.7).double().mean(), (up > 0.7).double().mean(), (up < -0.7).double().mean()]
+    assert all(0.1 < share < 0.5 for share in shares)
+
+
+def _keep(case: LayerCase) -> tuple[LayerRun, list[torch.Tensor]]:
+    """Return a run and everything that autograd keeps of its forward pass."""
+    kept = []
+    run = prepare(case, FP32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run.forward(run_experts_triton)
+    return run, kept
+
+
+@pytest.mark.parametrize("case", [PLAIN, replace(LORA, frozen=PROJECTIONS)], ids=["full", "lora"])
+def test_autograd_keeps_tokens_and_gate_inputs_and_nothing_else(case):
+    """T * H + 2 * N * I elements and the routing: N indices and L + 1 offsets."""
+    run, kept = _keep(case)
+    own = {leaf.data_ptr() for leaf in run.leaves.values()}
+    assert run.leaves["tokens"].data_ptr() in {tensor.data_ptr() for tensor in kept}
+    num_rows = case.num_tokens * case.top_k
+    seen = sorted((tensor.numel(), tensor.dtype) for tensor in kept if tensor.data_ptr() not in own)
+    assert seen == [
+        (case.num_experts + 1, torch.int32),
+        (num_rows, torch.int64),
+        (num_rows * 2 * case.intermediate_size, FP32),
+    ]
+
+
+def test_frozen_experts_without_adapters_do_not_keep_the_tokens():
+    run, kept = _keep(replace(PLAIN, frozen=PROJECTIONS))
+    assert run.leaves["tokens"].data_ptr() not in {tensor.data_ptr() for tensor in kept}
+
+
+def test_gate_inputs_are_not_written_without_gradients():
+    run = prepare(PLAIN, FP32)
+    wanted = run.forward(run_experts_triton)
+    with torch.no_grad(), LargestResult() as made:
+        seen = run.forward(run_experts_triton)
+    assert torch.equal(seen, wanted)
+    assert made.num_elements == PLAIN.num_tokens * PLAIN.top_k * PLAIN.intermediate_size
+
+
+def test_a_second_backward_pass_raises():
+    run = prepare(PLAIN, FP32)
+    output = run.forward(run_experts_triton).sum()
+    output.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output.backward()
+    output = run.forward(run_experts_triton)
+    upstream = run.upstream.requires_grad_()
+    (grad,) = torch.autograd.grad(output, run.leaves["tokens"], upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_kept_graph_gives_the_same_gradients_again():
+    """Nothing that is saved is written to, and nothing is read before it is written."""
+    run = prepare(LORA, FP32)
+    output = run.forward(run_experts_triton)
+    leaves = list(run.leaves.values())
+    first, second = (
+        torch.autograd.grad(output, leaves, run.upstream, retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_expanded_gradients():
+    """`sum().backward()` hands over one number with strides of zero."""
+    run = prepare(PLAIN, FP32)
+    leaves = list(run.leaves.values())
+    wanted = torch.autograd.grad(run.forward(run_experts_eager).sum(), leaves)
+    seen = torch.autograd.grad(run.forward(run_experts_triton).sum(), leaves)
+    for ours, reference in zip(seen, wanted, strict=True):
+        assert relative_error(ours, reference) <= 1e-6  # a few units of the last place
+
+
+def test_frozen_experts_never_make_a_tensor_of_the_weights_size():
+    """Few rows, wide experts: the largest result is then a gradient of an adapter."""
+    case = LayerCase(2, 64, 64, num_experts=2, top_k=1, rank=2, frozen=PROJECTIONS)
+    frozen, trained = prepare(case, FP32), prepare(replace(case, frozen=()), FP32)
+    with LargestResult() as made:
+        frozen.results(run_experts_triton)
+    assert made.num_elements < frozen.leaves["down_proj"][0].numel()
+    with LargestResult() as made:
+        trained.results(run_experts_triton)
+    assert made.num_elements >= trained.leaves["gate_up_proj"].numel()
+
+
+def test_every_element_of_every_result_is_written(monkeypatch):
+    """Buffers begin as NaN: one that a kernel leaves out shows up in a result."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(tensor, *shape, **kwargs):
+        made = new_empty(tensor, *shape, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    wanted = run_case(LORA, run_experts_triton, FP32)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    seen = run_case(LORA, run_experts_triton, FP32)
+    assert all(torch.equal(seen[name], wanted[name]) for name in wanted)
+
+
+def test_no_kernel_uses_atomics():
+    for info in pkgutil.iter_modules(fused.__path__):
+        module = import_module(f"{fused.__name__}.{info.name}")
+        assert "tl.atomic" not in inspect.getsource(module)

@@ -1,0 +1,284 @@
+"""Compile every Triton kernel for GPUs that are not there, and read what the compiler gave it.
+
+    PYTHONPATH=. python -m benchmarks.kernel_resources
+
+The real layer runs forward and backward on meta tensors of a real model's sizes, so what is compiled
+is what would be launched. Registers, stack (where spills go) and shared memory are read from the
+binaries by cuobjdump, instructions from the PTX.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.certificate import build_certificate
+from megablocks_utils.kernels.fused.experts import run_experts_triton
+from megablocks_utils.kernels.fused.tiles import (
+    FEW_ROWS,
+    SHARED_LIMIT_BYTES,
+    TileTable,
+    choose_tiles,
+)
+from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.permute import ExpertOrder
+from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+
+RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
+ARCHITECTURES = {"sm_80": 80, "sm_86": 86, "sm_90": 90}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Mixtral-8x7B: every size is a multiple of every tile's, which is the path that counts.
+HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 4096, 14336, 8, 2
+_SHOWN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled: a layer's kernels with the tiles for few or for many rows per expert."""
+
+    arch: str
+    dtype: str
+    has_many_rows: bool
+    rank: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with which the experts have as many rows."""
+        per_expert = 2 * FEW_ROWS if self.has_many_rows else FEW_ROWS // 2
+        return per_expert * NUM_EXPERTS // TOP_K
+
+    def tiles(self) -> TileTable:
+        """Return the shipped tiles."""
+        return choose_tiles(
+            arch=self.arch,
+            itemsize=DTYPES[self.dtype].itemsize,
+            rows=self.num_tokens * TOP_K,
+            num_experts=NUM_EXPERTS,
+        )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes; sizes in bytes, counts of instructions in the PTX."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    tile: str
+    features: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    num_wgmma: int
+    num_mma: int
+    num_tma: int
+
+    @property
+    def faults(self) -> list[str]:
+        """Say what makes this kernel unfit to be shipped."""
+        limit = SHARED_LIMIT_BYTES[self.arch]
+        multiplies = self.kernel != "combine"
+        thin = "thin" in self.features
+        checks = {
+            f"spills: {self.stack_bytes} bytes of stack": self.stack_bytes > 0,
+            f"shared memory: {self.shared_bytes} of {limit} bytes": self.shared_bytes > limit,
+            "no wgmma on Hopper": self._wants("sm_90") and multiplies and not thin
+            and self.num_wgmma == 0,
+            "no tensor core": self.dtype != "float32" and multiplies
+            and self.num_wgmma + self.num_mma == 0,
+        }
+        return [fault for fault, is_there in checks.items() if is_there]
+
+    def _wants(self, arch: str) -> bool:
+        return self.arch == arch and self.dtype != "float32"
+
+
+class _NoDevice:
+    """Stands in for Triton's driver: names the GPU to compile for, has none to run on."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(capability: int, *, once_a_tile: bool) -> Iterator[list[tuple[Any, Any, dict]]]:
+    """Compile kernels that are launched inside for a GPU, and launch none.
+
+    Triton has no switch for this: `JITFunction.run` takes `warmup`, which the launch syntax sets to
+    False, so it is replaced while the block runs.
+
+    Args:
+        capability: 80, 90, ...
+        once_a_tile: whether a kernel is compiled once for each tile only, whatever else differs.
+
+    Yields:
+        Kernel, compiled kernel and launch options, for each new one.
+    """
+    compiled: list[tuple[Any, Any, dict]] = []
+    seen: set[Any] = set()
+    run = JITFunction.run
+
+    def compile_kernel(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any):
+        tile = (self.fn.__name__, *(kwargs.get(name) for name in _SHOWN))
+        if once_a_tile and tile in seen:
+            return None
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if id(kernel) not in seen:
+            seen.update({id(kernel), tile})
+            compiled.append((self, kernel, kwargs))
+        return kernel
+
+    driver.set_active(_NoDevice(capability))
+    JITFunction.run = compile_kernel
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def compile_variant(variant: Variant, *, once_a_tile: bool = False) -> list[Resources]:
+    """Compile the kernels of a layer that trains everything, adapters too where it has any."""
+    with compile_only(ARCHITECTURES[variant.arch], once_a_tile=once_a_tile) as compiled:
+        _run_layer(variant)
+    return [_describe(*entry, variant) for entry in compiled]
+
+
+def _run_layer(variant: Variant) -> None:
+    dtype = DTYPES[variant.dtype]
+
+    def make(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        made = torch.empty(*shape, dtype=kind, device="meta")
+        return made.requires_grad_(kind.is_floating_point)
+
+    loras = [None, None]
+    if variant.rank:
+        sides = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
+        loras = [
+            LowRank(
+                make(NUM_EXPERTS, variant.rank, num_in), make(NUM_EXPERTS, num_out, variant.rank), 1.0
+            )
+            for num_out, num_in in sides
+        ]
+    experts = ExpertWeights(
+        make(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN),
+        make(NUM_EXPERTS, HIDDEN, INTERMEDIATE),
+        SwiGlu(),
+        *loras,
+    )
+    num_rows = variant.num_tokens * TOP_K
+    indices = (make(size, kind=torch.int64) for size in (num_rows, num_rows, NUM_EXPERTS))
+    tokens = make(variant.num_tokens, HIDDEN)
+    weights = make(variant.num_tokens, TOP_K, kind=torch.float32)
+    output = run_experts_triton(
+        tokens, ExpertOrder(*indices, top_k=TOP_K), weights, experts, tiles=variant.tiles()
+    )
+    output.backward(torch.empty_like(output))
+
+
+def _describe(function: Any, kernel: Any, options: dict, variant: Variant) -> Resources:
+    ptx = kernel.asm["ptx"]
+    usage = _read_usage(kernel.asm["cubin"])
+    tile = "x".join(str(options[name]) for name in _SHOWN[:3] if name in options)
+    blocks = [options[name] for name in _SHOWN[:2] if name in options]
+    flags = {
+        "adapter": options.get("HAS_LORA", False),
+        "thin": bool(blocks) and min(blocks) < 64,
+        "tma": options.get("USE_TMA", False),
+        "shared out": options.get("SPLITS", 1) > 1,
+    }
+    return Resources(
+        kernel=function.fn.__name__.removesuffix("_kernel"),
+        arch=variant.arch,
+        dtype=variant.dtype,
+        tile=f"{tile} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}".strip(),
+        features=", ".join(name for name, is_on in flags.items() if is_on),
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=kernel.metadata.shared,
+        num_wgmma=ptx.count("wgmma.mma_async"),
+        num_mma=len(re.findall(r"\bmma\.sync", ptx)),
+        num_tma=ptx.count("cp.async.bulk.tensor"),
+    )
+
+
+def _read_usage(cubin: bytes) -> dict[str, int]:
+    """Return REG, STACK and LOCAL of the one kernel in a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
+
+
+def format_table(rows: Sequence[Resources]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "| arch | dtype | kernel | tile, warps, stages | | registers | spills | shared KiB | wgmma | mma | TMA |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.arch} | {row.dtype} | {row.kernel} | {row.tile} | {row.features} | "
+            f"{row.registers} | {row.stack_bytes} | {row.shared_bytes / 1024:.0f} | "
+            f"{row.num_wgmma} | {row.num_mma} | {row.num_tma} |"
+        )
+    return "\n".join(lines)
+
+
+def list_variants(archs: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int]) -> list[Variant]:
+    """Return everything that is shipped for these."""
+    return [
+        Variant(arch, dtype, has_many_rows, rank)
+        for arch in archs
+        for dtype in dtypes
+        for has_many_rows in (True, False)
+        for rank in ranks
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compile, write JSON, print the table; 1 if a kernel is unfit."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--rank", nargs="+", type=int, default=[0, 16, 64])
+    parser.add_argument("--once_a_tile", action="store_true", help="one variant of each tile")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    rows: dict[Resources, None] = {}
+    for variant in list_variants(options.arch, options.dtype, options.rank):
+        rows |= dict.fromkeys(compile_variant(variant, once_a_tile=options.once_a_tile))
+    certificate = build_certificate("benchmarks.kernel_resources", argv, triton=triton.__version__)
+    payload = {"certificate": certificate, "kernels": [asdict(row) for row in rows]}
+    options.json.write_text(json.dumps(payload, indent=1) + "\n")
+    print(format_table(list(rows)))
+    unfit = [f"{row.kernel} {row.tile} on {row.arch}: {fault}" for row in rows for fault in row.faults]
+    print("\n".join(unfit), file=sys.stderr)
+    return 1 if unfit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 # A room may import the rooms of the lines above its own, and itself; never its neighbours.
 ORDER = (
-    ("errors",),
+    ("errors", "atomic_file"),
     ("option_types",),
     ("options_model", "options_training", "options_output"),
     ("options", "option_checks", "not_built"),

@@ -1,0 +1,1 @@
+"""Our Triton kernels for the experts."""

@@ -24,7 +24,7 @@ from benchmarks.lora_model import ModelShape, build_model_sides, with_logits
 from benchmarks.lora_sides import ALPHA, OURS, PEFT, RANK, Side, single_process
 from benchmarks.meter import describe_method, measure_peak_bytes, measure_saved_bytes
 from benchmarks.timing import compare, take_turns
-from megablocks_utils.training.atomic_file import write_json_atomically
+from megablocks_utils.atomic_file import write_json_atomically
 
 RESULTS = Path(__file__).parent / "results" / "expert_lora.json"
 TOLERANCE = 1e-5

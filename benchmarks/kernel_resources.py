@@ -95,9 +95,12 @@ class Resources:
         checks = {
             f"spills: {self.stack_bytes} bytes of stack": self.stack_bytes > 0,
             f"shared memory: {self.shared_bytes} of {limit} bytes": self.shared_bytes > limit,
-            "no wgmma on Hopper": self._wants("sm_90") and multiplies and not thin
+            "no wgmma on Hopper": self._wants("sm_90")
+            and multiplies
+            and not thin
             and self.num_wgmma == 0,
-            "no tensor core": self.dtype != "float32" and multiplies
+            "no tensor core": self.dtype != "float32"
+            and multiplies
             and self.num_wgmma + self.num_mma == 0,
         }
         return [fault for fault, is_there in checks.items() if is_there]
@@ -177,7 +180,9 @@ def _run_layer(variant: Variant) -> None:
         sides = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
         loras = [
             LowRank(
-                make(NUM_EXPERTS, variant.rank, num_in), make(NUM_EXPERTS, num_out, variant.rank), 1.0
+                make(NUM_EXPERTS, variant.rank, num_in),
+                make(NUM_EXPERTS, num_out, variant.rank),
+                1.0,
             )
             for num_out, num_in in sides
         ]
@@ -248,7 +253,9 @@ def format_table(rows: Sequence[Resources]) -> str:
     return "\n".join(lines)
 
 
-def list_variants(archs: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int]) -> list[Variant]:
+def list_variants(
+    archs: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int]
+) -> list[Variant]:
     """Return everything that is shipped for these."""
     return [
         Variant(arch, dtype, has_many_rows, rank)
@@ -275,7 +282,9 @@ def main(argv: Sequence[str]) -> int:
     payload = {"certificate": certificate, "kernels": [asdict(row) for row in rows]}
     options.json.write_text(json.dumps(payload, indent=1) + "\n")
     print(format_table(list(rows)))
-    unfit = [f"{row.kernel} {row.tile} on {row.arch}: {fault}" for row in rows for fault in row.faults]
+    unfit = [
+        f"{row.kernel} {row.tile} on {row.arch}: {fault}" for row in rows for fault in row.faults
+    ]
     print("\n".join(unfit), file=sys.stderr)
     return 1 if unfit else 0
 

@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.not_built import NOT_BUILT, offered
 from megablocks_utils.option_types import Option
 from megablocks_utils.options import OPTIONS, find_option
 
@@ -17,6 +16,8 @@ __all__ = [
     "HelpRequested",
     "check_leftovers",
     "check_no_dtype_flags",
+    "convert_value",
+    "describe_wanted",
     "format_help",
     "format_options_table",
     "join_words",
@@ -115,8 +116,6 @@ def format_help(entry_point: str) -> str:
         lines += [first + values if fits else first + "NAME", *_wrap(option.help)]
         lines += [] if fits else _wrap(f"One of {', '.join(option.choices)}.")
         lines += _wrap(f"Default: {_default_text(option)}.")
-        if note := _not_built_text(option):
-            lines += _wrap(note)
     if entry_point == "fsdp1":
         lines += ["", "All other options of transformers.TrainingArguments are taken too."]
     return "\n".join(lines) + "\n"
@@ -128,8 +127,6 @@ def format_options_table() -> str:
     for option in OPTIONS:
         names = ", ".join(f"`--{name}`" for name in (option.name, *option.aliases))
         meaning = option.help[0].upper() + option.help[1:] + "."
-        if note := _not_built_text(option):
-            meaning += " " + note
         values = _values_text(option).replace("|", "\\|")
         rows.append(f"| {names} | {values} | {_default_text(option)} | {meaning} |")
     return "\n".join(rows) + "\n"
@@ -163,23 +160,27 @@ def _unknown_option(flag: str, known: Collection[str]) -> ConfigurationError:
 
 
 def _read_value(option: Option, flag: str, values: list[str]) -> object:
-    refusal = _find_refusal(option, flag, values)
-    if refusal is not None:
-        raise ConfigurationError(refusal)
     if not values and (option.kind == "boolean" or "True" in option.choices):
         values = ["True"]
     if not values:
-        raise ConfigurationError(f"{flag} has no value, but it must be {_wanted(option)}.")
+        raise ConfigurationError(f"{flag} has no value, but it must be {describe_wanted(option)}.")
     if option.kind == "words":
         parts = [part for value in values for part in value.replace(",", " ").split()]
-        return tuple(_convert(option, flag, part) for part in parts or [""])
-    return _convert(option, flag, values[0])
+        return tuple(convert_value(option, flag, part) for part in parts or [""])
+    return convert_value(option, flag, values[0])
 
 
-def _convert(option: Option, flag: str, text: str) -> object:
-    error = ConfigurationError(f"{flag} is {text or 'empty'}, but it must be {_wanted(option)}.")
+def convert_value(option: Option, flag: str, text: str) -> object:
+    """Turn the text given for an option into its value.
+
+    Raises:
+        ConfigurationError: naming the flag, the text and what it must be.
+    """
+    error = ConfigurationError(
+        f"{flag} is {text or 'empty'}, but it must be {describe_wanted(option)}."
+    )
     if option.choices:
-        choices = {choice.lower(): choice for choice in offered(option)}
+        choices = {choice.lower(): choice for choice in option.choices}
         choice = choices.get(text.lower() if "True" in option.choices else text)
         if choice is None:
             raise error
@@ -208,32 +209,16 @@ def _convert_number(option: Option, text: str, error: ConfigurationError) -> int
     return number
 
 
-def _wanted(option: Option) -> str:
+def describe_wanted(option: Option) -> str:
+    """Say what the value of an option must be."""
     if option.choices:
-        return join_words(offered(option))
+        return join_words(option.choices)
     wanted = _WANTED.get(option.kind, "a name or path")
     if option.above is not None:
         return f"{wanted} above {option.above}"
     if option.maximum is not None:
         return f"{wanted} from {option.minimum} to {option.maximum}"
     return wanted if option.minimum is None else f"{wanted} of at least {option.minimum}"
-
-
-def _find_refusal(option: Option, flag: str, values: list[str]) -> str | None:
-    """Return the sentence that refuses a value of the table `NOT_BUILT`, or None."""
-    for row in NOT_BUILT:
-        if row.name != option.name:
-            continue
-        for value in values or ["True"]:
-            if value.lower() in {refused.lower() for refused in row.values}:
-                instead = row.instead or f"offers {join_words(offered(option), 'and')}"
-                return f"{flag} {value} is not built yet (this version {instead})."
-    return None
-
-
-def _not_built_text(option: Option) -> str:
-    rows = [row for row in NOT_BUILT if row.name == option.name]
-    return "".join(f"Not built yet: {', '.join(row.values)}." for row in rows)
 
 
 def _values_text(option: Option) -> str:

@@ -111,6 +111,13 @@ class AdapterConfig:
         """Whether the experts have adapters."""
         return self.use_lora in ("mlp-only", "all")
 
+    @property
+    def expert_mode(self) -> str:
+        """What of the experts is trained: "full", "frozen" or "lora"."""
+        if self.trains_experts:
+            return "lora"
+        return "frozen" if self.has_lora else "full"
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -257,6 +264,8 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
 def _build_config(given: dict[str, Any], entry_point: str) -> RunConfig:
     values = {option.name: option.default for option in OPTIONS} | given
     check_together(values, entry_point)
+    if values["use_scattermoe"]:
+        values["kernel"] = "scattermoe"
     own_expert_dp = "shard" if entry_point == "fsdp2" else "replicate"
     values["expert_dp"] = values["expert_dp"] or own_expert_dp
     if values["sync_each_batch"] is None:

@@ -20,6 +20,7 @@ __all__ = [
     "agree_on_error",
     "agreed",
     "check_environment",
+    "decided_by_rank_zero",
     "run_entry_point",
 ]
 
@@ -145,6 +146,29 @@ def agreed(action: Callable[[], _Result]) -> _Result:
         error = met
     agree_on_error(error)
     return result
+
+
+def decided_by_rank_zero(action: Callable[[], _Result]) -> _Result:
+    """Do something on rank 0 alone; every rank returns its result, or raises what it met.
+
+    For what ranks may see differently and must do alike.
+
+    **Collective:** as `agree_on_error`.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return action()
+    outcome = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action()]
+        except UserError as met:
+            outcome = [met]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _read_number(environ: Mapping[str, str], name: str, minimum: int) -> int:

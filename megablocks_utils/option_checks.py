@@ -8,7 +8,9 @@ from typing import Any
 
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["check_together"]
+__all__ = ["KERNELS_WITHOUT_ADAPTERS", "check_together"]
+
+KERNELS_WITHOUT_ADAPTERS = ("scattermoe", "megablocks")
 
 
 def check_together(values: Mapping[str, Any], entry_point: str) -> None:
@@ -22,12 +24,13 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
     if not values["use_megablocks_sharding"]:
-        idle = {"ep_size": (None, 1), "expert_dp": (None,), "kernel": ("auto",)}
+        idle = {"ep_size": (None, 1), "expert_dp": (None,)}
         for name, harmless in idle.items():
             if values[name] not in harmless:
                 raise ConfigurationError(
                     f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
                 )
+    _check_kernel(values)
     if entry_point == "fsdp1" and values["expert_dp"] == "shard":
         raise ConfigurationError(
             "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
@@ -49,3 +52,22 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         raise ConfigurationError(
             f"--report_to is {', '.join(values['report_to'])}, but none cannot stand beside others."
         )
+
+
+def _check_kernel(values: Mapping[str, Any]) -> None:
+    """Refuse a kernel that would not be used, or not with adapters on the experts."""
+    kernel, named = values["kernel"], f"--kernel is {values['kernel']}"
+    if values["use_scattermoe"]:
+        if kernel not in ("auto", "scattermoe"):
+            raise ConfigurationError(
+                f"--use_scattermoe is True, but {named}; leave one of the two out."
+            )
+        kernel, named = "scattermoe", "--use_scattermoe is True"
+    trains_experts = values["use_lora"] in ("mlp-only", "all")
+    if trains_experts and kernel in KERNELS_WITHOUT_ADAPTERS:
+        raise ConfigurationError(
+            f"--use_lora is {values['use_lora']}, but {kernel} runs experts without adapters; "
+            "--kernel auto, triton, grouped_mm or eager runs them with adapters."
+        )
+    if kernel != "auto" and not values["use_megablocks_sharding"] and not trains_experts:
+        raise ConfigurationError(f"{named}, but it needs --use_megablocks_sharding True.")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Kind", "NotBuilt", "Option"]
+__all__ = ["Kind", "Option"]
 
 Kind = Literal["text", "integer", "number", "boolean", "words"]
 
@@ -37,18 +37,3 @@ class Option:
     above: float | None = None
     shown_default: str | None = None
     passed_on: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class NotBuilt:
-    """Name values of an option that a later version builds and this one refuses.
-
-    Attributes:
-        name: The option.
-        values: The refused values.
-        instead: What this version does instead; computed from the choices where empty.
-    """
-
-    name: str
-    values: tuple[str, ...]
-    instead: str = ""

@@ -49,7 +49,9 @@ MODEL_OPTIONS = (
         "kernel",
         "text",
         "auto",
-        help="how a process runs its experts",
+        help="how a process runs its experts; auto: torch's grouped_mm, and on a GPU triton (this "
+        "project's kernels) where it was measured to be faster; scattermoe and megablocks are "
+        "packages to install, without adapters on experts",
         choices=("auto", "eager", "grouped_mm", "triton", "scattermoe", "megablocks"),
     ),
     Option("use_scattermoe", "boolean", False, help="same as --kernel scattermoe"),

@@ -1,12 +1,13 @@
-"""What the tools that write a model folder share: options, output folder, progress.
+"""What the tools beside training share: options, output folder, progress.
 
 Torch-free, so that `--help` and bad options answer at once.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from megablocks_utils.cli import HelpRequested
 from megablocks_utils.errors import ConfigurationError
@@ -15,9 +16,21 @@ __all__ = ["check_output", "read_words", "removed_on_error", "show_progress"]
 
 
 def read_words(
-    argv: Sequence[str], names: Sequence[str], *, required: Sequence[str], help_text: str
+    argv: Sequence[str],
+    names: Sequence[str],
+    *,
+    required: Sequence[str],
+    help_text: str,
+    wanted: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Read `--name value` and `--name=value` words; the last of several values counts.
+
+    Args:
+        argv: the words.
+        names: of all options.
+        required: of those that must be given.
+        help_text: what `--help` shows.
+        wanted: by name, what a value must be where it is no folder.
 
     Raises:
         HelpRequested: for `--help` or `-h`.
@@ -38,11 +51,13 @@ def read_words(
         if not has_value and words and not words[0].startswith("--"):
             value = words.pop(0)
         if not value:
-            raise ConfigurationError(f"{flag} has no value, but it must be a folder or name.")
+            kind = wanted.get(name, "a folder or name")
+            raise ConfigurationError(f"{flag} has no value, but it must be {kind}.")
         given[name] = value
     for name in required:
         if name not in given:
-            raise ConfigurationError(f"--{name} is not given, but it must be a folder.")
+            kind = wanted.get(name, "a folder")
+            raise ConfigurationError(f"--{name} is not given, but it must be {kind}.")
     return given
 
 

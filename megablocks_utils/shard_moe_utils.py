@@ -18,7 +18,8 @@ from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoin
 from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_layout
 from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.backend import ExpertShapes, KernelChoice, choose_backend
+from megablocks_utils.kernel_choice import ExpertUse, choose_for_all_ranks
+from megablocks_utils.kernels.backend import KernelChoice
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import (
     distribute_experts,
@@ -90,6 +91,8 @@ def shard_moe(
     device_type: str | None = None,
     compute_dtype: torch.dtype | None = None,
     on_layer: Callable[[int], None] = lambda _: None,
+    expert_mode: str = "full",
+    tokens_per_rank: int | None = None,
 ) -> ShardedMoE:
     """Split the experts of a transformers MoE model over the ranks, in place.
 
@@ -101,16 +104,22 @@ def shard_moe(
         ep_size: ranks the experts of a layer are split over.
         checkpoint_name_or_path: folder or Hub name the experts are read from, each rank its own
             slices only; None takes them from the model.
-        kernel: `auto`, `eager` or `grouped_mm`.
+        kernel: `auto`, `eager`, `grouped_mm`, `triton`, `scattermoe` or `megablocks`. All ranks
+            run what rank 0 decides.
         expert_dp: what the dp axis will do with an expert: `shard` it (FSDP2), or `replicate` it
             and average the gradients of the copies.
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.
+        expert_mode: what of the experts will be trained: "full" all weights, "frozen" nothing,
+            "lora" adapters. For the choice of the kernel alone.
+        tokens_per_rank: about how many tokens a rank will have at a time; `auto` finds measurements
+            by it.
 
     Raises:
         ConfigurationError: no process group, not a supported MoE model, sizes that do not divide,
             or a kernel that cannot run here.
+        MissingKernelError: a kernel that is not installed.
         CheckpointError: expert weights that are missing or mis-shaped.
     """
     if not dist.is_initialized():
@@ -119,7 +128,8 @@ def shard_moe(
             "torch.distributed.init_process_group first."
         )
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    sharded = _plan(model, ep_size, kernel, expert_dp, device_type, compute_dtype)
+    use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
+    sharded = _plan(model, ep_size, kernel, expert_dp, use)
     source = _ExpertSource(checkpoint_name_or_path, sharded.mesh, _local_device(device_type))
     for name, module in find_expert_modules(model).items():
         _swap(sharded, name, module, source.take(name, module))
@@ -135,15 +145,18 @@ def split_experts_on_meta(
     expert_dp: str,
     device_type: str,
     compute_dtype: torch.dtype,
+    expert_mode: str = "full",
+    tokens_per_rank: int | None = None,
 ) -> ShardedMoE:
     """Do what `shard_moe` does for a model on meta, and leave it there for `fsdp` to fill.
 
     **Collective:** every rank of the world must call; process groups are made.
 
     Raises:
-        ConfigurationError: as `shard_moe`.
+        UserError: as `shard_moe`.
     """
-    sharded = _plan(model, ep_size, kernel, expert_dp, device_type, compute_dtype)
+    use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
+    sharded = _plan(model, ep_size, kernel, expert_dp, use)
     for name, module in find_expert_modules(model).items():
         num_local = len(local_expert_range(module.num_experts, sharded.mesh))
         parts = {p: getattr(module, p).detach()[:num_local] for p in PROJECTIONS}
@@ -153,18 +166,13 @@ def split_experts_on_meta(
 
 
 def _plan(
-    model: nn.Module,
-    ep_size: int,
-    kernel: str,
-    expert_dp: str,
-    device_type: str,
-    compute_dtype: torch.dtype | None,
+    model: nn.Module, ep_size: int, kernel: str, expert_dp: str, use: ExpertUse
 ) -> ShardedMoE:
     """Make the mesh and choose the kernel; no experts are swapped yet."""
     modules = find_expert_modules(model)
-    mesh = build_mesh(_common_mesh_sizes(modules, ep_size), device_type)
+    mesh = build_mesh(_common_mesh_sizes(modules, ep_size), use.device_type)
     first = next(iter(modules.values()))
-    choice = choose_backend(kernel, _expert_shapes(first, device_type, compute_dtype))
+    choice = choose_for_all_ranks(kernel, use.shapes(model, first, ep_size))
     return ShardedMoE(model, mesh, {}, expert_dp, choice)
 
 
@@ -235,14 +243,6 @@ def _common_mesh_sizes(modules: dict[str, nn.Module], ep_size: int) -> MeshSizes
     counts = {module.num_experts for module in modules.values()}
     sizes = [compute_mesh_sizes(dist.get_world_size(), ep_size, count) for count in counts]
     return sizes[0]
-
-
-def _expert_shapes(
-    module: nn.Module, device_type: str, compute_dtype: torch.dtype | None
-) -> ExpertShapes:
-    _, hidden_size, intermediate_size = module.down_proj.shape
-    dtype = compute_dtype or module.down_proj.dtype
-    return ExpertShapes(hidden_size, intermediate_size, dtype, device_type)
 
 
 def _local_device(device_type: str) -> torch.device:

@@ -131,6 +131,8 @@ def test_published_fsdp1_command():
         ("--debug", "--debug TRUE"),
         ("--gradient_checkpointing", ""),
         ("--use_scattermoe false", ""),
+        (f"{SHARDING} --use_scattermoe", f"{SHARDING} --kernel scattermoe"),
+        (f"{SHARDING} --use_scattermoe --kernel scattermoe", f"{SHARDING} --kernel scattermoe"),
         ("--report_to none", ""),
         ("--learning_rate 1 --learning_rate 2", "--learning_rate 2"),
     ],
@@ -209,7 +211,8 @@ REFUSALS = {
     "least 0.",
     "--gradient_checkpointing some": "--gradient_checkpointing is some, but it must be True, False "
     "or selective.",
-    "--kernel fast": "--kernel is fast, but it must be auto, eager or grouped_mm.",
+    "--kernel fast": "--kernel is fast, but it must be auto, eager, grouped_mm, triton, "
+    "scattermoe or megablocks.",
     "--precision fp16": "--precision is fp16, but it must be fp32, mixed, bf16_sr or bf16.",
     "--dtype float16": "--dtype is float16, but it must be float32 or bfloat16.",
     "--torch_dtype auto": "--torch_dtype is auto, but it must be float32 or bfloat16.",
@@ -222,16 +225,14 @@ REFUSALS = {
     "--verify_adapter maybe": "--verify_adapter is maybe, but it must be auto, True or False.",
     "--resume_adapter out": "--use_lora is none, but --resume_adapter needs it to say what the "
     "adapter is on: attn-only, mlp-only or all.",
-    "--kernel triton": "--kernel triton is not built yet (this version offers auto, eager and "
-    "grouped_mm).",
-    "--kernel=scattermoe": "--kernel scattermoe is not built yet (this version offers auto, eager "
-    "and grouped_mm).",
-    "--kernel megablocks": "--kernel megablocks is not built yet (this version offers auto, eager "
-    "and grouped_mm).",
-    "--use_scattermoe true": "--use_scattermoe true is not built yet (this version offers --kernel "
-    "auto, eager and grouped_mm).",
-    "--use_scattermoe": "--use_scattermoe True is not built yet (this version offers --kernel "
-    "auto, eager and grouped_mm).",
+    f"{SHARDING} --use_scattermoe --kernel eager": "--use_scattermoe is True, but --kernel is "
+    "eager; leave one of the two out.",
+    "--use_scattermoe": "--use_scattermoe is True, but it needs --use_megablocks_sharding True.",
+    f"{SHARDING} --use_scattermoe true --use_lora all": "--use_lora is all, but scattermoe runs "
+    "experts without adapters; --kernel auto, triton, grouped_mm or eager runs them with adapters.",
+    f"{SHARDING} --kernel megablocks --use_lora mlp-only": "--use_lora is mlp-only, but megablocks "
+    "runs experts without adapters; --kernel auto, triton, grouped_mm or eager runs them with "
+    "adapters.",
     "--save_strategy often": "--save_strategy is often, but it must be no, steps or epoch.",
     "--save_steps 0": "--save_steps is 0, but it must be a number above 0.",
     "--save_steps 2.5": "--save_steps is 2.5, but it must be a whole number, or below 1 a share.",
@@ -369,17 +370,30 @@ def test_rank_and_alpha(words, rank_and_alpha):
 
 
 @pytest.mark.parametrize(
-    ("use_lora", "attention", "experts"),
+    ("use_lora", "attention", "experts", "mode"),
     [
-        ("none", False, False),
-        ("attn-only", True, False),
-        ("mlp-only", False, True),
-        ("all", True, True),
+        ("none", False, False, "full"),
+        ("attn-only", True, False, "frozen"),
+        ("mlp-only", False, True, "lora"),
+        ("all", True, True, "lora"),
     ],
 )
-def test_what_gets_adapters(use_lora, attention, experts):
+def test_what_gets_adapters(use_lora, attention, experts, mode):
     adapter = AdapterConfig(use_lora)
     assert (adapter.trains_attention, adapter.trains_experts) == (attention, experts)
+    assert adapter.expert_mode == mode
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f"{SHARDING} --kernel {kernel}" for kernel in ("triton", "scattermoe", "megablocks")),
+        f"{SHARDING} --use_lora attn-only --kernel scattermoe",  # the experts have no adapters
+        "--use_lora mlp-only --kernel triton",  # adapted experts are ours also without sharding
+    ],
+)
+def test_kernels_that_can_be_named(line):
+    assert parse(line).parallel.kernel == line.split()[-1]
 
 
 def test_contract_options_are_all_there():

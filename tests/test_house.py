@@ -12,10 +12,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 # A room may import the rooms of the lines above its own, and itself; never its neighbours.
 ORDER = (
-    ("errors",),
+    ("errors", "atomic_file"),
     ("option_types",),
     ("options_model", "options_training", "options_output"),
-    ("options", "option_checks", "not_built"),
+    ("options", "option_checks"),
     ("cli", "precision", "saving"),
     ("config",),
     ("output_folder", "liveness"),
@@ -25,16 +25,17 @@ ORDER = (
     ("kernels",),
     ("moe",),
     ("checkpoint",),
+    ("kernel_choice",),
     ("shard_moe_utils",),
     ("fsdp", "lora"),
     ("output_tool",),
-    ("merge", "export"),
+    ("merge", "export", "tune"),
     ("training",),
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 TORCH_FREE = (
-    *("output_tool", "merge", "export"),
+    *("output_tool", "merge", "export", "tune"),
     *(room for rooms in ORDER[: LEVEL["launch"] + 1] for room in rooms),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80

@@ -15,6 +15,7 @@ from megablocks_utils.launch import (
     Launch,
     agree_on_error,
     check_environment,
+    decided_by_rank_zero,
     run_entry_point,
 )
 
@@ -141,6 +142,24 @@ def test_agreement_without_a_process_group():
     agree_on_error(None)
     with pytest.raises(DataError, match="^mine$"):
         agree_on_error(DataError("mine"))
+    assert decided_by_rank_zero(lambda: "mine") == "mine"
+    with pytest.raises(DataError, match="^mine$"):
+        decided_by_rank_zero(_raise_mine)
+
+
+def _raise_mine():
+    raise DataError("mine")
+
+
+def _decide(rank):
+    try:
+        decided_by_rank_zero(_raise_mine if rank == 0 else lambda: "not asked")
+    except DataError as error:
+        return decided_by_rank_zero(lambda: rank), str(error)
+
+
+def test_only_rank_0_is_asked(ranks2):
+    assert ranks2.run(_decide) == [(0, "mine")] * 2
 
 
 TWO_RANKS = """

@@ -68,8 +68,13 @@ def _refuse(rank, model, arguments):
             "layer; these would work: 1, 2.",
         ),
         (
-            {"ep_size": 2, "kernel": "scattermoe"},
-            "--kernel is scattermoe, but this version has auto, eager, grouped_mm.",
+            {"ep_size": 2, "kernel": "fast"},
+            "--kernel is fast, but it must be auto, eager, grouped_mm, triton, scattermoe or "
+            "megablocks.",
+        ),
+        (
+            {"ep_size": 2, "expert_mode": "thawed"},
+            "expert_mode is thawed, but it must be full, frozen or lora.",
         ),
     ],
 )

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megablocks_utils.atomic_file import sync_to_disk
 from megablocks_utils.checkpoint.manifest import describe_file, write_manifest
 from megablocks_utils.checkpoint.pieces import Piece
 from megablocks_utils.checkpoint.sharded import write_pieces
-from megablocks_utils.checkpoint.writer import sync_to_disk
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.output_folder import (
     CHECKPOINT_PREFIX,

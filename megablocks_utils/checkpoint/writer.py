@@ -7,7 +7,6 @@ folder inside the output folder and moved up by renames when all of it is on dis
 
 import json
 import math
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import BinaryIO, NamedTuple, Self
 
 import torch
 
+from megablocks_utils.atomic_file import sync_to_disk
 from megablocks_utils.checkpoint.index import (
     HEADER_LENGTH_BYTES,
     INDEX_FILE_NAME,
@@ -26,7 +26,6 @@ from megablocks_utils.checkpoint.index import (
 )
 
 __all__ = ["STAGING_FOLDER_NAME", "SafetensorsWriter", "TensorSpec", "staged_folder"]
-__all__ += ["sync_to_disk"]
 
 STAGING_FOLDER_NAME = ".model-being-written"
 WEIGHT_FILE_PATTERNS = (SINGLE_FILE_NAME, "model-*-of-*.safetensors", INDEX_FILE_NAME)
@@ -161,15 +160,6 @@ def _publish(staging: Path, output_dir: Path, last: str) -> None:
     sync_to_disk(output_dir)
     (staging / last).replace(output_dir / last)
     sync_to_disk(output_dir)
-
-
-def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:

@@ -4,30 +4,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
+from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
+from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
 _ALIGNMENT_BYTES = 16
 
 
-def find_grouped_mm_obstacle(
-    hidden_size: int, intermediate_size: int, dtype: torch.dtype, device_type: str
-) -> str | None:
-    """Say in a clause why `grouped_mm` cannot run experts of these sizes, or return None.
+def find_grouped_mm_obstacle(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
+    """Say in a clause why `grouped_mm` cannot run these experts, or return None.
 
     The rows of every operand must begin at multiples of 16 bytes; fp64 has no kernel; on CUDA only
     bf16 has a fast one (other dtypes take torch's own loop).
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"torch's grouped_mm does not take {str(dtype).removeprefix('torch.')}"
-    multiple = _ALIGNMENT_BYTES // dtype.itemsize
-    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+    dtype = str(shapes.dtype).removeprefix("torch.")
+    if shapes.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"torch's grouped_mm does not take {dtype}"
+    multiple = _ALIGNMENT_BYTES // shapes.dtype.itemsize
+    for name in ("hidden_size", "intermediate_size"):
+        size = getattr(shapes, name)
         if size % multiple:
-            return (
-                f"torch's grouped_mm needs {name} ({size}) to be a multiple of {multiple} in "
-                f"{str(dtype).removeprefix('torch.')}"
-            )
-    if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+            clause = f"needs {name} ({size}) to be a multiple of {multiple} in {dtype}"
+            return f"torch's grouped_mm {clause}"
+    if device.capability is not None and device.capability < (8, 0):
         return "torch's grouped_mm needs compute capability 8.0 or newer"
     return None
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.placement import local_expert_range, wrap_local_experts
 from megablocks_utils.moe.lora import ExpertLora
+from megablocks_utils.option_checks import KERNELS_WITHOUT_ADAPTERS
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
 
@@ -26,7 +28,15 @@ def attach_expert_lora(
         settings: ranks and strength.
         dtype: of the adapters.
         seed: equal on all ranks.
+
+    Raises:
+        ConfigurationError: the experts run on a backend without adapters.
     """
+    if sharded.kernel.name in KERNELS_WITHOUT_ADAPTERS:
+        raise ConfigurationError(
+            f"the experts run on {sharded.kernel.name}, which knows no adapters; shard_moe with "
+            "kernel auto, triton, grouped_mm or eager makes experts that take them."
+        )
     generator = torch.Generator().manual_seed(seed)
     for module in sharded.expert_modules.values():
         mine = local_expert_range(module.num_experts, sharded.mesh)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megablocks_utils.training.atomic_file import finite_or_none, publish_file
+from megablocks_utils.atomic_file import finite_or_none, publish_file
 from megablocks_utils.training.memory import read_memory
 
 __all__ = ["MetricsWriter", "RunTotals", "StepMeter", "StepMetrics", "read_metrics"]

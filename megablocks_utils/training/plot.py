@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megablocks_utils.training.atomic_file import publish_file
+from megablocks_utils.atomic_file import publish_file
 from megablocks_utils.training.metrics import StepMetrics, read_metrics
 
 if TYPE_CHECKING:

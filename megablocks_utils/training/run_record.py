@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megablocks_utils.training.atomic_file import write_json_atomically
+from megablocks_utils.atomic_file import write_json_atomically
 from megablocks_utils.training.memory import describe_memory_source
 from megablocks_utils.training.metrics import RunTotals
 from megablocks_utils.training.parameters import ParameterCounts

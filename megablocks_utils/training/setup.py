@@ -155,7 +155,8 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     schedule = Schedule(config, examples, launch.rank, launch.world_size)
     if resume is not None:
         check_continuity(resume.manifest, continuity, config, schedule)
-    sharded = agreed(lambda: source.split_experts(config, device))
+    tokens = round(examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    sharded = agreed(lambda: source.split_experts(config, device, tokens))
     model = source.model
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     if adapters is not None:
@@ -208,7 +209,9 @@ class _ModelSource:
         """Experts of a layer."""
         return self.model.get_submodule(self.expert_names[0]).num_experts
 
-    def split_experts(self, config: RunConfig, device: torch.device) -> ShardedMoE | None:
+    def split_experts(
+        self, config: RunConfig, device: torch.device, tokens_per_rank: int
+    ) -> ShardedMoE | None:
         """Split the experts over the ranks with expert parallelism; they stay on meta.
 
         Experts with adapters are this project's own also without expert parallelism (ep 1): PEFT's
@@ -224,6 +227,8 @@ class _ModelSource:
             expert_dp=config.parallel.expert_dp,
             device_type=device.type,
             compute_dtype=self.compute_dtype,
+            expert_mode=config.adapter.expert_mode,
+            tokens_per_rank=tokens_per_rank,
         )
 
 

@@ -99,10 +99,11 @@ CASES = {
         _nothing,
         "unknown option --learning_rat; did you mean --learning_rate?",
     ),
-    "not built yet": (
-        {"kernel": "triton"},
+    "kernel that needs a GPU": ({"kernel": "triton"}, _nothing, "--kernel is triton, but "),
+    "kernel without adapters": (
+        {"kernel": "scattermoe", "use_lora": "all"},
         _nothing,
-        "--kernel triton is not built yet (this version offers auto, eager and grouped_mm).",
+        "--use_lora is all, but scattermoe runs experts without adapters",
     ),
     "missing adapter": (
         {"use_lora": "all", "resume_adapter": "{folder}/none"},

@@ -1,15 +1,27 @@
 """The choice of a backend, and each backend against the obvious loop."""
 
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import silu
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.backend import ExpertShapes, choose_backend
+from megablocks_utils.kernels.backend import (
+    ExpertShapes,
+    KernelDecision,
+    choose_backend,
+    decide_backend,
+)
+from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.fused.search_cache import Measurements, store_entry
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.moe.reference import experts_reference
+from tests.kernels.facts import CPU, H100, INTERPRETER, V100, put_triton
+from tests.kernels.measured import SHAPES, TILES, measured
 from tests.support.allocations import LargestResult
 from tests.support.compare import relative_error
 
@@ -53,12 +65,121 @@ def test_shapes_grouped_mm_cannot_run(shapes, obstacle):
     assert str(refusal.value) == (f"--kernel is grouped_mm, but {obstacle}; --kernel eager works.")
 
 
-def test_a_backend_of_a_later_version_is_refused():
-    with pytest.raises(ConfigurationError) as refusal:
-        choose_backend("triton", FITTING)
-    assert str(refusal.value) == (
-        "--kernel is triton, but this version has auto, eager, grouped_mm."
+WHY = "torch.nn.functional.grouped_mm runs these shapes"
+FASTER = (
+    "triton was measured faster than grouped_mm, 12.00 ms to 20.50 ms a layer (2026-01-02, NVIDIA "
+    "H100 80GB HBM3, torch 2.13.0, triton 3.9.0, about 32,768 rows)"
+)
+SLOWER = (
+    "grouped_mm was measured faster than triton, 20.50 ms to out of memory a layer (2026-01-02, "
+    "NVIDIA H100 80GB HBM3, torch 2.13.0, triton 3.9.0, about 32,768 rows)"
+)
+GAP = (
+    "triton was not measured here for these experts, lora, with about 32,768 rows (python -m "
+    "megablocks_utils.tune does it)"
+)
+UNSHIPPED = ", and none are shipped yet"
+SLOW = measured(winner="grouped_mm", triton_ms=None)
+AUTO_ON_CUDA = {
+    "nothing was measured": (Measurements(), "grouped_mm", f"{WHY}; {GAP}{UNSHIPPED}"),
+    "triton won here": (Measurements((measured(),)), "triton", FASTER),
+    "triton won elsewhere": (Measurements((), (measured(),)), "triton", FASTER),
+    "grouped_mm won here": (Measurements((SLOW,), (measured(),)), "grouped_mm", SLOWER),
+    "another mode was measured": (
+        Measurements((measured(replace(SHAPES, mode="full")),), (SLOW,)),
+        "grouped_mm",
+        SLOWER,
+    ),
+    "other experts are shipped": (
+        Measurements((), (measured(replace(SHAPES, top_k=1)),)),
+        "grouped_mm",
+        f"{WHY}; {GAP}",
+    ),
+    "the file is damaged": (
+        Measurements((), (), "FILE is damaged"),
+        "grouped_mm",
+        f"{WHY}; {GAP}{UNSHIPPED}; FILE is damaged",
+    ),
+    "the file is damaged, and one is shipped": (
+        Measurements((), (measured(),), "FILE is damaged"),
+        "triton",
+        f"{FASTER}; FILE is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AUTO_ON_CUDA)
+def test_auto_on_cuda_goes_by_what_was_measured(case, monkeypatch):
+    put_triton(monkeypatch)
+    measurements, name, reason = AUTO_ON_CUDA[case]
+    decision = decide_backend("auto", SHAPES, H100, measurements)
+    assert decision.name == name
+    assert decision.reason == f"auto: {reason}"
+    assert decision.tiles == (TILES if name == "triton" else None)
+
+
+def test_auto_on_cuda_where_triton_cannot_run(monkeypatch):
+    won = Measurements((measured(),), (measured(),))
+    put_triton(monkeypatch, is_installed=False)
+    decision = decide_backend("auto", SHAPES, H100, won)
+    reason = f"auto: {WHY}; triton is not installed (pip install triton)"
+    assert (decision.name, decision.reason) == ("grouped_mm", reason)
+    put_triton(monkeypatch)
+    decision = decide_backend("auto", SHAPES, V100, won)
+    assert (decision.name, decision.reason) == (
+        "eager",
+        "auto: torch's grouped_mm needs compute capability 8.0 or newer; our Triton kernels need "
+        "compute capability 8.0 or newer, and Tesla V100 has 7.0",
     )
+
+
+def test_auto_without_a_number_of_rows(monkeypatch):
+    put_triton(monkeypatch)
+    shapes = replace(SHAPES, num_rows=None)
+    assert decide_backend("auto", shapes, H100, Measurements((measured(),))).reason == (
+        f"auto: {WHY}; how many rows the experts get is not known, so no measurement was looked up"
+    )
+
+
+def test_auto_on_a_cpu_reads_no_file(monkeypatch, tmp_path):
+    (tmp_path / "kernels.json").write_text("damaged")
+    monkeypatch.setenv("MEGABLOCKS_UTILS_CACHE", str(tmp_path))
+    for device in (CPU, INTERPRETER):
+        shapes = replace(SHAPES, device_type="cpu")
+        assert decide_backend("auto", shapes, device).reason == f"auto: {WHY}"
+
+
+@pytest.mark.parametrize(
+    ("measurements", "reason", "tiles"),
+    [
+        (Measurements(), "", None),
+        (Measurements((SLOW,)), ", with the tiles measured 2026-01-02", TILES),
+        (Measurements((), (), "FILE is damaged"), "; FILE is damaged", None),
+    ],
+)
+def test_triton_by_name_takes_its_tiles_also_where_it_lost(
+    measurements, reason, tiles, monkeypatch
+):
+    put_triton(monkeypatch)
+    decision = decide_backend("triton", SHAPES, H100, measurements)
+    wanted = KernelDecision("triton", f"named by --kernel{reason}", tiles)
+    assert decision == wanted == pickle.loads(pickle.dumps(decision))
+
+
+def test_this_machines_file_is_read(monkeypatch, tmp_path):
+    put_triton(monkeypatch)
+    monkeypatch.setenv("MEGABLOCKS_UTILS_CACHE", str(tmp_path))
+    assert decide_backend("auto", SHAPES, H100).name == "grouped_mm"
+    store_entry(measured(), tmp_path / "kernels.json")
+    choice = choose_backend("auto", SHAPES, H100)
+    assert (choice.name, choice.reason) == ("triton", f"auto: {FASTER}")
+    assert choice.run.keywords == {"tiles": TILES}
+
+
+def test_named_backends_need_no_measurement():
+    choice = choose_backend("eager", FITTING)
+    assert (choice.name, choice.reason) == ("eager", "named by --kernel")
+    assert choice.run is run_experts_eager
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """Adapters of experts: where they lie, how they start, what stays frozen."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import Shard
 
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.shard_moe_utils import shard_moe
@@ -84,3 +86,27 @@ def _memory_of_adapters(rank):
 def test_a_rank_keeps_no_memory_of_other_ranks_adapters(ranks2):
     for held, needed in ranks2.run(_memory_of_adapters)[0]:
         assert held == needed
+
+
+def _attach_to_backend(rank, name):
+    model = build_tiny_model("mixtral")
+    sharded = shard_moe(model, dist.get_world_size())
+    sharded = replace(sharded, kernel=replace(sharded.kernel, name=name))
+    apply_lora(model, sharded, ChosenAdapters(SETTINGS), dtype=torch.float32, seed=0)
+
+
+def _refuse_adapters(rank, name):
+    with pytest.raises(ConfigurationError) as refusal:
+        _attach_to_backend(rank, name)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["scattermoe", "megablocks"])
+def test_backends_without_adapters_get_none(ranks2, name):
+    """What `shard_moe` with that kernel returns, as a Python user may have it."""
+    sentence = (
+        f"the experts run on {name}, which knows no adapters; shard_moe with kernel auto, triton, "
+        "grouped_mm or eager makes experts that take them."
+    )
+    assert ranks2.run(_refuse_adapters, name) == [sentence] * 2
+    ranks2.run(_attach_to_backend, "triton")

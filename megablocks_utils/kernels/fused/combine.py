@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megablocks_utils.kernels.device import is_interpreted
 from megablocks_utils.kernels.fused.device_code import round_to
-from megablocks_utils.kernels.fused.launch import is_interpreted
 
 _MAX_BLOCK = 2048
 

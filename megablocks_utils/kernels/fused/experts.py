@@ -14,7 +14,7 @@ from megablocks_utils.kernels.fused.gate_up import gate_up
 from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Matrix, Routing
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
-from megablocks_utils.kernels.fused.tiles import INTERPRET, TileTable
+from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_architecture
 from megablocks_utils.kernels.fused.weight_grad import Operand
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
@@ -49,7 +49,7 @@ def run_experts_triton(
     plan = _Plan(
         num_rows=len(tokens) * order.top_k,
         top_k=order.top_k,
-        tiles=tiles or INTERPRET,
+        tiles=tiles or _choose_tiles(tokens, order, experts),
         num_programs=_count_programs(tokens.device),
         layout=GateLayout(experts.gate, experts.is_interleaved),
         is_transposed=experts.is_transposed,
@@ -229,6 +229,17 @@ def _sort_weights(top_k_weights: Tensor | None, like: Tensor, routing: Routing) 
 def _flatten(weight: Tensor, bias: Tensor | None, lora: LowRank | None) -> list[Tensor | None]:
     """Return weight, bias, A and B of a projection."""
     return [weight, bias, *((lora.lora_a, lora.lora_b) if lora else (None, None))]
+
+
+def _choose_tiles(tokens: Tensor, order: ExpertOrder, experts: ExpertWeights) -> TileTable:
+    """Return the table's tiles for these rows on this device."""
+    capability = torch.cuda.get_device_capability(tokens.device) if tokens.is_cuda else None
+    return choose_tiles(
+        arch=name_architecture(capability),
+        itemsize=tokens.element_size(),
+        rows=len(tokens) * order.top_k,
+        num_experts=len(experts.gate_up_proj),
+    )
 
 
 def _count_programs(device: torch.device) -> int:

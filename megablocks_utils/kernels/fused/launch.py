@@ -1,6 +1,5 @@
 """What every launch of a kernel needs: who gets which rows, how matrices lie, how to compile."""
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megablocks_utils.kernels.device import is_interpreted
 from megablocks_utils.kernels.fused.tiles import Tile
 from megablocks_utils.kernels.gate import SwiGlu
 
@@ -122,11 +122,6 @@ def weights_argument(weights: Matrix, tile: Tile, uses_tma: bool) -> Tensor | Te
         return weights.tensor
     box = (tile.block_n, tile.block_k) if weights.rows_are_last else (tile.block_k, tile.block_n)
     return TensorDescriptor.from_tensor(weights.tensor.flatten(0, 1), list(box))
-
-
-def is_interpreted() -> bool:
-    """Say whether Triton runs kernels in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def block_rank(rank: int) -> int:

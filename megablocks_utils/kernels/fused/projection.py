@@ -1,11 +1,11 @@
 """One projection of the experts with its adapter: the low-rank ways through it, its gradients."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megablocks_utils.kernels.fused.launch import Inner, Matrix, Routing
+from megablocks_utils.kernels.fused.launch import Inner, Matrix, Routing, block_rank
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
@@ -100,11 +100,13 @@ class Projection:
         return results
 
     def _thin(self, rows: Operand, factor: Matrix) -> Tensor:
+        tile = self.tiles.skinny
+        block_n = min(tile.block_n, block_rank(factor.num_cols))
         return row_gemm(
             rows.rows,
             factor,
             self.routing,
-            self.tiles.skinny,
+            replace(tile, block_n=block_n),
             gather=rows.by_token,
             scale=self.scaling,
         )

@@ -1,11 +1,47 @@
-"""Stub."""
+"""How large a piece of work one program of each Triton kernel does: a small explicit table.
 
-from dataclasses import dataclass
+No autotuner: what runs is a function of this table and of the power of two below the number of
+rows, the same on every rank and in every run. `search` measures the candidates of the table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any, Self
+
+__all__ = [
+    "FEW_ROWS",
+    "KINDS",
+    "SHARED_LIMIT_BYTES",
+    "Tile",
+    "TileTable",
+    "bucket_of",
+    "choose_tile",
+    "choose_tiles",
+    "list_candidates",
+    "name_architecture",
+    "shared_bytes",
+]
+
+FEW_ROWS = 512
+"""Rows per expert below which half-high tiles waste less."""
+
+_KIB = 1024
+TMA = True
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Stub."""
+    """Say what one program computes, and how it is compiled.
+
+    Attributes:
+        block_m: rows of the result (of `weight_grad`: columns of its left side).
+        block_n: columns of the result.
+        block_k: how much of the sum is added at a time.
+        num_warps: groups of 32 threads.
+        num_stages: pieces of the operands that lie in shared memory at once.
+        uses_tma: whether weights are loaded by tensor descriptors, where their sizes allow it.
+    """
 
     block_m: int
     block_n: int
@@ -17,7 +53,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileTable:
-    """Stub."""
+    """Hold a tile for each kind of kernel.
+
+    Attributes:
+        up: gate and up at once, two accumulators, and the gate.
+        linear: rows by a matrix: the down projection, and the way back through the first.
+        skinny: rows by a matrix of few columns, the rank of an adapter.
+        act_backward: rows by a matrix, and the way back through the gate.
+        weight_grad: sum of outer products of an expert's rows.
+    """
 
     up: Tile
     linear: Tile
@@ -25,5 +69,162 @@ class TileTable:
     act_backward: Tile
     weight_grad: Tile
 
+    def as_json(self) -> dict[str, dict[str, int]]:
+        """Return what JSON can hold; `from_json` takes it back."""
+        return asdict(self)
 
-INTERPRET = TileTable(*[Tile(16, 32, 16, 4, 1)] * 4, Tile(32, 32, 16, 4, 1))
+    @classmethod
+    def from_json(cls, payload: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Read what `as_json` wrote.
+
+        Raises:
+            ValueError: anything else.
+        """
+        names = {field.name for field in fields(Tile)}
+        if set(payload) != set(KINDS):
+            raise ValueError(f"tiles are for {', '.join(payload)} instead of {', '.join(KINDS)}")
+        for kind, tile in payload.items():
+            sizes = [size for name, size in tile.items() if name != "uses_tma"]
+            is_whole = all(type(size) is int and size > 0 for size in sizes)
+            if set(tile) != names or not is_whole or type(tile["uses_tma"]) is not bool:
+                raise ValueError(f"the tile for {kind} is {dict(tile)}")
+        return cls(**{kind: Tile(**tile) for kind, tile in payload.items()})
+
+
+KINDS: tuple[str, ...] = tuple(field.name for field in fields(TileTable))
+
+SHARED_LIMIT_BYTES: Mapping[str, int] = MappingProxyType(
+    {"sm_80": 163 * _KIB, "sm_86": 99 * _KIB, "sm_90": 227 * _KIB}
+)
+"""Shared memory that one program may have, by architecture."""
+
+# For each kind the tiles for few and for many rows per expert, then one more to measure.
+_Candidates = Mapping[str, tuple[Tile, ...]]
+_TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
+    {
+        ("sm_90", 2): {
+            "up": (
+                *(Tile(64, 128, 64, 4, 3, TMA), Tile(128, 128, 64, 8, 4, TMA)),
+                Tile(128, 64, 64, 8, 4, TMA),
+            ),
+            "linear": (
+                *(Tile(64, 128, 64, 4, 4, TMA), Tile(128, 256, 64, 8, 3, TMA)),
+                Tile(128, 128, 64, 8, 4, TMA),
+            ),
+            "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4), Tile(128, 32, 128, 4, 3)),
+            "act_backward": (
+                *(Tile(64, 128, 64, 4, 4, TMA), Tile(128, 128, 64, 8, 4, TMA)),
+                Tile(128, 64, 64, 8, 4, TMA),
+            ),
+            "weight_grad": (
+                *(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
+            ),
+        },
+        ("sm_80", 2): {
+            "up": (Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 8, 4), Tile(64, 128, 32, 8, 3)),
+            "linear": (Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
+            "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), Tile(128, 32, 64, 4, 4)),
+            "act_backward": (
+                *(Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
+            ),
+            "weight_grad": (
+                *(Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3)),
+            ),
+        },
+        ("sm_86", 2): {
+            "up": (Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
+            "linear": (Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 4, 3)),
+            "skinny": (Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4), Tile(64, 32, 64, 4, 3)),
+            "act_backward": (
+                *(Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
+            ),
+            "weight_grad": (
+                *(Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3)),
+            ),
+        },
+        # fp32 goes through the ordinary cores: the accumulators of small tiles fill the registers.
+        ("any", 4): {
+            "up": (Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 4, 3)),
+            "linear": (Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 4, 3)),
+            "skinny": (Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 32, 16, 4, 3)),
+            "act_backward": (
+                *(Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 4, 3)),
+            ),
+            "weight_grad": (
+                *(Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3)),
+            ),
+        },
+    }
+)
+# Small and of unequal sides, so that tests cross tiles in every dim and see sides swapped.
+_INTERPRET = TileTable(
+    up=Tile(16, 32, 16, 4, 1),
+    linear=Tile(16, 32, 16, 4, 1),
+    skinny=Tile(16, 16, 32, 4, 1),
+    act_backward=Tile(16, 32, 16, 4, 1),
+    weight_grad=Tile(16, 32, 16, 4, 1),
+)
+
+
+def name_architecture(capability: tuple[int, int] | None) -> str:
+    """Return which part of the table a GPU takes, by its shared memory; None is the interpreter.
+
+    Those between and beyond are counted with the largest that their memory holds: 8.6, 8.9 and 12
+    have 99 KiB, 8.7 has what 8.0 has, 10 and 11 what 9.0 has.
+    """
+    if capability is None:
+        return "interpret"
+    if capability in ((8, 0), (8, 7)):
+        return "sm_80"
+    return "sm_90" if 9 <= capability[0] < 12 else "sm_86"
+
+
+def bucket_of(rows: int) -> int:
+    """Return the largest power of two that is not above a number of rows; 1 for none."""
+    return 1 << (max(rows, 1).bit_length() - 1)
+
+
+def choose_tile(kind: str, *, arch: str, itemsize: int, rows: int, num_experts: int) -> Tile:
+    """Return the tile that a kernel runs with unless a search has found a better one.
+
+    Args:
+        kind: one of `KINDS`.
+        arch: from `name_architecture`.
+        itemsize: bytes of a number: 2 or 4.
+        rows: routed rows N; only the power of two below counts.
+        num_experts: L that they are spread over.
+    """
+    if arch == "interpret":
+        return getattr(_INTERPRET, kind)
+    few, many, *_ = _list_tiles(kind, arch, itemsize)
+    return few if bucket_of(rows) < FEW_ROWS * num_experts else many
+
+
+def choose_tiles(*, arch: str, itemsize: int, rows: int, num_experts: int) -> TileTable:
+    """Return the tile of every kind, as `choose_tile` does."""
+    sizes = {"arch": arch, "itemsize": itemsize, "rows": rows, "num_experts": num_experts}
+    return TileTable(**{kind: choose_tile(kind, **sizes) for kind in KINDS})
+
+
+def list_candidates(kind: str, *, arch: str, itemsize: int) -> tuple[Tile, ...]:
+    """Return the tiles of a kind that are worth measuring, all of which fit the architecture."""
+    if arch == "interpret":
+        return (getattr(_INTERPRET, kind),)
+    return _list_tiles(kind, arch, itemsize)
+
+
+def shared_bytes(kind: str, tile: Tile, itemsize: int) -> int:
+    """Return the shared memory that a program of a kind needs.
+
+    The operands of `num_stages` steps lie there at once; `up` has two on the side of the weights.
+    The result passes through the same memory once these are done with. Exactly what Triton 3.9
+    allocates on sm_90; before Hopper it keeps one step less, and this is an upper bound.
+    """
+    num_sides = 2 if kind == "up" else 1
+    step = (tile.block_m + num_sides * tile.block_n) * tile.block_k
+    result = tile.block_m * tile.block_n
+    return itemsize * max(tile.num_stages * step, result)
+
+
+def _list_tiles(kind: str, arch: str, itemsize: int) -> tuple[Tile, ...]:
+    return _TABLE[("any" if itemsize == 4 else arch, itemsize)][kind]

@@ -1,4 +1,7 @@
-"""Files that are either complete or not there at all."""
+"""Files that are either complete or not there at all.
+
+Torch-free.
+"""
 
 import json
 import math
@@ -8,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megablocks_utils.checkpoint.writer import sync_to_disk
-
-__all__ = ["finite_or_none", "publish_file", "write_json_atomically"]
+__all__ = ["finite_or_none", "publish_file", "sync_to_disk", "write_json_atomically"]
 
 
 @contextmanager
@@ -44,6 +45,15 @@ def write_json_atomically(path: str | Path, payload: Any) -> None:
     text = json.dumps(finite_or_none(payload), indent=2, allow_nan=False) + "\n"
     with publish_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def finite_or_none(payload: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megablocks_utils.training.atomic_file import (
+from megablocks_utils.atomic_file import (
     finite_or_none,
     publish_file,
     write_json_atomically,

@@ -1,0 +1,44 @@
+"""What the rules of backends and the measurements of them depend on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megablocks_utils.kernels.gate import Gate, SwiGlu
+
+__all__ = ["EXPERT_MODES", "ExpertShapes"]
+
+EXPERT_MODES = ("full", "frozen", "lora")
+"""What of the experts is trained: all weights, nothing, or adapters beside frozen weights."""
+
+
+@dataclass(frozen=True)
+class ExpertShapes:
+    """Describe the experts of a layer on one rank, and the rows that they get.
+
+    Attributes:
+        hidden_size: H.
+        intermediate_size: I.
+        dtype: of compute.
+        device_type: `cpu` or `cuda`.
+        mode: one of `EXPERT_MODES`.
+        gate: what makes one value of gate and up.
+        num_local_experts: L; None where it is not known, and so no measurement can be looked up.
+        top_k: K of what the backend is given: 1 where rows come from other ranks; or None.
+        num_rows: about how many routed rows there are, N; or None.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    device_type: str
+    mode: str = "full"
+    gate: Gate = SwiGlu()
+    num_local_experts: int | None = None
+    top_k: int | None = None
+    num_rows: int | None = None
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether a projection has an adapter."""
+        return self.mode == "lora"

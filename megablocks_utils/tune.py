@@ -1,0 +1,308 @@
+"""Measure the experts of a model on this GPU: `python -m megablocks_utils.tune --help`.
+
+Torch is imported when the options are good, so `--help` answers at once.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from megablocks_utils.cli import convert_value, describe_wanted
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.launch import run_entry_point
+from megablocks_utils.option_types import Option
+from megablocks_utils.options import find_option
+from megablocks_utils.output_tool import read_words
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from megablocks_utils.kernels.device import DeviceFacts
+    from megablocks_utils.kernels.fused.search import SearchResult, TimeMs, Trial
+    from megablocks_utils.kernels.fused.search_cache import Entry
+    from megablocks_utils.kernels.shapes import ExpertShapes
+
+__all__ = [
+    "TuneOptions",
+    "build_entry",
+    "build_table",
+    "main",
+    "measure_layer",
+    "parse_options",
+    "read_shapes",
+    "tune",
+]
+
+HELP = """\
+usage: python -m megablocks_utils.tune --model_name_or_path DIR --tokens N [--option value] ...
+
+Measures one layer of a model's experts on this GPU, forward and backward: this project's Triton
+kernels with the tiles that may suit them, and torch's grouped_mm. What was found is kept on disk,
+and --kernel auto and --kernel triton of later runs go by it, on the same GPU, with the same
+versions of torch and triton. Random weights: of the model only config.json is read. One process.
+
+  --model_name_or_path DIR
+      The model: local folder or Hub name.
+  --tokens N
+      Tokens of a micro-batch of one process: per_device_train_batch_size times the mean length of
+      an example. What is found counts for this number and others up to the next power of two.
+  --ep_size N
+      The --ep_size of the run.
+      Default: 1.
+  --use_lora {none|attn-only|mlp-only|all}
+      The --use_lora of the run: it says what of the experts is trained.
+      Default: none.
+  --lora_r N
+      Rank of adapters on the experts.
+      Default: 16.
+  --dtype {float32|bfloat16}
+      What the run computes in.
+      Default: bfloat16.
+
+The file is kernels.json in the folder that MEGABLOCKS_UTILS_CACHE names, by default
+~/.cache/megablocks_utils (XDG_CACHE_HOME counts).
+
+Exit codes: 0 done; 2 a bad option, or no GPU, said in one sentence; 1 anything unexpected.
+"""
+_TOKENS = Option("tokens", "integer", None, help="tokens of a micro-batch", minimum=1)
+_NAMES = ("model_name_or_path", "ep_size", "use_lora", "lora_r", "dtype")
+_OPTIONS = {option.name: option for option in (_TOKENS, *map(find_option, _NAMES))}
+_MODES = {"none": "full", "attn-only": "frozen", "mlp-only": "lora", "all": "lora"}
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Hold the options; each means what it means to a training run."""
+
+    model_name_or_path: str
+    tokens: int
+    ep_size: int = 1
+    use_lora: str = "none"
+    lora_r: int = 16
+    dtype: str = "bfloat16"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Look for a GPU, and tune.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        UserError: for options that cannot work, a machine without a GPU, or a damaged file.
+    """
+    options = parse_options(argv)
+    import torch
+
+    from megablocks_utils.kernels.device import read_device_facts
+    from megablocks_utils.kernels.fused.search import time_on_cuda
+
+    if not torch.cuda.is_available():
+        raise ConfigurationError("tune measures on a CUDA GPU, but torch finds none here.")
+    tune(options, read_device_facts("cuda"), torch.device("cuda"), time_on_cuda)
+
+
+def tune(
+    options: TuneOptions, facts: "DeviceFacts", device: "torch.device", time_ms: "TimeMs"
+) -> None:
+    """Measure as the options say, keep what was found, and show it.
+
+    Args:
+        options: what to measure.
+        facts: what the device is.
+        device: where the layer lies.
+        time_ms: measures.
+
+    Raises:
+        UserError: a model or layer that cannot be measured, or a damaged file of measurements.
+    """
+    from rich.console import Console
+
+    from megablocks_utils.kernels.fused.search_cache import cache_path, read_entries, store_entry
+
+    path = cache_path()
+    read_entries(path)  # a damaged file is refused before the work
+    shapes = read_shapes(options)
+    with Console(stderr=True).status("measuring ...") as status:
+        result = measure_layer(
+            shapes,
+            facts,
+            device,
+            lora_r=options.lora_r,
+            time_ms=time_ms,
+            on_trial=lambda trial: status.update(f"measuring {trial.kind} ..."),
+        )
+    entry = build_entry(result, shapes, facts, options.lora_r)
+    store_entry(entry, path)
+    console = Console(highlight=False)
+    console.print(build_table(options.model_name_or_path, entry, result))
+    line = f"auto takes {entry.winner} for this; written to {path}"
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def parse_options(argv: Sequence[str]) -> TuneOptions:
+    """Read the options.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        ConfigurationError: for a word, name or value that cannot be used.
+    """
+    given = read_words(
+        argv,
+        tuple(_OPTIONS),
+        required=("model_name_or_path", "tokens"),
+        help_text=HELP,
+        wanted={name: describe_wanted(option) for name, option in _OPTIONS.items()},
+    )
+    values = {
+        name: convert_value(_OPTIONS[name], f"--{name}", text) for name, text in given.items()
+    }
+    return TuneOptions(**values)
+
+
+def read_shapes(options: TuneOptions) -> "ExpertShapes":
+    """Read the sizes of the model's experts, as a run with these options would have them.
+
+    Raises:
+        CheckpointError: no config.json, or not of a model whose experts can be run.
+        ConfigurationError: an ep_size that does not divide the experts.
+    """
+    import torch
+
+    from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
+    from megablocks_utils.checkpoint.load import build_model_on_meta
+    from megablocks_utils.kernel_choice import ExpertUse
+    from megablocks_utils.shard_moe_utils import find_expert_modules
+
+    folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=("config.json",))
+    model = build_model_on_meta(folder)
+    experts = next(iter(find_expert_modules(model).values()))
+    if experts.num_experts % options.ep_size:
+        raise ConfigurationError(
+            f"--ep_size is {options.ep_size}, but it must divide the {experts.num_experts} experts "
+            "of this model."
+        )
+    dtype, mode = getattr(torch, options.dtype), _MODES[options.use_lora]
+    return ExpertUse("cuda", dtype, mode, options.tokens).shapes(model, experts, options.ep_size)
+
+
+def measure_layer(
+    shapes: "ExpertShapes",
+    facts: "DeviceFacts",
+    device: "torch.device",
+    *,
+    lora_r: int,
+    time_ms: "TimeMs",
+    on_trial: "Callable[[Trial], None]" = lambda _: None,
+) -> "SearchResult":
+    """Measure a layer of these shapes.
+
+    Args:
+        shapes: the experts, with the number of rows.
+        facts: what the device is.
+        device: where the layer lies.
+        lora_r: rank of adapters.
+        time_ms: measures.
+        on_trial: told of each measurement.
+
+    Raises:
+        ConfigurationError: triton or grouped_mm cannot run this layer here, or it does not fit.
+    """
+    from megablocks_utils.kernels.available import find_obstacle, load
+    from megablocks_utils.kernels.fused.search import KINDS_OF_MODE, search_layer
+    from megablocks_utils.kernels.fused.tiles import (
+        choose_tiles,
+        list_candidates,
+        name_architecture,
+    )
+    from megablocks_utils.kernels.random_layer import build_random_layer
+
+    for kernel in ("triton", "grouped_mm"):
+        obstacle = find_obstacle(kernel, shapes, facts)
+        if obstacle is not None:
+            raise ConfigurationError(f"tune compares triton with grouped_mm, but {obstacle}.")
+    kind_of_gpu = {
+        "arch": name_architecture(facts.capability),
+        "itemsize": shapes.dtype.itemsize,
+    }
+    layer = build_random_layer(shapes, lora_r=lora_r, device=device)
+    return search_layer(
+        lambda tiles: layer.step(load("triton", tiles)),
+        lambda: layer.step(load("grouped_mm", None)),
+        start=choose_tiles(
+            rows=shapes.num_rows, num_experts=shapes.num_local_experts, **kind_of_gpu
+        ),
+        candidates={
+            kind: list_candidates(kind, **kind_of_gpu) for kind in KINDS_OF_MODE[shapes.mode]
+        },
+        time_ms=time_ms,
+        on_trial=on_trial,
+    )
+
+
+def build_entry(
+    result: "SearchResult", shapes: "ExpertShapes", facts: "DeviceFacts", lora_r: int
+) -> "Entry":
+    """Return what is kept of a measurement."""
+    from megablocks_utils.kernels.fused.search_cache import Entry, build_key
+
+    def finite(time_ms: float) -> float | None:
+        return None if math.isinf(time_ms) else round(time_ms, 4)
+
+    return Entry(
+        key=build_key(shapes, facts),
+        winner=result.winner,
+        tiles=result.tiles,
+        triton_ms=finite(result.triton_ms),
+        grouped_mm_ms=finite(result.grouped_mm_ms),
+        date=datetime.now(UTC).date().isoformat(),
+        lora_r=lora_r if shapes.has_adapters else None,
+    )
+
+
+def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":
+    """Lay out the measurements, and the two backends below them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    key = entry.key
+    rank = "" if entry.lora_r is None else f" (rank {entry.lora_r})"
+    title = (
+        f"{model} on {key.gpu}: {key.num_local_experts} experts of {key.hidden_size} x "
+        f"{key.intermediate_size}, {key.rows:,} rows, {key.dtype}, {key.mode}{rank}"
+    )
+    table = Table(
+        "kernel",
+        "rows x columns x depth",
+        title=Text(title),
+        title_justify="left",
+    )
+    for name in ("warps", "stages", "layer, ms"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    table.add_row("all", "as the package has them", "", "", _format_ms(result.start_ms), "")
+    for trial in result.trials:
+        tile = trial.tile
+        table.add_row(
+            trial.kind,
+            f"{tile.block_m} x {tile.block_n} x {tile.block_k}",
+            str(tile.num_warps),
+            str(tile.num_stages),
+            _format_ms(trial.time_ms),
+            "taken" if trial.is_taken else "",
+        )
+    table.add_section()
+    for name, time_ms in (("triton", result.triton_ms), ("grouped_mm", result.grouped_mm_ms)):
+        mark = "faster" if name == result.winner else ""
+        table.add_row(name, "", "", "", _format_ms(time_ms), mark)
+    return table
+
+
+def _format_ms(time_ms: float) -> str:
+    return "out of memory" if math.isinf(time_ms) else f"{time_ms:.2f}"
+
+
+if __name__ == "__main__":
+    run_entry_point(main, sys.argv[1:])

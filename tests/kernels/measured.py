@@ -1,0 +1,39 @@
+"""Measurements for tests."""
+
+from dataclasses import replace
+
+import torch
+
+from megablocks_utils.kernels.fused.search_cache import Entry, build_key
+from megablocks_utils.kernels.fused.tiles import Tile, TileTable, choose_tiles
+from megablocks_utils.kernels.shapes import ExpertShapes
+from tests.kernels.facts import H100
+
+SHAPES = ExpertShapes(
+    4096,
+    14336,
+    torch.bfloat16,
+    "cuda",
+    mode="lora",
+    num_local_experts=8,
+    top_k=2,
+    num_rows=32768,
+)
+TILES: TileTable = replace(
+    choose_tiles(arch="sm_90", itemsize=2, rows=32768, num_experts=8),
+    up=Tile(128, 128, 64, 8, 3),
+)
+
+
+def measured(shapes=SHAPES, device=H100, **changed) -> Entry:
+    """Return an entry in which triton has won."""
+    values = {
+        "key": build_key(shapes, device),
+        "winner": "triton",
+        "tiles": TILES,
+        "triton_ms": 12.0,
+        "grouped_mm_ms": 20.5,
+        "date": "2026-01-02",
+        "lora_r": 16,
+    }
+    return Entry(**values | changed)

@@ -1,6 +1,8 @@
 """What the Triton kernels share: finding a tile's rows, products, rounding.
 
 Offsets into tensors are int64 throughout: N * 2I passes 2**31 at 75 thousand rows of Mixtral.
+Arguments that belong together travel as tuples: `strides` (expert, column, row) of weights, and
+`adapter` (inner rows, factor, rank, and the factor's strides).
 """
 
 import triton
@@ -25,19 +27,19 @@ def find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2: tl.constexpr, BLOC
     there can be; for those past the last one the expert is `num_experts` or more.
 
     Returns:
-        The expert, its rows of this tile, and the end of its rows.
+        The expert, its rows of this tile, and which of them exist.
     """
     experts = tl.arange(0, EXPERTS_POW2)
-    exists = experts < num_experts
-    start = tl.load(offsets_ptr + experts, mask=exists, other=0)
-    end = tl.load(offsets_ptr + experts + 1, mask=exists, other=0)
+    is_expert = experts < num_experts
+    start = tl.load(offsets_ptr + experts, mask=is_expert, other=0)
+    end = tl.load(offsets_ptr + experts + 1, mask=is_expert, other=0)
     tiles = tl.cdiv(end - start, BLOCK_M)
     tiles_end = tl.cumsum(tiles, 0)
     expert = tl.sum((tiles_end <= tile_m).to(tl.int32), 0)
     is_it = experts == expert
     first_row = tl.sum(tl.where(is_it, start + (tile_m - tiles_end + tiles) * BLOCK_M, 0), 0)
     rows = first_row + tl.arange(0, BLOCK_M)
-    return expert, rows, tl.sum(tl.where(is_it, end, 0), 0)
+    return expert, rows, rows < tl.sum(tl.where(is_it, end, 0), 0)
 
 
 @triton.jit
@@ -59,37 +61,18 @@ def load_rows(x_ptr, source, exists, k, num_k, stride_m, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def load_weights(
-    w,
-    expert,
-    k,
-    cols,
-    is_col,
-    num_k,
-    stride_e,
-    stride_n,
-    stride_k,
-    EVEN_K: tl.constexpr,
-):
+def load_weights(w, strides, expert, k, cols, is_col, num_k, EVEN_K: tl.constexpr):
     """Load weights (K, N) of an expert by pointers: rows `k`, columns `cols`."""
-    pointers = w + expert.to(tl.int64) * stride_e
-    pointers += k[:, None].to(tl.int64) * stride_k + cols[None, :].to(tl.int64) * stride_n
-    exists = is_col[None, :]
+    pointers = w + expert.to(tl.int64) * strides[0]
+    pointers += k[:, None].to(tl.int64) * strides[2] + cols[None, :].to(tl.int64) * strides[1]
+    mask = is_col[None, :]
     if not EVEN_K:
-        exists = exists & (k < num_k)[:, None]
-    return tl.load(pointers, mask=exists, other=0.0)
+        mask = mask & (k < num_k)[:, None]
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_weights_tma(
-    w,
-    expert,
-    first_k,
-    first_col,
-    num_k,
-    num_cols,
-    K_IS_LAST: tl.constexpr,
-):
+def load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST: tl.constexpr):
     """Load the same by a tensor descriptor over (L * rows, columns) of the stored weights.
 
     A box may reach into the next expert: its columns are masked when results are stored, and along
@@ -112,6 +95,65 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def multiply(
+    x_ptr,
+    stride_xm,
+    source,
+    exists,
+    w,
+    strides,
+    expert,
+    first_col,
+    num_k,
+    num_cols,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    K_IS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Multiply rows `source` of x by BLOCK_N columns of an expert's weights, in fp32."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    is_col = cols < num_cols
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_k in range(0, num_k, BLOCK_K):
+        k = first_k + tl.arange(0, BLOCK_K)
+        x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
+        if USE_TMA:
+            weights = load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST)
+        else:
+            weights = load_weights(w, strides, expert, k, cols, is_col, num_k, EVEN_K)
+        acc = dot(x, weights, acc, PRECISION, INTERPRET)
+    return acc
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    adapter,
+    expert,
+    rows,
+    exists,
+    cols,
+    is_col,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add inner (N, r) @ factor (r, columns) of an expert to acc; `inner` has the scaling in it."""
+    inner_ptr, factor_ptr, rank, strides = adapter
+    for first in range(0, rank, BLOCK_R):
+        ranks = first + tl.arange(0, BLOCK_R)
+        inner = load_rows(inner_ptr, rows.to(tl.int64), exists, ranks, rank, rank, False)
+        factor = load_weights(factor_ptr, strides, expert, ranks, cols, is_col, rank, False)
+        acc = dot(inner, factor, acc, PRECISION, INTERPRET)
+    return acc
+
+
+@triton.jit
 def round_to(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """Round fp32 to nearest even in `dtype`, which the interpreter would cut off for bf16."""
     if INTERPRET and dtype == tl.bfloat16:
@@ -119,41 +161,3 @@ def round_to(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
         value = bits.to(tl.float32, bitcast=True)
     return value.to(dtype)
-
-
-@triton.jit
-def add_low_rank(
-    acc,
-    inner_ptr,
-    rows,
-    rows_exist,
-    rank,
-    factor_ptr,
-    expert,
-    cols,
-    is_col,
-    stride_e,
-    stride_n,
-    stride_r,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Add inner (N, r) @ factor (r, columns) of an expert to acc; `inner` has the scaling in it."""
-    factor_ptr += expert.to(tl.int64) * stride_e
-    for first in range(0, rank, BLOCK_R):
-        ranks = first + tl.arange(0, BLOCK_R)
-        inner = tl.load(
-            inner_ptr + rows[:, None].to(tl.int64) * rank + ranks[None, :],
-            mask=rows_exist[:, None] & (ranks < rank)[None, :],
-            other=0.0,
-        )
-        factor = tl.load(
-            factor_ptr
-            + ranks[:, None].to(tl.int64) * stride_r
-            + cols[None, :].to(tl.int64) * stride_n,
-            mask=(ranks < rank)[:, None] & is_col[None, :],
-            other=0.0,
-        )
-        acc = dot(inner, factor, acc, PRECISION, INTERPRET)
-    return acc

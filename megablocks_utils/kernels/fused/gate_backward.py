@@ -9,25 +9,13 @@ from torch import Tensor
 
 from megablocks_utils.kernels.fused.device_code import (
     add_low_rank,
-    dot,
     find_rows,
-    load_rows,
-    load_weights,
-    load_weights_tma,
+    multiply,
     read_order,
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.launch import (
-    GROUP_M,
-    GateLayout,
-    Inner,
-    Matrix,
-    Routing,
-    block_rank,
-    launch_options,
-    weights_argument,
-)
+from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Launch, Matrix, Routing
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
@@ -83,12 +71,11 @@ def go_through_gate(
     """
     cols = first_col + tl.arange(0, BLOCK_N)
     mask = exists[:, None] & (cols < num_cols)[None, :]
-    row_starts = rows.to(tl.int64)[:, None]
-    gate_cols = 2 * cols if INTERLEAVED else cols
-    up_cols = 2 * cols + 1 if INTERLEAVED else cols + num_cols
-    hidden = row_starts * (2 * num_cols)
-    gate = tl.load(hidden_ptr + hidden + gate_cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(hidden_ptr + hidden + up_cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate_cols = (2 * cols if INTERLEAVED else cols)[None, :]
+    up_cols = (2 * cols + 1 if INTERLEAVED else cols + num_cols)[None, :]
+    row_starts = rows.to(tl.int64)[:, None] * num_cols
+    gate = tl.load(hidden_ptr + 2 * row_starts + gate_cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(hidden_ptr + 2 * row_starts + up_cols, mask=mask, other=0.0).to(tl.float32)
     result, by_gate, by_up = differentiate_gate(gate, up, ALPHA, LIMIT)
     part = tl.sum(tl.where(mask, grad * result, 0.0), 1)
     if HAS_WEIGHTS:
@@ -96,22 +83,13 @@ def go_through_gate(
         grad *= weight
         result *= weight
     if KEEP_WEIGHTED:
-        tl.store(
-            weighted_ptr + row_starts * num_cols + cols[None, :],
-            round_to(result, dtype, INTERPRET),
-            mask=mask,
-        )
+        result = round_to(result, dtype, INTERPRET)
+        tl.store(weighted_ptr + row_starts + cols[None, :], result, mask=mask)
     if KEEP_GRAD_HIDDEN:
-        tl.store(
-            grad_hidden_ptr + hidden + gate_cols[None, :],
-            round_to(grad * by_gate, dtype, INTERPRET),
-            mask=mask,
-        )
-        tl.store(
-            grad_hidden_ptr + hidden + up_cols[None, :],
-            round_to(grad * by_up, dtype, INTERPRET),
-            mask=mask,
-        )
+        by_gate = round_to(grad * by_gate, dtype, INTERPRET)
+        by_up = round_to(grad * by_up, dtype, INTERPRET)
+        tl.store(grad_hidden_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)
+        tl.store(grad_hidden_ptr + 2 * row_starts + up_cols, by_up, mask=mask)
     return part
 
 
@@ -126,22 +104,15 @@ def gate_backward_kernel(
     partial_ptr,
     order_ptr,
     offsets_ptr,
-    inner_ptr,
-    factor_ptr,
+    adapter,
     num_rows,
     num_experts,
     num_k,
     num_cols,
     num_tiles_m,
     num_tiles_n,
-    rank,
     stride_gm,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    stride_fe,
-    stride_fn,
-    stride_fr,
+    strides,
     TOP_K: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -172,88 +143,35 @@ def gate_backward_kernel(
     columns' part in `partial`.
     """
     tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
-    expert, rows, end = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
+    expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
     if expert >= num_experts:
         return
-    exists = rows < end
     routed = read_order(order_ptr, rows, exists, HAS_ORDER)
     source = routed // TOP_K
     first_col = tile_n * BLOCK_N
-    cols = first_col + tl.arange(0, BLOCK_N)
-    is_col = cols < num_cols
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_k in range(0, num_k, BLOCK_K):
-        k = first_k + tl.arange(0, BLOCK_K)
-        grad = load_rows(grad_ptr, source, exists, k, num_k, stride_gm, EVEN_K)
-        if USE_TMA:
-            weights = load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST)
-        else:
-            weights = load_weights(
-                w, expert, k, cols, is_col, num_k, stride_we, stride_wn, stride_wk, EVEN_K
-            )
-        acc = dot(grad, weights, acc, PRECISION, INTERPRET)
+    acc = multiply(
+        *(grad_ptr, stride_gm, source, exists, w, strides, expert, first_col, num_k, num_cols),
+        *(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST, PRECISION, INTERPRET),
+    )
     if HAS_LORA:
+        cols = first_col + tl.arange(0, BLOCK_N)
         acc = add_low_rank(
-            acc,
-            inner_ptr,
-            rows,
-            exists,
-            rank,
-            factor_ptr,
-            expert,
-            cols,
-            is_col,
-            stride_fe,
-            stride_fn,
-            stride_fr,
-            BLOCK_R,
-            PRECISION,
-            INTERPRET,
+            *(acc, adapter, expert, rows, exists, cols, cols < num_cols, BLOCK_R),
+            *(PRECISION, INTERPRET),
         )
-    dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    # Column slices one after the other: the epilogue of a whole tile does not fit in registers.
+    # Half the columns after the other: what follows does not fit in registers for a whole tile.
     left, right = halve(acc, BLOCK_M, BLOCK_N)
+    half: tl.constexpr = BLOCK_N // 2
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     part = go_through_gate(
-        left,
-        first_col,
-        rows,
-        routed,
-        exists,
-        num_cols,
-        hidden_ptr,
-        weight_ptr,
-        grad_hidden_ptr,
-        weighted_ptr,
-        BLOCK_N // 2,
-        INTERLEAVED,
-        ALPHA,
-        LIMIT,
-        HAS_WEIGHTS,
-        KEEP_GRAD_HIDDEN,
-        KEEP_WEIGHTED,
-        dtype,
-        INTERPRET,
+        *(left, first_col, rows, routed, exists, num_cols),
+        *(hidden_ptr, weight_ptr, grad_hidden_ptr, weighted_ptr, half, INTERLEAVED, ALPHA, LIMIT),
+        *(HAS_WEIGHTS, KEEP_GRAD_HIDDEN, KEEP_WEIGHTED, dtype, INTERPRET),
     )
     part += go_through_gate(
-        right,
-        first_col + BLOCK_N // 2,
-        rows,
-        routed,
-        exists,
-        num_cols,
-        hidden_ptr,
-        weight_ptr,
-        grad_hidden_ptr,
-        weighted_ptr,
-        BLOCK_N // 2,
-        INTERLEAVED,
-        ALPHA,
-        LIMIT,
-        HAS_WEIGHTS,
-        KEEP_GRAD_HIDDEN,
-        KEEP_WEIGHTED,
-        dtype,
-        INTERPRET,
+        *(right, first_col + half, rows, routed, exists, num_cols),
+        *(hidden_ptr, weight_ptr, grad_hidden_ptr, weighted_ptr, half, INTERLEAVED, ALPHA, LIMIT),
+        *(HAS_WEIGHTS, KEEP_GRAD_HIDDEN, KEEP_WEIGHTED, dtype, INTERPRET),
     )
     if KEEP_PARTIAL:
         tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + routed, part, mask=exists)
@@ -304,20 +222,18 @@ def gate_backward(
         wants_top_k_weights: whether the routing weights' gradient is.
         inner: a low-rank product to add to the gradient of the gate's result.
     """
-    num_k, num_cols = weights.num_rows, weights.num_cols
-    grid_m, grid_n = routing.num_tiles(tile.block_m), triton.cdiv(num_cols, tile.block_n)
-    num_rows = routing.num_rows
+    num_rows, num_cols = routing.num_rows, weights.num_cols
+    launch = Launch(weights, routing, tile, inner)
+    tiles_m, tiles_n = launch.grid(num_cols)
     grad_hidden = grad.new_empty(num_rows, 2 * num_cols) if wants_hidden else None
     weighted = grad.new_empty(num_rows, num_cols) if wants_weighted else None
     partial = None
     if wants_top_k_weights:
-        partial = grad.new_empty(grid_n, num_rows, dtype=torch.float32)
+        partial = grad.new_empty(tiles_n, num_rows, dtype=torch.float32)
     if num_rows:
-        uses_tma = weights.fits_descriptor(tile)
-        factor = inner.factor if inner else weights
-        gate_backward_kernel[(grid_m * grid_n,)](
+        gate_backward_kernel[(tiles_m * tiles_n,)](
             grad,
-            weights_argument(weights, tile, uses_tma),
+            launch.weights_argument(),
             hidden,
             top_k_weights,
             grad_hidden,
@@ -325,38 +241,21 @@ def gate_backward(
             partial,
             routing.order,
             routing.offsets,
-            inner.rows if inner else grad,
-            factor.tensor,
+            launch.adapter_argument(),
             num_rows,
             routing.num_experts,
-            num_k,
+            weights.num_rows,
             num_cols,
-            grid_m,
-            grid_n,
-            factor.num_rows,
+            tiles_m,
+            tiles_n,
             grad.stride(0),
-            *weights.strides,
-            *factor.strides,
-            TOP_K=routing.top_k,
-            EXPERTS_POW2=routing.experts_pow2,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_R=block_rank(factor.num_rows) if inner else 16,
-            GROUP_M=GROUP_M,
-            HAS_ORDER=routing.order is not None,
-            INTERLEAVED=layout.is_interleaved,
-            ALPHA=layout.gate.alpha,
-            LIMIT=layout.gate.limit or 0.0,
+            weights.strides,
             HAS_WEIGHTS=top_k_weights is not None,
             KEEP_GRAD_HIDDEN=wants_hidden,
             KEEP_WEIGHTED=wants_weighted,
             KEEP_PARTIAL=wants_top_k_weights,
-            HAS_LORA=inner is not None,
-            EVEN_K=num_k % tile.block_k == 0,
-            USE_TMA=uses_tma,
-            K_IS_LAST=weights.rows_are_last,
-            **launch_options(grad, tile),
+            **layout.constants(),
+            **launch.constants(),
         )
     by_row = partial.sum(dim=0) if wants_top_k_weights else None
     return GateGradients(grad_hidden, weighted, by_row)

@@ -15,16 +15,7 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.launch import (
-    GROUP_M,
-    GateLayout,
-    Inner,
-    Matrix,
-    Routing,
-    block_rank,
-    launch_options,
-    weights_argument,
-)
+from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Launch, Matrix, Routing
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
@@ -38,6 +29,49 @@ def apply_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def multiply_both(
+    x_ptr,
+    stride_xm,
+    source,
+    exists,
+    w,
+    strides,
+    expert,
+    first_col,
+    gate_cols,
+    up_cols,
+    num_k,
+    num_cols,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    K_IS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Multiply rows by the same columns of gate and of up: the rows are loaded once for both."""
+    is_col = first_col + tl.arange(0, BLOCK_N) < num_cols
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_k in range(0, num_k, BLOCK_K):
+        k = first_k + tl.arange(0, BLOCK_K)
+        x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
+        if USE_TMA:
+            all_cols = 2 * num_cols
+            w_gate = load_weights_tma(w, expert, first_k, first_col, num_k, all_cols, K_IS_LAST)
+            first_up = first_col + num_cols
+            w_up = load_weights_tma(w, expert, first_k, first_up, num_k, all_cols, K_IS_LAST)
+        else:
+            w_gate = load_weights(w, strides, expert, k, gate_cols, is_col, num_k, EVEN_K)
+            w_up = load_weights(w, strides, expert, k, up_cols, is_col, num_k, EVEN_K)
+        gate = dot(x, w_gate, gate, PRECISION, INTERPRET)
+        up = dot(x, w_up, up, PRECISION, INTERPRET)
+    return gate, up
+
+
+@triton.jit
 def gate_up_kernel(
     x_ptr,
     w,
@@ -46,22 +80,14 @@ def gate_up_kernel(
     order_ptr,
     offsets_ptr,
     bias_ptr,
-    inner_ptr,
-    factor_ptr,
+    adapter,
     num_experts,
     num_k,
     num_cols,
     num_tiles_m,
     num_tiles_n,
-    rank,
     stride_xm,
-    stride_we,
-    stride_wn,
-    stride_wk,
-    stride_be,
-    stride_fe,
-    stride_fn,
-    stride_fr,
+    strides,
     TOP_K: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -87,89 +113,44 @@ def gate_up_kernel(
     The program owns the same BLOCK_N columns of gate and of up. `num_cols` is I.
     """
     tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
-    expert, rows, end = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
+    expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
     if expert >= num_experts:
         return
-    exists = rows < end
     source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
     first_col = tile_n * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
     is_col = cols < num_cols
-    two_cols = 2 * num_cols
     gate_cols = 2 * cols if INTERLEAVED else cols
     up_cols = 2 * cols + 1 if INTERLEAVED else cols + num_cols
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_k in range(0, num_k, BLOCK_K):
-        k = first_k + tl.arange(0, BLOCK_K)
-        x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
-        if USE_TMA:
-            w_gate = load_weights_tma(w, expert, first_k, first_col, num_k, two_cols, K_IS_LAST)
-            w_up = load_weights_tma(
-                w, expert, first_k, first_col + num_cols, num_k, two_cols, K_IS_LAST
-            )
-        else:
-            w_gate = load_weights(
-                w, expert, k, gate_cols, is_col, num_k, stride_we, stride_wn, stride_wk, EVEN_K
-            )
-            w_up = load_weights(
-                w, expert, k, up_cols, is_col, num_k, stride_we, stride_wn, stride_wk, EVEN_K
-            )
-        gate = dot(x, w_gate, gate, PRECISION, INTERPRET)
-        up = dot(x, w_up, up, PRECISION, INTERPRET)
+    gate, up = multiply_both(
+        *(x_ptr, stride_xm, source, exists, w, strides, expert, first_col, gate_cols, up_cols),
+        *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+        *(PRECISION, INTERPRET),
+    )
     if HAS_LORA:
         gate = add_low_rank(
-            gate,
-            inner_ptr,
-            rows,
-            exists,
-            rank,
-            factor_ptr,
-            expert,
-            gate_cols,
-            is_col,
-            stride_fe,
-            stride_fn,
-            stride_fr,
-            BLOCK_R,
-            PRECISION,
-            INTERPRET,
+            *(gate, adapter, expert, rows, exists, gate_cols, is_col, BLOCK_R),
+            *(PRECISION, INTERPRET),
         )
         up = add_low_rank(
-            up,
-            inner_ptr,
-            rows,
-            exists,
-            rank,
-            factor_ptr,
-            expert,
-            up_cols,
-            is_col,
-            stride_fe,
-            stride_fn,
-            stride_fr,
-            BLOCK_R,
-            PRECISION,
-            INTERPRET,
+            *(up, adapter, expert, rows, exists, up_cols, is_col, BLOCK_R),
+            *(PRECISION, INTERPRET),
         )
     if HAS_BIAS:
-        bias_ptr += expert.to(tl.int64) * stride_be
+        bias_ptr += expert.to(tl.int64) * (2 * num_cols)
         gate += tl.load(bias_ptr + gate_cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptr + up_cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     gate, up = round_to(gate, dtype, INTERPRET), round_to(up, dtype, INTERPRET)
     mask = exists[:, None] & is_col[None, :]
-    row_starts = rows.to(tl.int64)[:, None]
+    row_starts = rows.to(tl.int64)[:, None] * num_cols
     if KEEP_HIDDEN:
-        tl.store(hidden_ptr + row_starts * two_cols + gate_cols[None, :], gate, mask=mask)
-        tl.store(hidden_ptr + row_starts * two_cols + up_cols[None, :], up, mask=mask)
+        tl.store(hidden_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)
+        tl.store(hidden_ptr + 2 * row_starts + up_cols[None, :], up, mask=mask)
     # From the rounded values, as the backward pass will make it again.
     out = apply_gate(gate.to(tl.float32), up.to(tl.float32), ALPHA, LIMIT)
-    tl.store(
-        out_ptr + row_starts * num_cols + cols[None, :],
-        round_to(out, dtype, INTERPRET),
-        mask=mask,
-    )
+    out = round_to(out, dtype, INTERPRET)
+    tl.store(out_ptr + row_starts + cols[None, :], out, mask=mask)
 
 
 def gate_up(
@@ -193,56 +174,37 @@ def gate_up(
         layout: order of the 2 * I outputs, and the gate.
         keeps_hidden: whether the outputs before the gate are wanted.
         inner: a low-rank product to add to these.
-        bias: (L, 2 * I) to add to these.
+        bias: (L, 2 * I), contiguous, to add to these.
 
     Returns:
         (N, I) in expert order, and (N, 2 * I) or None.
     """
-    num_k, num_cols = weights.num_rows, weights.num_cols // 2
+    num_cols = weights.num_cols // 2
     out = tokens.new_empty(routing.num_rows, num_cols)
     hidden = tokens.new_empty(routing.num_rows, 2 * num_cols) if keeps_hidden else None
     if routing.num_rows == 0:
         return out, hidden
-    grid_m, grid_n = routing.num_tiles(tile.block_m), triton.cdiv(num_cols, tile.block_n)
-    uses_tma = not layout.is_interleaved and weights.fits_descriptor(tile)
-    factor = inner.factor if inner else weights
-    gate_up_kernel[(grid_m * grid_n,)](
+    launch = Launch(weights, routing, tile, inner, may_use_tma=not layout.is_interleaved)
+    tiles_m, tiles_n = launch.grid(num_cols)
+    gate_up_kernel[(tiles_m * tiles_n,)](
         tokens,
-        weights_argument(weights, tile, uses_tma),
+        launch.weights_argument(),
         out,
         hidden,
         routing.order,
         routing.offsets,
         bias,
-        inner.rows if inner else tokens,
-        factor.tensor,
+        launch.adapter_argument(),
         routing.num_experts,
-        num_k,
+        weights.num_rows,
         num_cols,
-        grid_m,
-        grid_n,
-        factor.num_rows,
+        tiles_m,
+        tiles_n,
         tokens.stride(0),
-        *weights.strides,
-        bias.stride(0) if bias is not None else 0,
-        *factor.strides,
-        TOP_K=routing.top_k,
-        EXPERTS_POW2=routing.experts_pow2,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        BLOCK_R=block_rank(factor.num_rows) if inner else 16,
-        GROUP_M=GROUP_M,
-        HAS_ORDER=routing.order is not None,
-        INTERLEAVED=layout.is_interleaved,
-        ALPHA=layout.gate.alpha,
-        LIMIT=layout.gate.limit or 0.0,
+        weights.strides,
         KEEP_HIDDEN=keeps_hidden,
         HAS_BIAS=bias is not None,
-        HAS_LORA=inner is not None,
-        EVEN_K=num_k % tile.block_k == 0,
-        USE_TMA=uses_tma,
-        K_IS_LAST=weights.rows_are_last,
-        **launch_options(tokens, tile),
+        **layout.constants(),
+        **launch.constants(),
     )
     return out, hidden

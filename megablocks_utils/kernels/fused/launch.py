@@ -115,13 +115,75 @@ class GateLayout:
     gate: SwiGlu
     is_interleaved: bool
 
+    def constants(self) -> dict[str, Any]:
+        """Return what kernels with a gate are compiled for; a limit of 0 is none."""
+        return {
+            "INTERLEAVED": self.is_interleaved,
+            "ALPHA": self.gate.alpha,
+            "LIMIT": self.gate.limit or 0.0,
+        }
 
-def weights_argument(weights: Matrix, tile: Tile, uses_tma: bool) -> Tensor | TensorDescriptor:
-    """Return what a kernel loads weights by: a descriptor of boxes, or the tensor."""
-    if not uses_tma:
-        return weights.tensor
-    box = (tile.block_n, tile.block_k) if weights.rows_are_last else (tile.block_k, tile.block_n)
-    return TensorDescriptor.from_tensor(weights.tensor.flatten(0, 1), list(box))
+
+@dataclass(frozen=True)
+class Launch:
+    """What every matrix kernel takes besides tensors and sizes.
+
+    Attributes:
+        weights: the experts' matrices that rows are multiplied by.
+        routing: which rows go to which expert.
+        tile: sizes of a program's work.
+        inner: a low-rank product to add; or None.
+        may_use_tma: False where the kernel reads the weights in a way that boxes do not have.
+    """
+
+    weights: Matrix
+    routing: Routing
+    tile: Tile
+    inner: Inner | None = None
+    may_use_tma: bool = True
+
+    @property
+    def uses_tma(self) -> bool:
+        """Whether the weights are loaded by a descriptor."""
+        return self.may_use_tma and self.weights.fits_descriptor(self.tile)
+
+    def grid(self, num_cols: int) -> tuple[int, int]:
+        """Return the numbers of row tiles and of column tiles."""
+        return self.routing.num_tiles(self.tile.block_m), triton.cdiv(num_cols, self.tile.block_n)
+
+    def weights_argument(self) -> Tensor | TensorDescriptor:
+        """Return what the kernel loads weights by: a descriptor of boxes, or the tensor."""
+        if not self.uses_tma:
+            return self.weights.tensor
+        box = [self.tile.block_n, self.tile.block_k]
+        if not self.weights.rows_are_last:
+            box.reverse()
+        return TensorDescriptor.from_tensor(self.weights.tensor.flatten(0, 1), box)
+
+    def adapter_argument(self) -> tuple[Any, ...]:
+        """Return the tuple that `add_low_rank` takes; without an adapter, one that is not read."""
+        if self.inner is None:
+            return (self.weights.tensor, self.weights.tensor, 1, self.weights.strides)
+        factor = self.inner.factor
+        return (self.inner.rows, factor.tensor, factor.num_rows, factor.strides)
+
+    def constants(self) -> dict[str, Any]:
+        """Return the constants, and how to compile."""
+        return {
+            "TOP_K": self.routing.top_k,
+            "EXPERTS_POW2": self.routing.experts_pow2,
+            "BLOCK_M": self.tile.block_m,
+            "BLOCK_N": self.tile.block_n,
+            "BLOCK_K": self.tile.block_k,
+            "BLOCK_R": block_rank(self.inner.factor.num_rows) if self.inner else 16,
+            "GROUP_M": GROUP_M,
+            "HAS_ORDER": self.routing.order is not None,
+            "HAS_LORA": self.inner is not None,
+            "EVEN_K": self.weights.num_rows % self.tile.block_k == 0,
+            "USE_TMA": self.uses_tma,
+            "K_IS_LAST": self.weights.rows_are_last,
+            **compile_options(self.tile),
+        }
 
 
 def block_rank(rank: int) -> int:
@@ -129,14 +191,13 @@ def block_rank(rank: int) -> int:
     return min(max(16, triton.next_power_of_2(rank)), _MAX_BLOCK_RANK)
 
 
-def launch_options(x: Tensor, tile: Tile) -> dict[str, Any]:
-    """Return the constants that every matrix kernel takes, and how to compile it.
+def compile_options(tile: Tile) -> dict[str, Any]:
+    """Return how products are made and how a matrix kernel is compiled.
 
     fp32 is multiplied in fp32 unless torch itself is allowed to use tf32.
     """
-    is_tf32 = torch.backends.cuda.matmul.allow_tf32
     return {
-        "PRECISION": "tf32" if is_tf32 else "ieee",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "INTERPRET": is_interpreted(),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megablocks_utils.kernels.fused.device_code import dot, load_rows, read_order, round_to
-from megablocks_utils.kernels.fused.launch import Routing, launch_options
+from megablocks_utils.kernels.fused.launch import Routing, compile_options
 from megablocks_utils.kernels.fused.tiles import Tile
 
 _MAX_SPLITS = 16
@@ -27,10 +27,7 @@ def weight_grad_kernel(
     num_tiles_y,
     stride_xm,
     stride_ym,
-    stride_split,
-    stride_oe,
-    stride_ox,
-    stride_oy,
+    strides,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,18 +62,15 @@ def weight_grad_kernel(
         exists = rows < end
         token = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
         in_order = rows.to(tl.int64)
-        x = load_rows(
-            x_ptr, token if GATHER_X else in_order, exists, cols_x, num_x, stride_xm, False
-        )
-        y = load_rows(
-            y_ptr, token if GATHER_Y else in_order, exists, cols_y, num_y, stride_ym, False
-        )
+        x_rows, y_rows = token if GATHER_X else in_order, token if GATHER_Y else in_order
+        x = load_rows(x_ptr, x_rows, exists, cols_x, num_x, stride_xm, False)
+        y = load_rows(y_ptr, y_rows, exists, cols_y, num_y, stride_ym, False)
         acc = dot(x.T, y, acc, PRECISION, INTERPRET)
-    out_ptr += split.to(tl.int64) * stride_split + expert * stride_oe
+    stride_split, stride_e, stride_x, stride_y = strides
+    out_ptr += split.to(tl.int64) * stride_split + expert * stride_e
+    places = cols_x[:, None].to(tl.int64) * stride_x + cols_y[None, :].to(tl.int64) * stride_y
     tl.store(
-        out_ptr
-        + cols_x[:, None].to(tl.int64) * stride_ox
-        + cols_y[None, :].to(tl.int64) * stride_oy,
+        out_ptr + places,
         round_to(acc, out_ptr.dtype.element_ty, INTERPRET),
         mask=(cols_x < num_x)[:, None] & (cols_y < num_y)[None, :],
     )
@@ -124,9 +118,7 @@ def weight_grad(
     sums = out.unsqueeze(0)
     if splits > 1:
         sums = out.new_empty(splits, *out.shape, dtype=torch.float32)
-    stride_split, stride_e, stride_x, stride_y = sums.stride()
-    if is_transposed:
-        stride_x, stride_y = stride_y, stride_x
+    strides = sums.mT.stride() if is_transposed else sums.stride()
     weight_grad_kernel[(tiles_x * tiles_y, routing.num_experts, splits)](
         x.rows,
         y.rows,
@@ -139,10 +131,7 @@ def weight_grad(
         tiles_y,
         x.rows.stride(0),
         y.rows.stride(0),
-        stride_split,
-        stride_e,
-        stride_x,
-        stride_y,
+        strides,
         TOP_K=routing.top_k,
         BLOCK_M=block_x,
         BLOCK_N=block_y,
@@ -151,7 +140,7 @@ def weight_grad(
         HAS_ORDER=routing.order is not None,
         GATHER_X=x.by_token,
         GATHER_Y=y.by_token,
-        **launch_options(x.rows, tile),
+        **compile_options(tile),
     )
     return out.copy_(sums.sum(dim=0)) if splits > 1 else out
 

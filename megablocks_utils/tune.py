@@ -5,9 +5,8 @@ Torch is imported when the options are good, so `--help` answers at once.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from megablocks_utils.cli import convert_value, describe_wanted
@@ -18,20 +17,17 @@ from megablocks_utils.options import find_option
 from megablocks_utils.output_tool import read_words
 
 if TYPE_CHECKING:
-    import torch
     from rich.table import Table
 
     from megablocks_utils.kernels.device import DeviceFacts
-    from megablocks_utils.kernels.fused.search import SearchResult, TimeMs, Trial
+    from megablocks_utils.kernels.fused.search import SearchResult, TimeMs
     from megablocks_utils.kernels.fused.search_cache import Entry
     from megablocks_utils.kernels.shapes import ExpertShapes
 
 __all__ = [
     "TuneOptions",
-    "build_entry",
     "build_table",
     "main",
-    "measure_layer",
     "parse_options",
     "read_shapes",
     "tune",
@@ -94,19 +90,15 @@ def main(argv: Sequence[str]) -> None:
         UserError: for options that cannot work, a machine without a GPU, or a damaged file.
     """
     options = parse_options(argv)
-    import torch
-
-    from megablocks_utils.kernels.device import read_device_facts
+    from megablocks_utils.kernels.device import has_gpu, read_device_facts
     from megablocks_utils.kernels.fused.search import time_on_cuda
 
-    if not torch.cuda.is_available():
+    if not has_gpu():
         raise ConfigurationError("tune measures on a CUDA GPU, but torch finds none here.")
-    tune(options, read_device_facts("cuda"), torch.device("cuda"), time_on_cuda)
+    tune(options, read_device_facts("cuda"), "cuda", time_on_cuda)
 
 
-def tune(
-    options: TuneOptions, facts: "DeviceFacts", device: "torch.device", time_ms: "TimeMs"
-) -> None:
+def tune(options: TuneOptions, facts: "DeviceFacts", device: str, time_ms: "TimeMs") -> None:
     """Measure as the options say, keep what was found, and show it.
 
     Args:
@@ -121,6 +113,7 @@ def tune(
     from rich.console import Console
 
     from megablocks_utils.kernels.fused.search_cache import cache_path, read_entries, store_entry
+    from megablocks_utils.kernels.measure import build_entry, measure_layer
 
     path = cache_path()
     read_entries(path)  # a damaged file is refused before the work
@@ -169,11 +162,10 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
         CheckpointError: no config.json, or not of a model whose experts can be run.
         ConfigurationError: an ep_size that does not divide the experts.
     """
-    import torch
-
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.kernel_choice import ExpertUse
+    from megablocks_utils.kernels.shapes import find_dtype
     from megablocks_utils.shard_moe_utils import find_expert_modules
 
     folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=("config.json",))
@@ -184,82 +176,8 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
             f"--ep_size is {options.ep_size}, but it must divide the {experts.num_experts} experts "
             "of this model."
         )
-    dtype, mode = getattr(torch, options.dtype), _MODES[options.use_lora]
-    return ExpertUse("cuda", dtype, mode, options.tokens).shapes(model, experts, options.ep_size)
-
-
-def measure_layer(
-    shapes: "ExpertShapes",
-    facts: "DeviceFacts",
-    device: "torch.device",
-    *,
-    lora_r: int,
-    time_ms: "TimeMs",
-    on_trial: "Callable[[Trial], None]" = lambda _: None,
-) -> "SearchResult":
-    """Measure a layer of these shapes.
-
-    Args:
-        shapes: the experts, with the number of rows.
-        facts: what the device is.
-        device: where the layer lies.
-        lora_r: rank of adapters.
-        time_ms: measures.
-        on_trial: told of each measurement.
-
-    Raises:
-        ConfigurationError: triton or grouped_mm cannot run this layer here, or it does not fit.
-    """
-    from megablocks_utils.kernels.available import find_obstacle, load
-    from megablocks_utils.kernels.fused.search import KINDS_OF_MODE, search_layer
-    from megablocks_utils.kernels.fused.tiles import (
-        choose_tiles,
-        list_candidates,
-        name_architecture,
-    )
-    from megablocks_utils.kernels.random_layer import build_random_layer
-
-    for kernel in ("triton", "grouped_mm"):
-        obstacle = find_obstacle(kernel, shapes, facts)
-        if obstacle is not None:
-            raise ConfigurationError(f"tune compares triton with grouped_mm, but {obstacle}.")
-    kind_of_gpu = {
-        "arch": name_architecture(facts.capability),
-        "itemsize": shapes.dtype.itemsize,
-    }
-    layer = build_random_layer(shapes, lora_r=lora_r, device=device)
-    return search_layer(
-        lambda tiles: layer.step(load("triton", tiles)),
-        lambda: layer.step(load("grouped_mm", None)),
-        start=choose_tiles(
-            rows=shapes.num_rows, num_experts=shapes.num_local_experts, **kind_of_gpu
-        ),
-        candidates={
-            kind: list_candidates(kind, **kind_of_gpu) for kind in KINDS_OF_MODE[shapes.mode]
-        },
-        time_ms=time_ms,
-        on_trial=on_trial,
-    )
-
-
-def build_entry(
-    result: "SearchResult", shapes: "ExpertShapes", facts: "DeviceFacts", lora_r: int
-) -> "Entry":
-    """Return what is kept of a measurement."""
-    from megablocks_utils.kernels.fused.search_cache import Entry, build_key
-
-    def finite(time_ms: float) -> float | None:
-        return None if math.isinf(time_ms) else round(time_ms, 4)
-
-    return Entry(
-        key=build_key(shapes, facts),
-        winner=result.winner,
-        tiles=result.tiles,
-        triton_ms=finite(result.triton_ms),
-        grouped_mm_ms=finite(result.grouped_mm_ms),
-        date=datetime.now(UTC).date().isoformat(),
-        lora_r=lora_r if shapes.has_adapters else None,
-    )
+    use = ExpertUse("cuda", find_dtype(options.dtype), _MODES[options.use_lora], options.tokens)
+    return use.shapes(model, experts, options.ep_size)
 
 
 def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":

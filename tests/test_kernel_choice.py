@@ -1,5 +1,6 @@
 """All ranks run what rank 0 has decided, whatever each has measured or has for a GPU."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -8,15 +9,19 @@ import torch
 from torch import nn
 
 from megablocks_utils import kernel_choice
+from megablocks_utils.config import parse_args
 from megablocks_utils.errors import ConfigurationError, MissingKernelError, UserError
 from megablocks_utils.kernel_choice import ExpertUse, choose_for_all_ranks
 from megablocks_utils.kernels.backend import decide_backend
 from megablocks_utils.kernels.fused.search_cache import store_entry
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
+from megablocks_utils.launch import Launch
 from megablocks_utils.shard_moe_utils import find_expert_modules, shard_moe
+from megablocks_utils.training.setup import build_setup
 from tests.kernels.facts import H100, V100, put_triton
 from tests.kernels.measured import SHAPES, TILES, measured
-from tests.support.tiny_models import build_tiny_model
+from tests.support.tiny_models import build_tiny_model, save_tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 OTHER_TILES = replace(TILES, linear=replace(TILES.linear, num_stages=2))
 
@@ -124,6 +129,43 @@ def test_shard_moe_asks_rank_0(ranks2):
     (shapes,) = first[2]
     assert (shapes.mode, shapes.num_local_experts, shapes.top_k) == ("lora", 2, 1)
     assert (shapes.num_rows, shapes.gate) == (200, SwiGlu())
+
+
+def _set_up(rank, folder, line):
+    """Build a run, and return what its kernel was chosen by."""
+    words = f"--model_name_or_path {folder}/model --data_path {folder}/data.json {line}".split()
+    seen = []
+
+    def decide(kernel, shapes, device):
+        seen.append((kernel, shapes))
+        return decide_backend("auto", shapes, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_choice, "decide_backend", decide)
+        config = parse_args(words, entry_point="fsdp2")
+        setup = build_setup(config, Launch(), torch.device("cpu"))
+    return seen[0], setup.schedule.examples.lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("line", "mode"),
+    [
+        ("--use_megablocks_sharding True", "full"),
+        ("--use_megablocks_sharding True --use_lora attn-only", "frozen"),
+        ("--use_lora mlp-only", "lora"),
+    ],
+)
+def test_a_run_says_what_it_trains_and_how_many_rows_there_will_be(ranks1, tmp_path, line, mode):
+    save_tiny_model("mixtral", tmp_path / "model", sharded=False, vocab_size=400)
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    records = [{"instruction": "say it", "output": "yes " * n} for n in (1, 9, 20)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    options = f"{line} --kernel triton --per_device_train_batch_size 4 --precision bf16"
+    (((kernel, shapes), lengths),) = ranks1.run(_set_up, tmp_path, options)
+    assert kernel == "triton" and len(set(lengths)) == 3
+    mean = sum(lengths) / len(lengths)
+    assert shapes.num_rows == 2 * round(4 * mean)
+    assert (shapes.mode, shapes.dtype, shapes.num_local_experts) == (mode, torch.bfloat16, 4)
 
 
 def test_what_the_choice_depends_on():

@@ -127,7 +127,7 @@ def cache(tmp_path, monkeypatch):
 def test_what_is_found_is_kept_and_taken_by_auto(folder, cache, monkeypatch, capsys, use_lora):
     planted = PlantedTimes(monkeypatch)
     options = TuneOptions(str(folder), 33, use_lora=use_lora, lora_r=4)
-    tune.tune(options, H100, torch.device("cpu"), planted.time_ms)
+    tune.tune(options, H100, "cpu", planted.time_ms)
     shapes = read_shapes(options)
     decision = decide_backend("auto", shapes, H100)
     sizes = {"arch": "sm_90", "itemsize": 2}
@@ -148,7 +148,7 @@ def test_what_is_found_is_kept_and_taken_by_auto(folder, cache, monkeypatch, cap
 def test_a_triton_that_loses_is_not_taken(folder, cache, monkeypatch, capsys):
     planted = PlantedTimes(monkeypatch, grouped_mm_ms=3.0)
     options = TuneOptions(str(folder), 33)
-    tune.tune(options, H100, torch.device("cpu"), planted.time_ms)
+    tune.tune(options, H100, "cpu", planted.time_ms)
     assert decide_backend("auto", read_shapes(options), H100).name == "grouped_mm"
     assert "auto takes grouped_mm for this" in capsys.readouterr().out
 
@@ -157,7 +157,7 @@ def test_the_table(folder, cache, monkeypatch, capsys):
     options = TuneOptions(str(folder), 33, ep_size=2, use_lora="mlp-only")
     planted = PlantedTimes(monkeypatch, grouped_mm_ms=math.inf)
     monkeypatch.setenv("COLUMNS", "100")
-    tune.tune(options, H100, torch.device("cpu"), planted.time_ms)
+    tune.tune(options, H100, "cpu", planted.time_ms)
     lines = capsys.readouterr().out.splitlines()
     title = " ".join(lines[: next(i for i, line in enumerate(lines) if "━" in line)])
     assert " ".join(title.split()) == (
@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_is_said_before_any_work(folder, cache, monkeypa
     def refusal(facts=H100, **options):
         with pytest.raises(ConfigurationError) as caught:
             options = TuneOptions(str(folder), 33, **options)
-            tune.tune(options, facts, torch.device("cpu"), planted.time_ms)
+            tune.tune(options, facts, "cpu", planted.time_ms)
         assert planted.tiles == []
         return str(caught.value)
 

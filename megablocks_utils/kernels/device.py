@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-__all__ = ["DeviceFacts", "is_interpreted", "read_device_facts"]
+__all__ = ["DeviceFacts", "has_gpu", "is_interpreted", "read_device_facts"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class DeviceFacts:
     is_interpreter: bool
     torch_version: str
     triton_version: str | None
+
+
+def has_gpu() -> bool:
+    """Say whether torch finds a CUDA GPU."""
+    return torch.cuda.is_available()
 
 
 def read_device_facts(device_type: str) -> DeviceFacts:

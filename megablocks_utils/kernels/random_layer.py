@@ -40,7 +40,7 @@ class RandomLayer:
 
 
 def build_random_layer(
-    shapes: ExpertShapes, *, lora_r: int, device: torch.device, seed: int = 0
+    shapes: ExpertShapes, *, lora_r: int, device: torch.device | str, seed: int = 0
 ) -> RandomLayer:
     """Draw a layer whose rows go to all experts alike.
 

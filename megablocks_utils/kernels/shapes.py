@@ -6,7 +6,7 @@ import torch
 
 from megablocks_utils.kernels.gate import Gate, SwiGlu
 
-__all__ = ["EXPERT_MODES", "ExpertShapes"]
+__all__ = ["EXPERT_MODES", "ExpertShapes", "find_dtype"]
 
 EXPERT_MODES = ("full", "frozen", "lora")
 """What of the experts is trained: all weights, nothing, or adapters beside frozen weights."""
@@ -42,3 +42,8 @@ class ExpertShapes:
     def has_adapters(self) -> bool:
         """Whether a projection has an adapter."""
         return self.mode == "lora"
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Return the dtype that options call by this name, such as bfloat16."""
+    return getattr(torch, name)

@@ -20,7 +20,7 @@ FACTORS = [(4, 4, 16), (4, 48, 4), (4, 4, 24), (4, 16, 4)]
     ("mode", "trained"), [("full", WEIGHTS), ("frozen", []), ("lora", FACTORS)]
 )
 def test_what_gets_gradients(mode, trained):
-    layer = build_random_layer(replace(SHAPES, mode=mode), lora_r=4, device=torch.device("cpu"))
+    layer = build_random_layer(replace(SHAPES, mode=mode), lora_r=4, device="cpu")
     assert [tuple(leaf.shape) for leaf in layer.leaves] == [(33, 16), (33, 2), *trained]
     one, other = layer.step(run_experts_eager), layer.step(run_experts_grouped_mm)
     # Both in fp32; sums of 16 to 66 numbers: some units of its last place.
@@ -29,13 +29,13 @@ def test_what_gets_gradients(mode, trained):
 
 
 def test_rows_of_other_ranks_come_one_by_one_without_weights():
-    layer = build_random_layer(replace(SHAPES, top_k=1), lora_r=4, device=torch.device("cpu"))
+    layer = build_random_layer(replace(SHAPES, top_k=1), lora_r=4, device="cpu")
     assert layer.top_k_weights is None and len(layer.tokens) == 66
     assert len(layer.step(run_experts_grouped_mm)) == 4
 
 
 def test_no_token_has_an_expert_twice_and_all_experts_have_rows():
-    layer = build_random_layer(SHAPES, lora_r=4, device=torch.device("cpu"))
+    layer = build_random_layer(SHAPES, lora_r=4, device="cpu")
     counts = layer.order.tokens_per_expert
     assert counts.sum() == 66 and counts.min() > 0
     experts = torch.arange(4).repeat_interleave(counts)[layer.order.inverse].view(33, 2)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.nn.functional import silu
 
 from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.fused.experts import run_experts_triton
 from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import distribute_experts
@@ -15,7 +16,11 @@ from megablocks_utils.moe.reference import experts_reference
 from tests.support.compare import relative_error
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 16, 12, 2
-BACKENDS = {"eager": run_experts_eager, "grouped_mm": run_experts_grouped_mm}
+BACKENDS = {
+    "eager": run_experts_eager,
+    "grouped_mm": run_experts_grouped_mm,
+    "triton": run_experts_triton,
+}
 ROUTINGS = ("random", "empty_experts", "one_expert", "idle_rank")
 # Sums of at most 16 products, in another order: a few units of the last place.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 2e-6}
@@ -91,7 +96,12 @@ def _reference(world_size, routing):
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("eager", torch.float64), ("eager", torch.float32), ("grouped_mm", torch.float32)],
+    [
+        ("eager", torch.float64),
+        ("eager", torch.float32),
+        ("grouped_mm", torch.float32),
+        ("triton", torch.float32),
+    ],
 )
 def test_layer_equals_reference(ranks4, ep_size, backend, dtype, routing):
     results = ranks4.run(_run_layer, ep_size, backend, routing, dtype)
@@ -144,7 +154,8 @@ def _reference_with_adapters(world_size, routing):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("eager", torch.float64), ("grouped_mm", torch.float32)]
+    ("backend", "dtype"),
+    [("eager", torch.float64), ("grouped_mm", torch.float32), ("triton", torch.float32)],
 )
 def test_layer_with_adapters_equals_merged_reference(ranks4, ep_size, backend, dtype, routing):
     results = ranks4.run(_run_layer_with_adapters, ep_size, backend, routing, dtype)

@@ -56,8 +56,21 @@ FSDP2_CASES = [
     ParityCase(Layout(4, 2), "mixtral", NUM_STEPS, lora="all", lora_rank=4, aux_loss_coef=0.02),
     # Fewer examples than ranks: dummies.
     ParityCase(Layout(4, 4), "mixtral", 3, lora="all", lora_rank=4, num_examples=3),
+    # Our Triton kernels, in the interpreter.
+    ParityCase(
+        Layout(4, 2), "mixtral", 2, lora="all", lora_rank=4, num_examples=3, kernel="triton"
+    ),
 ]
 FSDP1_CASES = [
+    ParityCase(
+        Layout(2, 2, "replicate"),
+        "mixtral",
+        2,
+        lora="mlp-only",
+        lora_rank=4,
+        num_examples=3,
+        kernel="triton",
+    ),
     ParityCase(Layout(4, 4, "replicate"), "mixtral", NUM_STEPS, lora="all", lora_rank=4),
     ParityCase(Layout(4, 2, "replicate"), "qwen3_moe", NUM_STEPS, lora="mlp-only", lora_rank=16),
     ParityCase(

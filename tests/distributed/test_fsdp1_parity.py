@@ -31,6 +31,8 @@ CASES = [
     ParityCase(Layout(4, 1, "replicate"), "mixtral", NUM_STEPS),
     # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
     ParityCase(FOUR_TWO, num_steps=3, num_examples=3, accumulation=4, aux_loss_coef=0.02),
+    # Our Triton kernels, in the interpreter.
+    ParityCase(FOUR_TWO, num_steps=2, num_examples=3, kernel="triton"),
     # Adapters, which have their own units.
     ParityCase(TWO, "mixtral", NUM_STEPS, lora="attn-only"),
     ParityCase(FOUR_TWO, "qwen3_moe", NUM_STEPS, lora="attn-only", checkpointing="selective"),

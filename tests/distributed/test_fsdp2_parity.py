@@ -65,6 +65,12 @@ SPECIAL = [
     ParityCase(Layout(4, 1), num_steps=NUM_STEPS),
     ParityCase(Layout(1, 1), num_steps=NUM_STEPS),
     ParityCase(Layout(2, 2), num_steps=NUM_STEPS, kernel="eager"),
+    # Our Triton kernels, in the interpreter: few tokens, every mode of checkpointing, ranks idle.
+    ParityCase(Layout(4, 2), num_steps=2, num_examples=3, kernel="triton"),
+    ParityCase(
+        Layout(2, 2), num_steps=2, num_examples=3, kernel="triton", checkpointing="selective"
+    ),
+    ParityCase(Layout(1, 1), num_steps=2, num_examples=3, kernel="triton", checkpointing="False"),
 ]
 
 

@@ -27,7 +27,7 @@ FEW_ROWS = 512
 """Rows per expert below which half-high tiles waste less."""
 
 _KIB = 1024
-TMA = True
+_TMA = True
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,17 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
     {
         ("sm_90", 2): {
             "up": (
-                *(Tile(64, 128, 64, 4, 3, TMA), Tile(128, 128, 64, 8, 4, TMA)),
-                Tile(128, 64, 64, 8, 4, TMA),
+                *(Tile(64, 128, 64, 4, 3, _TMA), Tile(128, 128, 64, 8, 4, _TMA)),
+                Tile(128, 64, 64, 8, 4, _TMA),
             ),
             "linear": (
-                *(Tile(64, 128, 64, 4, 4, TMA), Tile(128, 256, 64, 8, 3, TMA)),
-                Tile(128, 128, 64, 8, 4, TMA),
+                *(Tile(64, 128, 64, 4, 4, _TMA), Tile(128, 256, 64, 8, 3, _TMA)),
+                Tile(128, 128, 64, 8, 4, _TMA),
             ),
             "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4), Tile(128, 32, 128, 4, 3)),
             "act_backward": (
-                *(Tile(64, 128, 64, 4, 4, TMA), Tile(128, 128, 64, 8, 4, TMA)),
-                Tile(128, 64, 64, 8, 4, TMA),
+                *(Tile(64, 128, 64, 4, 4, _TMA), Tile(128, 128, 64, 8, 4, _TMA)),
+                Tile(128, 64, 64, 8, 4, _TMA),
             ),
             "weight_grad": (
                 *(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),

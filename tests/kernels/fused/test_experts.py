@@ -40,6 +40,7 @@ CASES = {
     "no token": (replace(LORA, num_tokens=0), FP32),
     "every expert": (replace(PLAIN, top_k=3), FP32),
     "one hot expert": (LayerCase(40, 24, 20, num_experts=5, top_k=1, routing="one expert"), FP32),
+    "more row tiles than a group": (LayerCase(140, 16, 8, num_experts=2, top_k=1), FP32),
     "an expert twice in a token": (replace(PLAIN, routing="same twice"), FP32),
     "one expert": (replace(PLAIN, num_experts=1, top_k=1), FP32),
     "received rows": (replace(PLAIN, num_tokens=18, top_k=1, is_received=True), FP32),

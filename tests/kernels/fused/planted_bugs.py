@@ -1,0 +1,287 @@
+"""Bugs planted in the kernels one at a time, and the test that each is caught by.
+
+    PYTHONPATH=. python -m tests.kernels.fused.planted_bugs
+
+copies the package and its tests aside, plants a bug, runs the kernels' tests until one fails, and
+prints a Markdown table. Not part of the suite: it takes minutes. The suite checks that each can
+still be planted.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+KERNELS = Path("megablocks_utils/kernels/fused")
+TESTS = ("tests/kernels/fused/test_kernels.py", "tests/kernels/fused/test_experts.py")
+TIMEOUT_S = 1200
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Replace some text, which stands exactly once in a file."""
+
+    what: str
+    file: str
+    right: str
+    wrong: str
+
+    def plant(self, root: Path) -> None:
+        """Change the file below `root`."""
+        path = root / KERNELS / self.file
+        text = path.read_text()
+        assert text.count(self.right) == 1, f"{self.what}: {text.count(self.right)} places"
+        path.write_text(text.replace(self.right, self.wrong))
+
+
+BUGS = (
+    Bug("row tiles of later groups are lost", "device_code.py", "first_m + within %", "within %"),
+    Bug(
+        "a tile begins at its expert's end",
+        "device_code.py",
+        "(tile_m - tiles_end + tiles)",
+        "(tile_m - tiles_end)",
+    ),
+    Bug(
+        "mask of rows: one of the next expert's too",
+        "device_code.py",
+        "rows < tl.sum(",
+        "rows <= tl.sum(",
+    ),
+    Bug(
+        "mask of the sum: last element left out",
+        "device_code.py",
+        "mask = mask & (k < num_k)[None, :]",
+        "mask = mask & (k < num_k - 1)[None, :]",
+    ),
+    Bug(
+        "partial sum dropped: last step of the product",
+        "device_code.py",
+        "range(0, num_k, BLOCK_K)",
+        "range(0, num_k - BLOCK_K, BLOCK_K)",
+    ),
+    Bug(
+        "partial sum dropped: ranks past the first block",
+        "device_code.py",
+        "range(0, rank, BLOCK_R)",
+        "range(0, BLOCK_R, BLOCK_R)",
+    ),
+    Bug(
+        "descriptor ignores the expert",
+        "device_code.py",
+        "w.load([expert * num_cols + first_col, first_k])",
+        "w.load([first_col, first_k])",
+    ),
+    Bug(
+        "bf16 is cut off instead of rounded",
+        "device_code.py",
+        "(bits + 0x7FFF + ((bits >> 16) & 1))",
+        "(bits)",
+    ),
+    Bug(
+        "gate and up swapped",
+        "gate_up.py",
+        "out = apply_gate(gate.to(tl.float32), up.to(tl.float32), ALPHA, LIMIT)",
+        "out = apply_gate(up.to(tl.float32), gate.to(tl.float32), ALPHA, LIMIT)",
+    ),
+    Bug(
+        "gate and up swapped in what is kept",
+        "gate_up.py",
+        "tl.store(hidden_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)",
+        "tl.store(hidden_ptr + 2 * row_starts + gate_cols[None, :], up, mask=mask)",
+    ),
+    Bug(
+        "interleaved up read as gate",
+        "gate_up.py",
+        "2 * cols + 1 if INTERLEAVED",
+        "2 * cols if INTERLEAVED",
+    ),
+    Bug(
+        "adapter of up takes gate's columns",
+        "gate_up.py",
+        "rows, exists, up_cols, is_col, BLOCK_R)",
+        "rows, exists, gate_cols, is_col, BLOCK_R)",
+    ),
+    Bug("up is not clamped below", "gate_up.py", "tl.maximum(up, -LIMIT)", "up"),
+    Bug(
+        "mask of columns left out of the gate's results",
+        "gate_up.py",
+        "mask = exists[:, None] & is_col[None, :]",
+        "mask = exists[:, None] & (cols < num_cols - 1)[None, :]",
+    ),
+    Bug(
+        "partial sum dropped: router's gradient of the left half",
+        "gate_backward.py",
+        "part += go_through_gate(",
+        "part = go_through_gate(",
+    ),
+    Bug(
+        "right half reads the left half's columns",
+        "gate_backward.py",
+        "*(right, first_col + half, ",
+        "*(right, first_col, ",
+    ),
+    Bug(
+        "partial sum dropped: router's gradient of other column tiles",
+        "gate_backward.py",
+        "partial.sum(dim=0)",
+        "partial[0]",
+    ),
+    Bug(
+        "gradients of gate and up swapped",
+        "gate_backward.py",
+        "tl.store(grad_hidden_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)",
+        "tl.store(grad_hidden_ptr + 2 * row_starts + gate_cols, by_up, mask=mask)",
+    ),
+    Bug(
+        "alpha left out of the gate's derivative",
+        "gate_backward.py",
+        "(1.0 + ALPHA * gate *",
+        "(1.0 + gate *",
+    ),
+    Bug(
+        "clamped gates get a gradient",
+        "gate_backward.py",
+        "tl.where(inside_gate, by_gate, 0.0)",
+        "by_gate",
+    ),
+    Bug(
+        "router's gradient is weighted",
+        "gate_backward.py",
+        "part = tl.sum(tl.where(mask, grad * result, 0.0), 1)",
+        "part = tl.sum(tl.where(mask, grad * result * tl.load(weight_ptr + routed, mask=exists, "
+        "other=0.0).to(tl.float32)[:, None], 0.0), 1)",
+    ),
+    Bug(
+        "results are not weighted for the weights' gradients",
+        "gate_backward.py",
+        "        result *= weight\n",
+        "",
+    ),
+    Bug(
+        "rows are read by slot instead of by token",
+        "row_gemm.py",
+        "routed // TOP_K if GATHER",
+        "routed if GATHER",
+    ),
+    Bug(
+        "results stay in expert order",
+        "row_gemm.py",
+        "routed if SCATTER else rows.to(tl.int64)",
+        "rows.to(tl.int64)",
+    ),
+    Bug(
+        "bias of expert 0 for all",
+        "row_gemm.py",
+        "bias_ptr + expert.to(tl.int64) * num_cols + cols",
+        "bias_ptr + cols",
+    ),
+    Bug("scale left out", "row_gemm.py", "    acc *= scale\n", ""),
+    Bug(
+        "partial sum dropped: shares after the first",
+        "weight_grad.py",
+        "out.copy_(sums.sum(dim=0))",
+        "out.copy_(sums[0])",
+    ),
+    Bug(
+        "shares begin at the same row",
+        "weight_grad.py",
+        "        start += split * share\n",
+        "",
+    ),
+    Bug(
+        "shares do not end",
+        "weight_grad.py",
+        "end = tl.minimum(end, start + share)",
+        "end = end",
+    ),
+    Bug(
+        "the ancestor's: every column tile writes to the first one's place",
+        "weight_grad.py",
+        "tile // num_tiles_x * BLOCK_N + tl.arange(0, BLOCK_N)",
+        "tl.arange(0, BLOCK_N)",
+    ),
+    Bug(
+        "the gradient of stored-transposed weights is not",
+        "weight_grad.py",
+        "sums.mT.stride() if is_transposed else",
+        "sums.stride() if is_transposed else",
+    ),
+    Bug(
+        "mask of columns left out on the right side",
+        "weight_grad.py",
+        "(cols_y < num_y)[None, :],",
+        "(cols_y < num_y + 1)[None, :],",
+    ),
+    Bug(
+        "only a token's first slot counts",
+        "combine.py",
+        "routed = token * TOP_K + slot",
+        "routed = token * TOP_K",
+    ),
+    Bug(
+        "sums in the dtype of the rows",
+        "combine.py",
+        "        acc += row\n",
+        "        acc = round_to(acc + row, out_ptr.dtype.element_ty, INTERPRET).to(tl.float32)\n",
+    ),
+    Bug(
+        "A's gradient without the scaling",
+        "projection.py",
+        "scale=self.scaling,",
+        "scale=1.0,",
+    ),
+    Bug(
+        "the bias's part of the router's gradient is lost",
+        "experts.py",
+        "return weight_grads + by_row.squeeze(1)",
+        "return weight_grads",
+    ),
+    Bug(
+        "tokens are not kept where only B is trained",
+        "experts.py",
+        "return weight or lora_a or lora_b",
+        "return weight or lora_a",
+    ),
+)
+
+
+def catch(bug: Bug) -> str | None:
+    """Return the name of the first test that fails with a bug; None where all pass."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for folder in ("megablocks_utils", "tests"):
+            shutil.copytree(ROOT / folder, root / folder)
+        shutil.copy(ROOT / "pyproject.toml", root)
+        bug.plant(root)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    failed = re.search(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return failed and failed.group(1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plant the bugs whose description contains a word given, or all; 1 if one is not caught."""
+    chosen = [bug for bug in BUGS if not argv or any(word in bug.what for word in argv)]
+    write = sys.stdout.write
+    write("| planted in | bug | caught by |\n|---|---|---|\n")
+    escaped = 0
+    for bug in chosen:
+        test = catch(bug)
+        escaped += test is None
+        write(f"| `{bug.file}` | {bug.what} | {f'`{test}`' if test else '**nothing**'} |\n")
+        sys.stdout.flush()
+    return 1 if escaped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python -m benchmarks.kernel_resources
 
-The real layer runs forward and backward on meta tensors of a real model's sizes, so what is compiled
-is what would be launched. Registers, stack (where spills go) and shared memory are read from the
-binaries by cuobjdump, instructions from the PTX.
+The real layer runs forward and backward on meta tensors of a real model's sizes, so that what is
+compiled is what would be launched. Registers, stack (where spills go) and shared memory are read
+from the binaries by cuobjdump, instructions from the PTX.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from triton.runtime.jit import JITFunction
 from benchmarks.certificate import build_certificate
 from megablocks_utils.kernels.fused.experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import (
-    FEW_ROWS,
+    KINDS,
     SHARED_LIMIT_BYTES,
     TileTable,
-    choose_tiles,
+    list_candidates,
 )
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder
@@ -42,32 +42,32 @@ ARCHITECTURES = {"sm_80": 80, "sm_86": 86, "sm_90": 90}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Mixtral-8x7B: every size is a multiple of every tile's, which is the path that counts.
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 4096, 14336, 8, 2
+NUM_TOKENS = 4096
+_NUM_COLUMNS = 3
 _SHOWN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compiled: a layer's kernels with the tiles for few or for many rows per expert."""
+    """What is compiled: a layer's kernels with one column of the table of tiles.
+
+    Attributes:
+        arch: key of `ARCHITECTURES`.
+        dtype: key of `DTYPES`.
+        column: 0 is for few rows per expert, 1 for many, 2 is what a search tries besides.
+        rank: of adapters on both projections; 0 is none.
+    """
 
     arch: str
     dtype: str
-    has_many_rows: bool
+    column: int
     rank: int
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens with which the experts have as many rows."""
-        per_expert = 2 * FEW_ROWS if self.has_many_rows else FEW_ROWS // 2
-        return per_expert * NUM_EXPERTS // TOP_K
-
     def tiles(self) -> TileTable:
-        """Return the shipped tiles."""
-        return choose_tiles(
-            arch=self.arch,
-            itemsize=DTYPES[self.dtype].itemsize,
-            rows=self.num_tokens * TOP_K,
-            num_experts=NUM_EXPERTS,
-        )
+        """Return the tile of each kind."""
+        itemsize = DTYPES[self.dtype].itemsize
+        candidates = {k: list_candidates(k, arch=self.arch, itemsize=itemsize) for k in KINDS}
+        return TileTable(**{kind: tiles[self.column] for kind, tiles in candidates.items()})
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,15 @@ class Resources:
     def faults(self) -> list[str]:
         """Say what makes this kernel unfit to be shipped."""
         limit = SHARED_LIMIT_BYTES[self.arch]
-        multiplies = self.kernel != "combine"
-        thin = "thin" in self.features
+        wants_tensor_cores = self.kernel != "combine" and self.dtype != "float32"
+        wants_wgmma = wants_tensor_cores and self.arch == "sm_90" and "thin" not in self.features
         checks = {
-            f"spills: {self.stack_bytes} bytes of stack": self.stack_bytes > 0,
-            f"shared memory: {self.shared_bytes} of {limit} bytes": self.shared_bytes > limit,
-            "no wgmma on Hopper": self._wants("sm_90")
-            and multiplies
-            and not thin
-            and self.num_wgmma == 0,
-            "no tensor core": self.dtype != "float32"
-            and multiplies
-            and self.num_wgmma + self.num_mma == 0,
+            f"{self.stack_bytes} bytes of stack: registers spill": self.stack_bytes > 0,
+            f"{self.shared_bytes} of {limit} bytes of shared memory": self.shared_bytes > limit,
+            "no wgmma": wants_wgmma and self.num_wgmma == 0,
+            "no tensor cores": wants_tensor_cores and self.num_wgmma + self.num_mma == 0,
         }
         return [fault for fault, is_there in checks.items() if is_there]
-
-    def _wants(self, arch: str) -> bool:
-        return self.arch == arch and self.dtype != "float32"
 
 
 class _NoDevice:
@@ -192,10 +184,10 @@ def _run_layer(variant: Variant) -> None:
         SwiGlu(),
         *loras,
     )
-    num_rows = variant.num_tokens * TOP_K
+    num_rows = NUM_TOKENS * TOP_K
     indices = (make(size, kind=torch.int64) for size in (num_rows, num_rows, NUM_EXPERTS))
-    tokens = make(variant.num_tokens, HIDDEN)
-    weights = make(variant.num_tokens, TOP_K, kind=torch.float32)
+    tokens = make(NUM_TOKENS, HIDDEN)
+    weights = make(NUM_TOKENS, TOP_K, kind=torch.float32)
     output = run_experts_triton(
         tokens, ExpertOrder(*indices, top_k=TOP_K), weights, experts, tiles=variant.tiles()
     )
@@ -240,16 +232,14 @@ def _read_usage(cubin: bytes) -> dict[str, int]:
 
 def format_table(rows: Sequence[Resources]) -> str:
     """Return the rows as a Markdown table."""
-    lines = [
-        "| arch | dtype | kernel | tile, warps, stages | | registers | spills | shared KiB | wgmma | mma | TMA |",
-        "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    head = ["arch", "dtype", "kernel", "tile, warps, stages", "with", "registers", "spilled bytes"]
+    head += ["shared KiB", "wgmma", "mma", "TMA"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
-        lines.append(
-            f"| {row.arch} | {row.dtype} | {row.kernel} | {row.tile} | {row.features} | "
-            f"{row.registers} | {row.stack_bytes} | {row.shared_bytes / 1024:.0f} | "
-            f"{row.num_wgmma} | {row.num_mma} | {row.num_tma} |"
-        )
+        cells = [row.arch, row.dtype, row.kernel, row.tile, row.features, row.registers]
+        cells += [row.stack_bytes, f"{row.shared_bytes / 1024:.0f}"]
+        cells += [row.num_wgmma, row.num_mma, row.num_tma]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -258,10 +248,10 @@ def list_variants(
 ) -> list[Variant]:
     """Return everything that is shipped for these."""
     return [
-        Variant(arch, dtype, has_many_rows, rank)
+        Variant(arch, dtype, column, rank)
         for arch in archs
         for dtype in dtypes
-        for has_many_rows in (True, False)
+        for column in range(_NUM_COLUMNS)
         for rank in ranks
     ]
 
@@ -281,11 +271,9 @@ def main(argv: Sequence[str]) -> int:
     certificate = build_certificate("benchmarks.kernel_resources", argv, triton=triton.__version__)
     payload = {"certificate": certificate, "kernels": [asdict(row) for row in rows]}
     options.json.write_text(json.dumps(payload, indent=1) + "\n")
-    print(format_table(list(rows)))
-    unfit = [
-        f"{row.kernel} {row.tile} on {row.arch}: {fault}" for row in rows for fault in row.faults
-    ]
-    print("\n".join(unfit), file=sys.stderr)
+    sys.stdout.write(format_table(list(rows)) + "\n")
+    unfit = [f"{row.kernel} {row.tile} on {row.arch}: {f}" for row in rows for f in row.faults]
+    sys.stderr.writelines(f"{line}\n" for line in unfit)
     return 1 if unfit else 0
 
 

@@ -109,8 +109,9 @@ class LayerCase:
             self.is_interleaved,
         )
 
-    def build_order(self) -> ExpertOrder:
-        order = sort_by_expert(self.draw_index(), self.num_experts)
+    def build_order(self, device: str = "cpu") -> ExpertOrder:
+        """Sort the rows by expert, or say that they are."""
+        order = sort_by_expert(self.draw_index().to(device), self.num_experts)
         if self.is_received:
             assert self.top_k == 1
             return ExpertOrder(None, None, order.tokens_per_expert, top_k=1)
@@ -140,21 +141,24 @@ class LayerRun:
         return {"output": output.detach(), **dict(zip(trained, grads, strict=True))}
 
 
-def prepare(case: LayerCase, dtype: torch.dtype) -> LayerRun:
-    """Make leaves in a dtype."""
+def prepare(case: LayerCase, dtype: torch.dtype, device: str = "cpu") -> LayerRun:
+    """Make leaves in a dtype on a device."""
     leaves = {
-        name: leaf.to(dtype, copy=True).requires_grad_(name not in case.frozen)
+        name: leaf.to(device, dtype, copy=True).requires_grad_(name not in case.frozen)
         for name, leaf in case.draw_leaves().items()
     }
     generator = torch.Generator().manual_seed(2)
     shape = case.num_tokens, case.hidden_size
-    upstream = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return LayerRun(case, leaves, case.build_order(), case.build_experts(leaves), upstream)
+    upstream = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    return LayerRun(case, leaves, case.build_order(device), case.build_experts(leaves), upstream)
 
 
-def run_case(case: LayerCase, run: ExpertBackend, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the output and the gradient of everything that is not frozen."""
-    return prepare(case, dtype).results(run)
+def run_case(
+    case: LayerCase, run: ExpertBackend, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Return the output and the gradient of everything that is not frozen, on the CPU."""
+    results = prepare(case, dtype, device).results(run)
+    return {name: tensor.cpu() for name, tensor in results.items()}
 
 
 def obvious_experts(case: LayerCase) -> ExpertBackend:
@@ -187,15 +191,17 @@ def obvious_experts(case: LayerCase) -> ExpertBackend:
     return run
 
 
-def assert_equals_obvious(case: LayerCase, run: ExpertBackend, dtype: torch.dtype) -> None:
+def assert_equals_obvious(
+    case: LayerCase, run: ExpertBackend, dtype: torch.dtype, device: str = "cpu"
+) -> None:
     """Compare output and every gradient with the obvious layer in fp64.
 
     The bound of each is twice the error of `eager` in this dtype. That of a tensor of few numbers
     may be small by luck, so it is taken as at least that of the output, a sum like all the others.
     """
     exact = run_case(case, obvious_experts(case), torch.float64)
-    own = run_case(case, run_experts_eager, dtype)
-    seen = run_case(case, run, dtype)
+    own = run_case(case, run_experts_eager, dtype, device)
+    seen = run_case(case, run, dtype, device)
     assert seen.keys() == exact.keys()
     for name, wanted in exact.items():
         assert (seen[name].shape, seen[name].dtype) == (wanted.shape, dtype), name

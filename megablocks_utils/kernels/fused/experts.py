@@ -56,7 +56,8 @@ def run_experts_triton(
         scalings=tuple(lora.scaling if lora else 0.0 for lora in loras),
         keeps_hidden=has_gradient and torch.is_grad_enabled(),
     )
-    return _FusedExperts.apply(plan, order.order, offsets, *tensors)
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device
+        return _FusedExperts.apply(plan, order.order, offsets, *tensors)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
             "linear": (Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 4, 3)),
             "skinny": (Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 32, 16, 4, 3)),
             "act_backward": (
-                *(Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 4, 3)),
+                *(Tile(64, 64, 16, 8, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3)),
             ),
             "weight_grad": (
                 *(Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3)),

@@ -79,7 +79,7 @@ def test_nothing_is_read_back_to_the_host():
 
 
 def test_offsets_beyond_32_bits():
-    """N * 2I is past 2**31 with 80 thousand rows of 2 x 14336: the last ones are as by themselves."""
+    """N * 2I is past 2**31 with 80 thousand rows of 2 x 14336: the last are as by themselves."""
     case = LayerCase(80_000, 64, 14336, num_experts=2, top_k=1, routing="one expert")
     run = prepare(case, BF16, "cuda")
     output = run.forward(run_experts_triton)

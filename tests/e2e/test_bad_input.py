@@ -99,7 +99,14 @@ CASES = {
         _nothing,
         "unknown option --learning_rat; did you mean --learning_rate?",
     ),
-    "kernel that needs a GPU": ({"kernel": "triton"}, _nothing, "--kernel is triton, but "),
+    "kernel that cannot run these experts": (
+        {"kernel": "grouped_mm"},
+        lambda folder: save_tiny_model(
+            "mixtral", folder / "model", sharded=False, vocab_size=400, intermediate_size=90
+        ),
+        "--kernel is grouped_mm, but torch's grouped_mm needs intermediate_size (90) to be a "
+        "multiple of 4 in float32; --kernel ",
+    ),
     "kernel without adapters": (
         {"kernel": "scattermoe", "use_lora": "all"},
         _nothing,

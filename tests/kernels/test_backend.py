@@ -58,10 +58,10 @@ def test_auto_takes_grouped_mm_where_the_shapes_fit():
     ],
 )
 def test_shapes_grouped_mm_cannot_run(shapes, obstacle):
-    choice = choose_backend("auto", shapes)
+    choice = choose_backend("auto", shapes, CPU)
     assert (choice.name, choice.reason) == ("eager", f"auto: {obstacle}")
     with pytest.raises(ConfigurationError) as refusal:
-        choose_backend("grouped_mm", shapes)
+        choose_backend("grouped_mm", shapes, CPU)
     assert str(refusal.value) == (f"--kernel is grouped_mm, but {obstacle}; --kernel eager works.")
 
 

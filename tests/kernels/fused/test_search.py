@@ -4,9 +4,10 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.fused.search import KINDS_OF_MODE, search_layer
+from megablocks_utils.kernels.fused.search import KINDS_OF_MODE, search_layer, time_on_cuda
 from megablocks_utils.kernels.fused.tiles import KINDS, choose_tiles, list_candidates
 from megablocks_utils.kernels.shapes import EXPERT_MODES
 
@@ -107,3 +108,46 @@ def test_every_mode_says_which_kernels_it_runs():
     assert tuple(KINDS_OF_MODE) == EXPERT_MODES
     assert all(set(kinds) <= set(KINDS) for kinds in KINDS_OF_MODE.values())
     assert set(KINDS_OF_MODE["lora"]) == set(KINDS)
+
+
+class _Event:
+    """Stand in for CUDA's: the clock is the number of runs, each as long as its number."""
+
+    def __init__(self, runs):
+        self.runs, self.before = runs, None
+
+    def record(self):
+        self.before = sum(self.runs)
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.before - self.before
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    pytest.importorskip("triton")
+    runs, make = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **kind: make(1, **kind))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: _Event(runs))
+    return runs
+
+
+def test_the_clock_takes_the_median_after_a_warm_up(runs):
+    times_ms = [900, 800, 700, *range(1, 16)]
+    assert time_on_cuda(lambda: runs.append(times_ms[len(runs)])) == 8
+    assert len(runs) == len(times_ms)
+
+
+def test_the_clock_knows_memory_that_does_not_suffice(runs):
+    from triton.runtime.errors import OutOfResources
+
+    def fail(error):
+        raise error
+
+    assert time_on_cuda(lambda: fail(torch.OutOfMemoryError())) == math.inf
+    assert time_on_cuda(lambda: fail(OutOfResources(2, 1, "shared memory"))) == math.inf
+    with pytest.raises(RuntimeError, match="^another$"):
+        time_on_cuda(lambda: fail(RuntimeError("another")))

@@ -59,13 +59,16 @@ def test_buckets(rows, bucket):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_bucket_of_rows_counts(kind):
-    def choose(rows):
-        return choose_tile(kind, arch="sm_90", itemsize=2, rows=rows, num_experts=8)
+    def choose(rows, num_experts=8):
+        return choose_tile(kind, arch="sm_90", itemsize=2, rows=rows, num_experts=num_experts)
 
     edge = 8 * FEW_ROWS
     few, many, *_ = list_candidates(kind, arch="sm_90", itemsize=2)
     assert choose(0) == choose(1) == choose(edge - 1) == few
     assert choose(edge) == choose(edge + 1) == choose(2 * edge - 1) == choose(100 * edge) == many
+    # 512 rows for each of 6 experts lie within a bucket: all of it takes what its start takes.
+    assert choose(2048, 6) == choose(6 * FEW_ROWS, 6) == choose(4095, 6) == few
+    assert choose(4096, 6) == many
 
 
 def test_few_rows_take_half_high_tiles():

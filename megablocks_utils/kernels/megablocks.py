@@ -4,8 +4,9 @@ Its grouped dropless path: gather, grouped products, scatter, with the package's
 no others. Written against megablocks 0.10.0 and grouped_gemm 0.3.0.
 """
 
-import importlib
-import importlib.util
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _NO_ADAPTERS = "megablocks does not support LoRA on experts; --kernel triton and
 
 def is_megablocks_installed() -> bool:
     """Say whether the package and all it imports can be imported, without importing them."""
-    return all(importlib.util.find_spec(name) is not None for name in _MODULES)
+    return all(find_spec(name) is not None for name in _MODULES)
 
 
 def find_megablocks_obstacle(
@@ -68,18 +69,19 @@ def run_experts_megablocks(
     _check_can_run(num_rows, tokens.shape[1], experts)
     if num_rows == 0:  # cuBLAS would be handed null pointers
         return run_experts_eager(tokens, order, top_k_weights, experts)
-    rows, places = tokens.contiguous(), None
-    if order.order is not None:
-        places = _describe_order(order, num_rows)
-        rows = importlib.import_module("megablocks.ops").gather(rows, *places, order.top_k)
-    rows = _run_experts(rows, order.tokens_per_expert.cpu(), experts)
-    if places is None:
-        return rows
-    if top_k_weights is not None:
-        top_k_weights = top_k_weights.reshape(-1).contiguous()
-    indices, bin_ids, bins = places
-    scatter = importlib.import_module("megablocks.ops").scatter
-    return scatter(rows, indices, bin_ids, top_k_weights, bins, order.top_k)
+    batch_sizes = order.tokens_per_expert.cpu()
+    if order.order is None:
+        return _run_experts(tokens.contiguous(), batch_sizes, experts)
+    ops = import_module("megablocks.ops")
+    indices, bin_ids, bins = _describe_order(order.order, order.tokens_per_expert)
+    rows = ops.gather(tokens.contiguous(), indices, bin_ids, bins, order.top_k)
+    rows = _run_experts(rows, batch_sizes, experts)
+    if top_k_weights is None:
+        return ops.scatter(rows, indices, bin_ids, None, bins, order.top_k)
+    weights = top_k_weights.reshape(-1).contiguous()
+    output = ops.scatter(rows, indices, bin_ids, weights, bins, order.top_k)
+    # With K = 1 it is a view: FSDP2 warns of those, and adding to one in place raises.
+    return output.clone() if order.top_k == 1 else output
 
 
 def _check_can_run(num_rows: int, hidden_size: int, experts: ExpertWeights) -> None:
@@ -98,16 +100,15 @@ def _check_can_run(num_rows: int, hidden_size: int, experts: ExpertWeights) -> N
         )
 
 
-def _describe_order(order: ExpertOrder, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _describe_order(order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return routed row (N,) and expert (N,) of each sorted row, and each expert's end (L,).
 
     The package's `indices`, `bin_ids` and `bins`. In 32 bits, as it makes them: its kernels do not
     compile with 64.
     """
-    counts = order.tokens_per_expert
     experts = torch.arange(len(counts), dtype=torch.int32, device=counts.device)
-    bin_ids = experts.repeat_interleave(counts, output_size=num_rows)
-    return order.order.int(), bin_ids, counts.cumsum(0, dtype=torch.int32)
+    bin_ids = experts.repeat_interleave(counts, output_size=len(order))
+    return order.int(), bin_ids, counts.cumsum(0, dtype=torch.int32)
 
 
 def _run_experts(rows: Tensor, batch_sizes: Tensor, experts: ExpertWeights) -> Tensor:
@@ -115,7 +116,7 @@ def _run_experts(rows: Tensor, batch_sizes: Tensor, experts: ExpertWeights) -> T
 
     grouped_gemm does not look at the strides of its first operand in backward.
     """
-    gmm, trans_b = importlib.import_module("grouped_gemm.ops").gmm, not experts.is_transposed
+    gmm, trans_b = import_module("grouped_gemm.ops").gmm, not experts.is_transposed
     hidden = gmm(rows, experts.gate_up_proj, batch_sizes, trans_b)
     hidden = experts.apply_gate(hidden).contiguous()
     return gmm(hidden, experts.down_proj, batch_sizes, trans_b)

@@ -5,12 +5,12 @@ package only `parallel_linear` is used: the gate is ours (its GLU takes up befor
 the order of the rows (its sort goes through torch.compile and is not stable).
 """
 
-import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -35,7 +35,7 @@ _NO_ADAPTERS = (
 
 def is_scattermoe_installed() -> bool:
     """Say whether the package can be imported, without importing it."""
-    return importlib.util.find_spec("scattermoe") is not None
+    return find_spec("scattermoe") is not None
 
 
 def find_scattermoe_obstacle(
@@ -95,7 +95,8 @@ def run_experts_scattermoe(
     if top_k_weights is None:
         return second(grouped_out=is_sorted)
     if _is_trained(down, experts.down_bias):
-        return second(gates=top_k_weights.to(tokens.dtype), grouped_out=False)
+        # A copy, because it is a view: FSDP2 warns of those, and adding to one in place raises.
+        return second(gates=top_k_weights.to(tokens.dtype), grouped_out=False).clone()
     return unpermute_and_combine(second(grouped_out=True), top_k_weights, order)
 
 
@@ -122,11 +123,11 @@ def _load_parallel_linear() -> Callable[..., Tensor]:
     if "scattermoe" not in sys.modules:
         sys.modules["scattermoe.utils"] = ModuleType("scattermoe.utils")
         try:
-            importlib.import_module("scattermoe")
+            import_module("scattermoe")
         finally:
             del sys.modules["scattermoe.utils"]
-    importlib.import_module("scattermoe.kernels.ops").ALLOW_TF32 = False
-    return importlib.import_module("scattermoe.parallel_experts").parallel_linear
+    import_module("scattermoe.kernels.ops").ALLOW_TF32 = False
+    return import_module("scattermoe.parallel_experts").parallel_linear
 
 
 def _describe_order(order: ExpertOrder, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -117,6 +117,30 @@ def test_strides_of_tokens_weights_and_gradient(source):
     assert_equals_reference(case, run_experts_megablocks, dtype, device=device)
 
 
+def test_one_expert_a_token(source):
+    """Routing weights with strides; and a result that is no view, of which FSDP2 would warn."""
+    device, dtype = source
+    weights = torch.rand(3, 2, device=device)[:, :1]
+    order = sort_by_expert(torch.tensor([[0], [2], [1]], device=device), 4)
+    tokens = torch.ones(3, 64, device=device, dtype=dtype)
+    experts = draw_experts(device, dtype)
+    run_weighted = partial(run_experts_megablocks, tokens, order, experts=experts)
+    output = run_weighted(weights)
+    assert torch.equal(output, run_weighted(weights.contiguous()))
+    assert not output._is_view()
+
+
+def test_strides_of_what_a_gate_returns(stand_in):
+    """grouped_gemm looks at them in forward only."""
+
+    def by_columns(gate, up):
+        return (gate * up).T.contiguous().T
+
+    experts = draw_experts()
+    wanted, seen = (run(replace(experts, gate=gate)) for gate in (torch.mul, by_columns))
+    assert torch.equal(seen, wanted)
+
+
 def draw_experts(device="cpu", dtype=torch.bfloat16):
     """Return 4 trained experts of sizes 64 and 96."""
     make = partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
@@ -124,9 +148,9 @@ def draw_experts(device="cpu", dtype=torch.bfloat16):
 
 
 def run(experts, top_k_weights=None):
-    """Run three tokens, each through experts 0 and 2."""
+    """Run three tokens of ones, each through experts 0 and 2."""
     weight = experts.gate_up_proj
-    tokens = torch.randn(3, 64, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    tokens = torch.ones(3, 64, device=weight.device, dtype=weight.dtype, requires_grad=True)
     index = torch.tensor([[0, 2]], device=weight.device).repeat(3, 1)
     if top_k_weights is None:
         top_k_weights = torch.ones_like(index, dtype=weight.dtype)

@@ -138,6 +138,15 @@ def test_fp32_routing_weights_of_bf16_tokens(stand_in):
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
+def test_the_result_can_be_added_to_in_place(source, is_trained):
+    """Models do so with a residual; FSDP2 warns of a layer that returns a view."""
+    output = run(draw_experts(*source, is_trained=is_trained))
+    assert not output._is_view()
+    output += 1
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
 def test_frozen_weights_cost_no_gradient_of_their_size(stand_in, is_trained):
     """The package's backward pass makes one whoever wants it, and so does the stand-in."""
     experts = draw_experts(is_trained=is_trained)

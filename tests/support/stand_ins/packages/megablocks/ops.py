@@ -15,7 +15,7 @@ def scatter(x, indices, bin_ids, weights, bins, top_k):
         assert weights.is_contiguous()
         x = (x.float() * weights[indices].float().unsqueeze(1)).to(x.dtype)
     rows = torch.zeros_like(x).index_copy(0, indices.long(), x)
-    return rows.unflatten(0, (-1, top_k)).sum(dim=1)
+    return rows.unflatten(0, (-1, top_k)).sum(dim=1) if top_k > 1 else rows.view(rows.shape)
 
 
 def _check(x, indices, bin_ids, bins):

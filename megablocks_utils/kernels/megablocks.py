@@ -4,7 +4,6 @@ Its grouped dropless path: gather, grouped products, scatter, with the package's
 no others. Written against megablocks 0.10.0 and grouped_gemm 0.3.0.
 """
 
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 

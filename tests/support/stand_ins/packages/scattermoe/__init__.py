@@ -1,0 +1,1 @@
+from . import kernels, parallel_experts, utils  # noqa: F401

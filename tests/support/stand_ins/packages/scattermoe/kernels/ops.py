@@ -1,0 +1,1 @@
+ALLOW_TF32 = True

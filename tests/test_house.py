@@ -26,7 +26,7 @@ ORDER = (
     ("moe",),
     ("checkpoint",),
     ("shard_moe_utils",),
-    ("fsdp", "lora"),
+    ("kernel_check", "experts_interface", "fsdp", "lora"),
     ("output_tool",),
     ("merge", "export"),
     ("training",),

@@ -16,14 +16,11 @@ from torch import Tensor
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.kernels.backend import ExpertBackend
 from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
-from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.probe_sample import Sample, as_leaf, draw_samples, take_experts
+from megablocks_utils.kernels.weights import ExpertWeights
 
 __all__ = ["Deviation", "find_probe_obstacle", "probe_backend"]
-
-NUM_TOKENS = 32
-MAX_EXPERTS = 2
-"""Two, so that one could be taken for the other; no more, so that large experts fit beside all."""
 
 TOLERANCE = 2.0
 _SEED = 5
@@ -45,7 +42,8 @@ class Deviation:
     Attributes:
         tensor: `output`, or `gradient of` what.
         error: relative norm of the difference; absolute where the precise result is all zero.
-        rounding: the same of `eager`, or what another order of summing may do if that is more.
+        rounding: the same of `eager`, with a margin where it is the norm of few numbers; or, if
+            that is more, what another order of summing may do, or a limit that rounding moves.
     """
 
     tensor: str
@@ -59,26 +57,6 @@ class Deviation:
             return 0.0
         is_number = math.isfinite(self.error) and self.rounding > 0
         return self.error / self.rounding if is_number else math.inf
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Tokens, how they are routed, and the gradient of their results."""
-
-    tokens: Tensor
-    order: ExpertOrder
-    top_k_weights: Tensor | None
-    upstream: Tensor
-
-    def to(self, dtype: torch.dtype) -> "_Sample":
-        """Return the same numbers in a more precise dtype."""
-        weights = None if self.top_k_weights is None else self.top_k_weights.to(dtype)
-        return replace(
-            self,
-            tokens=self.tokens.to(dtype),
-            top_k_weights=weights,
-            upstream=self.upstream.to(dtype),
-        )
 
 
 def find_probe_obstacle(name: str, dtype: torch.dtype) -> str | None:
@@ -122,9 +100,9 @@ def probe_backend(
         CheckpointError: weights that are not finite.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    experts = _take_experts(experts, dtype, generator)
+    experts = take_experts(experts, dtype, generator)
     _check_weights(name, experts)
-    samples = _draw_samples(experts, generator, is_weighted=is_weighted)
+    samples = draw_samples(experts, generator, is_weighted=is_weighted)
     found = [deviation for sample in samples for deviation in _compare(run, experts, sample)]
     worst = max(found, key=lambda deviation: deviation.ratio, default=Deviation("output", 0.0, 0.0))
     if worst.ratio > TOLERANCE:
@@ -132,58 +110,38 @@ def probe_backend(
     return worst
 
 
-def _compare(run: ExpertBackend, experts: ExpertWeights, sample: _Sample) -> list[Deviation]:
+def _compare(run: ExpertBackend, experts: ExpertWeights, sample: Sample) -> list[Deviation]:
     """Return how far off every tensor is of which `eager` is finite."""
     dtype = _PRECISE[sample.tokens.dtype]
-    precise = experts.map_tensors(lambda tensor: _as_leaf(tensor, dtype))
+    precise = experts.map_tensors(lambda tensor: as_leaf(tensor, dtype))
     exact = _run(run_experts_eager, precise, sample.to(dtype))
+    floor = _summation_error(experts)
+    least = {name: floor if wanted.any() else 0.0 for name, wanted in exact.items()}
+    for moved in _move_limit(precise, sample.tokens.dtype):
+        shifts = _measure_errors(_run(run_experts_eager, moved, sample.to(dtype)), exact)
+        least = {name: max(error, shifts[name]) for name, error in least.items()}
     del precise
     own = _measure_errors(_run(run_experts_eager, experts, sample), exact)
     errors = _measure_errors(_run(run, experts, sample), exact)
-    floor = _summation_error(experts)
     return [
-        Deviation(name, errors[name], max(own[name], floor) if wanted.any() else own[name])
+        Deviation(name, errors[name], max(own[name] * _uncertainty(wanted), least[name]))
         for name, wanted in exact.items()
         if math.isfinite(own[name])
     ]
 
 
-def _take_experts(
-    experts: ExpertWeights, dtype: torch.dtype, generator: torch.Generator
-) -> ExpertWeights:
-    """Return the first experts as leaves of their own, with random adapters."""
-    taken = experts.map_tensors(lambda tensor: _as_leaf(tensor[:MAX_EXPERTS], dtype))
-    gate_up, down = taken.projections
-    return replace(
-        taken,
-        gate_up_lora=taken.gate_up_lora and _draw_adapter(taken.gate_up_lora, gate_up, generator),
-        down_lora=taken.down_lora and _draw_adapter(taken.down_lora, down, generator),
-    )
+def _move_limit(experts: ExpertWeights, dtype: torch.dtype) -> Iterator[ExpertWeights]:
+    """Yield experts whose clamped gate has its limit one unit of the last place lower, and higher.
 
-
-def _as_leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor cut off from its graph; a view of it unless it has another dtype."""
-    return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
-
-
-def _draw_adapter(lora: LowRank, weights: Tensor, generator: torch.Generator) -> LowRank:
-    """Return a random adapter that adds about as much as the weights (L, out, in) give."""
-    rank, num_in = lora.lora_a.shape[1:]
-    size = torch.linalg.vector_norm(weights.detach(), dtype=torch.float32).item()
-    size = size / math.sqrt(weights.numel()) or 1.0
-    scales = num_in**-0.5, size * math.sqrt(num_in / rank) / lora.scaling
-
-    def draw(like: Tensor, scale: float) -> Tensor:
-        return _draw(like.shape, like, generator, scale).requires_grad_(like.requires_grad)
-
-    return replace(lora, lora_a=draw(lora.lora_a, scales[0]), lora_b=draw(lora.lora_b, scales[1]))
-
-
-def _draw(
-    shape: tuple[int, ...], like: Tensor, generator: torch.Generator, scale: float = 1.0
-) -> Tensor:
-    """Draw on the CPU, so that the numbers are the same for every device."""
-    return (torch.randn(shape, generator=generator) * scale).to(like)
+    A gate's slope ends at its limit. Whether a value beside it is clamped is a matter of rounding,
+    and one such value is much in a gradient: of two right answers one was seen 12 times as far off
+    as the other.
+    """
+    gate = experts.gate
+    if isinstance(gate, SwiGlu) and gate.limit is not None:
+        for shift in (-1, 1):
+            limit = gate.limit * (1 + shift * torch.finfo(dtype).eps)
+            yield replace(experts, gate=replace(gate, limit=limit))
 
 
 def _check_weights(name: str, experts: ExpertWeights) -> None:
@@ -196,37 +154,7 @@ def _check_weights(name: str, experts: ExpertWeights) -> None:
             )
 
 
-def _draw_samples(
-    experts: ExpertWeights, generator: torch.Generator, *, is_weighted: bool
-) -> Iterator[_Sample]:
-    """Yield tokens spread over the experts, then the same tokens all on the last one."""
-    num_experts, like = experts.down_proj.shape[0], experts.down_proj
-    hidden_size = experts.projections[1].shape[1]
-    tokens, upstream = (_draw((NUM_TOKENS, hidden_size), like, generator) for _ in range(2))
-    spread = _draw_routing(num_experts, num_experts if is_weighted else 1, generator)
-    weights = None
-    if is_weighted:
-        weights = torch.rand(spread.shape, generator=generator).to(like.device) + 0.1
-    routings = [spread] if num_experts == 1 else [spread, torch.full_like(spread, num_experts - 1)]
-    for index in routings:
-        order = sort_by_expert(index.to(like.device), num_experts)
-        if not is_weighted and num_experts == 1:
-            order = replace(order, order=None, inverse=None)  # rows arrive sorted
-        yield _Sample(tokens, order, weights, upstream)
-
-
-def _draw_routing(num_experts: int, top_k: int, generator: torch.Generator) -> Tensor:
-    """Return (T, K) experts, three sevenths of the rows on the first of two.
-
-    27 of 64 or 13 of 32: no count is a multiple of a kernel's tile, which would leave its masks
-    untried. So some tokens have the same expert twice.
-    """
-    rows = torch.randperm(NUM_TOKENS * top_k, generator=generator)
-    on_first = len(rows) * 3 // 7 if num_experts > 1 else len(rows)
-    return (rows >= on_first).long().view(NUM_TOKENS, top_k)
-
-
-def _run(run: ExpertBackend, experts: ExpertWeights, sample: _Sample) -> dict[str, Tensor | None]:
+def _run(run: ExpertBackend, experts: ExpertWeights, sample: Sample) -> dict[str, Tensor | None]:
     """Return the output and every gradient that is wanted, by name."""
     tokens = sample.tokens.clone().requires_grad_()
     leaves = {"tokens": tokens}
@@ -265,6 +193,15 @@ def _summation_error(experts: ExpertWeights) -> float:
     to hold against a kernel that does not. Only in fp32 can this be more than what `eager` is off.
     """
     return 2**-25 * math.sqrt(max(experts.gate_up_proj.shape[1:]))
+
+
+def _uncertainty(tensor: Tensor) -> float:
+    """Return how much larger than seen an error may usually be.
+
+    The norm of n random errors varies by 1 / sqrt(2 * n), so the ratio of two norms by
+    1 / sqrt(n); four times that is rare enough. It matters for routing weights alone, 64 numbers.
+    """
+    return 1 + 4 / math.sqrt(tensor.numel())
 
 
 def _describe_failure(name: str, worst: Deviation, dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from megablocks_utils.fsdp import fsdp1, fsdp2
 from megablocks_utils.kernel_check import KernelCheck
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights
-from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.mesh.placement import local_expert_range, local_tensor
 from megablocks_utils.moe.experts import DroplessExperts
 from megablocks_utils.training.loop import build_training_state, fit
 from megablocks_utils.training.rng import capture_random_states
@@ -142,33 +142,40 @@ def test_a_bug_on_one_rank_ends_all(pools, parity_folder, script, case):
 
 
 def watch_first_weights(rank: int, script: str, argv: list[str]) -> tuple[Tensor, Tensor]:
-    """Return the first expert as the check has seen it, and as the first step will use it."""
+    """Return the first experts as the check has seen them, and as the first step will use them."""
     setup, build = prepare(script, argv)
     module = next(iter(setup.sharded.expert_modules.values()))
     seen = watch(module)
     built = build()
     if script == "fsdp1":
         built._prepare_for_training(1, built.get_train_dataloader(), None)
-    return seen[0], local_tensor(module.gate_up_proj.detach())[0].clone()
+    mine = local_expert_range(module.num_experts, module.mesh)
+    return seen[0], module.gate_up_proj.detach().full_tensor()[mine.start : mine.start + 2].clone()
 
 
 def watch(module: DroplessExperts) -> list[Tensor]:
-    """Keep the first expert of every call of a module's backend."""
+    """Keep the experts of every call of a module's backend."""
     seen, backend = [], module.backend
 
     def run(tokens, order, weights, experts: ExpertWeights) -> Tensor:
-        seen.append(experts.gate_up_proj[0].detach().clone())
+        seen.append(experts.gate_up_proj.detach().clone())
         return backend(tokens, order, weights, experts)
 
     module.backend = run
     return seen
 
 
-@pytest.mark.parametrize("script", ["fsdp2", "fsdp1"])
-def test_a_resumed_run_is_checked_on_restored_weights(pools, parity_folder, tmp_path: Path, script):
-    run = make_run(script, Layout(2, 2, "replicate"), num_steps=SAVED_STEP)
+@pytest.mark.parametrize(
+    ("script", "layout"),
+    [("fsdp2", Layout(4, 2, "shard")), ("fsdp1", Layout(2, 2, "replicate"))],
+)
+def test_a_resumed_run_is_checked_on_restored_weights(
+    pools, parity_folder, tmp_path: Path, script, layout
+):
+    """Whole ones, also where ranks of `dp` hold a part each."""
+    run = make_run(script, layout, num_steps=SAVED_STEP)
     saved = run_and_save(pools, parity_folder, run, tmp_path)
     argv = [*parity_folder.argv(run.case), "--output_dir", str(tmp_path)]
     argv += ["--max_steps", str(SAVED_STEP + 1), "--resume_from_checkpoint", str(saved.checkpoint)]
-    for checked, used in pools[2].run(watch_first_weights, script, argv):
+    for checked, used in pools[layout.world_size].run(watch_first_weights, script, argv):
         assert torch.equal(checked, used) and used.any()

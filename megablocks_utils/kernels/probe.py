@@ -206,14 +206,14 @@ def _uncertainty(tensor: Tensor) -> float:
 
 def _describe_failure(name: str, worst: Deviation, dtype: torch.dtype) -> str:
     works = " or ".join(f"--kernel {other}" for other in _FALLBACKS if other != name)
-    seen = (
-        f"its {worst.tensor} is off by {worst.error:.1e}"
-        if math.isfinite(worst.error)
-        else f"its {worst.tensor} is not finite"
-    )
+    seen = "not finite where that of eager is"
+    if math.isfinite(worst.error):
+        seen = (
+            f"off by {worst.error:.1e}, more than {TOLERANCE:g} times the {worst.rounding:.1e} "
+            f"that rounding to {_name(dtype)} explains"
+        )
     return (
-        f"--kernel {name} fails its check on this model's weights: {seen}, but may be off by "
-        f"{TOLERANCE:g} times the {worst.rounding:.1e} that rounding to {_name(dtype)} explains; "
+        f"--kernel {name} fails its check on this model's weights: its {worst.tensor} is {seen}; "
         f"nothing was trained, use {works}."
     )
 

@@ -273,8 +273,8 @@ def test_the_sentence_has_both_figures():
         )
     assert str(refusal.value) == (
         "--kernel grouped_mm fails its check on this model's weights: its gradient of down_proj is "
-        "off by 5.0e-02, but may be off by 2 times the 4.1e-07 that rounding to float32 explains; "
-        "nothing was trained, use --kernel eager."
+        "off by 5.0e-02, more than 2 times the 4.1e-07 that rounding to float32 explains; nothing "
+        "was trained, use --kernel eager."
     )
 
 

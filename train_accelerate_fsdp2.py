@@ -40,7 +40,7 @@ def train(config: RunConfig, launch: Launch) -> None:
     if checkpointer.is_interrupted:
         return
     tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
-    recorder.finish(state.model, state.optimizer, tensors)
+    recorder.finish(state.model, state.optimizer, tensors, state.kernel_check)
 
 
 if __name__ == "__main__":

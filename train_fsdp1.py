@@ -46,7 +46,7 @@ def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     if checkpointer.is_interrupted:
         return
     tensors = full_parameters(trainer.model, only_trainable=config.adapter.has_lora)
-    recorder.finish(trainer.model, trainer.optimizer, tensors)
+    recorder.finish(trainer.model, trainer.optimizer, tensors, trainer.kernel_check)
 
 
 if __name__ == "__main__":

@@ -188,5 +188,6 @@ def _words(job: Job) -> list[str]:
         "ep_size": job.world_size,
         "precision": "bf16",
         "max_steps": 1,
+        "verify_kernel": False,  # no part of loading, and it takes memory of its own
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]

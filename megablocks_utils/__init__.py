@@ -1,20 +1,28 @@
 """Fine-tune Mixture-of-Experts language models with expert parallelism."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megablocks_utils.experts_interface import register_experts_implementation
+    from megablocks_utils.kernel_check import verify_kernel
     from megablocks_utils.shard_moe_utils import ShardedMoE, shard_moe
 
-__all__ = ["ShardedMoE", "shard_moe"]
+__all__ = ["ShardedMoE", "register_experts_implementation", "shard_moe", "verify_kernel"]
+
+_HOMES = {
+    "ShardedMoE": "shard_moe_utils",
+    "register_experts_implementation": "experts_interface",
+    "shard_moe": "shard_moe_utils",
+    "verify_kernel": "kernel_check",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and the sharding code only when they are asked for.
+    """Import torch and the code behind a name only when it is asked for.
 
     So the options can be checked, and `--help` answered, without torch.
     """
-    if name in __all__:
-        from megablocks_utils import shard_moe_utils
-
-        return getattr(shard_moe_utils, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,12 +70,14 @@ class ParallelConfig:
         expert_dp: "shard" or "replicate"; the parsers fill in the entry point's own (see
             `RunConfig.entry_point`), None only in a config built directly.
         kernel: Backend that runs the experts, or "auto".
+        verify_kernel: Whether it is compared with "eager" before the first step.
     """
 
     use_megablocks_sharding: bool = default_of("use_megablocks_sharding")
     ep_size: int | None = default_of("ep_size")
     expert_dp: str | None = default_of("expert_dp")
     kernel: str = default_of("kernel")
+    verify_kernel: bool = default_of("verify_kernel")
 
 
 @dataclass(frozen=True)

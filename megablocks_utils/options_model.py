@@ -95,6 +95,13 @@ MODEL_OPTIONS = (
         choices=("auto", "True", "False"),
     ),
     Option(
+        "verify_kernel",
+        "boolean",
+        True,
+        help="before the first step, compare the kernel with eager on the model's own weights, and "
+        "train nothing if it is off by more than twice what rounding explains",
+    ),
+    Option(
         "precision",
         "text",
         None,

@@ -27,7 +27,7 @@ ORDER = (
     ("checkpoint",),
     ("kernel_choice",),
     ("shard_moe_utils",),
-    ("fsdp", "lora"),
+    ("kernel_check", "experts_interface", "fsdp", "lora"),
     ("output_tool",),
     ("merge", "export", "tune"),
     ("training",),

@@ -1,6 +1,7 @@
 """What a backend computes with: the weights of this rank's experts, as they lie in memory."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,6 +23,10 @@ class LowRank:
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "LowRank":
+        """Return the same adapter with both factors changed."""
+        return replace(self, lora_a=change(self.lora_a), lora_b=change(self.lora_b))
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,18 @@ class ExpertWeights:
             if lora is not None:
                 named |= {f"{name}.lora_A": lora.lora_a, f"{name}.lora_B": lora.lora_b}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "ExpertWeights":
+        """Return the same experts with each of `tensors` changed."""
+        return replace(
+            self,
+            gate_up_proj=change(self.gate_up_proj),
+            down_proj=change(self.down_proj),
+            gate_up_lora=self.gate_up_lora and self.gate_up_lora.map_tensors(change),
+            down_lora=self.down_lora and self.down_lora.map_tensors(change),
+            gate_up_bias=None if self.gate_up_bias is None else change(self.gate_up_bias),
+            down_bias=None if self.down_bias is None else change(self.down_bias),
+        )
 
     def apply_gate(self, gate_up: Tensor) -> Tensor:
         """Apply the gate to outputs (R, 2 * I) of the first projection: (R, I)."""

@@ -82,12 +82,16 @@ class DroplessExperts(nn.Module):
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the experts that this rank computes with, cast to the dtype of compute."""
+        return self.stored_weights().map_tensors(lambda tensor: tensor.to(dtype))
+
+    def stored_weights(self) -> ExpertWeights:
+        """Return the experts that this rank computes with, as they are: nothing is copied."""
         return ExpertWeights(
-            local_tensor(self.gate_up_proj).to(dtype),
-            local_tensor(self.down_proj).to(dtype),
+            local_tensor(self.gate_up_proj),
+            local_tensor(self.down_proj),
             self.gate,
-            gate_up_lora=self.gate_up_proj_lora and self.gate_up_proj_lora.local(dtype),
-            down_lora=self.down_proj_lora and self.down_proj_lora.local(dtype),
+            gate_up_lora=self.gate_up_proj_lora and self.gate_up_proj_lora.local(),
+            down_lora=self.down_proj_lora and self.down_proj_lora.local(),
         )
 
     def extra_repr(self) -> str:

@@ -1,6 +1,5 @@
 """Low-rank adapters of one projection of all experts of a layer."""
 
-import torch
 from torch import Tensor, nn
 
 from megablocks_utils.kernels.weights import LowRank
@@ -23,10 +22,9 @@ class ExpertLora(nn.Module):
         self.lora_B = nn.Parameter(lora_b)
         self.scaling = scaling
 
-    def local(self, dtype: torch.dtype) -> LowRank:
-        """Return what this rank computes with, in the dtype of compute."""
-        lora_a, lora_b = local_tensor(self.lora_A), local_tensor(self.lora_B)
-        return LowRank(lora_a.to(dtype), lora_b.to(dtype), self.scaling)
+    def local(self) -> LowRank:
+        """Return the factors of this rank's experts."""
+        return LowRank(local_tensor(self.lora_A), local_tensor(self.lora_B), self.scaling)
 
     def extra_repr(self) -> str:
         """Show sizes in the printed model."""

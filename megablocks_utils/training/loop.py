@@ -1,7 +1,7 @@
 """The training loop of the FSDP2 script, on Accelerate."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate import Accelerator
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, shards_over_dp
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
+from megablocks_utils.kernel_check import KernelCheck
 from megablocks_utils.shard_moe_utils import ShardedMoE
 from megablocks_utils.training.batches import StepPlan
 from megablocks_utils.training.debug import check_gradient_norm, check_replicas
@@ -38,6 +39,7 @@ class TrainingState:
         optimizer: over the wrapped parameters.
         scheduler: of the learning rate, stepped once an optimizer step.
         sharded: what `shard_moe` returned; None without expert parallelism.
+        kernel_check: what comparing the kernel with eager found; None without `sharded`.
     """
 
     accelerator: Accelerator
@@ -45,6 +47,7 @@ class TrainingState:
     optimizer: Optimizer
     scheduler: LRScheduler
     sharded: ShardedMoE | None
+    kernel_check: KernelCheck | None = None
 
     def run_state(self) -> RunState:
         """Return what a checkpoint holds of it."""
@@ -53,6 +56,8 @@ class TrainingState:
 
 def build_training_state(setup: Setup) -> TrainingState:
     """Wrap and fill the model with FSDP2, build optimizer and schedule, go on where asked.
+
+    With all weights there, the kernel is checked on them.
 
     **Collective:** every rank of the world must call.
     """
@@ -79,7 +84,7 @@ def build_training_state(setup: Setup) -> TrainingState:
     state = TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
     if setup.resume is not None:
         restore_run(setup.resume, state.run_state(), setup.launch)
-    return state
+    return replace(state, kernel_check=setup.verify_kernel())
 
 
 def fit(

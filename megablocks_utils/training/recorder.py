@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from megablocks_utils.checkpoint.export import export_model
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.kernel_check import KernelCheck
 from megablocks_utils.launch import agree_on_error
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.output_folder import claim_output_dir, find_incomplete
@@ -117,7 +118,13 @@ class RunRecorder:
         self._losses.append(metrics.loss)
         self._has_learned |= metrics.learning_rate > 0
 
-    def finish(self, model: nn.Module, optimizer: Optimizer, tensors: NamedTensors) -> None:
+    def finish(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        tensors: NamedTensors,
+        kernel_check: KernelCheck | None,
+    ) -> None:
         """Write the final model or adapter, the plot and `run.json`; show the end summary.
 
         **Collective:** every rank must call; `tensors` gathers.
@@ -127,6 +134,7 @@ class RunRecorder:
             optimizer: of the run.
             tensors: (name, whole tensor or None) of every parameter, or with adapters of every
                 trainable one; not begun yet.
+            kernel_check: what was found before the first step.
 
         Raises:
             CheckpointError: on rank 0, if something cannot be written.
@@ -149,6 +157,7 @@ class RunRecorder:
             mesh=setup.mesh_sizes(),
             kernel=_kernel(setup)[0],
             kernel_reason=_kernel(setup)[1],
+            kernel_probe=kernel_check and kernel_check.as_record(),
             parameters=setup.counts,
             train_runtime_s=self._runtime_s,
             totals=self._totals,
@@ -157,7 +166,7 @@ class RunRecorder:
         )
         with _as_sentence(self.output_dir / "run.json"):
             write_run_json(self.output_dir / "run.json", record)
-        show_end_summary(setup.console, self._result())
+        show_end_summary(setup.console, self._result(kernel_check))
 
     def _export(self, tensors: NamedTensors) -> None:
         setup, model = self._setup, self._setup.model
@@ -182,7 +191,7 @@ class RunRecorder:
             is_writer=self._is_main,
         )
 
-    def _result(self) -> RunResult:
+    def _result(self, kernel_check: KernelCheck | None) -> RunResult:
         weights = "adapter_model.safetensors" if self._setup.config.adapter.has_lora else "model"
         return RunResult(
             totals=self._totals,
@@ -190,6 +199,7 @@ class RunRecorder:
             final_loss=self._losses[-1],
             train_runtime_s=self._runtime_s,
             memory_source=describe_memory_source(self._setup.device),
+            kernel_check=kernel_check and kernel_check.describe(),
             adapter_check=self._adapter_check and self._adapter_check.report.describe(),
             output_dir=str(self.output_dir),
             files=(

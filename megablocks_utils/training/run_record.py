@@ -37,7 +37,8 @@ class RunRecord:
         commit: Git commit of this package, None outside a checkout.
         hardware: `cpu`, `cores`, `memory_bytes`, `gpus` (names) of this rank's machine.
         mesh: Ranks along each mesh axis, outermost first.
-        kernel: `name` and `reason`.
+        kernel: `name`, `reason` and `probe`: what comparing it with eager found, see
+            `kernel_check.KernelCheck`; None where transformers runs the experts.
         parameters: `total`, `active`, `trainable`.
         train_runtime_s: Wall time of the training loop only.
         totals: `steps`, `tokens`, `input_tokens`.
@@ -54,7 +55,7 @@ class RunRecord:
     commit: str | None
     hardware: dict[str, Any]
     mesh: dict[str, int]
-    kernel: dict[str, str]
+    kernel: dict[str, Any]
     parameters: dict[str, int]
     train_runtime_s: float
     totals: dict[str, int]
@@ -70,6 +71,7 @@ def build_run_record(
     mesh: Mapping[str, int],
     kernel: str,
     kernel_reason: str,
+    kernel_probe: Mapping[str, Any] | None,
     parameters: ParameterCounts,
     train_runtime_s: float,
     totals: RunTotals,
@@ -85,6 +87,7 @@ def build_run_record(
         mesh: Ranks along each axis, outermost first: `{"dp": 2, "ep": 4}`.
         kernel: The backend the experts ran on.
         kernel_reason: Why that one.
+        kernel_probe: What comparing it with eager found; None if it is not this project's.
         parameters: Counts of the whole model.
         train_runtime_s: Wall time of the training loop only.
         totals: The run's steps added up.
@@ -110,13 +113,17 @@ def build_run_record(
         commit=read_commit(CHECKOUT),
         hardware=describe_hardware(),
         mesh=dict(mesh),
-        kernel={"name": kernel, "reason": kernel_reason},
+        kernel={"name": kernel, "reason": kernel_reason, "probe": _plain(kernel_probe)},
         parameters=asdict(parameters),
         train_runtime_s=train_runtime_s,
         totals=sums,
         peaks=peaks,
-        adapter_check=dict(adapter_check) if adapter_check is not None else None,
+        adapter_check=_plain(adapter_check),
     )
+
+
+def _plain(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if report is None else dict(report)
 
 
 def write_run_json(path: str | Path, record: RunRecord) -> None:

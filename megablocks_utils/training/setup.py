@@ -27,6 +27,7 @@ from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
+from megablocks_utils.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.launch import Launch, agreed
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
@@ -108,6 +109,17 @@ class Setup:
             return {"dp": self.launch.world_size, "ep": 1}
         mesh = self.sharded.mesh
         return {"dp": mesh["dp"].size(), "ep": mesh["ep"].size()}
+
+    def verify_kernel(self) -> KernelCheck | None:
+        """Compare the kernel with `eager`, all weights being there; None if it is not ours.
+
+        **Collective:** as `kernel_check.verify_kernel`, which raises what this raises.
+        """
+        if self.sharded is None:
+            return None
+        if not self.config.parallel.verify_kernel:
+            return KernelCheck(skipped="--verify_kernel is False")
+        return verify_kernel(self.sharded, getattr(torch, self.precision.compute))
 
     @property
     def first_step(self) -> int:

@@ -90,6 +90,7 @@ class RunResult:
         final_loss: Loss of the last step.
         train_runtime_s: Wall time of the training loop only.
         memory_source: What the peak measures, from `describe_memory_source`.
+        kernel_check: What comparing the kernel with eager found, in words; None if it is not ours.
         adapter_check: What checking the written adapter found, in words; None without LoRA.
         output_dir: Where the files are.
         files: (path, what it is) of each file or group of files, in reading order.
@@ -100,6 +101,7 @@ class RunResult:
     final_loss: float
     train_runtime_s: float
     memory_source: str
+    kernel_check: str | None
     adapter_check: str | None
     output_dir: str
     files: tuple[tuple[str, str], ...]
@@ -157,6 +159,8 @@ def build_end_summary(result: RunResult) -> Group:
         "peak memory": f"{_format_gib(totals.mem_peak_bytes)} on the fullest rank, "
         f"{result.memory_source}",
     }
+    if result.kernel_check is not None:
+        rows["kernel"] = result.kernel_check
     if result.adapter_check is not None:
         rows["adapter"] = result.adapter_check
     rows |= {

@@ -80,6 +80,7 @@ class MoETrainer(Trainer):
 
     Attributes:
         hooks: saves and stops; to be set before `train`.
+        kernel_check: what comparing the kernel with eager found; None if it is not this project's.
     """
 
     hooks: StepHooks
@@ -108,6 +109,8 @@ class MoETrainer(Trainer):
                 fill_local=setup.fill_local,
                 on_layer=on_layer,
             )
+        # Before anything is written; weights of a checkpoint come in `train`.
+        self.kernel_check = None if setup.resume else setup.verify_kernel()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -165,6 +168,7 @@ class MoETrainer(Trainer):
         prepared = super()._prepare_for_training(*args)
         if self._setup.resume is not None:
             restore_run(self._setup.resume, self.run_state(), self._setup.launch)
+            self.kernel_check = self._setup.verify_kernel()
         return prepared
 
     def compute_loss(

@@ -70,6 +70,7 @@ def test_full_run_leaves_a_model_that_transformers_loads(ranks4, parity_folder, 
     assert record["status"] == "finished"
     assert record["mesh"] == {"dp": 2, "ep": 2}
     assert record["kernel"]["name"] == "grouped_mm"
+    assert 0 < record["kernel"]["probe"]["worst"] < 2
     assert record["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert record["parameters"]["trainable"] == record["parameters"]["total"]
     assert record["totals"] == {

@@ -276,10 +276,15 @@ def train_fsdp2(rank: int, argv: list[str]) -> Trace:
 
 def build_run(argv: list[str]) -> tuple[Setup, TrainingState]:
     """Do on a rank of a pool what the FSDP2 script does before its first step."""
+    setup = build_setup_of(argv)
+    return setup, build_training_state(setup)
+
+
+def build_setup_of(argv: list[str]) -> Setup:
+    """Do on a rank of a pool what the FSDP2 script does before it wraps the model."""
     config = parse_args(argv, entry_point="fsdp2")
     launch = check_environment(config)
-    setup = build_setup(config, launch, start_processes(launch))
-    return setup, build_training_state(setup)
+    return build_setup(config, launch, start_processes(launch))
 
 
 def record_first_gradients(state: TrainingState, trace: Trace) -> None:

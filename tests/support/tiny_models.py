@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedModel,
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+"""Those that `shard_moe` supports; `FAMILY_CONFIGS` has one more."""
 SHARD_SIZE = "100KB"
 
 COMMON = {
@@ -36,6 +38,7 @@ FAMILY_CONFIGS = {
         {"num_experts": 4, "moe_intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True},
     ),
     "olmoe": (OlmoeConfig, {"num_experts": 4}),
+    "gpt_oss": (GptOssConfig, {"num_local_experts": 4, "head_dim": 16}),
 }
 
 

@@ -38,6 +38,7 @@ def build_record(**changes):
         "mesh": {"dp": 2, "ep": 4},
         "kernel": "eager",
         "kernel_reason": "chosen by --kernel",
+        "kernel_probe": {"worst": 1.5, "tensor": "output"},
         "parameters": ParameterCounts(total=100, active=60, trainable=7),
         "train_runtime_s": 12.5,
         "totals": RunTotals(3, 20, 50, 4000, 3000),
@@ -75,7 +76,11 @@ def test_keys_and_values(tmp_path):
     }
     assert run["resolved"] == {"ep_size": 4, "precision": {"name": "fp32"}}
     assert list(run["mesh"].items()) == [("dp", 2), ("ep", 4)]
-    assert run["kernel"] == {"name": "eager", "reason": "chosen by --kernel"}
+    assert run["kernel"] == {
+        "name": "eager",
+        "reason": "chosen by --kernel",
+        "probe": {"worst": 1.5, "tensor": "output"},
+    }
     assert run["parameters"] == {"total": 100, "active": 60, "trainable": 7}
     assert run["train_runtime_s"] == 12.5
     assert run["totals"] == {"steps": 3, "tokens": 20, "input_tokens": 50}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
+from megablocks_utils.kernel_check import KernelCheck
 from megablocks_utils.training.metrics import RunTotals
 from megablocks_utils.training.parameters import ParameterCounts
 from megablocks_utils.training.summary import (
@@ -45,6 +46,7 @@ RESULT = RunResult(
     final_loss=1.75,
     train_runtime_s=3661.0,
     memory_source="CUDA tensors",
+    kernel_check=None,
     adapter_check=None,
     output_dir="./results",
     files=(("metrics.jsonl", "one line a step"), ("loss.png", "the loss curve")),
@@ -110,6 +112,17 @@ def test_end_summary_at_80_columns():
         "               metrics.jsonl  one line a step",
         "               loss.png       the loss curve",
         "",
+    ]
+
+
+def test_end_summary_says_what_checking_the_kernel_found():
+    console = build_text_console()
+    check = KernelCheck("gradient of down_proj", worst=1.0312, seconds=0.034)
+    show_end_summary(console, replace(RESULT, kernel_check=check.describe()))
+    assert lines_of(console)[5:8] == [
+        "  kernel       compared with eager before the first step (0.03 s): at most 1.03",
+        "               times as far off as rounding explains (gradient of down_proj; 2",
+        "               is allowed)",
     ]
 
 

@@ -1,0 +1,184 @@
+"""Run the experts of any transformers model on this project's kernels: one process, no sharding.
+
+transformers hands each experts module to the function that its `experts_implementation` names.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from megablocks_utils.errors import ConfigurationError, MissingKernelError
+from megablocks_utils.kernels.backend import ExpertBackend
+from megablocks_utils.kernels.gate import Gate, SwiGlu, gates_agree
+from megablocks_utils.kernels.grouped_mm import find_grouped_mm_obstacle, run_experts_grouped_mm
+from megablocks_utils.kernels.permute import sort_by_expert
+from megablocks_utils.kernels.weights import ExpertWeights
+
+__all__ = ["register_experts_implementation"]
+
+_PREFIX = "megablocks_utils_"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GATE_ATTRIBUTE = "_megablocks_utils_gate"
+# What transformers' decorator says of a module, and what only one value of is supported.
+_FLAGS = {"has_gate": True, "has_post_expert_norm": False}
+# Names of the numbers in GPT-OSS's gate, in the modules that have it.
+_CLAMPS = (("alpha", "limit"), ("swiglu_alpha", "swiglu_limit"))
+
+
+def register_experts_implementation() -> None:
+    """Let every transformers model take this project's kernels for its experts.
+
+    After it, `experts_implementation` may be `"megablocks_utils_triton"` or
+    `"megablocks_utils_grouped_mm"` in `from_pretrained`, `from_config` and
+    `set_experts_implementation`. Calling it again changes nothing.
+
+    What such a model does, and refuses with one sentence, in its forward pass:
+
+    - It runs in one process and on whole weights. Experts that are split over processes, by
+      transformers or as DTensors, are refused: that is what `shard_moe` is for.
+    - Biases, transposed and interleaved weights are understood. Experts without a gate, with a norm
+      behind them, or quantized are refused.
+    - The module's gate is recognised by its values, once, at its first call. One that is neither
+      SwiGLU nor GPT-OSS's clamped form runs as the module computes it with `grouped_mm`, and is
+      refused by `triton`, which has it inside its kernels.
+    """
+    for kernel in ("grouped_mm", "triton"):
+        ALL_EXPERTS_FUNCTIONS.register(_PREFIX + kernel, partial(_run_experts, kernel))
+
+
+def _run_experts(
+    kernel: str,
+    module: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """Be the forward pass of an experts module: (T, H), (T, K), (T, K) -> (T, H).
+
+    As a linear layer does, it computes in the dtype of the tokens, or in that of autocast.
+    """
+    refuse = partial(_refuse, kernel, module)
+    device_type = hidden_states.device.type
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, enabled=False):
+        run = _load_backend(kernel)
+        experts = _read_weights(module, refuse).map_tensors(lambda tensor: tensor.to(dtype))
+        if obstacle := _find_obstacle(kernel, experts, device_type):
+            refuse(obstacle)
+        order = sort_by_expert(top_k_index, len(experts.down_proj))
+        output = run(hidden_states.to(dtype), order, top_k_weights, experts)
+    return output.to(hidden_states.dtype)
+
+
+def _load_backend(kernel: str) -> ExpertBackend:
+    if kernel == "grouped_mm":
+        return run_experts_grouped_mm
+    try:
+        from megablocks_utils.kernels.fused.experts import run_experts_triton
+    except ImportError as error:
+        raise MissingKernelError(
+            f'experts_implementation="{_PREFIX}triton" needs triton, which cannot be imported here '
+            f"({error}); install it with: pip install triton"
+        ) from error
+    return run_experts_triton
+
+
+def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWeights:
+    """Take the weights as they lie in a module, after checking that they are what they seem."""
+    if getattr(module, "_is_expert_parallel", False):
+        refuse("its experts are split over processes: use shard_moe for that")
+    for flag, wanted in _FLAGS.items():
+        if getattr(module, flag, wanted) != wanted:
+            refuse(f"it has {flag}={not wanted}, and only {wanted} is supported")
+    names = ["gate_up_proj", "down_proj"]
+    if getattr(module, "has_bias", False):
+        names += ["gate_up_proj_bias", "down_proj_bias"]
+    tensors = {name: getattr(module, name) for name in names}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            refuse(f"its {name} is split over processes (a DTensor): use shard_moe for that")
+        if tensor.dtype not in _DTYPES:
+            refuse(f"its {name} is {_name(tensor.dtype)}, not float32, bfloat16 or float16")
+    return ExpertWeights(
+        tensors["gate_up_proj"],
+        tensors["down_proj"],
+        _find_gate(module),
+        gate_up_bias=tensors.get("gate_up_proj_bias"),
+        down_bias=tensors.get("down_proj_bias"),
+        is_transposed=getattr(module, "is_transposed", False),
+        is_interleaved=not getattr(module, "is_concatenated", True),
+    )
+
+
+def _find_gate(module: nn.Module) -> Gate:
+    """Return the module's gate; kept in the module, since comparing reads back to the host."""
+    gate = getattr(module, _GATE_ATTRIBUTE, None)
+    if gate is None:
+        gate = _recognise_gate(module)
+        setattr(module, _GATE_ATTRIBUTE, gate)
+    return gate
+
+
+@torch.no_grad()
+def _recognise_gate(module: nn.Module) -> Gate:
+    own, device = _OwnGate(module), module.down_proj.device
+    for candidate in _gate_candidates(module):
+        if gates_agree(own, candidate, device):
+            return candidate
+    return own
+
+
+def _gate_candidates(module: nn.Module) -> Iterator[SwiGlu]:
+    yield SwiGlu()
+    for names in _CLAMPS:
+        alpha, limit = (getattr(module, name, None) for name in names)
+        if isinstance(alpha, float | int) and isinstance(limit, float | int):
+            yield SwiGlu(float(alpha), float(limit))
+
+
+@dataclass(frozen=True)
+class _OwnGate:
+    """Call a module's own `_apply_gate`, which splits what it is given."""
+
+    module: nn.Module
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        if getattr(self.module, "is_concatenated", True):
+            joined = torch.cat([gate, up], dim=-1)
+        else:
+            joined = torch.stack([gate, up], dim=-1).flatten(-2)
+        return self.module._apply_gate(joined)
+
+
+def _find_obstacle(kernel: str, experts: ExpertWeights, device_type: str) -> str | None:
+    """Say in a clause why a kernel cannot run these experts, or return None."""
+    down = experts.projections[1]
+    _, hidden_size, intermediate_size = down.shape
+    if kernel == "grouped_mm":
+        return find_grouped_mm_obstacle(hidden_size, intermediate_size, down.dtype, device_type)
+    if not isinstance(experts.gate, SwiGlu):
+        return (
+            "it has another gate than SwiGLU and GPT-OSS's clamped form: use "
+            f'experts_implementation="{_PREFIX}grouped_mm"'
+        )
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it is on {device_type}, and triton needs a CUDA GPU"
+    return None
+
+
+def _refuse(kernel: str, module: nn.Module, cause: str) -> None:
+    raise ConfigurationError(
+        f'experts_implementation="{_PREFIX}{kernel}" cannot run {type(module).__name__}: {cause}.'
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

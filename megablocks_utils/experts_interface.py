@@ -3,10 +3,9 @@
 transformers hands each experts module to the function that its `experts_implementation` names.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,12 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
-from megablocks_utils.kernels.backend import ExpertBackend
+from megablocks_utils.kernels.available import ExpertBackend, find_obstacle, load
+from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
+from megablocks_utils.kernels.fused.obstacle import TRITON_INSTALL
 from megablocks_utils.kernels.gate import Gate, SwiGlu, gates_agree
-from megablocks_utils.kernels.grouped_mm import find_grouped_mm_obstacle, run_experts_grouped_mm
 from megablocks_utils.kernels.permute import sort_by_expert
+from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.weights import ExpertWeights
 
 __all__ = ["register_experts_implementation"]
@@ -69,26 +70,23 @@ def _run_experts(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        run = _load_backend(kernel)
         experts = _read_weights(module, refuse).map_tensors(lambda tensor: tensor.to(dtype))
         if obstacle := _find_obstacle(kernel, experts, device_type):
             refuse(obstacle)
+        run = _load_backend(kernel)
         order = sort_by_expert(top_k_index, len(experts.down_proj))
         output = run(hidden_states.to(dtype), order, top_k_weights, experts)
     return output.to(hidden_states.dtype)
 
 
 def _load_backend(kernel: str) -> ExpertBackend:
-    if kernel == "grouped_mm":
-        return run_experts_grouped_mm
     try:
-        from megablocks_utils.kernels.fused.experts import run_experts_triton
+        return load(kernel, tiles=None)
     except ImportError as error:
         raise MissingKernelError(
-            f'experts_implementation="{_PREFIX}triton" needs triton, which cannot be imported here '
-            f"({error}); install it with: pip install triton"
+            f'experts_implementation="{_PREFIX}{kernel}" needs {kernel}, which cannot be imported '
+            f"here ({error}); install it with: {TRITON_INSTALL}"
         ) from error
-    return run_experts_triton
 
 
 def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWeights:
@@ -162,16 +160,16 @@ def _find_obstacle(kernel: str, experts: ExpertWeights, device_type: str) -> str
     """Say in a clause why a kernel cannot run these experts, or return None."""
     down = experts.projections[1]
     _, hidden_size, intermediate_size = down.shape
-    if kernel == "grouped_mm":
-        return find_grouped_mm_obstacle(hidden_size, intermediate_size, down.dtype, device_type)
-    if not isinstance(experts.gate, SwiGlu):
-        return (
-            "it has another gate than SwiGLU and GPT-OSS's clamped form: use "
-            f'experts_implementation="{_PREFIX}grouped_mm"'
-        )
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it is on {device_type}, and triton needs a CUDA GPU"
-    return None
+    shapes = ExpertShapes(
+        hidden_size, intermediate_size, down.dtype, device_type, gate=experts.gate
+    )
+    return find_obstacle(kernel, shapes, _read_device_facts(device_type))
+
+
+@cache
+def _read_device_facts(device_type: str) -> DeviceFacts:
+    """Look once: it takes milliseconds, and a forward pass may take fewer."""
+    return read_device_facts(device_type)
 
 
 def _refuse(kernel: str, module: nn.Module, cause: str) -> None:

@@ -1,11 +1,7 @@
-"""Any transformers model on this project's kernels, against transformers' own eager experts.
-
-To test the `triton` implementation too, add it to `KERNELS` (it needs TRITON_INTERPRET=1 before
-triton is imported, or a GPU).
-"""
+"""Any transformers model on this project's kernels, against transformers' own eager experts."""
 
 import copy
-import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -19,13 +15,18 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 
 from megablocks_utils import experts_interface, register_experts_implementation
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
+from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.gate import SwiGlu
 from tests.support.compare import relative_error
 from tests.support.tiny_models import build_tiny_model
 
-KERNELS = ["grouped_mm"]  # and "triton"
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"]
-TOKENS = torch.arange(3, 43).view(2, 20)
+# Triton's interpreter is slow: the plain form and the one with all variants at once.
+CASES = [
+    *(("grouped_mm", family) for family in FAMILIES),
+    *(("triton", family) for family in ("mixtral", "gpt_oss")),
+]
+TOKENS = torch.arange(3, 23).view(2, 10)
 GPT_OSS_GATE = SwiGlu(alpha=1.702, limit=7.0)
 
 
@@ -52,9 +53,8 @@ def run(model):
     return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_are_those_of_eager(family, kernel):
+@pytest.mark.parametrize(("kernel", "family"), CASES)
+def test_logits_and_gradients_are_those_of_eager(kernel, family):
     """The bound is twice what eager in fp32 is off from eager in fp64."""
     exact = run(build(family, "eager").double())
     baseline = run(build(family, "eager"))
@@ -66,7 +66,7 @@ def test_logits_and_gradients_are_those_of_eager(family, kernel):
         assert relative_error(seen[name], wanted) <= bound, name
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["grouped_mm"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_checkpointing_generation_and_copies(family, kernel):
     plain, eager = build(family, kernel), build(family, "eager")
@@ -165,22 +165,18 @@ def test_another_gate_runs_as_the_module_computes_it():
 def test_triton_refuses_a_gate_that_is_not_in_its_kernels():
     module = build_deepseek_experts(swiglu_limit=10.0)
     module.config._experts_implementation = "megablocks_utils_triton"
-    with mock.patch.object(experts_interface, "_load_backend"):
-        sentence = meet_refusal(module)
-    assert sentence == (
-        'experts_implementation="megablocks_utils_triton" cannot run DeepseekV4Experts: it has '
-        "another gate than SwiGLU and GPT-OSS's clamped form: use "
-        'experts_implementation="megablocks_utils_grouped_mm".'
+    assert meet_refusal(module) == (
+        'experts_implementation="megablocks_utils_triton" cannot run DeepseekV4Experts: our Triton '
+        "kernels know SwiGLU and GPT-OSS's clamped form, and this model's gate is another "
+        "(grouped_mm runs it)."
     )
 
 
 def test_triton_needs_a_gpu_or_its_interpreter():
     module = first_experts("triton")
-    with (
-        mock.patch.object(experts_interface, "_load_backend"),
-        mock.patch.dict(os.environ, TRITON_INTERPRET="0"),
-    ):
-        assert meet_refusal(module).endswith("it is on cpu, and triton needs a CUDA GPU.")
+    facts = replace(read_device_facts("cpu"), is_interpreter=False)
+    with mock.patch.object(experts_interface, "_read_device_facts", lambda _: facts):
+        assert "our Triton kernels need a CUDA GPU" in meet_refusal(module)
 
 
 def test_triton_that_is_missing_is_an_error_with_its_install_line():

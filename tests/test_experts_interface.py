@@ -55,14 +55,17 @@ def run(model):
 
 @pytest.mark.parametrize(("kernel", "family"), CASES)
 def test_logits_and_gradients_are_those_of_eager(kernel, family):
-    """The bound is twice what eager in fp32 is off from eager in fp64."""
+    """The bound is twice what eager in fp32 is off from eager in fp64.
+
+    That of a tensor of four numbers may be small by luck: it is at least that of the logits.
+    """
     exact = run(build(family, "eager").double())
     baseline = run(build(family, "eager"))
     seen = run(build(family, kernel))
     assert seen.keys() == exact.keys() and len(exact) > 20
     for name, wanted in exact.items():
         assert wanted.norm() > 0, name
-        bound = 2 * relative_error(baseline[name], wanted)
+        bound = 2 * max(relative_error(baseline[key], exact[key]) for key in (name, "logits"))
         assert relative_error(seen[name], wanted) <= bound, name
 
 

@@ -3,6 +3,7 @@
 transformers hands each experts module to the function that its `experts_implementation` names.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,13 +82,13 @@ def _run_experts(
 def _load_backend(kernel: str) -> ExpertBackend:
     if kernel == "grouped_mm":
         return run_experts_grouped_mm
-    try:
-        from megablocks_utils.kernels.fused.experts import run_experts_triton
-    except ImportError as error:
+    if importlib.util.find_spec("triton") is None:
         raise MissingKernelError(
-            f'experts_implementation="{_PREFIX}triton" needs triton, which cannot be imported here '
-            f"({error}); install it with: pip install triton"
-        ) from error
+            f'experts_implementation="{_PREFIX}triton" needs triton, which is not installed; '
+            "install it with: pip install triton"
+        )
+    from megablocks_utils.kernels.fused.experts import run_experts_triton
+
     return run_experts_triton
 
 

@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.available import ExpertBackend, find_obstacle, load
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
-from megablocks_utils.kernels.fused.obstacle import TRITON_INSTALL
+from megablocks_utils.kernels.fused.obstacle import TRITON_INSTALL, is_triton_installed
 from megablocks_utils.kernels.gate import Gate, SwiGlu, gates_agree
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.shapes import ExpertShapes
@@ -70,23 +70,22 @@ def _run_experts(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
+        run = _load_backend(kernel)
         experts = _read_weights(module, refuse).map_tensors(lambda tensor: tensor.to(dtype))
         if obstacle := _find_obstacle(kernel, experts, device_type):
             refuse(obstacle)
-        run = _load_backend(kernel)
         order = sort_by_expert(top_k_index, len(experts.down_proj))
         output = run(hidden_states.to(dtype), order, top_k_weights, experts)
     return output.to(hidden_states.dtype)
 
 
 def _load_backend(kernel: str) -> ExpertBackend:
-    try:
-        return load(kernel, tiles=None)
-    except ImportError as error:
+    if kernel == "triton" and not is_triton_installed():
         raise MissingKernelError(
-            f'experts_implementation="{_PREFIX}{kernel}" needs {kernel}, which cannot be imported '
-            f"here ({error}); install it with: {TRITON_INSTALL}"
-        ) from error
+            f'experts_implementation="{_PREFIX}triton" needs triton, which is not installed; '
+            f"install it with: {TRITON_INSTALL}"
+        )
+    return load(kernel, tiles=None)
 
 
 def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWeights:

@@ -40,7 +40,6 @@ def find_triton_obstacle(shapes: ExpertShapes, device: DeviceFacts) -> str | Non
         return f"our Triton kernels do not take {str(shapes.dtype).removeprefix('torch.')}"
     if not isinstance(shapes.gate, SwiGlu):
         return (
-            "our Triton kernels know SwiGLU and GPT-OSS's clamped form, and this model's gate is "
-            "another (grouped_mm runs it)"
+            "our Triton kernels know SwiGLU and its clamped form, and this model's gate is another"
         )
     return None

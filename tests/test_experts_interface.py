@@ -57,7 +57,8 @@ def run(model):
 def test_logits_and_gradients_are_those_of_eager(kernel, family):
     """The bound is twice what eager in fp32 is off from eager in fp64.
 
-    That of a tensor of four numbers may be small by luck: it is at least that of the logits.
+    That of a tensor of few numbers may be small by luck: it is at least that of the logits, with
+    room for what the norm of n random numbers varies by (as in `kernels.probe`).
     """
     exact = run(build(family, "eager").double())
     baseline = run(build(family, "eager"))
@@ -65,7 +66,8 @@ def test_logits_and_gradients_are_those_of_eager(kernel, family):
     assert seen.keys() == exact.keys() and len(exact) > 20
     for name, wanted in exact.items():
         assert wanted.norm() > 0, name
-        bound = 2 * max(relative_error(baseline[key], exact[key]) for key in (name, "logits"))
+        own = max(relative_error(baseline[key], exact[key]) for key in (name, "logits"))
+        bound = 2 * own * (1 + 4 / wanted.numel() ** 0.5)
         assert relative_error(seen[name], wanted) <= bound, name
 
 

@@ -214,13 +214,8 @@ def gate_backward(
         weights: the experts' (H, I): the down projection, transposed.
         hidden: (N, 2 * I) that `gate_up` kept.
         top_k_weights: (T, K) or None for ones.
-        routing: which rows go to which expert.
-        tile: sizes of a program's work.
-        layout: order of the 2 * I values, and the gate.
-        wants_hidden: whether their gradient is needed.
-        wants_weighted: whether the weighted results are.
-        wants_top_k_weights: whether the routing weights' gradient is.
-        inner: a low-rank product to add to the gradient of the gate's result.
+        routing, tile, layout, inner: as of `gate_up`; `inner` is of the gate's results' gradient.
+        wants_hidden, wants_weighted, wants_top_k_weights: which of `GateGradients` are needed.
     """
     num_rows, num_cols = routing.num_rows, weights.num_cols
     launch = Launch(weights, routing, tile, inner)

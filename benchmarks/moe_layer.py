@@ -70,7 +70,7 @@ def _measure_gpu(argv: list[str], options: argparse.Namespace, path: Path) -> No
 def _work(options: argparse.Namespace) -> None:
     work(
         Record.read(options.output),
-        _select(options),
+        _select(options).of(options.worker),
         options.worker,
         deadline=options.deadline,
         device=torch.device(options.device),

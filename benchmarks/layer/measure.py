@@ -56,8 +56,8 @@ def measure_case(
     except torch.OutOfMemoryError as reason:
         return row | {"status": NO_MEMORY, "reason": str(reason).split(" GPU ")[0]}
     finally:
-        gc.collect()
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 

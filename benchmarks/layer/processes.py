@@ -20,8 +20,8 @@ from benchmarks.layer.measure import FAILED, NOT_REACHED, Effort, measure_case
 from benchmarks.layer.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
-MACHINE = "machine"
 CRASHES_ALLOWED = 3
+BEGUN = "cut off while it was measured"
 GRACE_S = 60.0
 _SHARE = 2.0
 
@@ -57,8 +57,6 @@ def run_sides(record: Record, selection: Selection, command: Sequence[str], end:
         command: of a process, without the name of its work and its deadline.
         end: when to be done, as `time.time` counts.
     """
-    if "machine" not in record.content:
-        _run([*command, "--worker", MACHINE, "--deadline", str(end)], end)
     for part in selection.passes():
         for place, side in enumerate(part.sides):
             share = _SHARE * (end - time.time()) / (len(part.sides) - place)
@@ -71,44 +69,58 @@ def run_sides(record: Record, selection: Selection, command: Sequence[str], end:
 
 
 def work(
-    record: Record, selection: Selection, side: str, *, deadline: float, device: torch.device,
+    record: Record,
+    cases: Sequence[Case],
+    side: str,
+    *,
+    deadline: float,
+    device: torch.device,
     effort: Effort,
-) -> None:  # fmt: skip
-    """Do the work of one process: the rates of the machine, or the open cases of a side."""
+) -> None:
+    """Do the work of one process: the open cases of a side, and first the rates of the machine."""
     # Products in fp32 are the truth here, and fp32 sides are fp32.
     torch.set_float32_matmul_precision("highest")
-    if side == MACHINE:
+    if "machine" not in record.content:
         record.machine = measure_machine(device)
-        return
     console = Console()
-    for case in _open_cases(record, selection, side):
+    for case in cases:
+        if record.is_settled(side, case):
+            continue
         if time.time() > deadline:
             return
+        record.add(_row(side, case, NOT_REACHED, BEGUN))  # should this process not live to say more
         row = measure_case(side, case, record.machine, device, effort)
         record.add(row)
-        console.print(f"{side}, {case.label()}: {_summary(row)}", markup=False, highlight=False)
+        text = f"{side}, {case.label()}: {_summary(row)}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_side(
     path: Path, selection: Selection, side: str, command: Sequence[str], deadline: float
 ) -> None:
     """Run processes of a side until its cases are done: a new one after each that breaks."""
-    for crash in range(CRASHES_ALLOWED):
-        left = _open_cases(Record.read(path), selection, side)
-        if not left or time.time() > deadline:
+    routings = dict.fromkeys(case.routing for case in selection.cases)
+    words = [*command, "--routings", *routings, "--worker", side, "--deadline", str(deadline)]
+    for crash in range(1, CRASHES_ALLOWED + 1):
+        record = Record.read(path)
+        is_done = all(record.is_settled(side, case) for case in selection.of(side))
+        if is_done or time.time() > deadline:
             return
-        words = [*command, "--worker", side, "--deadline", str(deadline)]
         reason = _run(words, deadline)
         if reason is None:
             return
-        left = _open_cases(Record.read(path), selection, side)
-        is_last = crash == CRASHES_ALLOWED - 1
-        for case in left if is_last else left[:1]:
-            Record.read(path).add(_row(side, case, FAILED, reason))
+        _blame(Record.read(path), selection.of(side), side, reason, crash == CRASHES_ALLOWED)
 
 
-def _open_cases(record: Record, selection: Selection, side: str) -> list[Case]:
-    return [case for case in selection.of(side) if not record.is_settled(side, case)]
+def _blame(
+    record: Record, cases: Sequence[Case], side: str, reason: str, is_given_up: bool
+) -> None:
+    """Note a crash in the case that was begun, and in all open ones if the side is given up."""
+    for case in cases:
+        row = record.find(side, case) or {"status": NOT_REACHED, "reason": ""}
+        is_open = row["status"] == NOT_REACHED
+        if row["reason"] == BEGUN or (is_open and is_given_up):
+            record.add(_row(side, case, FAILED, reason))
 
 
 def _run(command: Sequence[str], deadline: float) -> str | None:

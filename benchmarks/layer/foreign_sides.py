@@ -137,12 +137,13 @@ def _transformers_experts(
 
 
 def _import_axolotl() -> ModuleType:
+    reasons = []
     for name in AXOLOTL_MODULES:
         try:
             return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    raise SkippedError("axolotl is not installed (pip install --no-deps axolotl; measuring only)")
+        except ModuleNotFoundError as missing:
+            reasons.append(f"{name}: {missing}")
+    raise SkippedError(f"axolotl's kernels are not on the path ({'; '.join(reasons)})")
 
 
 def _axolotl_factors(

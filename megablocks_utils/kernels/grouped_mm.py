@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm, pad
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm, pad, silu
 
 from megablocks_utils.kernels.device import DeviceFacts
+from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
@@ -44,7 +46,7 @@ def run_experts_grouped_mm(
     offsets = order.tokens_per_expert.cumsum(0, dtype=torch.int32)
     gate_up, down = experts.projections
     hidden = _project(rows, gate_up, experts.gate_up_lora, offsets)
-    hidden = experts.apply_gate(_add_bias(hidden, experts.gate_up_bias, order))
+    hidden = _apply_gate(_add_bias(hidden, experts.gate_up_bias, order), experts)
     output = _project(hidden, down, experts.down_lora, offsets)
     output = _add_bias(output, experts.down_bias, order)
     return unpermute_and_combine(output, top_k_weights, order)
@@ -59,6 +61,37 @@ def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tenso
     inner = grouped_mm(rows, lora_a.transpose(1, 2), offs=offsets)  # (R, r), perhaps padded
     # In place: the product with the weights keeps nothing of its own result for the backward pass.
     return output.add_(grouped_mm(inner * lora.scaling, lora_b.transpose(1, 2), offs=offsets))
+
+
+def _apply_gate(gate_up: Tensor, experts: ExpertWeights) -> Tensor:
+    if experts.gate == SwiGlu() and not experts.is_interleaved:
+        return _LeanSwiGlu.apply(gate_up)
+    return experts.apply_gate(gate_up)
+
+
+class _LeanSwiGlu(torch.autograd.Function):
+    """`silu(gate) * up` that saves only its input (R, 2 * I): a third less than autograd would.
+
+    The same operations in the same order, so the same results bit by bit.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        both = torch.empty_like(gate_up)
+        grad_gate, grad_up = both.chunk(2, dim=-1)
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        torch.mul(grad, silu(gate), out=grad_up)
+        return both
 
 
 def _add_bias(rows: Tensor, bias: Tensor | None, order: ExpertOrder) -> Tensor:

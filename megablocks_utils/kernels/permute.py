@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
+from torch.nn.functional import embedding_bag
 
 from megablocks_utils.mesh.token_exchange import invert_permutation
+
+_BLOCK_ELEMENTS_CPU, _BLOCK_ELEMENTS = 2**17, 2**26
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,30 @@ def unpermute_and_combine(rows: Tensor, top_k_weights: Tensor | None, order: Exp
     return _CombineRows.apply(rows, top_k_weights, order.order, order.inverse)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _sum_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+    """Gather each token's K rows (N, H) and add them up in fp32, in one pass without a copy.
+
+    Weights of a higher precision than the rows enter as two parts, each row twice: what the rows'
+    dtype can hold of them, and the rest.
+    """
+    slots = inverse.view(-1, top_k)
+    if weights is not None and weights.dtype != rows.dtype:
+        high = weights.to(rows.dtype)
+        low = (weights - high.to(weights.dtype)).to(rows.dtype)
+        slots, weights = torch.cat([slots, slots], dim=1), torch.cat([high, low], dim=1)
+    return embedding_bag(slots, rows, mode="sum", per_sample_weights=weights)
+
+
+def _dot_rows(one: Tensor, other: Tensor) -> Tensor:
+    """Return the dot product of every pair of rows (N, H), in fp32 or better: (N,).
+
+    In blocks, so that copies in fp32 stay small; on a CPU, in its cache.
+    """
+    dtype = torch.promote_types(one.dtype, torch.float32)
+    elements = _BLOCK_ELEMENTS_CPU if one.device.type == "cpu" else _BLOCK_ELEMENTS
+    size = max(1, elements // max(1, one.shape[1]))
+    blocks = zip(one.split(size), other.split(size), strict=True)
+    return torch.cat([vecdot(a.to(dtype), b.to(dtype)) for a, b in blocks])
 
 
 class _PermuteTokens(torch.autograd.Function):
@@ -81,8 +107,7 @@ class _PermuteTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
-        by_token = grad.index_select(0, inverse).unflatten(0, (-1, ctx.top_k))
-        return by_token.sum(dim=1), None, None, None
+        return _sum_slots(grad, inverse, None, ctx.top_k), None, None, None
 
 
 class _ReorderRows(torch.autograd.Function):
@@ -103,26 +128,18 @@ class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, top_k_weights, order, inverse):
         ctx.save_for_backward(rows, top_k_weights, order, inverse)
-        dtype = _sum_dtype(rows.dtype)
-        by_token = rows.index_select(0, inverse).unflatten(0, top_k_weights.shape).to(dtype)
-        weights = top_k_weights.to(dtype).unsqueeze(1)  # (T, 1, K)
-        # Written into a tensor of its own: FSDP2 warns of a module that returns a view.
-        output = by_token.new_empty(weights.shape[0], rows.shape[1])
-        torch.bmm(weights, by_token, out=output.unsqueeze(1))
-        return output.to(rows.dtype)
+        return _sum_slots(rows, inverse, top_k_weights, top_k_weights.shape[1])
 
     @staticmethod
     def backward(ctx, grad):
         rows, top_k_weights, order, inverse = ctx.saved_tensors
-        dtype = _sum_dtype(rows.dtype)
-        top_k = top_k_weights.shape[1]
-        grad_rows = grad.to(dtype).index_select(0, order.div(top_k, rounding_mode="floor"))
-        grad_weights = None
+        token = order.div(top_k_weights.shape[1], rounding_mode="floor")
+        grad_rows, grad_weights = grad.index_select(0, token), None
         if ctx.needs_input_grad[1]:
-            by_row = torch.linalg.vecdot(rows.to(dtype), grad_rows)  # (N,)
-            grad_weights = by_row.index_select(0, inverse).view_as(top_k_weights)
-            grad_weights = grad_weights.to(top_k_weights.dtype)
+            by_slot = _dot_rows(rows, grad_rows).index_select(0, inverse)
+            grad_weights = by_slot.view_as(top_k_weights).to(top_k_weights.dtype)
         if ctx.needs_input_grad[0]:
-            weights = top_k_weights.to(dtype).reshape(-1).index_select(0, order)
-            grad_rows = grad_rows.mul_(weights.unsqueeze(1)).to(rows.dtype)
+            # In place, each product is rounded to the dtype of the rows once.
+            weights = top_k_weights.reshape(-1).index_select(0, order)
+            grad_rows.mul_(weights.unsqueeze(1))
         return grad_rows, grad_weights, None, None

@@ -28,16 +28,17 @@ ACTIVATIONS = (
     * (
         SHAPE.hidden_size  # rows in expert order
         + 2 * SHAPE.intermediate_size  # gate and up
-        + SHAPE.intermediate_size  # activation of the gate
-        + SHAPE.intermediate_size  # its product with up
+        + SHAPE.intermediate_size  # what the gate makes of them
         + SHAPE.hidden_size  # results of the experts, for the gradient of the routing weights
     )
 )
 # What passes between A and B of both adapters, two indices, where each expert's rows end.
 OUR_EXTRAS = 2 * FLOAT * ROWS * RANK + 2 * INT64 * ROWS + INT32 * SHAPE.num_experts
 WEIGHTS = SHAPE.experts_bytes
-# Three indices and the routing weights in expert order, and where each expert's rows end.
-PEFT_EXTRAS = (3 * INT64 + FLOAT) * ROWS + INT32 * SHAPE.num_experts
+# The activation of the gate, three indices and the routing weights in expert order, and where each
+# expert's rows end.
+PEFT_EXTRAS = (FLOAT * SHAPE.intermediate_size + 3 * INT64 + FLOAT) * ROWS
+PEFT_EXTRAS += INT32 * SHAPE.num_experts
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megablocks_utils.kernels import permute
 from megablocks_utils.kernels.permute import (
     ExpertOrder,
     permute_tokens,
@@ -48,6 +49,40 @@ def test_combine_sums_bf16_rows_in_fp32():
     order = sort_by_expert(torch.tensor([[0, 1, 2]]), num_experts=3)
     rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     assert unpermute_and_combine(rows, torch.ones(1, 3), order).item() == 258.0
+
+
+def test_combine_keeps_what_bf16_cannot_hold_of_fp32_weights():
+    """Rounded to bf16, 1 + 2^-10 would be 1, and the rows would cancel out."""
+    order = sort_by_expert(torch.tensor([[0, 1]]), num_experts=2)
+    rows = torch.tensor([[4096.0], [-4096.0]], dtype=torch.bfloat16)
+    assert unpermute_and_combine(rows, torch.tensor([[1 + 2**-10, 1.0]]), order).item() == 4.0
+
+
+def test_gradient_of_bf16_rows_is_rounded_once():
+    """200 (1 + 2^-8 + 2^-9) is 201 in bf16; with the weight rounded first it would be 202."""
+    order = sort_by_expert(torch.tensor([[0]]), num_experts=1)
+    rows = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    output = unpermute_and_combine(rows, torch.tensor([[1 + 2**-8 + 2**-9]]), order)
+    upstream = torch.tensor([[200.0]], dtype=torch.bfloat16)
+    assert torch.autograd.grad(output, rows, upstream)[0].item() == 201.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_weights_is_the_same_in_blocks_of_rows(monkeypatch, dtype):
+    torch.manual_seed(0)
+    order = sort_by_expert(torch.rand(7, 4).argsort(-1)[:, :2], num_experts=4)
+    rows, upstream = torch.randn(14, 8).to(dtype), torch.randn(7, 8).to(dtype)
+    weights = torch.rand(7, 2, requires_grad=True)
+
+    def gradient():
+        output = unpermute_and_combine(rows, weights, order)
+        return torch.autograd.grad(output, weights, upstream)[0]
+
+    whole = gradient()
+    wanted = rows[order.inverse].unflatten(0, (7, 2)).double() @ upstream.double().unsqueeze(-1)
+    assert relative_error(whole, wanted.squeeze(-1)) < 1e-6
+    monkeypatch.setattr(permute, "_BLOCK_ELEMENTS_CPU", 5 * 8)  # 14 rows: 5, 5, 4
+    assert torch.equal(gradient(), whole)
 
 
 def test_rows_of_one_expert_each_are_only_reordered():

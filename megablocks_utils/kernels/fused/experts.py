@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megablocks_utils.kernels.fused.combine import combine
-from megablocks_utils.kernels.fused.gate_backward import gate_backward
+from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
 from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Matrix, Routing
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
@@ -139,9 +139,7 @@ class _FusedExperts(torch.autograd.Function):
             routing,
             plan.tiles.act_backward,
             plan.layout,
-            wants_hidden=needs.tokens or any(needs.first),
-            wants_weighted=needs.second[0] or any(needs.second[2:]),
-            wants_top_k_weights=needs.top_k_weights,
+            wanted=needs.of_gate,
             inner=back,
         )
         second_grads = second.gradients(
@@ -182,6 +180,13 @@ class _Needs(NamedTuple):
         """Read them off autograd's context."""
         tokens, top_k_weights, *parameters = ctx.needs_input_grad[3:]
         return cls(tokens, top_k_weights, tuple(parameters[:4]), tuple(parameters[4:]))
+
+    @property
+    def of_gate(self) -> Wanted:
+        """What is needed of the way back through the gate; the second bias needs nothing of it."""
+        weight, _, lora_a, lora_b = self.second
+        hidden = self.tokens or any(self.first)
+        return Wanted(hidden, weight or lora_a or lora_b, self.top_k_weights)
 
     @property
     def multiplies_tokens(self) -> bool:

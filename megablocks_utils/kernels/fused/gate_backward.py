@@ -1,6 +1,7 @@
 """Go back through the down projection and the gate, to the router too: one kernel."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -177,6 +178,14 @@ def gate_backward_kernel(
         tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + routed, part, mask=exists)
 
 
+class Wanted(NamedTuple):
+    """Say which of `GateGradients` are needed."""
+
+    hidden: bool
+    weighted: bool
+    top_k_weights: bool
+
+
 @dataclass(frozen=True)
 class GateGradients:
     """What comes out on the way back through the gate; None where it was not asked for.
@@ -202,9 +211,7 @@ def gate_backward(
     tile: Tile,
     layout: GateLayout,
     *,
-    wants_hidden: bool,
-    wants_weighted: bool,
-    wants_top_k_weights: bool,
+    wanted: Wanted,
     inner: Inner | None = None,
 ) -> GateGradients:
     """Run the first half of the way back.
@@ -214,17 +221,16 @@ def gate_backward(
         weights: the experts' (H, I): the down projection, transposed.
         hidden: (N, 2 * I) that `gate_up` kept.
         top_k_weights: (T, K) or None for ones.
-        routing, tile, layout, inner: as of `gate_up`; `inner` is of the gate's results' gradient.
-        wants_hidden, wants_weighted, wants_top_k_weights: which of `GateGradients` are needed.
+        routing: which rows go to which expert.
+        tile: sizes of a program's work.
+        layout: order of the 2 * I values, and the gate.
+        wanted: what is needed.
+        inner: a low-rank product to add to the gradient of the gate's result.
     """
     num_rows, num_cols = routing.num_rows, weights.num_cols
     launch = Launch(weights, routing, tile, inner)
     tiles_m, tiles_n = launch.grid(num_cols)
-    grad_hidden = grad.new_empty(num_rows, 2 * num_cols) if wants_hidden else None
-    weighted = grad.new_empty(num_rows, num_cols) if wants_weighted else None
-    partial = None
-    if wants_top_k_weights:
-        partial = grad.new_empty(tiles_n, num_rows, dtype=torch.float32)
+    grad_hidden, weighted, partial = _allocate(grad, num_rows, num_cols, tiles_n, wanted)
     if num_rows:
         gate_backward_kernel[(tiles_m * tiles_n,)](
             grad,
@@ -246,11 +252,23 @@ def gate_backward(
             grad.stride(0),
             weights.strides,
             HAS_WEIGHTS=top_k_weights is not None,
-            KEEP_GRAD_HIDDEN=wants_hidden,
-            KEEP_WEIGHTED=wants_weighted,
-            KEEP_PARTIAL=wants_top_k_weights,
+            KEEP_GRAD_HIDDEN=wanted.hidden,
+            KEEP_WEIGHTED=wanted.weighted,
+            KEEP_PARTIAL=wanted.top_k_weights,
             **layout.constants(),
             **launch.constants(),
         )
-    by_row = partial.sum(dim=0) if wants_top_k_weights else None
-    return GateGradients(grad_hidden, weighted, by_row)
+    return GateGradients(grad_hidden, weighted, None if partial is None else partial.sum(dim=0))
+
+
+def _allocate(
+    like: Tensor, num_rows: int, num_cols: int, num_tiles_n: int, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Make room for what is wanted; of the routing weights' gradient, a part for each tile."""
+    shapes = (num_rows, 2 * num_cols), (num_rows, num_cols), (num_tiles_n, num_rows)
+    dtypes = like.dtype, like.dtype, torch.float32
+    hidden, weighted, partial = (
+        like.new_empty(shape, dtype=dtype) if is_wanted else None
+        for shape, dtype, is_wanted in zip(shapes, dtypes, wanted, strict=True)
+    )
+    return hidden, weighted, partial

@@ -246,8 +246,8 @@ BUGS = (
     Bug(
         "tokens are not kept where only B is trained",
         "experts.py",
-        "return weight or lora_a or lora_b",
-        "return weight or lora_a",
+        "return weight or lora_a or lora_b\n",
+        "return weight or lora_a\n",
     ),
 )
 

@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.experts import run_experts_triton
-from megablocks_utils.kernels.fused.gate_backward import gate_backward
+from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
 from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Matrix, Routing
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
@@ -119,9 +119,7 @@ def test_gate_backward(tile):
         routing,
         tile,
         layout,
-        wants_hidden=True,
-        wants_weighted=True,
-        wants_top_k_weights=True,
+        wanted=Wanted(hidden=True, weighted=True, top_k_weights=True),
     )
     leaf = hidden.double().requires_grad_()
     by_row = top_k_weights.double().reshape(-1).requires_grad_()
@@ -140,9 +138,7 @@ def test_gate_backward(tile):
         routing,
         tile,
         layout,
-        wants_hidden=True,
-        wants_weighted=False,
-        wants_top_k_weights=False,
+        wanted=Wanted(hidden=True, weighted=False, top_k_weights=False),
     )
     assert torch.equal(thrifty.hidden, seen.hidden)
     assert thrifty.weighted is None

@@ -1,0 +1,1 @@
+"""Parts of the benchmark of one MoE layer (`benchmarks.moe_layer`)."""

@@ -1,0 +1,243 @@
+"""The layer benchmark loses no row, whatever happens to a side, and reports what the rows say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import moe_layer
+from benchmarks.layer import measure, processes
+from benchmarks.layer.aims import cpu_aims, gpu_aims
+from benchmarks.layer.cases import FULL, LORA16, MIXTRAL, QWEN3, TINY, Case
+from benchmarks.layer.check import WrongError
+from benchmarks.layer.measure import QUICK, measure_case
+from benchmarks.layer.processes import BEGUN, Selection, run_sides
+from benchmarks.layer.record import Record
+from benchmarks.layer.report import build_report, fill_in
+from benchmarks.layer.side import SkippedError
+from benchmarks.layer.sides import BASELINE, OURS, OURS_GROUPED_MM, SCATTERMOE
+from benchmarks.layer_floor import Machine
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+GIB = 2**30
+CASES = tuple(Case(TINY, mode, "uniform", 600) for mode in (LORA16, FULL))
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "reason"),
+    [
+        (SkippedError("not installed"), "skipped", "not installed"),
+        (WrongError("output is off"), "wrong", "output is off"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has less."),
+            "out of memory",
+            "CUDA out of memory. Tried to allocate 9 GiB.",
+        ),
+    ],
+)
+def test_what_a_side_cannot_do_is_a_row_that_says_why(monkeypatch, failure, status, reason):
+    def build(*_):
+        raise failure
+
+    monkeypatch.setitem(measure.SIDES, OURS, build)
+    row = measure_case(OURS, CASES[0], Machine(1e12, 1e11), CPU, QUICK)
+    assert row == {
+        "side": OURS,
+        "case": CASES[0].describe(),
+        "status": status,
+        "reason": reason,
+    }
+
+
+def new_record(path, **content):
+    record = Record(path, {"commit": "c", "device": {"name": "cpu"}, "rows": []} | content)
+    record.write()
+    return record
+
+
+def told(path):
+    return [
+        (row["side"], row["case"]["mode"], row["status"], row["reason"])
+        for row in Record.read(path).rows
+    ]
+
+
+def test_a_side_that_breaks_its_process_costs_one_row_and_then_is_given_up(tmp_path, monkeypatch):
+    path, calls = tmp_path / "rows.json", []
+    record, selection = new_record(path), Selection(CASES, (OURS, BASELINE))
+
+    def run(command, deadline):
+        side = command[command.index("--worker") + 1]
+        calls.append(side)
+        if side == BASELINE:
+            return "exit code 1: no module"  # before it began any case
+        begun = next(case for case in CASES if Record.read(path).find(OURS, case) is None)
+        Record.read(path).add(processes._row(OURS, begun, "not reached", BEGUN))
+        return "exit code -6: illegal access"
+
+    monkeypatch.setattr(processes, "_run", run)
+    run_sides(record, selection, ["python"], end=processes.time.time() + 1000)
+    assert calls == [OURS] * 2 + [BASELINE] * 3
+    assert told(path) == [
+        (OURS, "lora16", "failed", "exit code -6: illegal access"),
+        (OURS, "full", "failed", "exit code -6: illegal access"),
+        (BASELINE, "lora16", "failed", "exit code 1: no module"),
+        (BASELINE, "full", "failed", "exit code 1: no module"),
+    ]
+
+
+def test_what_the_time_did_not_suffice_for_is_said_and_measured_by_the_next_run(tmp_path):
+    path = tmp_path / "rows.json"
+    record = new_record(path)
+    measured = {"side": OURS, "case": CASES[0].describe(), "status": "measured"}
+    record.add(measured)
+    run_sides(record, Selection(CASES, (OURS,)), ["python"], end=0.0)
+    rows = Record.read(path).rows
+    assert rows[0] == measured
+    assert (rows[1]["case"]["mode"], rows[1]["status"]) == ("full", "not reached")
+    assert record.is_settled(OURS, CASES[0]) and not record.is_settled(OURS, CASES[1])
+
+
+def test_a_process_that_fails_says_its_last_words():
+    words = [sys.executable, "-c", "raise SystemExit('no kernel image')"]
+    assert processes._run(words, processes.time.time()) == "exit code 1: no kernel image"
+    assert processes._run([sys.executable, "-c", "pass"], processes.time.time()) is None
+
+
+def test_rows_of_another_commit_are_not_mixed_in(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    new_record(path)
+    with pytest.raises(SystemExit) as end:
+        moe_layer.main(["--device", "cpu", "--resume", "--output", str(path)])
+    assert end.value.code == 2
+    assert "has commit c, here is" in capsys.readouterr().err
+
+
+# --- whole runs ------------------------------------------------------------------------------
+
+
+def test_quick_run_of_the_gpu_part(tmp_path, monkeypatch, capfd):
+    """On a CPU, with a real process for the side."""
+    path = tmp_path / "rows.json"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["--device", "cpu", "--quick", "--modes", "lora16", "--routings", "uniform"]
+    moe_layer.main([*words, "--backends", OURS_GROUPED_MM, "--output", str(path)])
+    shown = capfd.readouterr()
+    assert shown.err == "" and "| lora16 | ours, grouped_mm |" in shown.out
+    result = json.loads(path.read_text())
+    assert {"command", "commit", "versions", "hardware", "date", "method"} <= result.keys()
+    assert result["machine"]["flops_per_s"] > 0 < result["machine"]["bytes_per_s"]
+    (row,) = result["rows"]
+    assert row["status"] == "measured" and row["case"]["tokens"] == 600
+    assert row["ms"]["forward"]["n"] == row["ms"]["forward_backward"]["n"] == 10
+    seconds = row["ms"]["forward_backward"]["median"] / 1e3
+    flops = 12 * 600 * TINY.top_k * TINY.hidden_size * TINY.intermediate_size
+    both = row["derived"]["forward_backward"]
+    assert both["tflops"] == pytest.approx(flops / seconds / 1e12)
+    assert both["share_here"] == pytest.approx(both["floor_here_ms"] / 1e3 / seconds)
+    assert row["peak_bytes"] > row["saved_bytes"] > row["least_saved_bytes"] > 0
+
+
+def test_quick_run_of_the_cpu_part(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    moe_layer.main(["--cpu", "--quick", "--only", "bfloat16", "--output", str(path)])
+    assert "| tiny, 600 tokens | bfloat16 | lora16 | PEFT" in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert [row["case"]["mode"] for row in result["rows"]] == ["full", "frozen", "lora16"]
+    for row in result["rows"]:
+        others = [BASELINE, "peft"] if row["case"]["mode"] == "lora16" else [BASELINE]
+        assert list(row["against"]) == others
+        assert all(seen["ratio"]["n"] == 3 for seen in row["against"].values())
+        assert row["memory"].keys() == {OURS_GROUPED_MM, *others}
+        assert 0 < max(row["used_of_bound"].values()) <= 1
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def gpu_row(shape, mode, side, ms, **more):
+    case = Case(shape, mode, "uniform", 16384)
+    times = {phase: {"n": 50, "median": ms, "min": ms, "max": ms} for phase in measure.PHASES}
+    return {
+        "side": side,
+        "case": case.describe(),
+        "status": "measured",
+        "ms": times,
+        "derived": measure.derive(case, times, Machine(700e12, 2.8e12)),
+        "saved_bytes": int(1.876 * GIB),
+        "peak_bytes": 4 * GIB,
+    } | more
+
+
+def gpu_rows():
+    missing = {"status": "skipped", "reason": "scattermoe is not installed"}
+    broken = gpu_row(QWEN3, LORA16, OURS, 9.0)
+    broken |= {"status": "wrong", "reason": "output is off by 1.0e-01, more than 1.0e-02"}
+    return [
+        gpu_row(MIXTRAL, LORA16, OURS, 48.0),
+        gpu_row(MIXTRAL, LORA16, BASELINE, 76.8, saved_bytes=4 * GIB),
+        gpu_row(MIXTRAL, FULL, OURS, 80.0, saved_bytes=2 * GIB),
+        gpu_row(MIXTRAL, FULL, BASELINE, 84.0),
+        {k: v for k, v in gpu_row(MIXTRAL, FULL, SCATTERMOE, 1.0).items() if k != "ms"} | missing,
+        broken,
+    ]
+
+
+def test_aims_are_reached_missed_or_not_measured_with_the_number():
+    lines = [aim.line() for aim in gpu_aims(gpu_rows())]
+    baseline = "ours, triton against transformers grouped_mm (adapters split)"
+    for line in (
+        f"Mixtral-8x7B, lora16: {baseline}, forward and backward: at least 1.5 x; 1.60 x: reached",
+        "Mixtral-8x7B, lora16: share of the H100's floor, forward and backward: at least 60%; "
+        "62.6%: reached",
+        f"Mixtral-8x7B, full: {baseline}, forward and backward: at least 1.1 x; 1.05 x: **missed**",
+        "Mixtral-8x7B, full: ours, triton against ScatterMoE, forward and backward: at least "
+        "1.3 x; ScatterMoE skipped: scattermoe is not installed: not measured",
+        "Mixtral-8x7B, lora16: saved for backward: at most 1.88 GiB; 1.88 GiB (transformers "
+        "grouped_mm (adapters split): 4.00): reached",
+        "Mixtral-8x7B, full: saved for backward: at most 1.88 GiB; 2.00 GiB (transformers "
+        "grouped_mm (adapters split): 1.88): **missed**",
+        f"Qwen3-30B-A3B, lora16: {baseline}, forward and backward: at least 1.5 x; ours, triton "
+        "wrong: output is off by 1.0e-01, more than 1.0e-02: not measured",
+    ):
+        assert f"- {line}" in lines
+    assert {aim.is_reached for aim in gpu_aims([])} == {None}
+
+
+@pytest.mark.parametrize(
+    ("mode", "ratio", "is_reached"),
+    [("full", 1.0, True), ("full", 0.99, False), ("frozen", 1.0, False), ("lora16", 1.01, True)],
+)
+def test_frozen_experts_must_gain_on_a_cpu_and_full_training_must_not_lose(mode, ratio, is_reached):
+    case = {"name": "tiny", "mode": mode, "dtype": "float32"}
+    (aim,) = cpu_aims([{"case": case, "against": {BASELINE: {"ratio": {"median": ratio}}}}])
+    assert aim.is_reached is is_reached
+
+
+def test_report_has_tables_aims_reasons_and_a_chart(tmp_path):
+    gpu, chart = tmp_path / "gpu.json", tmp_path / "moe_layer.png"
+    certificate = {"command": "python -m x", "commit": None, "date": "2026-01-02T03:04"}
+    certificate |= {"versions": {"torch": "2.13"}, "device": {"name": "H100"}, "rows": gpu_rows()}
+    certificate |= {"machine": {"flops_per_s": 7e14, "bytes_per_s": 2.8e12}}
+    gpu.write_text(json.dumps(certificate))
+    parts = build_report(gpu, tmp_path / "missing.json", chart)
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    text = parts["gpu"]
+    assert "H100: 700 TFLOP/s in a large bf16 product, 2.80 TB/s in a large copy." in text
+    ms = "48.00 (48.00-48.00)"
+    assert f"| lora16 | ours, triton | {ms} | {ms} | 481 | 69% | 71% | 63% | 1.88 | 4.00 |" in text
+    assert "| full | ScatterMoE | skipped |" in text
+    assert "- ScatterMoE, skipped (Mixtral-8x7B full uniform): scattermoe is not installed" in text
+    assert parts["cpu"] == "Not measured yet."
+    nothing = build_report(tmp_path / "missing.json", gpu.with_name("none"), None)["gpu"]
+    assert nothing.startswith("No GPU was at hand: nothing was timed on one.")
+    page = "a\n<!-- moe_layer: gpu -->\nold\n<!-- end -->\nb\n"
+    filled = fill_in(page, {"gpu": r"new \1", "cpu": "c"})
+    assert filled == "a\n<!-- moe_layer: gpu -->\n\nnew \\1\n\n<!-- end -->\nb\n"
+    assert fill_in(filled, {"gpu": r"new \1"}) == filled

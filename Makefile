@@ -24,6 +24,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-run $(VENV)/.installed-model
 	PYTHONPATH=. $(PY) -m benchmarks.end_to_end
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.expert_lora
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.moe_layer --cpu
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }

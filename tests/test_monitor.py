@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megablocks_utils.errors import DataError
 from megablocks_utils.launch import Launch, run_entry_point
 from megablocks_utils.training.processes import start_processes
-from tests.support.rank_pool import _free_port, start_forkserver
+from tests.support.ports import free_port
+from tests.support.rank_pool import start_forkserver
 
 WORLD = 4
 
@@ -70,7 +71,7 @@ def started(folder: Path, *jobs, **environ: str):
     """Start ranks that do their jobs, a function or (function, argument); wait until all are up."""
     start_forkserver()
     context = multiprocessing.get_context("forkserver")
-    environ = {"MASTER_PORT": str(_free_port()), **environ}
+    environ = {"MASTER_PORT": str(free_port()), **environ}
     pairs = [job if isinstance(job, tuple) else (job,) for job in jobs]
     ranks = [
         context.Process(target=_serve, args=(n, environ, str(folder), job, arguments), daemon=True)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from megablocks_utils.training.metrics import read_metrics
+from tests.faults.ranks import ScriptRun
 from tests.support.parity import write_examples
+from tests.support.ports import free_port
 from tests.support.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,16 +36,25 @@ class Runs:
         save_tiny_model("olmoe", folder / "model")
         write_examples(folder / "data.json", 37)
 
+    def argv(self, name: str, *words: str) -> list[str]:
+        """Return the options of a run that writes to a folder of this name."""
+        paths = {"model_name_or_path": "model", "data_path": "data.json", "output_dir": name}
+        options = [
+            w for key, value in paths.items() for w in (f"--{key}", f"{self.folder / value}")
+        ]
+        return [*FLAGS.split(), *words, *options]
+
+    def run_without_launcher(self, name: str) -> None:
+        """Run to the end on forked ranks, which import nothing."""
+        argv, logs = self.argv(name), self.folder / "logs"
+        with ScriptRun("fsdp2", argv, logs, world_size=2) as run:
+            run.finish(TIMEOUT_S)
+
     def start(self, name: str, *words: str) -> subprocess.Popen:
-        """Start a run that writes to a folder of this name."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            launcher = LAUNCHER.format(port=probe.getsockname()[1])
-        command = [sys.executable, *launcher.split(), *FLAGS.split(), *words]
-        for option, value in (("model_name_or_path", "model"), ("data_path", "data.json")):
-            command += [f"--{option}", f"{self.folder / value}"]
+        """Start a run under torchrun."""
+        launcher = LAUNCHER.format(port=free_port())
         return subprocess.Popen(
-            [*command, "--output_dir", f"{self.folder / name}"],
+            [sys.executable, *launcher.split(), *self.argv(name, *words)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -72,7 +82,7 @@ class Runs:
 def test_a_run_that_loses_a_rank_is_restarted_and_goes_on(tmp_path):
     """One rank is killed: the other ends with one sentence, and torchrun starts both again."""
     runs = Runs(tmp_path)
-    runs.finish(runs.start("whole"))
+    runs.run_without_launcher("whole")
     killed = runs.folder / "killed"
     process = runs.start("killed", "--save_steps", "4")
     wait_for_lines(killed / "metrics.jsonl", 9, process)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.ports import free_port
 from tests.support.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +33,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def _launch(folder, flags, free_port):
+def _launch(folder, flags):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port"]
-    command += [str(free_port), *LAUNCH.split(), *flags.split()]
+    command += [str(free_port()), *LAUNCH.split(), *flags.split()]
     command += ["--model_name_or_path", folder / "model", "--data_path", folder / "data.json"]
     command += ["--output_dir", folder / "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "info"}
@@ -44,8 +44,8 @@ def _launch(folder, flags, free_port):
     )
 
 
-def test_three_steps_as_the_contract_writes_them(folder, free_port):
-    answer = _launch(folder, FLAGS, free_port)
+def test_three_steps_as_the_contract_writes_them(folder):
+    answer = _launch(folder, FLAGS)
     assert answer.returncode == 0, answer.stderr
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
@@ -63,8 +63,8 @@ def test_three_steps_as_the_contract_writes_them(folder, free_port):
     assert json.loads((folder / "out" / "run.json").read_text())["mesh"] == {"dp": 1, "ep": 2}
 
 
-def test_a_bad_flag_is_one_sentence_and_exit_code_two(folder, free_port):
-    answer = _launch(folder, f"{FLAGS} --deepspeed zero3.json", free_port)
+def test_a_bad_flag_is_one_sentence_and_exit_code_two(folder):
+    answer = _launch(folder, f"{FLAGS} --deepspeed zero3.json")
     assert answer.returncode != 0
     sentences = [line for line in answer.stderr.splitlines() if line.startswith("--deepspeed")]
     assert sentences == [
@@ -73,11 +73,3 @@ def test_a_bad_flag_is_one_sentence_and_exit_code_two(folder, free_port):
     ]
     assert "exitcode  : 2 " in answer.stderr
     assert not (folder / "out").exists()
-
-
-@pytest.fixture
-def free_port():
-    """A port that no other run has at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -8,10 +8,8 @@ libraries.
 import importlib
 import multiprocessing
 import os
-import random
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megablocks_utils.launch import run_entry_point
+from tests.support.ports import free_port
 from tests.support.rank_pool import start_forkserver
 
 __all__ = ["SCRIPTS", "ScriptRun"]
@@ -28,8 +27,6 @@ __all__ = ["SCRIPTS", "ScriptRun"]
 SCRIPTS = {"fsdp2": "train_accelerate_fsdp2", "fsdp1": "train_fsdp1"}
 STOPPED_STATES = "Tt"
 FREEZE_TIMEOUT_S = 10.0
-# Below the ports that the system gives to clients, which come and go all the time.
-PORTS = range(20000, 30000)
 _LOST = re.compile(r"^(?:rank \d+|the store of this run) \(.*\) was lost: .*$", re.MULTILINE)
 
 
@@ -52,7 +49,7 @@ class ScriptRun:
         context = multiprocessing.get_context("forkserver")
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"{rank}.log" for rank in range(world_size)]
-        port = _free_port()
+        port = free_port()
         self._processes = [
             context.Process(
                 target=_be_rank,
@@ -160,17 +157,6 @@ class ScriptRun:
     def losses(self) -> list[str]:
         """Return every sentence about a lost rank."""
         return _LOST.findall(self.output())
-
-
-def _free_port() -> int:
-    while True:
-        port = random.SystemRandom().choice(PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def _read_state(pid: int) -> str:

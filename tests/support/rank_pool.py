@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
+from tests.support.ports import free_port
 from tests.support.rank_worker import report_ready, serve, stack_file
 
 __all__ = ["RankError", "RankPool", "start_forkserver"]
@@ -143,7 +143,7 @@ class RankPool:
         start_forkserver()
         context = multiprocessing.get_context("forkserver")
         self._folder = tempfile.TemporaryDirectory(prefix="rank_pool_")
-        port = _free_port()
+        port = free_port()
         for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(
@@ -227,9 +227,3 @@ def start_forkserver() -> None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -71,9 +71,10 @@ def build_mesh(rank):
     return mesh.get_local_rank("dp"), mesh.get_local_rank("ep"), float(total)
 
 
-def test_results_come_back_by_rank_from_lasting_processes(ranks4):
-    first = ranks4.run(add_ranks, 1, scale=10)
-    second = ranks4.run(add_ranks, 2)
+def test_results_come_back_by_rank_from_lasting_processes():
+    with RankPool(4) as pool:  # the session's may begin afresh between the two
+        first = pool.run(add_ranks, 1, scale=10)
+        second = pool.run(add_ranks, 2)
     assert [answer["rank"] for answer in first] == [0, 1, 2, 3]
     assert [float(answer["total"]) for answer in first] == [64.0] * 4
     assert [float(answer["total"]) for answer in second] == [14.0] * 4

@@ -32,7 +32,7 @@ from benchmarks.layer.processes import Selection, run_sides, work
 from benchmarks.layer.record import Record
 from benchmarks.layer.report import build_report, fill_in
 from benchmarks.layer.sides import SIDES
-from benchmarks.lora_sides import single_process
+from benchmarks.process_group import single_process
 
 MODULE = "benchmarks.moe_layer"
 RESULTS = Path(__file__).parent / "results"

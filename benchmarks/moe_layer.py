@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             usual = CPU_RESULTS if options.cpu else GPU_RESULTS
             path = options.output or (Path(scratch) / usual.name if options.quick else usual)
+            path = path.resolve()  # the processes run in another folder
             measure = _measure_cpu if options.cpu else _measure_gpu
             measure(argv, options, path)
             _show(path, options)

@@ -54,7 +54,8 @@ def build_backend_side(
         except UserError as refusal:
             raise SkippedError(str(refusal)) from refusal
 
-    return LayerSide(run, trained, tuple((weights.named() | trained).values()))
+    constants = tuple((weights.named() | trained).values())
+    return LayerSide(run, trained, constants, note=choice.reason)
 
 
 def build_layer_side(

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from benchmarks.certificate import build_certificate
 from benchmarks.expert_lora_tables import show_rows
-from benchmarks.lora_layer import Shape, build_layer_sides
+from benchmarks.lora_layer import build_layer_sides
 from benchmarks.lora_model import ModelShape, build_model_sides, with_logits
-from benchmarks.lora_sides import ALPHA, OURS, PEFT, RANK, Side, single_process
+from benchmarks.lora_sides import ALPHA, OURS, PEFT, RANK, Side
 from benchmarks.meter import describe_method, measure_peak_bytes, measure_saved_bytes
+from benchmarks.process_group import single_process
+from benchmarks.shape import Shape
 from benchmarks.timing import compare, take_turns
 from megablocks_utils.atomic_file import write_json_atomically
 

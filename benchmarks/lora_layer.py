@@ -1,7 +1,6 @@
 """One layer of experts with adapters, both ways."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from benchmarks.lora_sides import (
     fill_b,
     in_peft_form,
 )
+from benchmarks.shape import Shape
 from megablocks_utils.kernels.backend import ExpertShapes, choose_backend
 from megablocks_utils.lora.experts import attach_expert_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
@@ -29,22 +29,6 @@ from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
 from megablocks_utils.moe.experts import DroplessExperts
 from megablocks_utils.shard_moe_utils import PROJECTIONS, ShardedMoE
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the experts of one layer."""
-
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    top_k: int
-
-    @property
-    def experts_bytes(self) -> int:
-        """Bytes of all experts' weights of a layer, fp32."""
-        return 4 * 3 * self.num_experts * self.hidden_size * self.intermediate_size
 
 
 def build_layer_sides(

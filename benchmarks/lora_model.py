@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
-from benchmarks.lora_layer import Shape
 from benchmarks.lora_sides import OURS, PEFT, Side, adapters_of, build_lora_config, fill_b
+from benchmarks.shape import Shape
 from megablocks_utils.config import AdapterConfig
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.shard_moe_utils import shard_moe

@@ -5,12 +5,10 @@ it makes W + scaling * B @ A of all experts. Both sides hold the same weights an
 with B not zero, and see the same inputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -65,17 +63,6 @@ class Side:
         output = {"output": self.step()}
         inputs = {f"gradient of {name}": tensor.grad for name, tensor in self.inputs.items()}
         return output | inputs | _adapter_gradients(self.module)
-
-
-@contextmanager
-def single_process(device: torch.device) -> Iterator[None]:
-    """Be a process group of one rank, which `shard_moe` needs."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def adapters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

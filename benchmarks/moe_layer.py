@@ -32,7 +32,7 @@ from benchmarks.layer.processes import Selection, run_sides, work
 from benchmarks.layer.record import Record
 from benchmarks.layer.report import build_report, fill_in
 from benchmarks.layer.sides import SIDES
-from benchmarks.lora_sides import single_process
+from benchmarks.process_group import single_process
 
 MODULE = "benchmarks.moe_layer"
 RESULTS = Path(__file__).parent / "results"
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             usual = CPU_RESULTS if options.cpu else GPU_RESULTS
             path = options.output or (Path(scratch) / usual.name if options.quick else usual)
+            path = path.resolve()  # the processes run in another folder
             measure = _measure_cpu if options.cpu else _measure_gpu
             measure(argv, options, path)
             _show(path, options)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from benchmarks.lora_layer import Shape
+from benchmarks.shape import Shape
 
 
 @dataclass(frozen=True)

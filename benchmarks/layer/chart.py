@@ -11,7 +11,7 @@ from benchmarks.layer.cases import MODES
 from benchmarks.layer.measure import MEASURED
 from benchmarks.layer.sides import OURS, TITLES
 
-_OURS_COLOR = "#c0392b"
+_OURS_COLOR = "black"
 _WIDTH = 0.8
 
 

@@ -12,7 +12,7 @@ from benchmarks.layer.inputs import LayerInputs, LayerWeights, draw_inputs, draw
 from benchmarks.layer.measure import describe_memory, measure_memory
 from benchmarks.layer.side import LayerSide, SkippedError
 from benchmarks.layer.sides import CPU_SIDES, OURS_GROUPED_MM
-from benchmarks.lora_layer import Shape
+from benchmarks.shape import Shape
 from benchmarks.timing import compare, take_turns
 
 DTYPES = ("float32", "bfloat16")
@@ -45,7 +45,7 @@ class CpuPlan:
             )
 
 
-CPU_PLAN = CpuPlan(CPU_SHAPES, num_tokens=1024, rounds=11, least_turn_s=0.2)
+CPU_PLAN = CpuPlan(CPU_SHAPES, num_tokens=1024, rounds=15, least_turn_s=0.2)
 QUICK_CPU_PLAN = CpuPlan((TINY,), num_tokens=600, rounds=3, least_turn_s=0.0)
 
 

@@ -68,9 +68,8 @@ def measure_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -
     size = _PEAK_SIZE if device.type == "cuda" else 256
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product_ms = sorted(time_runs(lambda: one @ other, device))
-    source = torch.zeros(_PEAK_BYTES if device.type == "cuda" else 2**20, dtype=torch.uint8).to(
-        device
-    )
+    num_bytes = _PEAK_BYTES if device.type == "cuda" else 2**20
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_ms = sorted(time_runs(lambda: target.copy_(source), device))
     return Machine(

@@ -27,7 +27,14 @@ def find_backend(kernel: str, case: Case, device: torch.device) -> KernelChoice:
     """
     shape = case.shape
     shapes = ExpertShapes(
-        shape.hidden_size, shape.intermediate_size, getattr(torch, case.dtype), device.type
+        shape.hidden_size,
+        shape.intermediate_size,
+        getattr(torch, case.dtype),
+        device.type,
+        mode="lora" if case.mode.rank else case.mode.name,
+        num_local_experts=shape.num_experts,
+        top_k=shape.top_k,
+        num_rows=case.num_tokens * shape.top_k,
     )
     try:
         return choose_backend(kernel, shapes)
@@ -54,7 +61,8 @@ def build_backend_side(
         except UserError as refusal:
             raise SkippedError(str(refusal)) from refusal
 
-    return LayerSide(run, trained, tuple((weights.named() | trained).values()))
+    constants = tuple((weights.named() | trained).values())
+    return LayerSide(run, trained, constants, note=choice.reason)
 
 
 def build_layer_side(

@@ -1,12 +1,12 @@
 """Tables, aims and the chart, from the files of measurements."""
 
+import importlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from benchmarks.layer.aims import cpu_aims, gpu_aims
-from benchmarks.layer.chart import draw_chart
 from benchmarks.layer.measure import MEASURED
 from benchmarks.layer.tables import cpu_table, gpu_tables, missing_rows
 
@@ -44,7 +44,8 @@ def _gpu_part(content: dict[str, Any] | None, chart: Path | None) -> str:
     )
     parts = [told, f"Aims on one H100:\n\n{aims}", gpu_tables(rows)]
     if chart:
-        draw_chart(content, chart)
+        # Imported only here: matplotlib takes longer than all the rest of a side's process.
+        importlib.import_module("benchmarks.layer.chart").draw_chart(content, chart)
         parts.insert(2, f"![Rates by shape, mode and side]({chart.name})")
     if missing := missing_rows(rows):
         parts.append(f"Not measured:\n\n{missing}")

@@ -1,38 +1,45 @@
 """All sides of the layer benchmark by name, in the order they are measured."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from benchmarks.layer.cases import Case
-from benchmarks.layer.foreign_sides import (
-    build_axolotl_side,
-    build_peft_side,
-    build_transformers_side,
-)
 from benchmarks.layer.inputs import LayerWeights
 from benchmarks.layer.our_sides import build_backend_side, build_layer_side
 from benchmarks.layer.side import LayerSide
 
 Builder = Callable[[Case, LayerWeights, torch.device], LayerSide]
 
+
+def _foreign(name: str, *settings: str) -> Builder:
+    """Return a builder of `foreign_sides`, whose libraries are imported when it is called."""
+
+    def build(case: Case, weights: LayerWeights, device: torch.device) -> LayerSide:
+        module = importlib.import_module("benchmarks.layer.foreign_sides")
+        return getattr(module, name)(*settings, case, weights, device)
+
+    return build
+
+
 OURS, OURS_GROUPED_MM, BASELINE, SCATTERMOE = "triton", "grouped_mm", "transformers", "scattermoe"
 PEFT = "peft"
 SIDES: dict[str, Builder] = {
     OURS: partial(build_backend_side, "triton"),
-    BASELINE: partial(build_transformers_side, "grouped_mm"),
+    BASELINE: _foreign("build_transformers_side", "grouped_mm"),
     OURS_GROUPED_MM: partial(build_backend_side, "grouped_mm"),
     SCATTERMOE: partial(build_backend_side, "scattermoe"),
     "megablocks": partial(build_backend_side, "megablocks"),
-    PEFT: build_peft_side,
-    "axolotl": build_axolotl_side,
-    "transformers_eager": partial(build_transformers_side, "eager"),
+    PEFT: _foreign("build_peft_side"),
+    "axolotl": _foreign("build_axolotl_side"),
+    "transformers_eager": _foreign("build_transformers_side", "eager"),
 }
 CPU_SIDES: dict[str, Builder] = {
     OURS_GROUPED_MM: partial(build_layer_side, "grouped_mm"),
     BASELINE: SIDES[BASELINE],
-    PEFT: build_peft_side,
+    PEFT: _foreign("build_peft_side"),
 }
 TITLES = {
     OURS: "ours, triton",

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks.expert_lora import QUICK, measure_agreement
-from benchmarks.lora_layer import Shape, build_layer_sides
-from benchmarks.lora_sides import OURS, PEFT, RANK, single_process
+from benchmarks.lora_layer import build_layer_sides
+from benchmarks.lora_sides import OURS, PEFT, RANK
 from benchmarks.meter import measure_peak_bytes, measure_saved_bytes
+from benchmarks.process_group import single_process
+from benchmarks.shape import Shape
 from benchmarks.timing import compare, take_turns
 
 ROOT = Path(__file__).parents[2]

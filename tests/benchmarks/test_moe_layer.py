@@ -33,7 +33,7 @@ from benchmarks.layer_floor import (
     step_floor_s,
     step_flops,
 )
-from benchmarks.lora_sides import single_process
+from benchmarks.process_group import single_process
 
 CPU = torch.device("cpu")
 TOKENS = 16384

@@ -156,13 +156,13 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
         },
     }
 )
-# Small and of unequal sides, so that tests cross tiles in every dim and see sides swapped.
+# The interpreter's time goes with the number of programs and steps; its memory is no matter.
 _INTERPRET = TileTable(
-    up=Tile(16, 32, 16, 4, 1),
-    linear=Tile(16, 32, 16, 4, 1),
-    skinny=Tile(16, 16, 32, 4, 1),
-    act_backward=Tile(16, 32, 16, 4, 1),
-    weight_grad=Tile(16, 32, 16, 4, 1),
+    up=Tile(32, 64, 32, 4, 1),
+    linear=Tile(32, 64, 32, 4, 1),
+    skinny=Tile(32, 64, 64, 4, 1),
+    act_backward=Tile(32, 64, 32, 4, 1),
+    weight_grad=Tile(64, 128, 32, 4, 1),
 )
 
 

@@ -1,12 +1,13 @@
 """The fused layer against the obvious one, in values and every gradient; what it keeps and skips.
 
-Tiles have 16 rows, 32 (thin ones 16) columns and 16 (32) steps of a sum in the interpreter, so
-sizes of 40 and more cross tiles in every dim and end inside one.
+Tiles have 16 rows, 32 (thin ones 16) columns and 16 (32) steps of a sum, so sizes of 40 and more
+cross tiles in every dim and end inside one.
 """
 
 import inspect
 import pkgutil
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -14,12 +15,13 @@ import torch
 
 from megablocks_utils.kernels import fused
 from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.fused.experts import run_experts_triton
+from megablocks_utils.kernels.fused import experts
 from tests.support.allocations import LargestResult
 from tests.support.compare import relative_error
 from tests.support.layer_case import (
     ADAPTERS,
     PROJECTIONS,
+    SMALL_TILES,
     LayerCase,
     LayerRun,
     assert_equals_obvious,
@@ -28,6 +30,7 @@ from tests.support.layer_case import (
 )
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+run_experts_triton = partial(experts.run_experts_triton, tiles=SMALL_TILES)
 FP32, BF16 = torch.float32, torch.bfloat16
 WIDE = LayerCase(18, 40, 36)  # tiles are crossed in rows, columns and sums
 PLAIN = LayerCase(5, 24, 36)
@@ -186,3 +189,8 @@ def test_no_kernel_uses_atomics():
     for info in pkgutil.iter_modules(fused.__path__):
         module = import_module(f"{fused.__name__}.{info.name}")
         assert "tl.atomic" not in inspect.getsource(module)
+
+
+def test_the_interpreters_own_tiles():
+    """What runs where no tiles are named, as in the tests of whole training runs."""
+    assert_equals_obvious(replace(WIDE, rank=4), experts.run_experts_triton, FP32)

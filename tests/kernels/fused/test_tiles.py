@@ -86,10 +86,9 @@ def test_the_table_of_all_kinds():
     }
 
 
-def test_the_interpreter_crosses_tiles_with_small_sizes():
+def test_the_interpreter_has_one_tile_of_each_kind():
     for kind, itemsize in product(KINDS, (2, 4)):
         tile = choose_tile(kind, arch="interpret", itemsize=itemsize, rows=9, num_experts=4)
-        assert max(tile.block_m, tile.block_n, tile.block_k) <= 32
         assert list_candidates(kind, arch="interpret", itemsize=itemsize) == (tile,)
 
 

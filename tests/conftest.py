@@ -8,18 +8,19 @@ import torch
 
 from tests.support.rank_pool import RankPool
 
+if not torch.cuda.is_available():
+    # Triton decides once, when it is imported, and other conftests import what imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_configure() -> None:
-    """Compute on one thread, here and in the processes that tests start; interpret Triton.
+    """Compute on one thread, here and in the processes that tests start.
 
     Threads of one small operator wait for each other by spinning. Beside ranks and a second
     worker, which want the same cores, references took up to ten times as long with two.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        # Triton decides once, when it is imported: its kernels then run on the CPU.
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -102,16 +102,19 @@ class Resources:
 
 
 class _NoDevice:
-    """Stands in for Triton's driver: names the GPU to compile for, has none to run on."""
+    """Stands in for Triton's driver: names the GPU to compile for, has none to run on.
+
+    Triton keeps the target of a device number, so every GPU has one of its own.
+    """
 
     def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
+        self._capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        return self._target
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self._capability
 
     def get_current_stream(self, _device: int | None = None) -> int:
         return 0

@@ -253,20 +253,28 @@ BUGS = (
 
 
 def catch(bug: Bug) -> str | None:
-    """Return the name of the first test that fails with a bug; None where all pass."""
+    """Return the name of the first test that fails with a bug; None where all pass.
+
+    A bug that reads or writes beyond a tensor may end the process: then the test that it was in.
+    """
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for folder in ("megablocks_utils", "tests"):
             shutil.copytree(ROOT / folder, root / folder)
         shutil.copy(ROOT / "pyproject.toml", root)
         bug.plant(root)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", *TESTS]
         environment = {**os.environ, "PYTHONPATH": str(root)}
         done = subprocess.run(
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
-    failed = re.search(r"^(?:FAILED|ERROR) \S+::(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return failed and failed.group(1)
+    if done.returncode == 0:
+        return None
+    tests = re.findall(r"^tests/\S+::(.+?) (?:FAILED|ERROR|PASSED|$)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^tests/\S+::(.+?) (?:FAILED|ERROR)", done.stdout, re.MULTILINE)
+    if failed:
+        return failed.group(1)
+    return f"{tests[-1] if tests else 'import'} (ends the process)"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -146,7 +146,7 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
         ("any", 4): {
             "up": (Tile(32, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3), Tile(64, 32, 16, 4, 3)),
             "linear": (Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3)),
-            "skinny": (Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 32, 16, 4, 3)),
+            "skinny": (Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 32, 16, 4, 3)),
             "act_backward": (
                 *(Tile(64, 64, 16, 8, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3)),
             ),

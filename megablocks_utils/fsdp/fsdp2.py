@@ -19,7 +19,7 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.launch import agreed
-from megablocks_utils.mesh.device_mesh import DP_AXIS
+from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
 NamedTensors = Iterator[tuple[str, Tensor | None]]
@@ -101,13 +101,23 @@ def prepare_fsdp2(
     Raises:
         UserError: on every rank, what one met in `fill_local`.
     """
+    layers = find_layers(model, accelerator)
+    model = wrap_fsdp2(accelerator, model, sharded)
+    agreed(lambda: fill_layers(model, layers, fill_local, accelerator.device, on_layer))
+    return model, accelerator.prepare_optimizer(make_optimizer(model.named_parameters()))
+
+
+def wrap_fsdp2(accelerator: Accelerator, model: nn.Module, sharded: ShardedMoE | None) -> nn.Module:
+    """Do what `prepare_fsdp2` does up to the filling: what is on meta stays there.
+
+    **Collective:** every rank of the world must call; process groups are made.
+    """
     plugin = accelerator.state.fsdp_plugin
     if sharded is not None:
         if shards_over_dp(sharded):
             shard_experts_over_dp(sharded, plugin.mixed_precision_policy)
         else:
             plugin.ignored_modules = list(sharded.expert_modules.values())
-    layers = _find_layers(model, plugin.transformer_cls_names_to_wrap)
     model = _prepare_model(accelerator, model)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -119,11 +129,12 @@ def prepare_fsdp2(
         # the experts. (Tied to the output head, they are in the head's unit.)
         unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
     _assert_all_sharded(model)
-    agreed(lambda: _fill(model, layers, fill_local, accelerator.device, on_layer))
-    return model, accelerator.prepare_optimizer(make_optimizer(model.named_parameters()))
+    return model
 
 
-def _find_layers(model: nn.Module, classes: list[str]) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, accelerator: Accelerator) -> dict[str, nn.Module]:
+    """Return the decoder layers of a model that is not wrapped yet, by name."""
+    classes = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
     return {n: m for n, m in model.named_modules() if type(m).__name__ in classes}
 
 
@@ -139,13 +150,17 @@ def _prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return model
 
 
-def _fill(
+def fill_layers(
     model: nn.Module,
     layers: dict[str, nn.Module],
     fill_local: FillLocal,
     device: torch.device,
-    on_layer: Callable[[int], None],
+    on_layer: Callable[[int], None] = lambda _: None,
 ) -> None:
+    """Fill a wrapped model's parameters that are on meta, layer by layer, then the rest.
+
+    No communication, so that a rank may fail on its way.
+    """
     for name, layer in layers.items():
         materialize(layer, fill_local, device, prefix=f"{name}.")
         on_layer(1)
@@ -154,7 +169,7 @@ def _fill(
 
 def shards_over_dp(sharded: ShardedMoE) -> bool:
     """Say whether FSDP shards the experts: asked for, and more than one rank to shard over."""
-    return sharded.expert_dp == "shard" and sharded.mesh[DP_AXIS].size() > 1
+    return sharded.expert_dp == "shard" and axis_size(sharded.mesh, DP_AXIS) > 1
 
 
 def shard_experts_over_dp(sharded: ShardedMoE, policy: MixedPrecisionPolicy) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from megablocks_utils.mesh.device_mesh import DP_AXIS
+from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
 from megablocks_utils.mesh.placement import count_replicas, local_tensor
 
 
@@ -24,9 +24,9 @@ def sum_replica_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) 
     **Collective:** one all-reduce a parameter on the `dp` axis (none if its size is 1), in the
     order given, which must be the same on every rank.
     """
-    if mesh[DP_AXIS].size() == 1:
+    if axis_size(mesh, DP_AXIS) == 1:
         return
-    group = mesh[DP_AXIS].get_group()
+    group = mesh.get_group(DP_AXIS)
     grads = [local_tensor(p.grad) for p in parameters if p.requires_grad]
     pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
     for work in pending:

@@ -43,6 +43,11 @@ def compute_mesh_sizes(world_size: int, ep_size: int, num_experts: int) -> MeshS
     return MeshSizes(dp_size=world_size // ep_size, ep_size=ep_size)
 
 
+def axis_size(mesh: DeviceMesh, axis: str) -> int:
+    """Return how many ranks an axis has, without making a mesh of it."""
+    return mesh.size(mesh.mesh_dim_names.index(axis))
+
+
 def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
     """Build the device mesh with axes ("dp", "ep"), ep innermost.
 

@@ -15,7 +15,7 @@ from megablocks_utils.kernels.permute import (
     unpermute_and_combine,
 )
 from megablocks_utils.kernels.weights import ExpertWeights
-from megablocks_utils.mesh.device_mesh import EP_AXIS
+from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.mesh.token_exchange import combine_rows, dispatch_rows, plan_dispatch
 from megablocks_utils.moe.lora import ExpertLora
@@ -32,6 +32,8 @@ class DroplessExperts(nn.Module):
         down_proj: (E, H, I) DTensor, Shard(0) on `ep`.
         gate_up_proj_lora: adapters of the first; None without.
         down_proj_lora: adapters of the second; None without.
+        plan_dispatch: works out who sends how many rows to whom; a plan of a run that is only
+            imagined assumes it instead (see `fake_run`).
     """
 
     gate_up_proj_lora: ExpertLora | None
@@ -54,6 +56,7 @@ class DroplessExperts(nn.Module):
         self.register_module("down_proj_lora", None)
         self.num_experts = gate_up_proj.shape[0]
         self.mesh = mesh
+        self.plan_dispatch = plan_dispatch
         self.backend = backend
         self.gate = build_gate(activation)
 
@@ -66,15 +69,15 @@ class DroplessExperts(nn.Module):
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
         backward, none where it has one rank; every rank of the axis must call, also with no token.
         """
-        ep_mesh = self.mesh[EP_AXIS]
-        group, dtype = ep_mesh.get_group(), hidden_states.dtype
+        # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
+        group, ep_size = self.mesh.get_group(EP_AXIS), axis_size(self.mesh, EP_AXIS)
         # A copy of its own, which selective checkpointing keeps: what is recomputed in backward
         # must be routed as the rows were that other ranks hold.
         order = sort_by_expert(top_k_index.clone(), self.num_experts)
-        experts = self.local_weights(dtype)
-        if ep_mesh.size() == 1:
+        experts = self.local_weights(hidden_states.dtype)
+        if ep_size == 1:
             return self.backend(hidden_states, order, top_k_weights, experts)
-        plan = plan_dispatch(order.tokens_per_expert, group, ep_mesh.size())
+        plan = self.plan_dispatch(order.tokens_per_expert, group, ep_size)
         rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
         received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
         rows = self.backend(rows, received, None, experts)
@@ -99,5 +102,5 @@ class DroplessExperts(nn.Module):
         num_experts, twice_intermediate, hidden_size = self.gate_up_proj.shape
         return (
             f"num_experts={num_experts}, hidden_size={hidden_size}, "
-            f"intermediate_size={twice_intermediate // 2}, ep_size={self.mesh[EP_AXIS].size()}"
+            f"intermediate_size={twice_intermediate // 2}, ep_size={axis_size(self.mesh, EP_AXIS)}"
         )

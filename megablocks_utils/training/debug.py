@@ -48,7 +48,7 @@ def check_replicas(sharded: ShardedMoE, step: int) -> None:
         RuntimeError: on every rank of the world, naming the step and the first parameter that
             differs on this rank's copies.
     """
-    group = sharded.mesh[DP_AXIS].get_group()
+    group = sharded.mesh.get_group(DP_AXIS)
     world_size = dist.get_world_size()
     differing = []
     for name, parameter in sharded.expert_parameters.items():

@@ -1,0 +1,128 @@
+"""What is planned, and what a plan says of it: the language that both engines speak.
+
+Torch-free. All figures are of one rank, the one that needs most.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megablocks_utils.config import ResolvedPrecision
+
+__all__ = ["COLLECTIVES", "COMPONENTS", "Layout", "PlannedRun", "Prediction"]
+
+COMPONENTS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "fsdp_buffers",
+    "activations",
+    "dispatch_buffers",
+)
+"""Where a peak's bytes are.
+
+`parameters`: this rank's shards, and experts it holds whole; `gradients`: likewise, as they are
+kept between micro-steps; `optimizer`: Adam's states; `fsdp_buffers`: gathered weights, gradients
+that wait to be reduced, and what collectives copy in and out of; `activations`: what the backward
+pass needs and temporaries; `dispatch_buffers`: rows that travel between ranks or are put in order
+for the experts, and everything the experts compute with them.
+"""
+
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread the experts.
+
+    Attributes:
+        ep_size: ranks that one copy of the experts is split over; 1 is no expert parallelism:
+            FSDP shards the experts over the world like all else.
+        expert_dp: `shard` or `replicate`: what the `world_size / ep_size` ranks with the same
+            experts do; `shard` where there is one such rank, and for ep_size 1.
+    """
+
+    ep_size: int
+    expert_dp: str
+
+    def describe(self) -> str:
+        """Say it in a few words."""
+        if self.ep_size == 1:
+            return "no expert parallelism"
+        return f"ep_size {self.ep_size}, expert_dp {self.expert_dp}"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What of a run decides its memory and traffic, besides the model and the layout.
+
+    Attributes:
+        world_size: ranks.
+        entry_point: `fsdp2` or `fsdp1`.
+        precision: dtypes.
+        use_lora: `none`, `attn-only`, `mlp-only` or `all`.
+        lora_r: rank of the adapters.
+        gradient_checkpointing: `full`, `none` or `selective`.
+        accumulation: micro-steps of an optimizer step.
+        sync_each_batch: whether gradients are reduced after every micro-step.
+        tokens: T, of the largest micro-batch that a rank has at a time.
+        label_tokens: of these, positions whose next token is learned.
+        kernel: backend of the experts, with `auto` resolved; counts where ep_size is above 1 or
+            adapters are on the experts.
+        imbalance: rows that the hottest rank of an ep group receives, over its fair share.
+        has_aux_loss: whether the load-balancing loss is on.
+        device_type: `cuda` or `cpu`.
+    """
+
+    world_size: int
+    entry_point: str
+    precision: ResolvedPrecision
+    use_lora: str
+    lora_r: int
+    gradient_checkpointing: str
+    accumulation: int
+    sync_each_batch: bool
+    tokens: int
+    label_tokens: int
+    kernel: str
+    imbalance: float
+    has_aux_loss: bool
+    device_type: str
+
+    @property
+    def trains_attention(self) -> bool:
+        """Whether the attention's linear layers have adapters."""
+        return self.use_lora in ("attn-only", "all")
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether the experts have adapters."""
+        return self.use_lora in ("mlp-only", "all")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one rank will hold and send.
+
+    Attributes:
+        components: bytes of each of `COMPONENTS` at the moment of the peak.
+        moment: when that is, in a word or two: `forward`, `loss`, `backward`, `optimizer`.
+        allocated_bytes: held between two steps, after zero_grad.
+        sent_bytes_per_step: by kind of `COLLECTIVES`, bytes that leave this rank in one optimizer
+            step, all micro-steps. Of n ranks that share W bytes, all-gather and reduce-scatter send
+            W * (n - 1) / n, all-reduce twice that; all-to-all what goes to other ranks.
+    """
+
+    components: Mapping[str, int]
+    moment: str
+    allocated_bytes: int
+    sent_bytes_per_step: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is allocated at once."""
+        return sum(self.components.values())
+
+    @property
+    def largest_component(self) -> str:
+        """The component with most of the peak's bytes."""
+        return max(self.components, key=self.components.__getitem__)

@@ -11,6 +11,7 @@ are made before the first micro-step.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,13 @@ class Rehearsal:
 
 
 def rehearse(
-    folder: Path, layout: Layout, run: PlannedRun, *, device: torch.device, is_real: bool = False
+    folder: Path,
+    layout: Layout,
+    run: PlannedRun,
+    *,
+    device: torch.device,
+    is_real: bool = False,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> Rehearsal:
     """Take one step as rank 0 of `run.world_size`; no process group may be initialised.
 
@@ -83,6 +90,8 @@ def rehearse(
         run: what is planned; of its micro-steps two at most are taken.
         device: where tensors are, or pretend to be.
         is_real: whether they are real.
+        on_ready: called when weights and optimizer state are there, before the first micro-step;
+            whoever measures begins here.
 
     Raises:
         UserError: a model or kernel that cannot be run.
@@ -98,6 +107,7 @@ def rehearse(
             step = _Step(state, run, ledger, traffic)
             step.make_optimizer_state()
             ledger.open()
+            on_ready()
             step.take(config.optim.gradient_accumulation_steps)
             return step.report()
 

@@ -12,7 +12,7 @@ are made before the first micro-step.
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fake_run.assumptions import AssumedValues, assume_counts
 from megablocks_utils.fake_run.imaginary_peers import imaginary_peers
+from megablocks_utils.fake_run.launches import no_launches
 from megablocks_utils.fake_run.ledger import LedgerPeak, MemoryLedger
 from megablocks_utils.fake_run.planned_config import build_config
 from megablocks_utils.fake_run.traffic import TrafficCounter
@@ -97,11 +98,12 @@ def rehearse(
         UserError: a model or kernel that cannot be run.
     """
     config = build_config(layout, run)
+    imagination = () if is_real else _imagination(run.kernel)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with imaginary_peers(run.world_size, device.type):
         wrapped = _wrap(folder, config, run, device)
         with ExitStack() as modes:
-            for mode in (*_tensors(is_real), ledger, traffic, AssumedValues()):
+            for mode in (*imagination, ledger, traffic, AssumedValues()):
                 modes.enter_context(mode)
             state = _fill(wrapped, config, run, device)
             step = _Step(state, run, ledger, traffic)
@@ -187,9 +189,10 @@ def _fill_local(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:
     local.normal_(std=0.02)
 
 
-def _tensors(is_real: bool) -> tuple[FakeTensorMode, ...]:
+def _imagination(kernel: str) -> tuple[AbstractContextManager, ...]:
     # Rotary frequencies are real: every model computes them when it is built.
-    return () if is_real else (FakeTensorMode(allow_non_fake_inputs=True),)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    return (fakes, no_launches()) if kernel == "triton" else (fakes,)
 
 
 class _Step:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megablocks_utils.config import PrecisionConfig, resolve_precision
-from megablocks_utils.planning.formula import legal_layouts, predict
 from megablocks_utils.planning.prediction import Layout
 from megablocks_utils.planning.scenario import Scenario
 from megablocks_utils.planning.units import format_gb
@@ -59,7 +58,7 @@ def layout_words(layout: Layout) -> str:
 
 def _combine(scenario: Scenario, layout: Layout, capacity_bytes: int) -> list[Remedy]:
     """Take from each change the attempt with the smallest peak, until they fit together."""
-    taken, peak = [], predict(scenario.shape, layout, scenario.planned_run()).peak_bytes
+    taken, peak = [], scenario.predict(layout).peak_bytes
     for change in _CHANGES:
         attempts = {
             _try(words, *attempt, capacity_bytes): attempt
@@ -78,22 +77,21 @@ def _combine(scenario: Scenario, layout: Layout, capacity_bytes: int) -> list[Re
 
 
 def _try(words: str, scenario: Scenario, layout: Layout, capacity_bytes: int) -> Remedy:
-    prediction = predict(scenario.shape, layout, scenario.planned_run())
+    prediction = scenario.predict(layout)
     return Remedy(words, judge(prediction, capacity_bytes, scenario.device_type))
 
 
 def _other_expert_dp(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
     sharded = Layout(layout.ep_size, "shard")
-    if layout != sharded and sharded in legal_layouts(scenario.shape, scenario.planned_run()):
+    if layout != sharded and sharded in scenario.legal_layouts():
         yield "--expert_dp shard", scenario, sharded
 
 
 def _other_ep_size(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
     """Offer the other sizes, the nearest first."""
-    run = scenario.planned_run()
     others = [
         other
-        for other in legal_layouts(scenario.shape, run)
+        for other in scenario.legal_layouts()
         if other.ep_size != layout.ep_size and other.expert_dp in (layout.expert_dp, "shard")
     ]
     for other in sorted(others, key=lambda o: _distance(o.ep_size, layout.ep_size)):
@@ -151,7 +149,7 @@ def _lora(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, L
 def _more_ranks(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
     for power in range(1, _MAX_GROWTH.bit_length()):
         larger = replace(scenario, world_size=scenario.world_size << power)
-        if layout in legal_layouts(larger.shape, larger.planned_run()):
+        if layout in larger.legal_layouts():
             yield f"--gpus {larger.world_size}", larger, layout
 
 

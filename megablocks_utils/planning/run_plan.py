@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.planning.formula import predict
 from megablocks_utils.planning.prediction import Layout, Prediction
 from megablocks_utils.planning.remedies import find_remedies
 from megablocks_utils.planning.scenario import Scenario, read_shape
@@ -115,5 +114,5 @@ def plan_run(
         label_tokens=label_tokens,
     )
     layout = scenario.own_layout()
-    prediction = predict(scenario.shape, layout, scenario.planned_run())
+    prediction = scenario.predict(layout)
     return RunPlan(scenario, layout, prediction, judge(prediction, capacity_bytes, device_type))

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
+from megablocks_utils.planning.formula import legal_layouts, predict
 from megablocks_utils.planning.model_shape import ModelShape
-from megablocks_utils.planning.prediction import Layout, PlannedRun
+from megablocks_utils.planning.prediction import Layout, PlannedRun, Prediction
 
 __all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
 
@@ -64,13 +65,18 @@ class Scenario:
         if not parallel.use_megablocks_sharding:
             return Layout(1, "shard")
         ep_size = parallel.ep_size or self.world_size
+        if self.config.entry_point == "fsdp1":
+            return Layout(ep_size, "replicate")
         has_copies = ep_size < self.world_size and parallel.expert_dp == "replicate"
         return Layout(ep_size, "replicate" if has_copies else "shard")
 
-    @property
-    def tokens_per_example(self) -> int:
-        """Tokens of an example that is as long as it may be."""
-        return self.config.data.max_seq_length
+    def legal_layouts(self) -> list[Layout]:
+        """List every way to spread this model's experts over these ranks."""
+        return legal_layouts(self.shape, self.world_size, self.config.entry_point)
+
+    def predict(self, layout: Layout) -> Prediction:
+        """Predict one layout with the formulas."""
+        return predict(self.shape, layout, self.planned_run())
 
     def _has_aux_loss(self) -> bool:
         """Whether the load-balancing loss is on, by the rule of `training.micro_batch`."""

@@ -32,6 +32,7 @@ ORDER = (
     ("output_tool",),
     ("merge", "export", "tune"),
     ("training",),
+    ("fake_run",),
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -8,6 +8,7 @@ row exchanges again in the other direction.
 Every rank of the ep group must enter every exchange, also with no row to send.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,26 @@ class DispatchPlan:
     rank_major: Tensor | None
 
 
-def plan_dispatch(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> DispatchPlan:
-    """Exchange the counts of routed rows and work out who sends how many rows to whom.
+@dataclass(frozen=True)
+class ExchangedCounts:
+    """Who sends how many rows to whom.
+
+    `received (ep_size, L)` counts, on the device, the rows that each rank of the group sends to
+    each expert here; `send_sizes` and `receive_sizes` are rows per rank of the group, on the host.
+    """
+
+    received: Tensor
+    send_sizes: list[int]
+    receive_sizes: list[int]
+
+
+ExchangeCounts = Callable[[Tensor, ProcessGroup, int], ExchangedCounts]
+
+
+def exchange_counts(
+    tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int
+) -> ExchangedCounts:
+    """Tell every rank of the group how many rows it will get.
 
     **Collective:** one all-to-all of E integers on the ep group, then the layer's one host read.
 
@@ -45,17 +64,21 @@ def plan_dispatch(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) 
     """
     # The functional collective, not `dist.all_to_all_single`: selective checkpointing keeps the
     # result of an op, and would keep garbage of one that fills its output in place.
-    received = _exchange(tokens_per_expert, None, None, group)
+    received = exchange_rows(tokens_per_expert, None, None, group).view(ep_size, -1)
     send_sizes = tokens_per_expert.view(ep_size, -1).sum(dim=1)
-    received = received.view(ep_size, -1)
-    send_sizes, receive_sizes = torch.stack([send_sizes, received.sum(dim=1)]).tolist()
+    return ExchangedCounts(received, *torch.stack([send_sizes, received.sum(dim=1)]).tolist())
+
+
+def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
+    """Work out how the rows of one layer travel and in which order they are computed."""
+    received = counts.received
     expert_major = rank_major = None
     if received.shape[1] > 1:
-        expert_major = _expert_major_order(received, sum(receive_sizes))
+        expert_major = _expert_major_order(received, sum(counts.receive_sizes))
         rank_major = invert_permutation(expert_major)
     return DispatchPlan(
-        send_sizes=send_sizes,
-        receive_sizes=receive_sizes,
+        send_sizes=counts.send_sizes,
+        receive_sizes=counts.receive_sizes,
         tokens_per_expert=received.sum(dim=0),
         expert_major=expert_major,
         rank_major=rank_major,
@@ -98,12 +121,16 @@ def _expert_major_order(received: Tensor, num_rows: int) -> Tensor:
     return positions + shift.repeat_interleave(lengths, output_size=num_rows)
 
 
-def _exchange(
+def exchange_rows(
     rows: Tensor,
     output_sizes: list[int] | None,
     input_sizes: list[int] | None,
     group: ProcessGroup,
 ) -> Tensor:
+    """Make one all-to-all; without sizes, equal shares. Not differentiable.
+
+    **Collective:** on `group`.
+    """
     pending = functional_collectives.all_to_all_single(rows, output_sizes, input_sizes, group)
     return functional_collectives.wait_tensor(pending)
 
@@ -118,9 +145,14 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx, rows, output_sizes, input_sizes, group):
         ctx.sizes = output_sizes, input_sizes
         ctx.group = group
-        return _exchange(rows.contiguous(), output_sizes, input_sizes, group)
+        return exchange_rows(rows.contiguous(), output_sizes, input_sizes, group)
 
     @staticmethod
     def backward(ctx, grad):
         output_sizes, input_sizes = ctx.sizes
-        return _exchange(grad.contiguous(), input_sizes, output_sizes, ctx.group), None, None, None
+        return (
+            exchange_rows(grad.contiguous(), input_sizes, output_sizes, ctx.group),
+            None,
+            None,
+            None,
+        )

@@ -17,7 +17,13 @@ from megablocks_utils.kernels.permute import (
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor
-from megablocks_utils.mesh.token_exchange import combine_rows, dispatch_rows, plan_dispatch
+from megablocks_utils.mesh.token_exchange import (
+    ExchangeCounts,
+    combine_rows,
+    dispatch_rows,
+    exchange_counts,
+    plan_dispatch,
+)
 from megablocks_utils.moe.lora import ExpertLora
 
 
@@ -32,8 +38,8 @@ class DroplessExperts(nn.Module):
         down_proj: (E, H, I) DTensor, Shard(0) on `ep`.
         gate_up_proj_lora: adapters of the first; None without.
         down_proj_lora: adapters of the second; None without.
-        plan_dispatch: works out who sends how many rows to whom; a plan of a run that is only
-            imagined assumes it instead (see `fake_run`).
+        exchange_counts: finds out who sends how many rows to whom; a run that is only rehearsed
+            assumes it instead (see `fake_run`).
     """
 
     gate_up_proj_lora: ExpertLora | None
@@ -56,7 +62,7 @@ class DroplessExperts(nn.Module):
         self.register_module("down_proj_lora", None)
         self.num_experts = gate_up_proj.shape[0]
         self.mesh = mesh
-        self.plan_dispatch = plan_dispatch
+        self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
         self.gate = build_gate(activation)
 
@@ -77,7 +83,7 @@ class DroplessExperts(nn.Module):
         experts = self.local_weights(hidden_states.dtype)
         if ep_size == 1:
             return self.backend(hidden_states, order, top_k_weights, experts)
-        plan = self.plan_dispatch(order.tokens_per_expert, group, ep_size)
+        plan = plan_dispatch(self.exchange_counts(order.tokens_per_expert, group, ep_size))
         rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
         received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
         rows = self.backend(rows, received, None, experts)

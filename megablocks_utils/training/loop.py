@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -13,11 +13,12 @@ from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, shards
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
 from megablocks_utils.kernel_check import KernelCheck
 from megablocks_utils.shard_moe_utils import ShardedMoE
-from megablocks_utils.training.batches import StepPlan
+from megablocks_utils.training.batches import MicroBatch, StepPlan
 from megablocks_utils.training.debug import check_gradient_norm, check_replicas
 from megablocks_utils.training.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.micro_batch import (
     LossWeights,
+    MicroBatchLoss,
     compute_micro_batch_loss,
     resolve_aux_loss_coef,
 )
@@ -112,9 +113,7 @@ def fit(
         if not _accumulate_gradients(state, plan, aux_loss_coef, meter, hooks):
             hooks.after_stop(step - 1)
             return
-        if state.sharded is not None and not shards_over_dp(state.sharded):
-            sum_replica_gradients(state.sharded.expert_parameters.values(), state.sharded.mesh)
-        norm = clip_gradients(_trainable(state.model), config.optim.max_grad_norm)
+        norm = finish_gradients(state, config.optim.max_grad_norm)
         if config.debug:
             check_gradient_norm(norm, step)
         learning_rate = state.scheduler.get_last_lr()[0]
@@ -148,12 +147,31 @@ def _accumulate_gradients(
         if hooks.should_stop():
             return False
         with accelerator.accumulate(state.model):
-            loss = compute_micro_batch_loss(state.model, batch, weights, accelerator.device)
-            # Accelerate divides by the number of micro-batches; our loss has its weight already.
-            accelerator.backward(loss.objective * accelerator.gradient_accumulation_steps)
+            loss = run_micro_batch(state, batch, weights)
             meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
     return True
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def run_micro_batch(
+    state: TrainingState, batch: MicroBatch, weights: LossWeights
+) -> MicroBatchLoss:
+    """Run forward and backward of one micro-batch, within `accelerator.accumulate`.
+
+    **Collective:** every rank of the world must call, also with a dummy.
+    """
+    accelerator = state.accelerator
+    loss = compute_micro_batch_loss(state.model, batch, weights, accelerator.device)
+    # Accelerate divides by the number of micro-batches; our loss has its weight already.
+    accelerator.backward(loss.objective * accelerator.gradient_accumulation_steps)
+    return loss
+
+
+def finish_gradients(state: TrainingState, max_grad_norm: float) -> Tensor:
+    """Sum the gradients of the experts' copies, clip all, and return the norm before clipping.
+
+    **Collective:** every rank of the world must call.
+    """
+    if state.sharded is not None and not shards_over_dp(state.sharded):
+        sum_replica_gradients(state.sharded.expert_parameters.values(), state.sharded.mesh)
+    trainable = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    return clip_gradients(trainable, max_grad_norm)

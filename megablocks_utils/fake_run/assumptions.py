@@ -1,0 +1,62 @@
+"""What nobody can know before a run, and how to answer whoever asks: where tokens go, above all."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megablocks_utils.mesh.token_exchange import ExchangeCounts, ExchangedCounts, exchange_rows
+
+__all__ = ["AssumedValues", "assume_counts"]
+
+
+def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
+    """Return an `exchange_counts` of a rank that sends evenly, and receives more than its share.
+
+    It makes the same exchange, and does not look at what came of it.
+
+    Args:
+        num_rows: rows that a rank routes in a layer.
+        imbalance: received rows over `num_rows`.
+    """
+
+    def exchange(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> ExchangedCounts:
+        exchange_rows(tokens_per_expert, None, None, group)
+        cells = _spread(math.ceil(num_rows * imbalance), len(tokens_per_expert))
+        num_local = len(tokens_per_expert) // ep_size
+        rows = [cells[start : start + num_local] for start in range(0, len(cells), num_local)]
+        return ExchangedCounts(
+            torch.tensor(rows, device=tokens_per_expert.device),
+            send_sizes=_spread(num_rows, ep_size),
+            receive_sizes=[sum(row) for row in rows],
+        )
+
+    return exchange
+
+
+def _spread(total: int, parts: int) -> list[int]:
+    """Cut a number into parts as equal as can be."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+class AssumedValues(TorchDispatchMode):
+    """Answer, while entered, the questions that fake tensors cannot.
+
+    All positions have labels; the optimizer has made one step. Any other question is an error, as
+    it is without this.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if args and isinstance(args[0], FakeTensor):
+            tensor = args[0]
+            if func is torch.ops.aten.nonzero.default and tensor.dim() == 1:
+                return torch.empty(len(tensor), 1, dtype=torch.int64, device=tensor.device)
+            if func is torch.ops.aten._local_scalar_dense.default and tensor.is_floating_point():
+                return 1.0
+        return func(*args, **(kwargs or {}))

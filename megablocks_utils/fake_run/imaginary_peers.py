@@ -1,0 +1,32 @@
+"""Be rank 0 of a run whose other ranks do not exist."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+__all__ = ["imaginary_peers"]
+
+
+@contextmanager
+def imaginary_peers(world_size: int, device_type: str) -> Iterator[None]:
+    """Initialise torch's fake process group: every collective returns at once, with anything.
+
+    Accelerate reads the launcher's variables, so they are set too, for this process.
+    """
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # read, but never opened
+        "ACCELERATE_USE_CPU": str(device_type == "cpu"),
+    }
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

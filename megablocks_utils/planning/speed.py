@@ -145,7 +145,7 @@ def _attention_flops(scenario: Scenario) -> float:
     """Count those of scores and values, of one token in all layers; it sees half of the others."""
     shape: ModelShape = scenario.shape
     attention = shape.attention
-    length = scenario.tokens_per_example / 2
+    length = scenario.config.data.max_seq_length / 2
     if attention.sliding_window is not None:
         length = min(length, attention.sliding_window)
     per_head = 2 * length * (attention.head_dim + attention.v_head_dim)

@@ -20,9 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
 
-from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fake_run.assumptions import AssumedValues, assume_counts
 from megablocks_utils.fake_run.imaginary_peers import imaginary_peers
@@ -39,11 +37,12 @@ from megablocks_utils.planning.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.shard_moe_utils import ShardedMoE, split_experts_on_meta
+from megablocks_utils.shard_moe_utils import ShardedMoE
 from megablocks_utils.training.batches import MicroBatch
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.loop import TrainingState, finish_gradients, run_micro_batch
 from megablocks_utils.training.micro_batch import LossWeights
+from megablocks_utils.training.model_source import build_bare_model, split_experts
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
 
 _SEED = 42
@@ -127,12 +126,13 @@ class _Wrapped:
 def _wrap(folder: Path, config: RunConfig, run: PlannedRun, device: torch.device) -> _Wrapped:
     """Do what `training.setup` and `prepare_fsdp2` do, without data and weights."""
     precision = run.precision
-    model = build_model_on_meta(folder)
-    model.tie_weights()
-    model.config.dtype = dtype = getattr(torch, precision.weights)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    sharded = _split_experts(model, config, run, device)
+    model = build_bare_model(folder, getattr(torch, precision.weights))
+    compute_dtype = getattr(torch, precision.compute)
+    sharded = split_experts(model, config, device, compute_dtype, run.tokens)
+    if sharded is not None:
+        counts = assume_counts(run.tokens * model.config.num_experts_per_tok, run.imbalance)
+        for module in sharded.expert_modules.values():
+            module.exchange_counts = counts
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
@@ -142,27 +142,6 @@ def _wrap(folder: Path, config: RunConfig, run: PlannedRun, device: torch.device
     accelerator = build_accelerator(config, precision, classes, device.type)
     layers = find_layers(model, accelerator)
     return _Wrapped(accelerator, wrap_fsdp2(accelerator, model, sharded), layers, sharded)
-
-
-def _split_experts(
-    model: PreTrainedModel, config: RunConfig, run: PlannedRun, device: torch.device
-) -> ShardedMoE | None:
-    if not config.parallel.use_megablocks_sharding and not config.adapter.trains_experts:
-        return None
-    sharded = split_experts_on_meta(
-        model,
-        config.parallel.ep_size or 1,
-        kernel=config.parallel.kernel,
-        expert_dp=config.parallel.expert_dp,
-        device_type=device.type,
-        compute_dtype=getattr(torch, run.precision.compute),
-        expert_mode=config.adapter.expert_mode,
-        tokens_per_rank=run.tokens,
-    )
-    num_rows = run.tokens * model.config.num_experts_per_tok
-    for module in sharded.expert_modules.values():
-        module.exchange_counts = assume_counts(num_rows, run.imbalance)
-    return sharded
 
 
 def _move_to_meta(model: nn.Module) -> None:

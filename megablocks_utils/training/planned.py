@@ -1,8 +1,9 @@
 """The plan of a run that starts, and what became of it: predicted against measured."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import PlanError
 from megablocks_utils.planning.run_plan import RunPlan, plan_run
@@ -64,10 +66,10 @@ class CheckedPlan:
 
 def check_plan(
     config: RunConfig,
-    model_config: Mapping[str, Any],
+    folder: Path,
     schedule: Schedule,
     device: torch.device,
-    kernel: str,
+    kernel: str | None,
 ) -> CheckedPlan:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -75,10 +77,10 @@ def check_plan(
 
     Args:
         config: the run.
-        model_config: the entries of the model's config.json.
+        folder: holds the model's config.json.
         schedule: its micro-batches.
         device: where this rank computes; its free memory is what a rank may take.
-        kernel: the backend that runs the experts.
+        kernel: the backend that runs the experts; None: transformers does.
 
     Raises:
         PlanError: on every rank, unless `--ignore_plan` is True.
@@ -86,13 +88,13 @@ def check_plan(
     tokens, label_tokens = schedule.largest_micro_batch()
     run_plan = plan_run(
         config,
-        model_config,
+        read_settings(folder / "config.json", "model"),
         world_size=schedule.world_size,
         device_type=device.type,
         capacity_bytes=_least_capacity(device, schedule.world_size),
         tokens=tokens,
         label_tokens=label_tokens,
-        kernel=kernel,
+        kernel=kernel or "transformers",
     )
     if run_plan.is_impossible and not config.ignore_plan:
         raise PlanError(run_plan.describe_impossible())

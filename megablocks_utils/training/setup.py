@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
-from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
@@ -152,14 +151,10 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     schedule = Schedule(config, examples, launch.rank, launch.world_size)
     if resume is not None:
         check_continuity(resume.manifest, continuity, config, schedule)
-    tokens = round(examples.lengths.mean() * config.optim.per_device_train_batch_size)
-    compute_dtype = getattr(torch, precision.compute)
-    sharded = agreed(lambda: split_experts(source.model, config, device, compute_dtype, tokens))
     model = source.model
+    sharded = agreed(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    config_entries = read_settings(folder / "config.json", "model")
-    kernel = sharded.kernel.name if sharded else "transformers"
-    plan = check_plan(config, config_entries, schedule, device, kernel)
+    plan = check_plan(config, folder, schedule, device, sharded and sharded.kernel.name)
     if adapters is not None:
         agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
@@ -189,6 +184,15 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
 
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
     """Fill nothing: all weights come from the checkpoint that the run goes on from."""
+
+
+def _split_experts(
+    model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
+) -> ShardedMoE | None:
+    batch_size = schedule.config.optim.per_device_train_batch_size
+    tokens = round(schedule.examples.lengths.mean() * batch_size)
+    compute_dtype = getattr(torch, precision.compute)
+    return split_experts(model, schedule.config, device, compute_dtype, tokens)
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

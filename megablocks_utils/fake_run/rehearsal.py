@@ -11,7 +11,7 @@ are made before the first micro-step.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fake_run.assumptions import AssumedValues, assume_counts
 from megablocks_utils.fake_run.imaginary_peers import imaginary_peers
-from megablocks_utils.fake_run.launches import no_launches
 from megablocks_utils.fake_run.ledger import LedgerPeak, MemoryLedger
+from megablocks_utils.fake_run.library_repairs import no_launches, one_example_a_row
 from megablocks_utils.fake_run.planned_config import build_config
 from megablocks_utils.fake_run.traffic import TrafficCounter
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
@@ -97,7 +97,7 @@ def rehearse(
         UserError: a model or kernel that cannot be run.
     """
     config = build_config(layout, run)
-    imagination = () if is_real else _imagination(run.kernel)
+    imagination = () if is_real else _imagination(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with imaginary_peers(run.world_size, device.type):
         wrapped = _wrap(folder, config, run, device)
@@ -168,10 +168,13 @@ def _fill_local(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:
     local.normal_(std=0.02)
 
 
-def _imagination(kernel: str) -> tuple[AbstractContextManager, ...]:
+def _imagination(run: PlannedRun) -> Iterator[AbstractContextManager]:
+    if run.kernel == "triton":
+        yield no_launches()
+    if run.examples == 1:
+        yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    return (fakes, no_launches()) if kernel == "triton" else (fakes,)
+    yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class _Step:
@@ -231,7 +234,8 @@ class _Step:
     def _micro_batch(self) -> MicroBatch:
         num_tokens = self._run.tokens
         tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
-        return MicroBatch(tokens, torch.arange(num_tokens)[None], tokens.clone(), is_dummy=False)
+        positions = torch.arange(num_tokens)[None] % -(-num_tokens // self._run.examples)
+        return MicroBatch(tokens, positions, tokens.clone(), is_dummy=False)
 
     def _aux_loss_coef(self) -> float:
         return 0.01 if self._run.has_aux_loss else 0.0

@@ -43,7 +43,7 @@ def test_a_slow_step_does_not_count():
     [
         # 0.15 s apart, but steps vary by 0.1 s in both
         (timed("a", 9, 2.0, 2.1, 1.9), timed("b", 5, 1.85, 1.75, 1.95), "no difference beside"),
-        (timed("a", 9, 2.0), timed("b", 9, 1.0), "no difference beside"),
+        (timed("a", 9, 2.0), timed("b", 9, 1.0), "both send the same"),
         (timed("a", 9, 1.0), timed("b", 5, 2.0), "the run that sends more was the faster one"),
         # 4 bytes take 1 s, so 9 bytes take 2.25 s of 2
         (timed("a", 9, 2.0), timed("b", 5, 1.0), "nothing is left for anything but sending"),

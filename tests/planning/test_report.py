@@ -66,7 +66,7 @@ def test_the_choice_its_command_and_what_would_help():
 
 
 def test_nothing_fits():
-    _, text = show(capacity_bytes=2 * GB)
+    _, text = show(capacity_bytes=2 * GB, ep_size=1)
     assert "No row fits: the leanest, " in text
     assert "torchrun" not in text
 

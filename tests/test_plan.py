@@ -246,6 +246,20 @@ def test_a_plan_needs_no_torch_and_no_terminal():
     assert max(map(len, lines)) <= 120
 
 
+def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
+    """After a change of the formulas, the example in docs/planning.md has to be renewed."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    page = (MODELS.parents[1] / "docs" / "planning.md").read_text()
+    shown = page[page.index("    benchmarks/models/") : page.index("(`benchmarks/models/` holds")]
+    command = re.search(r"plan (benchmarks/.*?)\n\n", page, flags=re.DOTALL)[1]
+    monkeypatch.chdir(MODELS.parents[1])
+    code, out, _ = run(command.replace("\\\n", " "), capsys, model=None)
+    assert code == 0
+    printed = [line.rstrip() for line in out.splitlines()]
+    wanted = [line.removeprefix("    ") for line in shown.rstrip().splitlines()]
+    assert printed[: len(wanted)] == wanted
+
+
 def test_own_errors_are_users_errors():
     with pytest.raises(ConfigurationError):
         plan.main(["m"])

@@ -1,11 +1,10 @@
-"""Four public models on 8 to 4096 GPUs, on paper: `docs/images/scale.png` and the page's tables.
+"""Four public models on 8 to 4096 GPUs, on paper: the tables of `docs/scale.md` and its picture.
 
     PYTHONPATH=. python -m benchmarks.scale
 
 Nothing is measured: the formulas of `megablocks_utils.plan` answer in seconds.
 """
 
-import sys
 from pathlib import Path
 
 from megablocks_utils.plan import build_question
@@ -23,7 +22,8 @@ MODELS = {
     "DeepSeek-V3": "deepseek-v3",
 }
 RUN = "--gpus 8..4096 --gpu h100-80g --per_device_train_batch_size 1 --max_seq_length 4096"
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "scale.png"
+DOCS = Path(__file__).parents[1] / "docs"
+MARK = "<!-- From here on written by python -m benchmarks.scale -->"
 
 
 def ask(folder: str) -> tuple[Question, list[ScalePoint]]:
@@ -50,16 +50,23 @@ def format_table(points: list[ScalePoint]) -> str:
     return "\n".join(rows)
 
 
+def format_section(name: str, points: list[ScalePoint]) -> str:
+    """Return what the page says of one model."""
+    return f"## {name}\n\n{format_table(points)}\n\n{describe_dominance(points)}\n"
+
+
 def main() -> None:
-    """Draw the picture and write the tables."""
+    """Draw the picture and write the tables into the page."""
     series, capacity = {}, 0
     for name, folder in MODELS.items():
         question, series[name] = ask(folder)
         capacity = question.capacity_bytes
-        text = f"{format_table(series[name])}\n\n{describe_dominance(series[name])}"
-        sys.stdout.write(f"## {name}\n\n{text}\n\n")
-    PICTURE.parent.mkdir(exist_ok=True)
-    draw_scale(series, capacity, PICTURE)
+    page = DOCS / "scale.md"
+    head = page.read_text(encoding="utf-8").partition(MARK)[0]
+    sections = [format_section(name, points) for name, points in series.items()]
+    page.write_text("\n".join([head + MARK + "\n", *sections]), encoding="utf-8")
+    (DOCS / "images").mkdir(exist_ok=True)
+    draw_scale(series, capacity, DOCS / "images" / "scale.png")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_a_model_that_fits_nowhere_ends_with_3(tmp_path, capsys):
 def test_a_bare_config_and_a_family_that_is_not_trained(tmp_path, capsys):
     config = MODELS / "deepseek-v3" / "config.json"
     path = tmp_path / "plan.json"
-    line = f"--gpus 512 --gpu h100-80g --per_device_train_batch_size 1 --json {path}"
+    line = f"--gpus 512 --ep_size 8 --gpu h100-80g --per_device_train_batch_size 1 --json {path}"
     code, out, err = run(line, capsys, model=config)
     assert (code, err) == (0, "")
     found = json.loads(path.read_text())
@@ -244,6 +244,20 @@ def test_a_plan_needs_no_torch_and_no_terminal():
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line for line in done.stdout.splitlines() if not line.endswith("\\")]
     assert max(map(len, lines)) <= 120
+
+
+def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
+    """After a change of the formulas, the example in docs/planning.md has to be renewed."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    page = (MODELS.parents[1] / "docs" / "planning.md").read_text()
+    shown = page[page.index("    benchmarks/models/") : page.index("(`benchmarks/models/` holds")]
+    command = re.search(r"plan (benchmarks/.*?)\n\n", page, flags=re.DOTALL)[1]
+    monkeypatch.chdir(MODELS.parents[1])
+    code, out, _ = run(command.replace("\\\n", " "), capsys, model=None)
+    assert code == 0
+    printed = [line.rstrip() for line in out.splitlines()]
+    wanted = [line.removeprefix("    ") for line in shown.rstrip().splitlines()]
+    assert printed[: len(wanted)] == wanted
 
 
 def test_own_errors_are_users_errors():

@@ -11,8 +11,9 @@ from megablocks_utils.planning.ledger import Ledger
 from megablocks_utils.planning.micro_step import MicroStep
 from megablocks_utils.planning.model_shape import ModelShape
 from megablocks_utils.planning.placement import build_groups
-from megablocks_utils.planning.prediction import COLLECTIVES, Layout, PlannedRun, Prediction
+from megablocks_utils.planning.prediction import Layout, PlannedRun, Prediction
 from megablocks_utils.planning.sizes import Sizes
+from megablocks_utils.planning.traffic import count_sent_bytes
 
 __all__ = ["legal_layouts", "predict"]
 
@@ -65,7 +66,7 @@ def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
         buffers=buffers,
         has_expert_gradients=run.accumulation > 1,
     ).go()
-    sent = dict.fromkeys(COLLECTIVES, 0)
+    sent = count_sent_bytes(sizes, groups)
     return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent)
 
 

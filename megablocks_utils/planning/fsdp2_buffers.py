@@ -1,9 +1,9 @@
 """What FSDP2 holds beside its shards, event by event, as torch 2.13's `_fsdp_param_group` does.
 
 One all-gather gives one buffer of all ranks' shards, which is copied into the whole parameters. In
-forward the buffer stays until the next group is copied, so that the two may overlap; in backward it
-is freed at once, but the next group's is gathered ahead. A reduce-scatter reads one buffer of all
-gradients, which stays until the next group's is made.
+forward the buffer stays until the next group has been copied, so that the two may overlap; in
+backward it is freed at once, but the next group's is gathered ahead. A reduce-scatter reads one
+buffer of all gradients, which stays until the next group's is made.
 """
 
 from collections.abc import Sequence
@@ -64,8 +64,8 @@ class Fsdp2Buffers:
         if not group.is_fsdp:
             return
         buffer = self._start(group)
-        self._ledger.free(_BUFFERS, self._deferred)
         self._copy_out(group)
+        self._ledger.free(_BUFFERS, self._deferred)
         self._deferred = buffer
 
     def leave(self, group: Group) -> None:

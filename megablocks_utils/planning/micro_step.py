@@ -59,6 +59,7 @@ class MicroStep:
         self._ledger.moment = "loss"
         self._compute_loss()
         self._ledger.moment = "backward"
+        self._differentiate_loss()
         self._differentiate_head()
         for layer in reversed(self._layers):
             self._backward(layer)
@@ -121,13 +122,17 @@ class MicroStep:
         self._buffers.end_forward()
 
     def _compute_loss(self) -> None:
-        """Pass log-softmax in fp32, forward and back; the logits' gradients are left."""
-        ledger, head, casts = self._ledger, self._head, self._sizes.casts
-        ledger.pass_by(ACTIVATIONS, head.wide_logits * (1 + casts))
+        """Pass log-softmax in fp32, whose result is kept."""
+        ledger, head = self._ledger, self._head
+        ledger.pass_by(ACTIVATIONS, head.wide_logits * (1 + self._sizes.casts))
         ledger.hold(ACTIVATIONS, head.wide_logits)
         ledger.free(ACTIVATIONS, head.logits)
+
+    def _differentiate_loss(self) -> None:
+        """Go back through log-softmax; the gradients of the logits are left."""
+        ledger, head = self._ledger, self._head
         ledger.pass_by(ACTIVATIONS, 2 * head.wide_logits)
-        ledger.pass_by(ACTIVATIONS, head.logits * casts)
+        ledger.pass_by(ACTIVATIONS, head.logits * self._sizes.casts)
         ledger.hold(ACTIVATIONS, head.logits - head.wide_logits)
 
     def _differentiate_head(self) -> None:
@@ -183,12 +188,20 @@ class MicroStep:
             gradients = self._go_back(stages, experts)
             self._buffers.leave_backward(experts, gradients)
             return
+        self._go_back_through_own(stages, experts)
+
+    def _go_back_through_own(self, stages: Sequence[Stage], experts: Group) -> None:
+        """Pass experts that FSDP does not hold: their gradients stay, or are added to earlier."""
         ledger = self._ledger
+        has_same_dtype = experts.whole_compute_bytes == experts.trained_bytes
+        stays = has_same_dtype and not self._has_expert_gradients
         for stage in reversed(stages):
-            ledger.hold(DISPATCH, stage.gradients)
+            ledger.hold(_GRADIENTS if stays else DISPATCH, stage.gradients)
             ledger.pass_by(stage.component, stage.backward_bytes)
             ledger.free(stage.component, stage.saved_bytes)
-        if experts.whole_compute_bytes != experts.trained_bytes:
+        if stays:
+            return
+        if not has_same_dtype:
             ledger.pass_by(DISPATCH, experts.largest_trained_bytes)
         ledger.free(DISPATCH, experts.whole_compute_bytes)
         if not self._has_expert_gradients:

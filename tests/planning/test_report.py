@@ -11,7 +11,7 @@ from megablocks_utils.planning.calibration import Calibration
 from megablocks_utils.planning.layout_plan import Question, choose_row, plan_layouts
 from megablocks_utils.planning.report import show_plan, show_scale
 from megablocks_utils.planning.scale import plan_scale
-from megablocks_utils.planning.units import format_gib
+from megablocks_utils.planning.units import choose_unit
 from tests.planning.cases import A100_NODE, PUBLISHED, build_scenario
 
 GB = 10**9
@@ -35,6 +35,7 @@ def cells_of(text, row):
 
 def test_every_row_with_all_its_figures():
     rows, text = show()
+    format_gib = choose_unit(100 * GB).format_binary
     for row in rows:
         memory, speed = cells_of(text, row)
         parts = [format_gib(size) for size in row.prediction.components.values()]
@@ -66,7 +67,7 @@ def test_the_choice_its_command_and_what_would_help():
 
 
 def test_nothing_fits():
-    _, text = show(capacity_bytes=2 * GB)
+    _, text = show(capacity_bytes=2 * GB, ep_size=1)
     assert "No row fits: the leanest, " in text
     assert "torchrun" not in text
 

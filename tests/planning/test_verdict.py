@@ -3,7 +3,7 @@
 import pytest
 
 from megablocks_utils.planning.gpus import GPUS
-from megablocks_utils.planning.units import GIB, format_gb, format_gib
+from megablocks_utils.planning.units import GIB, choose_unit, format_count, format_gb
 from megablocks_utils.planning.verdict import WORDS, judge
 from tests.planning.cases import build_prediction
 
@@ -72,5 +72,12 @@ def test_bytes_in_words():
         *("0.0 GB", "999 B", "1.2 kB", "99.9 kB", "150 kB", "4.6 MB", "940 MB", "0.9 GB"),
         "48.2 GB",
     ]
+    unit = choose_unit(GIB)
     gib = [0, 1, GIB // 100, GIB // 2, 10 * GIB, -5 * GIB]
-    assert [format_gib(number) for number in gib] == ["0", "~0", "0.01", "0.50", "10.0", "-5.0"]
+    shown = [unit.format_binary(number) for number in gib]
+    assert shown == ["0", "~0", "0.01", "0.50", "10.0", "-5.0"]
+    assert (unit.binary, unit.decimal, unit.format_decimal(GIB)) == ("GiB", "GB", "1.1")
+    small = choose_unit(100 * 2**20)
+    assert (small.binary, small.format_binary(100 * 2**20)) == ("MiB", "100.0")
+    assert (small.decimal, small.format_decimal(100 * 2**20)) == ("MB", "104.9")
+    assert [format_count(46_702_792_704), format_count(19_700_000)] == ["46.7 B", "19.7 M"]

@@ -54,13 +54,14 @@ def _dispatch_stage(sizes: Sizes) -> Stage:
         saved={"order of received rows": order},
         forward={"rows sent": sent, "rows received": received},
         backward={"gradients received": received, "sorted, or sent back": sorted_again},
+        kept=received,
     )
 
 
 def _gate_up_stage(sizes: Sizes) -> Stage:
     rows = sizes.received(sizes.shape.hidden_size)
     outputs, inner = 2 * sizes.received(sizes.shape.expert_size), _inner(sizes)
-    paths = 3 if inner else 1
+    paths = 2 if inner else 1
     return Stage(
         "gate and up projections",
         DISPATCH,
@@ -68,6 +69,7 @@ def _gate_up_stage(sizes: Sizes) -> Stage:
         forward=_lasting(sizes) | {"outputs": outputs * (2 if inner else 1)},
         backward={"outputs' gradients": outputs, "rows' gradients": paths * rows},
         gradients=_gradients(sizes, sizes.shape.hidden_size, 2 * sizes.shape.expert_size),
+        named=rows * _saves_inputs(sizes),
     )
 
 
@@ -100,9 +102,10 @@ def _down_stage(sizes: Sizes) -> Stage:
         },
         backward={
             "outputs' gradients": rows,
-            "products' gradients": products * (3 if inner else 1),
+            "products' gradients": products * (2 if inner else 1),
         },
         gradients=_gradients(sizes, sizes.shape.expert_size, sizes.shape.hidden_size),
+        named=products * saves,
     )
 
 
@@ -163,6 +166,7 @@ def _transformers_stages(sizes: Sizes) -> list[Stage]:
             forward=lasting | {"outputs": 2 * products},
             backward={"outputs' gradients": 2 * products, "rows' gradients": rows},
             gradients=_gradients(sizes, hidden_size, 2 * expert_size),
+            named=rows * saves,
         ),
         Stage(
             "gate",
@@ -183,7 +187,7 @@ def _transformers_stages(sizes: Sizes) -> list[Stage]:
             "combine",
             DISPATCH,
             saved={"rows": rows, "weights": sizes.num_routed * FP32},
-            forward=lasting | {"product": products * (not saves), "weighted rows": 2 * weighted},
+            forward=lasting | {"weighted rows": 2 * weighted},
             backward={"gradients": 3 * weighted},
         ),
     ]

@@ -1,6 +1,6 @@
 """Put the stages of every kind of decoder layer together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megablocks_utils.planning.dense_stages import (
     attention_stages,
@@ -45,7 +45,12 @@ def plan_layers(sizes: Sizes, groups: ModelGroups) -> list[LayerPlan]:
         id(layer): _plan_layer(sizes, layer, layer_groups)
         for layer, layer_groups in zip(sizes.shape.layers, groups.layers, strict=True)
     }
-    return [plans[id(layer)] for layer in sizes.shape.layers]
+    first, *others = (plans[id(layer)] for layer in sizes.shape.layers)
+    if sizes.first_inputs_are_frozen:
+        # Before the first adapter of all, nothing is kept and there is no way back.
+        frozen = (replace(stage, saved={}, backward={}) for stage in first.dense)
+        first = replace(first, dense=tuple(frozen))
+    return [first, *others]
 
 
 def _plan_layer(sizes: Sizes, layer: LayerShape, groups: LayerGroups) -> LayerPlan:

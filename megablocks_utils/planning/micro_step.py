@@ -68,7 +68,7 @@ class MicroStep:
     def _embed(self) -> None:
         embedding = self._groups.embedding
         self._buffers.enter(embedding or self._groups.tail)
-        self._ledger.hold(ACTIVATIONS, self._head.held)
+        self._ledger.hold(ACTIVATIONS, self._head.held + self._head.mask)
         self._ledger.pass_by(ACTIVATIONS, self._sizes.narrow)
         if embedding is not None:
             self._buffers.leave(embedding)
@@ -81,11 +81,14 @@ class MicroStep:
         hidden = self._sizes.narrow if self._recomputes else self._stream
         ledger.hold(ACTIVATIONS, hidden)
         self._pass(layer.dense)
+        between = self._hidden_beside_experts()
+        ledger.hold(ACTIVATIONS, between)
         if experts is not None:
             buffers.enter(experts)
         self._pass(layer.experts)
         if experts is not None:
             buffers.leave(experts)
+        ledger.free(ACTIVATIONS, between)
         self._pass(layer.shared)
         ledger.pass_by(ACTIVATIONS, self._sizes.narrow)
         if not self._recomputes:
@@ -93,14 +96,22 @@ class MicroStep:
         for group in layer.groups.dense:
             buffers.leave(group)
 
+    def _hidden_beside_experts(self) -> int:
+        """Return hidden states, before and after the norm, that only names of Python hold."""
+        normalised = self._recomputes or not self._sizes.trains_all
+        return self._sizes.narrow * (normalised + self._recomputes)
+
     def _pass(self, stages: Sequence[Stage]) -> None:
         """Pass stages of the forward pass."""
+        named = 0
         for stage in stages:
             if not self._recomputes:
                 self._ledger.hold(stage.component, stage.saved_bytes)
-            elif self._keeps_exchanges:
-                self._ledger.hold(stage.component, stage.kept)
+            else:
+                self._ledger.hold(stage.component, stage.named + stage.kept * self._keeps_exchanges)
+                named += stage.named
             self._ledger.pass_by(stage.component, stage.forward_bytes)
+        self._ledger.free(DISPATCH, named)
 
     def _pass_again(self, stages: Sequence[Stage]) -> None:
         """Pass stages that are computed again for the backward pass."""
@@ -120,6 +131,8 @@ class MicroStep:
         ledger.hold(ACTIVATIONS, head.logits)
         ledger.pass_by(ACTIVATIONS, head.rows - head.saved_rows + self._sizes.narrow)
         self._buffers.end_forward()
+        if not self._recomputes:
+            ledger.free(ACTIVATIONS, head.mask)
 
     def _compute_loss(self) -> None:
         """Pass log-softmax in fp32, whose result is kept."""
@@ -141,9 +154,9 @@ class MicroStep:
         ledger.hold(_BUFFERS, head.head_gradient)
         ledger.pass_by(ACTIVATIONS, head.rows)
         ledger.free(ACTIVATIONS, head.logits + head.saved_rows)
-        ledger.hold(ACTIVATIONS, self._sizes.narrow)  # the hidden states' gradients, from here on
-        ledger.pass_by(ACTIVATIONS, self._sizes.narrow)
+        ledger.pass_by(ACTIVATIONS, 2 * self._sizes.narrow)
         gradients = head.head_gradient + self._go_back((head.norm,), tail)
+        ledger.hold(ACTIVATIONS, self._sizes.narrow)  # the hidden states' gradients, from here on
         self._tail_gradients = gradients
         if self._groups.embedding is not None:
             self._buffers.leave_backward(tail, gradients)
@@ -210,7 +223,7 @@ class MicroStep:
     def _differentiate_embedding(self) -> None:
         ledger, head, embedding = self._ledger, self._head, self._groups.embedding
         ledger.hold(_BUFFERS, head.embedding_gradient)
-        ledger.free(ACTIVATIONS, self._sizes.narrow + head.held)
+        ledger.free(ACTIVATIONS, self._sizes.narrow + head.held + head.mask * self._recomputes)
         if embedding is not None:
             self._buffers.leave_backward(embedding, head.embedding_gradient, is_whole=False)
         else:

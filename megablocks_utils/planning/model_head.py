@@ -14,7 +14,8 @@ class HeadPlan:
     """Bytes of what is not in a layer.
 
     Attributes:
-        held: as long as a micro-step lasts: token numbers, rotary angles, the mask.
+        held: as long as a micro-step lasts: token numbers, rotary angles.
+        mask: of all tokens of a row; checkpointing keeps it for backward.
         norm: the final norm.
         rows: hidden states of the positions with labels.
         saved_rows: of these, what the output head keeps for its weights' gradient.
@@ -25,6 +26,7 @@ class HeadPlan:
     """
 
     held: int
+    mask: int
     norm: Stage
     rows: int
     saved_rows: int
@@ -41,9 +43,9 @@ def plan_head(sizes: Sizes) -> HeadPlan:
     rows = run.label_tokens * shape.hidden_size * sizes.compute
     gradient = shape.vocab_size * shape.hidden_size * sizes.compute * sizes.trains_all
     angles = 2 * sizes.tokens * shape.attention.rope_dim * sizes.compute
-    mask = sizes.tokens**2  # of one byte each
     return HeadPlan(
-        held=angles + mask + 3 * sizes.tokens * INDEX,
+        held=angles + 3 * sizes.tokens * INDEX,
+        mask=sizes.tokens**2,  # of one byte each
         norm=norm_stage(sizes, "final norm", owns_input=True),
         rows=rows,
         saved_rows=rows * sizes.trains_all,

@@ -63,6 +63,14 @@ class Sizes:
         return self.run.use_lora == "none"
 
     @property
+    def first_inputs_are_frozen(self) -> bool:
+        """Whether nothing before the first layer's experts is trained, so that no gradient is sent.
+
+        With checkpointing, transformers has the embedding's output ask for a gradient.
+        """
+        return self.run.use_lora == "mlp-only" and self.run.gradient_checkpointing == "none"
+
+    @property
     def has_own_experts(self) -> bool:
         """Whether the experts are this project's, not transformers'."""
         return self.layout.ep_size > 1 or self.run.trains_experts

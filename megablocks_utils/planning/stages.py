@@ -24,7 +24,8 @@ class Stage:
         forward: held besides at its forward pass's fullest.
         backward: held besides at its backward pass's fullest, `saved` being there.
         gradients: bytes of the gradients of its weights, in the dtype of compute.
-        kept: of `saved`, what selective checkpointing keeps.
+        kept: what selective checkpointing keeps from the forward pass to its repetition.
+        named: of `saved`, what names of Python hold until the experts are done, saved or not.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage:
     backward: Mapping[str, int] = field(default_factory=dict)
     gradients: int = 0
     kept: int = 0
+    named: int = 0
 
     @cached_property
     def saved_bytes(self) -> int:

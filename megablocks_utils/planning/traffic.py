@@ -58,7 +58,8 @@ def _count_exchanges(sizes: Sizes) -> int:
     returned = sizes.num_received - _kept_by_first(sizes.num_received, ep_size)
     row = sizes.shape.hidden_size * sizes.compute
     counts = (1 + recomputes) * sizes.shape.num_experts * INDEX * (ep_size - 1) // ep_size
-    return sizes.shape.num_moe_layers * (num_pairs * (away + returned) * row + counts)
+    sent = sizes.shape.num_moe_layers * (num_pairs * (away + returned) * row + counts)
+    return sent - returned * row * sizes.first_inputs_are_frozen
 
 
 def _kept_by_first(num_rows: int, ep_size: int) -> int:

@@ -50,6 +50,8 @@ def folder(tmp_path_factory) -> Path:
         (SHARD, {"precision": "mixed", "use_lora": "all"}),
         (SHARD, {"precision": "bf16_sr", "accumulation": 1}),
         (WHOLE, {"use_lora": "attn-only", "sync_each_batch": False}),
+        (COPIES, {"entry_point": "fsdp1", "sync_each_batch": False}),
+        (COPIES, {"entry_point": "fsdp1", "precision": "mixed", "use_lora": "all"}),
     ],
     ids=str,
 )

@@ -97,3 +97,15 @@ def test_no_help_is_claimed_where_there_is_none(known):
         "the plan's peak is 81.0 GB a rank (80.0 GB optimizer states), but a device has 10.0 GB; "
         "--ignore_plan True starts all the same."
     )
+
+
+def test_more_ranks_are_no_help_to_a_run_that_starts(monkeypatch):
+    """What only other numbers of ranks change is not offered: they are no option of a run."""
+
+    def predict(shape, layout, run):
+        return build_prediction(optimizer=400 * GB // run.world_size)
+
+    monkeypatch.setattr(scenario_module, "predict", predict)
+    found = plan("", capacity_bytes=60 * GB)
+    assert found.is_impossible
+    assert "would fit" not in found.describe_impossible()

@@ -135,18 +135,24 @@ def _rotary_stage(sizes: Sizes) -> Stage:
 
 
 def _core_stage(sizes: Sizes) -> Stage:
-    """Return the attention itself, with keys and values repeated where heads share them."""
+    """Return the attention itself.
+
+    Where heads share keys and values, transformers repeats them if there is a mask.
+    """
     attention, compute = sizes.attention, sizes.compute
-    is_repeated = attention.num_heads != attention.num_kv_heads
+    is_shared = attention.num_heads != attention.num_kv_heads
+    is_repeated = is_shared and sizes.masked_pairs > 0
+    num_held = attention.num_kv_heads if is_shared and not is_repeated else attention.num_heads
     values = sizes.tokens * attention.num_heads * attention.v_head_dim * compute
+    held = (_queries(sizes) + values) * num_held // attention.num_heads
     keys = _queries(sizes)
     return Stage(
         "attention",
         saved={
-            "keys and values of every head": keys + values,
+            "keys and values": held,
             "output": values,
             "log of sums": sizes.tokens * attention.num_heads * FP32,
-            "mask": sizes.tokens**2 * compute,
+            "mask": sizes.masked_pairs * compute,
         },
         forward={"keys and values": 2 * _keys(sizes) * is_repeated},
         backward={"gradients": 2 * keys + 2 * values},

@@ -92,6 +92,10 @@ def _keys(sizes: Sizes) -> int:
     return sizes.tokens * sizes.attention.kv_size * sizes.compute
 
 
+def _values(sizes: Sizes) -> int:
+    return _keys(sizes) // sizes.attention.head_dim * sizes.attention.v_head_dim
+
+
 def _projection_stage(sizes: Sizes) -> Stage:
     queries, keys = _queries(sizes), _keys(sizes)
     names = ("q_proj", "k_proj", "v_proj")
@@ -135,27 +139,21 @@ def _rotary_stage(sizes: Sizes) -> Stage:
 
 
 def _core_stage(sizes: Sizes) -> Stage:
-    """Return the attention itself.
-
-    Where heads share keys and values, transformers repeats them if there is a mask.
-    """
-    attention, compute = sizes.attention, sizes.compute
-    is_shared = attention.num_heads != attention.num_kv_heads
-    is_repeated = is_shared and sizes.masked_pairs > 0
-    num_held = attention.num_kv_heads if is_shared and not is_repeated else attention.num_heads
-    values = sizes.tokens * attention.num_heads * attention.v_head_dim * compute
-    held = (_queries(sizes) + values) * num_held // attention.num_heads
-    keys = _queries(sizes)
+    """Return the attention itself; beside a mask, keys and values are repeated for every head."""
+    attention, compute, tokens = sizes.attention, sizes.compute, sizes.tokens
+    queries, output = _queries(sizes), tokens * attention.num_heads * attention.v_head_dim * compute
+    is_repeated = sizes.has_mask and attention.num_heads != attention.num_kv_heads
+    read = queries + output if sizes.has_mask else _keys(sizes) + _values(sizes)
     return Stage(
         "attention",
         saved={
-            "keys and values": held,
-            "output": values,
-            "log of sums": sizes.tokens * attention.num_heads * FP32,
-            "mask": sizes.masked_pairs * compute,
+            "keys and values": read,
+            "output": output,
+            "log of sums": tokens * attention.num_heads * FP32,
+            "mask": tokens**2 * compute * sizes.has_mask,
         },
-        forward={"keys and values": 2 * _keys(sizes) * is_repeated},
-        backward={"gradients": 2 * keys + 2 * values},
+        forward={"keys and values before": (_keys(sizes) + _values(sizes)) * is_repeated},
+        backward={"gradients": queries + output + read},
     )
 
 

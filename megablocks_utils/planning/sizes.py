@@ -43,11 +43,6 @@ class Sizes:
         """T."""
         return self.run.tokens
 
-    @property
-    def masked_pairs(self) -> int:
-        """Elements of the mask that keeps examples of a row apart; one alone needs none."""
-        return self.tokens**2 if self.run.examples > 1 else 0
-
     def hidden(self, num_bytes: int) -> int:
         """T * H elements."""
         return self.tokens * self.shape.hidden_size * num_bytes

@@ -28,6 +28,7 @@ class Scenario:
         kernel: backend of the experts, with `auto` resolved.
         tokens: of the largest micro-batch that a rank has at a time.
         label_tokens: of these, those whose next token is learned.
+        examples: in that micro-batch; more than one need a mask.
         imbalance: rows that the hottest rank of an ep group receives, over its fair share.
     """
 
@@ -38,6 +39,7 @@ class Scenario:
     kernel: str
     tokens: int
     label_tokens: int
+    examples: int = 1
     imbalance: float = DEFAULT_IMBALANCE
 
     def planned_run(self) -> PlannedRun:
@@ -58,6 +60,7 @@ class Scenario:
             imbalance=self.imbalance,
             has_aux_loss=self._has_aux_loss(),
             device_type=self.device_type,
+            examples=self.examples,
         )
 
     def own_layout(self) -> Layout:
@@ -66,10 +69,11 @@ class Scenario:
         if not parallel.use_megablocks_sharding:
             return Layout(1, "shard")
         ep_size = parallel.ep_size or self.world_size
+        is_dmoe = ep_size == 1
         if self.config.entry_point == "fsdp1":
-            return Layout(ep_size, "replicate")
+            return Layout(ep_size, "replicate", is_dmoe)
         has_copies = ep_size < self.world_size and parallel.expert_dp == "replicate"
-        return Layout(ep_size, "replicate" if has_copies else "shard")
+        return Layout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
 
     def legal_layouts(self) -> list[Layout]:
         """List every way to spread this model's experts over these ranks."""

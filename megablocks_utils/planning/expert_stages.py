@@ -211,9 +211,9 @@ def _inner(sizes: Sizes) -> int:
 
 
 def _dot_blocks(sizes: Sizes) -> int:
-    """Return the copies in fp32 of a block of rows and of their gradients."""
+    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32."""
     elements = sizes.num_routed * sizes.shape.hidden_size
-    return 2 * min(elements, _DOT_BLOCK[sizes.run.device_type]) * FP32 * sizes.casts
+    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[sizes.run.device_type]) * FP32
 
 
 def _gradients(sizes: Sizes, num_in: int, num_out: int) -> int:

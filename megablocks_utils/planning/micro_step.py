@@ -154,11 +154,11 @@ class MicroStep:
     def _differentiate_head(self) -> None:
         ledger, head, tail = self._ledger, self._head, self._groups.tail
         self._buffers.enter_backward(tail, is_whole=True)
-        ledger.hold(_BUFFERS, head.head_gradient)
+        ledger.hold(_BUFFERS, head.gradient)
         ledger.pass_by(ACTIVATIONS, head.rows)
         ledger.free(ACTIVATIONS, head.logits + head.saved_rows)
         ledger.pass_by(ACTIVATIONS, 2 * self._sizes.narrow)
-        gradients = head.head_gradient + self._go_back((head.norm,), tail)
+        gradients = head.gradient + self._go_back((head.norm,), tail)
         ledger.hold(ACTIVATIONS, self._sizes.narrow)  # the hidden states' gradients, from here on
         self._tail_gradients = gradients
         if self._groups.embedding is not None:
@@ -225,14 +225,14 @@ class MicroStep:
 
     def _differentiate_embedding(self) -> None:
         ledger, head, embedding = self._ledger, self._head, self._groups.embedding
-        ledger.hold(_BUFFERS, head.embedding_gradient)
+        ledger.hold(_BUFFERS, head.gradient)
         ledger.free(ACTIVATIONS, self._sizes.narrow + head.held + head.mask * self._recomputes)
         if embedding is not None:
-            self._buffers.leave_backward(embedding, head.embedding_gradient, is_whole=False)
+            self._buffers.leave_backward(embedding, head.gradient, is_whole=False)
         elif self._sizes.shape.is_tied:
-            ledger.free(_BUFFERS, head.embedding_gradient)  # added to the head's
+            ledger.free(_BUFFERS, head.gradient)  # added to the head's
             self._buffers.leave_backward(self._groups.tail, self._tail_gradients)
         else:
-            waiting = self._tail_gradients + head.embedding_gradient
+            waiting = self._tail_gradients + head.gradient
             self._buffers.leave_backward(self._groups.tail, waiting)
         self._buffers.end_backward()

@@ -21,8 +21,7 @@ class HeadPlan:
         saved_rows: of these, what the output head keeps for its weights' gradient.
         logits: in the dtype of compute.
         wide_logits: in fp32.
-        head_gradient: of the output head's weights; 0 where they are frozen.
-        embedding_gradient: of the embedding's.
+        gradient: of the output head's weights, and likewise of the embedding's; 0 if frozen.
     """
 
     held: int
@@ -32,8 +31,7 @@ class HeadPlan:
     saved_rows: int
     logits: int
     wide_logits: int
-    head_gradient: int
-    embedding_gradient: int
+    gradient: int
 
 
 def plan_head(sizes: Sizes) -> HeadPlan:
@@ -51,6 +49,5 @@ def plan_head(sizes: Sizes) -> HeadPlan:
         saved_rows=rows * sizes.trains_all,
         logits=logits * sizes.compute,
         wide_logits=logits * FP32,
-        head_gradient=gradient,
-        embedding_gradient=gradient,
+        gradient=gradient,
     )

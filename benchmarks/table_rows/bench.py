@@ -1,0 +1,153 @@
+"""What all rows of a table share: the model, the ranks, the length of a run. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.table_rows.options import CPU, PLAN, REAL, TableOptions
+from benchmarks.table_rows.rows import MIXTRAL_8X7B, PUBLISHED_RANKS, TRANSFORMERS, Row
+from megablocks_utils.planning.model_shape import ModelShape
+from megablocks_utils.planning.prediction import Layout, PlannedRun
+from megablocks_utils.precision import PrecisionConfig, resolve_preset
+
+__all__ = ["CPU_MODEL", "TOY_MODEL", "Bench", "build_bench"]
+
+CPU_MODEL = MIXTRAL_8X7B | {
+    "hidden_size": 384,
+    "intermediate_size": 1344,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+}
+"""Mixtral's proportions, small: experts are four fifths of it."""
+
+TOY_MODEL = CPU_MODEL | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
+"""Next to nothing: what a process needs to train it, it needs to train any model."""
+
+_LORA_R = 16
+_CPU_ACCUMULATION = 2
+_EVEN = 1.0
+_UNEVEN = 1.25
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How rows run in one mode.
+
+    Attributes:
+        mode: of the command line.
+        config: `config.json` of the model.
+        ranks: processes of a run.
+        accumulation: micro-steps of an optimizer step, one example each.
+        tokens: of every example, all of them labels but the first.
+        steps: optimizer steps that are measured.
+        warmup_steps: optimizer steps before them.
+        rounds: runs of each row, in turns.
+        precision: as the option.
+        device_type: `cuda` or `cpu`.
+        imbalance: rows that the hottest rank receives, over its fair share, as predicted.
+    """
+
+    mode: str
+    config: Mapping[str, Any]
+    ranks: int
+    steps: int
+    warmup_steps: int
+    rounds: int
+    accumulation: int = 16
+    tokens: int = 256
+    precision: str = "bf16"
+    device_type: str = "cuda"
+    imbalance: float = _UNEVEN
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model."""
+        return ModelShape.from_config(self.config)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether published figures can stand beside those of this table."""
+        return self.ranks == PUBLISHED_RANKS and self.shape == ModelShape.from_config(MIXTRAL_8X7B)
+
+    def kernel(self, row: Row) -> str:
+        """Return the backend that runs a row's experts: a CPU runs grouped_mm for all."""
+        return "grouped_mm" if self.device_type == "cpu" else row.kernel
+
+    def layout(self, row: Row) -> Layout:
+        """Return how a row spreads the experts."""
+        ep_size = row.ep_size(self.ranks)
+        return Layout(ep_size, row.expert_dp if 1 < ep_size < self.ranks else "shard")
+
+    def planned_run(self, row: Row) -> PlannedRun:
+        """Return what decides a row's memory, besides the model and the layout."""
+        has_lora = row.use_lora != "none"
+        precision = PrecisionConfig(precision=self.precision)
+        return PlannedRun(
+            world_size=self.ranks,
+            entry_point="fsdp2",
+            precision=resolve_preset(precision, has_lora=has_lora, device_type=self.device_type),
+            use_lora=row.use_lora,
+            lora_r=_LORA_R,
+            gradient_checkpointing="full",
+            accumulation=self.accumulation,
+            sync_each_batch=not has_lora,
+            tokens=self.tokens,
+            label_tokens=self.tokens - 1,
+            kernel=self.kernel(row),
+            imbalance=self.imbalance,
+            has_aux_loss=False,
+            device_type=self.device_type,
+        )
+
+    def arguments(self, row: Row, *, steps: int | None = None) -> dict[str, Any]:
+        """Return the options of a run of this row, without its paths.
+
+        Args:
+            row: which.
+            steps: optimizer steps in all; None: as the table has them.
+        """
+        options = {
+            "precision": self.precision,
+            "use_lora": row.use_lora,
+            "lora_r": _LORA_R,
+            "max_seq_length": self.tokens,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": self.accumulation,
+            "max_steps": steps or self.warmup_steps + self.steps,
+            "gradient_checkpointing": True,
+            "router_aux_loss_coef": 0,
+            "verify_adapter": False,
+        }
+        if row.ep_share:
+            options |= {"use_megablocks_sharding": True, "ep_size": row.ep_size(self.ranks)}
+            options |= {"expert_dp": row.expert_dp}
+        if row.ep_share and row.side != TRANSFORMERS:
+            options["kernel"] = self.kernel(row)
+        return options
+
+
+def build_bench(options: TableOptions, config: Mapping[str, Any] = MIXTRAL_8X7B) -> Bench:
+    """Return the bench of a mode.
+
+    Args:
+        options: of the command line.
+        config: `config.json` of the model, where the mode does not make one of its own.
+    """
+    common = (options.ranks, options.steps, options.warmup_steps, options.rounds)
+    if options.mode == CPU:
+        # In bfloat16, oneDNN keeps compiled code for every number of rows that an expert has met:
+        # resident memory grows with every step, and compiling is timed.
+        return Bench(
+            CPU,
+            CPU_MODEL,
+            *common,
+            accumulation=_CPU_ACCUMULATION,
+            precision="fp32",
+            device_type="cpu",
+        )
+    if options.mode in (PLAN, REAL):
+        return Bench(options.mode, config, *common)
+    return Bench(options.mode, config, *common, imbalance=_EVEN)

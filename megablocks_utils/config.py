@@ -166,6 +166,7 @@ class RunConfig:
         saving: When checkpoints are written, and which one the run goes on from.
         output_dir: Folder for everything the run leaves.
         overwrite_output_dir: Whether a finished run there may be overwritten.
+        ignore_plan: Whether a run starts that the plan says cannot fit.
         gradient_checkpointing: "full", "none" or "selective".
         router_aux_loss_coef: Weight of the load-balancing loss; None: as the model's config says.
         seed: Seed of data order and random numbers.
@@ -184,6 +185,7 @@ class RunConfig:
     saving: SavingConfig = SavingConfig()
     output_dir: str = default_of("output_dir")
     overwrite_output_dir: bool = default_of("overwrite_output_dir")
+    ignore_plan: bool = default_of("ignore_plan")
     gradient_checkpointing: str = _CHECKPOINTING[default_of("gradient_checkpointing")]
     router_aux_loss_coef: float | None = default_of("router_aux_loss_coef")
     seed: int = default_of("seed")

@@ -3,7 +3,14 @@
 Anything else that is raised is a defect of ours: it keeps its traceback and ends with exit code 1.
 """
 
-__all__ = ["CheckpointError", "ConfigurationError", "DataError", "MissingKernelError", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "MissingKernelError",
+    "PlanError",
+    "UserError",
+]
 
 
 class UserError(Exception):
@@ -26,6 +33,12 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """Report a model folder or weight file that cannot be used."""
+
+
+class PlanError(UserError):
+    """Report a run that would not fit; the exit code tells it from a mistake."""
+
+    exit_code = 3
 
 
 class MissingKernelError(UserError):

@@ -22,6 +22,12 @@ OUTPUT_OPTIONS = (
         "not finished; unless resuming, they are removed",
     ),
     Option(
+        "ignore_plan",
+        "boolean",
+        False,
+        help="start although the plan says that the run needs more memory than a device has",
+    ),
+    Option(
         "logging_steps",
         "integer",
         1,

@@ -405,7 +405,8 @@ def test_contract_options_are_all_there():
         learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed logging_steps
         save_strategy save_steps save_total_limit async_save resume_from_checkpoint report_to
         shuffle gradient_checkpointing router_aux_loss_coef debug truncate_model_for_debug
-        eval_strategy evaluation_strategy verify_adapter verify_kernel resume_adapter"""
+        eval_strategy evaluation_strategy verify_adapter verify_kernel resume_adapter
+        ignore_plan"""
     assert set(contract.split()) <= names
 
 

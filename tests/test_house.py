@@ -33,11 +33,12 @@ ORDER = (
     ("merge", "export", "tune"),
     ("training",),
     ("fake_run",),
+    ("plan",),
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 TORCH_FREE = (
-    *("output_tool", "merge", "export", "tune"),
+    *("output_tool", "merge", "export", "tune", "plan"),
     *(room for rooms in ORDER[: LEVEL["launch"] + 1] for room in rooms),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80

@@ -43,11 +43,19 @@ def _spread(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
+def _shape_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Return an empty result: each group of rows times its matrix, or a product for each group."""
+    if right.dim() == 3:
+        return left.new_empty(left.shape[0], right.shape[2])
+    return left.new_empty(len(offsets), left.shape[0], right.shape[1])
+
+
 class AssumedValues(TorchDispatchMode):
     """Answer, while entered, the questions that fake tensors cannot.
 
     All positions have labels; the optimizer has made one step. Any other question is an error, as
-    it is without this.
+    it is without this. Besides, the fake of torch 2.13's grouped_mm takes bf16 only, unlike the
+    operator itself.
     """
 
     def __torch_dispatch__(
@@ -59,4 +67,6 @@ class AssumedValues(TorchDispatchMode):
                 return torch.empty(len(tensor), 1, dtype=torch.int64, device=tensor.device)
             if func is torch.ops.aten._local_scalar_dense.default and tensor.is_floating_point():
                 return 1.0
+            if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:
+                return _shape_grouped_mm(*args[:3])
         return func(*args, **(kwargs or {}))

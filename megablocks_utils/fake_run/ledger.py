@@ -51,7 +51,8 @@ class MemoryLedger(TorchDispatchMode):
     says later what has become of it. Memory is booked until the storage is gone, or resized.
 
     Attributes:
-        moment: what the run is doing now; the owner sets it.
+        moment: what the run is doing now; the owner sets it, and the first backward function
+            makes it `backward`.
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
@@ -148,11 +149,10 @@ class MemoryLedger(TorchDispatchMode):
             self._change(number, storage.nbytes())
 
     def _change(self, number: int, size: int) -> None:
-        moment = self.moment
         if torch._C._current_autograd_node() is not None:
-            moment = "backward"
-        if not self._moments or self._moments[-1][1] != moment:
-            self._moments.append((len(self._events), moment))
+            self.moment = "backward"
+        if not self._moments or self._moments[-1][1] != self.moment:
+            self._moments.append((len(self._events), self.moment))
         self._events.append((number, size - self._sizes.get(number, 0)))
         self._sizes[number] = size
 

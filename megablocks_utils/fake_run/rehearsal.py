@@ -11,7 +11,8 @@ are made before the first micro-step.
 """
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
 
-from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fake_run.assumptions import AssumedValues, assume_counts
 from megablocks_utils.fake_run.imaginary_peers import imaginary_peers
+from megablocks_utils.fake_run.launches import no_launches
 from megablocks_utils.fake_run.ledger import LedgerPeak, MemoryLedger
 from megablocks_utils.fake_run.planned_config import build_config
 from megablocks_utils.fake_run.traffic import TrafficCounter
@@ -37,11 +37,12 @@ from megablocks_utils.planning.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.shard_moe_utils import ShardedMoE, split_experts_on_meta
+from megablocks_utils.shard_moe_utils import ShardedMoE
 from megablocks_utils.training.batches import MicroBatch
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.loop import TrainingState, finish_gradients, run_micro_batch
 from megablocks_utils.training.micro_batch import LossWeights
+from megablocks_utils.training.model_source import build_bare_model, split_experts
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
 
 _SEED = 42
@@ -73,7 +74,13 @@ class Rehearsal:
 
 
 def rehearse(
-    folder: Path, layout: Layout, run: PlannedRun, *, device: torch.device, is_real: bool = False
+    folder: Path,
+    layout: Layout,
+    run: PlannedRun,
+    *,
+    device: torch.device,
+    is_real: bool = False,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> Rehearsal:
     """Take one step as rank 0 of `run.world_size`; no process group may be initialised.
 
@@ -83,21 +90,25 @@ def rehearse(
         run: what is planned; of its micro-steps two at most are taken.
         device: where tensors are, or pretend to be.
         is_real: whether they are real.
+        on_ready: called when weights and optimizer state are there, before the first micro-step;
+            whoever measures begins here.
 
     Raises:
         UserError: a model or kernel that cannot be run.
     """
     config = build_config(layout, run)
+    imagination = () if is_real else _imagination(run.kernel)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with imaginary_peers(run.world_size, device.type):
         wrapped = _wrap(folder, config, run, device)
         with ExitStack() as modes:
-            for mode in (*_tensors(is_real), ledger, traffic, AssumedValues()):
+            for mode in (*imagination, ledger, traffic, AssumedValues()):
                 modes.enter_context(mode)
             state = _fill(wrapped, config, run, device)
             step = _Step(state, run, ledger, traffic)
             step.make_optimizer_state()
             ledger.open()
+            on_ready()
             step.take(config.optim.gradient_accumulation_steps)
             return step.report()
 
@@ -115,12 +126,13 @@ class _Wrapped:
 def _wrap(folder: Path, config: RunConfig, run: PlannedRun, device: torch.device) -> _Wrapped:
     """Do what `training.setup` and `prepare_fsdp2` do, without data and weights."""
     precision = run.precision
-    model = build_model_on_meta(folder)
-    model.tie_weights()
-    model.config.dtype = dtype = getattr(torch, precision.weights)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    sharded = _split_experts(model, config, run, device)
+    model = build_bare_model(folder, getattr(torch, precision.weights))
+    compute_dtype = getattr(torch, precision.compute)
+    sharded = split_experts(model, config, device, compute_dtype, run.tokens)
+    if sharded is not None:
+        counts = assume_counts(run.tokens * model.config.num_experts_per_tok, run.imbalance)
+        for module in sharded.expert_modules.values():
+            module.exchange_counts = counts
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
@@ -130,27 +142,6 @@ def _wrap(folder: Path, config: RunConfig, run: PlannedRun, device: torch.device
     accelerator = build_accelerator(config, precision, classes, device.type)
     layers = find_layers(model, accelerator)
     return _Wrapped(accelerator, wrap_fsdp2(accelerator, model, sharded), layers, sharded)
-
-
-def _split_experts(
-    model: PreTrainedModel, config: RunConfig, run: PlannedRun, device: torch.device
-) -> ShardedMoE | None:
-    if not config.parallel.use_megablocks_sharding and not config.adapter.trains_experts:
-        return None
-    sharded = split_experts_on_meta(
-        model,
-        config.parallel.ep_size or 1,
-        kernel=config.parallel.kernel,
-        expert_dp=config.parallel.expert_dp,
-        device_type=device.type,
-        compute_dtype=getattr(torch, run.precision.compute),
-        expert_mode=config.adapter.expert_mode,
-        tokens_per_rank=run.tokens,
-    )
-    num_rows = run.tokens * model.config.num_experts_per_tok
-    for module in sharded.expert_modules.values():
-        module.exchange_counts = assume_counts(num_rows, run.imbalance)
-    return sharded
 
 
 def _move_to_meta(model: nn.Module) -> None:
@@ -177,9 +168,10 @@ def _fill_local(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:
     local.normal_(std=0.02)
 
 
-def _tensors(is_real: bool) -> tuple[FakeTensorMode, ...]:
+def _imagination(kernel: str) -> tuple[AbstractContextManager, ...]:
     # Rotary frequencies are real: every model computes them when it is built.
-    return () if is_real else (FakeTensorMode(allow_non_fake_inputs=True),)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    return (fakes, no_launches()) if kernel == "triton" else (fakes,)
 
 
 class _Step:

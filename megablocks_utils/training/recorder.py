@@ -163,6 +163,7 @@ class RunRecorder:
             totals=self._totals,
             device=setup.device,
             adapter_check=self._adapter_check and self._adapter_check.report.as_record(),
+            plan=setup.plan.as_record(model, optimizer, self._totals),
         )
         with _as_sentence(self.output_dir / "run.json"):
             write_run_json(self.output_dir / "run.json", record)
@@ -255,6 +256,7 @@ def _collect_facts(setup: Setup) -> RunFacts:
         examples_kept=len(examples),
         examples_cut=examples.num_cut,
         examples_dropped=examples.num_dropped,
+        plan=setup.plan.describe(),
         steps=setup.schedule.num_steps,
         examples_per_step=setup.launch.world_size
         * optim.per_device_train_batch_size

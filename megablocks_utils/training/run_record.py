@@ -45,6 +45,7 @@ class RunRecord:
         peaks: `mem_peak_bytes`, `mem_alloc_bytes` and what they `measured`.
         adapter_check: What comparing the written adapter with the trained one found, see
             `adapter_check.AdapterReport`; None without LoRA.
+        plan: Memory predicted and measured, see `planned.CheckedPlan`; None if nothing was.
     """
 
     status: str
@@ -61,6 +62,7 @@ class RunRecord:
     totals: dict[str, int]
     peaks: dict[str, int | str]
     adapter_check: dict[str, Any] | None
+    plan: dict[str, Any] | None
 
 
 def build_run_record(
@@ -77,6 +79,7 @@ def build_run_record(
     totals: RunTotals,
     device: torch.device,
     adapter_check: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Build the record of a finished run, adding versions, commit and hardware found here.
 
@@ -93,6 +96,7 @@ def build_run_record(
         totals: The run's steps added up.
         device: The device memory was measured on.
         adapter_check: What checking the written adapter found; None without LoRA.
+        plan: Memory predicted and measured.
     """
     peaks = {
         "mem_peak_bytes": totals.mem_peak_bytes,
@@ -119,6 +123,7 @@ def build_run_record(
         totals=sums,
         peaks=peaks,
         adapter_check=_plain(adapter_check),
+        plan=_plain(plan),
     )
 
 

@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from megablocks_utils.config import RunConfig
 from megablocks_utils.training.batches import (
     StepPlan,
     build_step_plan,
+    deal_examples,
     epoch_order,
     steps_per_epoch,
 )
@@ -42,6 +45,39 @@ class Schedule:
         if optim.max_steps > 0:
             return optim.max_steps
         return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
+
+    def largest_micro_batch(self) -> tuple[int, int]:
+        """Return the tokens of the largest micro-batch that any rank will see, and its labels."""
+        lengths = self.examples.lengths
+        largest = (0, 0)
+        for size, chosen in self._steps_by_bound():
+            if size <= largest[0]:
+                break
+            deal = deal_examples(
+                lengths[chosen].tolist(), world_size=self.world_size, **self._sizes()
+            )
+            for row in (chosen[row] for micro_step in deal for row in micro_step):
+                labels = int(self.examples.num_label_tokens[row].sum())
+                largest = max(largest, (int(lengths[row].sum()), labels))
+        return largest
+
+    def _steps_by_bound(self) -> list[tuple[int, np.ndarray]]:
+        """List the examples of every step, first the one that could have the largest micro-batch.
+
+        It holds at most the longest examples of its step that there is room for.
+        """
+        sizes = self._sizes()
+        room = sizes["per_device_train_batch_size"]
+        num_batches = self.world_size * sizes["gradient_accumulation_steps"]
+        steps = []
+        for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
+            order = np.array(self._order(epoch))
+            done = epoch * self.steps_per_epoch
+            for step in range(min(self.steps_per_epoch, self.num_steps - done)):
+                chosen = order[step * num_batches * room : (step + 1) * num_batches * room]
+                longest = np.sort(self.examples.lengths[chosen])[::-1]
+                steps.append((int(longest[:room].sum()), chosen))
+        return sorted(steps, key=lambda item: -item[0])
 
     def plans(self, first_step: int = 0) -> Iterator[tuple[float, StepPlan]]:
         """Yield the epochs done after each step, and this rank's part of the step.

@@ -4,26 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from megablocks_utils.checkpoint.index import (
-    CheckpointIndex,
-    open_checkpoint,
-    resolve_checkpoint_folder,
-)
-from megablocks_utils.checkpoint.layouts import (
-    detect_layout,
-    is_expert_parameter,
-    is_in_experts,
-)
-from megablocks_utils.checkpoint.load import (
-    build_model_on_meta,
-    check_against_model,
-)
-from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
+from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
@@ -31,11 +17,7 @@ from megablocks_utils.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.launch import Launch, agreed
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.shard_moe_utils import (
-    ShardedMoE,
-    find_expert_modules,
-    split_experts_on_meta,
-)
+from megablocks_utils.shard_moe_utils import ShardedMoE
 from megablocks_utils.training.continuity import (
     Continuity,
     check_continuity,
@@ -43,12 +25,12 @@ from megablocks_utils.training.continuity import (
 )
 from megablocks_utils.training.data import TokenizedExamples, load_examples
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.parameters import ParameterCounts, count_parameters
+from megablocks_utils.training.planned import CheckedPlan, check_plan
 from megablocks_utils.training.resume import ResumePoint, find_resume_point
 from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.summary import build_console
-
-_TRUNCATED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -75,6 +57,7 @@ class Setup:
         fill_local: where the weights come from once each rank knows its part of them.
         continuity: what a run that goes on from this one's checkpoints must share with it.
         resume: the checkpoint to go on from; None for a run that starts anew.
+        plan: the memory that was predicted.
     """
 
     config: RunConfig
@@ -94,6 +77,7 @@ class Setup:
     fill_local: FillLocal
     continuity: Continuity
     resume: ResumePoint | None
+    plan: CheckedPlan
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -151,7 +135,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
     folder = agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
-    source = agreed(lambda: _ModelSource(folder, config, precision))
+    source = agreed(lambda: ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
     adapters = agreed(lambda: _choose_adapters(source.model, config))
     tokenizer = agreed(lambda: load_tokenizer(folder))
@@ -167,10 +151,10 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     schedule = Schedule(config, examples, launch.rank, launch.world_size)
     if resume is not None:
         check_continuity(resume.manifest, continuity, config, schedule)
-    tokens = round(examples.lengths.mean() * config.optim.per_device_train_batch_size)
-    sharded = agreed(lambda: source.split_experts(config, device, tokens))
     model = source.model
+    sharded = agreed(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
+    plan = check_plan(config, folder, schedule, device, sharded and sharded.kernel.name)
     if adapters is not None:
         agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
@@ -194,58 +178,21 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         fill_local=_leave_empty if resume and adapters is None else source.reader.fill_local,
         continuity=continuity,
         resume=resume,
+        plan=plan,
     )
-
-
-class _ModelSource:
-    """A checked checkpoint and the model that it will fill."""
-
-    def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
-        layers = _TRUNCATED_LAYERS if config.model.truncate_model_for_debug else None
-        self.folder = folder
-        self.dtype = getattr(torch, precision.weights)
-        self.compute_dtype = getattr(torch, precision.compute)
-        self.model = build_model_on_meta(folder, truncate_layers=layers)
-        self.expert_names = list(find_expert_modules(self.model))
-        self.index: CheckpointIndex = open_checkpoint(folder)
-        layout = detect_layout(self.index)
-        check_against_model(self.model, self.index, layout, truncate_layers=layers)
-        self.reader = SliceReader(self.index, layout)
-        self.model.tie_weights()
-        self.model.config.dtype = self.dtype
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(self.dtype)  # still on meta: only names the dtype
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of a layer."""
-        return self.model.get_submodule(self.expert_names[0]).num_experts
-
-    def split_experts(
-        self, config: RunConfig, device: torch.device, tokens_per_rank: int
-    ) -> ShardedMoE | None:
-        """Split the experts over the ranks with expert parallelism; they stay on meta.
-
-        Experts with adapters are this project's own also without expert parallelism (ep 1): PEFT's
-        way through transformers' experts holds W + B A of all experts.
-        """
-        has_ep = config.parallel.use_megablocks_sharding
-        if not has_ep and not config.adapter.trains_experts:
-            return None
-        return split_experts_on_meta(
-            self.model,
-            (config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
-            kernel=config.parallel.kernel,
-            expert_dp=config.parallel.expert_dp,
-            device_type=device.type,
-            compute_dtype=self.compute_dtype,
-            expert_mode=config.adapter.expert_mode,
-            tokens_per_rank=tokens_per_rank,
-        )
 
 
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
     """Fill nothing: all weights come from the checkpoint that the run goes on from."""
+
+
+def _split_experts(
+    model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
+) -> ShardedMoE | None:
+    batch_size = schedule.config.optim.per_device_train_batch_size
+    tokens = round(schedule.examples.lengths.mean() * batch_size)
+    compute_dtype = getattr(torch, precision.compute)
+    return split_experts(model, schedule.config, device, compute_dtype, tokens)
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

@@ -54,6 +54,7 @@ class RunFacts:
         examples_kept: Examples trained on, cut ones included.
         examples_cut: Those of them shortened to `--max_seq_length`.
         examples_dropped: Examples left out because nothing in them is learned.
+        plan: The predicted peak, in words.
         steps: Optimizer steps of the run.
         examples_per_step: Examples in one global batch.
         resumed: What the run goes on from, in words; None for one that starts anew.
@@ -75,6 +76,7 @@ class RunFacts:
     examples_kept: int
     examples_cut: int
     examples_dropped: int
+    plan: str
     steps: int
     examples_per_step: int
     resumed: str | None = None
@@ -136,6 +138,7 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         "kernel": f"{facts.kernel}: {facts.kernel_reason}",
         "weights": f"{_format_gib(facts.expert_bytes)} of experts and "
         f"{_format_gib(facts.dense_bytes)} of everything else per rank",
+        "plan": facts.plan,
         "examples": f"{facts.examples_kept:,} kept ({facts.examples_cut:,} of them cut), "
         f"{facts.examples_dropped:,} dropped",
         "steps": f"{facts.steps:,}, {facts.examples_per_step:,} examples each",

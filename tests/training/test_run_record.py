@@ -43,6 +43,7 @@ def build_record(**changes):
         "train_runtime_s": 12.5,
         "totals": RunTotals(3, 20, 50, 4000, 3000),
         "device": torch.device("cpu"),
+        "plan": {"verdict": "fits"},
     }
     return build_run_record(
         ["train.py", "--data_path", "my data.json"], Options(), **facts | changes
@@ -67,6 +68,7 @@ def test_keys_and_values(tmp_path):
         "totals",
         "peaks",
         "adapter_check",
+        "plan",
     ]
     assert run["status"] == "finished"
     assert run["command"] == "train.py --data_path 'my data.json'"
@@ -84,6 +86,7 @@ def test_keys_and_values(tmp_path):
     assert run["parameters"] == {"total": 100, "active": 60, "trainable": 7}
     assert run["train_runtime_s"] == 12.5
     assert run["totals"] == {"steps": 3, "tokens": 20, "input_tokens": 50}
+    assert run["plan"] == {"verdict": "fits"}
     assert run["peaks"] == {
         "mem_peak_bytes": 4000,
         "mem_alloc_bytes": 3000,

@@ -37,6 +37,7 @@ FACTS = RunFacts(
     examples_kept=51760,
     examples_cut=12,
     examples_dropped=3,
+    plan="peak 47.6 GB in the backward of 80.0 GB: fits",
     steps=1404,
     examples_per_step=32,
 )
@@ -73,6 +74,7 @@ def test_start_summary_at_80_columns():
         "  kernel      grouped_mm: the fastest this machine has for shapes that are",
         "              multiples of 16 bytes",
         "  weights     11.00 GiB of experts and 3.00 MiB of everything else per rank",
+        "  plan        peak 47.6 GB in the backward of 80.0 GB: fits",
         "  examples    51,760 kept (12 of them cut), 3 dropped",
         "  steps       1,404, 32 examples each",
         "  mesh        dp 2 x ep 2: every rank holds 1/2 of each of its experts",

@@ -1,0 +1,244 @@
+"""Plan a run before it is paid for: `python -m megablocks_utils.plan --help`.
+
+Torch is imported by `--engine fake` and `calibrate` alone, in processes of their own.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.config import check_world
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.launch import run_entry_point
+from megablocks_utils.planning.calibration import Calibration, read_calibration
+from megablocks_utils.planning.chart import draw_plan
+from megablocks_utils.planning.check import build_check_table, read_run_plan
+from megablocks_utils.planning.config_file import find_config_file, launch_name, read_config_file
+from megablocks_utils.planning.gpus import GPUS
+from megablocks_utils.planning.layout_plan import Question, choose_row, plan_layouts, run_formula
+from megablocks_utils.planning.plan_help import HELP
+from megablocks_utils.planning.plan_options import (
+    PlanOptions,
+    parse_plan_options,
+    split_words,
+)
+from megablocks_utils.planning.plan_record import (
+    build_plan_record,
+    build_scale_record,
+    list_assumptions,
+)
+from megablocks_utils.planning.prediction import Layout, Prediction
+from megablocks_utils.planning.report import show_plan, show_scale
+from megablocks_utils.planning.scale import plan_scale
+from megablocks_utils.planning.scale_chart import draw_scale
+from megablocks_utils.planning.scenario import Scenario, read_shape
+from megablocks_utils.planning.traffic_links import Cluster
+from megablocks_utils.planning.units import GIB
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["build_question", "main", "plan_world", "plan_worlds"]
+
+DOES_NOT_FIT = 3
+_REPORT_WIDTH = 120
+_DEFAULT_GPU = "a100-80g"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Answer, and end with 3 where nothing fits.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        UserError: for options, a model or a file that cannot be used.
+        SystemExit: with 3, where no layout fits.
+    """
+    if argv and argv[0] == "calibrate":
+        from megablocks_utils.planning.calibrate import calibrate
+
+        calibrate(argv[1:])
+        return
+    words = split_words(argv, help_text=HELP)
+    if words.own["check"] is not None:
+        _build_console().print(build_check_table(read_run_plan(words.own["check"])))
+        return
+    options = parse_plan_options(words)
+    plan = plan_worlds if len(options.world_sizes) > 1 else plan_world
+    if not plan(options):
+        sys.exit(DOES_NOT_FIT)
+
+
+def plan_world(options: PlanOptions) -> bool:
+    """Plan for one number of GPUs, show and write it; return whether a layout fits.
+
+    Raises:
+        UserError: as `build_question`, or a file that cannot be written.
+    """
+    question = build_question(options)
+    engine = run_formula
+    if options.own["engine"] == "fake":
+        engine = _FakeEngine(find_config_file(options.model))
+    rows = plan_layouts(question, engine)
+    assumptions = _list_assumptions(question, options)
+    show_plan(_build_console(), question, rows, assumptions)
+    if options.own["json"]:
+        record = build_plan_record(question, rows, options.own, assumptions)
+        _write(options.own, "json", lambda path: write_json_atomically(path, record))
+    if options.own["plot"]:
+        _write(options.own, "plot", lambda path: draw_plan(question, rows, path))
+    return choose_row(rows) is not None
+
+
+def plan_worlds(options: PlanOptions) -> bool:
+    """Plan for several numbers of GPUs, a line each; return whether one of them fits.
+
+    Raises:
+        UserError: as `plan_world`.
+    """
+    question = build_question(options)
+    points = plan_scale(question, options.world_sizes)
+    if not points:
+        raise ConfigurationError(
+            f"--ep_size is {options.ep_size}, but it divides none of these numbers of GPUs and the "
+            f"{question.scenario.shape.num_experts} experts of this model."
+        )
+    assumptions = _list_assumptions(question, options)
+    show_scale(_build_console(), question, points, assumptions)
+    if options.own["json"]:
+        record = build_scale_record(question, points, options.own, assumptions)
+        _write(options.own, "json", lambda path: write_json_atomically(path, record))
+    if options.own["plot"]:
+        series, capacity = {question.model: points}, question.capacity_bytes
+        _write(options.own, "plot", lambda path: draw_scale(series, capacity, path))
+    return any(point.chosen is not None for point in points)
+
+
+def build_question(options: PlanOptions) -> Question:
+    """Read the model's config.json and put together what is asked.
+
+    Raises:
+        UserError: a model that is not there or not known, or an ep_size or number of GPUs that
+            does not fit it.
+    """
+    own, config = options.own, options.config
+    path = find_config_file(options.model)
+    shape = read_shape(config, read_config_file(path))
+    gpu = GPUS[own["gpu"] or _DEFAULT_GPU]
+    per_node = own["gpus_per_node"] or gpu.gpus_per_node
+    for world_size in options.world_sizes:
+        _check_nodes(world_size, per_node)
+    if options.ep_size is not None and len(options.world_sizes) == 1:
+        check_world(config, options.world_sizes[0], shape.num_experts)
+    tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length
+    kernel = "grouped_mm" if config.parallel.kernel == "auto" else config.parallel.kernel
+    scenario = Scenario(
+        config=config,
+        shape=shape,
+        world_size=options.world_sizes[0],
+        device_type="cuda",
+        kernel=kernel,
+        tokens=tokens,
+        label_tokens=tokens,
+        imbalance=own["imbalance"],
+    )
+    memory_gib = own["gpu_mem_gib"]
+    return Question(
+        model=options.model,
+        launch_model=launch_name(options.model),
+        scenario=scenario,
+        cluster=Cluster(gpu, per_node),
+        capacity_bytes=gpu.memory_bytes if memory_gib is None else round(memory_gib * GIB),
+        words=options.words,
+        ep_size=options.ep_size,
+        expert_dp=options.expert_dp,
+        calibration=_read_calibration(options, scenario),
+    )
+
+
+class _FakeEngine:
+    """Rehearse the layouts with the fake engine, and say on a terminal how far it is."""
+
+    def __init__(self, config_file: Path) -> None:
+        self._config_file = config_file
+
+    def __call__(self, scenario: Scenario, layouts: Sequence[Layout]) -> Sequence[Prediction]:
+        """Predict, as `layout_plan.Engine`.
+
+        Raises:
+            ConfigurationError: something that cannot be rehearsed.
+        """
+        from rich.console import Console
+
+        from megablocks_utils.fake_run.engine import predict_fake
+
+        if scenario.config.model.truncate_model_for_debug:
+            raise ConfigurationError(
+                "--truncate_model_for_debug is True, but the fake engine rehearses the whole model;"
+                " use --engine formula."
+            )
+        done = []
+        with Console(stderr=True).status("") as status:
+
+            def show(number: int) -> None:
+                done.append(number)
+                status.update(f"rehearsed {sum(done)} of {len(layouts)} layouts ...")
+
+            show(0)
+            run = scenario.planned_run()
+            return predict_fake(self._config_file, layouts, run, on_layout=show)
+
+
+def _read_calibration(options: PlanOptions, scenario: Scenario) -> Calibration | None:
+    path = options.own["calibration"]
+    if path is None:
+        return None
+    if len(options.world_sizes) > 1:
+        raise ConfigurationError(
+            f"--calibration is {path}, but seconds are given for the GPUs that were measured only: "
+            "--gpus must be one number."
+        )
+    calibration = read_calibration(path)
+    calibration.check_workload(scenario, path)
+    return calibration
+
+
+def _check_nodes(world_size: int, per_node: int) -> None:
+    if world_size > per_node and world_size % per_node:
+        raise ConfigurationError(
+            f"--gpus is {world_size}, but with {per_node} GPUs a node (--gpus_per_node) it must be "
+            f"at most {per_node} or a multiple of it."
+        )
+
+
+def _list_assumptions(question: Question, options: PlanOptions) -> list[str]:
+    says = list_assumptions(question, options.own)
+    if options.passed_on:
+        says.append(f"Passed on to TrainingArguments unread: {' '.join(options.passed_on)}.")
+    return says
+
+
+def _write(own: Mapping[str, Any], name: str, write: Callable[[Path], None]) -> None:
+    try:
+        write(Path(own[name]))
+    except OSError as error:
+        raise ConfigurationError(
+            f"--{name} is {own[name]}, but it cannot be written ({error.strerror})."
+        ) from error
+
+
+def _build_console() -> "Console":
+    """Build the console of the report: as wide as the terminal, or 120 columns in a file."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    is_set = "COLUMNS" in os.environ
+    if console.is_terminal or is_set:
+        return console
+    return Console(highlight=False, width=_REPORT_WIDTH)
+
+
+if __name__ == "__main__":
+    run_entry_point(main, sys.argv[1:])

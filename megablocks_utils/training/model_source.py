@@ -1,0 +1,83 @@
+"""A checkpoint that has been checked, and the model without weights that it will fill."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
+from megablocks_utils.checkpoint.layouts import detect_layout
+from megablocks_utils.checkpoint.load import build_model_on_meta, check_against_model
+from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.config import ResolvedPrecision, RunConfig
+from megablocks_utils.shard_moe_utils import (
+    ShardedMoE,
+    find_expert_modules,
+    split_experts_on_meta,
+)
+
+__all__ = ["ModelSource", "build_bare_model", "split_experts"]
+
+_TRUNCATED_LAYERS = 2
+
+
+class ModelSource:
+    """A checked checkpoint and the model that it will fill."""
+
+    def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
+        layers = _TRUNCATED_LAYERS if config.model.truncate_model_for_debug else None
+        self.folder = folder
+        dtype = getattr(torch, precision.weights)
+        self.model = build_bare_model(folder, dtype, truncate_layers=layers)
+        self.expert_names = list(find_expert_modules(self.model))
+        self.index: CheckpointIndex = open_checkpoint(folder)
+        layout = detect_layout(self.index)
+        check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        self.reader = SliceReader(self.index, layout)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+        return self.model.get_submodule(self.expert_names[0]).num_experts
+
+
+def build_bare_model(
+    folder: Path, dtype: torch.dtype, *, truncate_layers: int | None = None
+) -> PreTrainedModel:
+    """Build the model of a folder on meta, in the dtype that its weights will be kept in."""
+    model = build_model_on_meta(folder, truncate_layers=truncate_layers)
+    model.tie_weights()
+    model.config.dtype = dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # still on meta: only names the dtype
+    return model
+
+
+def split_experts(
+    model: PreTrainedModel,
+    config: RunConfig,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    tokens_per_rank: int,
+) -> ShardedMoE | None:
+    """Split the experts over the ranks with expert parallelism; they stay on meta.
+
+    Experts with adapters are this project's own also without expert parallelism (ep 1): PEFT's way
+    through transformers' experts holds W + B A of all experts.
+
+    **Collective:** as `split_experts_on_meta`.
+    """
+    has_ep = config.parallel.use_megablocks_sharding
+    if not has_ep and not config.adapter.trains_experts:
+        return None
+    return split_experts_on_meta(
+        model,
+        (config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
+        kernel=config.parallel.kernel,
+        expert_dp=config.parallel.expert_dp,
+        device_type=device.type,
+        compute_dtype=compute_dtype,
+        expert_mode=config.adapter.expert_mode,
+        tokens_per_rank=tokens_per_rank,
+    )

@@ -6,11 +6,11 @@ from typing import Any
 
 from benchmarks.table_rows.options import CPU, PLAN, REAL, TableOptions
 from benchmarks.table_rows.rows import MIXTRAL_8X7B, PUBLISHED_RANKS, TRANSFORMERS, Row
+from megablocks_utils.config import parse_args
 from megablocks_utils.planning.model_shape import ModelShape
-from megablocks_utils.planning.prediction import Layout, PlannedRun
-from megablocks_utils.precision import PrecisionConfig, resolve_preset
+from megablocks_utils.planning.scenario import DEFAULT_IMBALANCE, Scenario
 
-__all__ = ["CPU_MODEL", "TOY_MODEL", "Bench", "build_bench"]
+__all__ = ["CPU_MODEL", "TOY_MODEL", "Bench", "as_words", "build_bench"]
 
 CPU_MODEL = MIXTRAL_8X7B | {
     "hidden_size": 384,
@@ -29,7 +29,6 @@ TOY_MODEL = CPU_MODEL | {"hidden_size": 32, "intermediate_size": 32, "vocab_size
 _LORA_R = 16
 _CPU_ACCUMULATION = 2
 _EVEN = 1.0
-_UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Bench:
     tokens: int = 256
     precision: str = "bf16"
     device_type: str = "cuda"
-    imbalance: float = _UNEVEN
+    imbalance: float = DEFAULT_IMBALANCE
 
     @property
     def shape(self) -> ModelShape:
@@ -72,34 +71,26 @@ class Bench:
         """Whether published figures can stand beside those of this table."""
         return self.ranks == PUBLISHED_RANKS and self.shape == ModelShape.from_config(MIXTRAL_8X7B)
 
+    @property
+    def has_base(self) -> bool:
+        """Whether measured bytes hold those of Python and libraries too."""
+        return self.mode == CPU
+
     def kernel(self, row: Row) -> str:
         """Return the backend that runs a row's experts: a CPU runs grouped_mm for all."""
         return "grouped_mm" if self.device_type == "cpu" else row.kernel
 
-    def layout(self, row: Row) -> Layout:
-        """Return how a row spreads the experts."""
-        ep_size = row.ep_size(self.ranks)
-        return Layout(ep_size, row.expert_dp if 1 < ep_size < self.ranks else "shard")
-
-    def planned_run(self, row: Row) -> PlannedRun:
-        """Return what decides a row's memory, besides the model and the layout."""
-        has_lora = row.use_lora != "none"
-        precision = PrecisionConfig(precision=self.precision)
-        return PlannedRun(
+    def scenario(self, row: Row) -> Scenario:
+        """Return a row as plans see it, from the options that it is run with."""
+        return Scenario(
+            config=parse_args(as_words(self.arguments(row)), entry_point="fsdp2"),
+            shape=self.shape,
             world_size=self.ranks,
-            entry_point="fsdp2",
-            precision=resolve_preset(precision, has_lora=has_lora, device_type=self.device_type),
-            use_lora=row.use_lora,
-            lora_r=_LORA_R,
-            gradient_checkpointing="full",
-            accumulation=self.accumulation,
-            sync_each_batch=not has_lora,
+            device_type=self.device_type,
+            kernel=self.kernel(row) if row.ep_share else "transformers",
             tokens=self.tokens,
             label_tokens=self.tokens - 1,
-            kernel=self.kernel(row),
             imbalance=self.imbalance,
-            has_aux_loss=False,
-            device_type=self.device_type,
         )
 
     def arguments(self, row: Row, *, steps: int | None = None) -> dict[str, Any]:
@@ -120,6 +111,7 @@ class Bench:
             "gradient_checkpointing": True,
             "router_aux_loss_coef": 0,
             "verify_adapter": False,
+            "ignore_plan": True,  # running out of memory is a result
         }
         if row.ep_share:
             options |= {"use_megablocks_sharding": True, "ep_size": row.ep_size(self.ranks)}
@@ -151,3 +143,8 @@ def build_bench(options: TableOptions, config: Mapping[str, Any] = MIXTRAL_8X7B)
     if options.mode in (PLAN, REAL):
         return Bench(options.mode, config, *common)
     return Bench(options.mode, config, *common, imbalance=_EVEN)
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]

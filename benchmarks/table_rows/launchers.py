@@ -7,6 +7,7 @@ saves a CPU half a minute a run. Both run the same programs with the same option
 import contextlib
 import ctypes
 import importlib
+import logging
 import multiprocessing
 import os
 import re
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
+from benchmarks.table_rows.bench import as_words
 from megablocks_utils.launch import run_entry_point
 
 __all__ = ["OURS", "STOCK", "Ending", "ForkedRanks", "Job", "Torchrun"]
+__all__ += ["release_memory_at_once"]
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("train_accelerate_fsdp2.py",)
@@ -67,10 +70,6 @@ class Job:
     folder: Path
     timeout_s: float
 
-    def words(self) -> list[str]:
-        """Return the options as words."""
-        return [word for name, value in self.options.items() for word in (f"--{name}", str(value))]
-
 
 @dataclass(frozen=True)
 class Ending:
@@ -92,7 +91,7 @@ class Torchrun:
         """Run a job to its end."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={job.ranks}", "--redirects=3", f"--log-dir={job.folder}"]
-        command += [*job.program, *job.words()]
+        command += [*job.program, *as_words(job.options)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             command,
@@ -120,14 +119,14 @@ class ForkedRanks:
     """Start runs as processes forked from one that has imported the libraries.
 
     Args:
-        is_weighed: hand memory back to the system as soon as it is free, at the price of time, so
-            that the resident memory of a process is what it holds.
+        is_weighed: `release_memory_at_once`, at the price of time.
     """
 
     def __init__(self, *, is_weighed: bool = False) -> None:
         self._is_weighed = is_weighed
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun has it
         forkserver.set_forkserver_preload(list(_PRELOADED))
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
 
     def __call__(self, job: Job) -> Ending:
         """Run a job to its end."""
@@ -153,13 +152,18 @@ class ForkedRanks:
         return Ending(0)
 
 
+def release_memory_at_once() -> None:
+    """Have glibc hand freed memory back, so that resident memory is what this process holds."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _SMALL)
+        libc.mallopt(_M_TRIM_THRESHOLD, _SMALL)
+
+
 def _be_rank(rank: int, job: Job, port: int, is_weighed: bool) -> None:
     """Be what torchrun would have started."""
     if is_weighed:
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, _SMALL)
-            libc.mallopt(_M_TRIM_THRESHOLD, _SMALL)
+        release_memory_at_once()
     with _log(job.folder, rank).open("w") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
@@ -169,7 +173,7 @@ def _be_rank(rank: int, job: Job, port: int, is_weighed: bool) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.path.insert(0, str(ROOT))
     program = importlib.import_module(job.program[-1].removesuffix(".py"))
-    run_entry_point(program.main, job.words())
+    run_entry_point(program.main, as_words(job.options))
 
 
 def _ending(rank: int, exit_code: int, texts: Mapping[int, str]) -> Ending:

@@ -145,7 +145,7 @@ def _read_rows(text: str | None) -> tuple[Row, ...]:
     if text is None:
         return ROWS
     by_name = {row.name: row for row in ROWS}
-    wanted = set(filter(None, text.split(",")))
+    wanted = {name.strip() for name in text.split(",")}
     for name in wanted:
         if name not in by_name:
             nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)[0]
@@ -157,8 +157,8 @@ def _check(options: TableOptions) -> None:
     ranks = options.ranks
     if ranks % 2 or _NUM_EXPERTS % ranks:
         raise ConfigurationError(
-            f"--ranks is {ranks}, but it must be 2, 4 or {_NUM_EXPERTS}: the {_NUM_EXPERTS} experts "
-            "are split over all of them and over half."
+            f"--ranks is {ranks}, but it must be 2, 4 or {_NUM_EXPERTS}: the experts are split "
+            f"over all ranks and over half of them, and there are {_NUM_EXPERTS}."
         )
     if options.output.suffix != ".json":
         raise ConfigurationError(f"--output is {options.output.name}, but it must end in .json.")

@@ -24,8 +24,7 @@ NOT_INSTALLED, LEFT_OUT, NOT_MEASURED = "not installed", "left out", "not measur
 
 _KILLED = -9
 _NO_MEMORY = re.compile(
-    r"OutOfMemoryError[^\n]*|CUDA out of memory[^\n]*|CUDA error: out of memory[^\n]*"
-    r"|can't allocate memory[^\n]*|bad_alloc[^\n]*|MemoryError[^\n]*"
+    r"OutOfMemoryError|out of memory|can't allocate memory|bad_alloc|MemoryError"
 )
 _LONGEST = 300
 
@@ -62,15 +61,13 @@ def read_run(folder: Path, *, warmup_steps: int, accumulation: int, ranks: int) 
 
 def explain(ending: Ending) -> dict[str, Any]:
     """Say why a run that ended badly has no numbers: out of memory, or its last words."""
-    words = ending.words.strip()
-    if out := _NO_MEMORY.search(words):
-        return {"status": OOM, "reason": _shorten(out[0]), "exit_code": ending.exit_code}
-    if ending.exit_code == _KILLED:
-        reason = "killed by the system (SIGKILL), as it does when the machine has no memory left"
-        return {"status": OOM, "reason": reason, "exit_code": ending.exit_code}
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
-    reason = _shorten(lines[-1] if lines else "no message")
-    return {"status": FAILED, "reason": reason, "exit_code": ending.exit_code}
+    lines = [line.strip() for line in ending.words.splitlines() if line.strip()]
+    # The last one: the lines of a traceback before it may hold the word too.
+    out = next((line for line in reversed(lines) if _NO_MEMORY.search(line)), None)
+    if out is None and ending.exit_code == _KILLED:
+        out = "killed by the system (SIGKILL), as it does when the machine has no memory left"
+    status, reason = (FAILED, lines[-1] if lines else "no message") if out is None else (OOM, out)
+    return {"status": status, "reason": _shorten(reason), "exit_code": ending.exit_code}
 
 
 def _shorten(text: str) -> str:

@@ -1,28 +1,28 @@
 """Rows as the formulas of `plan` see them. Imports no torch."""
 
-from statistics import mean
 from typing import Any
 
 from benchmarks.table_rows.bench import Bench
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
-from megablocks_utils.planning.formula import predict
+from megablocks_utils.planning.gpus import GPUS
 
-__all__ = ["CARD_BYTES", "compare_published", "predict_row", "summarise_errors"]
+__all__ = ["CARD_BYTES", "predict_row"]
 
-CARD_BYTES = 80 * 2**30
-"""The most that a card sold as 80 GB can hold."""
+CARD_BYTES = GPUS["a100-80g"].memory_bytes
+"""Of the cards that the published table was measured on."""
 
 
 def predict_row(bench: Bench, row: Row) -> dict[str, Any] | None:
-    """Predict what a rank holds; None for transformers' own expert parallelism, which no plan knows.
+    """Predict what a rank holds; None for transformers' own way, which no plan knows.
 
     Returns:
         `peak_bytes`, `allocated_bytes` (after zero_grad), `gradients_bytes`, `components`,
-        `moment` and `is_oom` (of an 80 GB card).
+        `moment`, and `is_oom`: whether the tensors alone are more than `CARD_BYTES`.
     """
     if row.side == TRANSFORMERS:
         return None
-    prediction = predict(bench.shape, bench.layout(row), bench.planned_run(row))
+    scenario = bench.scenario(row)
+    prediction = scenario.predict(scenario.own_layout())
     return {
         "peak_bytes": prediction.peak_bytes,
         "allocated_bytes": prediction.allocated_bytes,
@@ -30,30 +30,4 @@ def predict_row(bench: Bench, row: Row) -> dict[str, Any] | None:
         "components": dict(prediction.components),
         "moment": prediction.moment,
         "is_oom": prediction.peak_bytes > CARD_BYTES,
-    }
-
-
-def compare_published(row: Row, predicted: dict[str, Any]) -> dict[str, float] | None:
-    """Return predicted over published, less 1, of peak and allocated; None without figures.
-
-    Where the published `allocated` was read before zero_grad, gradients are added to ours.
-    """
-    published = row.published
-    if published is None or published.is_oom:
-        return None
-    allocated_bytes = predicted["allocated_bytes"]
-    if published.is_before_zero_grad:
-        allocated_bytes += predicted["gradients_bytes"]
-    return {
-        "peak": predicted["peak_bytes"] / published.peak_bytes - 1,
-        "allocated": allocated_bytes / published.allocated_bytes - 1,
-    }
-
-
-def summarise_errors(errors: list[float]) -> dict[str, float]:
-    """Return n, the mean of the absolute errors and the worst error with its sign."""
-    return {
-        "n": len(errors),
-        "mean": mean(abs(error) for error in errors),
-        "worst": max(errors, key=abs),
     }

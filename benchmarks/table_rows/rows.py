@@ -96,7 +96,7 @@ class Row:
             parallelism what transformers uses.
         expert_dp: as the option.
         published: what was published.
-        note: what a reader must know of it.
+        notes: what a reader must know of it.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Row:
     kernel: str = "grouped_mm"
     expert_dp: str = "shard"
     published: Published | None = None
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     def ep_size(self, ranks: int) -> int:
         """Return the ep_size on so many ranks; 1 is no expert parallelism."""
@@ -119,7 +119,8 @@ class Row:
             return f"{method}, no ep (FSDP2)"
         if self.side == TRANSFORMERS:
             return f"{method}, ep {self.ep_size(ranks)}, transformers"
-        copies = ", copies" if self.expert_dp == "replicate" else ""
+        copies = {"replicate": ", copies", "shard": ", sharded"}[self.expert_dp]
+        copies = copies if self.ep_size(ranks) < ranks else ""
         return f"{method}, ep {self.ep_size(ranks)}{copies}, {kernel or self.kernel}"
 
 
@@ -142,7 +143,7 @@ _CRASHES = "PEFT's adapters on experts do not go with transformers' expert paral
 ROWS = (
     Row("full-none", PUBLISHED, "none", 0, published=Published(3037, 59, 47, True)),
     Row("full-ep8", PUBLISHED, "none", 1, "megablocks", published=Published(871, 49, 36)),
-    Row("full-ep4", PUBLISHED, "none", 2, "megablocks", "replicate", Published(), _COPIES),
+    Row("full-ep4", PUBLISHED, "none", 2, "megablocks", "replicate", Published(), (_COPIES,)),
     Row("attn-none", PUBLISHED, "attn-only", 0, published=Published(2137, 22, 12)),
     Row("attn-ep8", PUBLISHED, "attn-only", 1, "megablocks", published=Published(878, 14, 12)),
     Row(
@@ -153,7 +154,7 @@ ROWS = (
         "megablocks",
         "replicate",
         Published(878, 26, 25),
-        _COPIES,
+        (_COPIES,),
     ),
     Row(
         "attn-ep4-scattermoe",
@@ -163,7 +164,7 @@ ROWS = (
         "scattermoe",
         "replicate",
         Published(831, 25, 24),
-        _COPIES,
+        (_COPIES,),
     ),
     Row(
         "all-ep4",
@@ -173,7 +174,7 @@ ROWS = (
         "triton",
         "replicate",
         Published(880, 26, 25),
-        f"{_COPIES} {_SCATTERED_ADAPTERS}",
+        (_COPIES, _SCATTERED_ADAPTERS),
     ),
     Row("full-ep8-triton", OURS, "none", 1, "triton"),
     Row("full-ep4-shard", OURS, "none", 2, "triton"),
@@ -184,5 +185,5 @@ ROWS = (
     Row("stock-full-ep4", TRANSFORMERS, "none", 2),
     Row("stock-attn-ep8", TRANSFORMERS, "attn-only", 1),
     Row("stock-attn-ep4", TRANSFORMERS, "attn-only", 2),
-    Row("stock-all-ep4", TRANSFORMERS, "all", 2, note=_CRASHES),
+    Row("stock-all-ep4", TRANSFORMERS, "all", 2, notes=(_CRASHES,)),
 )

@@ -63,14 +63,13 @@ def find_obstacle(row: Row, bench: Bench, earlier: Sequence[Row] = ()) -> dict[s
 
 def _find_copy(row: Row, bench: Bench, earlier: Sequence[Row]) -> dict[str, Any] | None:
     def what_runs(one: Row) -> tuple:
-        return (one.side == TRANSFORMERS, one.use_lora, bench.layout(one))
+        return (one.side == TRANSFORMERS, one.use_lora, bench.scenario(one).own_layout())
 
     for other in earlier:
         if what_runs(other) == what_runs(row):
-            why = {
-                "triton": "triton needs a GPU (its interpreter is no timing)",
-            }.get(row.kernel, f"{row.kernel} needs a GPU")
-            reason = f"{why}, and on a CPU this is {other.name}"
+            is_ours = row.kernel == "triton"
+            why = "needs a GPU (its interpreter is no timing)" if is_ours else "needs a GPU"
+            reason = f"{row.kernel} {why}; with grouped_mm this is {other.name}"
             return {"status": LEFT_OUT, "reason": reason}
     return None
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 __all__ = ["save_config", "save_examples", "save_random_model"]
 
@@ -31,6 +32,7 @@ def save_config(config: Mapping[str, Any], folder: Path) -> None:
 
 def save_random_model(config: Mapping[str, Any], folder: Path, *, dtype: torch.dtype) -> None:
     """Write a model with random weights, the same for every call."""
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(_build_config(config), dtype=dtype).save_pretrained(folder)
 

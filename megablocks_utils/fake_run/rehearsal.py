@@ -81,6 +81,7 @@ def rehearse(
     device: torch.device,
     is_real: bool = False,
     on_ready: Callable[[], None] = lambda: None,
+    on_done: Callable[[], None] = lambda: None,
 ) -> Rehearsal:
     """Take one step as rank 0 of `run.world_size`; no process group may be initialised.
 
@@ -92,6 +93,7 @@ def rehearse(
         is_real: whether they are real.
         on_ready: called when weights and optimizer state are there, before the first micro-step;
             whoever measures begins here.
+        on_done: called after zero_grad, while everything that a run holds is still there.
 
     Raises:
         UserError: a model or kernel that cannot be run.
@@ -110,6 +112,7 @@ def rehearse(
             ledger.open()
             on_ready()
             step.take(config.optim.gradient_accumulation_steps)
+            on_done()
             return step.report()
 
 

@@ -1,11 +1,24 @@
-"""Predict memory and traffic of a run from the model's sizes alone."""
+"""Predict memory and traffic of a run from the model's sizes alone: milliseconds, no torch.
 
+No number is fitted to a measurement: every byte has a name, in `groups`, `fsdp2_buffers`, the files
+of stages, and `traffic`.
+"""
+
+from megablocks_utils.planning.fsdp2_buffers import Accumulation, Fsdp2Buffers
+from megablocks_utils.planning.groups import ModelGroups, itemsize
+from megablocks_utils.planning.layer_plan import plan_layers
+from megablocks_utils.planning.ledger import Ledger
+from megablocks_utils.planning.micro_step import MicroStep
 from megablocks_utils.planning.model_shape import ModelShape
-from megablocks_utils.planning.prediction import COLLECTIVES, Layout, PlannedRun, Prediction
+from megablocks_utils.planning.placement import build_groups
+from megablocks_utils.planning.prediction import Layout, PlannedRun, Prediction
+from megablocks_utils.planning.sizes import Sizes
+from megablocks_utils.planning.traffic import count_sent_bytes
 
 __all__ = ["legal_layouts", "predict"]
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+_STEP_COUNTER_BYTES = 4
+"""Adam counts steps in a number of its own for every parameter."""
 
 
 def legal_layouts(shape: ModelShape, world_size: int, entry_point: str) -> list[Layout]:
@@ -26,22 +39,60 @@ def legal_layouts(shape: ModelShape, world_size: int, entry_point: str) -> list[
 
 
 def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
-    """Predict what one rank will hold and send; a first, rough version."""
-    ratio = run.world_size if layout.expert_dp == "shard" else layout.ep_size
-    experts = shape.num_expert_parameters // ratio
-    dense = (shape.num_parameters - shape.num_expert_parameters) // run.world_size
-    precision = run.precision
-    weights, compute = _ITEMSIZE[precision.weights], _ITEMSIZE[precision.compute]
-    is_full = run.use_lora == "none"
-    trained = dense + experts if is_full else 0
-    unit = 4 * compute * shape.layers[-1].numel // (1 if layout.ep_size == 1 else shape.num_experts)
-    components = {
-        "parameters": (dense + experts) * weights,
-        "gradients": trained * weights,
-        "optimizer": trained * 2 * _ITEMSIZE[precision.optim],
-        "fsdp_buffers": unit,
-        "activations": run.tokens * shape.hidden_size * compute * shape.num_layers,
-        "dispatch_buffers": run.tokens * shape.top_k * 4 * shape.hidden_size * compute,
-    }
-    sent = dict.fromkeys(COLLECTIVES, 0)
-    return Prediction(components, "backward", components["parameters"], sent)
+    """Predict what one rank will hold and send.
+
+    Args:
+        shape: the model.
+        layout: one of `legal_layouts`.
+        run: the run.
+    """
+    sizes, groups = Sizes(shape, layout, run), build_groups(shape, layout, run)
+    ledger = Ledger()
+    ledger.hold("parameters", groups.sum("stored_bytes"))
+    ledger.hold("optimizer", _optimizer_bytes(groups, run))
+    allocated_bytes = ledger.total
+    accumulation = _last_micro_step(run)
+    _hold_gradients(ledger, groups, accumulation, run)
+    ledger.forget_peak()
+    order = [group for group in groups.all() if group.is_fsdp]
+    buffers = Fsdp2Buffers(
+        ledger, order, accumulation, num_not_gathered=int(groups.embedding is not None)
+    )
+    MicroStep(
+        sizes,
+        groups,
+        plan_layers(sizes, groups),
+        ledger=ledger,
+        buffers=buffers,
+        has_expert_gradients=run.accumulation > 1,
+    ).go()
+    sent = count_sent_bytes(sizes, groups)
+    return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent)
+
+
+def _optimizer_bytes(groups: ModelGroups, run: PlannedRun) -> int:
+    state = itemsize(run.precision.optim)
+    counters = groups.sum("num_trained") * _STEP_COUNTER_BYTES
+    return 2 * groups.sum("trained_numel") * state + counters
+
+
+def _last_micro_step(run: PlannedRun) -> Accumulation:
+    """Say what the last micro-step of a step finds: none holds more."""
+    is_first = run.accumulation == 1
+    return Accumulation(
+        reduces=True,
+        has_reduced=not is_first and run.sync_each_batch,
+        has_unreduced=not is_first and not run.sync_each_batch,
+    )
+
+
+def _hold_gradients(
+    ledger: Ledger, groups: ModelGroups, accumulation: Accumulation, run: PlannedRun
+) -> None:
+    """Hold what earlier micro-steps have left."""
+    for group in groups.all():
+        if group.is_fsdp:
+            ledger.hold("gradients", group.trained_bytes * accumulation.has_reduced)
+            ledger.hold("fsdp_buffers", group.whole_gradient_bytes * accumulation.has_unreduced)
+        else:
+            ledger.hold("gradients", group.trained_bytes * (run.accumulation > 1))

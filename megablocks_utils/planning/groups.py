@@ -1,0 +1,201 @@
+"""Which parameters FSDP gathers together, and what of them a rank holds.
+
+The rank is the first of its group, which none holds more than: where a dim does not divide by the
+ranks, FSDP2 pads every shard to the size of the first one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+__all__ = ["Group", "LayerGroups", "ModelGroups", "Piece", "itemsize"]
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of an element."""
+    return {"float32": 4, "bfloat16": 2}[dtype]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter as one rank holds it.
+
+    Attributes:
+        shape: that this rank computes with.
+        numel: elements held, padding included.
+        stored: bytes of an element.
+        is_trained: whether it gets a gradient.
+        is_restacked: whether shards are put together along another dim than the first, which
+            takes a second copy of the whole.
+    """
+
+    shape: tuple[int, ...]
+    numel: int
+    stored: int
+    is_trained: bool
+    is_restacked: bool = False
+
+    @property
+    def whole(self) -> int:
+        """Elements this rank computes with."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are gathered in one all-gather, and whose gradients are reduced in one.
+
+    Attributes:
+        pieces: its parameters.
+        ranks: that it is sharded over; 1 where this rank holds it whole.
+        is_fsdp: whether FSDP holds it. What it does not hold is computed with as it lies.
+        compute: bytes of an element that is computed with.
+        padding: elements that a flat parameter of FSDP1 has beside its parameters', on this rank.
+    """
+
+    pieces: tuple[Piece, ...]
+    ranks: int
+    is_fsdp: bool
+    compute: int
+    padding: int = 0
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Weights held."""
+        return self._stored(self.pieces)
+
+    @cached_property
+    def trained_bytes(self) -> int:
+        """What of them is trained; its gradients take as much."""
+        return self._stored(self._trained)
+
+    @cached_property
+    def trained_numel(self) -> int:
+        """Elements held that are trained."""
+        return sum(piece.numel for piece in self._trained) + self.padding * bool(self._trained)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Parameters that are trained."""
+        return len(self._trained)
+
+    @cached_property
+    def gathered_bytes(self) -> int:
+        """All ranks' shards in the dtype of compute; 0 for what FSDP does not hold."""
+        held = sum(piece.numel for piece in self.pieces) + self.padding
+        return held * self.ranks * self.compute if self.is_fsdp else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What an all-gather writes: the same, and nothing where there is one rank."""
+        return self.gathered_bytes if self.ranks > 1 else 0
+
+    @cached_property
+    def cast_bytes(self) -> int:
+        """Own shards cast to the dtype of compute, which are gathered instead of the stored."""
+        held = sum(piece.numel for piece in self.pieces if piece.stored != self.compute)
+        return held * self.compute if self.is_fsdp and self.ranks > 1 else 0
+
+    @cached_property
+    def restacked_bytes(self) -> int:
+        """Second copies of gathered parameters that are put together along another dim."""
+        return sum(piece.whole for piece in self.pieces if piece.is_restacked) * self.compute
+
+    @cached_property
+    def largest_restacked_bytes(self) -> int:
+        """The largest gradient that is cut along another dim, and so copied."""
+        cut = (piece.whole for piece in self._trained if piece.is_restacked)
+        return max(cut, default=0) * self.compute
+
+    @cached_property
+    def last_gradient_bytes(self) -> int:
+        """The gradient of its last parameter, in the dtype of compute."""
+        return self._trained[-1].whole * self.compute if self._trained else 0
+
+    @cached_property
+    def largest_trained_bytes(self) -> int:
+        """The largest gradient as it is kept."""
+        return max((piece.whole * piece.stored for piece in self._trained), default=0)
+
+    @cached_property
+    def reduced_bytes(self) -> int:
+        """Gradients of the whole in the dtype they are reduced in: that of trained weights."""
+        return self.trained_bytes * self.ranks if self.is_fsdp else 0
+
+    @cached_property
+    def whole_gradient_bytes(self) -> int:
+        """Gradients of the whole without padding, in the dtype they are reduced in."""
+        return sum(piece.whole * piece.stored for piece in self._trained)
+
+    @cached_property
+    def whole_compute_bytes(self) -> int:
+        """The same in the dtype of compute, as autograd makes them."""
+        return sum(piece.whole for piece in self._trained) * self.compute
+
+    @cached_property
+    def _trained(self) -> tuple[Piece, ...]:
+        return tuple(piece for piece in self.pieces if piece.is_trained)
+
+    def _stored(self, pieces: tuple[Piece, ...]) -> int:
+        padding = self.padding * pieces[0].stored if pieces else 0
+        return sum(piece.numel * piece.stored for piece in pieces) + padding
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """A decoder layer.
+
+    Attributes:
+        layer: its parameters but those of the other groups.
+        experts: the experts where they are a group of their own; None where the layer's own group
+            has them, or it has none.
+        adapters: adapters that FSDP1 keeps in a flat parameter of their own; None elsewhere.
+    """
+
+    layer: Group
+    experts: Group | None = None
+    adapters: Group | None = None
+
+    @property
+    def dense(self) -> tuple[Group, ...]:
+        """All but the experts' own."""
+        return (self.layer,) if self.adapters is None else (self.layer, self.adapters)
+
+    @property
+    def trained_dense(self) -> Group:
+        """The one of them with what is trained."""
+        return self.adapters or self.layer
+
+    @property
+    def all(self) -> tuple[Group, ...]:
+        """Every group, in the order in which FSDP2 has done with them in the forward pass."""
+        return tuple(g for g in (self.experts, self.layer, self.adapters) if g is not None)
+
+
+@dataclass(frozen=True)
+class ModelGroups:
+    """Everything that a rank holds.
+
+    Attributes:
+        embedding: None where it is in the tail's group.
+        layers: decoder layers; layers of one kind are one object.
+        tail: final norm and output head; with the embedding where it is tied to the head, and under
+            FSDP1.
+    """
+
+    embedding: Group | None
+    layers: tuple[LayerGroups, ...]
+    tail: Group
+
+    def all(self) -> Iterator[Group]:
+        """Yield every group in the order of the forward pass."""
+        if self.embedding is not None:
+            yield self.embedding
+        for layer in self.layers:
+            yield from layer.all
+        yield self.tail
+
+    def sum(self, attribute: str) -> int:
+        """Add an attribute up over all groups."""
+        return sum(getattr(group, attribute) for group in self.all())

@@ -48,11 +48,6 @@ def predict_fake(
         ConfigurationError: something that cannot be rehearsed.
         RuntimeError: a rehearsal that failed, with the end of what it wrote.
     """
-    if run.entry_point != "fsdp2":
-        raise ConfigurationError(
-            f"--entry_point is {run.entry_point}, but the fake engine rehearses fsdp2 only; "
-            "--engine formula knows both."
-        )
     if run.kernel not in KERNELS:
         raise ConfigurationError(
             f"--kernel is {run.kernel}, but the fake engine rehearses {' and '.join(KERNELS)} "

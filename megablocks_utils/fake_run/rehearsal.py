@@ -1,4 +1,4 @@
-"""Take one optimizer step of the FSDP2 script on rank 0, with imaginary peers.
+"""Take one optimizer step of either script on rank 0, with imaginary peers.
 
 With fake tensors nothing is computed and almost no memory is used: a model of any size is rehearsed
 on a laptop. With real tensors (`is_real`) the step is computed on this machine's device, so that
@@ -11,24 +11,23 @@ are made before the first micro-step.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fake_run.assumptions import AssumedValues, assume_counts
 from megablocks_utils.fake_run.imaginary_peers import imaginary_peers
-from megablocks_utils.fake_run.launches import no_launches
 from megablocks_utils.fake_run.ledger import LedgerPeak, MemoryLedger
+from megablocks_utils.fake_run.library_repairs import no_launches, one_example_a_row
 from megablocks_utils.fake_run.planned_config import build_config
+from megablocks_utils.fake_run.runs import Fsdp1Run, Fsdp2Run
 from megablocks_utils.fake_run.traffic import TrafficCounter
-from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.planning.prediction import (
     COLLECTIVES,
@@ -37,16 +36,12 @@ from megablocks_utils.planning.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.shard_moe_utils import ShardedMoE
 from megablocks_utils.training.batches import MicroBatch
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
-from megablocks_utils.training.loop import TrainingState, finish_gradients, run_micro_batch
 from megablocks_utils.training.micro_batch import LossWeights
 from megablocks_utils.training.model_source import build_bare_model, split_experts
-from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
 
 _SEED = 42
-_NUM_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -99,15 +94,16 @@ def rehearse(
         UserError: a model or kernel that cannot be run.
     """
     config = build_config(layout, run)
-    imagination = () if is_real else _imagination(run.kernel)
+    imagination = () if is_real else _imagination(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with imaginary_peers(run.world_size, device.type):
-        wrapped = _wrap(folder, config, run, device)
+        rehearsed = _build(folder, config, run, device)
         with ExitStack() as modes:
             for mode in (*imagination, ledger, traffic, AssumedValues()):
                 modes.enter_context(mode)
-            state = _fill(wrapped, config, run, device)
-            step = _Step(state, run, ledger, traffic)
+            rehearsed.fill()
+            rehearsed.model.train()
+            step = _Step(rehearsed, run, ledger, traffic)
             step.make_optimizer_state()
             ledger.open()
             on_ready()
@@ -116,18 +112,10 @@ def rehearse(
             return step.report()
 
 
-@dataclass(frozen=True)
-class _Wrapped:
-    """A model that FSDP2 has wrapped on meta, and what is needed to go on."""
-
-    accelerator: Accelerator
-    model: nn.Module
-    layers: dict[str, nn.Module]
-    sharded: ShardedMoE | None
-
-
-def _wrap(folder: Path, config: RunConfig, run: PlannedRun, device: torch.device) -> _Wrapped:
-    """Do what `training.setup` and `prepare_fsdp2` do, without data and weights."""
+def _build(
+    folder: Path, config: RunConfig, run: PlannedRun, device: torch.device
+) -> Fsdp1Run | Fsdp2Run:
+    """Do what `training.setup` does, without data and weights, and wrap what can be wrapped."""
     precision = run.precision
     model = build_bare_model(folder, getattr(torch, precision.weights))
     compute_dtype = getattr(torch, precision.compute)
@@ -141,10 +129,8 @@ def _wrap(folder: Path, config: RunConfig, run: PlannedRun, device: torch.device
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
         _move_to_meta(model)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
-    classes = sorted(model._no_split_modules)
-    accelerator = build_accelerator(config, precision, classes, device.type)
-    layers = find_layers(model, accelerator)
-    return _Wrapped(accelerator, wrap_fsdp2(accelerator, model, sharded), layers, sharded)
+    kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
+    return kind(model, sharded, config, run, device)
 
 
 def _move_to_meta(model: nn.Module) -> None:
@@ -155,43 +141,34 @@ def _move_to_meta(model: nn.Module) -> None:
             setattr(module, name, on_meta)
 
 
-def _fill(
-    wrapped: _Wrapped, config: RunConfig, run: PlannedRun, device: torch.device
-) -> TrainingState:
-    model, accelerator = wrapped.model, wrapped.accelerator
-    fill_layers(model, wrapped.layers, _fill_local, accelerator.device)
-    optimizer = build_optimizer(model.named_parameters(), config.optim, run.precision, seed=_SEED)
-    scheduler = build_lr_scheduler(optimizer, config.optim, _NUM_STEPS)
-    prepared = accelerator.prepare_optimizer(optimizer)
-    model.train()
-    return TrainingState(accelerator, model, prepared, scheduler, wrapped.sharded)
-
-
-def _fill_local(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:
-    local.normal_(std=0.02)
-
-
-def _imagination(kernel: str) -> tuple[AbstractContextManager, ...]:
+def _imagination(run: PlannedRun) -> Iterator[AbstractContextManager]:
+    if run.kernel == "triton":
+        yield no_launches()
+    if run.examples == 1:
+        yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    return (fakes, no_launches()) if kernel == "triton" else (fakes,)
+    yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class _Step:
     """One optimizer step, booked."""
 
     def __init__(
-        self, state: TrainingState, run: PlannedRun, ledger: MemoryLedger, traffic: TrafficCounter
+        self,
+        rehearsed: Fsdp1Run | Fsdp2Run,
+        run: PlannedRun,
+        ledger: MemoryLedger,
+        traffic: TrafficCounter,
     ) -> None:
-        self._state = state
+        self._rehearsed = rehearsed
         self._run = run
         self._ledger = ledger
         self._traffic = traffic
-        self._trainable = [p for p in state.model.parameters() if p.requires_grad]
+        self._trainable = [p for p in rehearsed.model.parameters() if p.requires_grad]
 
     def make_optimizer_state(self) -> None:
         """Have the optimizer make its state, which the first backward pass would not see."""
-        optimizer = self._state.optimizer.optimizer
+        optimizer = self._rehearsed.optimizer
         for parameter in self._trainable:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -202,20 +179,20 @@ class _Step:
 
     def take(self, micro_steps: int) -> None:
         """Run the micro-steps, and end the step."""
-        state, ledger = self._state, self._ledger
+        rehearsed, ledger = self._rehearsed, self._ledger
         weights = LossWeights(self._run.label_tokens, micro_steps, self._aux_loss_coef())
         self.sent_by_micro_step = []
-        for _ in range(micro_steps):
+        for number in range(micro_steps):
             ledger.moment = "forward"
-            with state.accelerator.accumulate(state.model):
-                run_micro_batch(state, self._micro_batch(), weights)
+            is_last = number == micro_steps - 1
+            rehearsed.micro_step(self._micro_batch(), weights, is_last=is_last)
             self._assign()
             self.sent_by_micro_step.append(self._traffic.take())
         ledger.moment = "optimizer"
-        finish_gradients(state, max_grad_norm=1.0)
+        rehearsed.finish_gradients()
         self.sent_at_end = self._traffic.take()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+        rehearsed.optimizer.step()
+        rehearsed.optimizer.zero_grad()
 
     def report(self) -> Rehearsal:
         """Say what it needed."""
@@ -228,13 +205,14 @@ class _Step:
         return Rehearsal(self._ledger.find_peak(), self._ledger.held_bytes, sent_bytes)
 
     def _assign(self) -> None:
-        self._ledger.assign(self._state.model.parameters(), "parameters")
+        self._ledger.assign(self._rehearsed.model.parameters(), "parameters")
         self._ledger.assign((p.grad for p in self._trainable), "gradients")
 
     def _micro_batch(self) -> MicroBatch:
         num_tokens = self._run.tokens
         tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
-        return MicroBatch(tokens, torch.arange(num_tokens)[None], tokens.clone(), is_dummy=False)
+        positions = torch.arange(num_tokens)[None] % -(-num_tokens // self._run.examples)
+        return MicroBatch(tokens, positions, tokens.clone(), is_dummy=False)
 
     def _aux_loss_coef(self) -> float:
         return 0.01 if self._run.has_aux_loss else 0.0

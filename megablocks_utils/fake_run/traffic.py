@@ -50,6 +50,11 @@ def _count_all_gather(whole: Tensor, own: Tensor, *_: Any) -> tuple[str, int]:
     return "all_gather", _size(whole) - _size(own)
 
 
+def _count_all_gather_of_lists(wholes: list[list[Tensor]], owns: list[Tensor], *_: Any) -> tuple:
+    """Count FSDP1's on a CPU: a list of the shards of all ranks."""
+    return "all_gather", sum(_size(t) for whole in wholes for t in whole) - sum(map(_size, owns))
+
+
 def _count_reduce_scatter(own: Tensor, whole: Tensor, *_: Any) -> tuple[str, int]:
     return "reduce_scatter", _size(whole) - _size(own)
 
@@ -66,6 +71,7 @@ def _size(tensor: Tensor) -> int:
 _COUNTED = {
     torch.ops._c10d_functional.all_to_all_single.default: _count_all_to_all,
     torch.ops.c10d._allgather_base_.default: _count_all_gather,
+    torch.ops.c10d.allgather_.default: _count_all_gather_of_lists,
     torch.ops.c10d._reduce_scatter_base_.default: _count_reduce_scatter,
     torch.ops.c10d.allreduce_.default: _count_all_reduce,
 }

@@ -110,6 +110,34 @@ def wrap_fsdp1(
         UserError: on every rank, what one met in `fill_local`.
         RuntimeError: FSDP left a parameter out: its gradient would never be reduced.
     """
+    num_elements = _count_local_dense(model)
+    root = agreed(
+        lambda: fill_and_wrap_fsdp1(
+            model,
+            sharded,
+            plugin,
+            layer_classes=layer_classes,
+            device=device,
+            fill_local=fill_local,
+            on_layer=on_layer,
+        )
+    )
+    _assert_all_sharded(root, num_elements)
+    root.register_comm_hook(root.process_group, _sum_over_ranks)
+    return root
+
+
+def fill_and_wrap_fsdp1(
+    model: nn.Module,
+    sharded: ShardedMoE | None,
+    plugin: FullyShardedDataParallelPlugin,
+    *,
+    layer_classes: list[str],
+    device: torch.device,
+    fill_local: FillLocal,
+    on_layer: Callable[[int], None] = lambda _: None,
+) -> FullyShardedDataParallel:
+    """Do what `wrap_fsdp1` does up to the sums; nothing communicates, so that a rank may fail."""
     experts = list(sharded.expert_modules.values()) if sharded else None
 
     def wrap(module: nn.Module) -> FullyShardedDataParallel:
@@ -125,21 +153,13 @@ def wrap_fsdp1(
             device_id=device,
         )
 
-    def fill_and_wrap() -> FullyShardedDataParallel:
-        """Communicate nothing, so that a rank may fail on its way."""
-        for name, layer in layers:
-            materialize(layer, fill_local, device, prefix=f"{name}.")
-            model.set_submodule(name, _wrap_layer(layer, wrap))
-            on_layer(1)
-        materialize(model, fill_local, device)
-        return wrap(model)
-
-    num_elements = _count_local_dense(model)
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
-    root = agreed(fill_and_wrap)
-    _assert_all_sharded(root, num_elements)
-    root.register_comm_hook(root.process_group, _sum_over_ranks)
-    return root
+    for name, layer in layers:
+        materialize(layer, fill_local, device, prefix=f"{name}.")
+        model.set_submodule(name, _wrap_layer(layer, wrap))
+        on_layer(1)
+    materialize(model, fill_local, device)
+    return wrap(model)
 
 
 def _wrap_layer(

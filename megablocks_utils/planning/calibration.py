@@ -107,7 +107,12 @@ def solve(first: TimedRun, second: TimedRun, workload: Mapping[str, Any]) -> Cal
     times += f"{second.median_s:.3g} s"
     bytes_apart = first.sent_bytes - second.sent_bytes
     apart_s = first.median_s - second.median_s
-    if abs(apart_s) <= first.spread_s + second.spread_s or bytes_apart == 0:
+    if bytes_apart == 0:
+        raise ConfigurationError(
+            f"{times}: both send the same, so the bandwidth cannot be told; calibrate with another "
+            "model or number of tokens."
+        )
+    if abs(apart_s) <= first.spread_s + second.spread_s:
         raise ConfigurationError(
             f"{times}: that is no difference beside how much steps vary, so the bandwidth cannot "
             "be told; calibrate with more --steps, a larger model or fewer tokens."

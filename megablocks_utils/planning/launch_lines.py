@@ -1,5 +1,6 @@
 """The command that starts a planned run."""
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ LAYOUT_OPTIONS = ("ep_size", "expert_degree", "expert_dp", "use_megablocks_shard
 
 _HEAD = ("--rdzv_backend", "c10d", "--rdzv_endpoint")
 _PORT = 29500
+# Not within quotes: as many of them follow as close.
+_OPTION_START = re.compile(r" --(?=(?:[^']*'[^']*')*[^']*$)")
 
 
 def build_launch(
@@ -35,7 +38,7 @@ def build_launch(
 
 def break_line(command: str, width: int) -> str:
     """Break a command between options, so that it can be copied as it is shown."""
-    lines, options = [], command.split(" --")
+    lines, options = [], _OPTION_START.split(command)
     line = options[0]
     for option in options[1:]:
         piece = f" --{option}"

@@ -149,7 +149,7 @@ def plan_layouts(
     scenario, layouts = question.scenario, question.layouts()
     rows = []
     for layout, prediction in zip(layouts, engine(scenario, layouts), strict=True):
-        by_formula = scenario.predict(layout)
+        by_formula = prediction if engine is run_formula else scenario.predict(layout)
         cost = cost_step(scenario, layout, by_formula, question.cluster, question.calibration)
         verdict = judge(prediction, question.capacity_bytes, scenario.device_type)
         accumulation = scenario.config.optim.gradient_accumulation_steps

@@ -31,7 +31,7 @@ def list_assumptions(question: Question, own: Mapping[str, Any]) -> list[str]:
         f"A micro-batch has {scenario.tokens:,} tokens a rank, {_batch_words(question)}, all of "
         "them learned; shorter examples need less.",
         f"The fullest rank of an ep group receives {scenario.imbalance} times its fair share of "
-        "rows (--imbalance).",
+        "rows (--imbalance), and the others wait for it.",
         f"A GPU has {format_gb(question.capacity_bytes)}; beside the peak, "
         f"{FRAGMENTATION:.0%} of it are kept for fragmentation and {format_gb(CONTEXT_BYTES)} for "
         "the CUDA context and NCCL, both estimates: tight is what fits without the first.",

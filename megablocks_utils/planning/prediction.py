@@ -71,6 +71,8 @@ class PlannedRun:
         imbalance: rows that the hottest rank of an ep group receives, over its fair share.
         has_aux_loss: whether the load-balancing loss is on.
         device_type: `cuda` or `cpu`.
+        examples: in that micro-batch. More than one are kept apart by a mask (T, T), which
+            transformers makes once, and torch's attention again in floating point in every layer.
     """
 
     world_size: int
@@ -87,6 +89,7 @@ class PlannedRun:
     imbalance: float
     has_aux_loss: bool
     device_type: str
+    examples: int = 1
 
     @property
     def trains_attention(self) -> bool:

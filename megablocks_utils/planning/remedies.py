@@ -7,13 +7,13 @@ from megablocks_utils.config import PrecisionConfig, resolve_precision
 from megablocks_utils.planning.prediction import Layout
 from megablocks_utils.planning.scenario import Scenario
 from megablocks_utils.planning.units import format_gb
-from megablocks_utils.planning.verdict import OOM, Verdict, judge
+from megablocks_utils.planning.verdict import FITS, TIGHT, Verdict, judge
 
 __all__ = ["Remedy", "find_remedies", "layout_words"]
 
 _MIN_LENGTH, _MAX_GROWTH = 128, 64
-Attempt = tuple[Scenario, Layout]
 Change = Callable[[Scenario, Layout], Iterator[tuple[str, Scenario, Layout]]]
+Chain = dict[Change, str]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Remedy:
 
     def describe(self) -> str:
         """Say both: `--expert_dp shard: 50.9 GB`."""
-        tight = ", tight" if self.verdict.name != "fits" else ""
+        tight = ", tight" if self.verdict.name != FITS else ""
         return f"{self.words}: {format_gb(self.verdict.peak_bytes)}{tight}"
 
 
@@ -40,12 +40,13 @@ def find_remedies(scenario: Scenario, layout: Layout, capacity_bytes: int) -> li
     Returns:
         What makes it fit, in the order of how little it changes; empty where nothing tried does.
     """
-    found = []
-    for change in _CHANGES:
-        attempts = list(change(scenario, layout))
-        fitting = (_try(words, *attempt, capacity_bytes) for words, *attempt in attempts)
-        found += [remedy for remedy in fitting if remedy.verdict.name != OOM][:1]
-    return found or _combine(scenario, layout, capacity_bytes)
+    alone = (_try_change(change, scenario, layout, capacity_bytes) for change in _CHANGES)
+    found = [remedy for remedy in alone if remedy is not None]
+    if found:
+        return found
+    combined = (_combine(scenario, layout, capacity_bytes, goal) for goal in (FITS, TIGHT))
+    first = next((remedy for remedy in combined if remedy is not None), None)
+    return [] if first is None else [first]
 
 
 def layout_words(layout: Layout) -> str:
@@ -56,24 +57,74 @@ def layout_words(layout: Layout) -> str:
     return f"{words} --expert_dp {layout.expert_dp}"
 
 
-def _combine(scenario: Scenario, layout: Layout, capacity_bytes: int) -> list[Remedy]:
+def _try_change(
+    change: Change, scenario: Scenario, layout: Layout, capacity_bytes: int
+) -> Remedy | None:
+    """Return the mildest attempt of a change that fits; one that is tight where none does."""
+    tight = None
+    for words, *attempt in change(scenario, layout):
+        remedy = _try(words, *attempt, capacity_bytes)
+        if remedy.verdict.name == FITS:
+            return remedy
+        if remedy.verdict.name == TIGHT and tight is None:
+            tight = remedy
+    return tight
+
+
+def _combine(scenario: Scenario, layout: Layout, capacity_bytes: int, goal: str) -> Remedy | None:
+    """Put the strongest attempts of the changes together until they fit, then take back.
+
+    What is not needed is left out, and of what is, the mildest attempt that does is taken.
+    """
+
+    def build(chain: Chain) -> Remedy | None:
+        remedy = _apply(chain, scenario, layout, capacity_bytes)
+        return remedy if remedy is not None and remedy.verdict.name in (FITS, goal) else None
+
+    chain = _strongest_chain(scenario, layout, capacity_bytes, goal)
+    for change, words in reversed(chain.items()):  # the later ones change more
+        without = {kept: own for kept, own in chain.items() if kept is not change}
+        milder = (chain | {change: own} for own in _words_before(change, words, scenario, layout))
+        for shorter in (without, *milder):
+            if build(shorter) is not None:
+                chain = shorter
+                break
+    return build(chain)
+
+
+def _strongest_chain(scenario: Scenario, layout: Layout, capacity_bytes: int, goal: str) -> Chain:
     """Take from each change the attempt with the smallest peak, until they fit together."""
-    taken, peak = [], scenario.predict(layout).peak_bytes
+    chain, peak = {}, scenario.predict(layout).peak_bytes
     for change in _CHANGES:
-        attempts = {
-            _try(words, *attempt, capacity_bytes): attempt
-            for words, *attempt in change(scenario, layout)
-        }
-        if not attempts:
+        attempts = list(change(scenario, layout))
+        tried = [_try(words, *attempt, capacity_bytes) for words, *attempt in attempts]
+        best = min(tried, key=lambda remedy: remedy.verdict.peak_bytes, default=None)
+        if best is None or best.verdict.peak_bytes >= peak:
             continue
-        best = min(attempts, key=lambda remedy: remedy.verdict.peak_bytes)
-        if best.verdict.peak_bytes >= peak:
-            continue
-        taken, peak = [*taken, best.words], best.verdict.peak_bytes
-        scenario, layout = attempts[best]
-        if best.verdict.name != OOM:
-            return [Remedy(" ".join(taken), best.verdict)]
-    return []
+        chain[change], peak = best.words, best.verdict.peak_bytes
+        _, scenario, layout = attempts[tried.index(best)]
+        if best.verdict.name in (FITS, goal):
+            break
+    return chain
+
+
+def _words_before(change: Change, words: str, scenario: Scenario, layout: Layout) -> Iterator[str]:
+    """Yield the words of the attempts of a change that are milder than the named one."""
+    for own, *_ in change(scenario, layout):
+        if own == words:
+            return
+        yield own
+
+
+def _apply(chain: Chain, scenario: Scenario, layout: Layout, capacity_bytes: int) -> Remedy | None:
+    """Make the named attempts one on top of the other; None where one is no longer possible."""
+    for change, words in chain.items():
+        attempts = (attempt for own, *attempt in change(scenario, layout) if own == words)
+        attempt = next(attempts, None)
+        if attempt is None:
+            return None
+        scenario, layout = attempt
+    return _try(" ".join(chain.values()), scenario, layout, capacity_bytes)
 
 
 def _try(words: str, scenario: Scenario, layout: Layout, capacity_bytes: int) -> Remedy:

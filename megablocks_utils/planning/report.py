@@ -7,7 +7,7 @@ from megablocks_utils.planning.launch_lines import break_line
 from megablocks_utils.planning.layout_plan import PlanRow, Question, choose_row
 from megablocks_utils.planning.prediction import COLLECTIVES, COMPONENTS
 from megablocks_utils.planning.scale import ScalePoint, build_scale_table, describe_dominance
-from megablocks_utils.planning.units import GB, format_gb, format_gib
+from megablocks_utils.planning.units import GB, choose_unit, format_count, format_gb
 from megablocks_utils.planning.verdict import FITS, OOM, TIGHT
 
 if TYPE_CHECKING:
@@ -71,20 +71,21 @@ def show_scale(
 def build_memory_table(rows: Sequence[PlanRow], chosen: PlanRow | None, width: int) -> "Table":
     """Lay out bytes by component; on a narrow console only the sum and the largest one."""
     parts = COMPONENTS if width >= WIDE else ()
-    table = _build_table("Memory of the fullest rank at its peak, GiB", rows)
+    unit = choose_unit(max(row.prediction.peak_bytes for row in rows))
+    table = _build_table(f"Memory of the fullest rank at its peak, {unit.binary}", rows)
     for name in parts:
         table.add_column(_HEADS[name], justify="right")
-    for head in ("peak", "peak,\nGB", "head-\nroom"):
+    for head in ("peak", f"peak,\n{unit.decimal}", "head-\nroom"):
         table.add_column(head, justify="right")
     table.add_column("")
     table.add_column("largest" if width >= WIDE else "", overflow="fold")
     for row in rows:
         table.add_row(
             *_layout_cells(row, row is chosen),
-            *(format_gib(row.prediction.components[name]) for name in parts),
-            format_gib(row.prediction.peak_bytes),
-            f"{row.prediction.peak_bytes / GB:.1f}",
-            format_gib(row.verdict.headroom_bytes),
+            *(unit.format_binary(row.prediction.components[name]) for name in parts),
+            unit.format_binary(row.prediction.peak_bytes),
+            unit.format_decimal(row.prediction.peak_bytes),
+            unit.format_binary(row.verdict.headroom_bytes),
             _verdict_cell(row),
             row.verdict.cause,
         )
@@ -161,8 +162,8 @@ def _title(question: Question) -> str:
     run = scenario.planned_run()
     trained = "all weights" if run.use_lora == "none" else f"LoRA {run.use_lora} r{run.lora_r}"
     return (
-        f"{question.model}: {scenario.shape.num_parameters / 1e9:.1f} B parameters, "
-        f"{scenario.shape.num_active_parameters / 1e9:.1f} B active, on {scenario.world_size} x "
+        f"{question.model}: {format_count(scenario.shape.num_parameters)} parameters, "
+        f"{format_count(scenario.shape.num_active_parameters)} active, on {scenario.world_size} x "
         f"{format_gb(question.capacity_bytes)} ({gpu.name}); {trained}, {run.precision.name}, "
         f"{run.entry_point}"
     )

@@ -1,5 +1,6 @@
 """Memory and traffic against the number of GPUs, for one model or several."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,11 +55,17 @@ def build_scale_figure(series: Mapping[str, Sequence[ScalePoint]], capacity_byte
         traffic.plot(worlds, [_inter_gb(point) for point in points], **style)
         waiting.plot(worlds, [_tokens_over_weights(point) for point in points], **style)
     memory.axhline(capacity_bytes / GB, color=TEXT_COLOUR, linestyle=(0, (4, 2)), linewidth=1.2)
-    memory.set_yscale("log")
     waiting.axhline(1, color=TEXT_COLOUR, linestyle=(0, (4, 2)), linewidth=1.2)
     _dress(memory, "Peak of the chosen layout, GB", "dashes: a GPU's memory; crosses: none fits")
     _dress(traffic, "Sent to other nodes, GB", "chosen layout, a rank and micro-step")
-    _dress(waiting, "All-to-all over weights, time", "largest ep_size; above 1 tokens wait longer")
+    _dress(
+        waiting,
+        "Time of all-to-all over that of weights",
+        "largest ep_size; no point where tokens stay in their node",
+    )
+    for axes in (memory, waiting):
+        _dress_log(axes)
+    waiting.set_xlim(memory.get_xlim())  # also where nothing is drawn
     figure.legend(
         loc="outside lower center", ncols=6, frameon=False, labelcolor=TEXT_COLOUR, fontsize=9
     )
@@ -73,11 +80,11 @@ def _inter_gb(point: ScalePoint) -> float:
 
 
 def _tokens_over_weights(point: ScalePoint) -> float:
-    """Return how much longer tokens take than weights; 0 where tokens stay in their node."""
+    """Return how much longer tokens take than weights; NaN where tokens stay in their node."""
     links = point.widest.cost.links
     weights = sum(link.ideal_s for name, link in links.items() if name != "all_to_all")
     tokens = links["all_to_all"]
-    return tokens.ideal_s / weights if tokens.inter_bytes > 0 and weights else 0.0
+    return tokens.ideal_s / weights if tokens.inter_bytes > 0 and weights else math.nan
 
 
 def _dress(axes: "Axes", title: str, note: str) -> None:
@@ -93,3 +100,12 @@ def _dress(axes: "Axes", title: str, note: str) -> None:
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _dress_log(axes: "Axes") -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -1,7 +1,8 @@
 """A run that is only imagined: its options, its model's shape and how many ranks there are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
@@ -76,12 +77,23 @@ class Scenario:
 
     def predict(self, layout: Layout) -> Prediction:
         """Predict one layout with the formulas."""
-        return predict(self.shape, layout, self.planned_run())
+        return _predict_once(predict, self.shape, layout, self.planned_run())
 
     def _has_aux_loss(self) -> bool:
         """Whether the load-balancing loss is on, by the rule of `training.micro_batch`."""
         given = self.config.router_aux_loss_coef
         return (self.shape.aux_loss_coef if given is None else given) > 0
+
+
+@lru_cache(maxsize=4096)
+def _predict_once(
+    predict: Callable[[ModelShape, Layout, PlannedRun], Prediction],
+    shape: ModelShape,
+    layout: Layout,
+    run: PlannedRun,
+) -> Prediction:
+    """Remember predictions: the remedies of different rows ask for many of the same."""
+    return predict(shape, layout, run)
 
 
 def read_shape(config: RunConfig, model_config: Mapping[str, Any]) -> ModelShape:

@@ -1,6 +1,8 @@
 """Bytes in words: GiB as tools show them, GB as vendors and the published table count them."""
 
-__all__ = ["GB", "GIB", "format_gb", "format_gib"]
+from dataclasses import dataclass
+
+__all__ = ["GB", "GIB", "Unit", "choose_unit", "format_count", "format_gb"]
 
 GB, GIB = 10**9, 1024**3
 _SMALL = ((10**6, "MB"), (10**3, "kB"))
@@ -16,11 +18,43 @@ def format_gb(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def format_gib(number: float) -> str:
-    """Write bytes as GiB without the unit, for a column that names it."""
-    size = number / GIB
-    if abs(size) >= 0.95:
-        return f"{size:.1f}"
-    if number == 0:
-        return "0"
-    return f"{size:.2f}" if abs(size) >= 0.005 else "~0"
+@dataclass(frozen=True)
+class Unit:
+    """What the bytes of a table are counted in.
+
+    Attributes:
+        binary: name of the binary unit.
+        binary_size: its bytes.
+        decimal: name of the decimal one.
+        decimal_size: its bytes.
+    """
+
+    binary: str
+    binary_size: int
+    decimal: str
+    decimal_size: int
+
+    def format_binary(self, number: float) -> str:
+        """Write bytes in the binary unit, without its name."""
+        size = number / self.binary_size
+        if abs(size) >= 0.95:
+            return f"{size:.1f}"
+        if number == 0:
+            return "0"
+        return f"{size:.2f}" if abs(size) >= 0.005 else "~0"
+
+    def format_decimal(self, number: float) -> str:
+        """Write bytes in the decimal unit, without its name."""
+        return f"{number / self.decimal_size:.1f}"
+
+
+def choose_unit(number: float) -> Unit:
+    """Return GiB and GB, or MiB and MB where `number` bytes, the largest of a table, are few."""
+    if number < GIB // 2:
+        return Unit("MiB", 2**20, "MB", 10**6)
+    return Unit("GiB", GIB, "GB", GB)
+
+
+def format_count(number: int) -> str:
+    """Write a count of parameters in billions or millions."""
+    return f"{number / GB:.1f} B" if number >= GB // 2 else f"{number / 10**6:.1f} M"

@@ -1,10 +1,10 @@
-"""Have Triton's kernels allocate, and compute nothing: fake tensors have no memory to point at."""
+"""Two libraries that have to be told about fake tensors, for as long as a rehearsal lasts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["no_launches"]
+__all__ = ["no_launches", "one_example_a_row"]
 
 
 @contextmanager
@@ -30,3 +30,20 @@ def no_launches() -> Iterator[None]:
         yield
     finally:
         InterpretedFunction.run = original
+
+
+@contextmanager
+def one_example_a_row() -> Iterator[None]:
+    """Have transformers make no mask for a row of one example, as with real tensors.
+
+    It looks at the positions for the start of another example, and transformers 5.23 takes fake
+    ones for any number of examples.
+    """
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original

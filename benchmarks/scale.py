@@ -1,0 +1,73 @@
+"""Four public models on 8 to 4096 GPUs, on paper: the tables of `docs/scale.md` and its picture.
+
+    PYTHONPATH=. python -m benchmarks.scale
+
+Nothing is measured: the formulas of `megablocks_utils.plan` answer in seconds.
+"""
+
+from pathlib import Path
+
+from megablocks_utils.plan import build_question
+from megablocks_utils.planning.layout_plan import Question
+from megablocks_utils.planning.plan_help import HELP
+from megablocks_utils.planning.plan_options import parse_plan_options, split_words
+from megablocks_utils.planning.scale import ScalePoint, describe_dominance, plan_scale
+from megablocks_utils.planning.scale_chart import draw_scale
+from megablocks_utils.planning.units import GB
+
+MODELS = {
+    "Mixtral-8x7B": "mixtral-8x7b",
+    "Qwen3-30B-A3B": "qwen3-30b-a3b",
+    "Qwen3-235B-A22B": "qwen3-235b-a22b",
+    "DeepSeek-V3": "deepseek-v3",
+}
+RUN = "--gpus 8..4096 --gpu h100-80g --per_device_train_batch_size 1 --max_seq_length 4096"
+DOCS = Path(__file__).parents[1] / "docs"
+MARK = "<!-- From here on written by python -m benchmarks.scale -->"
+
+
+def ask(folder: str) -> tuple[Question, list[ScalePoint]]:
+    """Plan one of the models in `benchmarks/models`."""
+    path = Path(__file__).parent / "models" / folder
+    options = parse_plan_options(split_words([str(path), *RUN.split()], help_text=HELP))
+    question = build_question(options)
+    return question, plan_scale(question, options.world_sizes)
+
+
+def format_table(points: list[ScalePoint]) -> str:
+    """Return the Markdown table of one model."""
+    head = "| GPUs | layout | peak, GB | verdict | sent in the node | to other nodes | regime |"
+    rows = [head, "|---:|---|---:|---|---:|---:|---|"]
+    for point in points:
+        row = point.shown
+        steps = row.accumulation * GB
+        rows.append(
+            f"| {point.world_size:,} | {row.layout.describe()} | "
+            f"{row.prediction.peak_bytes / GB:.1f} | {row.verdict.name} | "
+            f"{row.cost.intra_bytes / steps:.1f} | {row.cost.inter_bytes / steps:.1f} | "
+            f"{row.cost.regime} |"
+        )
+    return "\n".join(rows)
+
+
+def format_section(name: str, points: list[ScalePoint]) -> str:
+    """Return what the page says of one model."""
+    return f"## {name}\n\n{format_table(points)}\n\n{describe_dominance(points)}\n"
+
+
+def main() -> None:
+    """Draw the picture and write the tables into the page."""
+    series, capacity = {}, 0
+    for name, folder in MODELS.items():
+        question, series[name] = ask(folder)
+        capacity = question.capacity_bytes
+    page = DOCS / "scale.md"
+    head = page.read_text(encoding="utf-8").partition(MARK)[0]
+    sections = [format_section(name, points) for name, points in series.items()]
+    page.write_text("\n".join([head + MARK + "\n", *sections]), encoding="utf-8")
+    (DOCS / "images").mkdir(exist_ok=True)
+    draw_scale(series, capacity, DOCS / "images" / "scale.png")
+
+
+if __name__ == "__main__":
+    main()

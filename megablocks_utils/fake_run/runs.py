@@ -1,0 +1,124 @@
+"""The two training runs that can be rehearsed: each script's own way of wrapping and stepping."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from megablocks_utils.config import RunConfig
+from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, fill_and_wrap_fsdp1, strip_wrappers
+from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
+from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
+from megablocks_utils.planning.prediction import PlannedRun
+from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.training.batches import MicroBatch
+from megablocks_utils.training.loop import TrainingState, finish_gradients, run_micro_batch
+from megablocks_utils.training.micro_batch import LossWeights, compute_micro_batch_loss
+from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
+
+__all__ = ["Fsdp1Run", "Fsdp2Run"]
+
+_SEED = 42
+_NUM_STEPS = 1000
+_MAX_GRAD_NORM = 1.0
+
+
+class Fsdp2Run:
+    """What `train_accelerate_fsdp2.py` does.
+
+    Made outside of fake tensors, where a `DeviceMesh` can be made, with the model on meta; then
+    `fill` it.
+
+    Attributes:
+        model: wrapped.
+        optimizer: after `fill`.
+    """
+
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sharded: ShardedMoE | None,
+        config: RunConfig,
+        run: PlannedRun,
+        device: torch.device,
+    ) -> None:
+        self._config, self._run, self._sharded = config, run, sharded
+        classes = sorted(model._no_split_modules)
+        self._accelerator = build_accelerator(config, run.precision, classes, device.type)
+        self._layers = find_layers(model, self._accelerator)
+        self.model = wrap_fsdp2(self._accelerator, model, sharded)
+
+    def fill(self) -> None:
+        """Give all parameters their memory, and make the optimizer."""
+        accelerator, config = self._accelerator, self._config
+        fill_layers(self.model, self._layers, fill_at_random, accelerator.device)
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(), config.optim, self._run.precision, seed=_SEED
+        )
+        scheduler = build_lr_scheduler(self.optimizer, config.optim, _NUM_STEPS)
+        prepared = accelerator.prepare_optimizer(self.optimizer)
+        self._state = TrainingState(accelerator, self.model, prepared, scheduler, self._sharded)
+
+    def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
+        """Run forward and backward; Accelerate counts the micro-steps itself."""
+        with self._accelerator.accumulate(self.model):
+            run_micro_batch(self._state, batch, weights)
+
+    def finish_gradients(self) -> None:
+        """Sum over copies, and clip."""
+        finish_gradients(self._state, _MAX_GRAD_NORM)
+
+
+class Fsdp1Run:
+    """What `train_fsdp1.py` does; as `Fsdp2Run`, but that `fill` wraps."""
+
+    model: nn.Module
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sharded: ShardedMoE | None,
+        config: RunConfig,
+        run: PlannedRun,
+        device: torch.device,
+    ) -> None:
+        self._config, self._run, self._sharded = config, run, sharded
+        self._device = device
+        self._bare = model
+        self._plugin = build_fsdp1_plugin(run.precision)
+
+    def fill(self) -> None:
+        """Fill and wrap layer by layer, and make the optimizer."""
+        self.model = fill_and_wrap_fsdp1(
+            self._bare,
+            self._sharded,
+            self._plugin,
+            layer_classes=sorted(self._bare._no_split_modules),
+            device=self._device,
+            fill_local=fill_at_random,
+        )
+        named = ((strip_wrappers(name), p) for name, p in self.model.named_parameters())
+        self.optimizer = build_optimizer(named, self._config.optim, self._run.precision, seed=_SEED)
+
+    def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
+        """Run forward and backward; gradients wait where the options say so."""
+        waits = not (is_last or self._run.sync_each_batch)
+        with self.model.no_sync() if waits else nullcontext():
+            loss = compute_micro_batch_loss(self.model, batch, weights, self._device)
+            loss.objective.backward()
+
+    def finish_gradients(self) -> None:
+        """Sum over copies, and clip."""
+        if self._sharded is not None:
+            sum_replica_gradients(self._sharded.expert_parameters.values(), self._sharded.mesh)
+        clip_gradients(self.model.parameters(), _MAX_GRAD_NORM)
+
+
+def fill_at_random(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:
+    """Fill a part of a parameter."""
+    local.normal_(std=0.02)

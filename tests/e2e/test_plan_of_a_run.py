@@ -1,0 +1,70 @@
+"""Every run is planned: refused where it cannot fit, and compared with what it needed."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import train_accelerate_fsdp2
+from megablocks_utils.errors import PlanError
+from tests.support.tiny_models import save_tiny_model
+
+LENGTHS = (9, 5, 30, 7)
+# No machine has so much memory that a share of it would hold the tiny model's 100 kB.
+RANKS_OF_A_CROWDED_MACHINE = 10**9
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a model and data of known lengths."""
+    save_tiny_model("mixtral", tmp_path / "model", sharded=False)
+    rows = [{"input_ids": [3] * n, "labels": [3] * n} for n in LENGTHS]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def run(rank: int, folder: Path, *more: str, local_ranks: int = 2) -> str:
+    """Train one step; returns what was refused."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
+    options = {
+        "model_name_or_path": folder / "model",
+        "data_path": folder / "data.jsonl",
+        "output_dir": folder / "out",
+        "use_megablocks_sharding": True,
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+    }
+    argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    try:
+        train_accelerate_fsdp2.main([*argv, *more])
+    except PlanError as error:
+        assert error.exit_code == 3
+        return str(error)
+    return ""
+
+
+def test_what_cannot_fit_is_refused_and_nothing_is_written(ranks2, folder):
+    refusals = ranks2.run(run, folder, local_ranks=RANKS_OF_A_CROWDED_MACHINE)
+    assert refusals[0] == refusals[1]
+    assert refusals[0].startswith("the plan's peak is ")
+    assert refusals[0].endswith("--ignore_plan True starts all the same.")
+    assert not (folder / "out").exists()
+
+
+def test_it_can_be_ignored(ranks2, folder):
+    more = ("--ignore_plan", "True")
+    assert ranks2.run(run, folder, *more, local_ranks=RANKS_OF_A_CROWDED_MACHINE) == ["", ""]
+    assert json.loads((folder / "out" / "run.json").read_text())["plan"]["verdict"] == "oom"
+
+
+def test_the_record_holds_plan_and_measurement(ranks2, folder):
+    assert ranks2.run(run, folder) == ["", ""]
+    plan = json.loads((folder / "out" / "run.json").read_text())["plan"]
+    predicted, measured = plan["predicted"]["components"], plan["measured"]["components"]
+    assert plan["layout"] == {"ep_size": 2, "expert_dp": "shard"}
+    assert measured["parameters"] == predicted["parameters"]
+    # A step counter of 4 bytes for each parameter is left out of what is measured.
+    num_parameters = 2 * 9 + 3
+    assert measured["optimizer"] == predicted["optimizer"] - 4 * num_parameters
+    assert plan["verdict"] == "fits"

@@ -1,0 +1,47 @@
+"""Models, options and scenarios that several tests plan."""
+
+import json
+from pathlib import Path
+
+from megablocks_utils.config import parse_args
+from megablocks_utils.planning.gpus import GPUS
+from megablocks_utils.planning.prediction import COLLECTIVES, COMPONENTS, Prediction
+from megablocks_utils.planning.scenario import Scenario, read_shape
+from megablocks_utils.planning.traffic_links import Cluster
+
+MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
+MIXTRAL = MODELS / "mixtral-8x7b" / "config.json"
+PUBLISHED = (
+    "--max_seq_length 256 --per_device_train_batch_size 1 --gradient_accumulation_steps 16 "
+    "--precision bf16"
+)
+"""The run of the published table: its MoE on 8 A100, pure bf16."""
+A100_NODE = Cluster(GPUS["a100-80g"], 8)
+
+
+def read_model(name):
+    return json.loads((MODELS / name / "config.json").read_text())
+
+
+def build_scenario(line=PUBLISHED, *, model="mixtral-8x7b", world_size=8, entry_point="fsdp2"):
+    config = parse_args(line.split(), entry_point=entry_point)
+    tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length
+    return Scenario(
+        config=config,
+        shape=read_shape(config, read_model(model)),
+        world_size=world_size,
+        device_type="cuda",
+        kernel="grouped_mm",
+        tokens=tokens,
+        label_tokens=tokens,
+    )
+
+
+def build_prediction(*, allocated_bytes=0, moment="backward", sent=None, **components):
+    """Build a prediction with some components, all others 0."""
+    return Prediction(
+        dict.fromkeys(COMPONENTS, 0) | components,
+        moment,
+        allocated_bytes,
+        dict.fromkeys(COLLECTIVES, 0) | (sent or {}),
+    )

@@ -1,0 +1,161 @@
+"""The command line of a plan: whose word is whose, and one sentence for every slip."""
+
+import dataclasses
+import difflib
+import re
+
+import pytest
+from transformers import TrainingArguments
+
+from megablocks_utils.cli import HelpRequested
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.options import OPTIONS, find_option
+from megablocks_utils.planning.plan_help import HELP
+from megablocks_utils.planning.plan_options import (
+    OWN_OPTIONS,
+    parse_plan_options,
+    split_words,
+)
+
+PLAN = "m --gpu a100-80g"
+
+
+def parse(line):
+    return parse_plan_options(split_words(line.split(), help_text=HELP))
+
+
+def test_own_words_and_those_of_a_run():
+    options = parse(
+        "--gpus=16 m --gpu h100-80g --use_lora all --report_to tensorboard --shuffle --gpu_mem_gib "
+        "79.5 --lora-r 4 --imbalance 2 --learning_rate=1e-4"
+    )
+    assert (options.model, options.world_sizes) == ("m", (16,))
+    assert options.own["gpu"] == "h100-80g"
+    assert (options.own["gpu_mem_gib"], options.own["imbalance"]) == (79.5, 2.0)
+    assert (options.config.adapter.use_lora, options.config.adapter.lora_r) == ("all", 4)
+    assert " ".join(options.words) == (
+        "--use_lora all --report_to tensorboard --shuffle --lora-r 4 --learning_rate=1e-4"
+    )
+    defaults = parse(PLAN)
+    assert (defaults.world_sizes, defaults.own["engine"]) == ((8,), "formula")
+    assert (defaults.ep_size, defaults.expert_dp, defaults.words) == (None, None, ())
+
+
+def test_the_model_may_be_named_as_a_run_names_it():
+    assert parse("--model_name_or_path a/b --gpu a100-80g").model == "a/b"
+    same = parse("a/b --model_name_or_path a/b --gpu a100-80g")
+    assert (same.model, same.words) == ("a/b", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("8", (8,)),
+        ("8..8", (8,)),
+        ("8..64", (8, 16, 32, 64)),
+        ("8..100", (8, 16, 32, 64)),
+        ("6..25", (6, 12, 24)),
+    ],
+)
+def test_numbers_of_gpus(text, sizes):
+    assert parse(f"{PLAN} --gpus {text}").world_sizes == sizes
+
+
+@pytest.mark.parametrize(
+    ("line", "ep_size", "expert_dp", "has_ep"),
+    [
+        ("--ep_size 4", 4, None, True),
+        ("--expert_degree 4", 4, None, True),
+        ("--expert_dp replicate", None, "replicate", True),
+        ("--use_megablocks_sharding True", None, None, True),
+        ("--use_megablocks_sharding True --ep_size 2 --expert_dp shard", 2, "shard", True),
+        ("--use_megablocks_sharding False", 1, None, False),
+    ],
+)
+def test_layouts_that_are_asked_for(line, ep_size, expert_dp, has_ep):
+    options = parse(f"{PLAN} {line} --seed 3")
+    assert (options.ep_size, options.expert_dp) == (ep_size, expert_dp)
+    assert options.config.parallel.use_megablocks_sharding == has_ep
+    assert options.words == ("--seed", "3")  # each row adds its own
+
+
+GPU_WANTED = "it must be a100-40g, a100-80g, h100-80g, h200-141g, b200-180g or l40s-48g"
+GPUS_WANTED = "it must be a whole number of at least 1, or two of them as in 8..4096"
+REFUSALS = {
+    "m": f"--gpu is not given, but {GPU_WANTED}, or give --gpu_mem_gib.",
+    "m --gpu a100": f"--gpu is a100, but {GPU_WANTED}.",
+    "m --gpu": f"--gpu has no value, but {GPU_WANTED}.",
+    "--gpu a100-80g": "MODEL is not given, but it must be a model folder, a config.json, or a Hub "
+    "name in the local cache.",
+    f"{PLAN} other": "MODEL is m, but other stands beside it; give one, and options as --name "
+    "value.",
+    f"{PLAN} --model_name_or_path n": "MODEL is m, but n stands beside it; give one, and options "
+    "as --name value.",
+    f"{PLAN} --gpus 0": f"--gpus is 0, but {GPUS_WANTED}.",
+    f"{PLAN} --gpus 16..8": f"--gpus is 16..8, but {GPUS_WANTED}.",
+    f"{PLAN} --gpus eight": f"--gpus is eight, but {GPUS_WANTED}.",
+    f"{PLAN} --gpus": f"--gpus has no value, but {GPUS_WANTED}.",
+    "m --gpu_mem_gib 0": "--gpu_mem_gib is 0, but it must be a number above 0.",
+    f"{PLAN} --imbalance 0.5": "--imbalance is 0.5, but it must be a number of at least 1.",
+    f"{PLAN} --gpus_per_node 0": "--gpus_per_node is 0, but it must be a whole number of at least "
+    "1.",
+    f"{PLAN} --engine magic": "--engine is magic, but it must be formula or fake.",
+    f"{PLAN} --engine fake --gpus 8..16": "--engine is fake, but --gpus 8..16 asks for 2 plans: "
+    "use --engine formula, or one number of GPUs.",
+    f"{PLAN} --json": "--json has no value, but it must be a file to write.",
+    f"{PLAN} --json none/p.json": "--json is none/p.json, but none is no folder; it must be a file "
+    "in a folder that is there.",
+    f"{PLAN} --plot tests": "--plot is tests, but that is a folder; it must be a file in a folder "
+    "that is there.",
+    # the run's own parser speaks
+    f"{PLAN} --use_lora some": "--use_lora is some, but it must be none, attn-only, mlp-only or "
+    "all.",
+    f"{PLAN} --use_megablocks_sharding False --ep_size 4": "--ep_size is 4, but it needs "
+    "--use_megablocks_sharding True.",
+    f"{PLAN} --entry_point fsdp1 --expert_dp shard": "--expert_dp is shard, but FSDP1 keeps copies "
+    "of the experts: it must be replicate, or use train_accelerate_fsdp2.py.",
+    # the nearest name of both sets
+    f"{PLAN} --gpu_memgib 3": "unknown option --gpu_memgib; did you mean --gpu_mem_gib?",
+    f"{PLAN} --use_lorra all": "unknown option --use_lorra; did you mean --use_lora?",
+    f"{PLAN} --entry_point fsdp1 --max_seq_len 3": "unknown option --max_seq_len; did you mean "
+    "--max_seq_length?",
+}
+
+
+@pytest.mark.parametrize("line", REFUSALS)
+def test_refusals(line):
+    with pytest.raises(ConfigurationError) as caught:
+        parse(line)
+    assert str(caught.value) == REFUSALS[line]
+
+
+def test_help():
+    for word in ("-h", "--help"):
+        with pytest.raises(HelpRequested) as caught:
+            split_words(["m", word], help_text=HELP)
+        assert str(caught.value) == HELP
+    listed = re.findall(r"^  --(\w+) ", HELP, flags=re.MULTILINE)
+    assert listed == list(OWN_OPTIONS)
+    for choices in re.findall(r"--(\w+) \{([\w|-]+)\}", HELP):
+        assert choices[1].split("|") == list(OWN_OPTIONS[choices[0]].choices)
+    assert max(map(len, HELP.splitlines())) <= 100
+
+
+def test_no_own_option_hides_one_of_a_run():
+    assert [name for name in OWN_OPTIONS if find_option(name)] == []
+
+
+def test_fsdp1_takes_all_of_training_arguments():
+    """None of them is taken for a slip of one of ours."""
+    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    ours = [name for option in OPTIONS for name in (option.name, *option.aliases)]
+    theirs = [name for name in names if name not in ours]
+    assert len(theirs) > 80
+    line = f"{PLAN} --entry_point fsdp1 --logging_strategy steps --per_device_eval_batch_size 1"
+    options = parse(line)
+    assert options.passed_on == ("--logging_strategy", "--per_device_eval_batch_size")
+    assert " ".join(options.words) == "--logging_strategy steps --per_device_eval_batch_size 1"
+    for name in theirs:
+        if name not in ("bf16", "fp16"):  # refused by the parser: dtypes are --precision's
+            assert f"--{name}" in parse(f"{PLAN} --entry_point fsdp1 --{name} 1").passed_on
+    assert difflib.get_close_matches("gpuss", OWN_OPTIONS, cutoff=0.88) == ["gpus"]

@@ -1,0 +1,265 @@
+"""The command as it is typed: exit codes, files, one sentence for what cannot be planned."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megablocks_utils import plan
+from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.config import parse_args, parse_known_args
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.fake_run import engine as fake_engine
+from megablocks_utils.launch import run_entry_point
+from megablocks_utils.planning.calibration import TimedRun, build_record, describe_workload, solve
+from megablocks_utils.planning.plan_help import HELP
+from megablocks_utils.planning.prediction import COLLECTIVES, COMPONENTS
+from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_prediction, build_scenario
+from tests.planning.test_check import PLAN
+
+CONTRACT = f"--gpus 8 --gpu a100-80g --use_lora none {PUBLISHED}"
+"""The line of the contract, after MODEL."""
+
+
+def run(line, capsys, model=MIXTRAL.parent):
+    """Return exit code, standard output and standard error."""
+    try:
+        run_entry_point(plan.main, [*([str(model)] if model else []), *line.split()])
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_contracts_line_and_file(tmp_path, capsys):
+    code, out, err = run(f"{CONTRACT} --json {tmp_path / 'plan.json'}", capsys)
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["model"] == str(MIXTRAL.parent)
+    assert found["options"]["gpu"] == "a100-80g"
+    assert found["options"]["training"]["data"]["max_seq_length"] == 256
+    assert all(isinstance(line, str) and line.endswith(".") for line in found["assumptions"])
+    rows = {(row["ep_size"], row["expert_dp"]): row for row in found["rows"]}
+    assert list(rows) == [
+        (1, "shard"),
+        *((2, "shard"), (2, "replicate"), (4, "shard"), (4, "replicate"), (8, "shard")),
+    ]
+    for row in rows.values():
+        assert list(row["components"]) == list(COMPONENTS)
+        assert list(row["sent_bytes_per_micro_step"]) == list(COLLECTIVES)
+        numbers = [*row["components"].values(), *row["sent_bytes_per_micro_step"].values()]
+        assert all(type(n) is int for n in [*numbers, row["peak_bytes"], row["allocated_bytes"]])
+        assert sum(row["components"].values()) == row["peak_bytes"]
+        needed = row["peak_bytes"] + 1_500_000_000
+        assert (row["verdict"] == "oom") == (needed > found["capacity_bytes"])
+        assert (row["rank"] is None) == (row["verdict"] == "oom")
+    assert rows[4, "replicate"]["verdict"] == "oom"
+    assert rows[4, "replicate"]["remedies"][0].startswith("--expert_dp shard: ")
+    ranks = sorted(row["rank"] for row in rows.values() if row["rank"])
+    assert ranks == list(range(1, len(ranks) + 1))
+    assert found["chosen"] == next(row for row in found["rows"] if row["rank"] == 1)
+    assert "torchrun --standalone" in out
+
+
+def test_the_published_rows_are_ranked_right(tmp_path, capsys):
+    """871 s with ep 8, 878 with ep 4 and adapters, 3037 and 2137 without (published table)."""
+    for method, fast in (("none", [(8, "shard")]), ("attn-only", [(8, "shard"), (4, "replicate")])):
+        for length in (210, 256):
+            line = f"{CONTRACT} --use_lora {method} --max_seq_length {length}"
+            run(f"{line} --json {tmp_path / 'p.json'}", capsys)
+            rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+            by_layout = {(row["ep_size"], row["expert_dp"]): row for row in rows}
+            slowest = by_layout[1, "shard"]
+            assert slowest["regime"] == "all-gather bound"
+            for layout in fast:
+                assert by_layout[layout]["rank"] < slowest["rank"]
+                assert by_layout[layout]["regime"] == "launch bound"
+
+
+def test_a_model_that_fits_nowhere_ends_with_3(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    code, out, err = run(f"{CONTRACT} --gpu_mem_gib 5 --json {path}", capsys)
+    assert (code, err) == (3, "")
+    assert "No row fits" in out and "OOM" in out
+    found = json.loads(path.read_text())
+    assert found["chosen"] is None
+    assert {row["rank"] for row in found["rows"]} == {None}
+    assert found["capacity_bytes"] == 5 * 1024**3
+
+
+def test_a_bare_config_and_a_family_that_is_not_trained(tmp_path, capsys):
+    config = MODELS / "deepseek-v3" / "config.json"
+    path = tmp_path / "plan.json"
+    line = f"--gpus 512 --ep_size 8 --gpu h100-80g --per_device_train_batch_size 1 --json {path}"
+    code, out, err = run(line, capsys, model=config)
+    assert (code, err) == (0, "")
+    found = json.loads(path.read_text())
+    assert {row["launch"] for row in found["rows"]} == {None}
+    assert found["assumptions"][-1] == (
+        "deepseek_v3 can be planned but not trained by this project: no row has a command."
+    )
+    assert "torchrun" not in out
+
+
+@pytest.mark.parametrize("entry_point", ["fsdp2", "fsdp1"])
+def test_every_rows_command_is_that_row(entry_point, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    line = f"{CONTRACT} --entry_point {entry_point} --ep_size 4 --seed 7 --json {path}"
+    assert run(line, capsys)[0] in (0, 3)
+    (*_, row) = json.loads(path.read_text())["rows"]
+    words = re.split(r"train_\w+\.py ", row["launch"])[1].split()
+    parse = {"fsdp2": parse_args, "fsdp1": parse_known_args}[entry_point]
+    config = parse(words, entry_point=entry_point)
+    config = config[0] if entry_point == "fsdp1" else config
+    assert config.parallel.ep_size == row["ep_size"] == 4
+    assert config.parallel.expert_dp == row["expert_dp"] == "replicate"
+    assert (config.seed, config.optim.gradient_accumulation_steps) == (7, 16)
+    assert config.model.model_name_or_path == str(MIXTRAL.parent)
+
+
+REFUSALS = {
+    "--gpu a100-80g --gpus 12": "--gpus is 12, but with 8 GPUs a node (--gpus_per_node) it must be "
+    "at most 8 or a multiple of it.",
+    "--gpu a100-80g --ep_size 3": "--ep_size is 3, but it must divide the 8 processes of this run; "
+    "1, 2, 4 and 8 would work.",
+    "--gpu a100-80g --gpus 16 --ep_size 16": "--ep_size is 16, but it must divide the 8 experts of "
+    "this model; 1, 2, 4 and 8 would work.",
+    "--gpu a100-80g --gpus 8..16 --ep_size 3": "--ep_size is 3, but it divides none of these "
+    "numbers of GPUs and the 8 experts of this model.",
+    "--gpu a100-80g --calibration none.json": "--calibration is none.json, but it cannot be read "
+    "(No such file or directory); it must be a file that python -m megablocks_utils.plan calibrate "
+    "has written.",
+    "--gpu a100-80g --calibration none.json --gpus 8..16": "--calibration is none.json, but "
+    "seconds are given for the GPUs that were measured only: --gpus must be one number.",
+}
+
+
+@pytest.mark.parametrize("line", REFUSALS)
+def test_refusals(line, capsys):
+    assert run(line, capsys) == (2, "", f"{REFUSALS[line]}\n")
+
+
+def test_a_model_that_is_not_known(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code, out, err = run(CONTRACT, capsys, model=tmp_path)
+    assert (code, out) == (2, "")
+    assert "llama" in err and err.count("\n") == 1
+
+
+def test_seconds_for_the_measured_workload(tmp_path, capsys):
+    """Half a second a micro-step and 100 GB/s, as two runs would tell it."""
+    times = [TimedRun("a", 200e9, [2.5, 2.5]), TimedRun("b", 100e9, [1.5, 1.5])]
+    calibration = solve(*times, describe_workload(build_scenario()))
+    assert (calibration.overhead_s, calibration.bytes_per_s) == (0.5, 1e11)
+    node, path = tmp_path / "node.json", tmp_path / "plan.json"
+    write_json_atomically(node, build_record(calibration, times, {}))
+    run(f"{CONTRACT} --calibration {node} --json {path}", capsys)
+    for row in json.loads(path.read_text())["rows"]:
+        sent = sum(row["sent_bytes_per_step"].values())
+        assert row["step_s_estimate"] == pytest.approx(16 * 0.5 + sent / 1e11)
+    code, _, err = run(f"{CONTRACT} --calibration {node} --max_seq_length 512", capsys)
+    assert code == 2
+    assert err.startswith(f"--calibration is {node}, but it was measured with max_seq_length 256 ")
+
+
+def test_check(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"plan": PLAN}))
+    code, out, err = run(f"--check {path}", capsys, model=None)
+    assert (code, err) == (0, "")
+    assert re.search(r"peak +48\.1 GB +50\.0 GB +-3\.8 %", out)
+    path.write_text("{}")
+    code, out, err = run(f"--check {path}", capsys, model=None)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"--check is {path}, but it holds no plan; ")
+
+
+def test_many_numbers_of_gpus(tmp_path, capsys):
+    files = f"--json {tmp_path / 'p.json'} --plot {tmp_path / 'p.png'}"
+    code, out, err = run(f"{CONTRACT} --gpus 8..64 {files}", capsys)
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert [world["gpus"] for world in found["worlds"]] == [8, 16, 32, 64]
+    assert found["dominance"] in " ".join(out.split())
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    code, *_ = run(f"{CONTRACT} --gpus 8..16 --gpu_mem_gib 3", capsys)
+    assert code == 3
+
+
+def test_the_fake_engine_is_asked_for_the_same_rows(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def predict_fake(model, layouts, run, *, on_layout):
+        asked.append((model, layouts, run))
+        for _ in layouts:
+            on_layout(1)
+        return [build_prediction(activations=7 * 10**9, allocated_bytes=3)] * len(layouts)
+
+    monkeypatch.setattr(fake_engine, "predict_fake", predict_fake)
+    path = tmp_path / "plan.json"
+    code, _, err = run(f"{CONTRACT} --engine fake --json {path}", capsys)
+    assert code == 0
+    found = json.loads(path.read_text())
+    model, layouts, planned = asked[0]
+    assert model == MIXTRAL
+    assert [(x.ep_size, x.expert_dp) for x in layouts] == [
+        (row["ep_size"], row["expert_dp"]) for row in found["rows"]
+    ]
+    assert planned == build_scenario().planned_run()
+    assert {row["peak_bytes"] for row in found["rows"]} == {7 * 10**9}
+    assert found["engine"] == "fake"
+    line = f"{CONTRACT} --engine fake --truncate_model_for_debug True"
+    assert run(line, capsys)[0] == 2
+
+
+def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def fail(path, record):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(plan, "write_json_atomically", fail)
+    path = tmp_path / "plan.json"
+    code, _, err = run(f"{CONTRACT} --json {path}", capsys)
+    assert (code, err) == (2, f"--json is {path}, but it cannot be written (Permission denied).\n")
+
+
+def test_help_and_calibrate_are_reached(capsys):
+    assert run("--help", capsys, model=None) == (0, HELP, "")
+    code, out, _ = run("calibrate --help", capsys, model=None)
+    assert code == 0 and "--nproc N" in out
+
+
+def test_a_plan_needs_no_torch_and_no_terminal():
+    """In a fresh process: nothing heavy is imported, and lines are 120 wide at most."""
+    code = (
+        "import sys; from megablocks_utils.launch import run_entry_point; "
+        "from megablocks_utils.plan import main; run_entry_point(main, sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    line = [sys.executable, "-c", code, str(MIXTRAL), *CONTRACT.split()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in done.stdout.splitlines() if not line.endswith("\\")]
+    assert max(map(len, lines)) <= 120
+
+
+def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
+    """After a change of the formulas, the example in docs/planning.md has to be renewed."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    page = (MODELS.parents[1] / "docs" / "planning.md").read_text()
+    shown = page[page.index("    benchmarks/models/") : page.index("(`benchmarks/models/` holds")]
+    command = re.search(r"plan (benchmarks/.*?)\n\n", page, flags=re.DOTALL)[1]
+    monkeypatch.chdir(MODELS.parents[1])
+    code, out, _ = run(command.replace("\\\n", " "), capsys, model=None)
+    assert code == 0
+    printed = [line.rstrip() for line in out.splitlines()]
+    wanted = [line.removeprefix("    ") for line in shown.rstrip().splitlines()]
+    assert printed[: len(wanted)] == wanted
+
+
+def test_own_errors_are_users_errors():
+    with pytest.raises(ConfigurationError):
+        plan.main(["m"])

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.table_rows.bench import TOY_MODEL, Bench, build_bench
 from benchmarks.table_rows.launchers import ForkedRanks, Torchrun
-from benchmarks.table_rows.one_gpu import rehearse_row
+from benchmarks.table_rows.one_gpu import Start, rehearse_row
 from benchmarks.table_rows.options import CPU, ONE_GPU, PLAN, REAL, TableOptions
 from benchmarks.table_rows.outcome import MEASURED
 from benchmarks.table_rows.record import TableRecord
@@ -77,9 +77,22 @@ def _one_gpu(options: TableOptions, argv: Sequence[str], say: Say) -> dict[str, 
 
 
 def measure_memory(
-    bench: Bench, options: TableOptions, argv: Sequence[str], say: Say
+    bench: Bench,
+    options: TableOptions,
+    argv: Sequence[str],
+    say: Say,
+    *,
+    start: Start | None = None,
 ) -> dict[str, Any]:
-    """Measure the memory of every row on one device."""
+    """Measure the memory of every row on one device.
+
+    Args:
+        bench: how.
+        options: of the command line.
+        argv: the command line itself.
+        say: takes a line for people.
+        start: as `rehearse_row` takes it.
+    """
     method = {
         "predicted": f"{_PREDICTED}; even routing",
         "peak_bytes": "torch.cuda.max_memory_allocated over an optimizer step of two micro-steps, "
@@ -92,7 +105,7 @@ def measure_memory(
         save_config(bench.config, Path(name))
         for row in options.rows:
             obstacle = find_obstacle(row, bench)
-            outcome = obstacle or rehearse_row(row, bench, Path(name))
+            outcome = obstacle or rehearse_row(row, bench, Path(name), start)
             if outcome["status"] == MEASURED:
                 record.add(row, outcome)
             else:

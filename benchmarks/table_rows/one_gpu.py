@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,20 +20,24 @@ from benchmarks.table_rows.rows import TRANSFORMERS, Row
 from megablocks_utils.fake_run.worker import build_request, read_request
 from megablocks_utils.launch import run_entry_point
 
-__all__ = ["main", "rehearse_row"]
+__all__ = ["Start", "main", "rehearse_row"]
 
 MODULE = "benchmarks.table_rows.one_gpu"
+Start = Callable[[str], subprocess.CompletedProcess[str]]
 _TIMEOUT_S = 1800.0
 _RESET_PEAK = "5"
 
 
-def rehearse_row(row: Row, bench: Bench, folder: Path) -> dict[str, Any]:
+def rehearse_row(
+    row: Row, bench: Bench, folder: Path, start: Start | None = None
+) -> dict[str, Any]:
     """Measure a row's memory in a process of its own.
 
     Args:
         row: which.
         bench: how.
         folder: holds the model's config.json.
+        start: gives the request to a process that calls `main`; None: a new one.
 
     Returns:
         `peak_bytes` of a step and `allocated_bytes` after it, of tensors alone; or why there are
@@ -42,22 +47,28 @@ def rehearse_row(row: Row, bench: Bench, folder: Path) -> dict[str, Any]:
         reason = "transformers' own expert parallelism is not rehearsed with imaginary peers"
         return {"status": LEFT_OUT, "reason": reason}
     scenario = bench.scenario(row)
-    request = build_request(folder, scenario.own_layout(), scenario.planned_run())
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", MODULE],
-            input=request,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
+        done = (start or _start_process)(
+            build_request(folder, scenario.own_layout(), scenario.planned_run())
         )
     except subprocess.TimeoutExpired:
         return explain(Ending(-1, f"it did not end within {_TIMEOUT_S:.0f} s"))
     if done.returncode != 0:
         return explain(Ending(done.returncode, done.stderr))
     return {"status": MEASURED} | json.loads(done.stdout.splitlines()[-1])
+
+
+def _start_process(request: str) -> subprocess.CompletedProcess[str]:
+    """Run `main` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", MODULE],
+        input=request,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
 
 
 def main(argv: list[str], source: TextIO = sys.stdin, answer: TextIO = sys.stdout) -> None:

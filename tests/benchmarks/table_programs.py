@@ -1,4 +1,4 @@
-"""A program that ends as it is told: `--end WAY`, on the last rank; the others wait for their end."""
+"""A program that ends as it is told, `--end WAY`, on the last rank; the others only wait."""
 
 import os
 import signal

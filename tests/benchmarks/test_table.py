@@ -4,20 +4,19 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_accelerate_fsdp2
 from benchmarks import table
 from benchmarks.table_rows import bench as bench_module
-from benchmarks.table_rows import modes, one_gpu, runs
+from benchmarks.table_rows import modes, runs
 from benchmarks.table_rows.bench import as_words, build_bench
 from benchmarks.table_rows.launchers import Ending, ForkedRanks, Job, Torchrun
 from benchmarks.table_rows.options import parse_options
 from benchmarks.table_rows.outcome import explain, read_run
-from benchmarks.table_rows.record import TableRecord
 from benchmarks.table_rows.rows import MIXTRAL_8X7B, ROWS
 from benchmarks.table_rows.runs import find_obstacle, take_rounds
 from benchmarks.table_rows.workplace import save_examples, save_random_model
@@ -234,15 +233,9 @@ def test_rounds_turn_round_and_a_row_that_cannot_be_measured_is_not_tried_again(
 def tiny_folder(tmp_path_factory):
     """A tiny model and 16 examples of 24 tokens."""
     folder = tmp_path_factory.mktemp("table")
-    save_random_model(TINY, folder / "model", dtype=bench_module_dtype())
+    save_random_model(TINY, folder / "model", dtype=torch.float32)
     save_examples(folder / "data.jsonl", vocab_size=128, tokens=24, count=16)
     return folder
-
-
-def bench_module_dtype():
-    import torch
-
-    return torch.float32
 
 
 def _train(rank, argv):
@@ -276,7 +269,7 @@ def test_cpu_table_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_module, "CPU_MODEL", TINY)
     rows = "attn-ep8,attn-ep4,attn-ep8-triton,stock-attn-ep8"
     path = tmp_path / "table.json"
-    words = ["--cpu", "--ranks", "2", "--rounds", "2", "--rows", rows, "--output", str(path)]
+    words = ["--cpu", "--ranks", "2", "--rounds", "1", "--rows", rows, "--output", str(path)]
     table.main(words)
     content = json.loads(path.read_text())
     assert {"command", "commit", "versions", "hardware", "date", "method"} <= content.keys()
@@ -287,12 +280,9 @@ def test_cpu_table_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert half["reason"] == "ep would be 1: this layout needs more ranks"
     assert stock["measured"]["kernel"] == "transformers"
     assert ours["measured"]["first_loss"] == pytest.approx(stock["measured"]["first_loss"], 1e-6)
-    per_round = [
-        other["micro_step_s"][0] / own["micro_step_s"][0]
-        for own, other in zip(ours["runs"], stock["runs"], strict=True)
-    ]
     ratio = ours["ratios"]["transformers"]["measured"]
-    assert (ratio["n"], ratio["min"], ratio["max"]) == (2, min(per_round), max(per_round))
+    times = [row["runs"][0]["micro_step_s"][0] for row in (ours, stock)]
+    assert (ratio["n"], ratio["median"]) == (1, times[1] / times[0])
     assert ours["measured"]["base_peak_bytes"] > 100e6  # Python and torch
     assert abs(ours["measured"]["peak_bytes"] - ours["measured"]["base_peak_bytes"]) < 50e6
     text = capsys.readouterr().out

@@ -21,6 +21,8 @@ def main(argv: list[str]) -> None:
     if way == "well":
         return
     if int(os.environ["RANK"]) != int(os.environ["WORLD_SIZE"]) - 1 or way == "late":
+        sys.stderr.write("still waiting\n")
+        sys.stderr.flush()
         time.sleep(_WAIT_S)
     elif way == "oom":
         raise OutOfMemoryError(OOM)

@@ -130,8 +130,16 @@ def test_plot_shows_the_medians_and_what_has_none(record):
 def test_published_figures_stand_only_beside_the_model_and_the_ranks_they_are_of(tmp_path):
     bench = build_bench(parse_options(["--real"]))
     assert bench.is_published
-    assert not replace(bench, ranks=4).is_published
     assert not replace(bench, config=CPU_MODEL).is_published
+    rows, path = [BY_NAME["full-none"], BY_NAME["full-ep8"]], tmp_path / "table.json"
+    few = replace(bench, ranks=4)
+    record = TableRecord(path, [], rows=rows, bench=few, method={})
+    record.add(rows[0], run_of([1.0]))
+    assert record.content["errors"]["published_error"]["peak"] is None
+    text = write_markdown(record.content)
+    # Ratios stay: they are of no model and no machine.
+    assert "| 3.49 |" in text
+    assert "| 59 |" not in text and "1.90" not in text and "published (inferred)" not in text
 
 
 def test_errors_are_those_of_the_part_that_is_predicted():

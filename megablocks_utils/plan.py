@@ -142,6 +142,7 @@ def build_question(options: PlanOptions) -> Question:
         kernel=kernel,
         tokens=tokens,
         label_tokens=tokens,
+        examples=config.optim.per_device_train_batch_size,
         imbalance=own["imbalance"],
     )
     memory_gib = own["gpu_mem_gib"]

@@ -75,6 +75,7 @@ def rehearse(
     *,
     device: torch.device,
     is_real: bool = False,
+    on_wrapped: Callable[[], None] = lambda: None,
     on_ready: Callable[[], None] = lambda: None,
     on_done: Callable[[], None] = lambda: None,
 ) -> Rehearsal:
@@ -86,6 +87,7 @@ def rehearse(
         run: what is planned; of its micro-steps two at most are taken.
         device: where tensors are, or pretend to be.
         is_real: whether they are real.
+        on_wrapped: called when the model is there, but none of its weights.
         on_ready: called when weights and optimizer state are there, before the first micro-step;
             whoever measures begins here.
         on_done: called after zero_grad, while everything that a run holds is still there.
@@ -101,6 +103,7 @@ def rehearse(
         with ExitStack() as modes:
             for mode in (*imagination, ledger, traffic, AssumedValues()):
                 modes.enter_context(mode)
+            on_wrapped()
             rehearsed.fill()
             rehearsed.model.train()
             step = _Step(rehearsed, run, ledger, traffic)

@@ -92,6 +92,10 @@ def _keys(sizes: Sizes) -> int:
     return sizes.tokens * sizes.attention.kv_size * sizes.compute
 
 
+def _values(sizes: Sizes) -> int:
+    return _keys(sizes) // sizes.attention.head_dim * sizes.attention.v_head_dim
+
+
 def _projection_stage(sizes: Sizes) -> Stage:
     queries, keys = _queries(sizes), _keys(sizes)
     names = ("q_proj", "k_proj", "v_proj")
@@ -135,21 +139,21 @@ def _rotary_stage(sizes: Sizes) -> Stage:
 
 
 def _core_stage(sizes: Sizes) -> Stage:
-    """Return the attention itself, with keys and values repeated where heads share them."""
-    attention, compute = sizes.attention, sizes.compute
-    is_repeated = attention.num_heads != attention.num_kv_heads
-    values = sizes.tokens * attention.num_heads * attention.v_head_dim * compute
-    keys = _queries(sizes)
+    """Return the attention itself; beside a mask, keys and values are repeated for every head."""
+    attention, compute, tokens = sizes.attention, sizes.compute, sizes.tokens
+    queries, output = _queries(sizes), tokens * attention.num_heads * attention.v_head_dim * compute
+    is_repeated = sizes.has_mask and attention.num_heads != attention.num_kv_heads
+    read = queries + output if sizes.has_mask else _keys(sizes) + _values(sizes)
     return Stage(
         "attention",
         saved={
-            "keys and values of every head": keys + values,
-            "output": values,
-            "log of sums": sizes.tokens * attention.num_heads * FP32,
-            "mask": sizes.tokens**2 * compute,
+            "keys and values": read,
+            "output": output,
+            "log of sums": tokens * attention.num_heads * FP32,
+            "mask": tokens**2 * compute * sizes.has_mask,
         },
-        forward={"keys and values": 2 * _keys(sizes) * is_repeated},
-        backward={"gradients": 2 * keys + 2 * values},
+        forward={"keys and values before": (_keys(sizes) + _values(sizes)) * is_repeated},
+        backward={"gradients": queries + output + read},
     )
 
 

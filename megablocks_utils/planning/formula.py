@@ -4,6 +4,7 @@ No number is fitted to a measurement: every byte has a name, in `groups`, `fsdp2
 of stages, and `traffic`.
 """
 
+from megablocks_utils.planning.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.fsdp2_buffers import Accumulation, Fsdp2Buffers
 from megablocks_utils.planning.groups import ModelGroups, itemsize
 from megablocks_utils.planning.layer_plan import plan_layers
@@ -54,20 +55,26 @@ def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
     accumulation = _last_micro_step(run)
     _hold_gradients(ledger, groups, accumulation, run)
     ledger.forget_peak()
-    order = [group for group in groups.all() if group.is_fsdp]
-    buffers = Fsdp2Buffers(
-        ledger, order, accumulation, num_not_gathered=int(groups.embedding is not None)
-    )
     MicroStep(
         sizes,
         groups,
         plan_layers(sizes, groups),
         ledger=ledger,
-        buffers=buffers,
+        buffers=_build_buffers(ledger, groups, accumulation, run),
         has_expert_gradients=run.accumulation > 1,
     ).go()
     sent = count_sent_bytes(sizes, groups)
     return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent)
+
+
+def _build_buffers(
+    ledger: Ledger, groups: ModelGroups, accumulation: Accumulation, run: PlannedRun
+) -> Fsdp1Buffers | Fsdp2Buffers:
+    order = [group for group in groups.all() if group.is_fsdp]
+    if run.entry_point == "fsdp1":
+        return Fsdp1Buffers(ledger, order, accumulation)
+    num_not_gathered = int(groups.embedding is not None)
+    return Fsdp2Buffers(ledger, order, accumulation, num_not_gathered=num_not_gathered)
 
 
 def _optimizer_bytes(groups: ModelGroups, run: PlannedRun) -> int:
@@ -90,9 +97,11 @@ def _hold_gradients(
     ledger: Ledger, groups: ModelGroups, accumulation: Accumulation, run: PlannedRun
 ) -> None:
     """Hold what earlier micro-steps have left."""
+    is_fsdp1 = run.entry_point == "fsdp1"
     for group in groups.all():
-        if group.is_fsdp:
-            ledger.hold("gradients", group.trained_bytes * accumulation.has_reduced)
-            ledger.hold("fsdp_buffers", group.whole_gradient_bytes * accumulation.has_unreduced)
-        else:
+        if not group.is_fsdp:
             ledger.hold("gradients", group.trained_bytes * (run.accumulation > 1))
+            continue
+        ledger.hold("gradients", group.trained_bytes * accumulation.has_reduced)
+        unreduced = group.flat_gradient_bytes if is_fsdp1 else group.whole_gradient_bytes
+        ledger.hold("fsdp_buffers", unreduced * accumulation.has_unreduced)

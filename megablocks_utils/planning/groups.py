@@ -124,6 +124,11 @@ class Group:
         return self.trained_bytes * self.ranks if self.is_fsdp else 0
 
     @cached_property
+    def flat_gradient_bytes(self) -> int:
+        """Gradients of the whole joined in one tensor, padding and all, in the dtype of compute."""
+        return self.trained_numel * self.ranks * self.compute
+
+    @cached_property
     def whole_gradient_bytes(self) -> int:
         """Gradients of the whole without padding, in the dtype they are reduced in."""
         return sum(piece.whole * piece.stored for piece in self._trained)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megablocks_utils.planning.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.fsdp2_buffers import Fsdp2Buffers
 from megablocks_utils.planning.groups import Group, ModelGroups
 from megablocks_utils.planning.layer_plan import LayerPlan
@@ -34,7 +35,7 @@ class MicroStep:
         layers: Sequence[LayerPlan],
         *,
         ledger: Ledger,
-        buffers: Fsdp2Buffers,
+        buffers: Fsdp1Buffers | Fsdp2Buffers,
         has_expert_gradients: bool,
     ) -> None:
         self._sizes = sizes
@@ -226,7 +227,10 @@ class MicroStep:
         ledger.free(ACTIVATIONS, self._sizes.narrow + head.held + head.mask * self._recomputes)
         if embedding is not None:
             self._buffers.leave_backward(embedding, head.embedding_gradient, is_whole=False)
-        else:
-            ledger.free(_BUFFERS, head.embedding_gradient)
+        elif self._sizes.shape.is_tied:
+            ledger.free(_BUFFERS, head.embedding_gradient)  # added to the head's
             self._buffers.leave_backward(self._groups.tail, self._tail_gradients)
+        else:
+            waiting = self._tail_gradients + head.embedding_gradient
+            self._buffers.leave_backward(self._groups.tail, waiting)
         self._buffers.end_backward()

@@ -86,6 +86,7 @@ def plan_run(
     capacity_bytes: int,
     tokens: int,
     label_tokens: int,
+    examples: int,
     kernel: str,
 ) -> RunPlan:
     """Predict exactly this run, with the formulas: no torch, milliseconds.
@@ -98,6 +99,7 @@ def plan_run(
         capacity_bytes: memory of a rank's device; on a CPU what a rank may take.
         tokens: of the largest micro-batch.
         label_tokens: of these, those whose next token is learned.
+        examples: in that micro-batch.
         kernel: the backend that was chosen.
 
     Raises:
@@ -112,6 +114,7 @@ def plan_run(
         kernel=kernel,
         tokens=tokens,
         label_tokens=label_tokens,
+        examples=examples,
     )
     layout = scenario.own_layout()
     prediction = scenario.predict(layout)

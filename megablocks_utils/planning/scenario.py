@@ -28,6 +28,7 @@ class Scenario:
         kernel: backend of the experts, with `auto` resolved.
         tokens: of the largest micro-batch that a rank has at a time.
         label_tokens: of these, those whose next token is learned.
+        examples: in that micro-batch; more than one need a mask.
         imbalance: rows that the hottest rank of an ep group receives, over its fair share.
     """
 
@@ -38,6 +39,7 @@ class Scenario:
     kernel: str
     tokens: int
     label_tokens: int
+    examples: int = 1
     imbalance: float = DEFAULT_IMBALANCE
 
     def planned_run(self) -> PlannedRun:
@@ -58,6 +60,7 @@ class Scenario:
             imbalance=self.imbalance,
             has_aux_loss=self._has_aux_loss(),
             device_type=self.device_type,
+            examples=self.examples,
         )
 
     def own_layout(self) -> Layout:

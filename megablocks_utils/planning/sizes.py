@@ -63,6 +63,15 @@ class Sizes:
         return self.run.use_lora == "none"
 
     @property
+    def has_mask(self) -> bool:
+        """Whether attention needs a mask: several examples in a row, or a window that ends in it.
+
+        Without one, torch's attention takes fewer keys than queries as they are.
+        """
+        window = self.attention.sliding_window
+        return self.run.examples > 1 or (window is not None and window < self.tokens)
+
+    @property
     def first_inputs_are_frozen(self) -> bool:
         """Whether nothing before the first layer's experts is trained, so that no gradient is sent.
 

@@ -85,7 +85,7 @@ def check_plan(
     Raises:
         PlanError: on every rank, unless `--ignore_plan` is True.
     """
-    tokens, label_tokens = schedule.largest_micro_batch()
+    tokens, label_tokens, examples = schedule.largest_micro_batch()
     run_plan = plan_run(
         config,
         read_settings(folder / "config.json", "model"),
@@ -94,6 +94,7 @@ def check_plan(
         capacity_bytes=_least_capacity(device, schedule.world_size),
         tokens=tokens,
         label_tokens=label_tokens,
+        examples=examples,
         kernel=kernel or "transformers",
     )
     if run_plan.is_impossible and not config.ignore_plan:

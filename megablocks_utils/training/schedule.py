@@ -46,10 +46,10 @@ class Schedule:
             return optim.max_steps
         return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
 
-    def largest_micro_batch(self) -> tuple[int, int]:
-        """Return the tokens of the largest micro-batch that any rank will see, and its labels."""
+    def largest_micro_batch(self) -> tuple[int, int, int]:
+        """Return tokens, labels and examples of the largest micro-batch that any rank will see."""
         lengths = self.examples.lengths
-        largest = (0, 0)
+        largest = (0, 0, 0)
         for size, chosen in self._steps_by_bound():
             if size <= largest[0]:
                 break
@@ -58,7 +58,7 @@ class Schedule:
             )
             for row in (chosen[row] for micro_step in deal for row in micro_step):
                 labels = int(self.examples.num_label_tokens[row].sum())
-                largest = max(largest, (int(lengths[row].sum()), labels))
+                largest = max(largest, (int(lengths[row].sum()), labels, len(row)))
         return largest
 
     def _steps_by_bound(self) -> list[tuple[int, np.ndarray]]:

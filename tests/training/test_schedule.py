@@ -23,11 +23,12 @@ def build_schedule(rank, world_size, batch_size, accumulation, **optim):
 
 
 def all_micro_batches(world_size, *sizes, **optim):
-    """Build every micro-batch of every rank: (tokens, labels) of each."""
+    """Build every micro-batch of every rank: (tokens, labels, examples) of each."""
     for rank in range(world_size):
         for _, plan in build_schedule(rank, world_size, *sizes, **optim).plans():
             for batch in plan.micro_batches:
-                yield batch.input_ids.numel(), int((batch.labels != -100).sum())
+                starts = int((batch.position_ids == 0).sum())
+                yield batch.input_ids.numel(), int((batch.labels != -100).sum()), starts
 
 
 @pytest.mark.parametrize(

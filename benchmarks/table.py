@@ -39,13 +39,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def write_report(content: dict[str, Any], options: TableOptions) -> str:
-    """Write the Markdown table and the plot beside the JSON file, and return the table."""
+    """Write the Markdown table and the plot beside the JSON file, and return the table.
+
+    With `--docs`, the table becomes part of that page too.
+    """
+    from benchmarks.layer.report import fill_in
     from benchmarks.table_rows.chart import draw_chart
     from benchmarks.table_rows.markdown import write_markdown
 
     text = write_markdown(content)
     Path(options.output).with_suffix(".md").write_text(text, encoding="utf-8")
     draw_chart(content, Path(options.output).with_suffix(".png"))
+    if options.docs:
+        page = Path(options.docs)
+        filled = fill_in(page.read_text(encoding="utf-8"), {options.mode: text.strip()}, "table")
+        page.write_text(filled, encoding="utf-8")
     return text
 
 

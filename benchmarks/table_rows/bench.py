@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.table_rows.options import CPU, PLAN, REAL, TableOptions
-from benchmarks.table_rows.rows import MIXTRAL_8X7B, PUBLISHED_RANKS, TRANSFORMERS, Row
+from benchmarks.table_rows.rows import PUBLISHED_RANKS, TRANSFORMERS, Row
 from megablocks_utils.config import parse_args
+from megablocks_utils.planning.config_file import read_config_file
 from megablocks_utils.planning.model_shape import ModelShape
 from megablocks_utils.planning.scenario import DEFAULT_IMBALANCE, Scenario
 
-__all__ = ["CPU_MODEL", "TOY_MODEL", "Bench", "as_words", "build_bench"]
+__all__ = ["CPU_SIZES", "TOY_SIZES", "Bench", "as_words", "build_bench", "read_published_model"]
 
-CPU_MODEL = MIXTRAL_8X7B | {
+_PUBLISHED_MODEL = Path(__file__).parents[1] / "models" / "mixtral-8x7b" / "config.json"
+CPU_SIZES = {
     "hidden_size": 384,
     "intermediate_size": 1344,
     "num_hidden_layers": 2,
@@ -23,7 +26,7 @@ CPU_MODEL = MIXTRAL_8X7B | {
 }
 """Mixtral's proportions, small: experts are four fifths of it."""
 
-TOY_MODEL = CPU_MODEL | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
+TOY_SIZES = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64}
 """Next to nothing: what a process needs to train it, it needs to train any model."""
 
 _LORA_R = 16
@@ -69,7 +72,8 @@ class Bench:
     @property
     def is_published(self) -> bool:
         """Whether published figures can stand beside those of this table."""
-        return self.ranks == PUBLISHED_RANKS and self.shape == ModelShape.from_config(MIXTRAL_8X7B)
+        published = ModelShape.from_config(read_published_model())
+        return self.ranks == PUBLISHED_RANKS and self.shape == published
 
     @property
     def has_base(self) -> bool:
@@ -121,20 +125,26 @@ class Bench:
         return options
 
 
-def build_bench(options: TableOptions, config: Mapping[str, Any] = MIXTRAL_8X7B) -> Bench:
+def read_published_model() -> Mapping[str, Any]:
+    """Return the `config.json` of the model that the published table is of."""
+    return read_config_file(_PUBLISHED_MODEL)
+
+
+def build_bench(options: TableOptions, config: Mapping[str, Any] | None = None) -> Bench:
     """Return the bench of a mode.
 
     Args:
         options: of the command line.
-        config: `config.json` of the model, where the mode does not make one of its own.
+        config: `config.json` of the model; None: of the published one. `--cpu` shrinks it.
     """
+    config = config or read_published_model()
     common = (options.ranks, options.steps, options.warmup_steps, options.rounds)
     if options.mode == CPU:
         # In bfloat16, oneDNN keeps compiled code for every number of rows that an expert has met:
         # resident memory grows with every step, and compiling is timed.
         return Bench(
             CPU,
-            CPU_MODEL,
+            {**config, **CPU_SIZES},
             *common,
             accumulation=_CPU_ACCUMULATION,
             precision="fp32",

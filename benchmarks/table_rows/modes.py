@@ -1,6 +1,5 @@
 """The four ways to fill the table."""
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.table_rows.bench import TOY_MODEL, Bench, build_bench
+from benchmarks.table_rows.bench import TOY_SIZES, Bench, build_bench
 from benchmarks.table_rows.launchers import ForkedRanks, Torchrun
 from benchmarks.table_rows.one_gpu import Start, rehearse_row
 from benchmarks.table_rows.options import CPU, ONE_GPU, PLAN, REAL, TableOptions
@@ -20,8 +19,8 @@ from benchmarks.table_rows.record import TableRecord
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
 from benchmarks.table_rows.runs import Workplace, find_obstacle, run_row, take_rounds, weigh_row
 from benchmarks.table_rows.workplace import save_config, save_examples, save_random_model
-from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.planning.config_file import find_config_file, read_config_file
 from megablocks_utils.planning.model_shape import ModelShape
 from megablocks_utils.planning.units import format_gb
 
@@ -129,7 +128,7 @@ def _cpu(options: TableOptions, argv: Sequence[str], say: Say) -> dict[str, Any]
     record = TableRecord(options.output, argv, rows=options.rows, bench=bench, method=method)
     with tempfile.TemporaryDirectory() as name:
         place = _make_place(bench, Path(name, "model"))
-        toy = _make_place(replace(bench, config=TOY_MODEL), Path(name, "toy"))
+        toy = _make_place(replace(bench, config={**bench.config, **TOY_SIZES}), Path(name, "toy"))
         weigh = partial(
             weigh_row, bench=bench, place=place, toy=toy, launch=ForkedRanks(is_weighed=True)
         )
@@ -148,8 +147,7 @@ def _real(options: TableOptions, argv: Sequence[str], say: Say) -> dict[str, Any
             f"--ranks is {options.ranks}, but torch finds {num_gpus} GPUs here; --one_gpu measures "
             "memory on one, --cpu runs a small model without, --plan predicts."
         )
-    folder = resolve_checkpoint_folder(options.model_name_or_path)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config_file(find_config_file(options.model_name_or_path))
     bench = build_bench(options, config)
     method = {
         "predicted": _PREDICTED,

@@ -58,6 +58,10 @@ published, predicted and measured. Exactly one mode:
   --output FILE
       The JSON file; a Markdown table (.md) and a plot (.png) are written beside it.
       Default: table_<mode>.json in benchmarks/results.
+  --docs FILE
+      A Markdown file, whose part between `<!-- table: <mode> -->` and `<!-- end -->` becomes the
+      table.
+      Default: none.
 
 Exit codes: 0 done, also where rows could not run (they say why); 2 a bad option, or a mode that
 this machine cannot run, said in one sentence; 1 anything unexpected.
@@ -73,9 +77,10 @@ _OPTIONS = {
         Option("model_name_or_path", "text", None, help="model"),
         Option("scratch", "text", None, help="folder"),
         Option("output", "text", None, help="file"),
+        Option("docs", "text", None, help="file"),
     )
 }
-_ALWAYS = ("rows", "output")
+_ALWAYS = ("rows", "output", "docs")
 _TIMED = ("ranks", "steps", "warmup_steps", "rounds")
 _TAKEN = {
     PLAN: _ALWAYS,
@@ -98,6 +103,7 @@ class TableOptions:
     rounds: int = 1
     model_name_or_path: str = default_of("model_name_or_path")
     scratch: str | None = None
+    docs: str | None = None
 
 
 _DEFAULTS = {CPU: {"ranks": 4, "steps": 1, "warmup_steps": 1, "rounds": 5}}
@@ -166,5 +172,7 @@ def _check(options: TableOptions) -> None:
         raise ConfigurationError(
             f"--output is {options.output}, but {options.output.parent} is not a folder."
         )
+    if options.docs is not None and not Path(options.docs).is_file():
+        raise ConfigurationError(f"--docs is {options.docs}, but it must be a file.")
     if options.scratch is not None and not Path(options.scratch).is_dir():
         raise ConfigurationError(f"--scratch is {options.scratch}, but it must be a folder.")

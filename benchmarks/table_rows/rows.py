@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 __all__ = [
-    "MIXTRAL_8X7B",
     "OURS",
     "PUBLISHED",
     "PUBLISHED_MICRO_STEPS",
@@ -26,22 +25,6 @@ PUBLISHED_ON = (
 PUBLISHED_RANKS = 8
 PUBLISHED_MICRO_STEPS = 1600
 """Inferred: the runtimes fit 100 optimizer steps of 16, not an epoch."""
-
-MIXTRAL_8X7B = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-}
-"""What sets the sizes of the published model, as in its `config.json`."""
 
 _GB = 10**9
 

@@ -13,11 +13,11 @@ import train_accelerate_fsdp2
 from benchmarks import table
 from benchmarks.table_rows import bench as bench_module
 from benchmarks.table_rows import modes, runs
-from benchmarks.table_rows.bench import as_words, build_bench
+from benchmarks.table_rows.bench import CPU_SIZES, as_words, build_bench, read_published_model
 from benchmarks.table_rows.launchers import Ending, ForkedRanks, Job, Torchrun
 from benchmarks.table_rows.options import parse_options
 from benchmarks.table_rows.outcome import explain, read_run
-from benchmarks.table_rows.rows import MIXTRAL_8X7B, ROWS
+from benchmarks.table_rows.rows import ROWS
 from benchmarks.table_rows.runs import find_obstacle, take_rounds
 from benchmarks.table_rows.workplace import save_examples, save_random_model
 from megablocks_utils.errors import ConfigurationError
@@ -26,7 +26,8 @@ from tests.benchmarks.table_programs import OOM as OOM_MESSAGE
 from tests.support.rank_pool import start_forkserver
 
 ROOT = Path(__file__).parents[2]
-TINY = bench_module.CPU_MODEL | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+TINY_SIZES = CPU_SIZES | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+TINY = {**read_published_model(), **TINY_SIZES}
 BY_NAME = {row.name: row for row in ROWS}
 PROGRAM = ("-m", "tests.benchmarks.table_programs")
 
@@ -66,7 +67,7 @@ def test_published_figures_are_those_of_the_published_table():
 
 def test_the_published_model_is_mixtral_8x7b():
     """46.70 B parameters, 45.10 B of them in experts."""
-    shape = ModelShape.from_config(MIXTRAL_8X7B)
+    shape = ModelShape.from_config(read_published_model())
     assert (shape.num_parameters, shape.num_expert_parameters) == (46_702_792_704, 45_097_156_608)
 
 
@@ -266,7 +267,7 @@ def test_numbers_of_a_run_are_those_that_it_wrote(ranks2, tiny_folder, tmp_path)
 
 def test_cpu_table_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     start_forkserver()
-    monkeypatch.setattr(bench_module, "CPU_MODEL", TINY)
+    monkeypatch.setattr(bench_module, "CPU_SIZES", TINY_SIZES)
     rows = "attn-ep8,attn-ep4,attn-ep8-triton,stock-attn-ep8"
     path = tmp_path / "table.json"
     words = ["--cpu", "--ranks", "2", "--rounds", "1", "--rows", rows, "--output", str(path)]

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import table
 from benchmarks.table_rows import modes, one_gpu
-from benchmarks.table_rows.bench import CPU_MODEL, build_bench
+from benchmarks.table_rows.bench import CPU_SIZES, build_bench, read_published_model
 from benchmarks.table_rows.chart import build_figure
 from benchmarks.table_rows.markdown import write_markdown
 from benchmarks.table_rows.options import parse_options
@@ -130,7 +130,7 @@ def test_plot_shows_the_medians_and_what_has_none(record):
 def test_published_figures_stand_only_beside_the_model_and_the_ranks_they_are_of(tmp_path):
     bench = build_bench(parse_options(["--real"]))
     assert bench.is_published
-    assert not replace(bench, config=CPU_MODEL).is_published
+    assert not replace(bench, config={**bench.config, **CPU_SIZES}).is_published
     rows, path = [BY_NAME["full-none"], BY_NAME["full-ep8"]], tmp_path / "table.json"
     few = replace(bench, ranks=4)
     record = TableRecord(path, [], rows=rows, bench=few, method={})
@@ -164,7 +164,11 @@ def test_what_was_published_before_zero_grad_is_compared_with_gradients():
 def test_plan_predicts_the_published_memory(tmp_path):
     """Every peak within 12 % and never above; copies do not fit the card, shards take 50 GB."""
     path = tmp_path / "plan.json"
-    table.main(["--plan", "--output", str(path)])
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: plan -->\nold\n<!-- end -->\nafter\n")
+    table.main(["--plan", "--output", str(path), "--docs", str(page)])
+    text = path.with_suffix(".md").read_text()
+    assert page.read_text() == (f"before\n<!-- table: plan -->\n\n{text}\n<!-- end -->\nafter\n")
     content = json.loads(path.read_text())
     by_name = {row["row"]: row for row in content["rows"]}
     assert content["errors"]["published_error"]["peak"]["n"] == 7
@@ -176,7 +180,7 @@ def test_plan_predicts_the_published_memory(tmp_path):
     # Pure bf16, all sharded over 8 ranks: weights, and both of Adam's moments.
     allocated = by_name["full-ep8"]["predicted"]["allocated_bytes"]
     assert allocated == pytest.approx(46_702_792_704 * (2 + 4) / 8, rel=0.005)
-    assert "transformers" not in path.with_suffix(".md").read_text().split("- predicted")[0]
+    assert "transformers" not in text.split("- predicted")[0]
 
 
 # --- rank 0 of imaginary peers ---------------------------------------------------------------
@@ -212,7 +216,7 @@ def test_memory_on_one_device_is_near_the_prediction(tmp_path):
     rows = "full-ep8,stock-full-ep8"
     options = parse_options(["--one_gpu", "--rows", rows])
     options = replace(options, output=tmp_path / "table.json")
-    sizes = CPU_MODEL | {"hidden_size": 512, "intermediate_size": 1792}
+    sizes = read_published_model() | CPU_SIZES | {"hidden_size": 512, "intermediate_size": 1792}
     bench = replace(build_bench(options), config=sizes, device_type="cpu", precision="fp32")
     said = []
     content = modes.measure_memory(bench, options, [], said.append, start=start)

@@ -64,7 +64,7 @@ class TableRecord:
 
     def settle(self, row: Row, outcome: Mapping[str, Any]) -> None:
         """Note why a row has no numbers, and write the file."""
-        self.entry(row).update(outcome)
+        self.entry(row).update(outcome, title=row.title(self._bench.ranks))
         self.write()
 
     def weigh(self, row: Row, weights: Mapping[str, Any]) -> None:

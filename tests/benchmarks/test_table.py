@@ -279,6 +279,7 @@ def test_cpu_table_of_a_tiny_model(tmp_path, monkeypatch, capsys):
         *("measured", "left out", "left out", "measured")
     ]
     assert half["reason"] == "ep would be 1: this layout needs more ranks"
+    assert copy["title"] == "LoRA r16 attn-only, ep 2, triton"  # what it would have been
     assert stock["measured"]["kernel"] == "transformers"
     assert ours["measured"]["first_loss"] == pytest.approx(stock["measured"]["first_loss"], 1e-6)
     ratio = ours["ratios"]["transformers"]["measured"]

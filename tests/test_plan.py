@@ -120,6 +120,28 @@ def test_every_rows_command_is_that_row(entry_point, tmp_path, capsys):
     assert config.model.model_name_or_path == str(MIXTRAL.parent)
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_a_part_of_a_node(gpus, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    line = f"{CONTRACT} --gpus {gpus} --json {path}"
+    assert run(line, capsys)[0] in (0, 3)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["ep_size"] for row in rows] == [size for size in (1, 2) if gpus % size == 0]
+    assert all(f"--nproc_per_node={gpus} " in row["launch"] for row in rows)
+
+
+def test_the_imbalance_is_that_of_the_hottest_rank(tmp_path, capsys):
+    """Without it, nothing but what the experts' rows take is less."""
+    path, found = tmp_path / "plan.json", {}
+    for imbalance in ("1", "2"):
+        line = f"{CONTRACT} --ep_size 8 --max_seq_length 4096 --imbalance {imbalance}"
+        run(f"{line} --json {path}", capsys)
+        found[imbalance] = json.loads(path.read_text())["rows"][0]
+    assert found["2"]["peak_bytes"] > found["1"]["peak_bytes"]
+    for name in ("parameters", "gradients", "optimizer"):
+        assert found["2"]["components"][name] == found["1"]["components"][name]
+
+
 REFUSALS = {
     "--gpu a100-80g --gpus 12": "--gpus is 12, but with 8 GPUs a node (--gpus_per_node) it must be "
     "at most 8 or a multiple of it.",

@@ -17,7 +17,7 @@ MICRO_STEPS = 2
 
 def build_config(layout: Layout, run: PlannedRun) -> RunConfig:
     """Return the options that make the training code do what is planned."""
-    has_ep = layout.ep_size > 1
+    has_ep = layout.ep_size > 1 or layout.is_dmoe
     return RunConfig(
         entry_point=run.entry_point,
         parallel=ParallelConfig(

@@ -123,6 +123,7 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
         kernel="grouped_mm",
         tokens=1,
         label_tokens=1,
+        examples=task.config.optim.per_device_train_batch_size,
     )
     sizes = [layout.ep_size for layout in scenario.legal_layouts()]
     if max(sizes) == 1:

@@ -37,10 +37,10 @@ def expert_stages(sizes: Sizes, group: Group) -> list[Stage]:
 def _sort_stage(sizes: Sizes, group: Group) -> Stage:
     """Sort the routed rows; cast experts that FSDP does not gather in the dtype of compute."""
     has_copy = not group.is_fsdp
-    cast = [p.whole for p in group.pieces if has_copy and p.stored != sizes.compute]
-    saved = {"order of rows": 3 * sizes.num_routed * INDEX}
-    saved["experts in the dtype of compute"] = sum(cast) * sizes.compute
-    return Stage("order", DISPATCH, saved=saved)
+    cast = (p.whole for p in group.pieces if has_copy and p.stored != sizes.compute)
+    copies = sum(cast) * sizes.compute
+    saved = {"order of rows": 3 * sizes.num_routed * INDEX, "experts to compute with": copies}
+    return Stage("order", DISPATCH, saved=saved, named=copies)
 
 
 def _dispatch_stage(sizes: Sizes) -> Stage:

@@ -51,7 +51,7 @@ def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
     ledger = Ledger()
     ledger.hold("parameters", groups.sum("stored_bytes"))
     ledger.hold("optimizer", _optimizer_bytes(groups, run))
-    allocated_bytes = ledger.total
+    allocated_bytes = ledger.total + _left_gradients(groups, run)
     accumulation = _last_micro_step(run)
     _hold_gradients(ledger, groups, accumulation, run)
     ledger.forget_peak()
@@ -81,6 +81,12 @@ def _optimizer_bytes(groups: ModelGroups, run: PlannedRun) -> int:
     state = itemsize(run.precision.optim)
     counters = groups.sum("num_trained") * _STEP_COUNTER_BYTES
     return 2 * groups.sum("trained_numel") * state + counters
+
+
+def _left_gradients(groups: ModelGroups, run: PlannedRun) -> int:
+    """Return gradients that zero_grad leaves: FSDP1 frees its flat ones in the next forward."""
+    flat = (group.trained_bytes for group in groups.all() if group.is_fsdp)
+    return sum(flat) if run.entry_point == "fsdp1" else 0
 
 
 def _last_micro_step(run: PlannedRun) -> Accumulation:

@@ -31,6 +31,7 @@ class Fsdp1Buffers:
         self._accumulation = accumulation
         self._place = len(order) - 1
         self._is_ahead = False
+        self._frozen = 0
 
     def enter(self, group: Group) -> None:
         """Gather a group's weights before it computes."""
@@ -46,12 +47,15 @@ class Fsdp1Buffers:
 
     def enter_backward(self, group: Group, *, is_whole: bool = False) -> None:
         """Have a group's weights for its backward pass, and gather those of the next one ahead."""
+        if not group.is_fsdp:
+            return
         if not is_whole and not self._is_ahead:
             self.enter(group)
         self._place -= 1
         self._is_ahead = self._place >= 0
         if self._is_ahead:
             self.enter(self._order[self._place])
+        self._free_frozen()
 
     def holds_gradients(self, group: Group) -> bool:
         """Say that gradients lie side by side until they are joined."""
@@ -60,6 +64,10 @@ class Fsdp1Buffers:
     def leave_backward(self, group: Group, gradient_bytes: int, *, is_whole: bool = True) -> None:
         """Free the whole weights, join the gradients, and reduce them."""
         ledger, accumulation = self._ledger, self._accumulation
+        if not group.num_trained:
+            # Its turn comes with the gradient of its input, which the next group hears of first.
+            self._frozen += group.buffer_bytes
+            return
         joined = group.flat_gradient_bytes
         ledger.hold(_BUFFERS, joined)
         ledger.free(_BUFFERS, gradient_bytes + group.buffer_bytes * is_whole)
@@ -73,4 +81,9 @@ class Fsdp1Buffers:
         ledger.free(_BUFFERS, widened + joined * (1 + accumulation.has_unreduced))
 
     def end_backward(self) -> None:
-        """Do nothing: no buffer outlives its group."""
+        """Free what the last group has left."""
+        self._free_frozen()
+
+    def _free_frozen(self) -> None:
+        self._ledger.free(_BUFFERS, self._frozen)
+        self._frozen = 0

@@ -48,8 +48,9 @@ def plan_layers(sizes: Sizes, groups: ModelGroups) -> list[LayerPlan]:
     first, *others = (plans[id(layer)] for layer in sizes.shape.layers)
     if sizes.first_inputs_are_frozen:
         # Before the first adapter of all, nothing is kept and there is no way back.
-        frozen = (replace(stage, saved={}, backward={}) for stage in first.dense)
-        first = replace(first, dense=tuple(frozen))
+        count = len(first.dense) if sizes.first_experts_send_nothing_back else 1
+        frozen = (replace(stage, saved={}, backward={}) for stage in first.dense[:count])
+        first = replace(first, dense=(*frozen, *first.dense[count:]))
     return [first, *others]
 
 

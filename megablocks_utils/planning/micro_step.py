@@ -106,12 +106,14 @@ class MicroStep:
         """Pass stages of the forward pass."""
         named = 0
         for stage in stages:
+            own = 0
             if not self._recomputes:
                 self._ledger.hold(stage.component, stage.saved_bytes)
             else:
                 self._ledger.hold(stage.component, stage.named + stage.kept * self._keeps_exchanges)
                 named += stage.named
-            self._ledger.pass_by(stage.component, stage.forward_bytes)
+                own = stage.saved_bytes - stage.named
+            self._ledger.pass_by(stage.component, stage.forward_bytes + own)
         self._ledger.free(DISPATCH, named)
 
     def _pass_again(self, stages: Sequence[Stage]) -> None:

@@ -69,7 +69,7 @@ class _Builder:
     @property
     def _experts_are_apart(self) -> bool:
         """Whether they are this project's own: with expert parallelism, or with adapters."""
-        return self.layout.ep_size > 1 or self.run.trains_experts
+        return self.layout.ep_size > 1 or self.layout.is_dmoe or self.run.trains_experts
 
     def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> Piece:
         world_size = self.run.world_size
@@ -81,7 +81,10 @@ class _Builder:
     def _expert_group(self, experts: Iterable[ParameterShape]) -> Group:
         precision, run = self.run.precision, self.run
         num_copies = run.world_size // self.layout.ep_size
-        is_sharded = self.layout.expert_dp == "shard" and num_copies > 1
+        # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
+        is_sharded = (
+            self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"
+        )
         is_sharded = is_sharded and run.entry_point == "fsdp2"
         ranks = num_copies if is_sharded else 1
         pieces = []

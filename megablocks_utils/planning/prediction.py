@@ -39,14 +39,17 @@ class Layout:
             FSDP shards the experts over the world like all else.
         expert_dp: `shard` or `replicate`: what the `world_size / ep_size` ranks with the same
             experts do; `shard` where there is one such rank, and for ep_size 1.
+        is_dmoe: whether the experts are this project's also at ep_size 1, as
+            `--use_megablocks_sharding True --ep_size 1` makes them; then expert_dp counts.
     """
 
     ep_size: int
     expert_dp: str
+    is_dmoe: bool = False
 
     def describe(self) -> str:
         """Say it in a few words."""
-        if self.ep_size == 1:
+        if self.ep_size == 1 and not self.is_dmoe:
             return "no expert parallelism"
         return f"ep_size {self.ep_size}, expert_dp {self.expert_dp}"
 

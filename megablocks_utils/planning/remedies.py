@@ -168,7 +168,8 @@ def _smaller_batch(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Sc
     for size in _halves(optim.per_device_train_batch_size, 1):
         config = replace(scenario.config, optim=replace(optim, per_device_train_batch_size=size))
         smaller = _scale(scenario, size, optim.per_device_train_batch_size)
-        yield f"--per_device_train_batch_size {size}", replace(smaller, config=config), layout
+        smaller = replace(smaller, config=config, examples=min(scenario.examples, size))
+        yield f"--per_device_train_batch_size {size}", smaller, layout
 
 
 def _shorter(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:

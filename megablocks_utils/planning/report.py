@@ -160,12 +160,13 @@ def _verdict_cell(row: PlanRow) -> "RenderableType":
 def _title(question: Question) -> str:
     scenario, gpu = question.scenario, question.cluster.gpu
     run = scenario.planned_run()
+    source = "" if question.capacity_bytes == gpu.memory_bytes else "links of "
     trained = "all weights" if run.use_lora == "none" else f"LoRA {run.use_lora} r{run.lora_r}"
     return (
         f"{question.model}: {format_count(scenario.shape.num_parameters)} parameters, "
         f"{format_count(scenario.shape.num_active_parameters)} active, on {scenario.world_size} x "
-        f"{format_gb(question.capacity_bytes)} ({gpu.name}); {trained}, {run.precision.name}, "
-        f"{run.entry_point}"
+        f"{format_gb(question.capacity_bytes)} ({source}{gpu.name}); {trained}, "
+        f"{run.precision.name}, {run.entry_point}"
     )
 
 

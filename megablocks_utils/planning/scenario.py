@@ -69,10 +69,11 @@ class Scenario:
         if not parallel.use_megablocks_sharding:
             return Layout(1, "shard")
         ep_size = parallel.ep_size or self.world_size
+        is_dmoe = ep_size == 1
         if self.config.entry_point == "fsdp1":
-            return Layout(ep_size, "replicate")
+            return Layout(ep_size, "replicate", is_dmoe)
         has_copies = ep_size < self.world_size and parallel.expert_dp == "replicate"
-        return Layout(ep_size, "replicate" if has_copies else "shard")
+        return Layout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
 
     def legal_layouts(self) -> list[Layout]:
         """List every way to spread this model's experts over these ranks."""

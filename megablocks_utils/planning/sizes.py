@@ -73,16 +73,21 @@ class Sizes:
 
     @property
     def first_inputs_are_frozen(self) -> bool:
-        """Whether nothing before the first layer's experts is trained, so that no gradient is sent.
+        """Whether the embedding's output asks for no gradient.
 
-        With checkpointing, transformers has the embedding's output ask for a gradient.
+        With checkpointing, transformers has it ask for one.
         """
-        return self.run.use_lora == "mlp-only" and self.run.gradient_checkpointing == "none"
+        return not self.trains_all and self.run.gradient_checkpointing == "none"
+
+    @property
+    def first_experts_send_nothing_back(self) -> bool:
+        """Whether nothing before the first layer's experts is trained either."""
+        return self.first_inputs_are_frozen and not self.run.trains_attention
 
     @property
     def has_own_experts(self) -> bool:
         """Whether the experts are this project's, not transformers'."""
-        return self.layout.ep_size > 1 or self.run.trains_experts
+        return self.layout.ep_size > 1 or self.layout.is_dmoe or self.run.trains_experts
 
     @property
     def num_local(self) -> int:

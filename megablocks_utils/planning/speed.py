@@ -45,6 +45,7 @@ _REGIMES = {
     "weights": "all-gather bound",
     "tokens": "all-to-all bound",
 }
+_GATHERED = ("all_gather", "reduce_scatter")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ class StepCost:
     @property
     def regime(self) -> str:
         """What holds it up, in words."""
-        return _REGIMES[max(self.terms, key=self.terms.__getitem__)]
+        term = max(self.terms, key=self.terms.__getitem__)
+        of_copies = self.links["all_reduce"].ideal_s
+        if term == "weights" and of_copies > sum(self.links[n].ideal_s for n in _GATHERED):
+            return "all-reduce bound"
+        return _REGIMES[term]
 
     @property
     def intra_bytes(self) -> int:

@@ -59,7 +59,7 @@ def _count_exchanges(sizes: Sizes) -> int:
     row = sizes.shape.hidden_size * sizes.compute
     counts = (1 + recomputes) * sizes.shape.num_experts * INDEX * (ep_size - 1) // ep_size
     sent = sizes.shape.num_moe_layers * (num_pairs * (away + returned) * row + counts)
-    return sent - returned * row * sizes.first_inputs_are_frozen
+    return sent - returned * row * sizes.first_experts_send_nothing_back
 
 
 def _kept_by_first(num_rows: int, ep_size: int) -> int:

@@ -76,6 +76,14 @@ def test_static_bytes_by_hand(ranks1, folder, layout, expert_share):
     assert fake.allocated_bytes == pytest.approx(3 * held, rel=1e-3)
 
 
+def test_own_experts_at_ep_1(ranks1, folder):
+    """Every rank keeps all experts where they are copies, and an eighth where they are sharded."""
+    for expert_dp, share in (("replicate", 1), ("shard", 8)):
+        layout = Layout(1, expert_dp, is_dmoe=True)
+        [fake] = ranks1.run(rehearse_alone, folder, layout, plan(tokens=16))
+        assert fake.components["parameters"] == 4 * (NUM_DENSE // 8 + NUM_EXPERTS // share)
+
+
 def test_the_hottest_rank_needs_more(ranks1, folder):
     runs = [plan(tokens=512, gradient_checkpointing="none", imbalance=i) for i in (1.0, 2.0)]
     even, hot = (ranks1.run(rehearse_alone, folder, WHOLE, run)[0] for run in runs)

@@ -34,6 +34,7 @@ def build_scenario(line=PUBLISHED, *, model="mixtral-8x7b", world_size=8, entry_
         kernel="grouped_mm",
         tokens=tokens,
         label_tokens=tokens,
+        examples=config.optim.per_device_train_batch_size,
     )
 
 

@@ -26,9 +26,15 @@ def test_every_bar_is_a_row(question):
     figure = build_plan_figure(question, rows)
     axes = figure.axes[0]
     bars = {bar.get_label(): bar for bar in axes.containers}
+    below = [0] * len(rows)
     for name, bar in zip(COMPONENTS, bars.values(), strict=False):
-        sizes = [patch.get_width() * GB for patch in bar]
-        assert sizes == pytest.approx([row.prediction.components[name] for row in rows])
+        widths = [patch.get_width() for patch in bar]
+        assert [width * GB for width in widths] == pytest.approx(
+            [row.prediction.components[name] for row in rows]
+        )
+        starts = [patch.get_x() * GB for patch in bar]
+        assert starts == pytest.approx(below)  # on what is below it
+        below = [start + size * GB for start, size in zip(starts, widths, strict=True)]
         assert {patch.get_facecolor() for patch in bar} == {bar[0].get_facecolor()}
     ends = [patch.get_x() + patch.get_width() for patch in bars["reserve"]]
     peaks = [row.prediction.peak_bytes + row.verdict.reserve_bytes for row in rows]

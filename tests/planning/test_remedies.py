@@ -97,6 +97,17 @@ def test_batch_before_length(simple):
     ]
 
 
+def test_a_smaller_batch_has_fewer_examples(monkeypatch):
+    """One example needs no mask."""
+
+    def predict(shape, layout, run):
+        return build_prediction(activations=90 * GB if run.examples > 1 else GB)
+
+    monkeypatch.setattr(scenario_module, "predict", predict)
+    line = f"{BF16} --per_device_train_batch_size 8"
+    assert remedies(line, SHARED, 80) == ["--per_device_train_batch_size 1: 1.0 GB"]
+
+
 def test_several_changes_where_none_is_enough(simple):
     line = f"{BF16} --precision fp32 --per_device_train_batch_size 8"
     # 320 + 32 GB with copies, 75 of 85 are safe: 160 / 4 + 32 with both. A smaller batch, shorter

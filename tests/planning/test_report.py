@@ -15,7 +15,9 @@ from megablocks_utils.planning.units import choose_unit
 from tests.planning.cases import A100_NODE, PUBLISHED, build_scenario
 
 GB = 10**9
-QUESTION = Question("org/moe", "org/moe", build_scenario(), A100_NODE, 85 * GB, ("--seed", "3"))
+QUESTION = Question(
+    "org/moe", "org/moe", build_scenario(), A100_NODE, A100_NODE.gpu.memory_bytes, ("--seed", "3")
+)
 
 
 def show(question=QUESTION, width=120, assumptions=("It is so.",), **changes):
@@ -101,6 +103,7 @@ def test_the_title_says_what_is_planned():
     assert text.startswith(
         "org/moe: 46.7 B parameters, 12.9 B active, on 8 x 85.0 GB (a100-80g); all weights, bf16, "
     )
+    assert "8 x 60.0 GB (links of a100-80g);" in show(capacity_bytes=60 * GB)[1]
     _, text = show(scenario=build_scenario(f"{PUBLISHED} --use_lora all --lora_r 4"))
     assert "LoRA all r4" in text.splitlines()[0]
 

@@ -36,6 +36,7 @@ def plan(line, **options):
         "capacity_bytes": 100 * GB,
         "tokens": 1000,
         "label_tokens": 600,
+        "examples": 3,
         "kernel": "triton",
     } | options
     config = parse_args(line.split(), entry_point="fsdp2")
@@ -50,7 +51,8 @@ def test_exactly_this_run_is_predicted(known):
     layers, layout, run = known[0]
     assert (layers, layout, len(known)) == (2, Layout(2, "replicate"), 1)
     assert (run.world_size, run.device_type, run.kernel) == (4, "cpu", "triton")
-    assert (run.tokens, run.label_tokens, run.precision.name) == (1000, 600, "bf16")
+    assert (run.tokens, run.label_tokens, run.examples) == (1000, 600, 3)
+    assert run.precision.name == "bf16"
 
 
 def test_one_line_and_the_record(known, tmp_path):
@@ -97,3 +99,15 @@ def test_no_help_is_claimed_where_there_is_none(known):
         "the plan's peak is 81.0 GB a rank (80.0 GB optimizer states), but a device has 10.0 GB; "
         "--ignore_plan True starts all the same."
     )
+
+
+def test_more_ranks_are_no_help_to_a_run_that_starts(monkeypatch):
+    """What only other numbers of ranks change is not offered: they are no option of a run."""
+
+    def predict(shape, layout, run):
+        return build_prediction(optimizer=400 * GB // run.world_size)
+
+    monkeypatch.setattr(scenario_module, "predict", predict)
+    found = plan("", capacity_bytes=60 * GB)
+    assert found.is_impossible
+    assert "would fit" not in found.describe_impossible()

@@ -17,6 +17,7 @@ def test_options_become_what_the_engines_ask_for():
     assert (run.precision.name, run.precision.optim) == ("mixed", "float32")  # LoRA on a GPU
     assert (run.sync_each_batch, run.accumulation) == (False, 1)
     assert run.tokens == run.label_tokens == 8 * 4096  # the scripts' own defaults
+    assert run.examples == 8
     assert (run.gradient_checkpointing, run.kernel, run.imbalance) == ("full", "grouped_mm", 1.25)
     full = build_scenario("--gradient_checkpointing selective --gradient_accumulation_steps 3")
     run = full.planned_run()

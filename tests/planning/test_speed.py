@@ -69,6 +69,19 @@ def test_regimes():
     assert regime(NONE, sent(160), tokens=4096) == "compute bound"
 
 
+def test_copies_that_are_reduced_are_told_from_weights_that_are_gathered():
+    """20 GB a step over 2 nodes at 25 GB/s, in steps of one micro-step: 1 s."""
+    line = PUBLISHED.replace("steps 16", "steps 1")
+    scenario = scenario_of("none", line, world_size=16)
+    layout, amounts = Layout(8, "replicate"), {"all_gather": 10 * GB, "all_reduce": 20 * GB}
+    prediction = build_prediction(parameters=1, sent=amounts)
+    cost = cost_step(scenario, layout, prediction, A100_NODE)
+    assert cost.regime == "all-reduce bound"
+    assert cost.terms["weights"] == pytest.approx((10 / 200 + 20 / 25) / 0.77)
+    inside = cost_step(scenario, layout, prediction, Cluster(A100_NODE.gpu, 16))
+    assert inside.regime == "launch bound"
+
+
 def test_weights_hide_behind_compute_and_tokens_do_not():
     scenario = replace(scenario_of("none"), tokens=8192)
     compute = cost_step(scenario, NONE, sent(0), A100_NODE).terms["compute"]

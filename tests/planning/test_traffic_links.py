@@ -39,6 +39,7 @@ CASES = [
     ("dp", 32, 2, 8),
     ("dp", 8, 2, 8),
     ("dp", 64, 16, 8),  # ep larger than a node
+    ("world", 32, 2, 16),  # the adapters of a node are faster than the link to its neighbour
     ("ep", 16, 8, 8),
     ("ep", 16, 4, 8),
     ("ep", 32, 16, 8),

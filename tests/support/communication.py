@@ -48,6 +48,13 @@ def _count_all_gather(whole: Tensor, own: Tensor, *_: Any) -> tuple[str, int]:
     return "all_gather", _size(whole) - _size(own)
 
 
+def _count_all_gather_list(
+    parts: list[list[Tensor]], own: list[Tensor], *_: Any
+) -> tuple[str, int]:
+    """Count what FSDP1 calls on a CPU: a tensor for each rank."""
+    return "all_gather", sum(map(_size, parts[0])) - _size(own[0])
+
+
 def _count_reduce_scatter(own: Tensor, whole: Tensor, *_: Any) -> tuple[str, int]:
     return "reduce_scatter", _size(whole) - _size(own)
 
@@ -63,6 +70,7 @@ def _size(tensor: Tensor) -> int:
 _COUNTED = {
     torch.ops._c10d_functional.all_to_all_single.default: _count_all_to_all,
     torch.ops.c10d._allgather_base_.default: _count_all_gather,
+    torch.ops.c10d.allgather_.default: _count_all_gather_list,
     torch.ops.c10d._reduce_scatter_base_.default: _count_reduce_scatter,
     torch.ops.c10d.allreduce_.default: _count_all_reduce,
 }

@@ -28,6 +28,7 @@ bench: $(VENV)/.installed-run $(VENV)/.installed-model
 	PYTHONPATH=. $(PY) -m benchmarks.end_to_end
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.expert_lora
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.moe_layer --cpu
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.table --cpu
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }

@@ -183,7 +183,9 @@ def _build_sides(
     case: Case, workload: Workload, folder: Path, *, max_steps: int
 ) -> dict[str, OurSide | StockSide]:
     ours = OurSide(case, workload, folder, max_steps=max_steps)
-    packed, padded = (StockSide(ours, case, padded=padded) for padded in (False, True))
+    packed, padded = (
+        StockSide(ours.schedule, ours.device, padded=padded) for padded in (False, True)
+    )
     return dict(zip(SIDES, (ours, packed, padded), strict=True))
 
 

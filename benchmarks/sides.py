@@ -12,17 +12,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from benchmarks.workload import Workload
-from megablocks_utils.config import RunConfig, parse_args
+from megablocks_utils.config import RunConfig, parse_args, resolve_precision
 from megablocks_utils.launch import check_environment
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.lora.settings import build_peft_config
 from megablocks_utils.training.batches import MicroBatch, epoch_order
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.loop import build_training_state, fit
@@ -60,7 +62,8 @@ class OurSide:
         argv = build_arguments(case, workload, folder, max_steps=max_steps)
         self.config: RunConfig = parse_args(argv, entry_point="fsdp2")
         launch = check_environment(self.config)
-        setup = build_setup(self.config, launch, start_processes(launch))
+        self.device = start_processes(launch)
+        setup = build_setup(self.config, launch, self.device)
         self.schedule: Schedule = setup.schedule
         self._steps = fit(build_training_state(setup), setup)
 
@@ -97,43 +100,48 @@ class StockSide:
     """transformers' expert parallelism in a plain loop.
 
     Args:
-        ours: gives options and data.
-        case: what is compared.
+        schedule: which examples a step holds, and the run's options: model, ep_size, adapters,
+            checkpointing, precision. LoRA on experts is PEFT's own, which fails in the first step.
+        device: where this rank computes.
         padded: as most scripts do, examples in file order, padded to the longest of their
             micro-batch, an attention mask, the model's own loss over all positions. False as lean
             as the stock model allows: our packed rows, and logits of label positions only.
 
     Attributes:
         num_positions: tokens that this rank computed so far, padding included.
+        grad_norm: of the last step, before clipping.
     """
 
-    def __init__(self, ours: OurSide, case: Case, *, padded: bool) -> None:
-        config = ours.config
-        self._schedule = ours.schedule
+    def __init__(self, schedule: Schedule, device: torch.device, *, padded: bool) -> None:
+        config = schedule.config
+        self._schedule, self._device = schedule, device
         self._is_lora = config.adapter.has_lora
         self.num_positions = 0
+        self.grad_norm = 0.0
+        dtype = getattr(torch, resolve_precision(config, device.type).weights)
         model = AutoModelForCausalLM.from_pretrained(
             config.model.model_name_or_path,
-            dtype=torch.float32,
-            distributed_config=DistributedConfig(fsdp_size=case.world_size, ep_size=case.ep_size),
+            dtype=dtype,
+            distributed_config=DistributedConfig(
+                fsdp_size=schedule.world_size, ep_size=config.parallel.ep_size
+            ),
         )
         if self._is_lora:
-            adapters = choose_adapters(model, config.adapter)
-            apply_lora(model, None, adapters, dtype=torch.float32, seed=config.seed)
+            _attach_adapters(model, config, dtype)
         apply_gradient_checkpointing(model, config.gradient_checkpointing)
         model.train()
         self._by_mesh = _group_by_mesh(model)
         groups = [{"params": parameters} for parameters in self._by_mesh]
         self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        loss = partial(_padded_loss if padded else _packed_loss, model)
-        batches = _padded_batches(self._schedule) if padded else _packed_batches(self._schedule)
+        loss = partial(_padded_loss if padded else _packed_loss, model, device)
+        batches = _padded_batches(schedule) if padded else _packed_batches(schedule)
         self._loss, self._batches = loss, batches
 
     def step(self) -> float:
         """Train one optimizer step and return its loss."""
         num_label_tokens, micro_batches = next(self._batches)
         self.num_positions += sum(batch.input_ids.numel() for batch in micro_batches)
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._device)
         for batch in micro_batches:
             # FSDP2 averages over ranks: the share of a rank counts world_size times.
             loss = self._loss(batch, num_label_tokens / self._schedule.world_size)
@@ -141,10 +149,11 @@ class StockSide:
             total += loss.detach() / self._schedule.world_size
         if self._is_lora:
             _average_gradients(self._by_mesh)
-        _clip(self._by_mesh)
+        norm = _clip(self._by_mesh)
         self._optimizer.step()
         self._optimizer.zero_grad()
         dist.all_reduce(total)
+        self.grad_norm = norm.item()
         return total.item()
 
 
@@ -188,25 +197,38 @@ def _pad(schedule: Schedule, chosen: list[int]) -> PaddedBatch:
     )
 
 
-def _packed_loss(model: nn.Module, batch: MicroBatch, num_items: float) -> Tensor:
+def _packed_loss(
+    model: nn.Module, device: torch.device, batch: MicroBatch, num_items: float
+) -> Tensor:
     positions, targets = label_positions(batch.labels)
     outputs = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        logits_to_keep=positions,
+        input_ids=batch.input_ids.to(device),
+        position_ids=batch.position_ids.to(device),
+        logits_to_keep=positions.to(device),
         use_cache=False,
     )
-    return token_loss_sum(outputs.logits, targets) / num_items
+    return token_loss_sum(outputs.logits, targets.to(device)) / num_items
 
 
-def _padded_loss(model: nn.Module, batch: PaddedBatch, num_items: float) -> Tensor:
+def _padded_loss(
+    model: nn.Module, device: torch.device, batch: PaddedBatch, num_items: float
+) -> Tensor:
     return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        labels=batch.labels,
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        labels=batch.labels.to(device),
         num_items_in_batch=num_items,
         use_cache=False,
     ).loss
+
+
+def _attach_adapters(model: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> None:
+    adapters = choose_adapters(model, config.adapter)
+    if not config.adapter.trains_experts:
+        apply_lora(model, None, adapters, dtype=dtype, seed=config.seed)
+        return
+    model.requires_grad_(False)
+    inject_adapter_in_model(build_peft_config(adapters.settings), model)
 
 
 def _group_by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -228,10 +250,11 @@ def _average_gradients(groups: list[list[nn.Parameter]]) -> None:
     torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
 
 
-def _clip(groups: list[list[nn.Parameter]]) -> None:
+def _clip(groups: list[list[nn.Parameter]]) -> Tensor:
     """Clip over all meshes; `torch.nn.utils.clip_grad_norm_` cannot, Trainer does so."""
     norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups:
         clip_grads_with_norm_(group, MAX_GRAD_NORM, total)
+    return total

@@ -21,10 +21,10 @@ def build_report(gpu: Path, cpu: Path, chart: Path | None) -> dict[str, str]:
     return {"gpu": _gpu_part(_read(gpu), chart), "cpu": _cpu_part(_read(cpu))}
 
 
-def fill_in(text: str, parts: dict[str, str]) -> str:
-    """Put each part between its marks, `<!-- moe_layer: NAME -->` and `<!-- end -->`."""
+def fill_in(text: str, parts: dict[str, str], of: str = "moe_layer") -> str:
+    """Put each part between its marks, `<!-- OF: NAME -->` and `<!-- end -->`."""
     for name, part in parts.items():
-        start, end = f"<!-- moe_layer: {name} -->", "<!-- end -->"
+        start, end = f"<!-- {of}: {name} -->", "<!-- end -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
         block = f"{start}\n\n{part}\n\n{end}"
         text = pattern.sub(lambda _, block=block: block, text)

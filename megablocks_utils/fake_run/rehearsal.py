@@ -77,6 +77,7 @@ def rehearse(
     is_real: bool = False,
     on_wrapped: Callable[[], None] = lambda: None,
     on_ready: Callable[[], None] = lambda: None,
+    on_done: Callable[[], None] = lambda: None,
 ) -> Rehearsal:
     """Take one step as rank 0 of `run.world_size`; no process group may be initialised.
 
@@ -89,6 +90,7 @@ def rehearse(
         on_wrapped: called when the model is there, but none of its weights.
         on_ready: called when weights and optimizer state are there, before the first micro-step;
             whoever measures begins here.
+        on_done: called after zero_grad, while everything that a run holds is still there.
 
     Raises:
         UserError: a model or kernel that cannot be run.
@@ -109,6 +111,7 @@ def rehearse(
             ledger.open()
             on_ready()
             step.take(config.optim.gradient_accumulation_steps)
+            on_done()
             return step.report()
 
 

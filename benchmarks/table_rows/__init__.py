@@ -1,0 +1,1 @@
+"""The parts of the benchmark table: rows, runs, predictions, report."""

@@ -151,8 +151,8 @@ def build_bench(options: TableOptions, config: Mapping[str, Any] | None = None) 
             device_type="cpu",
         )
     if options.mode in (PLAN, REAL):
-        return Bench(options.mode, config, *common)
-    return Bench(options.mode, config, *common, imbalance=_EVEN)
+        return Bench(options.mode, config, *common, tokens=options.tokens)
+    return Bench(options.mode, config, *common, tokens=options.tokens, imbalance=_EVEN)
 
 
 def as_words(options: Mapping[str, Any]) -> list[str]:

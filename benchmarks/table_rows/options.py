@@ -40,6 +40,10 @@ published, predicted and measured. Exactly one mode:
       Processes, even; with --real one a GPU. ep8 and ep4 in the names of rows mean all and half
       of them. Published figures stand beside {PUBLISHED_RANKS} ranks only.
       Default: {PUBLISHED_RANKS} with --real, 4 with --cpu.
+  --tokens N
+      Tokens of every example, but with --cpu. About 210 is the mean of Alpaca's; a run's peak is
+      that of its longest, and Alpaca's longest has 1304 (LitGPT's docs, Llama 2's tokenizer).
+      Default: 256.
   --steps N
       Optimizer steps that are measured, in every run.
       Default: 20 with --real, 1 with --cpu.
@@ -71,6 +75,7 @@ _OPTIONS = {
     for option in (
         Option("rows", "text", None, help="rows"),
         Option("ranks", "integer", None, help="processes", minimum=2),
+        Option("tokens", "integer", None, help="tokens", minimum=2),
         Option("steps", "integer", None, help="steps", minimum=1),
         Option("warmup_steps", "integer", None, help="steps before", minimum=0),
         Option("rounds", "integer", None, help="runs of a row", minimum=1),
@@ -83,10 +88,10 @@ _OPTIONS = {
 _ALWAYS = ("rows", "output", "docs")
 _TIMED = ("ranks", "steps", "warmup_steps", "rounds")
 _TAKEN = {
-    PLAN: _ALWAYS,
-    ONE_GPU: _ALWAYS,
+    PLAN: (*_ALWAYS, "tokens"),
+    ONE_GPU: (*_ALWAYS, "tokens"),
     CPU: (*_ALWAYS, *_TIMED),
-    REAL: (*_ALWAYS, *_TIMED, "model_name_or_path", "scratch"),
+    REAL: (*_ALWAYS, *_TIMED, "tokens", "model_name_or_path", "scratch"),
 }
 
 
@@ -98,6 +103,7 @@ class TableOptions:
     rows: tuple[Row, ...]
     output: Path
     ranks: int = PUBLISHED_RANKS
+    tokens: int = 256
     steps: int = 20
     warmup_steps: int = 10
     rounds: int = 1

@@ -114,9 +114,9 @@ class Group:
         return self._trained[-1].whole * self.compute if self._trained else 0
 
     @cached_property
-    def largest_trained_bytes(self) -> int:
-        """The largest gradient as it is kept."""
-        return max((piece.whole * piece.stored for piece in self._trained), default=0)
+    def first_gradient_bytes(self) -> int:
+        """The gradient of its first parameter, in the dtype of compute."""
+        return self._trained[0].whole * self.compute if self._trained else 0
 
     @cached_property
     def reduced_bytes(self) -> int:

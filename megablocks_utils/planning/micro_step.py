@@ -218,7 +218,9 @@ class MicroStep:
         if stays:
             return
         if not has_same_dtype:
-            ledger.pass_by(DISPATCH, experts.largest_trained_bytes)
+            # Cast one after the other, the first parameter's last.
+            others = experts.whole_compute_bytes - experts.first_gradient_bytes
+            ledger.pass_by(DISPATCH, experts.trained_bytes - others)
         ledger.free(DISPATCH, experts.whole_compute_bytes)
         if not self._has_expert_gradients:
             ledger.hold(_GRADIENTS, experts.trained_bytes)

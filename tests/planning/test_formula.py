@@ -19,6 +19,8 @@ NONE, SHARD, COPIES, WHOLE = (
     Layout(4, "replicate"),
     Layout(8, "shard"),
 )
+# The fake of an exchange is a second tensor when it is waited for, which no real one is.
+ENGINES_AGREE = 0.015
 STATIC = ("parameters", "optimizer")
 # Fakes cost the same whatever their size; in these the layers count as much as what is around them.
 MIXTRAL = {
@@ -65,17 +67,18 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(
     ("config", "layout", "changes"),
     [
-        (MIXTRAL, NONE, {"accumulation": 1}),
         (MIXTRAL, NONE, {"gradient_checkpointing": "none", "sync_each_batch": False}),
+        (MIXTRAL, NONE, {"use_lora": "mlp-only", "gradient_checkpointing": "none"}),
         (MIXTRAL, WHOLE, {"accumulation": 1, "precision": "bf16_sr"}),
         (MIXTRAL, WHOLE, {"gradient_checkpointing": "none", "examples": 3, "imbalance": 1.25}),
         (MIXTRAL, SHARD, {"gradient_checkpointing": "selective", "precision": "bf16"}),
-        (MIXTRAL, COPIES, {"precision": "mixed", "gradient_checkpointing": "none"}),
-        (MIXTRAL, WHOLE, {"use_lora": "attn-only", "precision": "bf16", "accumulation": 1}),
-        (MIXTRAL, NONE, {"use_lora": "mlp-only", "gradient_checkpointing": "none"}),
-        (MIXTRAL, COPIES, {"kernel": "triton", "precision": "bf16"}),
-        (QWEN, SHARD, {"precision": "mixed", "use_lora": "all"}),
-        (QWEN, COPIES, {"gradient_checkpointing": "none", "has_aux_loss": True}),
+        (MIXTRAL, COPIES, {"use_lora": "attn-only", "kernel": "triton", "precision": "bf16"}),
+        (QWEN, SHARD, {"use_lora": "all", "precision": "mixed"}),
+        (
+            QWEN,
+            COPIES,
+            {"gradient_checkpointing": "none", "has_aux_loss": True, "precision": "mixed"},
+        ),
         (MIXTRAL, COPIES, {"entry_point": "fsdp1", "sync_each_batch": False}),
     ],
     ids=lambda value: (
@@ -83,10 +86,10 @@ def folders(tmp_path_factory):
     ),
 )
 def test_both_engines_say_the_same(ranks1, folders, config, layout, changes):
-    run = plan(tokens=512, **changes)
+    run = plan(tokens=1024, **changes)
     [fake] = ranks1.run(rehearse_alone, folders[config["model_type"]], layout, run)
     told = predict(ModelShape.from_config(config), layout, run)
-    assert told.peak_bytes == pytest.approx(fake.peak_bytes, rel=0.01)
+    assert told.peak_bytes == pytest.approx(fake.peak_bytes, rel=ENGINES_AGREE)
     assert {name: told.components[name] for name in STATIC} == {
         name: fake.components[name] for name in STATIC
     }

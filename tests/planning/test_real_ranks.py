@@ -27,9 +27,11 @@ NONE, SHARD, COPIES, WHOLE = (
     Layout(4, "shard"),
 )
 MODELS = {
-    "even": {"num_local_experts": 4},
+    "even": ("mixtral", {"num_local_experts": 4}),
     # Nothing divides by 4: 6 experts and 130 words; nor do the 3 experts of a rank by 2.
-    "uneven": {"num_local_experts": 6, "vocab_size": 130},
+    "uneven": ("mixtral", {"num_local_experts": 6, "vocab_size": 130}),
+    # Norms of 18 numbers, which FSDP1 fills up to 20 in fp32.
+    "odd": ("qwen3_moe", {"head_dim": 18, "num_hidden_layers": 1}),
 }
 COLLECTIVES = ("all_gather", "reduce_scatter")
 
@@ -48,8 +50,8 @@ class Measured:
 def folder(tmp_path_factory):
     """Tiny models, and examples of equal length."""
     folder = tmp_path_factory.mktemp("tiny")
-    for name, overrides in MODELS.items():
-        save_tiny_model("mixtral", folder / name, **overrides)
+    for name, (family, overrides) in MODELS.items():
+        save_tiny_model(family, folder / name, **overrides)
     tokens = [3 + i % 100 for i in range(LENGTH)]
     examples = [{"input_ids": tokens, "labels": tokens}] * 48
     (folder / "data.json").write_text(json.dumps(examples))
@@ -159,16 +161,13 @@ def plan_of(folder, model, argv, entry_point):
 @pytest.mark.parametrize(
     ("model", "layout", "options"),
     [
-        ("even", NONE, {}),
         ("uneven", NONE, {"gradient_accumulation_steps": 2}),
         ("uneven", SHARD, {"precision": "mixed"}),
         ("uneven", COPIES, {"gradient_accumulation_steps": 2, "sync_each_batch": False}),
         ("even", WHOLE, {"precision": "bf16_sr", "gradient_checkpointing": "False"}),
-        ("even", SHARD, {"gradient_checkpointing": "selective", "precision": "bf16"}),
         ("uneven", SHARD, {"use_lora": "all", "lora_r": 3, "gradient_accumulation_steps": 2}),
         ("even", COPIES, {"use_lora": "mlp-only", "gradient_checkpointing": "False"}),
         ("even", WHOLE, {"use_lora": "attn-only", "precision": "mixed"}),
-        ("even", NONE, {"use_lora": "mlp-only", "precision": "bf16"}),
     ],
     ids=str,
 )
@@ -186,28 +185,17 @@ def test_fsdp2(ranks4, folder, model, layout, options):
     assert sent["all_to_all"] == rows + counts
     for kind in COLLECTIVES:
         assert sent[kind] == first.num_bytes.get(kind, 0), kind
+    # Of the copies over dp a rank sends what it holds once, 2 * (2 - 1) / 2. Besides, the norm's 8
+    # bytes go over 4 ranks, and a few dozen of metrics, which are not counted.
+    copies = sent["all_reduce"] - 8 * 2 * 3 // 4
+    assert 0 < first.num_bytes["all_reduce"] - 8 - copies < 100
     assert build_groups(shape, layout, run).sum("trained_bytes") == first.gradients
-
-
-def test_copies_are_summed(ranks4, folder):
-    measured, sent = [], []
-    for layout in (COPIES, SHARD):
-        argv = argv_of(folder, "even", layout, {"gradient_accumulation_steps": 2})
-        measured.append(ranks4.run(run_fsdp2, argv)[0].num_bytes["all_reduce"])
-        shape, run = plan_of(folder, "even", argv, "fsdp2")
-        sent.append(predict(shape, layout, run))
-    # Two copies: each rank sends what it holds once, 2 * (2 - 1) / 2.
-    more = [told.sent_bytes_per_step["all_reduce"] for told in sent]
-    assert more[0] - more[1] == measured[0] - measured[1] > 0
-    # The norm, one number of 8 bytes, goes over four ranks.
-    assert more[1] == 8 * 2 * 3 // 4
 
 
 @pytest.mark.parametrize(
     ("model", "layout", "options"),
     [
-        ("uneven", NONE, {}),
-        ("even", COPIES, {"gradient_accumulation_steps": 2, "sync_each_batch": False}),
+        ("odd", NONE, {}),
         ("even", COPIES, {"use_lora": "all", "precision": "mixed"}),
     ],
     ids=str,

@@ -140,8 +140,8 @@ def build_bench(options: TableOptions, config: Mapping[str, Any] | None = None) 
     config = config or read_published_model()
     common = (options.ranks, options.steps, options.warmup_steps, options.rounds)
     if options.mode == CPU:
-        # In bfloat16, oneDNN keeps compiled code for every number of rows that an expert has met:
-        # resident memory grows with every step, and compiling is timed.
+        # In bfloat16, resident memory grew with every step, probably with the code that oneDNN
+        # compiles and keeps for every number of rows that an expert has met.
         return Bench(
             CPU,
             {**config, **CPU_SIZES},

@@ -26,7 +26,7 @@ from megablocks_utils.fake_run.imaginary_peers import imaginary_peers
 from megablocks_utils.fake_run.ledger import LedgerPeak, MemoryLedger
 from megablocks_utils.fake_run.library_repairs import no_launches, one_example_a_row
 from megablocks_utils.fake_run.planned_config import build_config
-from megablocks_utils.fake_run.runs import Fsdp1Run, Fsdp2Run
+from megablocks_utils.fake_run.runs import Fsdp1Run, Fsdp2Run, Parts
 from megablocks_utils.fake_run.traffic import TrafficCounter
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.planning.prediction import (
@@ -133,7 +133,7 @@ def _build(
         _move_to_meta(model)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
-    return kind(model, sharded, config, run, device)
+    return kind(Parts(model, sharded, config, run, device))
 
 
 def _move_to_meta(model: nn.Module) -> None:

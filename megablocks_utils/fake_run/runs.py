@@ -1,6 +1,7 @@
 """The two training runs that can be rehearsed: each script's own way of wrapping and stepping."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,30 @@ from megablocks_utils.training.loop import TrainingState, finish_gradients, run_
 from megablocks_utils.training.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
 
-__all__ = ["Fsdp1Run", "Fsdp2Run"]
+__all__ = ["Fsdp1Run", "Fsdp2Run", "Parts"]
 
 _SEED = 42
 _NUM_STEPS = 1000
 _MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What both runs are made of.
+
+    Attributes:
+        model: on meta, not wrapped.
+        sharded: how its experts are split; None where transformers runs them.
+        config: the options.
+        run: what is planned.
+        device: where tensors will be.
+    """
+
+    model: PreTrainedModel
+    sharded: ShardedMoE | None
+    config: RunConfig
+    run: PlannedRun
+    device: torch.device
 
 
 class Fsdp2Run:
@@ -38,30 +58,24 @@ class Fsdp2Run:
 
     optimizer: Optimizer
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sharded: ShardedMoE | None,
-        config: RunConfig,
-        run: PlannedRun,
-        device: torch.device,
-    ) -> None:
-        self._config, self._run, self._sharded = config, run, sharded
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        model, precision = parts.model, parts.run.precision
         classes = sorted(model._no_split_modules)
-        self._accelerator = build_accelerator(config, run.precision, classes, device.type)
+        self._accelerator = build_accelerator(parts.config, precision, classes, parts.device.type)
         self._layers = find_layers(model, self._accelerator)
-        self.model = wrap_fsdp2(self._accelerator, model, sharded)
+        self.model = wrap_fsdp2(self._accelerator, model, parts.sharded)
 
     def fill(self) -> None:
         """Give all parameters their memory, and make the optimizer."""
-        accelerator, config = self._accelerator, self._config
+        accelerator, parts = self._accelerator, self._parts
         fill_layers(self.model, self._layers, fill_at_random, accelerator.device)
         self.optimizer = build_optimizer(
-            self.model.named_parameters(), config.optim, self._run.precision, seed=_SEED
+            self.model.named_parameters(), parts.config.optim, parts.run.precision, seed=_SEED
         )
-        scheduler = build_lr_scheduler(self.optimizer, config.optim, _NUM_STEPS)
+        scheduler = build_lr_scheduler(self.optimizer, parts.config.optim, _NUM_STEPS)
         prepared = accelerator.prepare_optimizer(self.optimizer)
-        self._state = TrainingState(accelerator, self.model, prepared, scheduler, self._sharded)
+        self._state = TrainingState(accelerator, self.model, prepared, scheduler, parts.sharded)
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; Accelerate counts the micro-steps itself."""
@@ -79,43 +93,36 @@ class Fsdp1Run:
     model: nn.Module
     optimizer: Optimizer
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sharded: ShardedMoE | None,
-        config: RunConfig,
-        run: PlannedRun,
-        device: torch.device,
-    ) -> None:
-        self._config, self._run, self._sharded = config, run, sharded
-        self._device = device
-        self._bare = model
-        self._plugin = build_fsdp1_plugin(run.precision)
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._plugin = build_fsdp1_plugin(parts.run.precision)
 
     def fill(self) -> None:
         """Fill and wrap layer by layer, and make the optimizer."""
+        parts = self._parts
         self.model = fill_and_wrap_fsdp1(
-            self._bare,
-            self._sharded,
+            parts.model,
+            parts.sharded,
             self._plugin,
-            layer_classes=sorted(self._bare._no_split_modules),
-            device=self._device,
+            layer_classes=sorted(parts.model._no_split_modules),
+            device=parts.device,
             fill_local=fill_at_random,
         )
         named = ((strip_wrappers(name), p) for name, p in self.model.named_parameters())
-        self.optimizer = build_optimizer(named, self._config.optim, self._run.precision, seed=_SEED)
+        self.optimizer = build_optimizer(named, parts.config.optim, parts.run.precision, seed=_SEED)
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; gradients wait where the options say so."""
-        waits = not (is_last or self._run.sync_each_batch)
+        waits = not (is_last or self._parts.run.sync_each_batch)
         with self.model.no_sync() if waits else nullcontext():
-            loss = compute_micro_batch_loss(self.model, batch, weights, self._device)
+            loss = compute_micro_batch_loss(self.model, batch, weights, self._parts.device)
             loss.objective.backward()
 
     def finish_gradients(self) -> None:
         """Sum over copies, and clip."""
-        if self._sharded is not None:
-            sum_replica_gradients(self._sharded.expert_parameters.values(), self._sharded.mesh)
+        sharded = self._parts.sharded
+        if sharded is not None:
+            sum_replica_gradients(sharded.expert_parameters.values(), sharded.mesh)
         clip_gradients(self.model.parameters(), _MAX_GRAD_NORM)
 
 

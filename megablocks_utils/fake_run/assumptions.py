@@ -53,10 +53,14 @@ def _shape_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 class AssumedValues(TorchDispatchMode):
     """Answer, while entered, the questions that fake tensors cannot.
 
-    All positions have labels; the optimizer has made one step. Any other question is an error, as
-    it is without this. Besides, the fake of torch 2.13's grouped_mm takes bf16 only, unlike the
+    So many positions have labels; the optimizer has made one step. Any other question is an error,
+    as it is without this. Besides, the fake of torch 2.13's grouped_mm takes bf16 only, unlike the
     operator itself.
     """
+
+    def __init__(self, label_tokens: int) -> None:
+        super().__init__()
+        self._label_tokens = label_tokens
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -64,7 +68,8 @@ class AssumedValues(TorchDispatchMode):
         if args and isinstance(args[0], FakeTensor):
             tensor = args[0]
             if func is torch.ops.aten.nonzero.default and tensor.dim() == 1:
-                return torch.empty(len(tensor), 1, dtype=torch.int64, device=tensor.device)
+                count = min(len(tensor), self._label_tokens)
+                return torch.empty(count, 1, dtype=torch.int64, device=tensor.device)
             if func is torch.ops.aten._local_scalar_dense.default and tensor.is_floating_point():
                 return 1.0
             if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:

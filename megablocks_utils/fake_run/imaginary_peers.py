@@ -24,6 +24,7 @@ def imaginary_peers(world_size: int, device_type: str) -> Iterator[None]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",  # read, but never opened
         "ACCELERATE_USE_CPU": str(device_type == "cpu"),
+        "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",  # as accelerate.yaml has it
     }
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:

@@ -40,6 +40,7 @@ from megablocks_utils.training.batches import MicroBatch
 from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.micro_batch import LossWeights
 from megablocks_utils.training.model_source import build_bare_model, split_experts
+from megablocks_utils.training.text import IGNORED_LABEL
 
 _SEED = 42
 
@@ -101,7 +102,7 @@ def rehearse(
     with imaginary_peers(run.world_size, device.type):
         rehearsed = _build(folder, config, run, device)
         with ExitStack() as modes:
-            for mode in (*imagination, ledger, traffic, AssumedValues()):
+            for mode in (*imagination, ledger, traffic, AssumedValues(run.label_tokens)):
                 modes.enter_context(mode)
             on_wrapped()
             rehearsed.fill()
@@ -214,8 +215,10 @@ class _Step:
     def _micro_batch(self) -> MicroBatch:
         num_tokens = self._run.tokens
         tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
+        labels = tokens.clone()
+        labels[:, : num_tokens - self._run.label_tokens] = IGNORED_LABEL
         positions = torch.arange(num_tokens)[None] % -(-num_tokens // self._run.examples)
-        return MicroBatch(tokens, positions, tokens.clone(), is_dummy=False)
+        return MicroBatch(tokens, positions, labels, is_dummy=False)
 
     def _aux_loss_coef(self) -> float:
         return 0.01 if self._run.has_aux_loss else 0.0

@@ -41,17 +41,12 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
-        (NONE, {}),
-        (WHOLE, {"accumulation": 1}),
-        (SHARD, {"gradient_checkpointing": "none"}),
+        (NONE, {"label_tokens": 100}),
         (WHOLE, {"gradient_checkpointing": "none", "examples": 3}),
         (SHARD, {"gradient_checkpointing": "selective", "sync_each_batch": False}),
-        (COPIES, {"precision": "mixed", "accumulation": 1}),
         (SHARD, {"precision": "mixed", "use_lora": "all"}),
         (SHARD, {"precision": "bf16_sr", "accumulation": 1}),
-        (WHOLE, {"use_lora": "attn-only", "sync_each_batch": False}),
         (COPIES, {"entry_point": "fsdp1", "sync_each_batch": False}),
-        (COPIES, {"entry_point": "fsdp1", "precision": "mixed", "use_lora": "all"}),
     ],
     ids=str,
 )

@@ -27,7 +27,7 @@ def compile_for(arch, folder):
     return done, [Resources(**row) for row in json.loads(path.read_text())["kernels"]]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90"])  # sm_80, sm_86: benchmarks.kernel_resources
 def test_shipped_tiles_compile(tmp_path, arch):
     done, rows = compile_for(arch, tmp_path)
     assert [fault for row in rows for fault in row.faults] == []

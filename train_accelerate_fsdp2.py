@@ -8,8 +8,8 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_args
-from megablocks_utils.launch import Launch, check_environment, run_entry_point
-from megablocks_utils.output_folder import check_output_dir
+from megablocks_utils.processes.launch import Launch, check_environment, run_entry_point
+from megablocks_utils.processes.output_folder import check_output_dir
 
 
 def main(argv: list[str]) -> None:
@@ -23,9 +23,9 @@ def main(argv: list[str]) -> None:
 def train(config: RunConfig, launch: Launch) -> None:
     """Build, fit, report."""
     from megablocks_utils.fsdp.fsdp2 import full_parameters
+    from megablocks_utils.processes.start import start_processes
     from megablocks_utils.training.checkpointer import Checkpointer
     from megablocks_utils.training.loop import build_training_state, fit
-    from megablocks_utils.training.processes import start_processes
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.setup import build_setup
 

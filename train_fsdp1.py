@@ -9,8 +9,8 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_known_args
-from megablocks_utils.launch import Launch, check_environment, run_entry_point
-from megablocks_utils.output_folder import check_output_dir
+from megablocks_utils.processes.launch import Launch, check_environment, run_entry_point
+from megablocks_utils.processes.output_folder import check_output_dir
 
 
 def main(argv: list[str]) -> None:
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> None:
 def train(config: RunConfig, launch: Launch, leftovers: list[str]) -> None:
     """Build, train, report."""
     from megablocks_utils.fsdp.fsdp1 import full_parameters
+    from megablocks_utils.processes.start import start_processes
     from megablocks_utils.training.checkpointer import Checkpointer
-    from megablocks_utils.training.processes import start_processes
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.setup import build_setup
     from megablocks_utils.training.trainer import MoETrainer

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from megablocks_utils.training.run_record import (
+from megablocks_utils.training.report.run_record import (
     CHECKOUT,
     describe_hardware,
     read_commit,

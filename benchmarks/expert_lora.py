@@ -26,7 +26,7 @@ from benchmarks.meter import describe_method, measure_peak_bytes, measure_saved_
 from benchmarks.process_group import single_process
 from benchmarks.shape import Shape
 from benchmarks.timing import compare, take_turns
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 
 RESULTS = Path(__file__).parent / "results" / "expert_lora.json"
 TOLERANCE = 1e-5

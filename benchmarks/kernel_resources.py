@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.certificate import build_certificate
-from megablocks_utils.kernels.fused.experts import run_experts_triton
+from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import (
     KINDS,
     SHARED_LIMIT_BYTES,

@@ -25,8 +25,8 @@ from benchmarks.certificate import build_certificate
 from benchmarks.load_sides import OURS, SIDES, Job, measure_load
 from benchmarks.timing import spread
 from benchmarks.workload import Workload, save_data
-from megablocks_utils.atomic_file import write_json_atomically
 from megablocks_utils.checkpoint.index import open_checkpoint
+from megablocks_utils.files import write_json_atomically
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 SLACK = 1.25

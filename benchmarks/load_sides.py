@@ -25,10 +25,10 @@ from transformers.models.mixtral import modeling_mixtral  # noqa: F401  (part of
 from benchmarks.workload import Workload
 from megablocks_utils.checkpoint.layouts import is_expert_parameter
 from megablocks_utils.config import parse_args, parse_known_args
-from megablocks_utils.launch import check_environment
 from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.processes.launch import check_environment
+from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import build_training_state
-from megablocks_utils.training.processes import start_processes
 from megablocks_utils.training.setup import Setup, build_setup
 from megablocks_utils.training.trainer import MoETrainer
 from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags

@@ -22,12 +22,12 @@ from benchmarks.lora_sides import (
     in_peft_form,
 )
 from benchmarks.shape import Shape
-from megablocks_utils.kernels.backend import ExpertShapes, choose_backend
-from megablocks_utils.lora.experts import attach_expert_lora
+from megablocks_utils.kernels.selection import ExpertShapes, choose_backend
+from megablocks_utils.lora.expert_adapters import attach_expert_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
-from megablocks_utils.moe.experts import DroplessExperts
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.shard_moe_utils import PROJECTIONS, ShardedMoE
 
 

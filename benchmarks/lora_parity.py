@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.certificate import build_certificate
 from benchmarks.parity import BOUND, MEASURED, describe_case, grouped, open_workplace, say
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 from tests.support.fsdp1_run import train_fsdp1
 from tests.support.parity import Layout, ParityCase, ParityFolder, run_case, train_fsdp2
 from tests.support.rank_pool import RankPool

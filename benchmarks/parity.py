@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.certificate import build_certificate
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 from tests.support.parity import LAYOUTS, Layout, ParityCase, ParityFolder, run_case
 from tests.support.rank_pool import RankPool
 from tests.support.tiny_models import FAMILIES

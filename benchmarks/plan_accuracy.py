@@ -21,13 +21,13 @@ from statistics import median
 from typing import Any
 
 from benchmarks.certificate import build_certificate
-from megablocks_utils.atomic_file import write_json_atomically
-from megablocks_utils.fake_run.engine import predict_fake
-from megablocks_utils.fake_run.worker import build_request, read_request
-from megablocks_utils.planning.formula import predict
-from megablocks_utils.planning.model_shape import ModelShape
-from megablocks_utils.planning.prediction import Layout, PlannedRun
-from megablocks_utils.precision import PrecisionConfig, resolve_preset
+from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
+from megablocks_utils.files import write_json_atomically
+from megablocks_utils.planning.memory.formula import predict
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.rehearsal.engine import predict_fake
+from megablocks_utils.rehearsal.worker import build_request, read_request
 
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy_cpu.json"
 CONFIG = {
@@ -107,7 +107,7 @@ def measure(request: str) -> int:
     """Take a real step; the bytes that the process held at its peak."""
     import torch
 
-    from megablocks_utils.fake_run.rehearsal import rehearse
+    from megablocks_utils.rehearsal.rehearse import rehearse
 
     held: dict[str, int] = {}
     folder, layout, run = read_request(request)

@@ -64,7 +64,7 @@ def run_training(
 
 def measure_held_out(model: Path, held_out: Path) -> float:
     """Return the held-out loss of a saved model, in a process of its own."""
-    command = [sys.executable, "-m", "megablocks_utils.training.evaluate", str(model)]
+    command = [sys.executable, "-m", "megablocks_utils.evaluate", str(model)]
     command += ["--data_path", str(held_out), "--max_seq_length", "160"]
     answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(answer.stdout.splitlines()[-1])["loss"]

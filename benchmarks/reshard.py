@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.certificate import build_certificate
 from benchmarks.parity import open_workplace, say
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 from tests.support.parity import Layout, ParityFolder
 from tests.support.rank_pool import RankPool
 from tests.support.resuming import (

@@ -18,7 +18,7 @@ from benchmarks.certificate import build_certificate
 from benchmarks.parity import open_workplace, say
 from benchmarks.timing import spread
 from benchmarks.workload import Workload, save_data, save_model
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 from megablocks_utils.training.checkpointer import Checkpointer
 from megablocks_utils.training.loop import fit
 from megablocks_utils.training.recorder import RunRecorder

@@ -8,12 +8,12 @@ Nothing is measured: the formulas of `megablocks_utils.plan` answer in seconds.
 from pathlib import Path
 
 from megablocks_utils.plan import build_question
-from megablocks_utils.planning.layout_plan import Question
+from megablocks_utils.planning.model.units import GB
 from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.plan_options import parse_plan_options, split_words
-from megablocks_utils.planning.scale import ScalePoint, describe_dominance, plan_scale
-from megablocks_utils.planning.scale_chart import draw_scale
-from megablocks_utils.planning.units import GB
+from megablocks_utils.planning.report.scale_chart import draw_scale
+from megablocks_utils.planning.speed.layout_plan import Question
+from megablocks_utils.planning.speed.scale import ScalePoint, describe_dominance, plan_scale
 
 MODELS = {
     "Mixtral-8x7B": "mixtral-8x7b",

@@ -22,17 +22,17 @@ from transformers.distributed import DistributedConfig
 
 from benchmarks.workload import Workload
 from megablocks_utils.config import RunConfig, parse_args, resolve_precision
-from megablocks_utils.launch import check_environment
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.lora.settings import build_peft_config
-from megablocks_utils.training.batches import MicroBatch, epoch_order
-from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.processes.launch import check_environment
+from megablocks_utils.processes.start import start_processes
+from megablocks_utils.training.data.batches import MicroBatch, epoch_order
+from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.loop import build_training_state, fit
-from megablocks_utils.training.objective import label_positions, token_loss_sum
-from megablocks_utils.training.processes import start_processes
-from megablocks_utils.training.schedule import Schedule
 from megablocks_utils.training.setup import build_setup
-from megablocks_utils.training.text import IGNORED_LABEL
+from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.step.objective import label_positions, token_loss_sum
 
 LEARNING_RATE = 1e-4
 MAX_GRAD_NORM = 1.0

@@ -67,7 +67,7 @@ def evaluate(question: str, *, model: Path, adapter: Path | None = None) -> dict
     Raises:
         PreparationError: the evaluation failed (it has said why).
     """
-    command = [sys.executable, "-m", "megablocks_utils.training.evaluate", str(model)]
+    command = [sys.executable, "-m", "megablocks_utils.evaluate", str(model)]
     command += ["--data_path", str(HELD_OUT_DATA), "--max_seq_length", str(MAX_SEQ_LENGTH)]
     command += ["--ask", question, "--max_new_tokens", "32"]
     if adapter is not None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megablocks_utils.experts_interface import register_experts_implementation
-    from megablocks_utils.kernel_check import verify_kernel
+    from megablocks_utils.moe.kernel_check import verify_kernel
     from megablocks_utils.shard_moe_utils import ShardedMoE, shard_moe
 
 __all__ = ["ShardedMoE", "register_experts_implementation", "shard_moe", "verify_kernel"]

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.launch import run_entry_point
-from megablocks_utils.output_folder import MANIFEST_NAME, find_checkpoints
-from megablocks_utils.output_tool import (
+from megablocks_utils.processes.command_output import (
     check_output,
     read_words,
     removed_on_error,
     show_progress,
 )
+from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.output_folder import MANIFEST_NAME, find_checkpoints
 
 __all__ = ["ExportOptions", "export_checkpoint", "main", "parse_options"]
 
@@ -82,8 +82,8 @@ def export_checkpoint(options: ExportOptions) -> str:
     """
     check_output(options.output)
     _check_is_checkpoint(options.checkpoint)
+    from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX, read_stored_tensors
     from megablocks_utils.checkpoint.manifest import check_files, read_manifest
-    from megablocks_utils.checkpoint.sharded import MODEL_PREFIX, read_stored_tensors
 
     folder = options.checkpoint.resolve()
     manifest = read_manifest(folder)
@@ -118,8 +118,8 @@ def _check_is_checkpoint(folder: Path) -> None:
 
 
 def _export_model(folder: Path, stored: Stored, output: Path) -> None:
-    from megablocks_utils.checkpoint.export import export_model
     from megablocks_utils.checkpoint.load import build_model_on_meta
+    from megablocks_utils.checkpoint.model_folder import export_model
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 
     model = build_model_on_meta(folder)
@@ -161,7 +161,7 @@ def _read_tensors(
     folder: Path, stored: Stored, names: Sequence[str], advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Any]]:
     """Yield one whole tensor after the other; none is held while the next one is read."""
-    from megablocks_utils.checkpoint.sharded import MODEL_PREFIX, read_whole_tensor
+    from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX, read_whole_tensor
 
     for name in names:
         yield name, read_whole_tensor(MODEL_PREFIX + name, *stored[name], folder)

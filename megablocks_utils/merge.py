@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megablocks_utils.errors import CheckpointError, ConfigurationError
-from megablocks_utils.launch import run_entry_point
-from megablocks_utils.output_tool import (
+from megablocks_utils.processes.command_output import (
     check_output,
     read_words,
     removed_on_error,
     show_progress,
 )
+from megablocks_utils.processes.launch import run_entry_point
 
 if TYPE_CHECKING:
     from megablocks_utils.checkpoint.index import CheckpointIndex
-    from megablocks_utils.lora.fold import Folding
+    from megablocks_utils.lora.merge_weights import Folding
 
 __all__ = ["MergeOptions", "main", "merge_adapter", "parse_options"]
 
@@ -100,7 +100,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     from megablocks_utils.checkpoint.layouts import detect_layout
     from megablocks_utils.checkpoint.load import build_model_on_meta, check_against_model
     from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
-    from megablocks_utils.lora.fold import Folding
+    from megablocks_utils.lora.merge_weights import Folding
 
     adapter_folder = resolve_adapter_folder(options.adapter)
     base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
@@ -123,7 +123,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
 
 
 def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
-    from megablocks_utils.lora.config_file import read_adapter_config
+    from megablocks_utils.lora.adapter_config import read_adapter_config
 
     config = read_adapter_config(adapter_folder)
     name = options.model_name_or_path or config.base_model_name
@@ -138,7 +138,7 @@ def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
 def _write(
     folding: "Folding", index: "CheckpointIndex", output: Path, max_shard_bytes: int | None
 ) -> None:
-    from megablocks_utils.checkpoint.export import MAX_SHARD_BYTES
+    from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
 
     specs = [TensorSpec(key, index.shape(key), index.dtype(key)) for key in index]

@@ -9,34 +9,43 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megablocks_utils.atomic_file import write_json_atomically
 from megablocks_utils.config import check_world
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.launch import run_entry_point
-from megablocks_utils.planning.calibration import Calibration, read_calibration
-from megablocks_utils.planning.chart import draw_plan
-from megablocks_utils.planning.check import build_check_table, read_run_plan
-from megablocks_utils.planning.config_file import find_config_file, launch_name, read_config_file
-from megablocks_utils.planning.gpus import GPUS
-from megablocks_utils.planning.layout_plan import Question, choose_row, plan_layouts, run_formula
+from megablocks_utils.files import write_json_atomically
+from megablocks_utils.planning.memory.scenario import Scenario, read_shape
+from megablocks_utils.planning.model.config_file import (
+    find_config_file,
+    launch_name,
+    read_config_file,
+)
+from megablocks_utils.planning.model.gpus import GPUS
+from megablocks_utils.planning.model.prediction import Layout, Prediction
+from megablocks_utils.planning.model.units import GIB
 from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.plan_options import (
     PlanOptions,
     parse_plan_options,
     split_words,
 )
-from megablocks_utils.planning.plan_record import (
+from megablocks_utils.planning.report.plan_chart import draw_plan
+from megablocks_utils.planning.report.plan_record import (
     build_plan_record,
     build_scale_record,
     list_assumptions,
 )
-from megablocks_utils.planning.prediction import Layout, Prediction
-from megablocks_utils.planning.report import show_plan, show_scale
-from megablocks_utils.planning.scale import plan_scale
-from megablocks_utils.planning.scale_chart import draw_scale
-from megablocks_utils.planning.scenario import Scenario, read_shape
-from megablocks_utils.planning.traffic_links import Cluster
-from megablocks_utils.planning.units import GIB
+from megablocks_utils.planning.report.prediction_check import build_check_table, read_run_plan
+from megablocks_utils.planning.report.scale_chart import draw_scale
+from megablocks_utils.planning.report.tables import show_plan, show_scale
+from megablocks_utils.planning.speed.calibration import Calibration, read_calibration
+from megablocks_utils.planning.speed.layout_plan import (
+    Question,
+    choose_row,
+    plan_layouts,
+    run_formula,
+)
+from megablocks_utils.planning.speed.scale import plan_scale
+from megablocks_utils.planning.speed.traffic_links import Cluster
+from megablocks_utils.processes.launch import run_entry_point
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,7 +182,7 @@ class _FakeEngine:
         """
         from rich.console import Console
 
-        from megablocks_utils.fake_run.engine import predict_fake
+        from megablocks_utils.rehearsal.engine import predict_fake
 
         if scenario.config.model.truncate_model_for_debug:
             raise ConfigurationError(

@@ -18,15 +18,15 @@ from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoin
 from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_layout
 from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernel_choice import ExpertUse, choose_for_all_ranks
-from megablocks_utils.kernels.backend import KernelChoice
+from megablocks_utils.kernels.rank_agreement import ExpertUse, choose_for_all_ranks
+from megablocks_utils.kernels.selection import KernelChoice
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import (
     distribute_experts,
     local_expert_range,
     wrap_local_experts,
 )
-from megablocks_utils.moe.experts import DroplessExperts
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 """Names of the concatenated expert weights, in transformers' experts modules and in ours."""

@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megablocks_utils.cli import convert_value, describe_wanted
+from megablocks_utils.config.option import Option
+from megablocks_utils.config.options import find_option
+from megablocks_utils.config.reader import convert_value, describe_wanted
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.launch import run_entry_point
-from megablocks_utils.option_types import Option
-from megablocks_utils.options import find_option
-from megablocks_utils.output_tool import read_words
+from megablocks_utils.processes.command_output import read_words
+from megablocks_utils.processes.launch import run_entry_point
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from megablocks_utils.kernels.device import DeviceFacts
-    from megablocks_utils.kernels.fused.search import SearchResult, TimeMs
-    from megablocks_utils.kernels.fused.search_cache import Entry
     from megablocks_utils.kernels.shapes import ExpertShapes
+    from megablocks_utils.kernels.tuning.measurements import Entry
+    from megablocks_utils.kernels.tuning.tile_search import SearchResult, TimeMs
 
 __all__ = [
     "TuneOptions",
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     """
     options = parse_options(argv)
     from megablocks_utils.kernels.device import has_gpu, read_device_facts
-    from megablocks_utils.kernels.fused.search import time_on_cuda
+    from megablocks_utils.kernels.tuning.tile_search import time_on_cuda
 
     if not has_gpu():
         raise ConfigurationError("tune measures on a CUDA GPU, but torch finds none here.")
@@ -112,8 +112,8 @@ def tune(options: TuneOptions, facts: "DeviceFacts", device: str, time_ms: "Time
     """
     from rich.console import Console
 
-    from megablocks_utils.kernels.fused.search_cache import cache_path, read_entries, store_entry
-    from megablocks_utils.kernels.measure import build_entry, measure_layer
+    from megablocks_utils.kernels.tuning.measure_layer import build_entry, measure_layer
+    from megablocks_utils.kernels.tuning.measurements import cache_path, read_entries, store_entry
 
     path = cache_path()
     read_entries(path)  # a damaged file is refused before the work
@@ -164,7 +164,7 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     """
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.load import build_model_on_meta
-    from megablocks_utils.kernel_choice import ExpertUse
+    from megablocks_utils.kernels.rank_agreement import ExpertUse
     from megablocks_utils.kernels.shapes import find_dtype
     from megablocks_utils.shard_moe_utils import find_expert_modules
 

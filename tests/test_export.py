@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from megablocks_utils import export
 from megablocks_utils.checkpoint import sharded
-from megablocks_utils.checkpoint.sharded import MODEL_PREFIX
-from megablocks_utils.cli import HelpRequested
+from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX
+from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.export import ExportOptions, export_checkpoint, main, parse_options
 from megablocks_utils.lora.adapter_files import to_peft

@@ -8,16 +8,21 @@ import sys
 import pytest
 
 from megablocks_utils import plan
-from megablocks_utils.atomic_file import write_json_atomically
 from megablocks_utils.config import parse_args, parse_known_args
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.fake_run import engine as fake_engine
-from megablocks_utils.launch import run_entry_point
-from megablocks_utils.planning.calibration import TimedRun, build_record, describe_workload, solve
+from megablocks_utils.rehearsal import engine as fake_engine
+from megablocks_utils.files import write_json_atomically
+from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS
 from megablocks_utils.planning.plan_help import HELP
-from megablocks_utils.planning.prediction import COLLECTIVES, COMPONENTS
+from megablocks_utils.planning.speed.calibration import (
+    TimedRun,
+    build_record,
+    describe_workload,
+    solve,
+)
+from megablocks_utils.processes.launch import run_entry_point
 from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_prediction, build_scenario
-from tests.planning.test_check import PLAN
+from tests.planning.report.test_prediction_check import PLAN
 
 CONTRACT = f"--gpus 8 --gpu a100-80g --use_lora none {PUBLISHED}"
 """The line of the contract, after MODEL."""
@@ -256,7 +261,7 @@ def test_help_and_calibrate_are_reached(capsys):
 def test_a_plan_needs_no_torch_and_no_terminal():
     """In a fresh process: nothing heavy is imported, and lines are 120 wide at most."""
     code = (
-        "import sys; from megablocks_utils.launch import run_entry_point; "
+        "import sys; from megablocks_utils.processes.launch import run_entry_point; "
         "from megablocks_utils.plan import main; run_entry_point(main, sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from megablocks_utils import tune
-from megablocks_utils.cli import HelpRequested
+from megablocks_utils.config.options import OPTIONS
+from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
-from megablocks_utils.kernel_choice import ExpertUse
-from megablocks_utils.kernels.backend import decide_backend
 from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.fused.search import KINDS_OF_MODE
-from megablocks_utils.kernels.fused.search_cache import read_entries
 from megablocks_utils.kernels.fused.tiles import KINDS, choose_tiles, list_candidates
-from megablocks_utils.launch import run_entry_point
-from megablocks_utils.options import OPTIONS
+from megablocks_utils.kernels.rank_agreement import ExpertUse
+from megablocks_utils.kernels.selection import decide_backend
+from megablocks_utils.kernels.tuning.measurements import read_entries
+from megablocks_utils.kernels.tuning.tile_search import KINDS_OF_MODE
+from megablocks_utils.processes.launch import run_entry_point
 from megablocks_utils.shard_moe_utils import find_expert_modules
 from megablocks_utils.tune import (
     TuneOptions,

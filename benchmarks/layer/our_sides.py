@@ -9,14 +9,14 @@ from benchmarks.layer.cases import Case
 from benchmarks.layer.inputs import ADAPTERS, PROJECTIONS, LayerWeights
 from benchmarks.layer.side import LayerSide, SkippedError
 from megablocks_utils.errors import UserError
-from megablocks_utils.kernels.backend import ExpertShapes, KernelChoice, choose_backend
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import sort_by_expert
+from megablocks_utils.kernels.selection import ExpertShapes, KernelChoice, choose_backend
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
-from megablocks_utils.moe.experts import DroplessExperts
-from megablocks_utils.moe.lora import ExpertLora
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.expert_lora import ExpertLora
 
 
 def find_backend(kernel: str, case: Case, device: torch.device) -> KernelChoice:

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.layer.cases import Case
 from benchmarks.layer.measure import NOT_REACHED, SKIPPED
 from benchmarks.layer_floor import Machine
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 
 
 class Record:

@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.table_rows.options import CPU, PLAN, REAL, TableOptions
 from benchmarks.table_rows.rows import PUBLISHED_RANKS, TRANSFORMERS, Row
 from megablocks_utils.config import parse_args
-from megablocks_utils.planning.config_file import read_config_file
-from megablocks_utils.planning.model_shape import ModelShape
-from megablocks_utils.planning.scenario import DEFAULT_IMBALANCE, Scenario
+from megablocks_utils.planning.memory.scenario import DEFAULT_IMBALANCE, Scenario
+from megablocks_utils.planning.model.config_file import read_config_file
+from megablocks_utils.planning.model.model_shape import ModelShape
 
 __all__ = ["CPU_SIZES", "TOY_SIZES", "Bench", "as_words", "build_bench", "read_published_model"]
 

@@ -12,7 +12,7 @@ from benchmarks.table_rows.markdown import predicted_bytes, shown_rows
 from benchmarks.table_rows.options import CPU
 from benchmarks.table_rows.outcome import NOT_MEASURED
 from benchmarks.table_rows.predicted import CARD_BYTES
-from megablocks_utils.atomic_file import publish_file
+from megablocks_utils.files import publish_file
 
 __all__ = ["build_figure", "draw_chart"]
 

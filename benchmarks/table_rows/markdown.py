@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.table_rows.options import CPU, PLAN
 from benchmarks.table_rows.outcome import MEASURED, NOT_MEASURED
-from megablocks_utils.planning.units import GB, GIB
+from megablocks_utils.planning.model.units import GB, GIB
 
 __all__ = ["predicted_bytes", "shown_rows", "write_markdown"]
 

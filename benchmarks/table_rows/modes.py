@@ -20,9 +20,9 @@ from benchmarks.table_rows.rows import TRANSFORMERS, Row
 from benchmarks.table_rows.runs import Workplace, find_obstacle, run_row, take_rounds, weigh_row
 from benchmarks.table_rows.workplace import save_config, save_examples, save_random_model
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.config_file import find_config_file, read_config_file
-from megablocks_utils.planning.model_shape import ModelShape
-from megablocks_utils.planning.units import format_gb
+from megablocks_utils.planning.model.config_file import find_config_file, read_config_file
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.units import format_gb
 
 __all__ = ["fill_table"]
 

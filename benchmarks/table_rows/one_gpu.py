@@ -17,8 +17,8 @@ from benchmarks.table_rows.bench import Bench
 from benchmarks.table_rows.launchers import ROOT, Ending, release_memory_at_once
 from benchmarks.table_rows.outcome import LEFT_OUT, MEASURED, explain
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
-from megablocks_utils.fake_run.worker import build_request, read_request
-from megablocks_utils.launch import run_entry_point
+from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.rehearsal.worker import build_request, read_request
 
 __all__ = ["Start", "main", "rehearse_row"]
 
@@ -84,7 +84,7 @@ def main(argv: list[str], source: TextIO = sys.stdin, answer: TextIO = sys.stdou
 
     import torch
 
-    from megablocks_utils.fake_run.rehearsal import rehearse
+    from megablocks_utils.rehearsal.rehearse import rehearse
 
     device = torch.device(run.device_type)
     meter = _Meter(device)
@@ -108,7 +108,7 @@ class _Meter:
     """
 
     def __init__(self, device: Any) -> None:
-        from megablocks_utils.training.memory import read_memory
+        from megablocks_utils.training.report.memory import read_memory
 
         self._read = lambda: read_memory(device)
         self._device = device

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.table_rows.rows import PUBLISHED_RANKS, ROWS, Row
-from megablocks_utils.cli import convert_value, describe_wanted, join_words
+from megablocks_utils.config.option import Option
+from megablocks_utils.config.options import default_of
+from megablocks_utils.config.reader import convert_value, describe_wanted, join_words
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.option_types import Option
-from megablocks_utils.options import default_of
-from megablocks_utils.output_tool import read_words
+from megablocks_utils.processes.command_output import read_words
 
 __all__ = ["CPU", "HELP", "MODES", "ONE_GPU", "PLAN", "REAL", "TableOptions", "parse_options"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table_rows.launchers import Ending
-from megablocks_utils.training.metrics import read_metrics
+from megablocks_utils.training.report.metrics import read_metrics
 
 __all__ = [
     "FAILED",

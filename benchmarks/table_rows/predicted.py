@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks.table_rows.bench import Bench
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
-from megablocks_utils.planning.gpus import GPUS
+from megablocks_utils.planning.model.gpus import GPUS
 
 __all__ = ["CARD_BYTES", "predict_row"]
 

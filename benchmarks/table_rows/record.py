@@ -19,7 +19,7 @@ from benchmarks.table_rows.summary import (
     summarise_runs,
     take_ratio,
 )
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 
 __all__ = ["TableRecord"]
 

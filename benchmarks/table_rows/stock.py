@@ -17,13 +17,18 @@ import torch
 
 from benchmarks.certificate import build_certificate
 from benchmarks.sides import LEARNING_RATE, StockSide
-from megablocks_utils.atomic_file import write_json_atomically
 from megablocks_utils.config import parse_args
-from megablocks_utils.launch import check_environment, run_entry_point
-from megablocks_utils.training.data import load_examples
-from megablocks_utils.training.metrics import MetricsWriter, RunTotals, StepMeter, StepMetrics
-from megablocks_utils.training.processes import start_processes
-from megablocks_utils.training.schedule import Schedule
+from megablocks_utils.files import write_json_atomically
+from megablocks_utils.processes.launch import check_environment, run_entry_point
+from megablocks_utils.processes.start import start_processes
+from megablocks_utils.training.data.examples import load_examples
+from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.report.metrics import (
+    MetricsWriter,
+    RunTotals,
+    StepMeter,
+    StepMetrics,
+)
 
 __all__ = ["main"]
 

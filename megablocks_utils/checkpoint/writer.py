@@ -17,13 +17,13 @@ from typing import BinaryIO, NamedTuple, Self
 
 import torch
 
-from megablocks_utils.atomic_file import sync_to_disk
 from megablocks_utils.checkpoint.index import (
     HEADER_LENGTH_BYTES,
     INDEX_FILE_NAME,
     SINGLE_FILE_NAME,
     TORCH_DTYPES,
 )
+from megablocks_utils.files import sync_to_disk
 
 __all__ = ["STAGING_FOLDER_NAME", "SafetensorsWriter", "TensorSpec", "staged_folder"]
 

@@ -25,7 +25,7 @@ from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
-from megablocks_utils.launch import agreed
+from megablocks_utils.processes.launch import agreed
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.

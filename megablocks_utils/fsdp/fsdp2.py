@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
-from megablocks_utils.launch import agreed
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
+from megablocks_utils.processes.launch import agreed
 from megablocks_utils.shard_moe_utils import ShardedMoE
 
 NamedTensors = Iterator[tuple[str, Tensor | None]]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.checkpoint.pieces import BlockPlace, Place, RunPlace
+from megablocks_utils.checkpoint.tensor_shards import BlockPlace, Place, RunPlace
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.mesh.placement import local_offsets
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megablocks_utils.cli import join_words
+from megablocks_utils.config.reader import join_words
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.eager import run_experts_eager
@@ -121,7 +121,7 @@ def _triton() -> _Backend:
 
 
 def _load_triton(tiles: TileTable | None) -> ExpertBackend:
-    from megablocks_utils.kernels.fused.experts import run_experts_triton
+    from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 
     return run_experts_triton if tiles is None else partial(run_experts_triton, tiles=tiles)
 

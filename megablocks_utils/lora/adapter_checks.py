@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import LAYOUT_OF_MODEL_TYPE
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.lora.config_file import AdapterConfigFile
+from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.expert_formats import (
     AdapterMatrix,
     ExpertFormat,

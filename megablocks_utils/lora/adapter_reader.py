@@ -20,7 +20,7 @@ from megablocks_utils.checkpoint.index import (
 )
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_checks import check_adapter, find_places
-from megablocks_utils.lora.config_file import read_adapter_config
+from megablocks_utils.lora.adapter_config import read_adapter_config
 from megablocks_utils.lora.expert_formats import ExpertFormat, Shape, read_finite
 from megablocks_utils.lora.peft_format import CONFIG_FILE_NAME, WEIGHTS_FILE_NAME, linear_key
 from megablocks_utils.lora.settings import LoraSettings

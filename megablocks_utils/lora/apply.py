@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from megablocks_utils.config import AdapterConfig
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.adapter_reader import AdapterReader, open_adapter
-from megablocks_utils.lora.attention import attach_linear_lora, find_attention_projections
-from megablocks_utils.lora.experts import attach_expert_lora, lora_name
+from megablocks_utils.lora.expert_adapters import attach_expert_lora, lora_name
+from megablocks_utils.lora.linear_adapters import attach_linear_lora, find_attention_projections
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
 from megablocks_utils.shard_moe_utils import ShardedMoE

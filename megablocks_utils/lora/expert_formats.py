@@ -14,7 +14,7 @@ from torch import Tensor
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, ExpertPart, Layout
 from megablocks_utils.checkpoint.slices import check_finite
-from megablocks_utils.lora.config_file import AdapterConfigFile
+from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.peft_format import (
     expert_key,
     linear_key,

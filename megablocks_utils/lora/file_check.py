@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.lora.adapter_reader import open_adapter
-from megablocks_utils.lora.experts import lora_name
+from megablocks_utils.lora.expert_adapters import lora_name
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.device_mesh import DP_AXIS
 from megablocks_utils.mesh.placement import count_replicas, local_expert_range, local_tensor

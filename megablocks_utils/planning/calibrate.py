@@ -11,23 +11,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megablocks_utils.atomic_file import write_json_atomically
-from megablocks_utils.cli import describe_wanted, read_arguments
 from megablocks_utils.config import RunConfig, parse_args
+from megablocks_utils.config.option import Option
+from megablocks_utils.config.reader import describe_wanted, read_arguments
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.option_types import Option
-from megablocks_utils.planning.calibration import (
+from megablocks_utils.files import write_json_atomically
+from megablocks_utils.planning.memory.scenario import Scenario, read_shape
+from megablocks_utils.planning.model.config_file import (
+    find_config_file,
+    launch_name,
+    read_config_file,
+)
+from megablocks_utils.planning.model.prediction import Layout
+from megablocks_utils.planning.plan_options import Words, check_names, read_model, split_words
+from megablocks_utils.planning.speed.calibration import (
     Calibration,
     TimedRun,
     build_record,
     describe_workload,
     solve,
 )
-from megablocks_utils.planning.config_file import find_config_file, launch_name, read_config_file
-from megablocks_utils.planning.launch_lines import LAYOUT_OPTIONS
-from megablocks_utils.planning.plan_options import Words, check_names, read_model, split_words
-from megablocks_utils.planning.prediction import Layout
-from megablocks_utils.planning.scenario import Scenario, read_shape
+from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
 __all__ = ["HELP", "calibrate", "run_command"]
 

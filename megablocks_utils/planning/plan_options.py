@@ -8,20 +8,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megablocks_utils.cli import (
+from megablocks_utils.config import RunConfig, parse_args, parse_known_args
+from megablocks_utils.config.option import Option
+from megablocks_utils.config.options import OPTIONS, find_option
+from megablocks_utils.config.reader import (
     HelpRequested,
     check_no_dtype_flags,
     convert_value,
     describe_wanted,
     read_arguments,
 )
-from megablocks_utils.config import RunConfig, parse_args, parse_known_args
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.option_types import Option
-from megablocks_utils.options import OPTIONS, find_option
-from megablocks_utils.planning.gpus import GPUS
-from megablocks_utils.planning.launch_lines import LAYOUT_OPTIONS
-from megablocks_utils.planning.scenario import DEFAULT_IMBALANCE
+from megablocks_utils.planning.memory.scenario import DEFAULT_IMBALANCE
+from megablocks_utils.planning.model.gpus import GPUS
+from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
 __all__ = ["OWN_OPTIONS", "PlanOptions", "Words", "check_names", "parse_plan_options"]
 __all__ += ["read_model", "split_words"]

@@ -19,7 +19,7 @@ from megablocks_utils.lora.file_check import (
     measure_experts,
 )
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
-from megablocks_utils.training.memory import read_available_memory
+from megablocks_utils.training.report.memory import read_available_memory
 from megablocks_utils.training.setup import Setup
 
 _NUM_TOKENS = 128

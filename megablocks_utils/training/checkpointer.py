@@ -12,16 +12,16 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from megablocks_utils.checkpoint.export import write_companions
-from megablocks_utils.checkpoint.pieces import Piece
-from megablocks_utils.checkpoint.saving import Snapshot, write_checkpoint
+from megablocks_utils.checkpoint.model_folder import write_companions
+from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
+from megablocks_utils.checkpoint.tensor_shards import Piece
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.launch import agreed
-from megablocks_utils.training.interrupt import StopRequest
-from megablocks_utils.training.resume import METRICS_NAME, rank_file_name
-from megablocks_utils.training.rng import capture_random_states
-from megablocks_utils.training.run_record import read_versions
-from megablocks_utils.training.run_state import RunState
+from megablocks_utils.processes.interruption import StopRequest
+from megablocks_utils.processes.launch import agreed
+from megablocks_utils.training.report.run_record import read_versions
+from megablocks_utils.training.resume.random_states import capture_random_states
+from megablocks_utils.training.resume.resume_point import METRICS_NAME, rank_file_name
+from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step_hooks import StepHooks
 

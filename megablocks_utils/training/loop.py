@@ -11,22 +11,22 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, shards_over_dp
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
-from megablocks_utils.kernel_check import KernelCheck
+from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.shard_moe_utils import ShardedMoE
-from megablocks_utils.training.batches import MicroBatch, StepPlan
-from megablocks_utils.training.debug import check_gradient_norm, check_replicas
-from megablocks_utils.training.metrics import StepMeter, StepMetrics
-from megablocks_utils.training.micro_batch import (
+from megablocks_utils.training.data.batches import MicroBatch, StepPlan
+from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
+from megablocks_utils.training.report.progress import track_sharding
+from megablocks_utils.training.resume.resume_point import restore_run
+from megablocks_utils.training.resume.run_state import RunState
+from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.debug import check_gradient_norm, check_replicas
+from megablocks_utils.training.step.micro_batch import (
     LossWeights,
     MicroBatchLoss,
     compute_micro_batch_loss,
     resolve_aux_loss_coef,
 )
-from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
-from megablocks_utils.training.progress import track_sharding
-from megablocks_utils.training.resume import restore_run
-from megablocks_utils.training.run_state import RunState
-from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 from megablocks_utils.training.step_hooks import StepHooks
 
 

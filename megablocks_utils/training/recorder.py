@@ -11,29 +11,34 @@ from typing import Any, Self
 from torch import nn
 from torch.optim import Optimizer
 
-from megablocks_utils.checkpoint.export import export_model
+from megablocks_utils.checkpoint.model_folder import export_model
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
-from megablocks_utils.kernel_check import KernelCheck
-from megablocks_utils.launch import agree_on_error
 from megablocks_utils.lora.adapter_files import export_adapter
-from megablocks_utils.output_folder import claim_output_dir, find_incomplete
+from megablocks_utils.moe.kernel_check import KernelCheck
+from megablocks_utils.processes.launch import agree_on_error
+from megablocks_utils.processes.output_folder import claim_output_dir, find_incomplete
 from megablocks_utils.training.adapter_check import AdapterCheck
-from megablocks_utils.training.debug import describe_placements
-from megablocks_utils.training.memory import describe_memory_source
-from megablocks_utils.training.metrics import MetricsWriter, RunTotals, StepMetrics, read_metrics
-from megablocks_utils.training.parameters import count_local_bytes
-from megablocks_utils.training.plot import plot_loss
-from megablocks_utils.training.progress import track_training
-from megablocks_utils.training.run_record import build_run_record, write_run_json
-from megablocks_utils.training.setup import Setup
-from megablocks_utils.training.summary import (
+from megablocks_utils.training.report.loss_plot import plot_loss
+from megablocks_utils.training.report.memory import describe_memory_source
+from megablocks_utils.training.report.metrics import (
+    MetricsWriter,
+    RunTotals,
+    StepMetrics,
+    read_metrics,
+)
+from megablocks_utils.training.report.parameters import count_local_bytes
+from megablocks_utils.training.report.progress import track_training
+from megablocks_utils.training.report.run_record import build_run_record, write_run_json
+from megablocks_utils.training.report.summary import (
     RunFacts,
     RunResult,
     describe_precision,
     show_end_summary,
     show_start_summary,
 )
+from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.debug import describe_placements
 
 Track = Callable[[dict[str, Any], int], None]
 

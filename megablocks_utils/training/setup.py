@@ -13,24 +13,24 @@ from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_exper
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
-from megablocks_utils.kernel_check import KernelCheck, verify_kernel
-from megablocks_utils.launch import Launch, agreed
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
+from megablocks_utils.processes.launch import Launch, agreed
 from megablocks_utils.shard_moe_utils import ShardedMoE
-from megablocks_utils.training.continuity import (
+from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
+from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.memory_check import CheckedPlan, check_plan
+from megablocks_utils.training.model_source import ModelSource, split_experts
+from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
+from megablocks_utils.training.report.summary import build_console
+from megablocks_utils.training.resume.resume_compatibility import (
     Continuity,
     check_continuity,
     describe_continuity,
 )
-from megablocks_utils.training.data import TokenizedExamples, load_examples
-from megablocks_utils.training.gradient_checkpointing import apply_gradient_checkpointing
-from megablocks_utils.training.model_source import ModelSource, split_experts
-from megablocks_utils.training.parameters import ParameterCounts, count_parameters
-from megablocks_utils.training.planned import CheckedPlan, check_plan
-from megablocks_utils.training.resume import ResumePoint, find_resume_point
-from megablocks_utils.training.schedule import Schedule
-from megablocks_utils.training.summary import build_console
+from megablocks_utils.training.resume.resume_point import ResumePoint, find_resume_point
+from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Setup:
     def verify_kernel(self) -> KernelCheck | None:
         """Compare the kernel with `eager`, all weights being there; None if it is not ours.
 
-        **Collective:** as `kernel_check.verify_kernel`, which raises what this raises.
+        **Collective:** as `moe.kernel_check.verify_kernel`, which raises what this raises.
         """
         if self.sharded is None:
             return None

@@ -19,21 +19,21 @@ from transformers import (
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, wrap_fsdp1
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
-from megablocks_utils.training.batches import MicroBatch, StepPlan
-from megablocks_utils.training.debug import check_gradient_norm, check_replicas
-from megablocks_utils.training.metrics import StepMeter, StepMetrics
-from megablocks_utils.training.micro_batch import (
+from megablocks_utils.training.data.batches import MicroBatch, StepPlan
+from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
+from megablocks_utils.training.report.progress import track_sharding
+from megablocks_utils.training.resume.resume_point import restore_run
+from megablocks_utils.training.resume.run_state import RunState
+from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.debug import check_gradient_norm, check_replicas
+from megablocks_utils.training.step.micro_batch import (
     LossWeights,
     MicroBatchLoss,
     compute_micro_batch_loss,
     resolve_aux_loss_coef,
 )
-from megablocks_utils.training.optimizer import build_lr_scheduler, build_optimizer
-from megablocks_utils.training.progress import track_sharding
-from megablocks_utils.training.resume import restore_run
-from megablocks_utils.training.run_state import RunState
-from megablocks_utils.training.schedule import Schedule
-from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 from megablocks_utils.training.step_hooks import StepHooks
 
 __all__ = ["MicroBatchLoader", "MoETrainer"]

@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from megablocks_utils.cli import check_leftovers
 from megablocks_utils.config import RunConfig
+from megablocks_utils.config.reader import check_leftovers
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["build_trainer_arguments", "parse_trainer_flags"]

@@ -1,7 +1,7 @@
 """The page of four models on many GPUs is what the formulas say now."""
 
 from benchmarks.scale import DOCS, MARK, MODELS, ask, format_section
-from megablocks_utils.planning.model_shape import ModelShape
+from megablocks_utils.planning.model.model_shape import ModelShape
 from tests.planning.cases import read_model
 
 

@@ -21,7 +21,7 @@ from benchmarks.table_rows.rows import ROWS
 from benchmarks.table_rows.runs import find_obstacle, take_rounds
 from benchmarks.table_rows.workplace import save_examples, save_random_model
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.model_shape import ModelShape
+from megablocks_utils.planning.model.model_shape import ModelShape
 from tests.benchmarks.table_programs import OOM as OOM_MESSAGE
 from tests.support.rank_pool import start_forkserver
 
@@ -116,7 +116,8 @@ def test_bad_options_are_one_sentence(words, sentence):
 
 def test_help_and_bad_options_need_no_torch():
     code = (
-        "import sys\nfrom benchmarks import table\nfrom megablocks_utils.cli import HelpRequested\n"
+        "import sys\nfrom benchmarks import table\n"
+        "from megablocks_utils.config.reader import HelpRequested\n"
         "from megablocks_utils.errors import UserError\nfor words in (['--help'], ['--no']):\n"
         "    try:\n        table.main(words)\n    except (HelpRequested, UserError):\n"
         "        print('torch' in sys.modules)"

@@ -6,12 +6,12 @@ import torch.distributed as dist
 from torch.nn.functional import silu
 
 from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.fused.experts import run_experts_triton
+from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import distribute_experts
-from megablocks_utils.moe.experts import DroplessExperts
-from megablocks_utils.moe.lora import ExpertLora
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.reference import experts_reference
 from tests.support.compare import relative_error
 

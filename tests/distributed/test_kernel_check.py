@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp import fsdp1, fsdp2
-from megablocks_utils.kernel_check import KernelCheck
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
-from megablocks_utils.moe.experts import DroplessExperts
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.training.loop import build_training_state, fit
-from megablocks_utils.training.rng import capture_random_states
+from megablocks_utils.training.resume.random_states import capture_random_states
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.trainer import MoETrainer
 from tests.support.fsdp1_run import build_setup_and_arguments

@@ -18,10 +18,10 @@ from megablocks_utils.config import parse_args
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.fsdp import fsdp1, fsdp2
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
-from megablocks_utils.launch import check_environment
 from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.processes.launch import check_environment
+from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import build_training_state
-from megablocks_utils.training.processes import start_processes
 from megablocks_utils.training.setup import Setup, build_setup
 from megablocks_utils.training.trainer import MoETrainer
 from tests.support.fsdp1_run import build_setup_and_arguments

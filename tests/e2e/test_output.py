@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import train_accelerate_fsdp2
-from megablocks_utils.training.metrics import StepMetrics, read_metrics
+from megablocks_utils.training.report.metrics import StepMetrics, read_metrics
 from tests.support.compare import relative_error
 from tests.support.parity import Layout, ParityCase, ParityFolder
 

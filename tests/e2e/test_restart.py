@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megablocks_utils.training.metrics import read_metrics
+from megablocks_utils.training.report.metrics import read_metrics
 from tests.faults.ranks import ScriptRun
 from tests.support.parity import write_examples
 from tests.support.ports import free_port

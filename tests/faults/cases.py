@@ -11,14 +11,14 @@ from typing import Any
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.output_folder import (
+from megablocks_utils.processes.output_folder import (
     INCOMPLETE_SUFFIX,
     LATEST_NAME,
     MANIFEST_NAME,
     find_checkpoints,
     find_incomplete,
 )
-from megablocks_utils.training.metrics import read_metrics
+from megablocks_utils.training.report.metrics import read_metrics
 from tests.faults.ground import NUM_STEPS, RUN_TIMEOUT_S, SAVE_STEPS, WORLD_SIZE, Ground
 from tests.faults.ranks import SCRIPTS, ScriptRun
 

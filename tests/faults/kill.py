@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.certificate import build_certificate
-from megablocks_utils.atomic_file import write_json_atomically
+from megablocks_utils.files import write_json_atomically
 from tests.faults.cases import PHASES, TooLate, draw_case, play
 from tests.faults.ground import NUM_STEPS, OPTIONS, SAVE_STEPS, WORLD_SIZE, Ground
 from tests.faults.ranks import SCRIPTS

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
-from megablocks_utils.output_folder import find_checkpoints
-from megablocks_utils.training.metrics import read_metrics
+from megablocks_utils.processes.output_folder import find_checkpoints
+from megablocks_utils.training.report.metrics import read_metrics
 from tests.faults.cases import Case, count_steps, play, wait_for
 from tests.faults.ground import Ground
 from tests.faults.kill import build_table, summarize

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megablocks_utils.kernels.device import read_device_facts
-from megablocks_utils.kernels.fused.experts import run_experts_triton
+from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import (
     KINDS,
     TileTable,

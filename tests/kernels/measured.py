@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from megablocks_utils.kernels.fused.search_cache import Entry, build_key
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable, choose_tiles
 from megablocks_utils.kernels.shapes import ExpertShapes
+from megablocks_utils.kernels.tuning.measurements import Entry, build_key
 from tests.kernels.facts import H100
 
 SHAPES = ExpertShapes(

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from megablocks_utils.config import parse_args
-from megablocks_utils.planning.gpus import GPUS
-from megablocks_utils.planning.prediction import COLLECTIVES, COMPONENTS, Prediction
-from megablocks_utils.planning.scenario import Scenario, read_shape
-from megablocks_utils.planning.traffic_links import Cluster
+from megablocks_utils.planning.memory.scenario import Scenario, read_shape
+from megablocks_utils.planning.model.gpus import GPUS
+from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS, Prediction
+from megablocks_utils.planning.speed.traffic_links import Cluster
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 MIXTRAL = MODELS / "mixtral-8x7b" / "config.json"

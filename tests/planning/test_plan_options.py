@@ -7,9 +7,9 @@ import re
 import pytest
 from transformers import TrainingArguments
 
-from megablocks_utils.cli import HelpRequested
+from megablocks_utils.config.options import OPTIONS, find_option
+from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.options import OPTIONS, find_option
 from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.plan_options import (
     OWN_OPTIONS,

@@ -8,9 +8,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from megablocks_utils.config import parse_known_args
 from megablocks_utils.fsdp.fsdp1 import full_parameters, strip_wrappers
-from megablocks_utils.launch import check_environment
-from megablocks_utils.training.metrics import StepMetrics
-from megablocks_utils.training.processes import start_processes
+from megablocks_utils.processes.launch import check_environment
+from megablocks_utils.processes.start import start_processes
+from megablocks_utils.training.report.metrics import StepMetrics
 from megablocks_utils.training.setup import Setup, build_setup
 from megablocks_utils.training.trainer import MoETrainer
 from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megablocks_utils.config import parse_args
 from megablocks_utils.fsdp.fsdp2 import full_parameters
-from megablocks_utils.launch import check_environment
+from megablocks_utils.processes.launch import check_environment
+from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import TrainingState, build_training_state, fit
-from megablocks_utils.training.processes import start_processes
 from megablocks_utils.training.setup import Setup, build_setup
 from tests.support.rank_pool import RankPool
 from tests.support.stock_reference import StockRun, train_stock

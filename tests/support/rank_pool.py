@@ -32,7 +32,7 @@ PRELOADED = (
     "accelerate",
     "transformers",
     "transformers.modeling_utils",
-    "megablocks_utils.kernels.fused.experts",  # and with it triton
+    "megablocks_utils.kernels.fused.fused_experts",  # and with it triton
     "megablocks_utils.training.setup",  # and with it peft
     "megablocks_utils.training.checkpointer",
     "megablocks_utils.training.loop",

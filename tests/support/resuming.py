@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from megablocks_utils.checkpoint.pieces import Piece
-from megablocks_utils.checkpoint.saving import write_checkpoint
+from megablocks_utils.checkpoint.snapshot import write_checkpoint
+from megablocks_utils.checkpoint.tensor_shards import Piece
 from megablocks_utils.training.checkpointer import Checkpointer
 from megablocks_utils.training.loop import fit
-from megablocks_utils.training.metrics import StepMetrics, read_metrics
 from megablocks_utils.training.recorder import RunRecorder
-from megablocks_utils.training.rng import capture_random_states
-from megablocks_utils.training.run_state import RunState
+from megablocks_utils.training.report.metrics import StepMetrics, read_metrics
+from megablocks_utils.training.resume.random_states import capture_random_states
+from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.trainer import MoETrainer
 from tests.support.fsdp1_run import build_setup_and_arguments
 from tests.support.parity import Layout, ParityCase, ParityFolder, build_run

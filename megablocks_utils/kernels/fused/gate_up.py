@@ -15,7 +15,7 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Launch, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import GateLayout, Inner, Launch, Matrix, Routing
 from megablocks_utils.kernels.fused.tiles import Tile
 
 

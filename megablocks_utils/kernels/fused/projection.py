@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megablocks_utils.kernels.fused.launch import Inner, Matrix, Routing, block_rank
+from megablocks_utils.kernels.fused.kernel_launch import Inner, Matrix, Routing, block_rank
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 KERNELS = Path("megablocks_utils/kernels/fused")
-TESTS = ("tests/kernels/fused/test_kernels.py", "tests/kernels/fused/test_experts.py")
+TESTS = ("tests/kernels/fused/test_kernels.py", "tests/kernels/fused/test_fused_experts.py")
 TIMEOUT_S = 1200
 
 
@@ -239,13 +239,13 @@ BUGS = (
     ),
     Bug(
         "the bias's part of the router's gradient is lost",
-        "experts.py",
+        "fused_experts.py",
         "return weight_grads + by_row.squeeze(1)",
         "return weight_grads",
     ),
     Bug(
         "tokens are not kept where only B is trained",
-        "experts.py",
+        "fused_experts.py",
         "return weight or lora_a or lora_b\n",
         "return weight or lora_a\n",
     ),

@@ -7,10 +7,10 @@ import torch
 from torch.nn.functional import silu
 
 from megablocks_utils.kernels.fused.combine import combine
-from megablocks_utils.kernels.fused.experts import run_experts_triton
+from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
-from megablocks_utils.kernels.fused.launch import GateLayout, Inner, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import GateLayout, Inner, Matrix, Routing
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad

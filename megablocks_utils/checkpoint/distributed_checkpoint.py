@@ -1,0 +1,214 @@
+"""Write and read the pieces of all ranks with torch's distributed checkpoint (DCP)."""
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megablocks_utils.checkpoint.tensor_shards import Block, Piece
+from megablocks_utils.errors import CheckpointError
+
+__all__ = ["DCP_INDEX_NAME", "MODEL_PREFIX", "OPTIMIZER_PREFIX"]
+__all__ += ["read_pieces", "read_stored_tensors", "read_whole_tensor"]
+__all__ += ["write_pieces"]
+
+DCP_INDEX_NAME = ".metadata"
+# A weight x is stored as model.x, its states as optimizer.x.exp_avg, .exp_avg_sq and .step.
+MODEL_PREFIX = "model."
+OPTIMIZER_PREFIX = "optimizer."
+_NUM_NAMED = 3
+_AS_GIVEN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
+
+
+def write_pieces(
+    pieces: Mapping[str, Piece], folder: Path, group: dist.ProcessGroup | None
+) -> None:
+    """Write every rank's pieces in parallel, one file a rank, and an index; all on disk after it.
+
+    What several ranks hold alike is written once, by whichever has least to write.
+
+    **Collective:** over `group`, a CPU group; every rank must call. A rank may lack names of which
+    it holds nothing.
+
+    Raises:
+        CheckpointError: on every rank, if one of them cannot write.
+    """
+    writer = _Writer(folder, sync_files=True)
+    try:
+        dcp.save(
+            dict(pieces),
+            storage_writer=writer,
+            planner=_PieceSavePlanner(**_AS_GIVEN),
+            process_group=group,
+        )
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot write {folder}: {_first_reason(error)}") from error
+
+
+def read_pieces(pieces: Mapping[str, Piece], folder: Path) -> None:
+    """Fill pieces from a checkpoint that any layout has written; no communication.
+
+    Args:
+        pieces: whose blocks are filled in place.
+        folder: written by `write_pieces`.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a tensor, holds it in another shape, or cannot be
+            read.
+    """
+    try:
+        with warnings.catch_warnings():
+            # "torch.distributed is disabled": each rank reads for itself on purpose.
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(
+                dict(pieces),
+                storage_reader=dcp.FileSystemReader(folder),
+                planner=_PieceLoadPlanner(**_AS_GIVEN),
+                no_dist=True,
+            )
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot read {folder}: {_first_reason(error)}") from error
+
+
+def read_whole_tensor(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path
+) -> Tensor:
+    """Read one tensor whole; shape and dtype are those of `read_stored_tensors`.
+
+    Raises:
+        CheckpointError: as `read_pieces`.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    read_pieces({name: Piece(shape, (Block((0,) * len(shape), tensor),))}, folder)
+    return tensor
+
+
+def read_stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every tensor of a checkpoint by name.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
+    try:
+        index = dcp.FileSystemReader(folder).read_metadata()
+    except (OSError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"cannot read {folder / DCP_INDEX_NAME}: {error}") from error
+    return {
+        name: (tuple(stored.size), stored.properties.dtype)
+        for name, stored in index.state_dict_metadata.items()
+    }
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Raise what the system said, which torch's archives hide behind an error of their own."""
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+class _PieceSavePlanner(dcp.DefaultSavePlanner):
+    """Plan the writing of pieces, which DCP itself does not know."""
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                _write_item(name, piece, block)
+                for name, piece in self.state_dict.items()
+                for block in piece.blocks
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].tensor_at(index.offset)
+
+
+class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
+    """Plan the reading of pieces, each block from whatever stored blocks overlap it."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Piece],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        # Not the default's, which would make pieces of meta tensors real ones.
+        self.state_dict, self.metadata = state_dict, metadata
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        stored = self.metadata.state_dict_metadata
+        _check_stored(self.state_dict, stored)
+        return LoadPlan(
+            [
+                item
+                for name, piece in self.state_dict.items()
+                for item in create_read_items_for_chunk_list(
+                    name, stored[name], [_chunk(block) for block in piece.blocks]
+                )
+            ]
+        )
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].tensor_at(index.offset)
+
+
+def _write_item(name: str, piece: Piece, block: Block) -> WriteItem:
+    chunk = _chunk(block)
+    data = TensorWriteData(
+        chunk=chunk,
+        properties=TensorProperties.create_from_tensor(block.tensor),
+        size=torch.Size(piece.whole_shape),
+    )
+    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _chunk(block: Block) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(block.offsets), block.tensor.size())
+
+
+def _check_stored(pieces: Mapping[str, Piece], stored: Mapping[str, TensorStorageMetadata]) -> None:
+    missing = [name for name in pieces if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"it has no {', '.join(missing[:_NUM_NAMED])} ({len(missing)} missing)"
+        )
+    for name, piece in pieces.items():
+        found = tuple(stored[name].size)
+        if found != piece.whole_shape:
+            raise CheckpointError(f"its {name} has shape {found}, wanted is {piece.whole_shape}")
+
+
+def _first_reason(error: CheckpointException) -> str:
+    """Return what the lowest-numbered failing rank met, in one line."""
+    _rank, (cause, _trace) = min(error.failures.items())
+    reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
+    return reason or type(cause).__name__

@@ -1,0 +1,90 @@
+"""One choice of the experts' backend for all ranks."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megablocks_utils.config.reader import join_words
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.kernels.device import read_device_facts
+from megablocks_utils.kernels.gate import build_gate
+from megablocks_utils.kernels.selection import (
+    KernelChoice,
+    decide_backend,
+    find_obstacle,
+    load_backend,
+)
+from megablocks_utils.kernels.shapes import EXPERT_MODES, ExpertShapes
+from megablocks_utils.processes.launch import agreed, decided_by_rank_zero
+
+__all__ = ["ExpertUse", "choose_for_all_ranks"]
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """What the caller of `shard_moe` knows of the use that its experts will have.
+
+    Attributes:
+        device_type: `cpu` or `cuda`.
+        compute_dtype: None takes that of the weights.
+        mode: what of them is trained, one of `EXPERT_MODES`.
+        tokens_per_rank: about how many tokens a rank has at a time, or None.
+    """
+
+    device_type: str
+    compute_dtype: torch.dtype | None
+    mode: str
+    tokens_per_rank: int | None
+
+    def shapes(self, model: nn.Module, module: nn.Module, ep_size: int) -> ExpertShapes:
+        """Return what the choice of a backend depends on.
+
+        Args:
+            model: a transformers model.
+            module: the experts of one of its layers, whole.
+            ep_size: ranks they are split over.
+
+        Raises:
+            ConfigurationError: a mode that does not exist.
+        """
+        if self.mode not in EXPERT_MODES:
+            wanted = join_words(EXPERT_MODES)
+            raise ConfigurationError(f"expert_mode is {self.mode}, but it must be {wanted}.")
+        num_experts, hidden_size, intermediate_size = module.down_proj.shape
+        top_k, tokens = model.config.num_experts_per_tok, self.tokens_per_rank
+        return ExpertShapes(
+            hidden_size,
+            intermediate_size,
+            self.compute_dtype or module.down_proj.dtype,
+            self.device_type,
+            mode=self.mode,
+            gate=build_gate(module.act_fn),
+            num_local_experts=num_experts // ep_size,
+            top_k=top_k if ep_size == 1 else 1,  # rows of other ranks come one by one
+            num_rows=None if tokens is None else tokens * top_k,
+        )
+
+
+def choose_for_all_ranks(kernel: str, shapes: ExpertShapes) -> KernelChoice:
+    """Have rank 0 decide: what others have measured, or what GPU they have, must not matter.
+
+    **Collective:** every rank of the world must call.
+
+    Raises:
+        UserError: on every rank, as `choose_backend`; also where one cannot run what rank 0 chose.
+    """
+    device = read_device_facts(shapes.device_type)
+    decision = decided_by_rank_zero(lambda: decide_backend(kernel, shapes, device))
+
+    def check() -> None:
+        obstacle = find_obstacle(decision.name, shapes, device)
+        if obstacle is not None:
+            raise ConfigurationError(
+                f"rank 0 has chosen {decision.name} for all ranks, but on rank {dist.get_rank()} "
+                f"{obstacle}."
+            )
+
+    agreed(check)
+    return load_backend(decision)

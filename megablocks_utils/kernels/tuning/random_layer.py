@@ -1,0 +1,91 @@
+"""A layer of random experts of a given size, and rows for it: to time backends on."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
+from megablocks_utils.kernels.selection import ExpertBackend, ExpertShapes
+from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+
+__all__ = ["RandomLayer", "build_random_layer"]
+
+
+@dataclass(frozen=True)
+class RandomLayer:
+    """Inputs of a backend, and what is differentiated.
+
+    Attributes:
+        tokens: (T, H).
+        order: which of the T * K rows goes to which expert.
+        top_k_weights: (T, K); None with K = 1, as for rows that came from other ranks.
+        experts: the layer.
+        leaves: what gets a gradient in the layer's mode.
+        upstream: (T, H), gradient of the result.
+    """
+
+    tokens: Tensor
+    order: ExpertOrder
+    top_k_weights: Tensor | None
+    experts: ExpertWeights
+    leaves: tuple[Tensor, ...]
+    upstream: Tensor
+
+    def step(self, backend: ExpertBackend) -> list[Tensor]:
+        """Run forward and backward; return the result and the gradients of `leaves`."""
+        output = backend(self.tokens, self.order, self.top_k_weights, self.experts)
+        return [output, *torch.autograd.grad(output, self.leaves, self.upstream)]
+
+
+def build_random_layer(
+    shapes: ExpertShapes, *, lora_r: int, device: torch.device | str, seed: int = 0
+) -> RandomLayer:
+    """Draw a layer whose rows go to all experts alike.
+
+    Args:
+        shapes: sizes, dtype, mode, and how many rows.
+        lora_r: rank of adapters, where the mode has them.
+        device: where it lies.
+        seed: of everything.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    num_experts, top_k = shapes.num_local_experts, shapes.top_k
+    num_tokens = shapes.num_rows // top_k
+    hidden, intermediate = shapes.hidden_size, shapes.intermediate_size
+
+    def draw(*size: int, scale: float = 1.0, is_trained: bool = True) -> Tensor:
+        values = torch.randn(size, generator=generator, device=device, dtype=shapes.dtype)
+        return values.mul_(scale).requires_grad_(is_trained)
+
+    def draw_lora(num_in: int, num_out: int) -> LowRank:
+        lora_a = draw(num_experts, lora_r, num_in, scale=1 / math.sqrt(num_in))
+        lora_b = draw(num_experts, num_out, lora_r, scale=1 / math.sqrt(lora_r))
+        return LowRank(lora_a, lora_b, scaling=1.0)
+
+    def draw_weights(num_out: int, num_in: int) -> Tensor:
+        scale, is_trained = 1 / math.sqrt(num_in), shapes.mode == "full"
+        return draw(num_experts, num_out, num_in, scale=scale, is_trained=is_trained)
+
+    experts = ExpertWeights(
+        draw_weights(2 * intermediate, hidden),
+        draw_weights(hidden, intermediate),
+        shapes.gate,
+        gate_up_lora=draw_lora(hidden, 2 * intermediate) if shapes.has_adapters else None,
+        down_lora=draw_lora(intermediate, hidden) if shapes.has_adapters else None,
+    )
+    chances = torch.rand(num_tokens, num_experts, generator=generator, device=device)
+    top_k_weights, top_k_index = chances.topk(top_k)
+    top_k_weights = top_k_weights.to(shapes.dtype).requires_grad_() if top_k > 1 else None
+    tokens = draw(num_tokens, hidden)
+    inputs = [tokens] if top_k_weights is None else [tokens, top_k_weights]
+    trained = [tensor for tensor in experts.tensors.values() if tensor.requires_grad]
+    return RandomLayer(
+        tokens,
+        sort_by_expert(top_k_index, num_experts),
+        top_k_weights,
+        experts,
+        leaves=(*inputs, *trained),
+        upstream=draw(num_tokens, hidden, is_trained=False),
+    )

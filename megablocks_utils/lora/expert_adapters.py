@@ -1,0 +1,69 @@
+"""LoRA on the experts of a sharded model: adapters lie where their experts lie."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megablocks_utils.config.contradictions import KERNELS_WITHOUT_ADAPTERS
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.mesh.placement import local_expert_range, wrap_local_experts
+from megablocks_utils.moe.expert_lora import ExpertLora
+from megablocks_utils.shard_moe_utils import ShardedMoE
+
+
+def attach_expert_lora(
+    sharded: ShardedMoE, settings: LoraSettings, *, dtype: torch.dtype, seed: int
+) -> None:
+    """Give every expert adapters on the projections that the settings name, in place.
+
+    They start as PEFT's do: A uniform within 1 / sqrt(in) (Kaiming's bound for a = sqrt(5)), B
+    zero. What an expert starts with is a function of the seed and its place in the model alone,
+    not of the mesh. No communication.
+
+    Args:
+        sharded: what `shard_moe` returned.
+        settings: ranks and strength.
+        dtype: of the adapters.
+        seed: equal on all ranks.
+
+    Raises:
+        ConfigurationError: the experts run on a backend without adapters.
+    """
+    if sharded.kernel.name in KERNELS_WITHOUT_ADAPTERS:
+        raise ConfigurationError(
+            f"the experts run on {sharded.kernel.name}, which knows no adapters; shard_moe with "
+            "kernel auto, triton, grouped_mm or eager makes experts that take them."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for module in sharded.expert_modules.values():
+        mine = local_expert_range(module.num_experts, sharded.mesh)
+        for projection, rank in settings.expert_ranks.items():
+            weights = getattr(module, projection)
+            num_experts, num_out, num_in = weights.shape
+            bound = 1 / math.sqrt(num_in)
+            lora_a = torch.empty(num_experts, rank, num_in).uniform_(
+                -bound, bound, generator=generator
+            )
+            lora_b = torch.zeros(len(mine), num_out, rank)
+            factors = [
+                _place(factor, weights, dtype, sharded)
+                for factor in (lora_a[mine.start : mine.stop], lora_b)
+            ]
+            setattr(module, lora_name(projection), ExpertLora(*factors, settings.scaling))
+
+
+def lora_name(projection: str) -> str:
+    """Return the name that a projection's adapters have in the experts module."""
+    return f"{projection}_lora"
+
+
+def _place(
+    local_factor: Tensor, weights: DTensor, dtype: torch.dtype, sharded: ShardedMoE
+) -> Tensor:
+    """Put this rank's factors where their weights will be; memory of their own, not a slice's."""
+    device = weights.device_mesh.device_type  # the weights may still be on meta
+    own = local_factor.to(device=device, dtype=dtype, copy=True).contiguous()
+    return wrap_local_experts(own, sharded.mesh)

@@ -1,0 +1,117 @@
+"""Check the chosen backend on the user's own weights, on every rank, before anything is trained."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from megablocks_utils.kernels.probe import (
+    TOLERANCE,
+    Deviation,
+    find_probe_obstacle,
+    probe_backend,
+)
+from megablocks_utils.mesh.device_mesh import EP_AXIS
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.processes.launch import agreed
+from megablocks_utils.shard_moe_utils import ShardedMoE
+
+__all__ = ["KernelCheck", "verify_kernel"]
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """Say what comparing the backend with `eager` found.
+
+    Attributes:
+        tensor: what was farthest off on any rank; None if nothing was compared.
+        worst: by how much, in units of what rounding explains; above 2 nothing is trained.
+        seconds: that it took, on the slowest rank.
+        skipped: why nothing was compared; None if it was.
+    """
+
+    tensor: str | None = None
+    worst: float | None = None
+    seconds: float | None = None
+    skipped: str | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what `run.json` holds."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Say it in a line."""
+        if self.skipped is not None:
+            return f"not compared with eager: {self.skipped}"
+        return (
+            f"compared with eager before the first step ({self.seconds:.2f} s): at most "
+            f"{self.worst:.2f} times as far off as rounding explains ({self.tensor}; "
+            f"{TOLERANCE:g} is allowed)"
+        )
+
+
+def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None) -> KernelCheck:
+    """Compare the backend with `eager` on the first layer's experts; see `kernels.probe`.
+
+    Call it once the experts have their weights, and FSDP, if there is any, has wrapped them.
+    Experts that FSDP2 shards over `dp` are gathered for it, and freed again. Weights, gradients and
+    the state of every random generator stay as they are. `shard_moe` leaves it to the caller, since
+    the weights may come later; the training scripts call it unless `--verify_kernel` is False.
+
+    **Collective:** every rank of the world must call.
+
+    Args:
+        sharded: what `shard_moe` returned.
+        compute_dtype: in which the experts are computed; None is the dtype of their weights.
+
+    Raises:
+        ConfigurationError: on every rank, if the backend is off by more than rounding explains on
+            any.
+        CheckpointError: on every rank, for weights that are not finite.
+    """
+    module = next(iter(sharded.expert_modules.values()))
+    name, dtype = sharded.kernel.name, compute_dtype or module.down_proj.dtype
+    obstacle = find_probe_obstacle(name, dtype)
+    if obstacle is not None:
+        return KernelCheck(skipped=obstacle)
+    started_s = time.perf_counter()
+    found = agreed(lambda: _probe(name, module, dtype))
+    if module.down_proj.device.type == "cuda":
+        torch.cuda.empty_cache()  # nothing of the run has these sizes
+    return _join(found, time.perf_counter() - started_s)
+
+
+def _probe(name: str, module: DroplessExperts, dtype: torch.dtype) -> Deviation:
+    has_own_routing = module.mesh[EP_AXIS].size() == 1
+    with _gathered(module):
+        return probe_backend(
+            name, module.backend, module.stored_weights(), dtype, is_weighted=has_own_routing
+        )
+
+
+@contextmanager
+def _gathered(module: DroplessExperts) -> Iterator[None]:
+    """Give a module that FSDP2 shards over `dp` its whole weights for a while."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def _join(found: Deviation, seconds: float) -> KernelCheck:
+    """Return the worst of all ranks, on every rank."""
+    answers: list[tuple[float, str, float]] = [(found.ratio, found.tensor, seconds)]
+    if dist.is_initialized():
+        answers = answers * dist.get_world_size()
+        dist.all_gather_object(answers, (found.ratio, found.tensor, seconds))
+    worst, tensor, _ = max(answers)
+    return KernelCheck(tensor, worst, max(seconds for *_, seconds in answers))

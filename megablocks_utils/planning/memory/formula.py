@@ -1,0 +1,113 @@
+"""Predict memory and traffic of a run from the model's sizes alone: milliseconds, no torch.
+
+No number is fitted to a measurement: every byte has a name, in `groups`, `fsdp2_buffers`, the files
+of stages, and `traffic`.
+"""
+
+from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
+from megablocks_utils.planning.memory.fsdp2_buffers import Accumulation, Fsdp2Buffers
+from megablocks_utils.planning.memory.fsdp_units import ModelGroups, itemsize
+from megablocks_utils.planning.memory.layer_plan import plan_layers
+from megablocks_utils.planning.memory.ledger import Ledger
+from megablocks_utils.planning.memory.micro_step import MicroStep
+from megablocks_utils.planning.memory.sizes import Sizes
+from megablocks_utils.planning.memory.traffic import count_sent_bytes
+from megablocks_utils.planning.memory.unit_builder import build_groups
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.prediction import Layout, PlannedRun, Prediction
+
+__all__ = ["legal_layouts", "predict"]
+
+_STEP_COUNTER_BYTES = 4
+"""Adam counts steps in a number of its own for every parameter."""
+
+
+def legal_layouts(shape: ModelShape, world_size: int, entry_point: str) -> list[Layout]:
+    """List every way to spread the experts of a model over the ranks.
+
+    Without expert parallelism first; then each ep_size above 1 that divides ranks and experts,
+    sharded over dp before copied. FSDP1 leaves the experts alone, so there they can only be copied.
+    """
+    layouts = [Layout(1, "shard")]
+    for ep_size in range(2, world_size + 1):
+        if world_size % ep_size or shape.num_experts % ep_size:
+            continue
+        if entry_point == "fsdp2":
+            layouts.append(Layout(ep_size, "shard"))
+        if entry_point == "fsdp1" or ep_size < world_size:
+            layouts.append(Layout(ep_size, "replicate"))
+    return layouts
+
+
+def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
+    """Predict what one rank will hold and send.
+
+    Args:
+        shape: the model.
+        layout: one of `legal_layouts`.
+        run: the run.
+    """
+    sizes, groups = Sizes(shape, layout, run), build_groups(shape, layout, run)
+    ledger = Ledger()
+    ledger.hold("parameters", groups.sum("stored_bytes"))
+    ledger.hold("optimizer", _optimizer_bytes(groups, run))
+    allocated_bytes = ledger.total + _left_gradients(groups, run)
+    accumulation = _last_micro_step(run)
+    _hold_gradients(ledger, groups, accumulation, run)
+    ledger.forget_peak()
+    MicroStep(
+        sizes,
+        groups,
+        plan_layers(sizes, groups),
+        ledger=ledger,
+        buffers=_build_buffers(ledger, groups, accumulation, run),
+        has_expert_gradients=run.accumulation > 1,
+    ).go()
+    sent = count_sent_bytes(sizes, groups)
+    return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent)
+
+
+def _build_buffers(
+    ledger: Ledger, groups: ModelGroups, accumulation: Accumulation, run: PlannedRun
+) -> Fsdp1Buffers | Fsdp2Buffers:
+    order = [group for group in groups.all() if group.is_fsdp]
+    if run.entry_point == "fsdp1":
+        return Fsdp1Buffers(ledger, order, accumulation)
+    num_not_gathered = int(groups.embedding is not None)
+    return Fsdp2Buffers(ledger, order, accumulation, num_not_gathered=num_not_gathered)
+
+
+def _optimizer_bytes(groups: ModelGroups, run: PlannedRun) -> int:
+    state = itemsize(run.precision.optim)
+    counters = groups.sum("num_trained") * _STEP_COUNTER_BYTES
+    return 2 * groups.sum("trained_numel") * state + counters
+
+
+def _left_gradients(groups: ModelGroups, run: PlannedRun) -> int:
+    """Return gradients that zero_grad leaves: FSDP1 frees its flat ones in the next forward."""
+    flat = (group.trained_bytes for group in groups.all() if group.is_fsdp)
+    return sum(flat) if run.entry_point == "fsdp1" else 0
+
+
+def _last_micro_step(run: PlannedRun) -> Accumulation:
+    """Say what the last micro-step of a step finds: none holds more."""
+    is_first = run.accumulation == 1
+    return Accumulation(
+        reduces=True,
+        has_reduced=not is_first and run.sync_each_batch,
+        has_unreduced=not is_first and not run.sync_each_batch,
+    )
+
+
+def _hold_gradients(
+    ledger: Ledger, groups: ModelGroups, accumulation: Accumulation, run: PlannedRun
+) -> None:
+    """Hold what earlier micro-steps have left."""
+    is_fsdp1 = run.entry_point == "fsdp1"
+    for group in groups.all():
+        if not group.is_fsdp:
+            ledger.hold("gradients", group.trained_bytes * (run.accumulation > 1))
+            continue
+        ledger.hold("gradients", group.trained_bytes * accumulation.has_reduced)
+        unreduced = group.flat_gradient_bytes if is_fsdp1 else group.whole_gradient_bytes
+        ledger.hold("fsdp_buffers", unreduced * accumulation.has_unreduced)

@@ -1,0 +1,89 @@
+"""What FSDP1 holds beside its shards, event by event, with `FULL_SHARD` and `BACKWARD_PRE`.
+
+An all-gather writes straight into the whole flat parameter. The root's (embedding, final norm and
+output head) stays whole from the start of forward to the end of backward. Autograd joins the
+parameters' gradients into one flat gradient before it is reduced.
+"""
+
+from collections.abc import Sequence
+
+from megablocks_utils.planning.memory.fsdp2_buffers import Accumulation
+from megablocks_utils.planning.memory.fsdp_units import Group
+from megablocks_utils.planning.memory.ledger import Ledger
+
+__all__ = ["Fsdp1Buffers"]
+
+_BUFFERS, _GRADIENTS = "fsdp_buffers", "gradients"
+
+
+class Fsdp1Buffers:
+    """The buffers of one micro-step; the same calls as `Fsdp2Buffers` takes.
+
+    Args:
+        ledger: to book them in.
+        order: groups in the order in which the forward pass is done with them.
+        accumulation: where in the step.
+    """
+
+    def __init__(self, ledger: Ledger, order: Sequence[Group], accumulation: Accumulation) -> None:
+        self._ledger = ledger
+        self._order = order
+        self._accumulation = accumulation
+        self._place = len(order) - 1
+        self._is_ahead = False
+        self._frozen = 0
+
+    def enter(self, group: Group) -> None:
+        """Gather a group's weights before it computes."""
+        self._ledger.pass_by(_BUFFERS, group.buffer_bytes + group.cast_bytes)
+        self._ledger.hold(_BUFFERS, group.buffer_bytes)
+
+    def leave(self, group: Group) -> None:
+        """Free the whole weights."""
+        self._ledger.free(_BUFFERS, group.buffer_bytes)
+
+    def end_forward(self) -> None:
+        """Do nothing: no buffer outlives its group."""
+
+    def enter_backward(self, group: Group, *, is_whole: bool = False) -> None:
+        """Have a group's weights for its backward pass, and gather those of the next one ahead."""
+        if not group.is_fsdp:
+            return
+        if not is_whole and not self._is_ahead:
+            self.enter(group)
+        self._place -= 1
+        self._is_ahead = self._place >= 0
+        if self._is_ahead:
+            self.enter(self._order[self._place])
+        self._free_frozen()
+
+    def holds_gradients(self, group: Group) -> bool:
+        """Say that gradients lie side by side until they are joined."""
+        return bool(group.num_trained)
+
+    def leave_backward(self, group: Group, gradient_bytes: int, *, is_whole: bool = True) -> None:
+        """Free the whole weights, join the gradients, and reduce them."""
+        ledger, accumulation = self._ledger, self._accumulation
+        if not group.num_trained:
+            # Its turn comes with the gradient of its input, which the next group hears of first.
+            self._frozen += group.buffer_bytes
+            return
+        joined = group.flat_gradient_bytes
+        ledger.hold(_BUFFERS, joined)
+        ledger.free(_BUFFERS, gradient_bytes + group.buffer_bytes * is_whole)
+        # An earlier one, which this one has been added to, has its place.
+        widened = group.reduced_bytes if group.reduced_bytes != joined else 0
+        ledger.hold(_BUFFERS, widened)
+        if accumulation.has_reduced:
+            ledger.pass_by(_BUFFERS, group.trained_bytes)
+        else:
+            ledger.hold(_GRADIENTS, group.trained_bytes)
+        ledger.free(_BUFFERS, widened + joined * (1 + accumulation.has_unreduced))
+
+    def end_backward(self) -> None:
+        """Free what the last group has left."""
+        self._free_frozen()
+
+    def _free_frozen(self) -> None:
+        self._ledger.free(_BUFFERS, self._frozen)
+        self._frozen = 0

@@ -1,0 +1,240 @@
+"""Go through a micro-step, event by event."""
+
+from collections.abc import Sequence
+
+from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
+from megablocks_utils.planning.memory.fsdp2_buffers import Fsdp2Buffers
+from megablocks_utils.planning.memory.fsdp_units import Group, ModelGroups
+from megablocks_utils.planning.memory.layer_plan import LayerPlan
+from megablocks_utils.planning.memory.ledger import Ledger
+from megablocks_utils.planning.memory.model_head import HeadPlan, plan_head
+from megablocks_utils.planning.memory.sizes import Sizes
+from megablocks_utils.planning.memory.stages import ACTIVATIONS, DISPATCH, Stage
+
+__all__ = ["MicroStep"]
+
+_BUFFERS, _GRADIENTS = "fsdp_buffers", "gradients"
+
+
+class MicroStep:
+    """A forward and a backward pass.
+
+    Args:
+        sizes: of the run.
+        groups: what this rank holds.
+        layers: plan of every decoder layer.
+        ledger: to book in.
+        buffers: FSDP's.
+        has_expert_gradients: whether experts outside of FSDP have gradients already.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        groups: ModelGroups,
+        layers: Sequence[LayerPlan],
+        *,
+        ledger: Ledger,
+        buffers: Fsdp1Buffers | Fsdp2Buffers,
+        has_expert_gradients: bool,
+    ) -> None:
+        self._sizes = sizes
+        self._groups = groups
+        self._layers = layers
+        self._head: HeadPlan = plan_head(sizes)
+        self._ledger = ledger
+        self._buffers = buffers
+        self._has_expert_gradients = has_expert_gradients
+        self._recomputes = sizes.run.gradient_checkpointing != "none"
+        self._keeps_exchanges = sizes.run.gradient_checkpointing == "selective"
+        # Hidden states beside the copy in fp32 that the norms keep.
+        self._stream = sizes.narrow * sizes.casts
+
+    def go(self) -> None:
+        """Pass it."""
+        self._ledger.moment = "forward"
+        self._embed()
+        for layer in self._layers:
+            self._forward(layer)
+        self._compute_logits()
+        self._ledger.moment = "loss"
+        self._compute_loss()
+        self._ledger.moment = "backward"
+        self._differentiate_loss()
+        self._differentiate_head()
+        for layer in reversed(self._layers):
+            self._backward(layer)
+        self._differentiate_embedding()
+
+    def _embed(self) -> None:
+        embedding = self._groups.embedding
+        self._buffers.enter(embedding or self._groups.tail)
+        self._ledger.hold(ACTIVATIONS, self._head.held + self._head.mask)
+        self._ledger.pass_by(ACTIVATIONS, self._sizes.narrow)
+        if embedding is not None:
+            self._buffers.leave(embedding)
+
+    def _forward(self, layer: LayerPlan) -> None:
+        ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
+        for group in layer.groups.dense:
+            buffers.enter(group)
+        # Checkpointing keeps every layer's input.
+        hidden = self._sizes.narrow if self._recomputes else self._stream
+        ledger.hold(ACTIVATIONS, hidden)
+        self._pass(layer.dense)
+        between = self._hidden_beside_experts()
+        ledger.hold(ACTIVATIONS, between)
+        if experts is not None:
+            buffers.enter(experts)
+        self._pass(layer.experts)
+        if experts is not None:
+            buffers.leave(experts)
+        ledger.free(ACTIVATIONS, between)
+        self._pass(layer.shared)
+        ledger.pass_by(ACTIVATIONS, self._sizes.narrow)
+        if not self._recomputes:
+            ledger.free(ACTIVATIONS, hidden)
+        for group in layer.groups.dense:
+            buffers.leave(group)
+
+    def _hidden_beside_experts(self) -> int:
+        """Return hidden states, before and after the norm, that only names of Python hold."""
+        normalised = self._recomputes or not self._sizes.trains_all
+        return self._sizes.narrow * (normalised + self._recomputes)
+
+    def _pass(self, stages: Sequence[Stage]) -> None:
+        """Pass stages of the forward pass."""
+        named = 0
+        for stage in stages:
+            own = 0
+            if not self._recomputes:
+                self._ledger.hold(stage.component, stage.saved_bytes)
+            else:
+                self._ledger.hold(stage.component, stage.named + stage.kept * self._keeps_exchanges)
+                named += stage.named
+                own = stage.saved_bytes - stage.named
+            self._ledger.pass_by(stage.component, stage.forward_bytes + own)
+        self._ledger.free(DISPATCH, named)
+
+    def _pass_again(self, stages: Sequence[Stage]) -> None:
+        """Pass stages that are computed again for the backward pass."""
+        for stage in stages:
+            if self._keeps_exchanges:
+                self._ledger.free(stage.component, stage.kept)
+            self._ledger.hold(stage.component, stage.saved_bytes)
+            self._ledger.pass_by(stage.component, stage.forward_bytes)
+
+    def _compute_logits(self) -> None:
+        ledger, head = self._ledger, self._head
+        if self._groups.embedding is not None:
+            self._buffers.enter(self._groups.tail)
+        ledger.hold(ACTIVATIONS, head.norm.saved_bytes)
+        ledger.pass_by(ACTIVATIONS, head.norm.forward_bytes)
+        ledger.hold(ACTIVATIONS, head.saved_rows)
+        ledger.hold(ACTIVATIONS, head.logits)
+        ledger.pass_by(ACTIVATIONS, head.rows - head.saved_rows + self._sizes.narrow)
+        self._buffers.end_forward()
+        if not self._recomputes:
+            ledger.free(ACTIVATIONS, head.mask)
+
+    def _compute_loss(self) -> None:
+        """Pass log-softmax in fp32, whose result is kept."""
+        ledger, head = self._ledger, self._head
+        ledger.pass_by(ACTIVATIONS, head.wide_logits * (1 + self._sizes.casts))
+        ledger.hold(ACTIVATIONS, head.wide_logits)
+        ledger.free(ACTIVATIONS, head.logits)
+
+    def _differentiate_loss(self) -> None:
+        """Go back through log-softmax; the gradients of the logits are left."""
+        ledger, head = self._ledger, self._head
+        ledger.pass_by(ACTIVATIONS, 2 * head.wide_logits)
+        ledger.pass_by(ACTIVATIONS, head.logits * self._sizes.casts)
+        ledger.hold(ACTIVATIONS, head.logits - head.wide_logits)
+
+    def _differentiate_head(self) -> None:
+        ledger, head, tail = self._ledger, self._head, self._groups.tail
+        self._buffers.enter_backward(tail, is_whole=True)
+        ledger.hold(_BUFFERS, head.gradient)
+        ledger.pass_by(ACTIVATIONS, head.rows)
+        ledger.free(ACTIVATIONS, head.logits + head.saved_rows)
+        ledger.pass_by(ACTIVATIONS, 2 * self._sizes.narrow)
+        gradients = head.gradient + self._go_back((head.norm,), tail)
+        ledger.hold(ACTIVATIONS, self._sizes.narrow)  # the hidden states' gradients, from here on
+        self._tail_gradients = gradients
+        if self._groups.embedding is not None:
+            self._buffers.leave_backward(tail, gradients)
+
+    def _backward(self, layer: LayerPlan) -> None:
+        ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
+        for group in reversed(layer.groups.dense):
+            buffers.enter_backward(group)
+        if experts is not None:
+            # The way back comes to their outputs before it needs anything computed again.
+            buffers.enter_backward(experts)
+        if self._recomputes:
+            ledger.hold(ACTIVATIONS, self._stream)
+            self._pass_again((*layer.dense, *layer.experts, *layer.shared))
+            ledger.free(ACTIVATIONS, self._stream)
+        owner = layer.groups.trained_dense
+        gradients = self._go_back(layer.shared, owner)
+        if experts is None:
+            gradients += self._go_back(layer.experts, owner)
+        else:
+            self._go_back_through_experts(layer.experts, experts)
+        gradients += self._go_back(layer.dense, owner)
+        for group in layer.groups.dense:
+            buffers.leave_backward(group, gradients if group is owner else 0)
+        ledger.free(ACTIVATIONS, self._sizes.narrow * self._recomputes)
+
+    def _go_back(self, stages: Sequence[Stage], group: Group) -> int:
+        """Pass stages backward; returns the bytes of the gradients that wait to be reduced."""
+        waiting = 0
+        for stage in reversed(stages):
+            if self._buffers.holds_gradients(group):
+                self._ledger.hold(_BUFFERS, stage.gradients)
+                waiting += stage.gradients
+            else:
+                self._ledger.pass_by(_BUFFERS, stage.gradients)
+            self._ledger.pass_by(stage.component, stage.backward_bytes)
+            self._ledger.free(stage.component, stage.saved_bytes)
+        return waiting
+
+    def _go_back_through_experts(self, stages: Sequence[Stage], experts: Group) -> None:
+        if experts.is_fsdp:
+            gradients = self._go_back(stages, experts)
+            self._buffers.leave_backward(experts, gradients)
+            return
+        self._go_back_through_own(stages, experts)
+
+    def _go_back_through_own(self, stages: Sequence[Stage], experts: Group) -> None:
+        """Pass experts that FSDP does not hold: their gradients stay, or are added to earlier."""
+        ledger = self._ledger
+        has_same_dtype = experts.whole_compute_bytes == experts.trained_bytes
+        stays = has_same_dtype and not self._has_expert_gradients
+        for stage in reversed(stages):
+            ledger.hold(_GRADIENTS if stays else DISPATCH, stage.gradients)
+            ledger.pass_by(stage.component, stage.backward_bytes)
+            ledger.free(stage.component, stage.saved_bytes)
+        if stays:
+            return
+        if not has_same_dtype:
+            # Cast one after the other, the first parameter's last.
+            others = experts.whole_compute_bytes - experts.first_gradient_bytes
+            ledger.pass_by(DISPATCH, experts.trained_bytes - others)
+        ledger.free(DISPATCH, experts.whole_compute_bytes)
+        if not self._has_expert_gradients:
+            ledger.hold(_GRADIENTS, experts.trained_bytes)
+
+    def _differentiate_embedding(self) -> None:
+        ledger, head, embedding = self._ledger, self._head, self._groups.embedding
+        ledger.hold(_BUFFERS, head.gradient)
+        ledger.free(ACTIVATIONS, self._sizes.narrow + head.held + head.mask * self._recomputes)
+        if embedding is not None:
+            self._buffers.leave_backward(embedding, head.gradient, is_whole=False)
+        elif self._sizes.shape.is_tied:
+            ledger.free(_BUFFERS, head.gradient)  # added to the head's
+            self._buffers.leave_backward(self._groups.tail, self._tail_gradients)
+        else:
+            waiting = self._tail_gradients + head.gradient
+            self._buffers.leave_backward(self._groups.tail, waiting)
+        self._buffers.end_backward()

@@ -1,0 +1,113 @@
+"""A run that is only imagined: its options, its model's shape and how many ranks there are."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from megablocks_utils.config import RunConfig, resolve_precision
+from megablocks_utils.planning.memory.formula import legal_layouts, predict
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.prediction import Layout, PlannedRun, Prediction
+
+__all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
+
+DEFAULT_IMBALANCE = 1.25
+_TRUNCATED_LAYERS, _LORA_R = 2, 16
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Hold all that a prediction depends on, but the layout.
+
+    Attributes:
+        config: the options of the run.
+        shape: the model's sizes.
+        world_size: ranks.
+        device_type: `cuda` or `cpu`.
+        kernel: backend of the experts, with `auto` resolved.
+        tokens: of the largest micro-batch that a rank has at a time.
+        label_tokens: of these, those whose next token is learned.
+        examples: in that micro-batch; more than one need a mask.
+        imbalance: rows that the hottest rank of an ep group receives, over its fair share.
+    """
+
+    config: RunConfig
+    shape: ModelShape
+    world_size: int
+    device_type: str
+    kernel: str
+    tokens: int
+    label_tokens: int
+    examples: int = 1
+    imbalance: float = DEFAULT_IMBALANCE
+
+    def planned_run(self) -> PlannedRun:
+        """Return what the engines want to know."""
+        config = self.config
+        return PlannedRun(
+            world_size=self.world_size,
+            entry_point=config.entry_point,
+            precision=resolve_precision(config, self.device_type),
+            use_lora=config.adapter.use_lora,
+            lora_r=config.adapter.lora_r or _LORA_R,
+            gradient_checkpointing=config.gradient_checkpointing,
+            accumulation=config.optim.gradient_accumulation_steps,
+            sync_each_batch=bool(config.optim.sync_each_batch),
+            tokens=self.tokens,
+            label_tokens=self.label_tokens,
+            kernel=self.kernel,
+            imbalance=self.imbalance,
+            has_aux_loss=self._has_aux_loss(),
+            device_type=self.device_type,
+            examples=self.examples,
+        )
+
+    def own_layout(self) -> Layout:
+        """Return the layout that the options themselves ask for."""
+        parallel = self.config.parallel
+        if not parallel.use_megablocks_sharding:
+            return Layout(1, "shard")
+        ep_size = parallel.ep_size or self.world_size
+        is_dmoe = ep_size == 1
+        if self.config.entry_point == "fsdp1":
+            return Layout(ep_size, "replicate", is_dmoe)
+        has_copies = ep_size < self.world_size and parallel.expert_dp == "replicate"
+        return Layout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
+
+    def legal_layouts(self) -> list[Layout]:
+        """List every way to spread this model's experts over these ranks."""
+        return legal_layouts(self.shape, self.world_size, self.config.entry_point)
+
+    def predict(self, layout: Layout) -> Prediction:
+        """Predict one layout with the formulas."""
+        return _predict_once(predict, self.shape, layout, self.planned_run())
+
+    def _has_aux_loss(self) -> bool:
+        """Whether the load-balancing loss is on, by the rule of `training.step.micro_batch`."""
+        given = self.config.router_aux_loss_coef
+        return (self.shape.aux_loss_coef if given is None else given) > 0
+
+
+@lru_cache(maxsize=4096)
+def _predict_once(
+    predict: Callable[[ModelShape, Layout, PlannedRun], Prediction],
+    shape: ModelShape,
+    layout: Layout,
+    run: PlannedRun,
+) -> Prediction:
+    """Remember predictions: the remedies of different rows ask for many of the same."""
+    return predict(shape, layout, run)
+
+
+def read_shape(config: RunConfig, model_config: Mapping[str, Any]) -> ModelShape:
+    """Return the sizes of the model that a run trains: whole, or its first two layers.
+
+    Raises:
+        ConfigurationError: a family that is not known, or a value with which there is no model.
+    """
+    settings = dict(model_config)
+    layers = settings.get("num_hidden_layers")
+    if config.model.truncate_model_for_debug and isinstance(layers, int):
+        settings["num_hidden_layers"] = min(_TRUNCATED_LAYERS, layers)
+    return ModelShape.from_config(settings)

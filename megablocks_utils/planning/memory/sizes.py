@@ -1,0 +1,115 @@
+"""Numbers that every stage is made of."""
+
+import math
+from dataclasses import dataclass
+
+from megablocks_utils.planning.memory.fsdp_units import itemsize
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.parameter_shapes import AttentionShape
+from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+
+__all__ = ["Sizes"]
+
+FP32 = 4
+INDEX = 8
+"""Bytes of a number of tokens' order."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model, a layout and a run, and what follows from the three."""
+
+    shape: ModelShape
+    layout: Layout
+    run: PlannedRun
+
+    @property
+    def attention(self) -> AttentionShape:
+        """Sizes of the attention."""
+        return self.shape.attention
+
+    @property
+    def compute(self) -> int:
+        """Bytes of an element that is computed with."""
+        return itemsize(self.run.precision.compute)
+
+    @property
+    def casts(self) -> bool:
+        """Whether fp32 is another dtype than that of compute."""
+        return self.compute != FP32
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.run.tokens
+
+    def hidden(self, num_bytes: int) -> int:
+        """T * H elements."""
+        return self.tokens * self.shape.hidden_size * num_bytes
+
+    @property
+    def wide(self) -> int:
+        """T * H in fp32."""
+        return self.hidden(FP32)
+
+    @property
+    def narrow(self) -> int:
+        """T * H in the dtype of compute."""
+        return self.hidden(self.compute)
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained."""
+        return self.run.use_lora == "none"
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether attention needs a mask: several examples in a row, or a window that ends in it.
+
+        Without one, torch's attention takes fewer keys than queries as they are.
+        """
+        window = self.attention.sliding_window
+        return self.run.examples > 1 or (window is not None and window < self.tokens)
+
+    @property
+    def first_inputs_are_frozen(self) -> bool:
+        """Whether the embedding's output asks for no gradient.
+
+        With checkpointing, transformers has it ask for one.
+        """
+        return not self.trains_all and self.run.gradient_checkpointing == "none"
+
+    @property
+    def first_experts_send_nothing_back(self) -> bool:
+        """Whether nothing before the first layer's experts is trained either."""
+        return self.first_inputs_are_frozen and not self.run.trains_attention
+
+    @property
+    def has_own_experts(self) -> bool:
+        """Whether the experts are this project's, not transformers'."""
+        return self.layout.ep_size > 1 or self.layout.is_dmoe or self.run.trains_experts
+
+    @property
+    def num_local(self) -> int:
+        """L, experts that this rank computes with."""
+        return self.shape.num_experts // self.layout.ep_size
+
+    @property
+    def num_routed(self) -> int:
+        """N."""
+        return self.tokens * self.shape.top_k
+
+    @property
+    def num_received(self) -> int:
+        """R, of the rank that receives most."""
+        if self.layout.ep_size == 1:
+            return self.num_routed
+        return math.ceil(self.num_routed * self.run.imbalance)
+
+    def routed(self, width: int) -> int:
+        """N rows in the dtype of compute."""
+        return self.num_routed * width * self.compute
+
+    def received(self, width: int) -> int:
+        """R rows in the dtype of compute."""
+        return self.num_received * width * self.compute

@@ -1,0 +1,79 @@
+"""Bytes that leave a rank in one optimizer step, by kind of collective.
+
+Counted as in docs/expert-parallelism.md, "What a step sends". Reductions of metrics, a few dozen
+bytes a step, are left out.
+"""
+
+from collections.abc import Iterable
+
+from megablocks_utils.planning.memory.fsdp_units import Group, ModelGroups
+from megablocks_utils.planning.memory.sizes import INDEX, Sizes
+from megablocks_utils.planning.model.prediction import COLLECTIVES
+
+__all__ = ["count_sent_bytes"]
+
+_NORM_BYTES = 8
+
+
+def count_sent_bytes(sizes: Sizes, groups: ModelGroups) -> dict[str, int]:
+    """Return what the rank sends that sends most."""
+    run = sizes.run
+    num_reductions = run.accumulation if run.sync_each_batch else 1
+    counted = {
+        "all_gather": run.accumulation * _count_all_gathers(groups),
+        "reduce_scatter": num_reductions * sum(_missing(g, g.reduced_bytes) for g in groups.all()),
+        "all_to_all": run.accumulation * _count_exchanges(sizes),
+        "all_reduce": _count_all_reduces(sizes, groups),
+    }
+    return {kind: counted[kind] for kind in COLLECTIVES}
+
+
+def _count_all_gathers(groups: ModelGroups) -> int:
+    """Gather everything in forward and in backward.
+
+    The last group of forward is the first of backward, and stays; the embedding's gradient does not
+    need its weights.
+    """
+    once = (groups.tail,) if groups.embedding is None else (groups.embedding, groups.tail)
+    return 2 * _gathered(groups.all()) - _gathered(once)
+
+
+def _gathered(groups: Iterable[Group]) -> int:
+    return sum(_missing(group, group.gathered_bytes) for group in groups)
+
+
+def _missing(group: Group, whole_bytes: int) -> int:
+    """Return what a rank lacks of a whole."""
+    return whole_bytes // group.ranks * (group.ranks - 1)
+
+
+def _count_exchanges(sizes: Sizes) -> int:
+    """Exchange counts, and rows out and back, in the layers of one micro-step."""
+    ep_size, run = sizes.layout.ep_size, sizes.run
+    if ep_size == 1:
+        return 0
+    recomputes = run.gradient_checkpointing == "full"
+    num_pairs = 3 if recomputes else 2
+    away = sizes.num_routed - _kept_by_first(sizes.num_routed, ep_size)
+    returned = sizes.num_received - _kept_by_first(sizes.num_received, ep_size)
+    row = sizes.shape.hidden_size * sizes.compute
+    counts = (1 + recomputes) * sizes.shape.num_experts * INDEX * (ep_size - 1) // ep_size
+    sent = sizes.shape.num_moe_layers * (num_pairs * (away + returned) * row + counts)
+    return sent - returned * row * sizes.first_experts_send_nothing_back
+
+
+def _kept_by_first(num_rows: int, ep_size: int) -> int:
+    """Return the rows that the first rank of an ep group has with itself."""
+    return -(-num_rows // ep_size)
+
+
+def _count_all_reduces(sizes: Sizes, groups: ModelGroups) -> int:
+    """Reduce the norm over the world, and copies of experts over dp."""
+    world_size, num_copies = sizes.run.world_size, sizes.run.world_size // sizes.layout.ep_size
+    copies = (g for layer in groups.layers for g in layer.all if not g.is_fsdp)
+    sent = sum(_all_reduced(group.trained_bytes, num_copies) for group in copies)
+    return sent + _all_reduced(_NORM_BYTES, world_size)
+
+
+def _all_reduced(num_bytes: int, ranks: int) -> int:
+    return num_bytes * 2 * (ranks - 1) // ranks

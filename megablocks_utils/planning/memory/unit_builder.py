@@ -1,0 +1,134 @@
+"""Cut a model into FSDP's groups, as `fsdp.fsdp2` and `fsdp.fsdp1` do."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from megablocks_utils.planning.memory.fsdp_units import (
+    Group,
+    LayerGroups,
+    ModelGroups,
+    Piece,
+    itemsize,
+)
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.parameter_shapes import LayerShape, ParameterShape
+from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+
+__all__ = ["build_groups"]
+
+_FLAT_ALIGNMENT_BYTES = 16  # a parameter within a flat one of FSDP1 begins at such an address
+
+
+def build_groups(shape: ModelShape, layout: Layout, run: PlannedRun) -> ModelGroups:
+    """Say what rank 0 holds of a model, group by group."""
+    builder = _Builder(shape, layout, run)
+    layers = {id(layer): builder.layer(layer) for layer in shape.layers}
+    outside = [builder.base(parameter) for parameter in shape.outside]
+    num_first = 0 if shape.is_tied or run.entry_point == "fsdp1" else 1
+    return ModelGroups(
+        embedding=builder.group(outside[:1]) if num_first else None,
+        layers=tuple(layers[id(layer)] for layer in shape.layers),
+        tail=builder.group(outside[num_first:]),
+    )
+
+
+@dataclass(frozen=True)
+class _Builder:
+    shape: ModelShape
+    layout: Layout
+    run: PlannedRun
+
+    def layer(self, layer: LayerShape) -> LayerGroups:
+        """Return the groups of one decoder layer."""
+        experts = [p for p in layer.parameters if p.room == "experts"]
+        others = [p for p in layer.parameters if p.room != "experts"]
+        adapters = list(self._linear_adapters()) if self.run.trains_attention else []
+        if not self._experts_are_apart:
+            others, experts = list(layer.parameters), []
+        base, low_rank = list(map(self.base, others)), list(map(self.adapter, adapters))
+        is_fsdp1 = self.run.entry_point == "fsdp1"
+        return LayerGroups(
+            layer=self.group(base if is_fsdp1 else base + low_rank),
+            experts=self._expert_group(experts) if experts else None,
+            adapters=self.group(low_rank) if is_fsdp1 and low_rank else None,
+        )
+
+    def base(self, parameter: ParameterShape) -> Piece:
+        """Return a weight of the model, sharded over the world."""
+        is_trained = self.run.use_lora == "none"
+        stored = itemsize(self.run.precision.weights)
+        return self._shard(parameter.shape, stored, is_trained)
+
+    def adapter(self, shape: tuple[int, ...]) -> Piece:
+        """Return an adapter's factor, sharded over the world."""
+        return self._shard(shape, itemsize(self.run.precision.adapter), True)
+
+    def group(self, pieces: list[Piece]) -> Group:
+        """Put parameters that are sharded over the world in a group."""
+        compute, world_size = itemsize(self.run.precision.compute), self.run.world_size
+        if self.run.entry_point == "fsdp2":
+            return Group(tuple(pieces), world_size, True, compute)
+        padding = _flat_padding(pieces, world_size)
+        return Group(tuple(pieces), world_size, True, compute, padding)
+
+    @property
+    def _experts_are_apart(self) -> bool:
+        """Whether they are this project's own: with expert parallelism, or with adapters."""
+        return self.layout.ep_size > 1 or self.layout.is_dmoe or self.run.trains_experts
+
+    def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> Piece:
+        world_size = self.run.world_size
+        if self.run.entry_point == "fsdp1":
+            # Exact to the element only with what `_flat_padding` adds.
+            return Piece(shape, prod(shape) // world_size, stored, is_trained)
+        return Piece(shape, _held(shape, 0, world_size), stored, is_trained)
+
+    def _expert_group(self, experts: Iterable[ParameterShape]) -> Group:
+        precision, run = self.run.precision, self.run
+        num_copies = run.world_size // self.layout.ep_size
+        # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
+        is_sharded = (
+            self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"
+        )
+        is_sharded = is_sharded and run.entry_point == "fsdp2"
+        ranks = num_copies if is_sharded else 1
+        pieces = []
+        for parameter in experts:
+            num_experts, num_out, num_in = parameter.shape
+            num_local, rank = num_experts // self.layout.ep_size, run.lora_r
+            is_trained, stored = run.use_lora == "none", itemsize(precision.weights)
+            pieces.append(_cut((num_local, num_out, num_in), ranks, stored, is_trained))
+            if run.trains_experts:
+                stored = itemsize(precision.adapter)
+                factors = ((num_local, rank, num_in), (num_local, num_out, rank))
+                pieces += [_cut(factor, ranks, stored, True) for factor in factors]
+        return Group(tuple(pieces), ranks, is_sharded, itemsize(precision.compute))
+
+    def _linear_adapters(self) -> Iterable[tuple[int, int]]:
+        rank = self.run.lora_r
+        for num_in, num_out in self.shape.attention.linears(self.shape.hidden_size).values():
+            yield (rank, num_in)
+            yield (num_out, rank)
+
+
+def _cut(shape: tuple[int, ...], ranks: int, stored: int, is_trained: bool) -> Piece:
+    """Shard experts over dp: along the first dim that divides, else the first with padding."""
+    dim = next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+    return Piece(shape, _held(shape, dim, ranks), stored, is_trained, is_restacked=dim > 0)
+
+
+def _held(shape: tuple[int, ...], dim: int, ranks: int) -> int:
+    return prod(shape) // shape[dim] * -(-shape[dim] // ranks)
+
+
+def _flat_padding(pieces: list[Piece], ranks: int) -> int:
+    """Return what a rank's part of a flat parameter has beyond the whole quotients of its pieces.
+
+    Parameters begin at aligned places of the flat one, and it is filled up to divide by the ranks.
+    """
+    total = 0
+    for piece in pieces:
+        step = _FLAT_ALIGNMENT_BYTES // piece.stored
+        total = -(-total // step) * step + piece.whole
+    return -(-total // ranks) - sum(piece.numel for piece in pieces)

@@ -1,0 +1,1 @@
+"""What a plan is about: a model's shape from its config.json, GPUs, units, predictions."""

@@ -1,0 +1,221 @@
+"""The shape of a mixture of experts, from the plain entries of its `config.json`.
+
+Every parameter is listed with its shape as transformers builds it, so that counts are exact.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megablocks_utils.planning.model.config_values import ConfigValues
+from megablocks_utils.planning.model.parameter_shapes import (
+    AttentionShape,
+    LayerShape,
+    ParameterShape,
+    list_mlp,
+    list_moe,
+    norm,
+)
+
+__all__ = ["TRAINABLE_MODEL_TYPES", "ModelShape"]
+
+TRAINABLE_MODEL_TYPES = ("mixtral", "qwen3_moe", "olmoe")
+"""What this project trains: `checkpoint.layouts.SUPPORTED_MODEL_TYPES`, as a test sees to."""
+_AUX_LOSS_DEFAULT = {"mixtral": 0.001, "qwen3_moe": 0.001, "olmoe": 0.01}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model.
+
+    Attributes:
+        model_type: family, by transformers' name.
+        hidden_size: H.
+        vocab_size: V.
+        num_experts: E.
+        top_k: K.
+        expert_size: I, of an expert.
+        attention: sizes of the attention.
+        is_tied: whether the output head is the embedding.
+        normalizes_routing: whether a token's K routing weights are divided by their sum.
+        aux_loss_coef: weight of the load-balancing loss that the config turns on; 0 if it is off.
+        layers: every decoder layer; layers of one kind are one object.
+        outside: parameters of no layer: embedding, final norm, output head unless tied.
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    num_experts: int
+    top_k: int
+    expert_size: int
+    attention: AttentionShape
+    is_tied: bool
+    normalizes_routing: bool
+    aux_loss_coef: float
+    layers: tuple[LayerShape, ...]
+    outside: tuple[ParameterShape, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
+        """Read a `config.json`; what is absent there has transformers' default.
+
+        Raises:
+            ConfigurationError: a family that is not known, or a value with which there is no model.
+        """
+        values = ConfigValues(config)
+        hidden_size, vocab_size = values.size("hidden_size"), values.size("vocab_size")
+        is_tied = values.flag("tie_word_embeddings")
+        return cls(
+            model_type=values.model_type,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            num_experts=values.size("num_local_experts"),
+            top_k=_read_top_k(values),
+            expert_size=_read_expert_size(values),
+            attention=_read_attention(values),
+            is_tied=is_tied,
+            normalizes_routing=values.model_type == "mixtral" or values.flag("norm_topk_prob"),
+            aux_loss_coef=_read_aux_loss_coef(values),
+            layers=_read_layers(values),
+            outside=_list_outside(vocab_size, hidden_size, is_tied),
+        )
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether this project trains it; others can only be planned."""
+        return self.model_type in TRAINABLE_MODEL_TYPES
+
+    @property
+    def routes_in_fp32(self) -> bool:
+        """Whether the routing weights reach the experts in fp32, whatever is computed in."""
+        return self.model_type in ("mixtral", "deepseek_v3")
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @cached_property
+    def num_moe_layers(self) -> int:
+        """Decoder layers with experts."""
+        return sum(layer.is_moe for layer in self.layers)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Elements of all parameters, a tied one once."""
+        outside = sum(parameter.numel for parameter in self.outside)
+        return outside + sum(layer.numel for layer in self.layers)
+
+    @cached_property
+    def num_expert_parameters(self) -> int:
+        """Elements of all routed experts."""
+        return 3 * self.expert_size * self.hidden_size * self.num_experts * self.num_moe_layers
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Elements that one token passes: of the routed experts, top_k of num_experts."""
+        active = self.num_expert_parameters * self.top_k // self.num_experts
+        return self.num_parameters - self.num_expert_parameters + active
+
+    def named_parameters(self) -> Iterator[tuple[str, ParameterShape]]:
+        """Yield every parameter with its whole name."""
+        for parameter in self.outside:
+            yield parameter.name, parameter
+        for index, layer in enumerate(self.layers):
+            for parameter in layer.parameters:
+                yield f"model.layers.{index}.{parameter.name}", parameter
+
+
+def _read_top_k(values: ConfigValues) -> int:
+    top_k, num_experts = values.size("num_experts_per_tok"), values.size("num_local_experts")
+    if top_k > num_experts:
+        raise values.wrong("num_experts_per_tok", f"at most num_experts, {num_experts}")
+    return top_k
+
+
+def _read_expert_size(values: ConfigValues) -> int:
+    has_own = values.model_type in ("qwen3_moe", "deepseek_v3")
+    return values.size("moe_intermediate_size" if has_own else "intermediate_size")
+
+
+def _read_aux_loss_coef(values: ConfigValues) -> float:
+    default = _AUX_LOSS_DEFAULT.get(values.model_type)
+    if default is None or not values.flag("output_router_logits"):
+        return 0.0
+    return values.fraction("router_aux_loss_coef", default)
+
+
+def _read_attention(values: ConfigValues) -> AttentionShape:
+    num_heads = values.size("num_attention_heads")
+    has_bias = values.model_type != "mixtral" and values.flag("attention_bias")
+    if values.model_type == "deepseek_v3":
+        rope_dim = values.size("qk_rope_head_dim")
+        return AttentionShape(
+            num_heads=num_heads,
+            num_kv_heads=num_heads,  # keys and values are made for every head
+            head_dim=rope_dim + values.size("qk_nope_head_dim"),
+            v_head_dim=values.size("v_head_dim"),
+            rope_dim=rope_dim,
+            has_bias=has_bias,
+            q_rank=values.size_or("q_lora_rank", 0),
+            kv_rank=values.size("kv_lora_rank"),
+        )
+    num_kv_heads = values.size_or("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise values.wrong("num_attention_heads", f"a multiple of the {num_kv_heads} key heads")
+    head_dim = values.size_or("head_dim", None)
+    if head_dim is None:
+        head_dim = values.size("hidden_size") // num_heads
+    has_window = values.model_type != "qwen3_moe" or values.flag("use_sliding_window")
+    return AttentionShape(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        rope_dim=head_dim,
+        qk_norm={"qwen3_moe": "head", "olmoe": "whole"}.get(values.model_type, "none"),
+        has_bias=has_bias,
+        sliding_window=values.size_or("sliding_window", None) if has_window else None,
+    )
+
+
+def _read_layers(values: ConfigValues) -> tuple[LayerShape, ...]:
+    moe = _build_layer(values, is_moe=True)
+    dense = _build_layer(values, is_moe=False)
+    num_layers = values.size("num_hidden_layers")
+    if values.model_type == "deepseek_v3":
+        num_dense = values.size("first_k_dense_replace", at_least=0)
+        return tuple(dense if index < num_dense else moe for index in range(num_layers))
+    if values.model_type != "qwen3_moe":
+        return (moe,) * num_layers
+    step, dense_layers = values.size("decoder_sparse_step"), set(values.numbers("mlp_only_layers"))
+    return tuple(
+        dense if index in dense_layers or (index + 1) % step else moe for index in range(num_layers)
+    )
+
+
+def _build_layer(values: ConfigValues, *, is_moe: bool) -> LayerShape:
+    hidden_size = values.size("hidden_size")
+    parameters = _read_attention(values).parameters(hidden_size)
+    mlp_size = 0 if is_moe else values.size("intermediate_size")
+    if is_moe:
+        expert_size = _read_expert_size(values)
+        parameters += list_moe(values.size("num_local_experts"), hidden_size, expert_size)
+    else:
+        parameters += list_mlp("mlp", hidden_size, mlp_size)
+    if is_moe and values.model_type == "deepseek_v3":
+        mlp_size = expert_size * values.size("n_shared_experts")
+        parameters += list_mlp("mlp.shared_experts", hidden_size, mlp_size)
+    norms = (norm(n, hidden_size) for n in ("input_layernorm", "post_attention_layernorm"))
+    return LayerShape((*parameters, *norms), is_moe, mlp_size)
+
+
+def _list_outside(vocab_size: int, hidden_size: int, is_tied: bool) -> tuple[ParameterShape, ...]:
+    matrix = (vocab_size, hidden_size)
+    embedding = ParameterShape("model.embed_tokens.weight", matrix, "embedding")
+    final_norm = norm("model.norm", hidden_size)
+    if is_tied:
+        return (embedding, final_norm)
+    return (embedding, final_norm, ParameterShape("lm_head.weight", matrix, "head"))

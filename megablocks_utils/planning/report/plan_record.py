@@ -1,0 +1,104 @@
+"""What a plan rests on, in sentences, and the plan as JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megablocks_utils.planning.memory.verdict import CONTEXT_BYTES, FRAGMENTATION
+from megablocks_utils.planning.model.units import format_gb
+from megablocks_utils.planning.speed.layout_plan import PlanRow, Question, choose_row
+from megablocks_utils.planning.speed.scale import ScalePoint, describe_dominance
+from megablocks_utils.planning.speed.step_cost import (
+    ACHIEVED_BANDWIDTH,
+    ACHIEVED_FLOPS,
+    LAUNCH_S_PER_LAYER,
+    RESOLUTION,
+)
+
+__all__ = ["build_plan_record", "build_scale_record", "list_assumptions"]
+
+
+def list_assumptions(question: Question, own: Mapping[str, Any]) -> list[str]:
+    """Return what the figures rest on, a sentence each.
+
+    Args:
+        question: what was asked.
+        own: the options of the plan itself, by name.
+    """
+    scenario, gpu = question.scenario, question.cluster.gpu
+    config = scenario.config
+    says = [
+        f"A micro-batch has {scenario.tokens:,} tokens a rank, {_batch_words(question)}, all of "
+        "them learned; shorter examples need less.",
+        f"The fullest rank of an ep group receives {scenario.imbalance} times its fair share of "
+        "rows (--imbalance), and the others wait for it.",
+        f"A GPU has {format_gb(question.capacity_bytes)}; beside the peak, "
+        f"{FRAGMENTATION:.0%} of it are kept for fragmentation and {format_gb(CONTEXT_BYTES)} for "
+        "the CUDA context and NCCL, both estimates: tight is what fits without the first.",
+        "Speed is ranked only: launches of "
+        f"{LAUNCH_S_PER_LAYER * 1000:.0f} ms a layer, {ACHIEVED_FLOPS:.0%} of "
+        f"{gpu.peak_flops / 1e12:.0f} TFLOP/s and {ACHIEVED_BANDWIDTH:.0%} of "
+        f"{gpu.intra_bytes_per_s / 1e9:.0f} GB/s within a node, {gpu.inter_bytes_per_s / 1e9:g} "
+        "GB/s a GPU between nodes. Costs within "
+        f"{RESOLUTION:.0%} are not told apart: there the smaller peak ranks first.",
+    ]
+    if own.get("gpu") is None:
+        says.append(f"--gpu is not given: speed is ranked with the links of {gpu.name}.")
+    if config.parallel.kernel == "auto":
+        says.append(
+            "--kernel auto is planned as grouped_mm: triton is taken where it was measured to be "
+            "faster, and no measurements are shipped yet."
+        )
+    if own.get("engine") == "fake":
+        says.append("Speed and remedies come from the formulas, memory and traffic from the fakes.")
+    if question.calibration is not None:
+        says.append("Seconds come from the calibration: two runs on one node, this workload.")
+    if config.adapter.resume_adapter is not None:
+        says.append(f"--lora_r is taken as {scenario.planned_run().lora_r}: no adapter was read.")
+    if not scenario.shape.is_trainable:
+        says.append(
+            f"{scenario.shape.model_type} can be planned but not trained by this project: no row "
+            "has a command."
+        )
+    return says
+
+
+def build_plan_record(
+    question: Question, rows: Sequence[PlanRow], own: Mapping[str, Any], assumptions: Sequence[str]
+) -> dict[str, Any]:
+    """Return the plan as the contract describes it."""
+    chosen = choose_row(rows)
+    return _head(question, own, assumptions) | {
+        "rows": [row.as_record() for row in rows],
+        "chosen": chosen and chosen.as_record(),
+    }
+
+
+def build_scale_record(
+    question: Question,
+    points: Sequence[ScalePoint],
+    own: Mapping[str, Any],
+    assumptions: Sequence[str],
+) -> dict[str, Any]:
+    """Return the plans for several numbers of GPUs."""
+    return _head(question, own, assumptions) | {
+        "worlds": [point.as_record() for point in points],
+        "dominance": describe_dominance(points),
+    }
+
+
+def _head(question: Question, own: Mapping[str, Any], assumptions: Sequence[str]) -> dict[str, Any]:
+    return {
+        "model": question.model,
+        "options": dict(own) | {"training": asdict(question.scenario.config)},
+        "engine": own["engine"],
+        "capacity_bytes": question.capacity_bytes,
+        "tokens_per_rank": question.scenario.tokens,
+        "assumptions": list(assumptions),
+    }
+
+
+def _batch_words(question: Question) -> str:
+    config = question.scenario.config
+    batch, length = config.optim.per_device_train_batch_size, config.data.max_seq_length
+    return f"{batch} x {length} (--per_device_train_batch_size x --max_seq_length)"

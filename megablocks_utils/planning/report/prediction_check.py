@@ -1,0 +1,100 @@
+"""What a run predicted of itself and what it measured, side by side."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.planning.memory.verdict import WORDS
+from megablocks_utils.planning.model.units import format_gb
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Comparison", "build_check_table", "compare", "read_run_plan"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure, predicted and measured in bytes; None for what was not."""
+
+    name: str
+    predicted: int | None
+    measured: int | None
+
+    @property
+    def error_percent(self) -> float | None:
+        """How far the prediction is off what was measured; negative where it is too low."""
+        if self.predicted is None or not self.measured:
+            return None
+        return 100 * (self.predicted - self.measured) / self.measured
+
+
+def read_run_plan(path: str | Path) -> Mapping[str, Any]:
+    """Return what a run has written under `plan` in its run.json.
+
+    Raises:
+        ConfigurationError: no such file, or one without a plan.
+    """
+    wanted = "it must be the run.json of a finished run that was planned"
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"--check is {path}, but it cannot be read ({error.strerror}); {wanted}."
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--check is {path}, but that is no valid JSON; {wanted}."
+        ) from error
+    plan = record.get("plan") if isinstance(record, dict) else None
+    has_both = isinstance(plan, dict) and all(
+        isinstance(plan.get(side), dict) and isinstance(plan[side].get("components", {}), dict)
+        for side in ("predicted", "measured")
+    )
+    if not has_both:
+        raise ConfigurationError(f"--check is {path}, but it holds no plan; {wanted}.")
+    return plan
+
+
+def compare(plan: Mapping[str, Any]) -> list[Comparison]:
+    """Pair what was predicted with what was measured: components, then peak and what is kept."""
+    predicted, measured = plan["predicted"], plan["measured"]
+    sides = (predicted.get("components", {}), measured.get("components", {}))
+    rows = [Comparison(word, *(_bytes(side, key) for side in sides)) for key, word in WORDS.items()]
+    totals = {"peak_bytes": "peak", "allocated_bytes": "allocated between steps"}
+    return rows + [
+        Comparison(word, _bytes(predicted, key), _bytes(measured, key))
+        for key, word in totals.items()
+    ]
+
+
+def build_check_table(plan: Mapping[str, Any]) -> "Table":
+    """Lay the comparison out."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"Plan ({plan.get('engine', 'unknown engine')}) against the run, on the fullest rank"
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for head in ("predicted", "measured", "error"):
+        table.add_column(head, justify="right")
+    for row in compare(plan):
+        if row.name == "peak":
+            table.add_section()
+        error = row.error_percent
+        table.add_row(
+            row.name,
+            *("-" if side is None else format_gb(side) for side in (row.predicted, row.measured)),
+            "-" if error is None else f"{error:+.1f} %",
+        )
+    return table
+
+
+def _bytes(side: Mapping[str, Any], name: str) -> int | None:
+    value = side.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number else None

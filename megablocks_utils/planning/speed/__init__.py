@@ -1,0 +1,1 @@
+"""Which layout is fastest: traffic by link, step cost, ranking, calibration."""

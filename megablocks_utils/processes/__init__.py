@@ -1,0 +1,1 @@
+"""The processes of a run: environment, agreement, start, liveness, stopping, output folder."""

@@ -1,0 +1,226 @@
+"""What happens when a rank is lost: the others end at once, and one of them says why.
+
+Torch-free. A survivor may hang in a collective that nothing interrupts, or fail in it with an error
+of its own, so a thread ends the process, whatever the main thread does.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from megablocks_utils.processes.liveness import POLL_S, STORE_LOSS, Board, Loss, Member, Watch
+from megablocks_utils.processes.output_folder import find_checkpoints
+
+__all__ = ["leave_run", "start_monitor"]
+
+_VERDICT_S = 4.0  # by then a loss on this machine is known
+_FAR_VERDICT_S = 50.0  # and one elsewhere
+_CONNECTION_WORDS = ("connection", "peer", "network", "pipe")
+_STUCK_POLLS = 45  # a store that does not answer for so long is gone
+_GRACE_S = 10.0  # a rank ended with an error that the others probably met too
+_GRACE_POLL_S = 0.2
+_WORD_S = 1.5  # how long others wait for the lowest survivor to speak
+_LINGER_S = 2.0  # until all have seen the verdict: this process may hold the store
+_LAST_OUT_S = 10.0  # likewise, for the others to leave
+_EXIT_CODE = 1
+
+
+class _Monitor:
+    """Watch the other ranks in a thread, and end this process when one is lost.
+
+    Args:
+        members: all ranks, in their order.
+        rank: this one.
+        store: for the board.
+        output_dir: where the newest checkpoint is looked for.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], rank: int, store: Any, output_dir: str | Path
+    ) -> None:
+        self._members, self._rank, self._output_dir = members, rank, Path(output_dir)
+        self._board = Board(store)
+        self._watch = Watch(members, rank, self._board)
+        self._stopped = threading.Event()
+        self._has_failed = False
+        self._looks = 0
+        self._hook_before = sys.excepthook
+
+    def start(self) -> None:
+        """Give the first sign of life and begin to watch; in the main thread."""
+        self._board.beat(self._rank, -1)
+        sys.excepthook = self._on_exception
+        # A launcher ends the survivors of a lost rank by SIGTERM before they could say why.
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+        for job in (self._poll, self._guard):
+            threading.Thread(target=job, name=f"monitor {job.__name__}", daemon=True).start()
+
+    def leave(self, error: str) -> None:
+        """Stop watching, and tell the others that this rank ends.
+
+        Args:
+            error: why; empty where it ends because it is done.
+        """
+        self._stopped.set()
+        sys.excepthook = self._hook_before
+        if error:
+            self._publish(error, grace_s=_GRACE_S)
+        wait_s = 0.0 if self._rank else _LINGER_S if error else _LAST_OUT_S
+        try:
+            self._board.leave(self._rank)
+            self._wait_for_others(wait_s)
+        except RuntimeError:
+            return  # the store has gone with those that left before
+
+    def _wait_for_others(self, wait_s: float) -> None:
+        last_s = time.monotonic() + wait_s
+        while time.monotonic() < last_s and self._board.count_left() < len(self._members):
+            time.sleep(0.05)
+
+    def _poll(self) -> None:
+        while not self._stopped.wait(POLL_S):
+            if (loss := self._watch.look()) is not None:
+                self._conclude(loss)
+            self._looks += 1
+
+    def _guard(self) -> None:
+        """Notice that the store, whose machine may be gone, has left `_poll` without an answer."""
+        looks, ticks = 0, 0
+        while not self._stopped.wait(POLL_S):
+            ticks = ticks + 1 if self._looks == looks else 0
+            looks = self._looks
+            if ticks >= _STUCK_POLLS:
+                self._speak_and_end(STORE_LOSS, speaks=self._watch.speaks_first(STORE_LOSS))
+
+    def _conclude(self, loss: Loss) -> None:
+        first = loss.rank != self._rank and self._watch.speaks_first(loss)
+        try:
+            if self._ends_by_itself(loss.grace_s):
+                return
+            speaks = self._takes_word(first)
+        except RuntimeError:
+            speaks = first
+        self._speak_and_end(loss, speaks=speaks)
+
+    def _ends_by_itself(self, grace_s: float) -> bool:
+        """Return whether this rank leaves while it may; others, once one has spoken, may not."""
+        last_s = time.monotonic() + grace_s
+        while time.monotonic() < last_s:
+            if self._stopped.wait(_GRACE_POLL_S):
+                return True
+            if self._has_failed or self._board.is_word_taken():
+                break
+        return False
+
+    def _takes_word(self, first: bool) -> bool:
+        """Return whether this rank speaks for all: the first one, or another if that one cannot."""
+        last_s = time.monotonic() + (0.0 if first else _WORD_S)
+        while time.monotonic() < last_s:
+            if self._board.is_word_taken():
+                return False
+            time.sleep(0.1)
+        return self._board.claim_word()
+
+    def _speak_and_end(self, loss: Loss, *, speaks: bool) -> NoReturn:
+        if speaks:
+            sys.stderr.write(f"{self._describe(loss)}\n")
+            sys.stderr.flush()
+            time.sleep(_LINGER_S)
+        os._exit(_EXIT_CODE)
+
+    def _describe(self, loss: Loss) -> str:
+        lost = self._members[loss.rank or 0]
+        who = f"the store of this run (on {lost.host})" if loss.rank is None else str(lost)
+        reason = loss.reason.removesuffix(".")
+        return f"{who} was lost: {reason}. {_advise(self._output_dir)}"
+
+    def _publish(self, reason: str, grace_s: float = 0.0) -> None:
+        try:
+            self._board.publish(Loss(self._rank, reason, grace_s))
+        except RuntimeError:
+            return  # nobody is left to be told
+
+    def _on_exception(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        """Wait for a verdict where a lost peer may be behind the error, else tell the others."""
+        if issubclass(kind, RuntimeError):
+            self._has_failed = True
+            time.sleep(self._verdict_wait_s(str(error)))
+        self._stopped.set()
+        first_line = "".join(str(error).strip().splitlines()[:1])
+        reason = f"{kind.__name__}: {first_line}" if first_line else kind.__name__
+        if issubclass(kind, KeyboardInterrupt):
+            self._publish(reason, grace_s=_GRACE_S)
+            self._hook_before(kind, error, trace)
+            return
+        self._publish(reason)
+        self._hook_before(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(_LINGER_S)
+        os._exit(_EXIT_CODE)  # an ordinary end may wait for peers in gloo's or NCCL's destructors
+
+    def _verdict_wait_s(self, message: str) -> float:
+        has_far = any(m.machine != self._members[self._rank].machine for m in self._members)
+        is_about_peers = any(word in message.lower() for word in _CONNECTION_WORDS)
+        return _FAR_VERDICT_S if has_far and is_about_peers else _VERDICT_S
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        time.sleep(_VERDICT_S)
+        self._publish(signal.Signals(number).name, grace_s=_GRACE_S)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+_running: list[_Monitor] = []
+
+
+def start_monitor(members: Sequence[Member], rank: int, store: Any, output_dir: str | Path) -> None:
+    """Watch the other ranks until `leave_run`; in the main thread.
+
+    From now on a lost rank ends this process with exit code 1, and the lowest surviving rank writes
+    one sentence to standard error: who was lost, and where to go on.
+
+    **Collective:** all ranks must call it.
+
+    Args:
+        members: all ranks, in their order.
+        rank: this one.
+        store: a `torch.distributed` store with a client of its own, empty at the start.
+        output_dir: where the newest complete checkpoint is looked for.
+    """
+    monitor = _Monitor(members, rank, store, output_dir)
+    monitor.start()
+    _running.append(monitor)
+
+
+def leave_run(error: str = "") -> None:
+    """Tell the other ranks, if they watch, that this one ends; every ordinary end comes here.
+
+    Args:
+        error: the sentence it ends with; empty where it is done. Those who do not meet the same
+            error are ended 10 s later.
+    """
+    while _running:
+        _running.pop().leave(error)
+
+
+def _advise(output_dir: Path) -> str:
+    try:
+        complete = find_checkpoints(output_dir)
+    except OSError as error:
+        return f"{output_dir} cannot be read ({error.strerror})."
+    if not complete:
+        return f"There is no complete checkpoint in {output_dir}."
+    return (
+        f"The newest complete checkpoint is {complete[-1][1]}; go on from it with "
+        "--resume_from_checkpoint True."
+    )

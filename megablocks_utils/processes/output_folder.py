@@ -1,0 +1,247 @@
+"""The output folder: what may be written into it, and which checkpoint in it a run goes on from.
+
+Torch-free. A checkpoint is complete when `checkpoint-<step>/` holds `manifest.json`, which is
+written last; `checkpoint-latest` points to the newest complete one.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from megablocks_utils.config import RunConfig
+from megablocks_utils.config.reader import join_words
+from megablocks_utils.errors import ConfigurationError
+
+__all__ = [
+    "CHECKPOINT_PREFIX",
+    "INCOMPLETE_SUFFIX",
+    "LATEST_NAME",
+    "MANIFEST_NAME",
+    "check_output_dir",
+    "choose_checkpoint",
+    "claim_output_dir",
+    "find_checkpoints",
+    "find_incomplete",
+    "remove_checkpoint",
+]
+
+CHECKPOINT_PREFIX = "checkpoint-"
+INCOMPLETE_SUFFIX = ".incomplete"
+LATEST_NAME = "checkpoint-latest"
+MANIFEST_NAME = "manifest.json"
+_CLAIM_NAME = ".claim.json"
+_METRICS_NAME = "metrics.jsonl"
+_MODEL_FILES = ("model*.safetensors", "adapter_model.safetensors")
+_RESULT_FILES = ("run.json", *_MODEL_FILES, "model.safetensors.index.json")
+
+
+def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return the complete checkpoints in `folder` as (step, path), the oldest first."""
+    found = _find_checkpoint_folders(folder)
+    return sorted((step, path) for step, path in found if _is_complete(path))
+
+
+def find_incomplete(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder` that were never finished, the oldest first."""
+    found = _find_checkpoint_folders(folder)
+    return [path for _, path in sorted(found) if not _is_complete(path)]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; what an interrupted removal leaves does not look complete."""
+    (path / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def choose_checkpoint(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the checkpoint that a run goes on from; None for a run that starts anew.
+
+    `--resume_from_checkpoint` says which, with one exception: when torchrun has restarted the
+    processes of a run that had claimed its output folder, the newest complete checkpoint there is
+    taken, whatever the option says.
+
+    Raises:
+        ConfigurationError: for a checkpoint that is not there or not complete.
+    """
+    folder, wish = Path(config.output_dir), config.saving.resume_from_checkpoint
+    complete = find_checkpoints(folder)
+    if complete and _is_restart(folder, environ):
+        return complete[-1][1]
+    if wish.lower() == "false":
+        return None
+    if wish.lower() != "true":
+        return _check_checkpoint(Path(wish))
+    if not complete:
+        raise ConfigurationError(
+            f"--resume_from_checkpoint is {wish}, but --output_dir {folder} holds no complete "
+            f"checkpoint{_name_incomplete(folder)}; start without --resume_from_checkpoint."
+        )
+    return complete[-1][1]
+
+
+def check_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the output folder, or refuse one that cannot or must not be written.
+
+    Makes nothing: a run that is refused later, for its data or model, leaves no trace.
+
+    Raises:
+        ConfigurationError: for a folder that holds a finished run or checkpoints of another one
+            (unless resuming), or checkpoints later than the one to go on from; both are allowed
+            with `--overwrite_output_dir True`. For a file, a place where nothing can be written,
+            and as `choose_checkpoint`.
+    """
+    folder = Path(config.output_dir)
+    seen = f"--output_dir is {config.output_dir}, but"
+    try:
+        chosen = choose_checkpoint(config, environ)
+        if not (config.overwrite_output_dir or _is_restart(folder, environ)):
+            if chosen is None:
+                _refuse_earlier_run(folder, seen)
+            else:
+                _refuse_later_checkpoints(folder, chosen, seen)
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            which = "that" if existing == folder else str(existing)
+            raise ConfigurationError(f"{seen} {which} is a file; it must be a folder.")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"{seen} it cannot be written ({error.strerror}).") from error
+    return folder
+
+
+def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path:
+    """Check the output folder, make it, and remove what an earlier run left in it.
+
+    Rank 0 calls this once data and model are known to be good, just before the first write, and
+    hands an error to `agree_on_error`. Old model files must go: transformers would load a stale
+    `model.safetensors` in place of new shards. A run that resumes keeps metrics and checkpoints;
+    one that overwrites removes old checkpoints, which must never be resumed by mistake.
+
+    Raises:
+        ConfigurationError: as `check_output_dir`; then nothing is made or removed.
+    """
+    folder = check_output_dir(config, environ)
+    chosen = choose_checkpoint(config, environ)
+    made = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        raise ConfigurationError(
+            f"--output_dir is {config.output_dir}, but it cannot be made ({error.strerror})."
+        ) from error
+    for pattern in _RESULT_FILES if chosen else (*_RESULT_FILES, _METRICS_NAME):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    if config.overwrite_output_dir:
+        _remove_checkpoints(folder, chosen)
+    if launch := _describe_launch(environ):
+        (folder / _CLAIM_NAME).write_text(json.dumps(launch), encoding="utf-8")
+    return folder
+
+
+def _find_checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Return every folder named as a checkpoint, complete or not, with its step."""
+    name = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)({re.escape(INCOMPLETE_SUFFIX)})?")
+    paths = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir()]
+    matches = [(name.fullmatch(path.name), path) for path in paths]
+    return [(int(match[1]), path) for match, path in matches if match]
+
+
+def _is_complete(path: Path) -> bool:
+    return not path.name.endswith(INCOMPLETE_SUFFIX) and (path / MANIFEST_NAME).is_file()
+
+
+def _check_checkpoint(path: Path) -> Path:
+    seen = f"--resume_from_checkpoint is {path}, but"
+    wanted = "it must be True, False or the folder of a complete checkpoint"
+    if not path.is_dir():
+        raise ConfigurationError(f"{seen} that is no folder; {wanted}.")
+    path = path.resolve() if path.is_symlink() else path
+    if not _is_complete(path):
+        inside = find_checkpoints(path)
+        hint = f", such as {inside[-1][1]}" if inside else ""
+        raise ConfigurationError(f"{seen} that holds no {MANIFEST_NAME}; {wanted}{hint}.")
+    return path
+
+
+def _name_incomplete(folder: Path) -> str:
+    names = [path.name for path in find_incomplete(folder)]
+    return f" (never finished: {join_words(names, 'and')})" if names else ""
+
+
+def _refuse_earlier_run(folder: Path, seen: str) -> None:
+    patterns = ("run.json", *_MODEL_FILES)
+    finished = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    if finished:
+        raise ConfigurationError(
+            f"{seen} it holds a finished run ({finished[0].name}); choose another folder or "
+            "give --overwrite_output_dir True."
+        )
+    if complete := find_checkpoints(folder):
+        raise ConfigurationError(
+            f"{seen} it holds checkpoints of a run that has not finished (the newest is "
+            f"{complete[-1][1].name}); give --resume_from_checkpoint True to go on, another "
+            "folder, or --overwrite_output_dir True."
+        )
+
+
+def _refuse_later_checkpoints(folder: Path, chosen: Path, seen: str) -> None:
+    if later := _find_later(folder, chosen):
+        raise ConfigurationError(
+            f"{seen} it holds {later[-1].name}, which does not belong to a run that goes on from "
+            f"{chosen}; choose another folder, or give --overwrite_output_dir True to delete it."
+        )
+
+
+def _find_later(folder: Path, chosen: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder` that a run from `chosen` has not come by."""
+    complete = find_checkpoints(folder)
+    own = [step for step, path in complete if path.resolve() == chosen.resolve()]
+    return [path for step, path in complete if not own or step > own[0]]
+
+
+def _remove_checkpoints(folder: Path, chosen: Path | None) -> None:
+    """Remove what must never be gone on from by mistake: all, or those later than `chosen`."""
+    if chosen is not None:
+        for path in _find_later(folder, chosen):
+            remove_checkpoint(path)
+        return
+    (folder / LATEST_NAME).unlink(missing_ok=True)
+    for _, path in _find_checkpoint_folders(folder):
+        remove_checkpoint(path)
+
+
+def _is_restart(folder: Path, environ: Mapping[str, str]) -> bool:
+    """Return whether torchrun restarted a run that had already claimed `folder`.
+
+    The count alone is not enough: torchrun also restarts a run that was refused, and the second
+    try must not take the checkpoints, or the place, of the run that the first was refused for.
+    """
+    if int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < 1:
+        return False
+    try:
+        claim = json.loads((folder / _CLAIM_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    launch = _describe_launch(environ)
+    if claim["host"] != launch.get("host"):  # each machine has an agent of its own
+        return claim["run_id"] == launch.get("run_id")
+    return claim == launch
+
+
+def _describe_launch(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what tells this start of torchrun from others, and is kept when it restarts.
+
+    The run id alone is often "none"; the error files lie in a folder that an agent makes anew.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return {}
+    agent = environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
+    return {"run_id": environ["TORCHELASTIC_RUN_ID"], "agent": agent, "host": os.uname().nodename}

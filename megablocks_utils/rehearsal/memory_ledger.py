@@ -1,0 +1,174 @@
+"""Book every byte that tensors take, when they take it, and what for.
+
+What torch has for this (`torch.distributed._tools.fsdp2_mem_tracker`) books experts outside of FSDP
+as activations, wants its statistics reset in every micro-step, and counts the global shapes that
+DTensor makes to work out placements.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megablocks_utils.rehearsal.memory_origin import FSDP_BUFFERS, find_origin
+
+__all__ = ["LedgerPeak", "MemoryLedger"]
+
+_JOINS_GRADIENTS = "chunk_cat"
+
+
+@dataclass(frozen=True)
+class LedgerPeak:
+    """The moment at which most was held.
+
+    Attributes:
+        components: bytes by component.
+        moment: what the run was doing.
+    """
+
+    components: dict[str, int]
+    moment: str
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return sum(self.components.values())
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Watch all operators while entered, and book the storages of what they return.
+
+    A storage belongs to the component that `find_origin` names when it is made, unless `assign`
+    says later what has become of it. Memory is booked until the storage is gone, or resized.
+
+    Attributes:
+        moment: what the run is doing now; the owner sets it, and the first backward function
+            makes it `backward`.
+    """
+
+    def __init__(self, device_type: str = "cpu") -> None:
+        super().__init__()
+        self.moment = "setup"
+        self._device_type = device_type
+        self._sizes: dict[int, int] = {}  # live storages, by number
+        self._numbers: dict[int, int] = {}  # live storages, by address
+        self._origins: list[str] = []
+        self._events: list[tuple[int, int]] = []
+        self._moments: list[tuple[int, str]] = []
+        self._first_event = 0
+
+    def __enter__(self) -> "MemoryLedger":
+        super().__enter__()
+        self._resizes = _watch_resizes(self._book_resize)
+        self._resizes.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._resizes.__exit__(*error)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back with local tensors
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor) and result.device.type == self._device_type:
+                self._book(result.untyped_storage())
+        if _JOINS_GRADIENTS in func.__name__:
+            # What FSDP is about to reduce are gradients of whole weights, made by autograd.
+            self.assign(tree_leaves(args), FSDP_BUFFERS, unless="parameters")
+        return results
+
+    def assign(self, tensors: Iterable[Any], component: str, *, unless: str = "") -> None:
+        """Say what tensors are, from when they were made; what is not booked is left out.
+
+        Args:
+            tensors: DTensors stand for their local tensors; anything else is passed over.
+            component: which.
+            unless: a component that is left as it is.
+        """
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                continue
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            number = self._numbers.get(local.untyped_storage()._cdata)
+            if number is not None and self._origins[number] != unless:
+                self._origins[number] = component
+
+    def open(self) -> None:
+        """Look for the peak from now on."""
+        self._first_event = len(self._events)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held now."""
+        return sum(self._sizes.values())
+
+    def find_peak(self) -> LedgerPeak:
+        """Return the moment at which most was held, since `open`."""
+        totals = list(accumulate(change for _, change in self._events))
+        peak = max(range(self._first_event, len(totals)), key=totals.__getitem__)
+        held: Counter[str] = Counter()
+        for number, change in self._events[: peak + 1]:
+            held[self._origins[number]] += change
+        moment = [name for index, name in self._moments if index <= peak][-1]
+        return LedgerPeak({name: size for name, size in held.items() if size}, moment)
+
+    def _book(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._numbers:
+            return
+        origin = find_origin()
+        if origin is None:
+            return
+        number = self._numbers[address] = len(self._origins)
+        self._origins.append(origin)
+        self._change(number, storage.nbytes())
+        weakref.finalize(storage, self._book_end, address)
+
+    def _book_end(self, address: int) -> None:
+        number = self._numbers.pop(address)
+        self._change(number, 0)
+        del self._sizes[number]
+
+    def _book_resize(self, storage: torch.UntypedStorage) -> None:
+        """FSDP frees what it has gathered by resizing it to nothing."""
+        number = self._numbers.get(storage._cdata)
+        if number is not None:
+            self._change(number, storage.nbytes())
+
+    def _change(self, number: int, size: int) -> None:
+        if torch._C._current_autograd_node() is not None:
+            self.moment = "backward"
+        if not self._moments or self._moments[-1][1] != self.moment:
+            self._moments.append((len(self._events), self.moment))
+        self._events.append((number, size - self._sizes.get(number, 0)))
+        self._sizes[number] = size
+
+
+@contextmanager
+def _watch_resizes(on_resize: Any) -> Iterator[None]:
+    """Call `on_resize` after each resize of a storage, which no dispatch mode sees."""
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        on_resize(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = original

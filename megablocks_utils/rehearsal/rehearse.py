@@ -1,0 +1,224 @@
+"""Take one optimizer step of either script on rank 0, with imaginary peers.
+
+With fake tensors nothing is computed and almost no memory is used: a model of any size is rehearsed
+on a laptop. With real tensors (`is_real`) the step is computed on this machine's device, so that
+its allocator, kernels and optimizer can be measured; what would have come from peers is left as it
+is in memory, so no number in it means anything.
+
+Facts about torch 2.13 that shape this module: a `DeviceMesh` cannot be made under fake tensors, so
+the model is wrapped while it is on meta; the peak of an optimizer step needs Adam's states, so they
+are made before the first micro-step.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megablocks_utils.config import RunConfig
+from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.planning.model.prediction import (
+    COLLECTIVES,
+    COMPONENTS,
+    Layout,
+    PlannedRun,
+    Prediction,
+)
+from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_counts
+from megablocks_utils.rehearsal.fake_process_group import imaginary_peers
+from megablocks_utils.rehearsal.library_patches import no_launches, one_example_a_row
+from megablocks_utils.rehearsal.memory_ledger import LedgerPeak, MemoryLedger
+from megablocks_utils.rehearsal.planned_config import build_config
+from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, Parts
+from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
+from megablocks_utils.training.data.batches import MicroBatch
+from megablocks_utils.training.data.text import IGNORED_LABEL
+from megablocks_utils.training.model_source import build_bare_model, split_experts
+from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.step.micro_batch import LossWeights
+
+_SEED = 42
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsed step needed.
+
+    Attributes:
+        peak: the moment at which tensors held most, as the ledger has booked it.
+        allocated_bytes: held after zero_grad.
+        sent_bytes_per_step: by kind of collective, scaled to all micro-steps of the run.
+    """
+
+    peak: LedgerPeak
+    allocated_bytes: int
+    sent_bytes_per_step: dict[str, int]
+
+    def as_prediction(self) -> Prediction:
+        """Return it as a plan has it."""
+        return Prediction(
+            {name: self.peak.components.get(name, 0) for name in COMPONENTS},
+            self.peak.moment,
+            self.allocated_bytes,
+            self.sent_bytes_per_step,
+        )
+
+
+def rehearse(
+    folder: Path,
+    layout: Layout,
+    run: PlannedRun,
+    *,
+    device: torch.device,
+    is_real: bool = False,
+    on_wrapped: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], None] = lambda: None,
+    on_done: Callable[[], None] = lambda: None,
+) -> Rehearsal:
+    """Take one step as rank 0 of `run.world_size`; no process group may be initialised.
+
+    Args:
+        folder: holds the model's config.json; weights are not read.
+        layout: how the experts are spread.
+        run: what is planned; of its micro-steps two at most are taken.
+        device: where tensors are, or pretend to be.
+        is_real: whether they are real.
+        on_wrapped: called when the model is there, but none of its weights.
+        on_ready: called when weights and optimizer state are there, before the first micro-step;
+            whoever measures begins here.
+        on_done: called after zero_grad, while everything that a run holds is still there.
+
+    Raises:
+        UserError: a model or kernel that cannot be run.
+    """
+    config = build_config(layout, run)
+    imagination = () if is_real else _imagination(run)
+    ledger, traffic = MemoryLedger(device.type), TrafficCounter()
+    with imaginary_peers(run.world_size, device.type):
+        rehearsed = _build(folder, config, run, device)
+        with ExitStack() as modes:
+            for mode in (*imagination, ledger, traffic, AssumedValues(run.label_tokens)):
+                modes.enter_context(mode)
+            on_wrapped()
+            rehearsed.fill()
+            rehearsed.model.train()
+            step = _Step(rehearsed, run, ledger, traffic)
+            step.make_optimizer_state()
+            ledger.open()
+            on_ready()
+            step.take(config.optim.gradient_accumulation_steps)
+            on_done()
+            return step.report()
+
+
+def _build(
+    folder: Path, config: RunConfig, run: PlannedRun, device: torch.device
+) -> Fsdp1Run | Fsdp2Run:
+    """Do what `training.setup` does, without data and weights, and wrap what can be wrapped."""
+    precision = run.precision
+    model = build_bare_model(folder, getattr(torch, precision.weights))
+    compute_dtype = getattr(torch, precision.compute)
+    sharded = split_experts(model, config, device, compute_dtype, run.tokens)
+    if sharded is not None:
+        counts = assume_counts(run.tokens * model.config.num_experts_per_tok, run.imbalance)
+        for module in sharded.expert_modules.values():
+            module.exchange_counts = counts
+    if config.adapter.has_lora:
+        adapters = choose_adapters(model, config.adapter)
+        apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
+        _move_to_meta(model)
+    apply_gradient_checkpointing(model, config.gradient_checkpointing)
+    kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
+    return kind(Parts(model, sharded, config, run, device))
+
+
+def _move_to_meta(model: nn.Module) -> None:
+    """Forget the adapters' values: they are filled like the weights, and booked."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            on_meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            setattr(module, name, on_meta)
+
+
+def _imagination(run: PlannedRun) -> Iterator[AbstractContextManager]:
+    if run.kernel == "triton":
+        yield no_launches()
+    if run.examples == 1:
+        yield one_example_a_row()
+    # Rotary frequencies are real: every model computes them when it is built.
+    yield FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class _Step:
+    """One optimizer step, booked."""
+
+    def __init__(
+        self,
+        rehearsed: Fsdp1Run | Fsdp2Run,
+        run: PlannedRun,
+        ledger: MemoryLedger,
+        traffic: TrafficCounter,
+    ) -> None:
+        self._rehearsed = rehearsed
+        self._run = run
+        self._ledger = ledger
+        self._traffic = traffic
+        self._trainable = [p for p in rehearsed.model.parameters() if p.requires_grad]
+
+    def make_optimizer_state(self) -> None:
+        """Have the optimizer make its state, which the first backward pass would not see."""
+        optimizer = self._rehearsed.optimizer
+        for parameter in self._trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        states = (value for state in optimizer.state.values() for value in state.values())
+        self._ledger.assign(states, "optimizer")
+        self._traffic.take()
+
+    def take(self, micro_steps: int) -> None:
+        """Run the micro-steps, and end the step."""
+        rehearsed, ledger = self._rehearsed, self._ledger
+        weights = LossWeights(self._run.label_tokens, micro_steps, self._aux_loss_coef())
+        self.sent_by_micro_step = []
+        for number in range(micro_steps):
+            ledger.moment = "forward"
+            is_last = number == micro_steps - 1
+            rehearsed.micro_step(self._micro_batch(), weights, is_last=is_last)
+            self._assign()
+            self.sent_by_micro_step.append(self._traffic.take())
+        ledger.moment = "optimizer"
+        rehearsed.finish_gradients()
+        self.sent_at_end = self._traffic.take()
+        rehearsed.optimizer.step()
+        rehearsed.optimizer.zero_grad()
+
+    def report(self) -> Rehearsal:
+        """Say what it needed."""
+        first, last = self.sent_by_micro_step[0], self.sent_by_micro_step[-1]
+        sent = Counter(last)
+        for kind, size in first.items():
+            sent[kind] += size * (self._run.accumulation - 1)
+        sent += self.sent_at_end
+        sent_bytes = {kind: sent[kind] for kind in COLLECTIVES}
+        return Rehearsal(self._ledger.find_peak(), self._ledger.held_bytes, sent_bytes)
+
+    def _assign(self) -> None:
+        self._ledger.assign(self._rehearsed.model.parameters(), "parameters")
+        self._ledger.assign((p.grad for p in self._trainable), "gradients")
+
+    def _micro_batch(self) -> MicroBatch:
+        num_tokens = self._run.tokens
+        tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
+        labels = tokens.clone()
+        labels[:, : num_tokens - self._run.label_tokens] = IGNORED_LABEL
+        positions = torch.arange(num_tokens)[None] % -(-num_tokens // self._run.examples)
+        return MicroBatch(tokens, positions, labels, is_dummy=False)
+
+    def _aux_loss_coef(self) -> float:
+        return 0.01 if self._run.has_aux_loss else 0.0

@@ -1,0 +1,131 @@
+"""The two training runs that can be rehearsed: each script's own way of wrapping and stepping."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from megablocks_utils.config import RunConfig
+from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, fill_and_wrap_fsdp1, strip_wrappers
+from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
+from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
+from megablocks_utils.planning.model.prediction import PlannedRun
+from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.training.data.batches import MicroBatch
+from megablocks_utils.training.loop import TrainingState, finish_gradients, run_micro_batch
+from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
+from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
+
+__all__ = ["Fsdp1Run", "Fsdp2Run", "Parts"]
+
+_SEED = 42
+_NUM_STEPS = 1000
+_MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What both runs are made of.
+
+    Attributes:
+        model: on meta, not wrapped.
+        sharded: how its experts are split; None where transformers runs them.
+        config: the options.
+        run: what is planned.
+        device: where tensors will be.
+    """
+
+    model: PreTrainedModel
+    sharded: ShardedMoE | None
+    config: RunConfig
+    run: PlannedRun
+    device: torch.device
+
+
+class Fsdp2Run:
+    """What `train_accelerate_fsdp2.py` does.
+
+    Made outside of fake tensors, where a `DeviceMesh` can be made, with the model on meta; then
+    `fill` it.
+
+    Attributes:
+        model: wrapped.
+        optimizer: after `fill`.
+    """
+
+    optimizer: Optimizer
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        model, precision = parts.model, parts.run.precision
+        classes = sorted(model._no_split_modules)
+        self._accelerator = build_accelerator(parts.config, precision, classes, parts.device.type)
+        self._layers = find_layers(model, self._accelerator)
+        self.model = wrap_fsdp2(self._accelerator, model, parts.sharded)
+
+    def fill(self) -> None:
+        """Give all parameters their memory, and make the optimizer."""
+        accelerator, parts = self._accelerator, self._parts
+        fill_layers(self.model, self._layers, fill_at_random, accelerator.device)
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(), parts.config.optim, parts.run.precision, seed=_SEED
+        )
+        scheduler = build_lr_scheduler(self.optimizer, parts.config.optim, _NUM_STEPS)
+        prepared = accelerator.prepare_optimizer(self.optimizer)
+        self._state = TrainingState(accelerator, self.model, prepared, scheduler, parts.sharded)
+
+    def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
+        """Run forward and backward; Accelerate counts the micro-steps itself."""
+        with self._accelerator.accumulate(self.model):
+            run_micro_batch(self._state, batch, weights)
+
+    def finish_gradients(self) -> None:
+        """Sum over copies, and clip."""
+        finish_gradients(self._state, _MAX_GRAD_NORM)
+
+
+class Fsdp1Run:
+    """What `train_fsdp1.py` does; as `Fsdp2Run`, but that `fill` wraps."""
+
+    model: nn.Module
+    optimizer: Optimizer
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._plugin = build_fsdp1_plugin(parts.run.precision)
+
+    def fill(self) -> None:
+        """Fill and wrap layer by layer, and make the optimizer."""
+        parts = self._parts
+        self.model = fill_and_wrap_fsdp1(
+            parts.model,
+            parts.sharded,
+            self._plugin,
+            layer_classes=sorted(parts.model._no_split_modules),
+            device=parts.device,
+            fill_local=fill_at_random,
+        )
+        named = ((strip_wrappers(name), p) for name, p in self.model.named_parameters())
+        self.optimizer = build_optimizer(named, parts.config.optim, parts.run.precision, seed=_SEED)
+
+    def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
+        """Run forward and backward; gradients wait where the options say so."""
+        waits = not (is_last or self._parts.run.sync_each_batch)
+        with self.model.no_sync() if waits else nullcontext():
+            loss = compute_micro_batch_loss(self.model, batch, weights, self._parts.device)
+            loss.objective.backward()
+
+    def finish_gradients(self) -> None:
+        """Sum over copies, and clip."""
+        sharded = self._parts.sharded
+        if sharded is not None:
+            sum_replica_gradients(sharded.expert_parameters.values(), sharded.mesh)
+        clip_gradients(self.model.parameters(), _MAX_GRAD_NORM)
+
+
+def fill_at_random(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:
+    """Fill a part of a parameter."""
+    local.normal_(std=0.02)

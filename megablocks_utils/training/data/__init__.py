@@ -1,0 +1,1 @@
+"""Training data: records, formats, tokens, batches, and which step holds which example."""

@@ -1,0 +1,127 @@
+"""Which examples each step of a run holds: epochs, orders and step plans of this rank."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megablocks_utils.config import RunConfig
+from megablocks_utils.training.data.batches import (
+    StepPlan,
+    build_step_plan,
+    deal_examples,
+    epoch_order,
+    steps_per_epoch,
+)
+from megablocks_utils.training.data.examples import TokenizedExamples
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of a run for one rank.
+
+    Attributes:
+        config: the run.
+        examples: all of them, the same on every rank.
+        rank: this rank.
+        world_size: ranks of the run, each with its own examples.
+    """
+
+    config: RunConfig
+    examples: TokenizedExamples
+    rank: int
+    world_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data; the last may be smaller."""
+        return steps_per_epoch(len(self.examples), world_size=self.world_size, **self._sizes())
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run: `--max_steps`, or else whole and part epochs."""
+        optim = self.config.optim
+        if optim.max_steps > 0:
+            return optim.max_steps
+        return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
+
+    def largest_micro_batch(self) -> tuple[int, int, int]:
+        """Return tokens, labels and examples of the largest micro-batch that any rank will see."""
+        lengths = self.examples.lengths
+        largest = (0, 0, 0)
+        for size, chosen in self._steps_by_bound():
+            if size <= largest[0]:
+                break
+            deal = deal_examples(
+                lengths[chosen].tolist(), world_size=self.world_size, **self._sizes()
+            )
+            for row in (chosen[row] for micro_step in deal for row in micro_step):
+                labels = int(self.examples.num_label_tokens[row].sum())
+                largest = max(largest, (int(lengths[row].sum()), labels, len(row)))
+        return largest
+
+    def _steps_by_bound(self) -> list[tuple[int, np.ndarray]]:
+        """List the examples of every step, first the one that could have the largest micro-batch.
+
+        It holds at most the longest examples of its step that there is room for.
+        """
+        sizes = self._sizes()
+        room = sizes["per_device_train_batch_size"]
+        num_batches = self.world_size * sizes["gradient_accumulation_steps"]
+        steps = []
+        for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
+            order = np.array(self._order(epoch))
+            done = epoch * self.steps_per_epoch
+            for step in range(min(self.steps_per_epoch, self.num_steps - done)):
+                chosen = order[step * num_batches * room : (step + 1) * num_batches * room]
+                longest = np.sort(self.examples.lengths[chosen])[::-1]
+                steps.append((int(longest[:room].sum()), chosen))
+        return sorted(steps, key=lambda item: -item[0])
+
+    def plans(self, first_step: int = 0) -> Iterator[tuple[float, StepPlan]]:
+        """Yield the epochs done after each step, and this rank's part of the step.
+
+        Args:
+            first_step: steps done before, whose plans are left out.
+        """
+        num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
+        first_epoch = first_step // self.steps_per_epoch
+        plans = (
+            plan
+            for epoch in range(first_epoch, num_epochs)
+            for plan in self.plans_of_epoch(epoch, first_step)
+        )
+        for step, plan in enumerate(plans, start=first_step + 1):
+            yield step / self.steps_per_epoch, plan
+
+    def plans_of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
+        """Yield this rank's part of every step of an epoch, counted from 0.
+
+        Args:
+            epoch: which one.
+            first_step: steps of the run done before, whose plans are left out.
+        """
+        order = self._order(epoch)
+        start = epoch * self.steps_per_epoch
+        stop = min(start + self.steps_per_epoch, self.num_steps)
+        for step in range(max(start, first_step), stop):
+            yield build_step_plan(
+                self.examples,
+                order,
+                step - start,
+                world_size=self.world_size,
+                rank=self.rank,
+                **self._sizes(),
+            )
+
+    def _order(self, epoch: int) -> list[int]:
+        config = self.config
+        return epoch_order(len(self.examples), config.seed, epoch, config.data.shuffle)
+
+    def _sizes(self) -> dict[str, int]:
+        optim = self.config.optim
+        return {
+            "per_device_train_batch_size": optim.per_device_train_batch_size,
+            "gradient_accumulation_steps": optim.gradient_accumulation_steps,
+        }

@@ -1,0 +1,120 @@
+"""The plan of a run that starts, and what became of it: predicted against measured."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.config import RunConfig
+from megablocks_utils.errors import PlanError
+from megablocks_utils.planning.memory.run_plan import RunPlan, plan_run
+from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.report.memory import read_available_memory, read_memory
+from megablocks_utils.training.report.metrics import RunTotals
+from megablocks_utils.training.report.parameters import count_local_bytes
+
+__all__ = ["CheckedPlan", "check_plan"]
+
+
+@dataclass(frozen=True)
+class CheckedPlan:
+    """What was predicted of this run, and what its process held before it held any of it.
+
+    Attributes:
+        run_plan: the prediction and its verdict.
+        base_bytes: resident memory of this process when it was made; 0 on a GPU, where only
+            tensors are measured.
+    """
+
+    run_plan: RunPlan
+    base_bytes: int
+
+    def describe(self) -> str:
+        """Say the peak in one line."""
+        return self.run_plan.describe()
+
+    def as_record(
+        self, model: nn.Module, optimizer: Optimizer, totals: RunTotals
+    ) -> dict[str, Any]:
+        """Return what `run.json` holds: predicted and measured.
+
+        The components are tensor bytes of this rank; peak and allocated are those of the fullest
+        rank, less `base_bytes`.
+
+        Args:
+            model: wrapped.
+            optimizer: of the run, with its states.
+            totals: the run's steps added up.
+        """
+        measured = {
+            "components": {
+                "parameters": count_local_bytes(model.parameters()),
+                "optimizer": count_local_bytes(_states(optimizer)),
+            },
+            "peak_bytes": max(0, totals.mem_peak_bytes - self.base_bytes),
+            "allocated_bytes": max(0, totals.mem_alloc_bytes - self.base_bytes),
+        }
+        return self.run_plan.as_record() | {"base_bytes": self.base_bytes, "measured": measured}
+
+
+def check_plan(
+    config: RunConfig,
+    folder: Path,
+    schedule: Schedule,
+    device: torch.device,
+    kernel: str | None,
+) -> CheckedPlan:
+    """Predict the peak of this run, and refuse one that no device could hold.
+
+    **Collective:** one all-reduce of one number over the world.
+
+    Args:
+        config: the run.
+        folder: holds the model's config.json.
+        schedule: its micro-batches.
+        device: where this rank computes; its free memory is what a rank may take.
+        kernel: the backend that runs the experts; None: transformers does.
+
+    Raises:
+        PlanError: on every rank, unless `--ignore_plan` is True.
+    """
+    tokens, label_tokens, examples = schedule.largest_micro_batch()
+    run_plan = plan_run(
+        config,
+        read_settings(folder / "config.json", "model"),
+        world_size=schedule.world_size,
+        device_type=device.type,
+        capacity_bytes=_least_capacity(device, schedule.world_size),
+        tokens=tokens,
+        label_tokens=label_tokens,
+        examples=examples,
+        kernel=kernel or "transformers",
+    )
+    if run_plan.is_impossible and not config.ignore_plan:
+        raise PlanError(run_plan.describe_impossible())
+    base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes
+    return CheckedPlan(run_plan, base_bytes)
+
+
+def _least_capacity(device: torch.device, world_size: int) -> int:
+    """Return the memory that the rank with the least may take, on every rank."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = read_available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    least = torch.tensor(free, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
+def _states(optimizer: Optimizer) -> Iterable[Tensor]:
+    """Yield the moments; the count of steps is a number in memory of its own."""
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())

@@ -1,0 +1,1 @@
+"""What a run shows and measures: metrics, progress, summaries, loss curve, run.json."""

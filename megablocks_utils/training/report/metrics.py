@@ -1,0 +1,231 @@
+"""Numbers of each optimizer step: measured on every rank, reduced once, one JSON line each."""
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megablocks_utils.files import finite_or_none, publish_file
+from megablocks_utils.training.report.memory import read_memory
+
+__all__ = ["MetricsWriter", "RunTotals", "StepMeter", "StepMetrics", "read_metrics"]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Hold the numbers of one optimizer step, the same on every rank.
+
+    Attributes:
+        step: Optimizer steps done, 1 after the first.
+        epoch: Epochs done, as a fraction.
+        loss: Sum of the global batch's token losses over its number of label tokens.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        learning_rate: Rate used by this step.
+        tokens: Label tokens of the global batch.
+        input_tokens: Input tokens of the global batch.
+        step_time_s: Wall time of the slowest rank.
+        tokens_per_s: Input tokens of all ranks per second.
+        mem_peak_bytes: Peak memory since the run's start, largest over ranks.
+        mem_alloc_bytes: Memory held after `zero_grad`, largest over ranks.
+        aux_loss: Load-balancing loss before its coefficient, mean over the micro-batches of all
+            ranks that gave one; None when none did.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    input_tokens: int
+    step_time_s: float
+    tokens_per_s: float
+    mem_peak_bytes: int
+    mem_alloc_bytes: int
+    aux_loss: float | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the step as it stands in `metrics.jsonl`: no `aux_loss` key when there is none."""
+        record = asdict(self)
+        if self.aux_loss is None:
+            del record["aux_loss"]
+        return record
+
+
+class StepMeter:
+    """Measure one optimizer step after another on this rank.
+
+    Loss parts are added up on the device, so nothing waits for the device between micro-batches.
+
+    Args:
+        device: Where this rank computes.
+        group: Ranks of the run; None for all of them, or for a run without processes.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+        self._device = device
+        self._group = group
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._started_s: float | None = None
+
+    def start_step(self) -> None:
+        """Begin a step: start its clock and forget the last step's losses."""
+        self._sums.zero_()
+        self._started_s = time.perf_counter()
+
+    def add_micro_batch(self, loss_sum: Tensor, aux: Tensor | None = None) -> None:
+        """Add a micro-batch of this rank, without waiting for the device.
+
+        Args:
+            loss_sum: Scalar, sum of the token losses, not divided by anything.
+            aux: Scalar, load-balancing loss before its coefficient; None where the model gives
+                none or the micro-batch is a dummy.
+        """
+        self._sums[0].add_(loss_sum.detach())
+        if aux is not None:
+            self._sums[1].add_(aux.detach())
+            self._sums[2].add_(1)
+
+    def finish_step(
+        self,
+        step: int,
+        epoch: float,
+        *,
+        num_label_tokens: int,
+        num_input_tokens: int,
+        grad_norm: float | Tensor,
+        learning_rate: float,
+    ) -> StepMetrics:
+        """End the step, after `optimizer.step()` and `zero_grad()`, and return its numbers.
+
+        **Collective:** two all-reduces over the group (sums, then maxima); every rank must call.
+
+        Args:
+            step: Optimizer steps done, this one included.
+            epoch: Epochs done, as a fraction.
+            num_label_tokens: Label tokens of the global batch, all ranks.
+            num_input_tokens: Input tokens of the global batch, all ranks.
+            grad_norm: Global norm before clipping, already the same on every rank.
+            learning_rate: Rate this step used.
+
+        Raises:
+            RuntimeError: `start_step` was not called for this step.
+        """
+        if self._started_s is None:
+            raise RuntimeError("finish_step was called without start_step")
+        loss_sum, aux_sum, num_aux = self._reduce(self._sums, dist.ReduceOp.SUM)
+        # Reading the sums waited for the device: only now is the step over.
+        elapsed_s, self._started_s = time.perf_counter() - self._started_s, None
+        memory = read_memory(self._device)
+        own = [elapsed_s, memory.peak_bytes, memory.allocated_bytes]
+        maxima = torch.tensor(own, dtype=torch.float64, device=self._device)
+        step_time_s, peak_bytes, allocated_bytes = self._reduce(maxima, dist.ReduceOp.MAX)
+        return StepMetrics(
+            step=step,
+            epoch=epoch,
+            loss=loss_sum / num_label_tokens,
+            grad_norm=float(grad_norm),
+            learning_rate=learning_rate,
+            tokens=num_label_tokens,
+            input_tokens=num_input_tokens,
+            step_time_s=step_time_s,
+            tokens_per_s=num_input_tokens / step_time_s,
+            mem_peak_bytes=int(peak_bytes),
+            mem_alloc_bytes=int(allocated_bytes),
+            aux_loss=aux_sum / num_aux if num_aux else None,
+        )
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> list[float]:
+        """Reduce `values` in place over the group and bring them to the host."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values, op=operation, group=self._group)
+        return values.tolist()
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """Add up a run's steps; peaks are the largest over steps and ranks."""
+
+    steps: int = 0
+    tokens: int = 0
+    input_tokens: int = 0
+    mem_peak_bytes: int = 0
+    mem_alloc_bytes: int = 0
+
+    def plus(self, metrics: StepMetrics) -> "RunTotals":
+        """Return the totals with one more step."""
+        return replace(
+            self,
+            steps=self.steps + 1,
+            tokens=self.tokens + metrics.tokens,
+            input_tokens=self.input_tokens + metrics.input_tokens,
+            mem_peak_bytes=max(self.mem_peak_bytes, metrics.mem_peak_bytes),
+            mem_alloc_bytes=max(self.mem_alloc_bytes, metrics.mem_alloc_bytes),
+        )
+
+
+class MetricsWriter:
+    """Write `metrics.jsonl`: one line a step, on disk as soon as the step is over. Rank 0 only.
+
+    Args:
+        path: The file. What an earlier run left there is dropped.
+        after: The metrics of the steps done before, whose copy is continued.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, path: str | Path, *, after: str | Path | None = None) -> None:
+        path = Path(path)
+        done = b"" if after is None else Path(after).read_bytes()
+        with publish_file(path) as temporary:
+            temporary.write_bytes(done)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one step; a number that is not finite becomes null.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        self._file.write(json.dumps(finite_or_none(metrics.as_record()), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; every line that could be written is in it."""
+        with suppress(OSError):  # of a line that `write` has failed on: closing tries it again
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[StepMetrics]:
+    """Read `metrics.jsonl` back, with NaN where a number was not finite."""
+    with Path(path).open(encoding="utf-8") as lines:
+        return [_parse_line(line) for line in lines]
+
+
+def _parse_line(line: str) -> StepMetrics:
+    record = json.loads(line)
+    known = {
+        field.name: record[field.name] for field in fields(StepMetrics) if field.name in record
+    }
+    return StepMetrics(
+        **{name: float("nan") if value is None else value for name, value in known.items()}
+    )

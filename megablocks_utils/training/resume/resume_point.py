@@ -1,0 +1,107 @@
+"""Find the checkpoint that a run goes on from, and check that nothing of it is damaged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megablocks_utils.checkpoint.manifest import check_files, read_manifest
+from megablocks_utils.config import RunConfig
+from megablocks_utils.processes.launch import Launch, agreed
+from megablocks_utils.processes.output_folder import choose_checkpoint
+from megablocks_utils.training.resume.random_states import restore_random_states
+from megablocks_utils.training.resume.resume_compatibility import changed_options
+from megablocks_utils.training.resume.run_state import RunState
+
+__all__ = ["METRICS_NAME", "ResumePoint", "find_resume_point", "rank_file_name", "restore_run"]
+
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Hold a checkpoint whose files are as they were written.
+
+    Attributes:
+        folder: of the checkpoint.
+        manifest: what it says of itself.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest["step"]
+
+    @property
+    def metrics_path(self) -> Path:
+        """The metrics of the steps done."""
+        return self.folder / METRICS_NAME
+
+    def describe(self, options: Mapping[str, Any]) -> str:
+        """Say in words where the run goes on, and which of its options have changed.
+
+        Args:
+            options: of this run, by section.
+        """
+        before = self.manifest
+        axes = " x ".join(f"{axis} {size}" for axis, size in before["mesh"].items())
+        processes = (
+            "1 process" if before["world_size"] == 1 else f"{before['world_size']} processes"
+        )
+        parts = [f"{self.folder}, after step {self.step}, written by {processes} ({axes})"]
+        if changed := changed_options(before["options"], options):
+            parts.append(f"changed: {', '.join(changed)}")
+        return "; ".join(parts)
+
+    def restore_random_states(self, launch: Launch) -> None:
+        """Continue this rank's random numbers, where as many ranks have written the checkpoint.
+
+        On another number of ranks they stay those of `--seed`; only dropout draws any.
+        """
+        if self.manifest["world_size"] == launch.world_size:
+            restore_random_states((self.folder / rank_file_name(launch.rank)).read_bytes())
+
+
+def find_resume_point(config: RunConfig, launch: Launch) -> ResumePoint | None:
+    """Return what the run goes on from; None for one that starts anew.
+
+    Rank 0 chooses. The ranks share the reading of the files, for their checksums.
+
+    **Collective:** every rank must call.
+
+    Raises:
+        ConfigurationError: as `choose_checkpoint`.
+        CheckpointError: on every rank, for a file that is missing, truncated or altered.
+    """
+    chosen = [agreed(lambda: None if launch.rank else choose_checkpoint(config))]
+    dist.broadcast_object_list(chosen)
+    folder = chosen[0]
+    if folder is None:
+        return None
+    manifest = agreed(lambda: read_manifest(folder))
+    files = manifest["files"]
+    mine = sorted(files)[launch.rank :: launch.world_size]
+    agreed(lambda: check_files(folder, files, mine))
+    return ResumePoint(folder, manifest)
+
+
+def rank_file_name(rank: int) -> str:
+    """Return the name of the file with the random states of a rank."""
+    return f"rng-{rank:05d}.json"
+
+
+def restore_run(point: ResumePoint, state: RunState, launch: Launch) -> None:
+    """Put weights, optimizer, schedule and random states back where the checkpoint has them.
+
+    **Collective:** every rank must call.
+
+    Raises:
+        CheckpointError: on every rank, if the checkpoint does not fit the run.
+    """
+    agreed(lambda: state.restore(point.folder, point.step))
+    point.restore_random_states(launch)

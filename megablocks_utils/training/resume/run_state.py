@@ -1,0 +1,132 @@
+"""What changes while a run trains, as pieces for a checkpoint: weights, Adam's states, schedule."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from megablocks_utils.checkpoint.distributed_checkpoint import (
+    MODEL_PREFIX,
+    OPTIMIZER_PREFIX,
+    read_pieces,
+    read_stored_tensors,
+)
+from megablocks_utils.checkpoint.tensor_shards import BlockPlace, Piece
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.fsdp.fsdp1 import strip_wrappers
+from megablocks_utils.fsdp.places import PlacedParameters, find_places
+from megablocks_utils.mesh.placement import local_tensor
+
+__all__ = ["RunState"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = BlockPlace((1,), (0,))
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Hold what is trained and what trains it.
+
+    Frozen weights are not part of it: they are read from the model again.
+
+    Attributes:
+        model: wrapped by FSDP1 or FSDP2.
+        optimizer: AdamW over its trainable parameters, not in Accelerate's wrapper.
+        scheduler: of the learning rate, a function of the step alone.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return what this rank holds of every weight and state: views, nothing is copied."""
+        pieces = {}
+        for name, (parameter, place) in find_places(self.model).items():
+            pieces[MODEL_PREFIX + name] = place.piece(local_tensor(parameter.detach()))
+            state = self.optimizer.state.get(parameter, {})
+            if not state:
+                continue
+            for moment in _MOMENTS:
+                pieces[_state_key(name, moment)] = place.piece(local_tensor(state[moment]))
+            pieces[_state_key(name, "step")] = _STEP.piece(state["step"].detach().view(1))
+        return pieces
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Go on from a checkpoint that any layout has written.
+
+        No communication: every rank reads what it holds.
+
+        Args:
+            folder: the checkpoint.
+            step: optimizer steps done in it.
+
+        Raises:
+            CheckpointError: it does not hold just the trained parameters of this run.
+        """
+        stored = read_stored_tensors(folder)
+        self._check_names(stored)
+        places = find_places(self.model)
+        weights = {
+            MODEL_PREFIX + name: place.piece(local_tensor(parameter.detach()))
+            for name, (parameter, place) in places.items()
+        }
+        read_pieces(weights, folder)
+        self._restore_optimizer(folder, places, stored)
+        # To the step before, and one on: this sets the learning rates too.
+        position = {"last_epoch": step - 1, "_step_count": step + 1}
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | position)
+        self.scheduler.step()
+
+    def _restore_optimizer(
+        self, folder: Path, places: PlacedParameters, stored: Mapping[str, tuple]
+    ) -> None:
+        numbers = {
+            id(parameter): number
+            for number, parameter in enumerate(
+                p for group in self.optimizer.param_groups for p in group["params"]
+            )
+        }
+        states: dict[int, dict[str, Tensor]] = {}
+        pieces = {}
+        for name, (parameter, place) in places.items():
+            if _state_key(name, "step") not in stored:
+                continue
+            state = states[numbers[id(parameter)]] = {"step": torch.zeros(1)}
+            pieces[_state_key(name, "step")] = _STEP.piece(state["step"])
+            for moment in _MOMENTS:
+                key = _state_key(name, moment)
+                _shape, dtype = stored[key]
+                state[moment] = torch.zeros_like(parameter.detach(), dtype=dtype)
+                pieces[key] = place.piece(local_tensor(state[moment]))
+        read_pieces(pieces, folder)
+        for state in states.values():
+            state["step"] = state["step"][0]
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    def _check_names(self, stored: Mapping[str, tuple]) -> None:
+        wanted = set(_trainable_names(self.model))
+        found = {
+            name.removeprefix(MODEL_PREFIX) for name in stored if name.startswith(MODEL_PREFIX)
+        }
+        for names, cause in ((wanted - found, "lacks"), (found - wanted, "also holds")):
+            if names:
+                raise CheckpointError(
+                    f"the checkpoint {cause} {min(names)}"
+                    f" ({len(names)} of the parameters that this run trains)"
+                )
+
+
+def _state_key(name: str, state: str) -> str:
+    return f"{OPTIMIZER_PREFIX}{name}.{state}"
+
+
+def _trainable_names(model: nn.Module) -> Iterator[str]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield strip_wrappers(name)

@@ -1,0 +1,1 @@
+"""One optimizer step: micro-batches, loss, recomputation, optimizer, checks."""

@@ -1,0 +1,431 @@
+"""The door: both published commands field by field, every refusal word for word."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megablocks_utils.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    ResolvedPrecision,
+    RunConfig,
+    SavingConfig,
+    check_world,
+    parse_args,
+    parse_known_args,
+    resolve_precision,
+)
+from megablocks_utils.config.options import OPTIONS
+from megablocks_utils.config.reader import (
+    HelpRequested,
+    check_leftovers,
+    format_help,
+    format_options_table,
+)
+from megablocks_utils.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+SHARDING = "--use_megablocks_sharding True"
+PUBLISHED_FSDP2 = (
+    "--gradient_accumulation_steps 16 --use_megablocks_sharding True --debug True "
+    "--learning_rate 5e-5"
+)
+PUBLISHED_FSDP1 = (
+    "--accelerator_config accelerator_config.json --data_path data.json --torch_dtype bfloat16 "
+    "--output_dir ./results --num_train_epochs 1 --per_device_train_batch_size 1 "
+    "--per_device_eval_batch_size 1 --gradient_accumulation_steps 16 --gradient_checkpointing True "
+    "--evaluation_strategy no --save_strategy no --learning_rate 5e-5 --lr_scheduler_type linear "
+    "--logging_steps 1 --use_megablocks_sharding True"
+)
+
+
+def parse(line: str, entry_point: str = "fsdp2") -> RunConfig:
+    return parse_args(line.split(), entry_point=entry_point)
+
+
+def refusal(line: str, entry_point: str = "fsdp2") -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(line, entry_point)
+    return str(caught.value)
+
+
+def test_published_fsdp2_command():
+    assert parse(PUBLISHED_FSDP2) == RunConfig(
+        entry_point="fsdp2",
+        model=ModelConfig("mistralai/Mixtral-8x7B-Instruct-v0.1", truncate_model_for_debug=False),
+        data=DataConfig("data/alpaca_sample.json", max_seq_length=4096, shuffle=True),
+        parallel=ParallelConfig(True, ep_size=None, expert_dp="shard", kernel="auto"),
+        adapter=AdapterConfig("none", lora_r=16, lora_alpha=16),
+        precision=PrecisionConfig(None, dtype=None, optim_dtype=None),
+        optim=OptimConfig(
+            learning_rate=5e-5,
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            num_train_epochs=3.0,
+            max_steps=-1,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=16,
+            sync_each_batch=True,
+        ),
+        saving=SavingConfig("no", 500, save_total_limit=None, async_save=False),
+        output_dir="./results",
+        overwrite_output_dir=False,
+        gradient_checkpointing="full",
+        router_aux_loss_coef=None,
+        seed=42,
+        logging_steps=1,
+        report_to=(),
+        debug=True,
+    )
+
+
+def test_published_fsdp1_command():
+    config, leftovers = parse_known_args(PUBLISHED_FSDP1.split(), entry_point="fsdp1")
+    assert config == RunConfig(
+        entry_point="fsdp1",
+        model=ModelConfig("mistralai/Mixtral-8x7B-Instruct-v0.1", truncate_model_for_debug=False),
+        data=DataConfig("data.json", max_seq_length=4096, shuffle=True),
+        parallel=ParallelConfig(True, ep_size=None, expert_dp="replicate", kernel="auto"),
+        adapter=AdapterConfig("none", lora_r=16, lora_alpha=16),
+        precision=PrecisionConfig(None, dtype="bfloat16", optim_dtype=None),
+        optim=OptimConfig(
+            learning_rate=5e-5,
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            num_train_epochs=1.0,
+            max_steps=-1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=16,
+            sync_each_batch=True,
+        ),
+        saving=SavingConfig("no", 500, save_total_limit=None, async_save=False),
+        output_dir="./results",
+        overwrite_output_dir=False,
+        gradient_checkpointing="full",
+        router_aux_loss_coef=None,
+        seed=42,
+        logging_steps=1,
+        report_to=(),
+        debug=False,
+    )
+    assert leftovers == [
+        *("--accelerator_config", "accelerator_config.json"),
+        *("--per_device_eval_batch_size", "1", "--eval_strategy", "no"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        (f"{SHARDING} --expert_degree 4", f"{SHARDING} --ep_size=4"),
+        ("--torch_dtype bfloat16", "--dtype=bfloat16"),
+        ("--evaluation_strategy no", "--eval_strategy=no"),
+        ("--activation_checkpointing False", "--gradient_checkpointing false"),
+        ("--max-seq-length 12", "--max_seq_length=12"),
+        ("--debug", "--debug TRUE"),
+        ("--gradient_checkpointing", ""),
+        ("--use_scattermoe false", ""),
+        (f"{SHARDING} --use_scattermoe", f"{SHARDING} --kernel scattermoe"),
+        (f"{SHARDING} --use_scattermoe --kernel scattermoe", f"{SHARDING} --kernel scattermoe"),
+        ("--report_to none", ""),
+        ("--learning_rate 1 --learning_rate 2", "--learning_rate 2"),
+    ],
+)
+def test_two_ways_to_say_the_same(line, same):
+    assert parse(line) == parse(same)
+
+
+def test_values_that_are_rewritten():
+    config = parse(
+        "--gradient_checkpointing selective --report_to tensorboard --use_lora attn-only "
+        "--max_steps -1 --warmup_steps 0.1 --shuffle FALSE --router_aux_loss_coef 0"
+    )
+    assert config.gradient_checkpointing == "selective"
+    assert config.report_to == ("tensorboard",)
+    assert config.optim.sync_each_batch is False
+    assert (config.optim.max_steps, config.optim.warmup_steps) == (-1, 0.1)
+    assert config.data.shuffle is False
+    assert config.router_aux_loss_coef == 0.0
+    assert parse("--gradient_checkpointing FALSE").gradient_checkpointing == "none"
+    assert parse("--use_lora attn-only --sync_each_batch True").optim.sync_each_batch is True
+    assert parse("--sync_each_batch false").optim.sync_each_batch is False
+
+
+SAVES = {
+    "--save_steps 3": [],  # taken, as Hugging Face takes it, but nothing is saved
+    "--save_strategy steps": [10],  # the default is 500, and the last step counts
+    "--save_strategy steps --save_steps 3": [3, 6, 9, 10],
+    "--save_strategy steps --save_steps 5": [5, 10],
+    "--save_strategy steps --save_steps 0.25": [3, 6, 9, 10],  # ceil(2.5)
+    "--save_strategy epoch": [4, 8, 10],
+}
+
+
+@pytest.mark.parametrize("line", SAVES)
+def test_when_checkpoints_are_due(line):
+    saving = parse(line).saving
+    due = [n for n in range(1, 11) if saving.is_due(n, num_steps=10, steps_per_epoch=4)]
+    assert due == SAVES[line]
+
+
+REFUSALS = {
+    "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
+    "--learning_rat=1": "unknown option --learning_rat; did you mean --learning_rate?",
+    "--expert_degre 1": "unknown option --expert_degre; did you mean --expert_degree?",
+    "data.json": "data.json is not an option; write options as --name value.",
+    "--debug True 5": "5 is not an option; write options as --name value.",
+    "--data_path": "--data_path has no value, but it must be a name or path.",
+    "--data_path=": "--data_path is empty, but it must be a name or path.",
+    "--seed --debug True": "--seed has no value, but it must be a whole number from 0 to "
+    "4294967295.",
+    "--seed 4294967296": "--seed is 4294967296, but it must be a whole number from 0 to "
+    "4294967295.",
+    "--debug yes": "--debug is yes, but it must be True or False.",
+    "--lora_r 0": "--lora_r is 0, but it must be a whole number of at least 1.",
+    "--lora_r 1.5": "--lora_r is 1.5, but it must be a whole number of at least 1.",
+    "--lora_alpha 0": "--lora_alpha is 0, but it must be a whole number of at least 1.",
+    "--learning_rate -1": "--learning_rate is -1, but it must be a number of at least 0.",
+    "--learning_rate nan": "--learning_rate is nan, but it must be a number of at least 0.",
+    "--learning_rate inf": "--learning_rate is inf, but it must be a number of at least 0.",
+    "--learning_rate fast": "--learning_rate is fast, but it must be a number of at least 0.",
+    "--max_grad_norm -1": "--max_grad_norm is -1, but it must be a number of at least 0.",
+    "--weight_decay -1": "--weight_decay is -1, but it must be a number of at least 0.",
+    "--num_train_epochs 0": "--num_train_epochs is 0, but it must be a number above 0.",
+    "--max_steps 0": "--max_steps is 0, but it must be -1 (not set) or at least 1.",
+    "--max_steps -2": "--max_steps is -2, but it must be a whole number of at least -1.",
+    "--warmup_steps 1.5": "--warmup_steps is 1.5, but it must be a whole number, or below 1 a "
+    "share.",
+    "--max_seq_length 1": "--max_seq_length is 1, but it must be a whole number of at least 2.",
+    "--per_device_train_batch_size 0": "--per_device_train_batch_size is 0, but it must be a whole "
+    "number of at least 1.",
+    "--gradient_accumulation_steps 0": "--gradient_accumulation_steps is 0, but it must be a whole "
+    "number of at least 1.",
+    "--logging_steps 0": "--logging_steps is 0, but it must be a whole number of at least 1.",
+    "--router_aux_loss_coef -1": "--router_aux_loss_coef is -1, but it must be a number of at "
+    "least 0.",
+    "--gradient_checkpointing some": "--gradient_checkpointing is some, but it must be True, False "
+    "or selective.",
+    "--kernel fast": "--kernel is fast, but it must be auto, eager, grouped_mm, triton, "
+    "scattermoe or megablocks.",
+    "--precision fp16": "--precision is fp16, but it must be fp32, mixed, bf16_sr or bf16.",
+    "--dtype float16": "--dtype is float16, but it must be float32 or bfloat16.",
+    "--torch_dtype auto": "--torch_dtype is auto, but it must be float32 or bfloat16.",
+    "--report_to wandb": "--report_to is wandb, but it must be none or tensorboard.",
+    "--report_to none tensorboard": "--report_to is none, tensorboard, but none cannot stand "
+    "beside others.",
+    "--eval_strategy steps": "--eval_strategy is steps, but it must be no.",
+    "--evaluation_strategy epoch": "--evaluation_strategy is epoch, but it must be no.",
+    "--use_lora experts": "--use_lora is experts, but it must be none, attn-only, mlp-only or all.",
+    "--verify_adapter maybe": "--verify_adapter is maybe, but it must be auto, True or False.",
+    "--resume_adapter out": "--use_lora is none, but --resume_adapter needs it to say what the "
+    "adapter is on: attn-only, mlp-only or all.",
+    f"{SHARDING} --use_scattermoe --kernel eager": "--use_scattermoe is True, but --kernel is "
+    "eager; leave one of the two out.",
+    "--use_scattermoe": "--use_scattermoe is True, but it needs --use_megablocks_sharding True.",
+    f"{SHARDING} --use_scattermoe true --use_lora all": "--use_lora is all, but scattermoe runs "
+    "experts without adapters; --kernel auto, triton, grouped_mm or eager runs them with adapters.",
+    f"{SHARDING} --kernel megablocks --use_lora mlp-only": "--use_lora is mlp-only, but megablocks "
+    "runs experts without adapters; --kernel auto, triton, grouped_mm or eager runs them with "
+    "adapters.",
+    "--save_strategy often": "--save_strategy is often, but it must be no, steps or epoch.",
+    "--save_steps 0": "--save_steps is 0, but it must be a number above 0.",
+    "--save_steps 2.5": "--save_steps is 2.5, but it must be a whole number, or below 1 a share.",
+    "--save_total_limit 0": "--save_total_limit is 0, but it must be a whole number of at least 1.",
+    "--resume_from_checkpoint": "--resume_from_checkpoint has no value, but it must be a name or "
+    "path.",
+    "--ep_size 2": "--ep_size is 2, but it needs --use_megablocks_sharding True.",
+    "--expert_dp shard": "--expert_dp is shard, but it needs --use_megablocks_sharding True.",
+    "--kernel eager": "--kernel is eager, but it needs --use_megablocks_sharding True.",
+    f"{SHARDING} --ep_size 0": "--ep_size is 0, but it must be a whole number of at least 1.",
+    "--precision fp32 --dtype bfloat16": "--dtype is bfloat16, but --precision fp32 means float32; "
+    "leave one of the two out.",
+    "--precision bf16_sr --dtype float32": "--dtype is float32, but --precision bf16_sr means "
+    "bfloat16; leave one of the two out.",
+    "--precision mixed --dtype bfloat16": "--dtype is bfloat16, but --precision mixed stores and "
+    "computes in different dtypes; leave --dtype out.",
+}
+
+
+@pytest.mark.parametrize(("line", "sentence"), REFUSALS.items())
+def test_refusals(line, sentence):
+    assert refusal(line) == sentence
+
+
+@pytest.mark.parametrize("flag", ["--bf16 True", "--fp16 True", "--bf16", "--fp16=true"])
+def test_fsdp1_refuses_a_second_rule_for_dtypes(flag):
+    with pytest.raises(ConfigurationError) as caught:
+        parse_known_args([*flag.split(), "--debug", "True"], entry_point="fsdp1")
+    name = re.match("--[a-z0-9]+", flag).group()
+    assert str(caught.value) == (
+        f"{name} is given, but dtypes come from --precision; use --precision fp32, mixed, bf16_sr "
+        "or bf16."
+    )
+
+
+def test_fsdp1_specifics():
+    assert refusal(f"{SHARDING} --expert_dp shard", "fsdp1") == (
+        "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
+        "use train_accelerate_fsdp2.py."
+    )
+    line = "--bf16 False --label_names a b --adam_beta1=0.8 --evaluation_strategy=steps --use_cpu"
+    _, leftovers = parse_known_args(line.split(), entry_point="fsdp1")
+    assert leftovers == [
+        *("--bf16", "False", "--label_names", "a", "b", "--adam_beta1", "0.8"),
+        *("--eval_strategy", "steps", "--use_cpu"),
+    ]
+    check_leftovers(leftovers, {"bf16", "label_names", "adam_beta1", "eval_strategy", "use_cpu"})
+    with pytest.raises(ConfigurationError) as caught:
+        check_leftovers(["--learning_rat", "1"], {"label_names"})
+    assert str(caught.value) == "unknown option --learning_rat; did you mean --learning_rate?"
+    with pytest.raises(ConfigurationError) as caught:
+        check_leftovers(["--label_name=x"], {"label_names"})
+    assert str(caught.value) == "unknown option --label_name; did you mean --label_names?"
+
+
+F32, B16 = "float32", "bfloat16"
+PRECISIONS = [
+    ("", "cpu", ("fp32", F32, F32, F32, F32, False)),
+    ("", "cuda", ("bf16_sr", B16, B16, B16, B16, True)),
+    ("--use_lora attn-only", "cpu", ("fp32", F32, F32, F32, F32, False)),
+    ("--use_lora attn-only", "cuda", ("mixed", B16, B16, F32, F32, False)),
+    ("--precision fp32", "cuda", ("fp32", F32, F32, F32, F32, False)),
+    ("--precision mixed", "cpu", ("mixed", F32, B16, F32, F32, False)),
+    ("--precision bf16_sr", "cpu", ("bf16_sr", B16, B16, B16, B16, True)),
+    ("--precision bf16", "cpu", ("bf16", B16, B16, B16, B16, False)),
+    ("--precision mixed --use_lora attn-only", "cpu", ("mixed", B16, B16, F32, F32, False)),
+    ("--precision bf16_sr --use_lora attn-only", "cpu", ("bf16_sr", B16, B16, B16, B16, True)),
+    ("--precision bf16 --use_lora attn-only", "cuda", ("bf16", B16, B16, B16, B16, False)),
+    ("--dtype float32", "cuda", ("fp32", F32, F32, F32, F32, False)),
+    ("--dtype bfloat16", "cpu", ("bf16", B16, B16, B16, B16, False)),
+    ("--precision bf16_sr --dtype bfloat16", "cpu", ("bf16_sr", B16, B16, B16, B16, True)),
+    ("--precision bf16 --optim_dtype float32", "cpu", ("bf16", B16, B16, F32, B16, False)),
+    ("--optim_dtype bfloat16", "cpu", ("fp32", F32, F32, B16, F32, False)),
+]
+
+
+@pytest.mark.parametrize(("line", "device_type", "wanted"), PRECISIONS)
+def test_precision(line, device_type, wanted):
+    assert resolve_precision(parse(line), device_type) == ResolvedPrecision(*wanted)
+
+
+WORLDS = [
+    ("--ep_size 3", 4, None, "--ep_size is 3, but it must divide the 4 processes of this run; "
+     "1, 2 and 4 would work."),
+    ("--ep_size 8", 4, 2, "--ep_size is 8, but it must divide the 4 processes of this run; "
+     "1 and 2 would work."),
+    ("--ep_size 2", 1, None, "--ep_size is 2, but it must divide the 1 process of this run; "
+     "1 would work."),
+    ("--ep_size 6", 6, 8, "--ep_size is 6, but it must divide the 8 experts of this model; "
+     "1 and 2 would work."),
+    ("", 3, 8, "--ep_size is 3 (the number of processes), but it must divide the 8 experts of this "
+     "model; 1 would work."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "world_size", "num_experts", "sentence"), WORLDS)
+def test_world_refusals(line, world_size, num_experts, sentence):
+    config = parse(f"{SHARDING} {line}")
+    with pytest.raises(ConfigurationError) as caught:
+        check_world(config, world_size, num_experts)
+    assert str(caught.value) == sentence
+
+
+def test_worlds_that_fit():
+    check_world(parse(f"{SHARDING} --ep_size 2"), 4, 8)
+    check_world(parse(SHARDING), 4, 8)
+    check_world(parse(SHARDING), 3)
+    check_world(parse(""), 3, 8)
+
+
+def test_help_lists_every_option():
+    for entry_point in ("fsdp1", "fsdp2"):
+        for asking in ("--help", "-h"):
+            with pytest.raises(HelpRequested) as caught:
+                parse_args(["--debug", "True", asking], entry_point=entry_point)
+            assert str(caught.value) == format_help(entry_point)
+    listed = re.findall(r"^  (--\w+(?:, --\w+)*) ", format_help("fsdp2"), flags=re.MULTILINE)
+    wanted = [", ".join(f"--{n}" for n in (row.name, *row.aliases)) for row in OPTIONS]
+    assert listed == wanted
+    assert max(map(len, format_help("fsdp1").splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "rank_and_alpha"),
+    [
+        ("", (16, 16)),
+        ("--lora_r 8", (8, 16)),
+        ("--resume_adapter out", (None, None)),  # the adapter's own
+        ("--resume_adapter out --lora_alpha 4", (None, 4)),  # which must then be the adapter's
+    ],
+)
+def test_rank_and_alpha(words, rank_and_alpha):
+    adapter = parse(f"--use_lora all {words}").adapter
+    assert (adapter.lora_r, adapter.lora_alpha) == rank_and_alpha
+
+
+@pytest.mark.parametrize(
+    ("use_lora", "attention", "experts", "mode"),
+    [
+        ("none", False, False, "full"),
+        ("attn-only", True, False, "frozen"),
+        ("mlp-only", False, True, "lora"),
+        ("all", True, True, "lora"),
+    ],
+)
+def test_what_gets_adapters(use_lora, attention, experts, mode):
+    adapter = AdapterConfig(use_lora)
+    assert (adapter.trains_attention, adapter.trains_experts) == (attention, experts)
+    assert adapter.expert_mode == mode
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f"{SHARDING} --kernel {kernel}" for kernel in ("triton", "scattermoe", "megablocks")),
+        f"{SHARDING} --use_lora attn-only --kernel scattermoe",  # the experts have no adapters
+        "--use_lora mlp-only --kernel triton",  # adapted experts are ours also without sharding
+    ],
+)
+def test_kernels_that_can_be_named(line):
+    assert parse(line).parallel.kernel == line.split()[-1]
+
+
+def test_contract_options_are_all_there():
+    names = {name for row in OPTIONS for name in (row.name, *row.aliases)}
+    contract = """model_name_or_path data_path output_dir overwrite_output_dir
+        use_megablocks_sharding ep_size expert_degree expert_dp kernel use_scattermoe use_lora
+        lora_r lora_alpha precision dtype torch_dtype optim_dtype max_seq_length
+        per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
+        learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed logging_steps
+        save_strategy save_steps save_total_limit async_save resume_from_checkpoint report_to
+        shuffle gradient_checkpointing router_aux_loss_coef debug truncate_model_for_debug
+        eval_strategy evaluation_strategy verify_adapter verify_kernel resume_adapter
+        ignore_plan"""
+    assert set(contract.split()) <= names
+
+
+def test_options_document_is_the_table():
+    text = (ROOT / "docs" / "options.md").read_text()
+    assert text.endswith("\n\n" + format_options_table())
+
+
+def test_config_imports_no_torch():
+    code = (
+        "import sys, megablocks_utils.config, megablocks_utils.processes.launch; "
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (run.stdout, run.stderr) == ("[]\n", "")

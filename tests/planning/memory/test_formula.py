@@ -1,0 +1,166 @@
+"""The formula engine against the fake engine, published rows, and its own books."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megablocks_utils.planning import formula
+from megablocks_utils.planning.memory.formula import legal_layouts, predict
+from megablocks_utils.planning.memory.ledger import Ledger
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.prediction import COMPONENTS, Layout
+from tests.planning.cases import read_model
+from tests.rehearsal.lone import plan, rehearse_alone
+
+NONE, SHARD, COPIES, WHOLE = (
+    Layout(1, "shard"),
+    Layout(4, "shard"),
+    Layout(4, "replicate"),
+    Layout(8, "shard"),
+)
+# The fake of an exchange is a second tensor when it is waited for, which no real one is.
+ENGINES_AGREE = 0.015
+STATIC = ("parameters", "optimizer")
+# Fakes cost the same whatever their size; in these the layers count as much as what is around them.
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
+QWEN = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 1024,
+    "moe_intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_experts": 32,
+    "head_dim": 128,
+    "vocab_size": 4096,
+}
+PUBLISHED = (
+    # use_lora, layout, GB at the peak, rounded to whole ones
+    ("none", NONE, 59),
+    ("none", WHOLE, 49),
+    ("attn-only", NONE, 22),
+    ("attn-only", WHOLE, 14),
+    ("attn-only", COPIES, 26),  # with MegaBlocks
+    ("attn-only", COPIES, 25),  # with ScatterMoE
+    ("all", COPIES, 26),
+)
+LONGEST_ALPACA_EXAMPLE = 1304  # tokens of Llama 2's tokenizer, by LitGPT's documentation
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for each model, by its type."""
+    folders = {}
+    for config in (MIXTRAL, QWEN):
+        folders[config["model_type"]] = folder = tmp_path_factory.mktemp(config["model_type"])
+        (folder / "config.json").write_text(json.dumps(config))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "changes"),
+    [
+        (MIXTRAL, NONE, {"gradient_checkpointing": "none", "sync_each_batch": False}),
+        (MIXTRAL, NONE, {"use_lora": "mlp-only", "gradient_checkpointing": "none"}),
+        (MIXTRAL, WHOLE, {"accumulation": 1, "precision": "bf16_sr"}),
+        (MIXTRAL, WHOLE, {"gradient_checkpointing": "none", "examples": 3, "imbalance": 1.25}),
+        (MIXTRAL, SHARD, {"gradient_checkpointing": "selective", "precision": "bf16"}),
+        (MIXTRAL, COPIES, {"use_lora": "attn-only", "kernel": "triton", "precision": "bf16"}),
+        (QWEN, SHARD, {"use_lora": "all", "precision": "mixed"}),
+        (
+            QWEN,
+            COPIES,
+            {"gradient_checkpointing": "none", "has_aux_loss": True, "precision": "mixed"},
+        ),
+        (MIXTRAL, COPIES, {"entry_point": "fsdp1", "sync_each_batch": False}),
+    ],
+    ids=lambda value: (
+        value.get("model_type", str(value)) if isinstance(value, dict) else str(value)
+    ),
+)
+def test_both_engines_say_the_same(ranks1, folders, config, layout, changes):
+    run = plan(tokens=1024, **changes)
+    [fake] = ranks1.run(rehearse_alone, folders[config["model_type"]], layout, run)
+    told = predict(ModelShape.from_config(config), layout, run)
+    assert told.peak_bytes == pytest.approx(fake.peak_bytes, rel=ENGINES_AGREE)
+    assert {name: told.components[name] for name in STATIC} == {
+        name: fake.components[name] for name in STATIC
+    }
+    assert told.allocated_bytes == pytest.approx(fake.allocated_bytes, rel=1e-3)
+    assert dict(told.sent_bytes_per_step) == fake.sent_bytes_per_step
+
+
+def test_legal_layouts():
+    shape = ModelShape.from_config(read_model("mixtral-8x7b"))
+    both = [Layout(n, how) for n in (2, 4) for how in ("shard", "replicate")]
+    assert legal_layouts(shape, 8, "fsdp2") == [NONE, *both, WHOLE]
+    copies = [Layout(n, "replicate") for n in (2, 4, 8)]
+    assert legal_layouts(shape, 8, "fsdp1") == [NONE, *copies]
+    # 3 divides the ranks only, 8 the experts only
+    assert [layout.ep_size for layout in legal_layouts(shape, 12, "fsdp1")] == [1, 2, 4]
+    assert legal_layouts(shape, 1, "fsdp2") == [NONE]
+
+
+def published(use_lora, tokens=LONGEST_ALPACA_EXAMPLE):
+    run = plan(tokens=tokens, precision="bf16", accumulation=16, use_lora=use_lora)
+    return replace(run, device_type="cuda", sync_each_batch=use_lora == "none")
+
+
+def test_published_peaks():
+    shape = ModelShape.from_config(read_model("mixtral-8x7b"))
+    errors = [
+        predict(shape, layout, published(use_lora)).peak_bytes / 1e9 / peak - 1
+        for use_lora, layout, peak in PUBLISHED
+    ]
+    assert max(map(abs, errors)) < 0.10
+    assert sum(map(abs, errors)) / len(errors) < 0.05
+
+
+def test_sharding_saves_what_ran_out_of_memory():
+    shape = ModelShape.from_config(read_model("mixtral-8x7b"))
+    copies, sharded = (predict(shape, layout, published("none")) for layout in (COPIES, SHARD))
+    assert copies.peak_bytes > 85e9  # an A100 has about 85 GB
+    assert sharded.peak_bytes == pytest.approx(50e9, rel=0.05)
+
+
+@pytest.fixture
+def ledgers(monkeypatch):
+    """Every ledger that a prediction keeps."""
+    kept = []
+
+    def keep():
+        kept.append(Ledger())
+        return kept[-1]
+
+    monkeypatch.setattr(formula, "Ledger", keep)
+    return kept
+
+
+@pytest.mark.parametrize("use_lora", ["none", "attn-only", "mlp-only", "all"])
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v3"])
+def test_everything_that_is_taken_is_given_back(ledgers, model, use_lora):
+    shape = ModelShape.from_config(read_model(model))
+    changes = [
+        {"gradient_checkpointing": checkpointing, "kernel": kernel, "accumulation": accumulation}
+        for checkpointing in ("full", "none", "selective")
+        for kernel in ("grouped_mm", "triton")
+        for accumulation in (1, 2)
+    ]
+    for change in (*changes, {"precision": "mixed"}, {"sync_each_batch": False}, {"world_size": 1}):
+        for entry_point in ("fsdp2", "fsdp1"):
+            run = plan(use_lora=use_lora, entry_point=entry_point, **change)
+            for layout in legal_layouts(shape, run.world_size, entry_point)[:6:2]:
+                told = predict(shape, layout, run)
+                held = ledgers.pop().held
+                passing = ("fsdp_buffers", "activations", "dispatch_buffers")
+                assert [held[name] for name in passing] == [0, 0, 0], (layout, run)
+                assert min(told.components[name] for name in COMPONENTS) >= 0

@@ -1,0 +1,97 @@
+"""Signals that ask for a stop: remembered, agreed on, and final when somebody insists."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megablocks_utils.processes.interruption import StopRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = """
+import sys, time
+from megablocks_utils.processes.interruption import StopRequest
+with StopRequest() as stop:
+    sys.stdout.write("ready\\n")
+    sys.stdout.flush()
+    while not stop.agreed():
+        time.sleep(0.01)
+    sys.stdout.write(f"{stop.name}\\n")
+    sys.stdout.flush()
+    time.sleep(30)
+"""
+
+
+@pytest.fixture
+def alone():
+    """A process of its own that has said it is ready, and says which signal it was sent."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
+)
+def test_only_a_later_signal_ends_the_process(alone, first, second):
+    alone.send_signal(first)
+    assert alone.stdout.readline() == f"{first.name}\n"
+    alone.send_signal(first)  # torchrun's copy of what the terminal has sent
+    time.sleep(2.1)
+    assert alone.poll() is None
+    alone.send_signal(second)
+    assert alone.wait(5) == -second
+
+
+def test_handlers_are_as_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopRequest() as stop:
+        assert not stop.agreed()
+        assert stop.name == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+        assert stop.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def _stop_at(rank: int, asked_rank: int, is_during_exchange: bool) -> tuple[int, str]:
+    """Go on until all agree; one rank is asked before or while it exchanges for the third time."""
+    all_reduce = dist.all_reduce
+
+    def reduce_and_ask(*arguments, **options):
+        all_reduce(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with StopRequest() as stop:
+        for micro_step in range(1, 10):
+            asks = micro_step == 3 and rank == asked_rank
+            if asks and not is_during_exchange:
+                os.kill(os.getpid(), signal.SIGINT)
+            dist.all_reduce = reduce_and_ask if asks and is_during_exchange else all_reduce
+            if stop.agreed():
+                # Too early after the first, or the first one here: no reason to die.
+                os.kill(os.getpid(), signal.SIGTERM)
+                return micro_step, stop.name
+    return 0, ""
+
+
+@pytest.mark.parametrize("asked_rank", [0, 1])
+@pytest.mark.parametrize("is_during_exchange", [False, True])
+def test_all_stop_at_the_same_micro_step(ranks2, asked_rank, is_during_exchange):
+    """A signal during the third exchange counts in the fourth, since the others cannot know it."""
+    answers = ranks2.run(_stop_at, asked_rank, is_during_exchange)
+    assert answers == [(4 if is_during_exchange else 3, "SIGINT")] * 2

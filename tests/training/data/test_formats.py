@@ -1,0 +1,164 @@
+"""Token layouts of the text formats, written by hand."""
+
+import pytest
+
+from megablocks_utils.errors import DataError
+from megablocks_utils.training.data.formats import alpaca_prompt, find_format
+from megablocks_utils.training.data.sources import Record
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+BOS, EOS = 0, 1
+
+
+def encode(columns, tokenizer, place="data.json:1"):
+    """Check and encode one record as load_examples does."""
+    record = Record(place, columns)
+    data_format = find_format(record)
+    data_format.check(record)
+    return data_format.encode([record], tokenizer)[0]
+
+
+def plain(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_alpaca_prompts_are_stanfords():
+    assert alpaca_prompt("Add.", "1 and 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:"
+    )
+    without = (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd {1}.\n\n### Response:"
+    )
+    assert alpaca_prompt("Add {1}.") == without
+    assert alpaca_prompt("Add {1}.", "") == without
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"input": ""}, {"input": None}, {"input": "1 and 2"}])
+def test_instruction_learns_the_answer_and_its_end_token(adds_bos, extra):
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    ids, labels = encode({"instruction": "Add.", "output": "Three, of course", **extra}, tokenizer)
+    prompt = [BOS] * adds_bos + plain(tokenizer, alpaca_prompt("Add.", extra.get("input")))
+    answer = [*plain(tokenizer, "Three, of course"), EOS]
+    assert ids == prompt + answer
+    assert labels == [-100] * len(prompt) + answer
+
+
+def test_an_end_or_begin_token_in_the_text_is_not_doubled():
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    ids, labels = encode({"output": "<s>a ### Response: b</s>"}, tokenizer)
+    answer = [*plain(tokenizer, " b"), EOS]
+    assert ids == [BOS, *plain(tokenizer, "a ### Response:"), *answer]
+    assert labels[-len(answer) :] == answer
+    assert ids.count(BOS) == 1 and ids.count(EOS) == 1
+
+
+def test_an_empty_answer_teaches_the_end_token():
+    tokenizer = tiny_tokenizer()
+    ids, labels = encode({"instruction": "Say nothing.", "output": ""}, tokenizer)
+    assert [label for label in labels if label != -100] == [EOS]
+    assert labels[-1] == EOS == ids[-1]
+
+
+def test_finished_text_learns_what_follows_the_last_marker():
+    tokenizer = tiny_tokenizer()
+    text = "### Response: is a heading.\n\n### Response:\nYes."
+    ids, labels = encode({"output": text}, tokenizer)
+    prompt = plain(tokenizer, "### Response: is a heading.\n\n### Response:")
+    answer = [*plain(tokenizer, "\nYes."), EOS]
+    assert ids == prompt + answer
+    assert labels == [-100] * len(prompt) + answer
+
+
+def test_both_ways_to_write_an_alpaca_record_give_the_same_tokens():
+    tokenizer = tiny_tokenizer()
+    text = alpaca_prompt("Add.", "1 and 2") + "Three"
+    columns = {"instruction": "Add.", "input": "1 and 2", "output": "Three"}
+    assert encode({"output": text}, tokenizer) == encode(columns, tokenizer)
+
+
+def test_tokens_are_used_as_they_are():
+    columns = {"input_ids": [5, 6, 7], "labels": [-100, 9, 7]}
+    assert encode(columns, None) == ([5, 6, 7], [-100, 9, 7])
+
+
+def test_the_fuller_description_wins():
+    names = {
+        "instruction and output": {"instruction": "", "output": "", "text": "", "input": ""},
+        "messages": {"messages": [], "output": ""},
+        "input_ids and labels": {"output": "", "input_ids": [], "labels": []},
+        "output alone": {"output": "", "labels": []},
+    }
+    for name, columns in names.items():
+        assert find_format(Record("x:1", columns)).name == name
+
+
+def test_a_tokenizer_without_end_token_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError) as caught:
+        encode({"instruction": "a", "output": "b"}, tokenizer)
+    assert str(caught.value) == (
+        "the model's tokenizer has no end token (eos_token), which answers need"
+    )
+
+
+WRONG = [
+    (
+        {"prompt": "a", "text": "b"},
+        (
+            "d.json:3: no known columns: found prompt, text; wanted instruction and output (input "
+            "optional), output alone, messages, or input_ids and labels"
+        ),
+    ),
+    (
+        {},
+        (
+            "d.json:3: no known columns: found none; wanted instruction and output (input "
+            "optional), output alone, messages, or input_ids and labels"
+        ),
+    ),
+    (
+        {"output": "no marker"},
+        "d.json:3: output has no '### Response:', so it is unknown where the answer begins",
+    ),
+    ({"output": 3}, "d.json:3: output must be text, this is int"),
+    ({"instruction": None, "output": ""}, "d.json:3: instruction must be text, this is NoneType"),
+    ({"instruction": "", "output": ["a"]}, "d.json:3: output must be text, this is list"),
+    (
+        {"instruction": "", "output": "", "input": 5},
+        "d.json:3: input must be text, this is int",
+    ),
+    (
+        {"instruction": "ab\ud83d", "output": ""},
+        "d.json:3: instruction holds half a surrogate pair at character 2",
+    ),
+    (
+        {"input_ids": [1, 2, 3], "labels": [1, 2]},
+        "d.json:3: input_ids has 3 items and labels has 2, they must be equally long",
+    ),
+    (
+        {"input_ids": [1, 2.5], "labels": [1, 2]},
+        "d.json:3: input_ids must be a list of whole numbers",
+    ),
+    (
+        {"input_ids": [1, 2], "labels": [1, True]},
+        "d.json:3: labels must be a list of whole numbers",
+    ),
+    ({"input_ids": "12", "labels": [1]}, "d.json:3: input_ids must be a list of whole numbers"),
+    ({"input_ids": [1, -2], "labels": [1, 2]}, "d.json:3: input_ids holds the negative token -2"),
+    (
+        {"input_ids": [1, 2], "labels": [-100, -1]},
+        "d.json:3: labels must be tokens or -100, this one holds -1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), WRONG)
+def test_a_bad_record_is_named_with_its_place(columns, message):
+    with pytest.raises(DataError) as caught:
+        encode(columns, tiny_tokenizer(), place="d.json:3")
+    assert str(caught.value) == message

@@ -1,0 +1,45 @@
+"""The schedule knows its largest micro-batch without building them all."""
+
+import numpy as np
+import pytest
+
+from megablocks_utils.config import DataConfig, OptimConfig, RunConfig
+from megablocks_utils.training.data.examples import TokenizedExamples
+from megablocks_utils.training.data.schedule import Schedule
+
+
+def build_schedule(rank, world_size, batch_size, accumulation, **optim):
+    generator = np.random.default_rng(3)
+    examples = [([1] * n, [1] * n) for n in generator.integers(2, 200, 61)]
+    config = RunConfig(
+        data=DataConfig(shuffle=True),
+        optim=OptimConfig(
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            **optim,
+        ),
+    )
+    return Schedule(config, TokenizedExamples(examples), rank, world_size)
+
+
+def all_micro_batches(world_size, *sizes, **optim):
+    """Build every micro-batch of every rank: (tokens, labels, examples) of each."""
+    for rank in range(world_size):
+        for _, plan in build_schedule(rank, world_size, *sizes, **optim).plans():
+            for batch in plan.micro_batches:
+                starts = int((batch.position_ids == 0).sum())
+                yield batch.input_ids.numel(), int((batch.labels != -100).sum()), starts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "optim"),
+    [
+        ((1, 1, 1), {"num_train_epochs": 1.0}),
+        ((4, 1, 2), {"num_train_epochs": 2.0}),
+        ((2, 4, 2), {"num_train_epochs": 3.0}),  # where the longest do not meet in one micro-batch
+        ((4, 3, 1), {"max_steps": 2}),  # steps that are not taken do not count
+    ],
+)
+def test_the_largest_micro_batch_of_all_ranks_and_steps(sizes, optim):
+    largest = build_schedule(0, *sizes, **optim).largest_micro_batch()
+    assert largest == max(all_micro_batches(*sizes, **optim))

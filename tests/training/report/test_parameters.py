@@ -1,0 +1,64 @@
+"""Parameter counts come from global shapes; bytes from what the rank holds."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megablocks_utils.training.report.parameters import (
+    ParameterCounts,
+    count_local_bytes,
+    count_parameters,
+)
+
+DENSE = 5 * 3 + 7 * 3  # tied embedding once, and a frozen projection
+EXPERTS = 8 * 4 * 3
+
+
+class TinyMoE(nn.Module):
+    """Hold a tied embedding, a frozen projection and 8 experts."""
+
+    def __init__(self, device=None):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3, device=device)
+        self.head = nn.Linear(3, 5, bias=False, device=device)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Linear(3, 7, bias=False, device=device).requires_grad_(False)
+        self.experts = nn.Parameter(torch.empty(8, 4, 3, device=device))
+
+
+@pytest.fixture
+def fake_ranks():
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    yield init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "ep"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_counts_of_a_plain_model(device):
+    model = TinyMoE(device)
+    counts = count_parameters(model, {"experts": model.experts}, top_k=2, num_experts=8)
+    assert counts == ParameterCounts(
+        total=DENSE + EXPERTS, active=DENSE + 2 * 4 * 3, trainable=5 * 3 + EXPERTS
+    )
+
+
+def test_counts_are_global_and_bytes_local_when_experts_are_sharded(fake_ranks):
+    model = TinyMoE()
+    placements = [Shard(0), Shard(0)]
+    experts = distribute_tensor(model.experts.data, fake_ranks, placements, src_data_rank=None)
+    model.experts = nn.Parameter(experts)
+    counts = count_parameters(model, {"experts": model.experts}, top_k=2, num_experts=8)
+    assert counts == ParameterCounts(DENSE + EXPERTS, DENSE + 24, 15 + EXPERTS)
+    assert count_local_bytes([model.experts]) == EXPERTS * 4 // 8
+    assert count_local_bytes(model.parameters()) == (DENSE + EXPERTS // 8) * 4
+
+
+def test_replicas_count_once_and_are_held_whole(fake_ranks):
+    local = torch.empty(2, 4, 3, dtype=torch.bfloat16)
+    experts = DTensor.from_local(local, fake_ranks, [Replicate(), Shard(0)])
+    assert experts.shape == (8, 4, 3)
+    assert count_local_bytes([experts]) == EXPERTS * 2 // 4

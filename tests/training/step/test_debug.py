@@ -1,0 +1,57 @@
+"""The checks of a `--debug` run find what they are for."""
+
+import pytest
+import torch
+
+from megablocks_utils.shard_moe_utils import shard_moe
+from megablocks_utils.training.step.debug import (
+    check_gradient_norm,
+    check_replicas,
+    describe_placements,
+)
+from tests.support.tiny_models import build_tiny_model
+
+
+def _sharded(dtype=torch.float32):
+    return shard_moe(build_tiny_model("mixtral").to(dtype), ep_size=2, expert_dp="replicate")
+
+
+def _check_one_bit(rank, dtype):
+    """Equal copies pass; then the last bit of one weight of one copy of experts 2-3 flips."""
+    sharded = _sharded(dtype)
+    check_replicas(sharded, step=1)
+    name, parameter = list(sharded.expert_parameters.items())[-1]
+    if rank == 3:
+        bits = parameter.detach().to_local().view(torch.int16)
+        bits[0, 0, 0] ^= 1
+    with pytest.raises(RuntimeError) as report:
+        check_replicas(sharded, step=2)
+    return str(report.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_replicas_sees_one_bit_on_every_rank(ranks4, dtype):
+    """Maxima are taken, so only the rank below them sees the difference; all must stop."""
+    reports = ranks4.run(_check_one_bit, dtype)
+    start = "after step 2 the copies of "
+    assert all(report.startswith(start) for report in reports)
+    named = [report for report in reports if "model.layers.1.mlp.experts.down_proj" in report]
+    assert len(named) == 1
+
+
+def test_check_gradient_norm():
+    check_gradient_norm(torch.tensor(3.0), step=1)
+    with pytest.raises(RuntimeError, match="^the gradient norm of step 7 is nan$"):
+        check_gradient_norm(torch.tensor(float("nan")), step=7)
+
+
+def _describe(rank):
+    return list(describe_placements(_sharded().model))
+
+
+def test_describe_placements(ranks4):
+    lines = ranks4.run(_describe)[0]
+    prefix = "model.layers.0.mlp"
+    assert f"{prefix}.gate.weight (4, 64) on plain tensor, 1,024 bytes here" in lines
+    where = "on ep: Shard(dim=0), 49,152 bytes here"
+    assert f"{prefix}.experts.down_proj (4, 64, 96) {where}" in lines

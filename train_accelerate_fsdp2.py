@@ -8,7 +8,7 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_args
-from megablocks_utils.processes.launch import Launch, check_environment, run_entry_point
+from megablocks_utils.processes.launch import LaunchEnvironment, check_environment, run_entry_point
 from megablocks_utils.processes.output_folder import check_output_dir
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     train(config, launch)
 
 
-def train(config: RunConfig, launch: Launch) -> None:
+def train(config: RunConfig, launch: LaunchEnvironment) -> None:
     """Build, fit, report."""
     from megablocks_utils.fsdp.fsdp2 import full_parameters
     from megablocks_utils.processes.start import start_processes

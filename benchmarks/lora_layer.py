@@ -22,13 +22,14 @@ from benchmarks.lora_sides import (
     in_peft_form,
 )
 from benchmarks.shape import Shape
-from megablocks_utils.kernels.selection import ExpertShapes, choose_backend
+from megablocks_utils.kernels.selection import ExpertShapes, select_and_load_backend
 from megablocks_utils.lora.expert_adapters import attach_expert_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
-from megablocks_utils.shard_moe_utils import PROJECTIONS, ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.shard_moe_utils import PROJECTIONS
 
 
 def build_layer_sides(
@@ -74,7 +75,9 @@ def _our_layer(
         torch.randn(shape.num_experts, *size, generator=generator) / math.sqrt(size[1])
         for size in rows_and_columns
     ]
-    choice = choose_backend(backend, ExpertShapes(hidden, intermediate, torch.float32, device.type))
+    choice = select_and_load_backend(
+        backend, ExpertShapes(hidden, intermediate, torch.float32, device.type)
+    )
     layer = DroplessExperts(
         *(wrap_local_experts(weight.to(device), mesh) for weight in weights),
         mesh=mesh,

@@ -25,7 +25,7 @@ from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.memory.formula import predict
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.rehearsal.engine import predict_fake
 from megablocks_utils.rehearsal.worker import build_request, read_request
 
@@ -53,7 +53,7 @@ RESET_PEAK = "5"
 class Case:
     """One run; what is not said is as in `build_run`."""
 
-    layout: Layout
+    layout: ParallelLayout
     changes: dict[str, Any]
 
     def label(self) -> str:
@@ -62,8 +62,8 @@ class Case:
         return f"{self.layout.describe()}; {changes or 'full, fp32'}"
 
 
-NONE, WHOLE = Layout(1, "shard"), Layout(8, "shard")
-SHARD, COPIES = Layout(4, "shard"), Layout(4, "replicate")
+NONE, WHOLE = ParallelLayout(1, "shard"), ParallelLayout(8, "shard")
+SHARD, COPIES = ParallelLayout(4, "shard"), ParallelLayout(4, "replicate")
 CASES = (
     Case(NONE, {}),
     Case(WHOLE, {}),

@@ -7,12 +7,12 @@ Nothing is measured: the formulas of `megablocks_utils.plan` answer in seconds.
 
 from pathlib import Path
 
-from megablocks_utils.plan import build_question
+from megablocks_utils.plan import build_request
 from megablocks_utils.planning.model.units import GB
 from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.plan_options import parse_plan_options, split_words
 from megablocks_utils.planning.report.scale_chart import draw_scale
-from megablocks_utils.planning.speed.layout_plan import Question
+from megablocks_utils.planning.speed.layout_plan import PlanRequest
 from megablocks_utils.planning.speed.scale import ScalePoint, describe_dominance, plan_scale
 
 MODELS = {
@@ -26,12 +26,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 MARK = "<!-- From here on written by python -m benchmarks.scale -->"
 
 
-def ask(folder: str) -> tuple[Question, list[ScalePoint]]:
+def ask(folder: str) -> tuple[PlanRequest, list[ScalePoint]]:
     """Plan one of the models in `benchmarks/models`."""
     path = Path(__file__).parent / "models" / folder
     options = parse_plan_options(split_words([str(path), *RUN.split()], help_text=HELP))
-    question = build_question(options)
-    return question, plan_scale(question, options.world_sizes)
+    request = build_request(options)
+    return request, plan_scale(request, options.world_sizes)
 
 
 def format_table(points: list[ScalePoint]) -> str:
@@ -59,8 +59,8 @@ def main() -> None:
     """Draw the picture and write the tables into the page."""
     series, capacity = {}, 0
     for name, folder in MODELS.items():
-        question, series[name] = ask(folder)
-        capacity = question.capacity_bytes
+        request, series[name] = ask(folder)
+        capacity = request.capacity_bytes
     page = DOCS / "scale.md"
     head = page.read_text(encoding="utf-8").partition(MARK)[0]
     sections = [format_section(name, points) for name, points in series.items()]

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megablocks_utils.experts_interface import register_experts_implementation
     from megablocks_utils.moe.kernel_check import verify_kernel
-    from megablocks_utils.shard_moe_utils import ShardedMoE, shard_moe
+    from megablocks_utils.moe.sharded_moe import ShardedMoE
+    from megablocks_utils.shard_moe_utils import shard_moe
 
 __all__ = ["ShardedMoE", "register_experts_implementation", "shard_moe", "verify_kernel"]
 
 _HOMES = {
-    "ShardedMoE": "shard_moe_utils",
+    "ShardedMoE": "moe.sharded_moe",
     "register_experts_implementation": "experts_interface",
     "shard_moe": "shard_moe_utils",
-    "verify_kernel": "kernel_check",
+    "verify_kernel": "moe.kernel_check",
 }
 
 

@@ -3,6 +3,10 @@
 Anything else that is raised is a defect of ours: it keeps its traceback and ends with exit code 1.
 """
 
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
@@ -16,11 +20,32 @@ __all__ = [
 class UserError(Exception):
     """Base of the errors a user can act on.
 
-    The message is one sentence that names the option, file or value at fault, the value seen and
-    the value wanted.
+    The message is one sentence that names the parameter, file or value at fault, the value seen and
+    the value wanted. The library names parameters as Python callers write them (`ep_size`); a
+    command shows `as_options()`, where they are the options they come from (`--ep_size`).
+
+    Attributes:
+        exit_code: of a command that ends with it.
+        parameters: names in the message that are parameters of the library.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, parameters: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.parameters = tuple(parameters)
+
+    def as_options(self, option_names: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Return the message with every parameter written as an option.
+
+        Args:
+            option_names: options whose name is not that of the parameter, by parameter.
+        """
+        message = str(self)
+        for name in self.parameters:
+            option = f"--{option_names.get(name, name)}"
+            message = re.sub(rf"(?<![\w-]){re.escape(name)}(?!\w)", option, message)
+        return message
 
 
 class ConfigurationError(UserError):

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
-from megablocks_utils.kernels.available import ExpertBackend, find_obstacle, load
+from megablocks_utils.kernels.available import ExpertBackend, find_unsupported_reason, load
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
-from megablocks_utils.kernels.fused.obstacle import TRITON_INSTALL, is_triton_installed
+from megablocks_utils.kernels.fused.requirements import TRITON_INSTALL, is_triton_installed
 from megablocks_utils.kernels.gate import Gate, SwiGlu, gates_agree
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.shapes import ExpertShapes
@@ -72,8 +72,8 @@ def _run_experts(
     with torch.autocast(device_type, enabled=False):
         run = _load_backend(kernel)
         experts = _read_weights(module, refuse).map_tensors(lambda tensor: tensor.to(dtype))
-        if obstacle := _find_obstacle(kernel, experts, device_type):
-            refuse(obstacle)
+        if unsupported_reason := _find_unsupported_reason(kernel, experts, device_type):
+            refuse(unsupported_reason)
         order = sort_by_expert(top_k_index, len(experts.down_proj))
         output = run(hidden_states.to(dtype), order, top_k_weights, experts)
     return output.to(hidden_states.dtype)
@@ -155,14 +155,14 @@ class _OwnGate:
         return self.module._apply_gate(joined)
 
 
-def _find_obstacle(kernel: str, experts: ExpertWeights, device_type: str) -> str | None:
+def _find_unsupported_reason(kernel: str, experts: ExpertWeights, device_type: str) -> str | None:
     """Say in a clause why a kernel cannot run these experts, or return None."""
     down = experts.projections[1]
     _, hidden_size, intermediate_size = down.shape
     shapes = ExpertShapes(
         hidden_size, intermediate_size, down.dtype, device_type, gate=experts.gate
     )
-    return find_obstacle(kernel, shapes, _read_device_facts(device_type))
+    return find_unsupported_reason(kernel, shapes, _read_device_facts(device_type))
 
 
 @cache

@@ -94,7 +94,7 @@ def export_checkpoint(options: ExportOptions) -> str:
         if name.startswith(MODEL_PREFIX)
     }
     with removed_on_error(options.output):
-        if manifest["continuity"]["lora"] is None:
+        if manifest["compatibility"]["lora"] is None:
             _export_model(folder, stored, options.output)
         else:
             _export_adapter(folder, manifest, stored, options.output)
@@ -102,7 +102,7 @@ def export_checkpoint(options: ExportOptions) -> str:
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:
-    return "model" if manifest["continuity"]["lora"] is None else "adapter"
+    return "model" if manifest["compatibility"]["lora"] is None else "adapter"
 
 
 def _check_is_checkpoint(folder: Path) -> None:
@@ -145,7 +145,7 @@ def _export_adapter(
     from megablocks_utils.lora.adapter_files import export_adapter
     from megablocks_utils.lora.settings import LoraSettings
 
-    lora = manifest["continuity"]["lora"]
+    lora = manifest["compatibility"]["lora"]
     with show_progress("exporting", sum(_count_bytes(*s) for s in stored.values())) as advance:
         export_adapter(
             LoraSettings(**lora | {"target_modules": tuple(lora["target_modules"])}),

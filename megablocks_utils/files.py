@@ -11,7 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite_or_none", "publish_file", "sync_to_disk", "write_json_atomically"]
+__all__ = [
+    "STAGING_FOLDER_NAME",
+    "finite_or_none",
+    "publish_file",
+    "sync_to_disk",
+    "write_json_atomically",
+]
+
+STAGING_FOLDER_NAME = ".model-being-written"
+"""Where a model lies inside its folder until it is complete."""
 
 
 @contextmanager

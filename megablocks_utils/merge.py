@@ -22,7 +22,7 @@ from megablocks_utils.processes.launch import run_entry_point
 
 if TYPE_CHECKING:
     from megablocks_utils.checkpoint.index import CheckpointIndex
-    from megablocks_utils.lora.merge_weights import Folding
+    from megablocks_utils.lora.merge_weights import AdapterMerger
 
 __all__ = ["MergeOptions", "main", "merge_adapter", "parse_options"]
 
@@ -97,18 +97,18 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     """
     check_output(options.output)
     from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-    from megablocks_utils.checkpoint.layouts import detect_layout
+    from megablocks_utils.checkpoint.layouts import detect_naming
     from megablocks_utils.checkpoint.load import build_model_on_meta, check_against_model
     from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
-    from megablocks_utils.lora.merge_weights import Folding
+    from megablocks_utils.lora.merge_weights import AdapterMerger
 
     adapter_folder = resolve_adapter_folder(options.adapter)
     base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
     index = open_checkpoint(base)
-    layout = detect_layout(index, source=base)
+    layout = detect_naming(index, source=base)
     model = build_model_on_meta(base)
     check_against_model(model, index, layout)
-    folding = Folding(open_adapter(adapter_folder, model), index, layout)
+    folding = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
     try:
         with removed_on_error(options.output):
             _write(folding, index, options.output, max_shard_bytes)
@@ -136,7 +136,7 @@ def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
 
 
 def _write(
-    folding: "Folding", index: "CheckpointIndex", output: Path, max_shard_bytes: int | None
+    folding: "AdapterMerger", index: "CheckpointIndex", output: Path, max_shard_bytes: int | None
 ) -> None:
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder

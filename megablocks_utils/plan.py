@@ -19,7 +19,7 @@ from megablocks_utils.planning.model.config_file import (
     read_config_file,
 )
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.prediction import Layout, Prediction
+from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 from megablocks_utils.planning.model.units import GIB
 from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.plan_options import (
@@ -38,7 +38,7 @@ from megablocks_utils.planning.report.scale_chart import draw_scale
 from megablocks_utils.planning.report.tables import show_plan, show_scale
 from megablocks_utils.planning.speed.calibration import Calibration, read_calibration
 from megablocks_utils.planning.speed.layout_plan import (
-    Question,
+    PlanRequest,
     choose_row,
     plan_layouts,
     run_formula,
@@ -50,7 +50,7 @@ from megablocks_utils.processes.launch import run_entry_point
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["build_question", "main", "plan_world", "plan_worlds"]
+__all__ = ["build_request", "main", "plan_world", "plan_worlds"]
 
 DOES_NOT_FIT = 3
 _REPORT_WIDTH = 120
@@ -84,20 +84,20 @@ def plan_world(options: PlanOptions) -> bool:
     """Plan for one number of GPUs, show and write it; return whether a layout fits.
 
     Raises:
-        UserError: as `build_question`, or a file that cannot be written.
+        UserError: as `build_request`, or a file that cannot be written.
     """
-    question = build_question(options)
+    request = build_request(options)
     engine = run_formula
     if options.own["engine"] == "fake":
         engine = _FakeEngine(find_config_file(options.model))
-    rows = plan_layouts(question, engine)
-    assumptions = _list_assumptions(question, options)
-    show_plan(_build_console(), question, rows, assumptions)
+    rows = plan_layouts(request, engine)
+    assumptions = _list_assumptions(request, options)
+    show_plan(_build_console(), request, rows, assumptions)
     if options.own["json"]:
-        record = build_plan_record(question, rows, options.own, assumptions)
+        record = build_plan_record(request, rows, options.own, assumptions)
         _write(options.own, "json", lambda path: write_json_atomically(path, record))
     if options.own["plot"]:
-        _write(options.own, "plot", lambda path: draw_plan(question, rows, path))
+        _write(options.own, "plot", lambda path: draw_plan(request, rows, path))
     return choose_row(rows) is not None
 
 
@@ -107,25 +107,25 @@ def plan_worlds(options: PlanOptions) -> bool:
     Raises:
         UserError: as `plan_world`.
     """
-    question = build_question(options)
-    points = plan_scale(question, options.world_sizes)
+    request = build_request(options)
+    points = plan_scale(request, options.world_sizes)
     if not points:
         raise ConfigurationError(
             f"--ep_size is {options.ep_size}, but it divides none of these numbers of GPUs and the "
-            f"{question.scenario.shape.num_experts} experts of this model."
+            f"{request.scenario.shape.num_experts} experts of this model."
         )
-    assumptions = _list_assumptions(question, options)
-    show_scale(_build_console(), question, points, assumptions)
+    assumptions = _list_assumptions(request, options)
+    show_scale(_build_console(), request, points, assumptions)
     if options.own["json"]:
-        record = build_scale_record(question, points, options.own, assumptions)
+        record = build_scale_record(request, points, options.own, assumptions)
         _write(options.own, "json", lambda path: write_json_atomically(path, record))
     if options.own["plot"]:
-        series, capacity = {question.model: points}, question.capacity_bytes
+        series, capacity = {request.model: points}, request.capacity_bytes
         _write(options.own, "plot", lambda path: draw_scale(series, capacity, path))
     return any(point.chosen is not None for point in points)
 
 
-def build_question(options: PlanOptions) -> Question:
+def build_request(options: PlanOptions) -> PlanRequest:
     """Read the model's config.json and put together what is asked.
 
     Raises:
@@ -155,7 +155,7 @@ def build_question(options: PlanOptions) -> Question:
         imbalance=own["imbalance"],
     )
     memory_gib = own["gpu_mem_gib"]
-    return Question(
+    return PlanRequest(
         model=options.model,
         launch_model=launch_name(options.model),
         scenario=scenario,
@@ -174,7 +174,9 @@ class _FakeEngine:
     def __init__(self, config_file: Path) -> None:
         self._config_file = config_file
 
-    def __call__(self, scenario: Scenario, layouts: Sequence[Layout]) -> Sequence[Prediction]:
+    def __call__(
+        self, scenario: Scenario, layouts: Sequence[ParallelLayout]
+    ) -> Sequence[Prediction]:
         """Predict, as `layout_plan.Engine`.
 
         Raises:
@@ -223,8 +225,8 @@ def _check_nodes(world_size: int, per_node: int) -> None:
         )
 
 
-def _list_assumptions(question: Question, options: PlanOptions) -> list[str]:
-    says = list_assumptions(question, options.own)
+def _list_assumptions(request: PlanRequest, options: PlanOptions) -> list[str]:
+    says = list_assumptions(request, options.own)
     if options.passed_on:
         says.append(f"Passed on to TrainingArguments unread: {' '.join(options.passed_on)}.")
     return says

@@ -5,7 +5,6 @@ loss stay transformers' own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_layout
+from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_naming
 from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.rank_agreement import ExpertUse, choose_for_all_ranks
-from megablocks_utils.kernels.selection import KernelChoice
+from megablocks_utils.kernels.rank_agreement import ExpertUse, select_for_all_ranks
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import (
     distribute_experts,
@@ -27,40 +25,10 @@ from megablocks_utils.mesh.placement import (
     wrap_local_experts,
 )
 from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 """Names of the concatenated expert weights, in transformers' experts modules and in ours."""
-
-
-@dataclass(frozen=True)
-class ShardedMoE:
-    """A model whose experts are split over the mesh, and what FSDP must know of it.
-
-    Attributes:
-        model: the model given, with its experts swapped in place.
-        mesh: axes ("dp", "ep"), ep innermost.
-        expert_modules: qualified name -> module; what FSDP1 ignores and FSDP2 wraps on "dp".
-        expert_dp: what the dp axis does with an expert, "shard" or "replicate".
-        kernel: the backend that runs the experts, and why.
-    """
-
-    model: nn.Module
-    mesh: DeviceMesh
-    expert_modules: dict[str, DroplessExperts]
-    expert_dp: str
-    kernel: KernelChoice
-
-    @property
-    def expert_parameters(self) -> dict[str, DTensor]:
-        """The experts' weights and adapters as they are now: name -> DTensor, Shard(0) on "ep".
-
-        FSDP2 replaces the parameters it shards, so this looks them up each time.
-        """
-        return {
-            f"{name}.{parameter_name}": parameter
-            for name, module in self.expert_modules.items()
-            for parameter_name, parameter in module.named_parameters()
-        }
 
 
 def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -172,7 +140,7 @@ def _plan(
     modules = find_expert_modules(model)
     mesh = build_mesh(_common_mesh_sizes(modules, ep_size), use.device_type)
     first = next(iter(modules.values()))
-    choice = choose_for_all_ranks(kernel, use.shapes(model, first, ep_size))
+    choice = select_for_all_ranks(kernel, use.shapes(model, first, ep_size))
     return ShardedMoE(model, mesh, {}, expert_dp, choice)
 
 
@@ -189,7 +157,7 @@ class _ExpertSource:
 
     def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
         self.index = checkpoint and open_checkpoint(resolve_checkpoint_folder(checkpoint))
-        self.layout = self.index and detect_layout(self.index)
+        self.layout = self.index and detect_naming(self.index)
         self.mesh = mesh
         self.device = device
 

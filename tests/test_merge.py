@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from megablocks_utils import merge
 from megablocks_utils.checkpoint.index import open_checkpoint
-from megablocks_utils.checkpoint.writer import STAGING_FOLDER_NAME, SafetensorsWriter
+from megablocks_utils.checkpoint.writer import SafetensorsWriter
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.files import STAGING_FOLDER_NAME
 from megablocks_utils.merge import MergeOptions, main, merge_adapter, parse_options
 from tests.support.merged import assert_same_model, merge_with_peft, save_base
 from tests.support.tiny_adapters import PEFT_WARNINGS, edit_settings, save_fused_adapter

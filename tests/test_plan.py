@@ -10,7 +10,6 @@ import pytest
 from megablocks_utils import plan
 from megablocks_utils.config import parse_args, parse_known_args
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.rehearsal import engine as fake_engine
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS
 from megablocks_utils.planning.plan_help import HELP
@@ -21,6 +20,7 @@ from megablocks_utils.planning.speed.calibration import (
     solve,
 )
 from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.rehearsal import engine as fake_engine
 from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_prediction, build_scenario
 from tests.planning.report.test_prediction_check import PLAN
 

@@ -14,7 +14,7 @@ from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.kernels.eager import run_experts_eager
 from megablocks_utils.kernels.fused.tiles import KINDS, choose_tiles, list_candidates
 from megablocks_utils.kernels.rank_agreement import ExpertUse
-from megablocks_utils.kernels.selection import decide_backend
+from megablocks_utils.kernels.selection import select_backend
 from megablocks_utils.kernels.tuning.measurements import read_entries
 from megablocks_utils.kernels.tuning.tile_search import KINDS_OF_MODE
 from megablocks_utils.processes.launch import run_entry_point
@@ -129,7 +129,7 @@ def test_what_is_found_is_kept_and_taken_by_auto(folder, cache, monkeypatch, cap
     options = TuneOptions(str(folder), 33, use_lora=use_lora, lora_r=4)
     tune.tune(options, H100, "cpu", planted.time_ms)
     shapes = read_shapes(options)
-    decision = decide_backend("auto", shapes, H100)
+    decision = select_backend("auto", shapes, H100)
     sizes = {"arch": "sm_90", "itemsize": 2}
     start = choose_tiles(rows=66, num_experts=4, **sizes)
     fast = next(t for t in list_candidates("linear", **sizes) if t.block_m == 128)
@@ -149,7 +149,7 @@ def test_a_triton_that_loses_is_not_taken(folder, cache, monkeypatch, capsys):
     planted = PlantedTimes(monkeypatch, grouped_mm_ms=3.0)
     options = TuneOptions(str(folder), 33)
     tune.tune(options, H100, "cpu", planted.time_ms)
-    assert decide_backend("auto", read_shapes(options), H100).name == "grouped_mm"
+    assert select_backend("auto", read_shapes(options), H100).name == "grouped_mm"
     assert "auto takes grouped_mm for this" in capsys.readouterr().out
 
 

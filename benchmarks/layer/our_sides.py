@@ -11,7 +11,7 @@ from benchmarks.layer.side import LayerSide, SkippedError
 from megablocks_utils.errors import UserError
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import sort_by_expert
-from megablocks_utils.kernels.selection import ExpertShapes, KernelChoice, choose_backend
+from megablocks_utils.kernels.selection import ExpertShapes, LoadedBackend, select_and_load_backend
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
@@ -19,7 +19,7 @@ from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_lora import ExpertLora
 
 
-def find_backend(kernel: str, case: Case, device: torch.device) -> KernelChoice:
+def find_backend(kernel: str, case: Case, device: torch.device) -> LoadedBackend:
     """Return our backend of that name for the case.
 
     Raises:
@@ -37,7 +37,7 @@ def find_backend(kernel: str, case: Case, device: torch.device) -> KernelChoice:
         num_rows=case.num_tokens * shape.top_k,
     )
     try:
-        return choose_backend(kernel, shapes)
+        return select_and_load_backend(kernel, shapes)
     except UserError as refusal:
         raise SkippedError(str(refusal)) from refusal
 

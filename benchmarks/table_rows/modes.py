@@ -17,7 +17,13 @@ from benchmarks.table_rows.options import CPU, ONE_GPU, PLAN, REAL, TableOptions
 from benchmarks.table_rows.outcome import MEASURED
 from benchmarks.table_rows.record import TableRecord
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
-from benchmarks.table_rows.runs import Workplace, find_obstacle, run_row, take_rounds, weigh_row
+from benchmarks.table_rows.runs import (
+    Workplace,
+    find_unsupported_reason,
+    run_row,
+    take_rounds,
+    weigh_row,
+)
 from benchmarks.table_rows.workplace import save_config, save_examples, save_random_model
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.model.config_file import find_config_file, read_config_file
@@ -103,8 +109,8 @@ def measure_memory(
     with tempfile.TemporaryDirectory() as name:
         save_config(bench.config, Path(name))
         for row in options.rows:
-            obstacle = find_obstacle(row, bench)
-            outcome = obstacle or rehearse_row(row, bench, Path(name), start)
+            unsupported_reason = find_unsupported_reason(row, bench)
+            outcome = unsupported_reason or rehearse_row(row, bench, Path(name), start)
             if outcome["status"] == MEASURED:
                 record.add(row, outcome)
             else:
@@ -175,12 +181,12 @@ def _settle_obstacles(
     """Return the rows that can be tried, and note of the others why not."""
     tried: list[Row] = []
     for row in rows:
-        obstacle = find_obstacle(row, bench, tried)
-        if obstacle is None:
+        unsupported_reason = find_unsupported_reason(row, bench, tried)
+        if unsupported_reason is None:
             tried.append(row)
         else:
-            record.settle(row, obstacle)
-            say(_tell(row, obstacle))
+            record.settle(row, unsupported_reason)
+            say(_tell(row, unsupported_reason))
     return tried
 
 

@@ -15,7 +15,7 @@ from benchmarks.table_rows.rows import TRANSFORMERS, Row
 from megablocks_utils.kernels.megablocks import MEGABLOCKS_INSTALL, is_megablocks_installed
 from megablocks_utils.kernels.scattermoe import SCATTERMOE_INSTALL, is_scattermoe_installed
 
-__all__ = ["Launch", "Workplace", "find_obstacle", "run_row", "take_rounds", "weigh_row"]
+__all__ = ["Launch", "Workplace", "find_unsupported_reason", "run_row", "take_rounds", "weigh_row"]
 
 Launch = Callable[[Job], Ending]
 
@@ -38,7 +38,9 @@ class Workplace:
     scratch: Path
 
 
-def find_obstacle(row: Row, bench: Bench, earlier: Sequence[Row] = ()) -> dict[str, Any] | None:
+def find_unsupported_reason(
+    row: Row, bench: Bench, earlier: Sequence[Row] = ()
+) -> dict[str, Any] | None:
     """Say what keeps a row from being run at all; None if nothing does.
 
     Args:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megablocks_utils.checkpoint.tensor_shards import Block, Piece
+from megablocks_utils.checkpoint.tensor_shards import Block, TensorShard
 from megablocks_utils.errors import CheckpointError
 
 __all__ = ["DCP_INDEX_NAME", "MODEL_PREFIX", "OPTIMIZER_PREFIX"]
@@ -44,7 +44,7 @@ _AS_GIVEN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
 def write_pieces(
-    pieces: Mapping[str, Piece], folder: Path, group: dist.ProcessGroup | None
+    pieces: Mapping[str, TensorShard], folder: Path, group: dist.ProcessGroup | None
 ) -> None:
     """Write every rank's pieces in parallel, one file a rank, and an index; all on disk after it.
 
@@ -68,7 +68,7 @@ def write_pieces(
         raise CheckpointError(f"cannot write {folder}: {_first_reason(error)}") from error
 
 
-def read_pieces(pieces: Mapping[str, Piece], folder: Path) -> None:
+def read_pieces(pieces: Mapping[str, TensorShard], folder: Path) -> None:
     """Fill pieces from a checkpoint that any layout has written; no communication.
 
     Args:
@@ -102,7 +102,7 @@ def read_whole_tensor(
         CheckpointError: as `read_pieces`.
     """
     tensor = torch.empty(shape, dtype=dtype)
-    read_pieces({name: Piece(shape, (Block((0,) * len(shape), tensor),))}, folder)
+    read_pieces({name: TensorShard(shape, (Block((0,) * len(shape), tensor),))}, folder)
     return tensor
 
 
@@ -156,7 +156,7 @@ class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
 
     def set_up_planner(
         self,
-        state_dict: dict[str, Piece],
+        state_dict: dict[str, TensorShard],
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
@@ -181,7 +181,7 @@ class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
         return self.state_dict[index.fqn].tensor_at(index.offset)
 
 
-def _write_item(name: str, piece: Piece, block: Block) -> WriteItem:
+def _write_item(name: str, piece: TensorShard, block: Block) -> WriteItem:
     chunk = _chunk(block)
     data = TensorWriteData(
         chunk=chunk,
@@ -195,7 +195,9 @@ def _chunk(block: Block) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(block.offsets), block.tensor.size())
 
 
-def _check_stored(pieces: Mapping[str, Piece], stored: Mapping[str, TensorStorageMetadata]) -> None:
+def _check_stored(
+    pieces: Mapping[str, TensorShard], stored: Mapping[str, TensorStorageMetadata]
+) -> None:
     missing = [name for name in pieces if name not in stored]
     if missing:
         raise CheckpointError(

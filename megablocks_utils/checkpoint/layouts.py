@@ -7,7 +7,7 @@ In memory every supported model has, for each MoE layer (E experts, H hidden, I 
     <layer>.mlp.gate.weight            (E, H), the router
 
 On the Hub each expert has its own matrices under names that differ by family; transformers can
-also write the tensors as they are in memory (`save_original_format=False`). A `Layout` declares
+also write the tensors as they are in memory (`save_original_format=False`). A `HubNaming` declares
 one such naming; reading, checking and writing all derive from it.
 """
 
@@ -27,9 +27,9 @@ __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "TIED_PARAMETERS",
     "ExpertPart",
-    "Layout",
+    "HubNaming",
     "MemoryPart",
-    "detect_layout",
+    "detect_naming",
     "is_expert_parameter",
     "is_in_experts",
 ]
@@ -83,7 +83,7 @@ class MemoryPart:
 
 
 @dataclass(frozen=True)
-class Layout:
+class HubNaming:
     """Declare how a kind of checkpoint names the MoE block and the projections of an expert.
 
     Attributes:
@@ -138,13 +138,13 @@ class Layout:
         return is_expert_parameter(part.name) and is_piece == (self.projections is not None)
 
 
-def _layout(name: str, block: str, gate: str, up: str, down: str) -> Layout:
-    return Layout(name, block, MappingProxyType({"gate": gate, "up": up, "down": down}))
+def _naming(name: str, block: str, gate: str, up: str, down: str) -> HubNaming:
+    return HubNaming(name, block, MappingProxyType({"gate": gate, "up": up, "down": down}))
 
 
-MIXTRAL = _layout("mixtral", "block_sparse_moe", gate="w1", up="w3", down="w2")
-QWEN_MOE = _layout("qwen_moe", MEMORY_BLOCK, gate="gate_proj", up="up_proj", down="down_proj")
-FUSED = Layout("fused", MEMORY_BLOCK, None)
+MIXTRAL = _naming("mixtral", "block_sparse_moe", gate="w1", up="w3", down="w2")
+QWEN_MOE = _naming("qwen_moe", MEMORY_BLOCK, gate="gate_proj", up="up_proj", down="down_proj")
+FUSED = HubNaming("fused", MEMORY_BLOCK, None)
 
 # What is written for each family; any of the layouts may be found when reading.
 LAYOUT_OF_MODEL_TYPE = MappingProxyType(
@@ -164,7 +164,7 @@ def is_in_experts(name: str) -> bool:
     return ".mlp.experts." in name
 
 
-def detect_layout(keys: Iterable[str], *, source: object = "the checkpoint") -> Layout:
+def detect_naming(keys: Iterable[str], *, source: object = "the checkpoint") -> HubNaming:
     """Return the layout in which a checkpoint with these tensor names stores its experts.
 
     Args:

@@ -1,6 +1,6 @@
 """Build a model without weights, check a checkpoint against it, and read experts from it.
 
-The way of a load: `build_model_on_meta`, `open_checkpoint`, `detect_layout`,
+The way of a load: `build_model_on_meta`, `open_checkpoint`, `detect_naming`,
 `check_against_model` (before any weight is read), then a `SliceReader` for the parts that this
 rank holds. No function here communicates.
 """
@@ -18,7 +18,7 @@ from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
     SUPPORTED_MODEL_TYPES,
     TIED_PARAMETERS,
-    Layout,
+    HubNaming,
     is_expert_parameter,
 )
 from megablocks_utils.checkpoint.settings_file import read_settings
@@ -69,7 +69,7 @@ def build_model_on_meta(
 def check_against_model(
     model: PreTrainedModel,
     index: CheckpointIndex,
-    layout: Layout,
+    layout: HubNaming,
     *,
     truncate_layers: int | None = None,
 ) -> None:
@@ -104,7 +104,7 @@ def check_against_model(
 
 def load_experts(
     index: CheckpointIndex,
-    layout: Layout,
+    layout: HubNaming,
     module_name: str,
     *,
     first: int,
@@ -159,7 +159,7 @@ def _tied_copies(model: PreTrainedModel) -> Mapping[str, str]:
 
 
 def _wanted_shapes(
-    model: PreTrainedModel, index: CheckpointIndex, layout: Layout
+    model: PreTrainedModel, index: CheckpointIndex, layout: HubNaming
 ) -> dict[str, tuple[int, ...]]:
     """Return the Hub names and shapes that a checkpoint of this model must have."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -175,7 +175,7 @@ def _wanted_shapes(
 
 
 def _may_be_left(
-    model: PreTrainedModel, key: str, layout: Layout, truncate_layers: int | None
+    model: PreTrainedModel, key: str, layout: HubNaming, truncate_layers: int | None
 ) -> bool:
     """Return whether a tensor that no parameter takes is one that does no harm."""
     if key.endswith(IGNORED_SUFFIX) or key in _tied_copies(model):

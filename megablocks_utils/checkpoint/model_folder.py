@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from megablocks_utils.checkpoint.layouts import (
     LAYOUT_OF_MODEL_TYPE,
     TIED_PARAMETERS,
-    Layout,
+    HubNaming,
     is_expert_parameter,
 )
 from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
@@ -96,7 +96,7 @@ def _write_weights(
             del tensor
 
 
-def _split_spec(layout: Layout, spec: TensorSpec) -> Iterator[TensorSpec]:
+def _split_spec(layout: HubNaming, spec: TensorSpec) -> Iterator[TensorSpec]:
     """Yield what is written for one in-memory parameter."""
     if not is_expert_parameter(spec.name):
         yield spec._replace(name=layout.hub_key(spec.name))
@@ -105,7 +105,7 @@ def _split_spec(layout: Layout, spec: TensorSpec) -> Iterator[TensorSpec]:
         yield TensorSpec(part.key, part.hub_shape(spec.shape), spec.dtype)
 
 
-def _append(writer: SafetensorsWriter, layout: Layout, name: str, tensor: torch.Tensor) -> None:
+def _append(writer: SafetensorsWriter, layout: HubNaming, name: str, tensor: torch.Tensor) -> None:
     """Write one in-memory parameter, in the order of `_split_spec`."""
     if not is_expert_parameter(name):
         writer.append(layout.hub_key(name), tensor)

@@ -14,7 +14,7 @@ from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import (
     TIED_PARAMETERS,
     ExpertPart,
-    Layout,
+    HubNaming,
     is_expert_parameter,
 )
 from megablocks_utils.errors import CheckpointError
@@ -30,9 +30,9 @@ class SliceReader:
         layout: the layout of its experts.
     """
 
-    def __init__(self, index: CheckpointIndex, layout: Layout) -> None:
+    def __init__(self, index: CheckpointIndex, layout: HubNaming) -> None:
         self._index = index
-        self._layout = layout
+        self._naming = layout
 
     def fill_local(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
         """Read a part of a parameter into `local`, in its dtype and on its device.
@@ -50,12 +50,12 @@ class SliceReader:
         if is_expert_parameter(name):
             self._fill_experts(name, local, offsets)
             return
-        key = stored_key(self._layout.hub_key(name), self._index)
+        key = stored_key(self._naming.hub_key(name), self._index)
         self._fill_rows(local, key, offsets[0], offsets[1:])
 
     def expert_matrix_shape(self, name: str, expert: int) -> tuple[int, int]:
         """Return (rows, columns) that an expert of an expert weight has, by what is stored."""
-        part = next(self._layout.expert_parts(name, [expert]))
+        part = next(self._naming.expert_parts(name, [expert]))
         num_rows, num_columns = self._index.shape(part.key)[-2:]
         return num_rows * part.num_shares, num_columns
 
@@ -63,7 +63,7 @@ class SliceReader:
         """Fill experts x rows x columns of a weight (E, rows, columns)."""
         first, first_row, first_column = offsets
         shape = self.expert_matrix_shape(name, first)
-        for part in self._layout.expert_parts(name, range(first, first + len(local))):
+        for part in self._naming.expert_parts(name, range(first, first + len(local))):
             self._check_shape(part, shape)
             held = part.rows(shape[0])
             start = max(held.start, first_row)

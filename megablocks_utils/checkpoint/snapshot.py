@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megablocks_utils.checkpoint.distributed_checkpoint import write_pieces
 from megablocks_utils.checkpoint.manifest import describe_file, write_manifest
-from megablocks_utils.checkpoint.tensor_shards import Piece
+from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import sync_to_disk
 from megablocks_utils.processes.output_folder import (
@@ -47,7 +47,7 @@ class Snapshot:
     """
 
     step: int
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, TensorShard]
     rank_files: Mapping[str, bytes]
     write_shared: Callable[[Path], None]
     contents: Mapping[str, Any]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Block", "BlockPlace", "Piece", "Place", "RunPlace"]
+__all__ = ["Block", "BlockPlace", "TensorShard", "Place", "RunPlace"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """Hold what one rank has of a whole tensor.
 
     Attributes:
@@ -43,13 +43,13 @@ class Piece:
         """Return the block that begins at `offsets`."""
         return next(block.tensor for block in self.blocks if block.offsets == tuple(offsets))
 
-    def copied_to_cpu(self) -> "Piece":
+    def copied_to_cpu(self) -> "TensorShard":
         """Return a copy in host memory, which later steps do not change."""
         blocks = (
             Block(block.offsets, block.tensor.to("cpu", copy=True).contiguous())
             for block in self.blocks
         )
-        return Piece(self.whole_shape, tuple(blocks))
+        return TensorShard(self.whole_shape, tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class BlockPlace:
     whole_shape: tuple[int, ...]
     offsets: tuple[int, ...]
 
-    def piece(self, local: Tensor) -> Piece:
+    def piece(self, local: Tensor) -> TensorShard:
         """Return the piece whose elements are `local`, of any size."""
         blocks = (Block(self.offsets, local),) if local.numel() else ()
-        return Piece(self.whole_shape, blocks)
+        return TensorShard(self.whole_shape, blocks)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class RunPlace:
     whole_shape: tuple[int, ...]
     start: int
 
-    def piece(self, local: Tensor) -> Piece:
+    def piece(self, local: Tensor) -> TensorShard:
         """Return the piece whose elements are those of the contiguous `local`."""
         flat = local.view(-1)
         blocks, first = [], 0
@@ -80,7 +80,7 @@ class RunPlace:
             last = first + math.prod(sizes)
             blocks.append(Block(offsets, flat[first:last].view(sizes)))
             first = last
-        return Piece(self.whole_shape, tuple(blocks))
+        return TensorShard(self.whole_shape, tuple(blocks))
 
 
 Place = BlockPlace | RunPlace

@@ -23,11 +23,10 @@ from megablocks_utils.checkpoint.index import (
     SINGLE_FILE_NAME,
     TORCH_DTYPES,
 )
-from megablocks_utils.files import sync_to_disk
+from megablocks_utils.files import STAGING_FOLDER_NAME, sync_to_disk
 
-__all__ = ["STAGING_FOLDER_NAME", "SafetensorsWriter", "TensorSpec", "staged_folder"]
+__all__ = ["SafetensorsWriter", "TensorSpec", "staged_folder"]
 
-STAGING_FOLDER_NAME = ".model-being-written"
 WEIGHT_FILE_PATTERNS = (SINGLE_FILE_NAME, "model-*-of-*.safetensors", INDEX_FILE_NAME)
 METADATA = {"format": "pt"}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

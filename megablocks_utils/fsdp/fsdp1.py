@@ -25,8 +25,8 @@ from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
-from megablocks_utils.processes.launch import agreed
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.processes.launch import raise_on_all_ranks
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -111,7 +111,7 @@ def wrap_fsdp1(
         RuntimeError: FSDP left a parameter out: its gradient would never be reduced.
     """
     num_elements = _count_local_dense(model)
-    root = agreed(
+    root = raise_on_all_ranks(
         lambda: fill_and_wrap_fsdp1(
             model,
             sharded,

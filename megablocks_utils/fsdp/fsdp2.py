@@ -19,8 +19,8 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
-from megablocks_utils.processes.launch import agreed
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.processes.launch import raise_on_all_ranks
 
 NamedTensors = Iterator[tuple[str, Tensor | None]]
 
@@ -103,7 +103,7 @@ def prepare_fsdp2(
     """
     layers = find_layers(model, accelerator)
     model = wrap_fsdp2(accelerator, model, sharded)
-    agreed(lambda: fill_layers(model, layers, fill_local, accelerator.device, on_layer))
+    raise_on_all_ranks(lambda: fill_layers(model, layers, fill_local, accelerator.device, on_layer))
     return model, accelerator.prepare_optimizer(make_optimizer(model.named_parameters()))
 
 

@@ -14,18 +14,21 @@ from megablocks_utils.config.reader import join_words
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.fused.obstacle import (
+from megablocks_utils.kernels.fused.requirements import (
     TRITON_INSTALL,
-    find_triton_obstacle,
+    find_triton_unsupported_reason,
     is_triton_installed,
 )
 from megablocks_utils.kernels.fused.tiles import TileTable
-from megablocks_utils.kernels.grouped_mm import find_grouped_mm_obstacle, run_experts_grouped_mm
+from megablocks_utils.kernels.grouped_mm import (
+    find_grouped_mm_unsupported_reason,
+    run_experts_grouped_mm,
+)
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.weights import ExpertWeights
 
-__all__ = ["ExpertBackend", "find_obstacle", "load", "refuse"]
+__all__ = ["ExpertBackend", "find_unsupported_reason", "load", "refuse"]
 
 
 class ExpertBackend(Protocol):
@@ -53,12 +56,12 @@ class _Backend:
 
     Attributes:
         load: takes tiles and returns the backend.
-        find_obstacle: says in a clause why it cannot run these experts, or returns None.
+        find_unsupported_reason: says in a clause why it cannot run these experts, or returns None.
         missing: the line that installs what it needs, or None.
     """
 
     load: Callable[[TileTable | None], ExpertBackend]
-    find_obstacle: Callable[[ExpertShapes, DeviceFacts], str | None]
+    find_unsupported_reason: Callable[[ExpertShapes, DeviceFacts], str | None]
     missing: str | None = None
 
 
@@ -67,19 +70,19 @@ def load(kernel: str, tiles: TileTable | None) -> ExpertBackend:
     return _BACKENDS[kernel]().load(tiles)
 
 
-def find_obstacle(kernel: str, shapes: ExpertShapes, device: DeviceFacts) -> str | None:
+def find_unsupported_reason(kernel: str, shapes: ExpertShapes, device: DeviceFacts) -> str | None:
     """Say in a clause why a backend cannot run these experts here, or return None."""
     backend = _BACKENDS[kernel]()
     if backend.missing is not None:
         return f"{kernel} is not installed ({backend.missing})"
-    return backend.find_obstacle(shapes, device)
+    return backend.find_unsupported_reason(shapes, device)
 
 
 def refuse(kernel: str, shapes: ExpertShapes, device: DeviceFacts) -> None:
     """Raise for a named backend that is not there or cannot run these experts.
 
     Raises:
-        ConfigurationError: it is unknown, or has an obstacle.
+        ConfigurationError: it is unknown, or has an unsupported_reason.
         MissingKernelError: it is not installed.
     """
     if kernel not in _BACKENDS:
@@ -91,33 +94,33 @@ def refuse(kernel: str, shapes: ExpertShapes, device: DeviceFacts) -> None:
             f"--kernel is {kernel}, but {kernel} is not installed; install it with: "
             f"{backend.missing}"
         )
-    obstacle = backend.find_obstacle(shapes, device)
-    if obstacle is not None:
+    unsupported_reason = backend.find_unsupported_reason(shapes, device)
+    if unsupported_reason is not None:
         works = [
             name
             for name in ("triton", "grouped_mm", "eager")
-            if find_obstacle(name, shapes, device) is None
+            if find_unsupported_reason(name, shapes, device) is None
         ]
         raise ConfigurationError(
-            f"--kernel is {kernel}, but {obstacle}; --kernel {join_words(works)} works."
+            f"--kernel is {kernel}, but {unsupported_reason}; --kernel {join_words(works)} works."
         )
 
 
-def _has_no_obstacle(_shapes: ExpertShapes, _device: DeviceFacts) -> None:
+def _supports_all(_shapes: ExpertShapes, _device: DeviceFacts) -> None:
     return None
 
 
 def _eager() -> _Backend:
-    return _Backend(lambda _tiles: run_experts_eager, _has_no_obstacle)
+    return _Backend(lambda _tiles: run_experts_eager, _supports_all)
 
 
 def _grouped_mm() -> _Backend:
-    return _Backend(lambda _tiles: run_experts_grouped_mm, find_grouped_mm_obstacle)
+    return _Backend(lambda _tiles: run_experts_grouped_mm, find_grouped_mm_unsupported_reason)
 
 
 def _triton() -> _Backend:
     missing = None if is_triton_installed() else TRITON_INSTALL
-    return _Backend(_load_triton, find_triton_obstacle, missing)
+    return _Backend(_load_triton, find_triton_unsupported_reason, missing)
 
 
 def _load_triton(tiles: TileTable | None) -> ExpertBackend:
@@ -130,7 +133,7 @@ def _scattermoe() -> _Backend:
     from megablocks_utils.kernels import scattermoe as adapter
 
     missing = None if adapter.is_scattermoe_installed() else adapter.SCATTERMOE_INSTALL
-    find = partial(_ask_adapter, adapter.find_scattermoe_obstacle)
+    find = partial(_ask_adapter, adapter.find_scattermoe_unsupported_reason)
     return _Backend(lambda _tiles: adapter.run_experts_scattermoe, find, missing)
 
 
@@ -138,7 +141,7 @@ def _megablocks() -> _Backend:
     from megablocks_utils.kernels import megablocks as adapter
 
     missing = None if adapter.is_megablocks_installed() else adapter.MEGABLOCKS_INSTALL
-    find = partial(_ask_adapter, adapter.find_megablocks_obstacle)
+    find = partial(_ask_adapter, adapter.find_megablocks_unsupported_reason)
     return _Backend(lambda _tiles: adapter.run_experts_megablocks, find, missing)
 
 

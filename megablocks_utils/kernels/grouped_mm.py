@@ -14,7 +14,7 @@ from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 _ALIGNMENT_BYTES = 16
 
 
-def find_grouped_mm_obstacle(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
+def find_grouped_mm_unsupported_reason(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
     """Say in a clause why `grouped_mm` cannot run these experts, or return None.
 
     The rows of every operand must begin at multiples of 16 bytes; fp64 has no kernel; on CUDA only

@@ -31,7 +31,7 @@ def is_megablocks_installed() -> bool:
     return all(find_spec(name) is not None for name in _MODULES)
 
 
-def find_megablocks_obstacle(
+def find_megablocks_unsupported_reason(
     hidden_size: int,
     intermediate_size: int,
     dtype: torch.dtype,

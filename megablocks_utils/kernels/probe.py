@@ -20,7 +20,7 @@ from megablocks_utils.kernels.probe_sample import Sample, as_leaf, draw_samples,
 from megablocks_utils.kernels.selection import ExpertBackend
 from megablocks_utils.kernels.weights import ExpertWeights
 
-__all__ = ["Deviation", "find_probe_obstacle", "probe_backend"]
+__all__ = ["Deviation", "find_unprobed_reason", "probe_backend"]
 
 TOLERANCE = 2.0
 _SEED = 5
@@ -59,7 +59,7 @@ class Deviation:
         return self.error / self.rounding if is_number else math.inf
 
 
-def find_probe_obstacle(name: str, dtype: torch.dtype) -> str | None:
+def find_unprobed_reason(name: str, dtype: torch.dtype) -> str | None:
     """Say in a clause why a backend is not probed in a dtype, or return None."""
     if name == "eager":
         return "eager is what other kernels are compared with"
@@ -91,7 +91,7 @@ def probe_backend(
         name: of the backend, as `--kernel` has it.
         run: the backend.
         experts: of this rank, in any dtype; `requires_grad` says which gradients are wanted.
-        dtype: of compute, one that `find_probe_obstacle` does not refuse.
+        dtype: of compute, one that `find_unprobed_reason` does not refuse.
         is_weighted: whether the backend weights its results, each token with up to two experts; or
             runs rows that came from other ranks, with one expert each.
 

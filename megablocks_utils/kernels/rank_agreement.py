@@ -11,15 +11,15 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.gate import build_gate
 from megablocks_utils.kernels.selection import (
-    KernelChoice,
-    decide_backend,
-    find_obstacle,
+    LoadedBackend,
+    find_unsupported_reason,
     load_backend,
+    select_backend,
 )
 from megablocks_utils.kernels.shapes import EXPERT_MODES, ExpertShapes
-from megablocks_utils.processes.launch import agreed, decided_by_rank_zero
+from megablocks_utils.processes.launch import broadcast_from_rank0, raise_on_all_ranks
 
-__all__ = ["ExpertUse", "choose_for_all_ranks"]
+__all__ = ["ExpertUse", "select_for_all_ranks"]
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,25 @@ class ExpertUse:
         )
 
 
-def choose_for_all_ranks(kernel: str, shapes: ExpertShapes) -> KernelChoice:
+def select_for_all_ranks(kernel: str, shapes: ExpertShapes) -> LoadedBackend:
     """Have rank 0 decide: what others have measured, or what GPU they have, must not matter.
 
     **Collective:** every rank of the world must call.
 
     Raises:
-        UserError: on every rank, as `choose_backend`; also where one cannot run what rank 0 chose.
+        UserError: on every rank, as `select_and_load_backend`; also where one cannot run what
+            rank 0 chose.
     """
     device = read_device_facts(shapes.device_type)
-    decision = decided_by_rank_zero(lambda: decide_backend(kernel, shapes, device))
+    decision = broadcast_from_rank0(lambda: select_backend(kernel, shapes, device))
 
     def check() -> None:
-        obstacle = find_obstacle(decision.name, shapes, device)
-        if obstacle is not None:
+        unsupported_reason = find_unsupported_reason(decision.name, shapes, device)
+        if unsupported_reason is not None:
             raise ConfigurationError(
                 f"rank 0 has chosen {decision.name} for all ranks, but on rank {dist.get_rank()} "
-                f"{obstacle}."
+                f"{unsupported_reason}."
             )
 
-    agreed(check)
+    raise_on_all_ranks(check)
     return load_backend(decision)

@@ -38,7 +38,7 @@ def is_scattermoe_installed() -> bool:
     return find_spec("scattermoe") is not None
 
 
-def find_scattermoe_obstacle(
+def find_scattermoe_unsupported_reason(
     hidden_size: int,
     intermediate_size: int,
     dtype: torch.dtype,

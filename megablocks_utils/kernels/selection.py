@@ -7,7 +7,7 @@ another. Deciding is apart from loading, so that one rank can decide for all.
 
 from dataclasses import dataclass
 
-from megablocks_utils.kernels.available import ExpertBackend, find_obstacle, load, refuse
+from megablocks_utils.kernels.available import ExpertBackend, find_unsupported_reason, load, refuse
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.shapes import ExpertShapes
@@ -22,17 +22,17 @@ from megablocks_utils.kernels.tuning.measurements import (
 __all__ = [
     "ExpertBackend",
     "ExpertShapes",
-    "KernelChoice",
-    "KernelDecision",
-    "choose_backend",
-    "decide_backend",
-    "find_obstacle",
+    "LoadedBackend",
+    "BackendSelection",
+    "select_and_load_backend",
+    "select_backend",
+    "find_unsupported_reason",
     "load_backend",
 ]
 
 
 @dataclass(frozen=True)
-class KernelDecision:
+class BackendSelection:
     """What one rank decides for all: plain data that can be sent.
 
     Attributes:
@@ -47,7 +47,7 @@ class KernelDecision:
 
 
 @dataclass(frozen=True)
-class KernelChoice:
+class LoadedBackend:
     """A backend, its name and the reason it was taken."""
 
     name: str
@@ -55,12 +55,12 @@ class KernelChoice:
     run: ExpertBackend
 
 
-def choose_backend(
+def select_and_load_backend(
     kernel: str,
     shapes: ExpertShapes,
     device: DeviceFacts | None = None,
     measurements: Measurements | None = None,
-) -> KernelChoice:
+) -> LoadedBackend:
     """Resolve `--kernel` for the experts at hand, in one process.
 
     Args:
@@ -74,61 +74,61 @@ def choose_backend(
         MissingKernelError: it is not installed.
     """
     device = device or read_device_facts(shapes.device_type)
-    return load_backend(decide_backend(kernel, shapes, device, measurements))
+    return load_backend(select_backend(kernel, shapes, device, measurements))
 
 
-def decide_backend(
+def select_backend(
     kernel: str,
     shapes: ExpertShapes,
     device: DeviceFacts,
     measurements: Measurements | None = None,
-) -> KernelDecision:
-    """Decide what `choose_backend` loads.
+) -> BackendSelection:
+    """Decide what `select_and_load_backend` loads.
 
     Raises:
-        UserError: as `choose_backend`.
+        UserError: as `select_and_load_backend`.
     """
     if kernel == "auto":
         return _decide_auto(shapes, device, measurements)
     refuse(kernel, shapes, device)
     reason = "named by --kernel"
     if kernel != "triton" or shapes.device_type != "cuda":
-        return KernelDecision(kernel, reason)
+        return BackendSelection(kernel, reason)
     measurements = measurements or read_measurements()
     entry = measurements.find(build_key(shapes, device))
     if entry is None:
-        return KernelDecision(kernel, reason + _problem(measurements))
+        return BackendSelection(kernel, reason + _problem(measurements))
     reason += f", with the tiles measured {entry.date}{_problem(measurements)}"
-    return KernelDecision(kernel, reason, entry.tiles)
+    return BackendSelection(kernel, reason, entry.tiles)
 
 
-def load_backend(decision: KernelDecision) -> KernelChoice:
+def load_backend(decision: BackendSelection) -> LoadedBackend:
     """Import what was decided for."""
-    return KernelChoice(decision.name, decision.reason, load(decision.name, decision.tiles))
+    return LoadedBackend(decision.name, decision.reason, load(decision.name, decision.tiles))
 
 
 def _decide_auto(
     shapes: ExpertShapes, device: DeviceFacts, measurements: Measurements | None
-) -> KernelDecision:
+) -> BackendSelection:
     """Take our Triton kernels where they were measured to win, and else what torch has."""
-    obstacle = find_obstacle("grouped_mm", shapes, device)
-    portable = "eager" if obstacle else "grouped_mm"
-    why = obstacle or "torch.nn.functional.grouped_mm runs these shapes"
+    unsupported_reason = find_unsupported_reason("grouped_mm", shapes, device)
+    portable = "eager" if unsupported_reason else "grouped_mm"
+    why = unsupported_reason or "torch.nn.functional.grouped_mm runs these shapes"
     if shapes.device_type != "cuda":
-        return KernelDecision(portable, f"auto: {why}")
-    obstacle = find_obstacle("triton", shapes, device)
-    if obstacle is not None:
-        return KernelDecision(portable, f"auto: {why}; {obstacle}")
+        return BackendSelection(portable, f"auto: {why}")
+    unsupported_reason = find_unsupported_reason("triton", shapes, device)
+    if unsupported_reason is not None:
+        return BackendSelection(portable, f"auto: {why}; {unsupported_reason}")
     measurements = measurements or read_measurements()
     key = build_key(shapes, device)
     entry = measurements.find(key)
     if entry is None:
         reason = f"auto: {why}; {_describe_gap(key, measurements)}{_problem(measurements)}"
-        return KernelDecision(portable, reason)
+        return BackendSelection(portable, reason)
     reason = f"auto: {_describe(entry)}{_problem(measurements)}"
     if entry.winner == "triton":
-        return KernelDecision("triton", reason, entry.tiles)
-    return KernelDecision(portable, reason)
+        return BackendSelection("triton", reason, entry.tiles)
+    return BackendSelection(portable, reason)
 
 
 def _problem(measurements: Measurements) -> str:

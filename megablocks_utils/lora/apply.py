@@ -14,7 +14,7 @@ from megablocks_utils.lora.expert_adapters import attach_expert_lora, lora_name
 from megablocks_utils.lora.linear_adapters import attach_linear_lora, find_attention_projections
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 _ADAPTER_NAME = "default"
 

@@ -11,7 +11,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.placement import local_expert_range, wrap_local_experts
 from megablocks_utils.moe.expert_lora import ExpertLora
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 
 def attach_expert_lora(

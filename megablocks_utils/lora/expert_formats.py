@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, ExpertPart, Layout
+from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, ExpertPart, HubNaming
 from megablocks_utils.checkpoint.slices import check_finite
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.peft_format import (
@@ -111,8 +111,8 @@ class FusedExperts(ExpertFormat):
 class SeparateExperts(ExpertFormat):
     """That of transformers 4: one A and one B for each matrix of each expert, by its Hub name."""
 
-    def __init__(self, layout: Layout):
-        self._layout = layout
+    def __init__(self, layout: HubNaming):
+        self._naming = layout
         self.label = f"per expert ({', '.join(layout.projections.values())})"
 
     def matrices(
@@ -120,7 +120,7 @@ class SeparateExperts(ExpertFormat):
     ) -> Iterator[AdapterMatrix]:
         """See `ExpertFormat`."""
         r = config.r
-        for part in self._layout.expert_parts(name, range(shape[0])):
+        for part in self._naming.expert_parts(name, range(shape[0])):
             module = _module(part)
             num_rows, num_columns = part.hub_shape(shape)
             yield AdapterMatrix(linear_key(module, "A"), (r, num_columns), module, r)
@@ -138,7 +138,7 @@ class SeparateExperts(ExpertFormat):
         return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
 
     def _read_expert(self, index: CheckpointIndex, name: str, expert: int) -> tuple[Tensor, Tensor]:
-        modules = [_module(part) for part in self._layout.expert_parts(name, [expert])]
+        modules = [_module(part) for part in self._naming.expert_parts(name, [expert])]
         lora_a = torch.cat([read_finite(index, linear_key(module, "A")) for module in modules])
         lora_b = [read_finite(index, linear_key(module, "B")) for module in modules]
         return lora_a, torch.block_diag(*lora_b)

@@ -19,7 +19,7 @@ from megablocks_utils.lora.expert_adapters import lora_name
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.device_mesh import DP_AXIS
 from megablocks_utils.mesh.placement import count_replicas, local_expert_range, local_tensor
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 # The same numbers, added up in fp64 in another order.
 _BOUND = 1e-9

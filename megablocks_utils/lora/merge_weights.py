@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import Layout, MemoryPart
+from megablocks_utils.checkpoint.layouts import HubNaming, MemoryPart
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_reader import AdapterReader
 
-__all__ = ["Folding"]
+__all__ = ["AdapterMerger"]
 
 BLOCK_BYTES = 16 * 1024**2
 
 
-class Folding:
+class AdapterMerger:
     """Read the tensors of a base checkpoint with the adapter added to those that have one.
 
     Args:
@@ -30,17 +30,17 @@ class Folding:
         layout: the layout of its experts.
     """
 
-    def __init__(self, adapter: AdapterReader, index: CheckpointIndex, layout: Layout):
+    def __init__(self, adapter: AdapterReader, index: CheckpointIndex, layout: HubNaming):
         self._adapter = adapter
         self._index = index
-        self._layout = layout
+        self._naming = layout
         # Tensors of one layer follow each other, so each of its adapters is read once.
         self._experts_module = ""
         self._experts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def is_changed(self, key: str) -> bool:
         """Return whether the adapter changes the Hub tensor `key`."""
-        name = self._layout.memory_part(key).name
+        name = self._naming.memory_part(key).name
         return name in self._adapter.expert_shapes or _linear_name(name) in self._adapter.linears
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -58,7 +58,7 @@ class Folding:
             del tensor
 
     def _add_adapter(self, key: str, tensor: Tensor) -> None:
-        part = self._layout.memory_part(key)
+        part = self._naming.memory_part(key)
         if part.name not in self._adapter.expert_shapes:
             lora_a, lora_b = self._adapter.linear(_linear_name(part.name))
             self._add(key, tensor, lora_a, lora_b, rounds_twice=False)

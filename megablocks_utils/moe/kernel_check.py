@@ -13,13 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 from megablocks_utils.kernels.probe import (
     TOLERANCE,
     Deviation,
-    find_probe_obstacle,
+    find_unprobed_reason,
     probe_backend,
 )
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.dropless_experts import DroplessExperts
-from megablocks_utils.processes.launch import agreed
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.processes.launch import raise_on_all_ranks
 
 __all__ = ["KernelCheck", "verify_kernel"]
 
@@ -76,11 +76,11 @@ def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None)
     """
     module = next(iter(sharded.expert_modules.values()))
     name, dtype = sharded.kernel.name, compute_dtype or module.down_proj.dtype
-    obstacle = find_probe_obstacle(name, dtype)
-    if obstacle is not None:
-        return KernelCheck(skipped=obstacle)
+    unsupported_reason = find_unprobed_reason(name, dtype)
+    if unsupported_reason is not None:
+        return KernelCheck(skipped=unsupported_reason)
     started_s = time.perf_counter()
-    found = agreed(lambda: _probe(name, module, dtype))
+    found = raise_on_all_ranks(lambda: _probe(name, module, dtype))
     if module.down_proj.device.type == "cuda":
         torch.cuda.empty_cache()  # nothing of the run has these sizes
     return _join(found, time.perf_counter() - started_s)

@@ -22,8 +22,13 @@ from megablocks_utils.planning.model.config_file import (
     launch_name,
     read_config_file,
 )
-from megablocks_utils.planning.model.prediction import Layout
-from megablocks_utils.planning.plan_options import Words, check_names, read_model, split_words
+from megablocks_utils.planning.model.prediction import ParallelLayout
+from megablocks_utils.planning.plan_options import (
+    ParsedArguments,
+    check_names,
+    read_model,
+    split_words,
+)
 from megablocks_utils.planning.speed.calibration import (
     Calibration,
     TimedRun,
@@ -88,7 +93,7 @@ class _Task:
     steps: int
     output: Path
 
-    def command(self, layout: Layout, folder: Path) -> list[str]:
+    def command(self, layout: ParallelLayout, folder: Path) -> list[str]:
         """Return the command of one run."""
         options: dict[str, Any] = {
             "model_name_or_path": launch_name(self.model),
@@ -135,7 +140,7 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
             f"--nproc is {task.nproc}, but it must have a divisor above 1 that divides the "
             f"{shape.num_experts} experts of this model too."
         )
-    layouts = (Layout(1, "shard"), Layout(max(sizes), "shard"))
+    layouts = (ParallelLayout(1, "shard"), ParallelLayout(max(sizes), "shard"))
     with tempfile.TemporaryDirectory(dir=task.output.absolute().parent) as folder:
         results = [_run(task, layout, Path(folder, "run"), run) for layout in layouts]
     calibration, runs = _solve(task, scenario, layouts, results)
@@ -151,7 +156,7 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
 
 
 def _run(
-    task: _Task, layout: Layout, folder: Path, run: Callable[[Sequence[str]], int]
+    task: _Task, layout: ParallelLayout, folder: Path, run: Callable[[Sequence[str]], int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Make one run; return its run.json and the lines of metrics.jsonl after the warm-up."""
     code = run(task.command(layout, folder))
@@ -172,7 +177,7 @@ def _run(
 def _solve(
     task: _Task,
     scenario: Scenario,
-    layouts: Sequence[Layout],
+    layouts: Sequence[ParallelLayout],
     results: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]],
 ) -> tuple[Calibration, list[TimedRun]]:
     """Solve with what the formulas say was sent for as many tokens as there really were."""
@@ -194,7 +199,7 @@ def _solve(
     return solve(runs[0], runs[1], describe_workload(scenario)), runs
 
 
-def _read_task(words: Words) -> _Task:
+def _read_task(words: ParsedArguments) -> _Task:
     check_names(words, "fsdp2", _OPTIONS)
     own = words.own
     for name in ("nproc", "output"):

@@ -23,7 +23,7 @@ from megablocks_utils.planning.memory.scenario import DEFAULT_IMBALANCE
 from megablocks_utils.planning.model.gpus import GPUS
 from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
-__all__ = ["OWN_OPTIONS", "PlanOptions", "Words", "check_names", "parse_plan_options"]
+__all__ = ["OWN_OPTIONS", "PlanOptions", "ParsedArguments", "check_names", "parse_plan_options"]
 __all__ += ["read_model", "split_words"]
 
 _FILE = "a file to write"
@@ -55,7 +55,7 @@ _GPUS = re.compile(r"(\d+)(?:\.\.(\d+))?")
 
 
 @dataclass(frozen=True)
-class Words:
+class ParsedArguments:
     """The command line, sorted.
 
     Attributes:
@@ -100,7 +100,7 @@ class PlanOptions:
 
 def split_words(
     argv: Sequence[str], own: Mapping[str, Option] = OWN_OPTIONS, *, help_text: str
-) -> Words:
+) -> ParsedArguments:
     """Tell the command's own options from MODEL and from those of a run.
 
     Raises:
@@ -131,10 +131,10 @@ def split_words(
                 break
         groups.append((name, tuple(group)))
     values = {name: option.default for name, option in own.items()} | given
-    return Words(tuple(positional), values, tuple(groups))
+    return ParsedArguments(tuple(positional), values, tuple(groups))
 
 
-def parse_plan_options(words: Words) -> PlanOptions:
+def parse_plan_options(words: ParsedArguments) -> PlanOptions:
     """Check the words of a plan, the run's by the parser of the scripts.
 
     Raises:
@@ -174,7 +174,9 @@ def _has_sharding_word(given: Mapping[str, Any]) -> bool:
     return "use_megablocks_sharding" in given
 
 
-def _read_run(words: Words, entry_point: str) -> tuple[RunConfig, dict[str, Any], list[str]]:
+def _read_run(
+    words: ParsedArguments, entry_point: str
+) -> tuple[RunConfig, dict[str, Any], list[str]]:
     """Read the run's options; asking for a layout is asking for expert parallelism."""
     training = words.training()
     given, leftovers = read_arguments(training, entry_point, keep_unknown=entry_point == "fsdp1")
@@ -186,7 +188,7 @@ def _read_run(words: Words, entry_point: str) -> tuple[RunConfig, dict[str, Any]
     return parse_known_args(training, entry_point=entry_point)[0], given, leftovers
 
 
-def read_model(words: Words, given: Mapping[str, Any]) -> str:
+def read_model(words: ParsedArguments, given: Mapping[str, Any]) -> str:
     """Return MODEL, which the run's own option may name too.
 
     Raises:
@@ -253,7 +255,9 @@ def _takes_many(name: str) -> bool:
     return option is None or option.kind == "words"
 
 
-def check_names(words: Words, entry_point: str, own: Mapping[str, Option] = OWN_OPTIONS) -> None:
+def check_names(
+    words: ParsedArguments, entry_point: str, own: Mapping[str, Option] = OWN_OPTIONS
+) -> None:
     """Refuse an option that nobody knows; under FSDP1, only what looks like a slip.
 
     TrainingArguments has the rest there, and asking it would take seconds. None of its names is as

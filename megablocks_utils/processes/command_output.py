@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.files import STAGING_FOLDER_NAME
 
 __all__ = ["check_output", "read_words", "removed_on_error", "show_progress"]
 
@@ -76,12 +77,9 @@ def check_output(folder: Path) -> None:
         names = sorted(path.name for path in folder.iterdir()) if existing == folder else []
     except OSError as error:
         raise ConfigurationError(f"{seen} it cannot be read ({error.strerror}).") from error
-    if names:
-        # What a killed run left is no obstacle: the next one removes it.
-        from megablocks_utils.checkpoint.writer import STAGING_FOLDER_NAME
-
-        if names != [STAGING_FOLDER_NAME]:
-            raise ConfigurationError(f"{seen} it holds {names[0]}; {wanted}.")
+    # What a killed run left does not count: the next one removes it.
+    if names not in ([], [STAGING_FOLDER_NAME]):
+        raise ConfigurationError(f"{seen} it holds {names[0]}; {wanted}.")
 
 
 @contextmanager

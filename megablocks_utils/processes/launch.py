@@ -16,11 +16,11 @@ from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.processes.monitor import leave_run
 
 __all__ = [
-    "Launch",
-    "agree_on_error",
-    "agreed",
+    "LaunchEnvironment",
+    "raise_first_error",
+    "raise_on_all_ranks",
     "check_environment",
-    "decided_by_rank_zero",
+    "broadcast_from_rank0",
     "run_entry_point",
 ]
 
@@ -31,7 +31,7 @@ _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchEnvironment:
     """Say which process of how many this is, as the launcher's environment says.
 
     Attributes:
@@ -51,7 +51,7 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
     A UserError becomes its one sentence on standard error, written by rank 0 alone, and exit code
     2. `--help` is written once and ends with 0. Every other exception keeps its traceback, unless
     `monitor` finds that another rank's loss was behind it. An error that only some ranks meet must
-    go through `agree_on_error`, or rank 0 has nothing to say.
+    go through `raise_first_error`, or rank 0 has nothing to say.
 
     Raises:
         SystemExit: with the exit code.
@@ -76,7 +76,7 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
 
 def check_environment(
     config: RunConfig | None = None, environ: Mapping[str, str] = os.environ
-) -> Launch:
+) -> LaunchEnvironment:
     """Check the launcher's environment variables, before anything waits for other processes.
 
     Args:
@@ -90,7 +90,7 @@ def check_environment(
     given = [name for name in _LAUNCHER_NAMES if name in environ]
     if not given:
         _check_single_process(config)
-        return Launch()
+        return LaunchEnvironment()
     needed = (*_LAUNCHER_NAMES, "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in environ]
     if missing:
@@ -99,7 +99,7 @@ def check_environment(
             f"{'is' if len(missing) == 1 else 'are'} missing from the environment; start with "
             "torchrun or accelerate launch, which set all of them."
         )
-    launch = Launch(
+    launch = LaunchEnvironment(
         world_size=_read_number(environ, "WORLD_SIZE", 1),
         rank=_read_number(environ, "RANK", 0),
         local_rank=_read_number(environ, "LOCAL_RANK", 0),
@@ -112,7 +112,7 @@ def check_environment(
     return launch
 
 
-def agree_on_error(error: UserError | None) -> None:
+def raise_first_error(error: UserError | None) -> None:
     """Raise on every rank the error that the lowest-numbered failing rank met; None is no error.
 
     For what only some ranks can see, such as a file that one machine cannot read.
@@ -121,7 +121,7 @@ def agree_on_error(error: UserError | None) -> None:
     `torch.distributed` is initialised it raises this rank's own.
 
     Raises:
-        UserError: the agreed one.
+        UserError: the raise_on_all_ranks one.
     """
     import torch.distributed as dist
 
@@ -134,26 +134,26 @@ def agree_on_error(error: UserError | None) -> None:
             raise met
 
 
-def agreed(action: Callable[[], _Result]) -> _Result:
+def raise_on_all_ranks(action: Callable[[], _Result]) -> _Result:
     """Do something local on every rank, and raise on all ranks what one of them met.
 
-    **Collective:** as `agree_on_error`.
+    **Collective:** as `raise_first_error`.
     """
     error = result = None
     try:
         result = action()
     except UserError as met:
         error = met
-    agree_on_error(error)
+    raise_first_error(error)
     return result
 
 
-def decided_by_rank_zero(action: Callable[[], _Result]) -> _Result:
+def broadcast_from_rank0(action: Callable[[], _Result]) -> _Result:
     """Do something on rank 0 alone; every rank returns its result, or raises what it met.
 
     For what ranks may see differently and must do alike.
 
-    **Collective:** as `agree_on_error`.
+    **Collective:** as `raise_first_error`.
     """
     import torch.distributed as dist
 

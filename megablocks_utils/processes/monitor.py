@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from megablocks_utils.processes.liveness import POLL_S, STORE_LOSS, Board, Loss, Member, Watch
+from megablocks_utils.processes.liveness import POLL_S, STORE_LOSS, Loss, Member, StatusStore, Watch
 from megablocks_utils.processes.output_folder import find_checkpoints
 
 __all__ = ["leave_run", "start_monitor"]
@@ -37,7 +37,7 @@ class _Monitor:
     Args:
         members: all ranks, in their order.
         rank: this one.
-        store: for the board.
+        store: for the status_store.
         output_dir: where the newest checkpoint is looked for.
     """
 
@@ -45,8 +45,8 @@ class _Monitor:
         self, members: Sequence[Member], rank: int, store: Any, output_dir: str | Path
     ) -> None:
         self._members, self._rank, self._output_dir = members, rank, Path(output_dir)
-        self._board = Board(store)
-        self._watch = Watch(members, rank, self._board)
+        self._status_store = StatusStore(store)
+        self._watch = Watch(members, rank, self._status_store)
         self._stopped = threading.Event()
         self._has_failed = False
         self._looks = 0
@@ -54,7 +54,7 @@ class _Monitor:
 
     def start(self) -> None:
         """Give the first sign of life and begin to watch; in the main thread."""
-        self._board.beat(self._rank, -1)
+        self._status_store.beat(self._rank, -1)
         sys.excepthook = self._on_exception
         # A launcher ends the survivors of a lost rank by SIGTERM before they could say why.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -74,14 +74,14 @@ class _Monitor:
             self._publish(error, grace_s=_GRACE_S)
         wait_s = 0.0 if self._rank else _LINGER_S if error else _LAST_OUT_S
         try:
-            self._board.leave(self._rank)
+            self._status_store.leave(self._rank)
             self._wait_for_others(wait_s)
         except RuntimeError:
             return  # the store has gone with those that left before
 
     def _wait_for_others(self, wait_s: float) -> None:
         last_s = time.monotonic() + wait_s
-        while time.monotonic() < last_s and self._board.count_left() < len(self._members):
+        while time.monotonic() < last_s and self._status_store.count_left() < len(self._members):
             time.sleep(0.05)
 
     def _poll(self) -> None:
@@ -97,10 +97,10 @@ class _Monitor:
             ticks = ticks + 1 if self._looks == looks else 0
             looks = self._looks
             if ticks >= _STUCK_POLLS:
-                self._speak_and_end(STORE_LOSS, speaks=self._watch.speaks_first(STORE_LOSS))
+                self._speak_and_end(STORE_LOSS, speaks=self._watch.is_first_reporter(STORE_LOSS))
 
     def _conclude(self, loss: Loss) -> None:
-        first = loss.rank != self._rank and self._watch.speaks_first(loss)
+        first = loss.rank != self._rank and self._watch.is_first_reporter(loss)
         try:
             if self._ends_by_itself(loss.grace_s):
                 return
@@ -115,7 +115,7 @@ class _Monitor:
         while time.monotonic() < last_s:
             if self._stopped.wait(_GRACE_POLL_S):
                 return True
-            if self._has_failed or self._board.is_word_taken():
+            if self._has_failed or self._status_store.is_word_taken():
                 break
         return False
 
@@ -123,10 +123,10 @@ class _Monitor:
         """Return whether this rank speaks for all: the first one, or another if that one cannot."""
         last_s = time.monotonic() + (0.0 if first else _WORD_S)
         while time.monotonic() < last_s:
-            if self._board.is_word_taken():
+            if self._status_store.is_word_taken():
                 return False
             time.sleep(0.1)
-        return self._board.claim_word()
+        return self._status_store.claim_reporter()
 
     def _speak_and_end(self, loss: Loss, *, speaks: bool) -> NoReturn:
         if speaks:
@@ -143,7 +143,7 @@ class _Monitor:
 
     def _publish(self, reason: str, grace_s: float = 0.0) -> None:
         try:
-            self._board.publish(Loss(self._rank, reason, grace_s))
+            self._status_store.publish(Loss(self._rank, reason, grace_s))
         except RuntimeError:
             return  # nobody is left to be told
 

@@ -118,7 +118,7 @@ def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
     """Check the output folder, make it, and remove what an earlier run left in it.
 
     Rank 0 calls this once data and model are known to be good, just before the first write, and
-    hands an error to `agree_on_error`. Old model files must go: transformers would load a stale
+    hands an error to `raise_first_error`. Old model files must go: transformers would load a stale
     `model.safetensors` in place of new shards. A run that resumes keeps metrics and checkpoints;
     one that overwrites removes old checkpoints, which must never be resumed by mistake.
 

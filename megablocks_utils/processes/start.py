@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megablocks_utils.processes.launch import Launch
+from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.liveness import describe_self
 from megablocks_utils.processes.monitor import start_monitor
 
@@ -16,7 +16,7 @@ __all__ = ["start_processes"]
 _STORE_TIMEOUT = timedelta(seconds=30)
 
 
-def start_processes(launch: Launch, output_dir: str | None = None) -> torch.device:
+def start_processes(launch: LaunchEnvironment, output_dir: str | None = None) -> torch.device:
     """Connect the processes of the run and return this rank's device.
 
     **Collective:** waits for all ranks. A run of one process makes a group of one, so that there is

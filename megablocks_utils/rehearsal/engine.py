@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun, Prediction
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
 from megablocks_utils.rehearsal.worker import build_request
 
 __all__ = ["KERNELS", "predict_fake"]
@@ -25,7 +25,7 @@ _USER_ERROR = 2
 
 def predict_fake(
     model: Path,
-    layouts: Sequence[Layout],
+    layouts: Sequence[ParallelLayout],
     run: PlannedRun,
     *,
     processes: int | None = None,
@@ -55,7 +55,7 @@ def predict_fake(
         )
     with _folder_of(model) as folder, ThreadPoolExecutor(processes or _count_workers()) as pool:
 
-        def predict(layout: Layout) -> Prediction:
+        def predict(layout: ParallelLayout) -> Prediction:
             prediction = _rehearse(build_request(Path(folder), layout, run), run.kernel)
             on_layout(1)
             return prediction

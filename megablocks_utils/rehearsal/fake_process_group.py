@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-__all__ = ["imaginary_peers"]
+__all__ = ["fake_process_group"]
 
 
 @contextmanager
-def imaginary_peers(world_size: int, device_type: str) -> Iterator[None]:
+def fake_process_group(world_size: int, device_type: str) -> Iterator[None]:
     """Initialise torch's fake process group: every collective returns at once, with anything.
 
     Accelerate reads the launcher's variables, so they are set too, for this process.

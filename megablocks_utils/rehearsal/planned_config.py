@@ -7,7 +7,7 @@ from megablocks_utils.config import (
     PrecisionConfig,
     RunConfig,
 )
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 
 __all__ = ["MICRO_STEPS", "build_config"]
 
@@ -15,7 +15,7 @@ MICRO_STEPS = 2
 """Micro-steps that are rehearsed at most: one that finds no gradients, one that finds some."""
 
 
-def build_config(layout: Layout, run: PlannedRun) -> RunConfig:
+def build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
     """Return the options that make the training code do what is planned."""
     has_ep = layout.ep_size > 1 or layout.is_dmoe
     return RunConfig(

@@ -25,16 +25,16 @@ from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.planning.model.prediction import (
     COLLECTIVES,
     COMPONENTS,
-    Layout,
+    ParallelLayout,
     PlannedRun,
     Prediction,
 )
 from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_counts
-from megablocks_utils.rehearsal.fake_process_group import imaginary_peers
+from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import no_launches, one_example_a_row
 from megablocks_utils.rehearsal.memory_ledger import LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.planned_config import build_config
-from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, Parts
+from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.data.text import IGNORED_LABEL
@@ -71,7 +71,7 @@ class Rehearsal:
 
 def rehearse(
     folder: Path,
-    layout: Layout,
+    layout: ParallelLayout,
     run: PlannedRun,
     *,
     device: torch.device,
@@ -99,7 +99,7 @@ def rehearse(
     config = build_config(layout, run)
     imagination = () if is_real else _imagination(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
-    with imaginary_peers(run.world_size, device.type):
+    with fake_process_group(run.world_size, device.type):
         rehearsed = _build(folder, config, run, device)
         with ExitStack() as modes:
             for mode in (*imagination, ledger, traffic, AssumedValues(run.label_tokens)):
@@ -134,7 +134,7 @@ def _build(
         _move_to_meta(model)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
-    return kind(Parts(model, sharded, config, run, device))
+    return kind(RehearsalInputs(model, sharded, config, run, device))
 
 
 def _move_to_meta(model: nn.Module) -> None:

@@ -12,14 +12,14 @@ from megablocks_utils.config import RunConfig
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, fill_and_wrap_fsdp1, strip_wrappers
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.model.prediction import PlannedRun
-from megablocks_utils.shard_moe_utils import ShardedMoE
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.loop import TrainingState, finish_gradients, run_micro_batch
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 
-__all__ = ["Fsdp1Run", "Fsdp2Run", "Parts"]
+__all__ = ["Fsdp1Run", "Fsdp2Run", "RehearsalInputs"]
 
 _SEED = 42
 _NUM_STEPS = 1000
@@ -27,7 +27,7 @@ _MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Parts:
+class RehearsalInputs:
     """What both runs are made of.
 
     Attributes:
@@ -58,7 +58,7 @@ class Fsdp2Run:
 
     optimizer: Optimizer
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: RehearsalInputs) -> None:
         self._parts = parts
         model, precision = parts.model, parts.run.precision
         classes = sorted(model._no_split_modules)
@@ -93,7 +93,7 @@ class Fsdp1Run:
     model: nn.Module
     optimizer: Optimizer
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: RehearsalInputs) -> None:
         self._parts = parts
         self._plugin = build_fsdp1_plugin(parts.run.precision)
 

@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megablocks_utils.config import ResolvedPrecision
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.processes.launch import run_entry_point
 
 __all__ = ["build_request", "main", "read_request"]
 
 
-def build_request(folder: Path, layout: Layout, run: PlannedRun) -> str:
+def build_request(folder: Path, layout: ParallelLayout, run: PlannedRun) -> str:
     """Write down what is to be rehearsed."""
     return json.dumps({"folder": str(folder), "layout": asdict(layout), "run": asdict(run)})
 
 
-def read_request(text: str) -> tuple[Path, Layout, PlannedRun]:
+def read_request(text: str) -> tuple[Path, ParallelLayout, PlannedRun]:
     """Read what `build_request` has written."""
     request = json.loads(text)
     precision = ResolvedPrecision(**request["run"].pop("precision"))
     run = PlannedRun(precision=precision, **request["run"])
-    return Path(request["folder"]), Layout(**request["layout"]), run
+    return Path(request["folder"]), ParallelLayout(**request["layout"]), run
 
 
 def main(argv: list[str], source: TextIO = sys.stdin, answer: TextIO = sys.stdout) -> None:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
-from megablocks_utils.checkpoint.tensor_shards import Piece
+from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.processes.interruption import StopRequest
-from megablocks_utils.processes.launch import agreed
+from megablocks_utils.processes.launch import raise_on_all_ranks
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
 from megablocks_utils.training.resume.resume_point import METRICS_NAME, rank_file_name
@@ -114,7 +114,7 @@ class Checkpointer(StepHooks):
             pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
         write = partial(
             write_checkpoint,
-            agreed(lambda: self._take_snapshot(step, pieces)),
+            raise_on_all_ranks(lambda: self._take_snapshot(step, pieces)),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
@@ -133,10 +133,10 @@ class Checkpointer(StepHooks):
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _take_snapshot(self, step: int, pieces: Mapping[str, Piece]) -> Snapshot:
+    def _take_snapshot(self, step: int, pieces: Mapping[str, TensorShard]) -> Snapshot:
         setup = self._setup
         model = setup.model
-        metrics = agreed(self._read_metrics)
+        metrics = raise_on_all_ranks(self._read_metrics)
 
         def write_shared(folder: Path) -> None:
             (folder / METRICS_NAME).write_bytes(metrics)
@@ -176,6 +176,6 @@ class Checkpointer(StepHooks):
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
             "options": asdict(setup.config),
-            "continuity": setup.continuity.as_record(),
+            "compatibility": setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, shards_over_dp
 from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
 from megablocks_utils.moe.kernel_check import KernelCheck
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.report.progress import track_sharding

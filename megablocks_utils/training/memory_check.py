@@ -20,11 +20,11 @@ from megablocks_utils.training.report.memory import read_available_memory, read_
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import count_local_bytes
 
-__all__ = ["CheckedPlan", "check_plan"]
+__all__ = ["MemoryCheck", "check_memory"]
 
 
 @dataclass(frozen=True)
-class CheckedPlan:
+class MemoryCheck:
     """What was predicted of this run, and what its process held before it held any of it.
 
     Attributes:
@@ -64,13 +64,13 @@ class CheckedPlan:
         return self.run_plan.as_record() | {"base_bytes": self.base_bytes, "measured": measured}
 
 
-def check_plan(
+def check_memory(
     config: RunConfig,
     folder: Path,
     schedule: Schedule,
     device: torch.device,
     kernel: str | None,
-) -> CheckedPlan:
+) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
     **Collective:** one all-reduce of one number over the world.
@@ -100,7 +100,7 @@ def check_plan(
     if run_plan.is_impossible and not config.ignore_plan:
         raise PlanError(run_plan.describe_impossible())
     base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes
-    return CheckedPlan(run_plan, base_bytes)
+    return MemoryCheck(run_plan, base_bytes)
 
 
 def _least_capacity(device: torch.device, world_size: int) -> int:

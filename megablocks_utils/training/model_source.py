@@ -7,7 +7,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
-from megablocks_utils.checkpoint.layouts import detect_layout
+from megablocks_utils.checkpoint.layouts import detect_naming
 from megablocks_utils.checkpoint.load import build_model_on_meta, check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config import ResolvedPrecision, RunConfig
@@ -32,7 +32,7 @@ class ModelSource:
         self.model = build_bare_model(folder, dtype, truncate_layers=layers)
         self.expert_names = list(find_expert_modules(self.model))
         self.index: CheckpointIndex = open_checkpoint(folder)
-        layout = detect_layout(self.index)
+        layout = detect_naming(self.index)
         check_against_model(self.model, self.index, layout, truncate_layers=layers)
         self.reader = SliceReader(self.index, layout)
 

@@ -16,7 +16,7 @@ from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.moe.kernel_check import KernelCheck
-from megablocks_utils.processes.launch import agree_on_error
+from megablocks_utils.processes.launch import raise_first_error
 from megablocks_utils.processes.output_folder import claim_output_dir, find_incomplete
 from megablocks_utils.training.adapter_check import AdapterCheck
 from megablocks_utils.training.report.loss_plot import plot_loss
@@ -233,7 +233,7 @@ def _claim(setup: Setup) -> None:
             claim_output_dir(setup.config)
         except UserError as met:
             error = met
-    agree_on_error(error)
+    raise_first_error(error)
 
 
 def _collect_facts(setup: Setup) -> RunFacts:

@@ -16,18 +16,18 @@ from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
-from megablocks_utils.processes.launch import Launch, agreed
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.processes.launch import LaunchEnvironment, raise_on_all_ranks
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
-from megablocks_utils.training.memory_check import CheckedPlan, check_plan
+from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
 from megablocks_utils.training.report.summary import build_console
 from megablocks_utils.training.resume.resume_compatibility import (
-    Continuity,
-    check_continuity,
-    describe_continuity,
+    ResumeCompatibility,
+    check_compatibility,
+    describe_compatibility,
 )
 from megablocks_utils.training.resume.resume_point import ResumePoint, find_resume_point
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
@@ -55,13 +55,13 @@ class Setup:
         num_experts: experts of a layer.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
         fill_local: where the weights come from once each rank knows its part of them.
-        continuity: what a run that goes on from this one's checkpoints must share with it.
+        compatibility: what a run that goes on from this one's checkpoints must share with it.
         resume: the checkpoint to go on from; None for a run that starts anew.
         plan: the memory that was predicted.
     """
 
     config: RunConfig
-    launch: Launch
+    launch: LaunchEnvironment
     precision: ResolvedPrecision
     device: torch.device
     console: Console
@@ -75,9 +75,9 @@ class Setup:
     num_experts: int
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
     fill_local: FillLocal
-    continuity: Continuity
+    compatibility: ResumeCompatibility
     resume: ResumePoint | None
-    plan: CheckedPlan
+    plan: MemoryCheck
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -121,7 +121,7 @@ class Setup:
         return sorted(self.model._no_split_modules)
 
 
-def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setup:
+def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.device) -> Setup:
     """Load data, build the model without its weights, split the experts, attach adapters.
 
     **Collective:** every rank must call; what one rank cannot read ends all of them.
@@ -134,13 +134,13 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    folder = agreed(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
-    source = agreed(lambda: ModelSource(folder, config, precision))
+    folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
+    source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
-    adapters = agreed(lambda: _choose_adapters(source.model, config))
-    tokenizer = agreed(lambda: load_tokenizer(folder))
-    examples = agreed(lambda: _load_data(config, tokenizer, source.model))
-    continuity = describe_continuity(
+    adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
+    tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
+    examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
+    compatibility = describe_compatibility(
         config,
         precision,
         adapters and adapters.settings,
@@ -150,13 +150,13 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
     )
     schedule = Schedule(config, examples, launch.rank, launch.world_size)
     if resume is not None:
-        check_continuity(resume.manifest, continuity, config, schedule)
+        check_compatibility(resume.manifest, compatibility, config, schedule)
     model = source.model
-    sharded = agreed(lambda: _split_experts(model, schedule, device, precision))
+    sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = check_plan(config, folder, schedule, device, sharded and sharded.kernel.name)
+    plan = check_memory(config, folder, schedule, device, sharded and sharded.kernel.name)
     if adapters is not None:
-        agreed(lambda: _apply_lora(model, sharded, adapters, config, precision))
+        raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
     # which only reentrant checkpointing needs.
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
@@ -176,7 +176,7 @@ def build_setup(config: RunConfig, launch: Launch, device: torch.device) -> Setu
         num_experts=source.num_experts,
         parameter_specs=specs,
         fill_local=_leave_empty if resume and adapters is None else source.reader.fill_local,
-        continuity=continuity,
+        compatibility=compatibility,
         resume=resume,
         plan=plan,
     )

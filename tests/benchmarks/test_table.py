@@ -18,7 +18,7 @@ from benchmarks.table_rows.launchers import Ending, ForkedRanks, Job, Torchrun
 from benchmarks.table_rows.options import parse_options
 from benchmarks.table_rows.outcome import explain, read_run
 from benchmarks.table_rows.rows import ROWS
-from benchmarks.table_rows.runs import find_obstacle, take_rounds
+from benchmarks.table_rows.runs import find_unsupported_reason, take_rounds
 from benchmarks.table_rows.workplace import save_examples, save_random_model
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.model.model_shape import ModelShape
@@ -189,20 +189,20 @@ def test_a_missing_package_is_a_row_with_the_line_that_installs_it(monkeypatch, 
     bench = build_bench(parse_options(["--plan"]))
     row = BY_NAME["attn-ep4" if kernel == "megablocks" else "attn-ep4-scattermoe"]
     monkeypatch.setattr(runs, f"is_{kernel}_installed", lambda: False)
-    obstacle = find_obstacle(row, bench)
-    assert obstacle["status"] == "not installed"
-    assert obstacle["reason"].startswith(f"{kernel} is not installed; install it with: ")
+    unsupported_reason = find_unsupported_reason(row, bench)
+    assert unsupported_reason["status"] == "not installed"
+    assert unsupported_reason["reason"].startswith(f"{kernel} is not installed; install it with: ")
     monkeypatch.setattr(runs, f"is_{kernel}_installed", lambda: True)
-    assert find_obstacle(row, bench) is None
+    assert find_unsupported_reason(row, bench) is None
 
 
 def test_on_a_cpu_rows_of_gpu_packages_run_with_grouped_mm_or_say_which_row_they_are():
     bench = build_bench(parse_options(["--cpu"]))
     told, tried = {}, []
     for row in ROWS:
-        obstacle = find_obstacle(row, bench, tried)
-        told[row.name] = obstacle and obstacle["reason"]
-        tried += [] if obstacle else [row]
+        unsupported_reason = find_unsupported_reason(row, bench, tried)
+        told[row.name] = unsupported_reason and unsupported_reason["reason"]
+        tried += [] if unsupported_reason else [row]
     is_triton = "triton needs a GPU (its interpreter is no timing); with grouped_mm this is"
     assert {name: reason for name, reason in told.items() if reason} == {
         "attn-ep4-scattermoe": "scattermoe needs a GPU; with grouped_mm this is attn-ep4",

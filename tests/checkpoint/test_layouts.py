@@ -10,7 +10,7 @@ from megablocks_utils.checkpoint.layouts import (
     SUPPORTED_MODEL_TYPES,
     ExpertPart,
     MemoryPart,
-    detect_layout,
+    detect_naming,
     is_expert_parameter,
 )
 from megablocks_utils.errors import CheckpointError
@@ -78,13 +78,13 @@ def test_way_back_of_other_parameters(layout, name):
 def test_detection_goes_by_keys():
     for layout in (MIXTRAL, QWEN_MOE, FUSED):
         (part,) = layout.expert_parts(f"{EXPERTS}.down_proj", [7])
-        assert detect_layout(["lm_head.weight", part.key]) is layout
+        assert detect_naming(["lm_head.weight", part.key]) is layout
 
 
 def test_no_experts_is_said():
     keys = ["model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.experts.gate.weight"]
     with pytest.raises(CheckpointError) as error:
-        detect_layout(keys, source="/models/x")
+        detect_naming(keys, source="/models/x")
     known = "mixtral, qwen_moe, fused"
     message = f"/models/x has no expert weights in a known layout ({known})"
     assert str(error.value) == message

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, LlamaConfig
 
 from megablocks_utils.checkpoint.index import open_checkpoint
-from megablocks_utils.checkpoint.layouts import detect_layout
+from megablocks_utils.checkpoint.layouts import detect_naming
 from megablocks_utils.checkpoint.load import (
     build_model_on_meta,
     check_against_model,
@@ -42,7 +42,7 @@ def failure_of(action, *args, **kwargs):
 
 def check(folder, **kwargs):
     index = open_checkpoint(folder)
-    layout = detect_layout(index)
+    layout = detect_naming(index)
     model = build_model_on_meta(folder, **kwargs)
     check_against_model(model, index, layout, **kwargs)
 
@@ -55,7 +55,7 @@ def test_missing_expert_tensor(folder):
     index = open_checkpoint(folder)
     name = "model.layers.0.mlp.experts"
     options = {"first": 2, "last": 4, "dtype": torch.float32}
-    message = failure_of(load_experts, index, detect_layout(index), name, **options)
+    message = failure_of(load_experts, index, detect_naming(index), name, **options)
     assert message == f"{folder} has no tensor named {BLOCK}.experts.2.w3.weight"
 
 
@@ -82,7 +82,7 @@ def test_misshaped_expert_when_read(folder):
     index = open_checkpoint(folder)
     name = "model.layers.0.mlp.experts"
     options = {"first": 0, "last": 2, "dtype": torch.float32}
-    message = failure_of(load_experts, index, detect_layout(index), name, **options)
+    message = failure_of(load_experts, index, detect_naming(index), name, **options)
     file = folder / "model.safetensors"
     assert message == f"{key} in {file} has shape (64, 95), wanted is (64, 96)"
 
@@ -117,7 +117,7 @@ def test_non_finite_expert_is_named(folder):
 
     edit_tensors(folder, edit)
     index = open_checkpoint(folder)
-    layout = detect_layout(index)
+    layout = detect_naming(index)
     name = "model.layers.0.mlp.experts"
     load_experts(index, layout, name, first=0, last=3, dtype=torch.float32)
     options = {"first": 3, "last": 4, "dtype": torch.float32}
@@ -129,7 +129,7 @@ def test_non_finite_expert_is_named(folder):
 def test_non_finite_dense_weight_is_named(folder):
     edit_tensors(folder, lambda tensors: tensors[NORM][:1].fill_(float("nan")))
     index = open_checkpoint(folder)
-    reader = SliceReader(index, detect_layout(index))
+    reader = SliceReader(index, detect_naming(index))
     model = build_model_on_meta(folder)
     message = failure_of(materialize, model, reader.fill_local, torch.device("cpu"))
     assert message == f"{NORM} in {folder / 'model.safetensors'} holds 1 non-finite value"

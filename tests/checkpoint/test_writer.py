@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from megablocks_utils.checkpoint.index import open_checkpoint
 from megablocks_utils.checkpoint.writer import (
-    STAGING_FOLDER_NAME,
     SafetensorsWriter,
     TensorSpec,
     staged_folder,
 )
+from megablocks_utils.files import STAGING_FOLDER_NAME
 
 
 def sample_tensors(seed=0):

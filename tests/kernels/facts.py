@@ -26,14 +26,14 @@ def put_module(monkeypatch, name, **members) -> ModuleType:
     return module
 
 
-def put_adapter(monkeypatch, name, *, is_installed=True, obstacle=None) -> None:
+def put_adapter(monkeypatch, name, *, is_installed=True, unsupported_reason=None) -> None:
     """Stand in for the adapter of an optional package."""
     put_module(
         monkeypatch,
         name,
         **{
             f"run_experts_{name}": run_nothing,
-            f"find_{name}_obstacle": lambda *arguments: obstacle,
+            f"find_{name}_obstacle": lambda *arguments: unsupported_reason,
             f"{name.upper()}_INSTALL": f"pip install {name}",
             f"is_{name}_installed": lambda: is_installed,
         },

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import gelu
 
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
-from megablocks_utils.kernels.available import find_obstacle, load, refuse
+from megablocks_utils.kernels.available import find_unsupported_reason, load, refuse
 from megablocks_utils.kernels.fused.tiles import choose_tiles
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
 from megablocks_utils.kernels.shapes import ExpertShapes
@@ -69,9 +69,9 @@ OBSTACLES = [
 ]
 
 
-@pytest.mark.parametrize(("shapes", "device", "obstacle"), OBSTACLES)
-def test_where_our_kernels_run(shapes, device, obstacle):
-    assert find_obstacle("triton", shapes, device) == obstacle
+@pytest.mark.parametrize(("shapes", "device", "unsupported_reason"), OBSTACLES)
+def test_where_our_kernels_run(shapes, device, unsupported_reason):
+    assert find_unsupported_reason("triton", shapes, device) == unsupported_reason
 
 
 def test_a_refusal_says_what_works_instead():
@@ -98,8 +98,11 @@ def test_optional_packages(name, monkeypatch):
     assert refusal(name, ON_CUDA, H100, MissingKernelError) == (
         f"--kernel is {name}, but {name} is not installed; install it with: pip install {name}"
     )
-    assert find_obstacle(name, ON_CUDA, H100) == f"{name} is not installed (pip install {name})"
-    put_adapter(monkeypatch, name, obstacle=f"{name} cannot")
+    assert (
+        find_unsupported_reason(name, ON_CUDA, H100)
+        == f"{name} is not installed (pip install {name})"
+    )
+    put_adapter(monkeypatch, name, unsupported_reason=f"{name} cannot")
     assert refusal(name, ON_CUDA, H100) == (
         f"--kernel is {name}, but {name} cannot; --kernel triton, grouped_mm or eager works."
     )
@@ -116,8 +119,8 @@ def test_packages_are_asked_about_these_experts(name, monkeypatch):
         f"megablocks_utils.kernels.{name}.find_{name}_obstacle",
         lambda *arguments: asked.append(arguments),
     )
-    find_obstacle(name, replace(ON_CUDA, mode="lora"), H100)
-    find_obstacle(name, replace(ON_CUDA, mode="frozen"), H100)
+    find_unsupported_reason(name, replace(ON_CUDA, mode="lora"), H100)
+    find_unsupported_reason(name, replace(ON_CUDA, mode="frozen"), H100)
     assert asked == [
         (64, 96, torch.bfloat16, "cuda", True),
         (64, 96, torch.bfloat16, "cuda", False),

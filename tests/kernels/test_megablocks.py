@@ -23,7 +23,7 @@ from megablocks_utils.kernels.eager import run_experts_eager
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.megablocks import (
     MEGABLOCKS_INSTALL,
-    find_megablocks_obstacle,
+    find_megablocks_unsupported_reason,
     is_megablocks_installed,
     run_experts_megablocks,
 )
@@ -186,7 +186,7 @@ def test_the_versions_are_those_of_the_requirements():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device_type", "has_adapters", "obstacle"),
+    ("dtype", "device_type", "has_adapters", "unsupported_reason"),
     [
         (torch.bfloat16, "cuda", False, None),
         (
@@ -204,12 +204,15 @@ def test_the_versions_are_those_of_the_requirements():
         ),
     ],
 )
-def test_obstacles(monkeypatch, dtype, device_type, has_adapters, obstacle):
+def test_obstacles(monkeypatch, dtype, device_type, has_adapters, unsupported_reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert find_megablocks_obstacle(64, 96, dtype, device_type, has_adapters) == obstacle
+    assert (
+        find_megablocks_unsupported_reason(64, 96, dtype, device_type, has_adapters)
+        == unsupported_reason
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    old = obstacle or "megablocks needs compute capability 8.0 or newer"
-    assert find_megablocks_obstacle(64, 96, dtype, device_type, has_adapters) == old
+    old = unsupported_reason or "megablocks needs compute capability 8.0 or newer"
+    assert find_megablocks_unsupported_reason(64, 96, dtype, device_type, has_adapters) == old
 
 
 @pytest.mark.parametrize(

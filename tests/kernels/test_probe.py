@@ -15,7 +15,7 @@ from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.kernels.eager import run_experts_eager
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
 from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
-from megablocks_utils.kernels.probe import find_probe_obstacle, probe_backend
+from megablocks_utils.kernels.probe import find_unprobed_reason, probe_backend
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.reads import LiveBytes
 
@@ -341,8 +341,8 @@ def test_what_eager_cannot_hold_either_is_not_blamed_on_the_backend():
 
 
 def test_what_is_not_probed():
-    assert find_probe_obstacle("grouped_mm", BF16) is None
-    assert find_probe_obstacle("eager", BF16) == "eager is what other kernels are compared with"
-    assert find_probe_obstacle("triton", torch.float64) == (
+    assert find_unprobed_reason("grouped_mm", BF16) is None
+    assert find_unprobed_reason("eager", BF16) == "eager is what other kernels are compared with"
+    assert find_unprobed_reason("triton", torch.float64) == (
         "there is nothing more precise than float64 to compare with"
     )

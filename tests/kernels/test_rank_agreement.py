@@ -12,10 +12,10 @@ from megablocks_utils.config import parse_args
 from megablocks_utils.errors import ConfigurationError, MissingKernelError, UserError
 from megablocks_utils.kernels import rank_agreement
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
-from megablocks_utils.kernels.rank_agreement import ExpertUse, choose_for_all_ranks
-from megablocks_utils.kernels.selection import decide_backend
+from megablocks_utils.kernels.rank_agreement import ExpertUse, select_for_all_ranks
+from megablocks_utils.kernels.selection import select_backend
 from megablocks_utils.kernels.tuning.measurements import store_entry
-from megablocks_utils.processes.launch import Launch
+from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.shard_moe_utils import find_expert_modules, shard_moe
 from megablocks_utils.training.setup import build_setup
 from tests.kernels.facts import H100, V100, put_triton
@@ -33,7 +33,7 @@ def _choose(rank, folder, kernel="auto", devices=(H100, H100), has_triton=(True,
         patch.setattr(rank_agreement, "read_device_facts", lambda _: devices[rank])
         put_triton(patch, is_installed=has_triton[rank])
         try:
-            choice = choose_for_all_ranks(kernel, SHAPES)
+            choice = select_for_all_ranks(kernel, SHAPES)
         except UserError as error:
             return type(error), str(error)
         tiles = choice.run.keywords["tiles"] if isinstance(choice.run, partial) else None
@@ -107,10 +107,10 @@ def _shard(rank):
 
     def decide(kernel, shapes, device):
         seen.append(shapes)
-        return decide_backend(kernel, shapes, device)
+        return select_backend(kernel, shapes, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_agreement, "decide_backend", decide)
+        patch.setattr(rank_agreement, "select_backend", decide)
         sharded = shard_moe(
             build_tiny_model("mixtral"),
             ep_size=2,
@@ -138,12 +138,12 @@ def _set_up(rank, folder, line):
 
     def decide(kernel, shapes, device):
         seen.append((kernel, shapes))
-        return decide_backend("auto", shapes, device)
+        return select_backend("auto", shapes, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_agreement, "decide_backend", decide)
+        patch.setattr(rank_agreement, "select_backend", decide)
         config = parse_args(words, entry_point="fsdp2")
-        setup = build_setup(config, Launch(), torch.device("cpu"))
+        setup = build_setup(config, LaunchEnvironment(), torch.device("cpu"))
     return seen[0], setup.schedule.examples.lengths.tolist()
 
 

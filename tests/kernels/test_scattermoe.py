@@ -23,7 +23,7 @@ from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.scattermoe import (
     SCATTERMOE_INSTALL,
-    find_scattermoe_obstacle,
+    find_scattermoe_unsupported_reason,
     is_scattermoe_installed,
     run_experts_scattermoe,
 )
@@ -187,7 +187,7 @@ def test_the_install_line_is_that_of_the_requirements():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device_type", "has_adapters", "obstacle"),
+    ("dtype", "device_type", "has_adapters", "unsupported_reason"),
     [
         (torch.bfloat16, "cuda", False, None),
         (torch.float32, "cuda", False, None),
@@ -202,16 +202,19 @@ def test_the_install_line_is_that_of_the_requirements():
         ),
     ],
 )
-def test_obstacles(monkeypatch, dtype, device_type, has_adapters, obstacle):
+def test_obstacles(monkeypatch, dtype, device_type, has_adapters, unsupported_reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert find_scattermoe_obstacle(64, 96, dtype, device_type, has_adapters) == obstacle
+    assert (
+        find_scattermoe_unsupported_reason(64, 96, dtype, device_type, has_adapters)
+        == unsupported_reason
+    )
 
 
 def test_obstacles_of_an_old_device_and_of_the_interpreter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    find = partial(find_scattermoe_obstacle, 64, 96, has_adapters=False)
+    find = partial(find_scattermoe_unsupported_reason, 64, 96, has_adapters=False)
     assert find(torch.float16, "cuda") == "scattermoe needs compute capability 8.0 or newer"
     assert find(torch.float32, "cpu") is None
     assert find(torch.bfloat16, "cpu") == (

@@ -12,10 +12,10 @@ from megablocks_utils.kernels.eager import run_experts_eager
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.selection import (
+    BackendSelection,
     ExpertShapes,
-    KernelDecision,
-    choose_backend,
-    decide_backend,
+    select_and_load_backend,
+    select_backend,
 )
 from megablocks_utils.kernels.tuning.measurements import Measurements, store_entry
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
@@ -35,13 +35,13 @@ FITTING = ExpertShapes(64, 96, torch.float32, "cpu")
 
 
 def test_auto_takes_grouped_mm_where_the_shapes_fit():
-    choice = choose_backend("auto", FITTING)
+    choice = select_and_load_backend("auto", FITTING)
     assert choice.name == "grouped_mm"
     assert choice.reason == "auto: torch.nn.functional.grouped_mm runs these shapes"
 
 
 @pytest.mark.parametrize(
-    ("shapes", "obstacle"),
+    ("shapes", "unsupported_reason"),
     [
         (
             ExpertShapes(64, 90, torch.float32, "cpu"),
@@ -57,12 +57,14 @@ def test_auto_takes_grouped_mm_where_the_shapes_fit():
         ),
     ],
 )
-def test_shapes_grouped_mm_cannot_run(shapes, obstacle):
-    choice = choose_backend("auto", shapes, CPU)
-    assert (choice.name, choice.reason) == ("eager", f"auto: {obstacle}")
+def test_shapes_grouped_mm_cannot_run(shapes, unsupported_reason):
+    choice = select_and_load_backend("auto", shapes, CPU)
+    assert (choice.name, choice.reason) == ("eager", f"auto: {unsupported_reason}")
     with pytest.raises(ConfigurationError) as refusal:
-        choose_backend("grouped_mm", shapes, CPU)
-    assert str(refusal.value) == (f"--kernel is grouped_mm, but {obstacle}; --kernel eager works.")
+        select_and_load_backend("grouped_mm", shapes, CPU)
+    assert str(refusal.value) == (
+        f"--kernel is grouped_mm, but {unsupported_reason}; --kernel eager works."
+    )
 
 
 WHY = "torch.nn.functional.grouped_mm runs these shapes"
@@ -112,7 +114,7 @@ AUTO_ON_CUDA = {
 def test_auto_on_cuda_goes_by_what_was_measured(case, monkeypatch):
     put_triton(monkeypatch)
     measurements, name, reason = AUTO_ON_CUDA[case]
-    decision = decide_backend("auto", SHAPES, H100, measurements)
+    decision = select_backend("auto", SHAPES, H100, measurements)
     assert decision.name == name
     assert decision.reason == f"auto: {reason}"
     assert decision.tiles == (TILES if name == "triton" else None)
@@ -121,11 +123,11 @@ def test_auto_on_cuda_goes_by_what_was_measured(case, monkeypatch):
 def test_auto_on_cuda_where_triton_cannot_run(monkeypatch):
     won = Measurements((measured(),), (measured(),))
     put_triton(monkeypatch, is_installed=False)
-    decision = decide_backend("auto", SHAPES, H100, won)
+    decision = select_backend("auto", SHAPES, H100, won)
     reason = f"auto: {WHY}; triton is not installed (pip install triton)"
     assert (decision.name, decision.reason) == ("grouped_mm", reason)
     put_triton(monkeypatch)
-    decision = decide_backend("auto", SHAPES, V100, won)
+    decision = select_backend("auto", SHAPES, V100, won)
     assert (decision.name, decision.reason) == (
         "eager",
         "auto: torch's grouped_mm needs compute capability 8.0 or newer; our Triton kernels need "
@@ -136,7 +138,7 @@ def test_auto_on_cuda_where_triton_cannot_run(monkeypatch):
 def test_auto_without_a_number_of_rows(monkeypatch):
     put_triton(monkeypatch)
     shapes = replace(SHAPES, num_rows=None)
-    assert decide_backend("auto", shapes, H100, Measurements((measured(),))).reason == (
+    assert select_backend("auto", shapes, H100, Measurements((measured(),))).reason == (
         f"auto: {WHY}; how many rows the experts get is not known, so no measurement was looked up"
     )
 
@@ -146,7 +148,7 @@ def test_auto_on_a_cpu_reads_no_file(monkeypatch, tmp_path):
     monkeypatch.setenv("MEGABLOCKS_UTILS_CACHE", str(tmp_path))
     for device in (CPU, INTERPRETER):
         shapes = replace(SHAPES, device_type="cpu")
-        assert decide_backend("auto", shapes, device).reason == f"auto: {WHY}"
+        assert select_backend("auto", shapes, device).reason == f"auto: {WHY}"
 
 
 @pytest.mark.parametrize(
@@ -161,23 +163,23 @@ def test_triton_by_name_takes_its_tiles_also_where_it_lost(
     measurements, reason, tiles, monkeypatch
 ):
     put_triton(monkeypatch)
-    decision = decide_backend("triton", SHAPES, H100, measurements)
-    wanted = KernelDecision("triton", f"named by --kernel{reason}", tiles)
+    decision = select_backend("triton", SHAPES, H100, measurements)
+    wanted = BackendSelection("triton", f"named by --kernel{reason}", tiles)
     assert decision == wanted == pickle.loads(pickle.dumps(decision))
 
 
 def test_this_machines_file_is_read(monkeypatch, tmp_path):
     put_triton(monkeypatch)
     monkeypatch.setenv("MEGABLOCKS_UTILS_CACHE", str(tmp_path))
-    assert decide_backend("auto", SHAPES, H100).name == "grouped_mm"
+    assert select_backend("auto", SHAPES, H100).name == "grouped_mm"
     store_entry(measured(), tmp_path / "kernels.json")
-    choice = choose_backend("auto", SHAPES, H100)
+    choice = select_and_load_backend("auto", SHAPES, H100)
     assert (choice.name, choice.reason) == ("triton", f"auto: {FASTER}")
     assert choice.run.keywords == {"tiles": TILES}
 
 
 def test_named_backends_need_no_measurement():
-    choice = choose_backend("eager", FITTING)
+    choice = select_and_load_backend("eager", FITTING)
     assert (choice.name, choice.reason) == ("eager", "named by --kernel")
     assert choice.run is run_experts_eager
 
@@ -208,7 +210,7 @@ def test_backend_equals_reference_in_values_and_gradients(kernel, dtype, counts)
 
     rows, gate_up, down = (leaf.to(dtype).requires_grad_() for leaf in leaves)
     weights = ExpertWeights(gate_up, down, SwiGlu())
-    output = choose_backend(kernel, FITTING).run(rows, sorted_rows(counts), None, weights)
+    output = select_and_load_backend(kernel, FITTING).run(rows, sorted_rows(counts), None, weights)
     seen = [output, *torch.autograd.grad(output, [rows, gate_up, down], upstream.to(dtype))]
     exact, baseline = run_reference(torch.float64), run_reference(dtype)
     for ours, wanted, own in zip(seen, exact, baseline, strict=True):
@@ -279,7 +281,7 @@ def test_adapters_equal_merged_weights_in_values_and_gradients(kernel, dtype, co
     """The bound is twice the merged reference's own error in this dtype against fp64."""
     weights, leaves = _draw_lora_case(counts, *sizes, rank)
     upstream = torch.randn(sum(counts), sizes[0], generator=torch.Generator().manual_seed(1))
-    run = choose_backend(kernel, ExpertShapes(*sizes, dtype, "cpu")).run
+    run = select_and_load_backend(kernel, ExpertShapes(*sizes, dtype, "cpu")).run
     seen = _run_lora(run, weights, leaves, counts, dtype, upstream)
     exact = _run_lora(_merge_and_run, weights, leaves, counts, torch.float64, upstream)
     own = _run_lora(_merge_and_run, weights, leaves, counts, dtype, upstream)
@@ -293,7 +295,7 @@ def test_adapters_never_make_a_tensor_of_the_weights_size(kernel):
     """Neither W + B A nor a gradient of W: with few rows nothing is as large as one expert's W."""
     counts, sizes = [2, 0, 1, 1], (256, 256)
     weights, leaves = _draw_lora_case(counts, *sizes, rank=4)
-    run = choose_backend(kernel, ExpertShapes(*sizes, torch.float32, "cpu")).run
+    run = select_and_load_backend(kernel, ExpertShapes(*sizes, torch.float32, "cpu")).run
     upstream = torch.ones(sum(counts), sizes[0])
     with LargestResult() as ours:
         _run_lora(run, weights, leaves, counts, torch.float32, upstream)

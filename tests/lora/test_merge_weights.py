@@ -1,4 +1,4 @@
-"""Folding equals PEFT's merge_and_unload bit for bit, and holds one tensor at a time."""
+"""AdapterMerger equals PEFT's merge_and_unload bit for bit, and holds one tensor at a time."""
 
 import pytest
 import torch

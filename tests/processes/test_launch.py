@@ -12,10 +12,10 @@ from megablocks_utils.config import parse_args
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError, DataError
 from megablocks_utils.processes.launch import (
-    Launch,
-    agree_on_error,
+    LaunchEnvironment,
+    broadcast_from_rank0,
     check_environment,
-    decided_by_rank_zero,
+    raise_first_error,
     run_entry_point,
 )
 
@@ -81,12 +81,14 @@ def test_defects_keep_their_traceback():
 
 
 def test_environments_that_work():
-    assert check_environment(environ={}) == Launch(rank=0, local_rank=0, world_size=1)
-    assert check_environment(environ=LAUNCHED) == Launch(rank=3, local_rank=1, world_size=4)
+    assert check_environment(environ={}) == LaunchEnvironment(rank=0, local_rank=0, world_size=1)
+    assert check_environment(environ=LAUNCHED) == LaunchEnvironment(
+        rank=3, local_rank=1, world_size=4
+    )
     config = parse_args(
         ["--use_megablocks_sharding", "True", "--ep_size", "1"], entry_point="fsdp2"
     )
-    assert check_environment(config, {}) == Launch()
+    assert check_environment(config, {}) == LaunchEnvironment()
 
 
 ENVIRONMENTS = [
@@ -139,12 +141,12 @@ def test_ep_size_without_a_launcher(entry_point, line):
 
 
 def test_agreement_without_a_process_group():
-    agree_on_error(None)
+    raise_first_error(None)
     with pytest.raises(DataError, match="^mine$"):
-        agree_on_error(DataError("mine"))
-    assert decided_by_rank_zero(lambda: "mine") == "mine"
+        raise_first_error(DataError("mine"))
+    assert broadcast_from_rank0(lambda: "mine") == "mine"
     with pytest.raises(DataError, match="^mine$"):
-        decided_by_rank_zero(_raise_mine)
+        broadcast_from_rank0(_raise_mine)
 
 
 def _raise_mine():
@@ -153,9 +155,9 @@ def _raise_mine():
 
 def _decide(rank):
     try:
-        decided_by_rank_zero(_raise_mine if rank == 0 else pytest.fail)
+        broadcast_from_rank0(_raise_mine if rank == 0 else pytest.fail)
     except DataError as error:
-        return decided_by_rank_zero(lambda: rank), str(error)
+        return broadcast_from_rank0(lambda: rank), str(error)
 
 
 def test_only_rank_0_is_asked(ranks2):
@@ -167,17 +169,17 @@ import sys
 import torch
 import torch.distributed as dist
 from megablocks_utils.errors import DataError
-from megablocks_utils.processes.launch import agree_on_error, run_entry_point
+from megablocks_utils.processes.launch import raise_first_error, run_entry_point
 
 def main(argv):
     rank, path = int(argv[0]), argv[1]
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    agree_on_error(None)
+    raise_first_error(None)
     sys.stdout.write("before ")
     other = dist.new_group()
     if rank == 0:  # a collective that rank 1 never joins
         dist.all_reduce(torch.zeros(1), group=other, async_op=True)
-    agree_on_error(DataError("rank 1 cannot read data.json") if rank == 1 else None)
+    raise_first_error(DataError("rank 1 cannot read data.json") if rank == 1 else None)
     sys.stdout.write("after ")
 
 run_entry_point(main, sys.argv[1:])

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from megablocks_utils.processes.liveness import (
     STORE_LOSS,
-    Board,
     Loss,
     Member,
+    StatusStore,
     Watch,
     describe_self,
     is_alive,
@@ -36,13 +36,19 @@ class Run:
     """
 
     def __init__(self, *machines: str) -> None:
-        self.board, self.dead, self.members = Board(dist.HashStore()), set(), members(*machines)
+        self.status_store, self.dead, self.members = (
+            StatusStore(dist.HashStore()),
+            set(),
+            members(*machines),
+        )
         self.watches = [
-            Watch(self.members, rank, self.board, lambda member: member.rank not in self.dead)
+            Watch(
+                self.members, rank, self.status_store, lambda member: member.rank not in self.dead
+            )
             for rank in range(len(machines))
         ]
         for rank in range(len(machines)):
-            self.board.beat(rank, -1)
+            self.status_store.beat(rank, -1)
 
     def look(self, *silent: int) -> list[Loss | None]:
         """Poll on all ranks but the silent ones."""
@@ -65,7 +71,7 @@ def test_a_process_that_left_is_not_lost():
     run = Run("a", "a", "b")
     run.look()
     for rank in (1, 2):
-        run.board.leave(rank)
+        run.status_store.leave(rank)
         run.dead.add(rank)
     assert [run.look() for _ in range(3 * POLLS_UNTIL_SILENT)] == [[None]] * 3 * POLLS_UNTIL_SILENT
 
@@ -95,7 +101,7 @@ def test_silence_is_counted_in_polls():
     run = Run("a", "b")
     run.look()
     for count in range(POLLS_UNTIL_SILENT * 2):
-        run.board.beat(1, count)
+        run.status_store.beat(1, count)
         assert run.watches[0].look() is None
 
 
@@ -103,8 +109,8 @@ def test_only_rank_0_watches_all_machines():
     """Beats that are read in a poll, by rank: 3 ranks elsewhere, and rank 0 for each of them."""
     run = Run("a", "b", "c", "d")
     reads = []
-    read_beats = run.board.read_beats
-    run.board.read_beats = lambda ranks: reads.append(list(ranks)) or read_beats(ranks)
+    read_beats = run.status_store.read_beats
+    run.status_store.read_beats = lambda ranks: reads.append(list(ranks)) or read_beats(ranks)
     run.look()
     assert reads == [[1, 2, 3], [0], [0], [0]]
 
@@ -121,7 +127,7 @@ class DeadStore:
 
 def test_a_store_that_is_gone():
     alive = {1, 2}
-    watch = Watch(members("a", "a", "a"), 1, Board(DeadStore()), lambda m: m.rank in alive)
+    watch = Watch(members("a", "a", "a"), 1, StatusStore(DeadStore()), lambda m: m.rank in alive)
     assert watch.look() == Loss(0, "its process is gone")
     alive.add(0)
     assert [watch.look(), watch.look()] == [None, STORE_LOSS]  # the third failure in all
@@ -129,11 +135,11 @@ def test_a_store_that_is_gone():
 
 def test_one_failure_of_the_store_is_forgotten():
     run = Run("a", "a")
-    watch, board = run.watches[0], run.board
+    watch, status_store = run.watches[0], run.status_store
     for _ in range(5):
-        watch._board = Board(DeadStore())
+        watch._status_store = StatusStore(DeadStore())
         assert watch.look() is None
-        watch._board = board
+        watch._status_store = status_store
         assert watch.look() is None
 
 
@@ -154,7 +160,7 @@ def test_who_speaks(machines, dead, loss, speaker):
     run = Run(*machines)
     run.dead = dead
     ranks = [rank for rank in range(4) if rank not in {*dead, loss.rank}]
-    first = [rank for rank in ranks if run.watches[rank].speaks_first(loss)]
+    first = [rank for rank in ranks if run.watches[rank].is_first_reporter(loss)]
     assert speaker in first
     if not (loss is STORE_LOSS and not dead):  # machine b takes a for lost, and both speak
         assert first == [speaker]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.processes.launch import Launch, run_entry_point
+from megablocks_utils.processes.launch import LaunchEnvironment, run_entry_point
 from megablocks_utils.processes.start import start_processes
 from tests.support.ports import free_port
 from tests.support.rank_pool import start_forkserver
@@ -55,7 +55,7 @@ def _serve(rank: int, environ: dict, folder: str, job, arguments: list) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def main(argv: list[str]) -> None:
-        start_processes(Launch(rank, rank, WORLD), f"{folder}/out")
+        start_processes(LaunchEnvironment(rank, rank, WORLD), f"{folder}/out")
         dist.all_reduce(torch.zeros(1))
         Path(folder, f"ready-{rank}").touch()
         job(*arguments)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.rehearsal.rehearse import rehearse
 
 CPU = torch.device("cpu")
@@ -38,13 +38,13 @@ def plan(tokens=256, precision="fp32", **changes):
     return replace(run, **changes)
 
 
-def rehearse_alone(rank: int, folder: Path, layout: Layout, run: PlannedRun):
+def rehearse_alone(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun):
     """Rehearse on fake tensors; a prediction."""
     with _without_group():
         return rehearse(folder, layout, run, device=CPU).as_prediction()
 
 
-def measure_alone(rank: int, folder: Path, layout: Layout, run: PlannedRun) -> int:
+def measure_alone(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun) -> int:
     """Take the same step with real tensors; the most that torch's allocator held at once.
 
     By the profiler's record of allocations and releases from the first micro-step on; what was

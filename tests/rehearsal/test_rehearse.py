@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from transformers import MixtralConfig
 
-from megablocks_utils.planning.model.prediction import Layout
+from megablocks_utils.planning.model.prediction import ParallelLayout
 from tests.rehearsal.lone import measure_alone, plan, rehearse_alone
 
 NONE, SHARD, COPIES, WHOLE = (
-    Layout(1, "shard"),
-    Layout(4, "shard"),
-    Layout(4, "replicate"),
-    Layout(8, "shard"),
+    ParallelLayout(1, "shard"),
+    ParallelLayout(4, "shard"),
+    ParallelLayout(4, "replicate"),
+    ParallelLayout(8, "shard"),
 )
 # What operators take inside themselves is not seen: packed matrices of a product, for one.
 INSIDE_OPERATORS = 0.05
@@ -74,7 +74,7 @@ def test_static_bytes_by_hand(ranks1, folder, layout, expert_share):
 def test_own_experts_at_ep_1(ranks1, folder):
     """Every rank keeps all experts where they are copies, and an eighth where they are sharded."""
     for expert_dp, share in (("replicate", 1), ("shard", 8)):
-        layout = Layout(1, expert_dp, is_dmoe=True)
+        layout = ParallelLayout(1, expert_dp, is_dmoe=True)
         [fake] = ranks1.run(rehearse_alone, folder, layout, plan(tokens=16))
         assert fake.components["parameters"] == 4 * (NUM_DENSE // 8 + NUM_EXPERTS // share)
 

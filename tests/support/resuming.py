@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from megablocks_utils.checkpoint.snapshot import write_checkpoint
-from megablocks_utils.checkpoint.tensor_shards import Piece
+from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.training.checkpointer import Checkpointer
 from megablocks_utils.training.loop import fit
 from megablocks_utils.training.recorder import RunRecorder
@@ -33,7 +33,7 @@ NUM_STEPS = 8
 MID_EPOCH = 53  # examples: three full global batches and one of five, so step 3 is within an epoch
 EPOCH_BOUNDARY = 37  # an epoch of three steps
 
-Pieces = dict[str, Piece]
+Pieces = dict[str, TensorShard]
 
 
 @dataclass(frozen=True)

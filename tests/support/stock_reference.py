@@ -2,7 +2,7 @@
 
 Nothing of this project runs here but the two functions that say which examples a step holds
 (`epoch_order`) and, for the auxiliary loss alone, how they are cut into micro-batches
-(`deal_examples`). One example at a time goes through the stock model, so there is no packing, no
+(`assign_examples`). One example at a time goes through the stock model, so there is no packing, no
 padding, no kernel and no communication to get wrong.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
-from megablocks_utils.training.data.batches import deal_examples, epoch_order
+from megablocks_utils.training.data.batches import assign_examples, epoch_order
 from tests.support.trace import Trace
 
 Example = dict[str, list[int]]
@@ -158,7 +158,7 @@ def _accumulate(model: nn.Module, batch: list[Example], run: StockRun) -> float:
 def _mean_aux_loss(model: nn.Module, batch: list[Example], run: StockRun) -> Tensor:
     """Return the mean of transformers' auxiliary loss over the step's micro-batches, padded."""
     world_size, batch_size, accumulation = run.deal
-    deal = deal_examples(
+    deal = assign_examples(
         [len(example["input_ids"]) for example in batch],
         world_size=world_size,
         per_device_train_batch_size=batch_size,

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
-from megablocks_utils.kernels.fused.kernel_launch import GateLayout, Inner, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import GateLayout, LoraRows, Matrix, Routing
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_architecture
@@ -195,7 +195,7 @@ class _Needs(NamedTuple):
         return weight or lora_a or lora_b
 
 
-def _differentiate_tokens(hidden_grads: Tensor, first: Projection, back: Inner | None) -> Tensor:
+def _differentiate_tokens(hidden_grads: Tensor, first: Projection, back: LoraRows | None) -> Tensor:
     """Go back through the first projection: (T, H)."""
     rows = row_gemm(
         hidden_grads,

@@ -16,7 +16,13 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.kernel_launch import GateLayout, Inner, Launch, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import (
+    GateLayout,
+    KernelLaunch,
+    LoraRows,
+    Matrix,
+    Routing,
+)
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
@@ -212,7 +218,7 @@ def gate_backward(
     layout: GateLayout,
     *,
     wanted: Wanted,
-    inner: Inner | None = None,
+    inner: LoraRows | None = None,
 ) -> GateGradients:
     """Run the first half of the way back.
 
@@ -228,7 +234,7 @@ def gate_backward(
         inner: a low-rank product to add to the gradient of the gate's result.
     """
     num_rows, num_cols = routing.num_rows, weights.num_cols
-    launch = Launch(weights, routing, tile, inner)
+    launch = KernelLaunch(weights, routing, tile, inner)
     tiles_m, tiles_n = launch.grid(num_cols)
     grad_hidden, weighted, partial = _allocate(grad, num_rows, num_cols, tiles_n, wanted)
     if num_rows:

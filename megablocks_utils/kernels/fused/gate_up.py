@@ -15,7 +15,13 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.kernel_launch import GateLayout, Inner, Launch, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import (
+    GateLayout,
+    KernelLaunch,
+    LoraRows,
+    Matrix,
+    Routing,
+)
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
@@ -161,7 +167,7 @@ def gate_up(
     layout: GateLayout,
     *,
     keeps_hidden: bool,
-    inner: Inner | None = None,
+    inner: LoraRows | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the first half of the experts.
@@ -184,7 +190,7 @@ def gate_up(
     hidden = tokens.new_empty(routing.num_rows, 2 * num_cols) if keeps_hidden else None
     if routing.num_rows == 0:
         return out, hidden
-    launch = Launch(weights, routing, tile, inner, may_use_tma=not layout.is_interleaved)
+    launch = KernelLaunch(weights, routing, tile, inner, may_use_tma=not layout.is_interleaved)
     tiles_m, tiles_n = launch.grid(num_cols)
     gate_up_kernel[(tiles_m * tiles_n,)](
         tokens,

@@ -96,7 +96,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Inner:
+class LoraRows:
     """A low-rank product that a kernel adds to its result: `rows @ factor`.
 
     Attributes:
@@ -125,7 +125,7 @@ class GateLayout:
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """What every matrix kernel takes besides tensors and sizes.
 
     Attributes:
@@ -139,7 +139,7 @@ class Launch:
     weights: Matrix
     routing: Routing
     tile: Tile
-    inner: Inner | None = None
+    inner: LoraRows | None = None
     may_use_tma: bool = True
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megablocks_utils.kernels.fused.kernel_launch import Inner, Matrix, Routing, block_rank
+from megablocks_utils.kernels.fused.kernel_launch import LoraRows, Matrix, Routing, block_rank
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
@@ -53,25 +53,25 @@ class Projection:
         """The weights (in, out)."""
         return Matrix(self.parameters.weight, rows_are_last=not self.is_transposed)
 
-    def inner(self, inputs: Operand) -> Inner | None:
+    def inner(self, inputs: Operand) -> LoraRows | None:
         """Send inputs through A; the kernel that takes the result sends it through B."""
         if self.parameters.lora_a is None:
             return None
         rows = self._thin(inputs, Matrix(self.parameters.lora_a, rows_are_last=True))
-        return Inner(rows, Matrix(self.parameters.lora_b, rows_are_last=True))
+        return LoraRows(rows, Matrix(self.parameters.lora_b, rows_are_last=True))
 
-    def inner_back(self, grads: Operand) -> Inner | None:
+    def inner_back(self, grads: Operand) -> LoraRows | None:
         """Send the outputs' gradients back through B; the next kernel sends them through A."""
         if self.parameters.lora_a is None:
             return None
         rows = self._thin(grads, Matrix(self.parameters.lora_b, rows_are_last=False))
-        return Inner(rows, Matrix(self.parameters.lora_a, rows_are_last=False))
+        return LoraRows(rows, Matrix(self.parameters.lora_a, rows_are_last=False))
 
     def gradients(
         self,
         grads: Operand,
         inputs: Operand,
-        back: Inner | None,
+        back: LoraRows | None,
         bias_weights: Tensor | None,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:

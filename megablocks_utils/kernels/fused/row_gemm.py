@@ -12,7 +12,7 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.kernel_launch import Inner, Launch, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import KernelLaunch, LoraRows, Matrix, Routing
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
@@ -94,7 +94,7 @@ def row_gemm(
     gather: bool = False,
     scatter: bool = False,
     scale: float = 1.0,
-    inner: Inner | None = None,
+    inner: LoraRows | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Multiply every routed row by its expert's matrix.
@@ -116,7 +116,7 @@ def row_gemm(
     out = x.new_empty(routing.num_rows, weights.num_cols)
     if routing.num_rows == 0:
         return out
-    launch = Launch(weights, routing, tile, inner)
+    launch = KernelLaunch(weights, routing, tile, inner)
     tiles_m, tiles_n = launch.grid(weights.num_cols)
     row_gemm_kernel[(tiles_m * tiles_n,)](
         x,

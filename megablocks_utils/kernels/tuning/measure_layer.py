@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import torch
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.available import find_obstacle, load
+from megablocks_utils.kernels.available import find_unsupported_reason, load
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.fused.tiles import choose_tiles, list_candidates, name_architecture
 from megablocks_utils.kernels.shapes import ExpertShapes
@@ -47,9 +47,11 @@ def measure_layer(
         ConfigurationError: triton or grouped_mm cannot run this layer here, or it does not fit.
     """
     for kernel in ("triton", "grouped_mm"):
-        obstacle = find_obstacle(kernel, shapes, facts)
-        if obstacle is not None:
-            raise ConfigurationError(f"tune compares triton with grouped_mm, but {obstacle}.")
+        unsupported_reason = find_unsupported_reason(kernel, shapes, facts)
+        if unsupported_reason is not None:
+            raise ConfigurationError(
+                f"tune compares triton with grouped_mm, but {unsupported_reason}."
+            )
     kind_of_gpu = {
         "arch": name_architecture(facts.capability),
         "itemsize": shapes.dtype.itemsize,

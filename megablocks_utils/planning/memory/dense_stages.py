@@ -21,17 +21,17 @@ def norm_stage(sizes: Sizes, name: str, *, owns_input: bool) -> Stage:
     is_trained = sizes.trains_all
     saved = {
         "1 / root mean square": sizes.tokens * FP32,
-        "input in fp32": sizes.wide * (sizes.casts or owns_input),
-        "normalised input": sizes.narrow * is_trained,
+        "input in fp32": sizes.hidden_fp32_bytes * (sizes.casts or owns_input),
+        "normalised input": sizes.hidden_bytes * is_trained,
     }
     forward = {
-        "normalised input in fp32": sizes.wide,
-        "normalised input": sizes.narrow * (sizes.casts and not is_trained),
-        "output": sizes.narrow,
+        "normalised input in fp32": sizes.hidden_fp32_bytes,
+        "normalised input": sizes.hidden_bytes * (sizes.casts and not is_trained),
+        "output": sizes.hidden_bytes,
     }
     # When most is held, the normalised input is gone.
-    backward = {"gradients in fp32": (4 + sizes.casts) * sizes.wide}
-    backward["normalised input"] = -sizes.narrow * is_trained
+    backward = {"gradients in fp32": (4 + sizes.casts) * sizes.hidden_fp32_bytes}
+    backward["normalised input"] = -sizes.hidden_bytes * is_trained
     gradients = sizes.shape.hidden_size * sizes.compute * is_trained
     return Stage(name, saved=saved, forward=forward, backward=backward, gradients=gradients)
 
@@ -52,13 +52,13 @@ def router_stage(sizes: Sizes) -> Stage:
     return Stage(
         "router",
         saved={
-            "input": sizes.narrow * sizes.trains_all,
+            "input": sizes.hidden_bytes * sizes.trains_all,
             "probabilities": logits * FP32,
             "logits for the auxiliary loss": logits * sizes.compute * sizes.run.has_aux_loss,
             "top k": sizes.num_routed * (2 * INDEX + 2 * FP32),
         },
         forward={"logits": logits * (sizes.compute + FP32)},
-        backward={"gradients": 2 * logits * FP32 + 2 * sizes.narrow},
+        backward={"gradients": 2 * logits * FP32 + 2 * sizes.hidden_bytes},
         gradients=sizes.shape.num_experts
         * sizes.shape.hidden_size
         * sizes.compute
@@ -70,7 +70,7 @@ def mlp_stage(sizes: Sizes, name: str, size: int, *, owns_input: bool) -> Stage:
     """Return a gated MLP that every token passes."""
     inner = sizes.tokens * size * sizes.compute
     saved = {
-        "input": sizes.narrow * (sizes.trains_all and owns_input),
+        "input": sizes.hidden_bytes * (sizes.trains_all and owns_input),
         "gate and up": 2 * inner,
         "activation": inner,
         "product": inner * sizes.trains_all,
@@ -78,8 +78,8 @@ def mlp_stage(sizes: Sizes, name: str, size: int, *, owns_input: bool) -> Stage:
     return Stage(
         name,
         saved=saved,
-        forward={"product": inner * (not sizes.trains_all), "output": sizes.narrow},
-        backward={"gradients": 3 * inner + sizes.narrow},
+        forward={"product": inner * (not sizes.trains_all), "output": sizes.hidden_bytes},
+        backward={"gradients": 3 * inner + sizes.hidden_bytes},
         gradients=3 * size * sizes.shape.hidden_size * sizes.compute * sizes.trains_all,
     )
 
@@ -103,7 +103,7 @@ def _projection_stage(sizes: Sizes) -> Stage:
         "queries, keys and values",
         saved=_saved_input(sizes) | _low_rank(sizes, names),
         forward={"queries": _with_delta(sizes, queries), "keys and values": 2 * keys},
-        backward={"gradients": queries + 2 * keys, "input's gradients": 3 * sizes.narrow},
+        backward={"gradients": queries + 2 * keys, "input's gradients": 3 * sizes.hidden_bytes},
         gradients=_gradients(sizes, names),
     )
 
@@ -111,7 +111,7 @@ def _projection_stage(sizes: Sizes) -> Stage:
 def _qk_norm_stage(sizes: Sizes) -> Stage:
     """Norm every query and key (of a head, or all heads together)."""
     attention, elements = sizes.attention, _queries(sizes) + _keys(sizes)
-    wide = elements // sizes.compute * FP32
+    hidden_fp32_bytes = elements // sizes.compute * FP32
     num_norms = 2
     if attention.qk_norm == "head":
         num_norms = attention.num_heads + attention.num_kv_heads
@@ -119,7 +119,7 @@ def _qk_norm_stage(sizes: Sizes) -> Stage:
     return Stage(
         "norms of queries and keys",
         saved={
-            "input in fp32": wide,
+            "input in fp32": hidden_fp32_bytes,
             "1 / root mean square": sizes.tokens * num_norms * FP32,
             "normalised input": elements * sizes.trains_all,
         },
@@ -161,8 +161,8 @@ def _output_stage(sizes: Sizes) -> Stage:
     return Stage(
         "output projection",
         saved=_low_rank(sizes, (_OUTPUT,)),
-        forward={"output": _with_delta(sizes, sizes.narrow), "sum": sizes.narrow},
-        backward={"gradients": 2 * sizes.narrow + _queries(sizes)},
+        forward={"output": _with_delta(sizes, sizes.hidden_bytes), "sum": sizes.hidden_bytes},
+        backward={"gradients": 2 * sizes.hidden_bytes + _queries(sizes)},
         gradients=_gradients(sizes, (_OUTPUT,)),
     )
 
@@ -184,7 +184,7 @@ def _latent_projection_stages(sizes: Sizes) -> list[Stage]:
                 "normalised": 2 * squeezed * compute * sizes.trains_all,
             },
             forward={"squeezed": 3 * squeezed * compute},
-            backward={"gradients": 4 * squeezed * FP32 + 3 * sizes.narrow},
+            backward={"gradients": 4 * squeezed * FP32 + 3 * sizes.hidden_bytes},
             gradients=_gradients(sizes, names),
         ),
         Stage(
@@ -197,7 +197,7 @@ def _latent_projection_stages(sizes: Sizes) -> list[Stage]:
 
 
 def _saved_input(sizes: Sizes) -> dict[str, int]:
-    return {"input": sizes.narrow * (sizes.trains_all or sizes.run.trains_attention)}
+    return {"input": sizes.hidden_bytes * (sizes.trains_all or sizes.run.trains_attention)}
 
 
 def _low_rank(sizes: Sizes, names: Iterable[str]) -> dict[str, int]:

@@ -5,7 +5,7 @@ project's, transformers runs them with its own grouped_mm. `eager`, `scattermoe`
 are taken for `grouped_mm`: they keep the same rows between the same products.
 """
 
-from megablocks_utils.planning.memory.fsdp_units import Group
+from megablocks_utils.planning.memory.fsdp_units import FsdpUnit
 from megablocks_utils.planning.memory.sizes import FP32, INDEX, Sizes
 from megablocks_utils.planning.memory.stages import DISPATCH, Stage
 
@@ -15,7 +15,7 @@ _DOT_BLOCK = {"cpu": 2**17, "cuda": 2**26}
 """Elements that `kernels.permute` turns to fp32 at a time, for the routing weights' gradients."""
 
 
-def expert_stages(sizes: Sizes, group: Group) -> list[Stage]:
+def expert_stages(sizes: Sizes, group: FsdpUnit) -> list[Stage]:
     """Return the stages from the routed tokens to their weighted sums.
 
     Args:
@@ -34,7 +34,7 @@ def expert_stages(sizes: Sizes, group: Group) -> list[Stage]:
     return [*stages, _combine_stage(sizes)]
 
 
-def _sort_stage(sizes: Sizes, group: Group) -> Stage:
+def _sort_stage(sizes: Sizes, group: FsdpUnit) -> Stage:
     """Sort the routed rows; cast experts that FSDP does not gather in the dtype of compute."""
     has_copy = not group.is_fsdp
     cast = (p.whole for p in group.pieces if has_copy and p.stored != sizes.compute)
@@ -114,7 +114,7 @@ def _triton_stage(sizes: Sizes) -> Stage:
     hidden_size, expert_size = sizes.shape.hidden_size, sizes.shape.expert_size
     rows, products = sizes.received(hidden_size), sizes.received(expert_size)
     has_tokens = sizes.layout.ep_size == 1
-    inputs, saves = sizes.narrow if has_tokens else rows, _saves_inputs(sizes)
+    inputs, saves = sizes.hidden_bytes if has_tokens else rows, _saves_inputs(sizes)
     return Stage(
         "fused experts",
         DISPATCH,
@@ -136,7 +136,7 @@ def _combine_stage(sizes: Sizes) -> Stage:
     home, away = sizes.routed(sizes.shape.hidden_size), sizes.received(sizes.shape.hidden_size)
     if sizes.layout.ep_size == 1:
         if sizes.run.kernel == "triton":  # sums within its kernels, and keeps nothing for it
-            return Stage("combine", DISPATCH, forward={"outputs": home, "sum": sizes.narrow})
+            return Stage("combine", DISPATCH, forward={"outputs": home, "sum": sizes.hidden_bytes})
         fullest, results = 2 * home + _dot_blocks(sizes), 0
     else:
         back = 2 * away if sizes.num_local > 1 else 0
@@ -145,7 +145,7 @@ def _combine_stage(sizes: Sizes) -> Stage:
         "combine",
         DISPATCH,
         saved={"rows": home, "weights": sizes.num_routed * FP32},
-        forward={"results": results, "sum": sizes.narrow},
+        forward={"results": results, "sum": sizes.hidden_bytes},
         backward={"rows' gradients": fullest - home},
         kept=home,
     )

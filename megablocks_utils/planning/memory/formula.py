@@ -6,15 +6,15 @@ of stages, and `traffic`.
 
 from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.memory.fsdp2_buffers import Accumulation, Fsdp2Buffers
-from megablocks_utils.planning.memory.fsdp_units import ModelGroups, itemsize
+from megablocks_utils.planning.memory.fsdp_units import ModelUnits, itemsize
 from megablocks_utils.planning.memory.layer_plan import plan_layers
 from megablocks_utils.planning.memory.ledger import Ledger
 from megablocks_utils.planning.memory.micro_step import MicroStep
 from megablocks_utils.planning.memory.sizes import Sizes
 from megablocks_utils.planning.memory.traffic import count_sent_bytes
-from megablocks_utils.planning.memory.unit_builder import build_groups
+from megablocks_utils.planning.memory.unit_builder import build_units
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun, Prediction
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
 
 __all__ = ["legal_layouts", "predict"]
 
@@ -22,24 +22,24 @@ _STEP_COUNTER_BYTES = 4
 """Adam counts steps in a number of its own for every parameter."""
 
 
-def legal_layouts(shape: ModelShape, world_size: int, entry_point: str) -> list[Layout]:
+def legal_layouts(shape: ModelShape, world_size: int, entry_point: str) -> list[ParallelLayout]:
     """List every way to spread the experts of a model over the ranks.
 
     Without expert parallelism first; then each ep_size above 1 that divides ranks and experts,
     sharded over dp before copied. FSDP1 leaves the experts alone, so there they can only be copied.
     """
-    layouts = [Layout(1, "shard")]
+    layouts = [ParallelLayout(1, "shard")]
     for ep_size in range(2, world_size + 1):
         if world_size % ep_size or shape.num_experts % ep_size:
             continue
         if entry_point == "fsdp2":
-            layouts.append(Layout(ep_size, "shard"))
+            layouts.append(ParallelLayout(ep_size, "shard"))
         if entry_point == "fsdp1" or ep_size < world_size:
-            layouts.append(Layout(ep_size, "replicate"))
+            layouts.append(ParallelLayout(ep_size, "replicate"))
     return layouts
 
 
-def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
+def predict(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> Prediction:
     """Predict what one rank will hold and send.
 
     Args:
@@ -47,7 +47,7 @@ def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
         layout: one of `legal_layouts`.
         run: the run.
     """
-    sizes, groups = Sizes(shape, layout, run), build_groups(shape, layout, run)
+    sizes, groups = Sizes(shape, layout, run), build_units(shape, layout, run)
     ledger = Ledger()
     ledger.hold("parameters", groups.sum("stored_bytes"))
     ledger.hold("optimizer", _optimizer_bytes(groups, run))
@@ -68,7 +68,7 @@ def predict(shape: ModelShape, layout: Layout, run: PlannedRun) -> Prediction:
 
 
 def _build_buffers(
-    ledger: Ledger, groups: ModelGroups, accumulation: Accumulation, run: PlannedRun
+    ledger: Ledger, groups: ModelUnits, accumulation: Accumulation, run: PlannedRun
 ) -> Fsdp1Buffers | Fsdp2Buffers:
     order = [group for group in groups.all() if group.is_fsdp]
     if run.entry_point == "fsdp1":
@@ -77,13 +77,13 @@ def _build_buffers(
     return Fsdp2Buffers(ledger, order, accumulation, num_not_gathered=num_not_gathered)
 
 
-def _optimizer_bytes(groups: ModelGroups, run: PlannedRun) -> int:
+def _optimizer_bytes(groups: ModelUnits, run: PlannedRun) -> int:
     state = itemsize(run.precision.optim)
     counters = groups.sum("num_trained") * _STEP_COUNTER_BYTES
     return 2 * groups.sum("trained_numel") * state + counters
 
 
-def _left_gradients(groups: ModelGroups, run: PlannedRun) -> int:
+def _left_gradients(groups: ModelUnits, run: PlannedRun) -> int:
     """Return gradients that zero_grad leaves: FSDP1 frees its flat ones in the next forward."""
     flat = (group.trained_bytes for group in groups.all() if group.is_fsdp)
     return sum(flat) if run.entry_point == "fsdp1" else 0
@@ -100,7 +100,7 @@ def _last_micro_step(run: PlannedRun) -> Accumulation:
 
 
 def _hold_gradients(
-    ledger: Ledger, groups: ModelGroups, accumulation: Accumulation, run: PlannedRun
+    ledger: Ledger, groups: ModelUnits, accumulation: Accumulation, run: PlannedRun
 ) -> None:
     """Hold what earlier micro-steps have left."""
     is_fsdp1 = run.entry_point == "fsdp1"

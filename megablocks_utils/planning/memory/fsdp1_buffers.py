@@ -8,7 +8,7 @@ parameters' gradients into one flat gradient before it is reduced.
 from collections.abc import Sequence
 
 from megablocks_utils.planning.memory.fsdp2_buffers import Accumulation
-from megablocks_utils.planning.memory.fsdp_units import Group
+from megablocks_utils.planning.memory.fsdp_units import FsdpUnit
 from megablocks_utils.planning.memory.ledger import Ledger
 
 __all__ = ["Fsdp1Buffers"]
@@ -25,7 +25,9 @@ class Fsdp1Buffers:
         accumulation: where in the step.
     """
 
-    def __init__(self, ledger: Ledger, order: Sequence[Group], accumulation: Accumulation) -> None:
+    def __init__(
+        self, ledger: Ledger, order: Sequence[FsdpUnit], accumulation: Accumulation
+    ) -> None:
         self._ledger = ledger
         self._order = order
         self._accumulation = accumulation
@@ -33,19 +35,19 @@ class Fsdp1Buffers:
         self._is_ahead = False
         self._frozen = 0
 
-    def enter(self, group: Group) -> None:
+    def enter(self, group: FsdpUnit) -> None:
         """Gather a group's weights before it computes."""
-        self._ledger.pass_by(_BUFFERS, group.buffer_bytes + group.cast_bytes)
+        self._ledger.transient(_BUFFERS, group.buffer_bytes + group.cast_bytes)
         self._ledger.hold(_BUFFERS, group.buffer_bytes)
 
-    def leave(self, group: Group) -> None:
+    def leave(self, group: FsdpUnit) -> None:
         """Free the whole weights."""
         self._ledger.free(_BUFFERS, group.buffer_bytes)
 
     def end_forward(self) -> None:
         """Do nothing: no buffer outlives its group."""
 
-    def enter_backward(self, group: Group, *, is_whole: bool = False) -> None:
+    def enter_backward(self, group: FsdpUnit, *, is_whole: bool = False) -> None:
         """Have a group's weights for its backward pass, and gather those of the next one ahead."""
         if not group.is_fsdp:
             return
@@ -57,11 +59,13 @@ class Fsdp1Buffers:
             self.enter(self._order[self._place])
         self._free_frozen()
 
-    def holds_gradients(self, group: Group) -> bool:
+    def holds_gradients(self, group: FsdpUnit) -> bool:
         """Say that gradients lie side by side until they are joined."""
         return bool(group.num_trained)
 
-    def leave_backward(self, group: Group, gradient_bytes: int, *, is_whole: bool = True) -> None:
+    def leave_backward(
+        self, group: FsdpUnit, gradient_bytes: int, *, is_whole: bool = True
+    ) -> None:
         """Free the whole weights, join the gradients, and reduce them."""
         ledger, accumulation = self._ledger, self._accumulation
         if not group.num_trained:
@@ -75,7 +79,7 @@ class Fsdp1Buffers:
         widened = group.reduced_bytes if group.reduced_bytes != joined else 0
         ledger.hold(_BUFFERS, widened)
         if accumulation.has_reduced:
-            ledger.pass_by(_BUFFERS, group.trained_bytes)
+            ledger.transient(_BUFFERS, group.trained_bytes)
         else:
             ledger.hold(_GRADIENTS, group.trained_bytes)
         ledger.free(_BUFFERS, widened + joined * (1 + accumulation.has_unreduced))

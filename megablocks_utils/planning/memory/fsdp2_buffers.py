@@ -9,7 +9,7 @@ buffer of all gradients, which stays until the next group's is made.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megablocks_utils.planning.memory.fsdp_units import Group
+from megablocks_utils.planning.memory.fsdp_units import FsdpUnit
 from megablocks_utils.planning.memory.ledger import Ledger
 
 __all__ = ["Accumulation", "Fsdp2Buffers"]
@@ -45,7 +45,7 @@ class Fsdp2Buffers:
     def __init__(
         self,
         ledger: Ledger,
-        order: Sequence[Group],
+        order: Sequence[FsdpUnit],
         accumulation: Accumulation,
         *,
         num_not_gathered: int,
@@ -59,7 +59,7 @@ class Fsdp2Buffers:
         self._deferred = 0
         self._reduce_input = 0
 
-    def enter(self, group: Group) -> None:
+    def enter(self, group: FsdpUnit) -> None:
         """Gather a group's weights before it computes, in forward or when computing again."""
         if not group.is_fsdp:
             return
@@ -68,7 +68,7 @@ class Fsdp2Buffers:
         self._ledger.free(_BUFFERS, self._deferred)
         self._deferred = buffer
 
-    def leave(self, group: Group) -> None:
+    def leave(self, group: FsdpUnit) -> None:
         """Free the whole weights."""
         self._ledger.free(_BUFFERS, group.gathered_bytes)
 
@@ -77,7 +77,7 @@ class Fsdp2Buffers:
         self._ledger.free(_BUFFERS, self._deferred)
         self._deferred = 0
 
-    def enter_backward(self, group: Group, *, is_whole: bool = False) -> None:
+    def enter_backward(self, group: FsdpUnit, *, is_whole: bool = False) -> None:
         """Have a group's weights for its backward pass, and gather those of the next one ahead.
 
         Args:
@@ -95,7 +95,7 @@ class Fsdp2Buffers:
             self._ahead = self._order[self._place].buffer_bytes
             self._ledger.hold(_BUFFERS, self._ahead)
 
-    def holds_gradients(self, group: Group) -> bool:
+    def holds_gradients(self, group: FsdpUnit) -> bool:
         """Say whether a group's gradients lie side by side until its backward pass ends.
 
         Otherwise each is added to what earlier micro-steps have left as soon as it is made.
@@ -103,7 +103,9 @@ class Fsdp2Buffers:
         same_dtype = group.whole_gradient_bytes == group.whole_compute_bytes
         return not (self._accumulation.has_unreduced and same_dtype)
 
-    def leave_backward(self, group: Group, gradient_bytes: int, *, is_whole: bool = True) -> None:
+    def leave_backward(
+        self, group: FsdpUnit, gradient_bytes: int, *, is_whole: bool = True
+    ) -> None:
         """Free the whole weights, and reduce the gradients.
 
         Args:
@@ -122,13 +124,13 @@ class Fsdp2Buffers:
         if accumulation.has_unreduced:
             ledger.free(_BUFFERS, gradient_bytes)
             gradient_bytes = group.whole_gradient_bytes
-        ledger.pass_by(_BUFFERS, group.largest_restacked_bytes)
+        ledger.transient(_BUFFERS, group.largest_restacked_bytes)
         ledger.hold(_BUFFERS, self._reduce_input)
         # FSDP's loop has the last gradient in hand when it makes room for the reduced ones.
         last = min(group.last_gradient_bytes, gradient_bytes)
         ledger.free(_BUFFERS, gradient_bytes - last)
         if accumulation.has_reduced:
-            ledger.pass_by(_BUFFERS, group.trained_bytes)
+            ledger.transient(_BUFFERS, group.trained_bytes)
         else:
             ledger.hold(_GRADIENTS, group.trained_bytes)
         ledger.free(_BUFFERS, last)
@@ -138,15 +140,15 @@ class Fsdp2Buffers:
         self._ledger.free(_BUFFERS, self._reduce_input + self._deferred)
         self._reduce_input = self._deferred = 0
 
-    def _start(self, group: Group) -> int:
+    def _start(self, group: FsdpUnit) -> int:
         """Have a group's gathered buffer, and return its size."""
         buffer = group.buffer_bytes
         if not self._ahead:
-            self._ledger.pass_by(_BUFFERS, buffer + group.cast_bytes)
+            self._ledger.transient(_BUFFERS, buffer + group.cast_bytes)
             self._ledger.hold(_BUFFERS, buffer)
         self._ahead = 0
         return buffer
 
-    def _copy_out(self, group: Group) -> None:
+    def _copy_out(self, group: FsdpUnit) -> None:
         self._ledger.hold(_BUFFERS, group.gathered_bytes)
-        self._ledger.pass_by(_BUFFERS, group.restacked_bytes)
+        self._ledger.transient(_BUFFERS, group.restacked_bytes)

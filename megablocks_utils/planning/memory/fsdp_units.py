@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-__all__ = ["Group", "LayerGroups", "ModelGroups", "Piece", "itemsize"]
+__all__ = ["FsdpUnit", "LayerUnits", "ModelUnits", "ParamShard", "itemsize"]
 
 
 def itemsize(dtype: str) -> int:
@@ -18,7 +18,7 @@ def itemsize(dtype: str) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParamShard:
     """A parameter as one rank holds it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Group:
+class FsdpUnit:
     """Parameters that are gathered in one all-gather, and whose gradients are reduced in one.
 
     Attributes:
@@ -54,7 +54,7 @@ class Group:
         padding: elements that a flat parameter of FSDP1 has beside its parameters', on this rank.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ParamShard, ...]
     ranks: int
     is_fsdp: bool
     compute: int
@@ -139,16 +139,16 @@ class Group:
         return sum(piece.whole for piece in self._trained) * self.compute
 
     @cached_property
-    def _trained(self) -> tuple[Piece, ...]:
+    def _trained(self) -> tuple[ParamShard, ...]:
         return tuple(piece for piece in self.pieces if piece.is_trained)
 
-    def _stored(self, pieces: tuple[Piece, ...]) -> int:
+    def _stored(self, pieces: tuple[ParamShard, ...]) -> int:
         padding = self.padding * pieces[0].stored if pieces else 0
         return sum(piece.numel * piece.stored for piece in pieces) + padding
 
 
 @dataclass(frozen=True)
-class LayerGroups:
+class LayerUnits:
     """A decoder layer.
 
     Attributes:
@@ -158,28 +158,28 @@ class LayerGroups:
         adapters: adapters that FSDP1 keeps in a flat parameter of their own; None elsewhere.
     """
 
-    layer: Group
-    experts: Group | None = None
-    adapters: Group | None = None
+    layer: FsdpUnit
+    experts: FsdpUnit | None = None
+    adapters: FsdpUnit | None = None
 
     @property
-    def dense(self) -> tuple[Group, ...]:
+    def dense(self) -> tuple[FsdpUnit, ...]:
         """All but the experts' own."""
         return (self.layer,) if self.adapters is None else (self.layer, self.adapters)
 
     @property
-    def trained_dense(self) -> Group:
+    def trained_dense(self) -> FsdpUnit:
         """The one of them with what is trained."""
         return self.adapters or self.layer
 
     @property
-    def all(self) -> tuple[Group, ...]:
+    def all(self) -> tuple[FsdpUnit, ...]:
         """Every group, in the order in which FSDP2 has done with them in the forward pass."""
         return tuple(g for g in (self.experts, self.layer, self.adapters) if g is not None)
 
 
 @dataclass(frozen=True)
-class ModelGroups:
+class ModelUnits:
     """Everything that a rank holds.
 
     Attributes:
@@ -189,11 +189,11 @@ class ModelGroups:
             FSDP1.
     """
 
-    embedding: Group | None
-    layers: tuple[LayerGroups, ...]
-    tail: Group
+    embedding: FsdpUnit | None
+    layers: tuple[LayerUnits, ...]
+    tail: FsdpUnit
 
-    def all(self) -> Iterator[Group]:
+    def all(self) -> Iterator[FsdpUnit]:
         """Yield every group in the order of the forward pass."""
         if self.embedding is not None:
             yield self.embedding

@@ -9,7 +9,7 @@ from megablocks_utils.planning.memory.dense_stages import (
     router_stage,
 )
 from megablocks_utils.planning.memory.expert_stages import expert_stages
-from megablocks_utils.planning.memory.fsdp_units import Group, LayerGroups, ModelGroups
+from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, LayerUnits, ModelUnits
 from megablocks_utils.planning.memory.sizes import Sizes
 from megablocks_utils.planning.memory.stages import Stage
 from megablocks_utils.planning.model.parameter_shapes import LayerShape
@@ -28,18 +28,18 @@ class LayerPlan:
         shared: stages of experts that every token passes, after them.
     """
 
-    groups: LayerGroups
+    groups: LayerUnits
     dense: tuple[Stage, ...]
     experts: tuple[Stage, ...]
     shared: tuple[Stage, ...]
 
     @property
-    def expert_group(self) -> Group | None:
+    def expert_group(self) -> FsdpUnit | None:
         """The experts' own group; None where the layer's has them."""
         return self.groups.experts
 
 
-def plan_layers(sizes: Sizes, groups: ModelGroups) -> list[LayerPlan]:
+def plan_layers(sizes: Sizes, groups: ModelUnits) -> list[LayerPlan]:
     """Return the plan of every layer; layers of one kind share it."""
     plans = {
         id(layer): _plan_layer(sizes, layer, layer_groups)
@@ -54,7 +54,7 @@ def plan_layers(sizes: Sizes, groups: ModelGroups) -> list[LayerPlan]:
     return [first, *others]
 
 
-def _plan_layer(sizes: Sizes, layer: LayerShape, groups: LayerGroups) -> LayerPlan:
+def _plan_layer(sizes: Sizes, layer: LayerShape, groups: LayerUnits) -> LayerPlan:
     keeps_input = sizes.run.gradient_checkpointing != "none"
     dense = [
         norm_stage(sizes, "norm before attention", owns_input=not keeps_input),

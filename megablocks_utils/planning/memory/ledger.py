@@ -38,7 +38,7 @@ class Ledger:
         self.held[component] -= num_bytes
         self.total -= num_bytes
 
-    def pass_by(self, component: str, num_bytes: int) -> None:
+    def transient(self, component: str, num_bytes: int) -> None:
         """Take memory and give it back."""
         if self.total + num_bytes > self._most:
             self.hold(component, num_bytes)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.memory.fsdp2_buffers import Fsdp2Buffers
-from megablocks_utils.planning.memory.fsdp_units import Group, ModelGroups
+from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
 from megablocks_utils.planning.memory.layer_plan import LayerPlan
 from megablocks_utils.planning.memory.ledger import Ledger
 from megablocks_utils.planning.memory.model_head import HeadPlan, plan_head
@@ -31,7 +31,7 @@ class MicroStep:
     def __init__(
         self,
         sizes: Sizes,
-        groups: ModelGroups,
+        groups: ModelUnits,
         layers: Sequence[LayerPlan],
         *,
         ledger: Ledger,
@@ -48,7 +48,7 @@ class MicroStep:
         self._recomputes = sizes.run.gradient_checkpointing != "none"
         self._keeps_exchanges = sizes.run.gradient_checkpointing == "selective"
         # Hidden states beside the copy in fp32 that the norms keep.
-        self._stream = sizes.narrow * sizes.casts
+        self._stream = sizes.hidden_bytes * sizes.casts
 
     def go(self) -> None:
         """Pass it."""
@@ -70,7 +70,7 @@ class MicroStep:
         embedding = self._groups.embedding
         self._buffers.enter(embedding or self._groups.tail)
         self._ledger.hold(ACTIVATIONS, self._head.held + self._head.mask)
-        self._ledger.pass_by(ACTIVATIONS, self._sizes.narrow)
+        self._ledger.transient(ACTIVATIONS, self._sizes.hidden_bytes)
         if embedding is not None:
             self._buffers.leave(embedding)
 
@@ -79,7 +79,7 @@ class MicroStep:
         for group in layer.groups.dense:
             buffers.enter(group)
         # Checkpointing keeps every layer's input.
-        hidden = self._sizes.narrow if self._recomputes else self._stream
+        hidden = self._sizes.hidden_bytes if self._recomputes else self._stream
         ledger.hold(ACTIVATIONS, hidden)
         self._pass(layer.dense)
         between = self._hidden_beside_experts()
@@ -91,7 +91,7 @@ class MicroStep:
             buffers.leave(experts)
         ledger.free(ACTIVATIONS, between)
         self._pass(layer.shared)
-        ledger.pass_by(ACTIVATIONS, self._sizes.narrow)
+        ledger.transient(ACTIVATIONS, self._sizes.hidden_bytes)
         if not self._recomputes:
             ledger.free(ACTIVATIONS, hidden)
         for group in layer.groups.dense:
@@ -100,7 +100,7 @@ class MicroStep:
     def _hidden_beside_experts(self) -> int:
         """Return hidden states, before and after the norm, that only names of Python hold."""
         normalised = self._recomputes or not self._sizes.trains_all
-        return self._sizes.narrow * (normalised + self._recomputes)
+        return self._sizes.hidden_bytes * (normalised + self._recomputes)
 
     def _pass(self, stages: Sequence[Stage]) -> None:
         """Pass stages of the forward pass."""
@@ -113,7 +113,7 @@ class MicroStep:
                 self._ledger.hold(stage.component, stage.named + stage.kept * self._keeps_exchanges)
                 named += stage.named
                 own = stage.saved_bytes - stage.named
-            self._ledger.pass_by(stage.component, stage.forward_bytes + own)
+            self._ledger.transient(stage.component, stage.forward_bytes + own)
         self._ledger.free(DISPATCH, named)
 
     def _pass_again(self, stages: Sequence[Stage]) -> None:
@@ -122,17 +122,17 @@ class MicroStep:
             if self._keeps_exchanges:
                 self._ledger.free(stage.component, stage.kept)
             self._ledger.hold(stage.component, stage.saved_bytes)
-            self._ledger.pass_by(stage.component, stage.forward_bytes)
+            self._ledger.transient(stage.component, stage.forward_bytes)
 
     def _compute_logits(self) -> None:
         ledger, head = self._ledger, self._head
         if self._groups.embedding is not None:
             self._buffers.enter(self._groups.tail)
         ledger.hold(ACTIVATIONS, head.norm.saved_bytes)
-        ledger.pass_by(ACTIVATIONS, head.norm.forward_bytes)
+        ledger.transient(ACTIVATIONS, head.norm.forward_bytes)
         ledger.hold(ACTIVATIONS, head.saved_rows)
         ledger.hold(ACTIVATIONS, head.logits)
-        ledger.pass_by(ACTIVATIONS, head.rows - head.saved_rows + self._sizes.narrow)
+        ledger.transient(ACTIVATIONS, head.rows - head.saved_rows + self._sizes.hidden_bytes)
         self._buffers.end_forward()
         if not self._recomputes:
             ledger.free(ACTIVATIONS, head.mask)
@@ -140,26 +140,28 @@ class MicroStep:
     def _compute_loss(self) -> None:
         """Pass log-softmax in fp32, whose result is kept."""
         ledger, head = self._ledger, self._head
-        ledger.pass_by(ACTIVATIONS, head.wide_logits * (1 + self._sizes.casts))
+        ledger.transient(ACTIVATIONS, head.wide_logits * (1 + self._sizes.casts))
         ledger.hold(ACTIVATIONS, head.wide_logits)
         ledger.free(ACTIVATIONS, head.logits)
 
     def _differentiate_loss(self) -> None:
         """Go back through log-softmax; the gradients of the logits are left."""
         ledger, head = self._ledger, self._head
-        ledger.pass_by(ACTIVATIONS, 2 * head.wide_logits)
-        ledger.pass_by(ACTIVATIONS, head.logits * self._sizes.casts)
+        ledger.transient(ACTIVATIONS, 2 * head.wide_logits)
+        ledger.transient(ACTIVATIONS, head.logits * self._sizes.casts)
         ledger.hold(ACTIVATIONS, head.logits - head.wide_logits)
 
     def _differentiate_head(self) -> None:
         ledger, head, tail = self._ledger, self._head, self._groups.tail
         self._buffers.enter_backward(tail, is_whole=True)
         ledger.hold(_BUFFERS, head.gradient)
-        ledger.pass_by(ACTIVATIONS, head.rows)
+        ledger.transient(ACTIVATIONS, head.rows)
         ledger.free(ACTIVATIONS, head.logits + head.saved_rows)
-        ledger.pass_by(ACTIVATIONS, 2 * self._sizes.narrow)
-        gradients = head.gradient + self._go_back((head.norm,), tail)
-        ledger.hold(ACTIVATIONS, self._sizes.narrow)  # the hidden states' gradients, from here on
+        ledger.transient(ACTIVATIONS, 2 * self._sizes.hidden_bytes)
+        gradients = head.gradient + self._backward((head.norm,), tail)
+        ledger.hold(
+            ACTIVATIONS, self._sizes.hidden_bytes
+        )  # the hidden states' gradients, from here on
         self._tail_gradients = gradients
         if self._groups.embedding is not None:
             self._buffers.leave_backward(tail, gradients)
@@ -176,17 +178,17 @@ class MicroStep:
             self._pass_again((*layer.dense, *layer.experts, *layer.shared))
             ledger.free(ACTIVATIONS, self._stream)
         owner = layer.groups.trained_dense
-        gradients = self._go_back(layer.shared, owner)
+        gradients = self._backward(layer.shared, owner)
         if experts is None:
-            gradients += self._go_back(layer.experts, owner)
+            gradients += self._backward(layer.experts, owner)
         else:
             self._go_back_through_experts(layer.experts, experts)
-        gradients += self._go_back(layer.dense, owner)
+        gradients += self._backward(layer.dense, owner)
         for group in layer.groups.dense:
             buffers.leave_backward(group, gradients if group is owner else 0)
-        ledger.free(ACTIVATIONS, self._sizes.narrow * self._recomputes)
+        ledger.free(ACTIVATIONS, self._sizes.hidden_bytes * self._recomputes)
 
-    def _go_back(self, stages: Sequence[Stage], group: Group) -> int:
+    def _backward(self, stages: Sequence[Stage], group: FsdpUnit) -> int:
         """Pass stages backward; returns the bytes of the gradients that wait to be reduced."""
         waiting = 0
         for stage in reversed(stages):
@@ -194,33 +196,33 @@ class MicroStep:
                 self._ledger.hold(_BUFFERS, stage.gradients)
                 waiting += stage.gradients
             else:
-                self._ledger.pass_by(_BUFFERS, stage.gradients)
-            self._ledger.pass_by(stage.component, stage.backward_bytes)
+                self._ledger.transient(_BUFFERS, stage.gradients)
+            self._ledger.transient(stage.component, stage.backward_bytes)
             self._ledger.free(stage.component, stage.saved_bytes)
         return waiting
 
-    def _go_back_through_experts(self, stages: Sequence[Stage], experts: Group) -> None:
+    def _go_back_through_experts(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
         if experts.is_fsdp:
-            gradients = self._go_back(stages, experts)
+            gradients = self._backward(stages, experts)
             self._buffers.leave_backward(experts, gradients)
             return
         self._go_back_through_own(stages, experts)
 
-    def _go_back_through_own(self, stages: Sequence[Stage], experts: Group) -> None:
+    def _go_back_through_own(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
         """Pass experts that FSDP does not hold: their gradients stay, or are added to earlier."""
         ledger = self._ledger
         has_same_dtype = experts.whole_compute_bytes == experts.trained_bytes
         stays = has_same_dtype and not self._has_expert_gradients
         for stage in reversed(stages):
             ledger.hold(_GRADIENTS if stays else DISPATCH, stage.gradients)
-            ledger.pass_by(stage.component, stage.backward_bytes)
+            ledger.transient(stage.component, stage.backward_bytes)
             ledger.free(stage.component, stage.saved_bytes)
         if stays:
             return
         if not has_same_dtype:
             # Cast one after the other, the first parameter's last.
             others = experts.whole_compute_bytes - experts.first_gradient_bytes
-            ledger.pass_by(DISPATCH, experts.trained_bytes - others)
+            ledger.transient(DISPATCH, experts.trained_bytes - others)
         ledger.free(DISPATCH, experts.whole_compute_bytes)
         if not self._has_expert_gradients:
             ledger.hold(_GRADIENTS, experts.trained_bytes)
@@ -228,7 +230,9 @@ class MicroStep:
     def _differentiate_embedding(self) -> None:
         ledger, head, embedding = self._ledger, self._head, self._groups.embedding
         ledger.hold(_BUFFERS, head.gradient)
-        ledger.free(ACTIVATIONS, self._sizes.narrow + head.held + head.mask * self._recomputes)
+        ledger.free(
+            ACTIVATIONS, self._sizes.hidden_bytes + head.held + head.mask * self._recomputes
+        )
         if embedding is not None:
             self._buffers.leave_backward(embedding, head.gradient, is_whole=False)
         elif self._sizes.shape.is_tied:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from megablocks_utils.config import PrecisionConfig, resolve_precision
 from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.memory.verdict import FITS, TIGHT, Verdict, judge
-from megablocks_utils.planning.model.prediction import Layout
+from megablocks_utils.planning.model.prediction import ParallelLayout
 from megablocks_utils.planning.model.units import format_gb
 
 __all__ = ["Remedy", "find_remedies", "layout_words"]
 
 _MIN_LENGTH, _MAX_GROWTH = 128, 64
-Change = Callable[[Scenario, Layout], Iterator[tuple[str, Scenario, Layout]]]
+Change = Callable[[Scenario, ParallelLayout], Iterator[tuple[str, Scenario, ParallelLayout]]]
 Chain = dict[Change, str]
 
 
@@ -29,7 +29,7 @@ class Remedy:
         return f"{self.words}: {format_gb(self.verdict.peak_bytes)}{tight}"
 
 
-def find_remedies(scenario: Scenario, layout: Layout, capacity_bytes: int) -> list[Remedy]:
+def find_remedies(scenario: Scenario, layout: ParallelLayout, capacity_bytes: int) -> list[Remedy]:
     """Try every change alone; where none is enough, one on top of the other.
 
     Args:
@@ -49,7 +49,7 @@ def find_remedies(scenario: Scenario, layout: Layout, capacity_bytes: int) -> li
     return [] if first is None else [first]
 
 
-def layout_words(layout: Layout) -> str:
+def layout_words(layout: ParallelLayout) -> str:
     """Return the options that ask for a layout."""
     if layout.ep_size == 1:
         return "--use_megablocks_sharding False"
@@ -58,7 +58,7 @@ def layout_words(layout: Layout) -> str:
 
 
 def _try_change(
-    change: Change, scenario: Scenario, layout: Layout, capacity_bytes: int
+    change: Change, scenario: Scenario, layout: ParallelLayout, capacity_bytes: int
 ) -> Remedy | None:
     """Return the mildest attempt of a change that fits; one that is tight where none does."""
     tight = None
@@ -71,7 +71,9 @@ def _try_change(
     return tight
 
 
-def _combine(scenario: Scenario, layout: Layout, capacity_bytes: int, goal: str) -> Remedy | None:
+def _combine(
+    scenario: Scenario, layout: ParallelLayout, capacity_bytes: int, goal: str
+) -> Remedy | None:
     """Put the strongest attempts of the changes together until they fit, then take back.
 
     What is not needed is left out, and of what is, the mildest attempt that does is taken.
@@ -92,7 +94,9 @@ def _combine(scenario: Scenario, layout: Layout, capacity_bytes: int, goal: str)
     return build(chain)
 
 
-def _strongest_chain(scenario: Scenario, layout: Layout, capacity_bytes: int, goal: str) -> Chain:
+def _strongest_chain(
+    scenario: Scenario, layout: ParallelLayout, capacity_bytes: int, goal: str
+) -> Chain:
     """Take from each change the attempt with the smallest peak, until they fit together."""
     chain, peak = {}, scenario.predict(layout).peak_bytes
     for change in _CHANGES:
@@ -108,7 +112,9 @@ def _strongest_chain(scenario: Scenario, layout: Layout, capacity_bytes: int, go
     return chain
 
 
-def _words_before(change: Change, words: str, scenario: Scenario, layout: Layout) -> Iterator[str]:
+def _words_before(
+    change: Change, words: str, scenario: Scenario, layout: ParallelLayout
+) -> Iterator[str]:
     """Yield the words of the attempts of a change that are milder than the named one."""
     for own, *_ in change(scenario, layout):
         if own == words:
@@ -116,7 +122,9 @@ def _words_before(change: Change, words: str, scenario: Scenario, layout: Layout
         yield own
 
 
-def _apply(chain: Chain, scenario: Scenario, layout: Layout, capacity_bytes: int) -> Remedy | None:
+def _apply(
+    chain: Chain, scenario: Scenario, layout: ParallelLayout, capacity_bytes: int
+) -> Remedy | None:
     """Make the named attempts one on top of the other; None where one is no longer possible."""
     for change, words in chain.items():
         attempts = (attempt for own, *attempt in change(scenario, layout) if own == words)
@@ -127,18 +135,22 @@ def _apply(chain: Chain, scenario: Scenario, layout: Layout, capacity_bytes: int
     return _try(" ".join(chain.values()), scenario, layout, capacity_bytes)
 
 
-def _try(words: str, scenario: Scenario, layout: Layout, capacity_bytes: int) -> Remedy:
+def _try(words: str, scenario: Scenario, layout: ParallelLayout, capacity_bytes: int) -> Remedy:
     prediction = scenario.predict(layout)
     return Remedy(words, judge(prediction, capacity_bytes, scenario.device_type))
 
 
-def _other_expert_dp(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
-    sharded = Layout(layout.ep_size, "shard")
+def _other_expert_dp(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+    sharded = ParallelLayout(layout.ep_size, "shard")
     if layout != sharded and sharded in scenario.legal_layouts():
         yield "--expert_dp shard", scenario, sharded
 
 
-def _other_ep_size(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
+def _other_ep_size(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
     """Offer the other sizes, the nearest first."""
     others = [
         other
@@ -157,13 +169,17 @@ def _distance(first: int, second: int) -> float:
     return max(first, second) / min(first, second)
 
 
-def _checkpointing(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
+def _checkpointing(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
     if scenario.config.gradient_checkpointing != "full":
         config = replace(scenario.config, gradient_checkpointing="full")
         yield "--gradient_checkpointing True", replace(scenario, config=config), layout
 
 
-def _smaller_batch(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
+def _smaller_batch(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
     optim = scenario.config.optim
     for size in _halves(optim.per_device_train_batch_size, 1):
         config = replace(scenario.config, optim=replace(optim, per_device_train_batch_size=size))
@@ -172,7 +188,9 @@ def _smaller_batch(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Sc
         yield f"--per_device_train_batch_size {size}", smaller, layout
 
 
-def _shorter(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
+def _shorter(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
     data = scenario.config.data
     for length in _halves(data.max_seq_length, _MIN_LENGTH):
         config = replace(scenario.config, data=replace(data, max_seq_length=length))
@@ -180,7 +198,9 @@ def _shorter(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario
         yield f"--max_seq_length {length}", replace(smaller, config=config), layout
 
 
-def _smaller_dtypes(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
+def _smaller_dtypes(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
     precision = resolve_precision(scenario.config, scenario.device_type)
     if precision.optim == "float32":
         given = replace(scenario.config.precision, optim_dtype="bfloat16")
@@ -189,7 +209,9 @@ def _smaller_dtypes(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, S
         yield _with_precision("--precision bf16", scenario, PrecisionConfig("bf16"), layout)
 
 
-def _lora(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
+def _lora(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
     if scenario.config.adapter.has_lora:
         return
     adapter = replace(scenario.config.adapter, use_lora="attn-only")
@@ -198,7 +220,9 @@ def _lora(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, L
     yield "--use_lora attn-only", replace(scenario, config=config), layout
 
 
-def _more_ranks(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scenario, Layout]]:
+def _more_ranks(
+    scenario: Scenario, layout: ParallelLayout
+) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
     for power in range(1, _MAX_GROWTH.bit_length()):
         larger = replace(scenario, world_size=scenario.world_size << power)
         if layout in larger.legal_layouts():
@@ -206,8 +230,8 @@ def _more_ranks(scenario: Scenario, layout: Layout) -> Iterator[tuple[str, Scena
 
 
 def _with_precision(
-    words: str, scenario: Scenario, precision: PrecisionConfig, layout: Layout
-) -> tuple[str, Scenario, Layout]:
+    words: str, scenario: Scenario, precision: PrecisionConfig, layout: ParallelLayout
+) -> tuple[str, Scenario, ParallelLayout]:
     return words, replace(scenario, config=replace(scenario.config, precision=precision)), layout
 
 

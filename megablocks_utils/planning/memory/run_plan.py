@@ -8,7 +8,7 @@ from megablocks_utils.config import RunConfig
 from megablocks_utils.planning.memory.remedies import find_remedies
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.memory.verdict import WORDS, Verdict, judge
-from megablocks_utils.planning.model.prediction import Layout, Prediction
+from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 from megablocks_utils.planning.model.units import format_gb
 
 __all__ = ["ENGINE", "RunPlan", "plan_run"]
@@ -28,7 +28,7 @@ class RunPlan:
     """
 
     scenario: Scenario
-    layout: Layout
+    layout: ParallelLayout
     prediction: Prediction
     verdict: Verdict
 

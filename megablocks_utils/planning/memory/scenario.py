@@ -8,7 +8,7 @@ from typing import Any
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun, Prediction
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
 
 __all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
 
@@ -63,23 +63,23 @@ class Scenario:
             examples=self.examples,
         )
 
-    def own_layout(self) -> Layout:
+    def own_layout(self) -> ParallelLayout:
         """Return the layout that the options themselves ask for."""
         parallel = self.config.parallel
         if not parallel.use_megablocks_sharding:
-            return Layout(1, "shard")
+            return ParallelLayout(1, "shard")
         ep_size = parallel.ep_size or self.world_size
         is_dmoe = ep_size == 1
         if self.config.entry_point == "fsdp1":
-            return Layout(ep_size, "replicate", is_dmoe)
+            return ParallelLayout(ep_size, "replicate", is_dmoe)
         has_copies = ep_size < self.world_size and parallel.expert_dp == "replicate"
-        return Layout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
+        return ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
 
-    def legal_layouts(self) -> list[Layout]:
+    def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
         return legal_layouts(self.shape, self.world_size, self.config.entry_point)
 
-    def predict(self, layout: Layout) -> Prediction:
+    def predict(self, layout: ParallelLayout) -> Prediction:
         """Predict one layout with the formulas."""
         return _predict_once(predict, self.shape, layout, self.planned_run())
 
@@ -91,9 +91,9 @@ class Scenario:
 
 @lru_cache(maxsize=4096)
 def _predict_once(
-    predict: Callable[[ModelShape, Layout, PlannedRun], Prediction],
+    predict: Callable[[ModelShape, ParallelLayout, PlannedRun], Prediction],
     shape: ModelShape,
-    layout: Layout,
+    layout: ParallelLayout,
     run: PlannedRun,
 ) -> Prediction:
     """Remember predictions: the remedies of different rows ask for many of the same."""

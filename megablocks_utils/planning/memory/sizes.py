@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megablocks_utils.planning.memory.fsdp_units import itemsize
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.parameter_shapes import AttentionShape
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 
 __all__ = ["Sizes"]
 
@@ -20,7 +20,7 @@ class Sizes:
     """A model, a layout and a run, and what follows from the three."""
 
     shape: ModelShape
-    layout: Layout
+    layout: ParallelLayout
     run: PlannedRun
 
     @property
@@ -48,12 +48,12 @@ class Sizes:
         return self.tokens * self.shape.hidden_size * num_bytes
 
     @property
-    def wide(self) -> int:
+    def hidden_fp32_bytes(self) -> int:
         """T * H in fp32."""
         return self.hidden(FP32)
 
     @property
-    def narrow(self) -> int:
+    def hidden_bytes(self) -> int:
         """T * H in the dtype of compute."""
         return self.hidden(self.compute)
 

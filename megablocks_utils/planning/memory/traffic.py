@@ -6,7 +6,7 @@ bytes a step, are left out.
 
 from collections.abc import Iterable
 
-from megablocks_utils.planning.memory.fsdp_units import Group, ModelGroups
+from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
 from megablocks_utils.planning.memory.sizes import INDEX, Sizes
 from megablocks_utils.planning.model.prediction import COLLECTIVES
 
@@ -15,7 +15,7 @@ __all__ = ["count_sent_bytes"]
 _NORM_BYTES = 8
 
 
-def count_sent_bytes(sizes: Sizes, groups: ModelGroups) -> dict[str, int]:
+def count_sent_bytes(sizes: Sizes, groups: ModelUnits) -> dict[str, int]:
     """Return what the rank sends that sends most."""
     run = sizes.run
     num_reductions = run.accumulation if run.sync_each_batch else 1
@@ -28,7 +28,7 @@ def count_sent_bytes(sizes: Sizes, groups: ModelGroups) -> dict[str, int]:
     return {kind: counted[kind] for kind in COLLECTIVES}
 
 
-def _count_all_gathers(groups: ModelGroups) -> int:
+def _count_all_gathers(groups: ModelUnits) -> int:
     """Gather everything in forward and in backward.
 
     The last group of forward is the first of backward, and stays; the embedding's gradient does not
@@ -38,11 +38,11 @@ def _count_all_gathers(groups: ModelGroups) -> int:
     return 2 * _gathered(groups.all()) - _gathered(once)
 
 
-def _gathered(groups: Iterable[Group]) -> int:
+def _gathered(groups: Iterable[FsdpUnit]) -> int:
     return sum(_missing(group, group.gathered_bytes) for group in groups)
 
 
-def _missing(group: Group, whole_bytes: int) -> int:
+def _missing(group: FsdpUnit, whole_bytes: int) -> int:
     """Return what a rank lacks of a whole."""
     return whole_bytes // group.ranks * (group.ranks - 1)
 
@@ -67,7 +67,7 @@ def _kept_by_first(num_rows: int, ep_size: int) -> int:
     return -(-num_rows // ep_size)
 
 
-def _count_all_reduces(sizes: Sizes, groups: ModelGroups) -> int:
+def _count_all_reduces(sizes: Sizes, groups: ModelUnits) -> int:
     """Reduce the norm over the world, and copies of experts over dp."""
     world_size, num_copies = sizes.run.world_size, sizes.run.world_size // sizes.layout.ep_size
     copies = (g for layer in groups.layers for g in layer.all if not g.is_fsdp)

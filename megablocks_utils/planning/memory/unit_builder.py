@@ -5,28 +5,28 @@ from dataclasses import dataclass
 from math import prod
 
 from megablocks_utils.planning.memory.fsdp_units import (
-    Group,
-    LayerGroups,
-    ModelGroups,
-    Piece,
+    FsdpUnit,
+    LayerUnits,
+    ModelUnits,
+    ParamShard,
     itemsize,
 )
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.parameter_shapes import LayerShape, ParameterShape
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 
-__all__ = ["build_groups"]
+__all__ = ["build_units"]
 
 _FLAT_ALIGNMENT_BYTES = 16  # a parameter within a flat one of FSDP1 begins at such an address
 
 
-def build_groups(shape: ModelShape, layout: Layout, run: PlannedRun) -> ModelGroups:
+def build_units(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> ModelUnits:
     """Say what rank 0 holds of a model, group by group."""
     builder = _Builder(shape, layout, run)
     layers = {id(layer): builder.layer(layer) for layer in shape.layers}
     outside = [builder.base(parameter) for parameter in shape.outside]
     num_first = 0 if shape.is_tied or run.entry_point == "fsdp1" else 1
-    return ModelGroups(
+    return ModelUnits(
         embedding=builder.group(outside[:1]) if num_first else None,
         layers=tuple(layers[id(layer)] for layer in shape.layers),
         tail=builder.group(outside[num_first:]),
@@ -36,10 +36,10 @@ def build_groups(shape: ModelShape, layout: Layout, run: PlannedRun) -> ModelGro
 @dataclass(frozen=True)
 class _Builder:
     shape: ModelShape
-    layout: Layout
+    layout: ParallelLayout
     run: PlannedRun
 
-    def layer(self, layer: LayerShape) -> LayerGroups:
+    def layer(self, layer: LayerShape) -> LayerUnits:
         """Return the groups of one decoder layer."""
         experts = [p for p in layer.parameters if p.room == "experts"]
         others = [p for p in layer.parameters if p.room != "experts"]
@@ -48,43 +48,43 @@ class _Builder:
             others, experts = list(layer.parameters), []
         base, low_rank = list(map(self.base, others)), list(map(self.adapter, adapters))
         is_fsdp1 = self.run.entry_point == "fsdp1"
-        return LayerGroups(
+        return LayerUnits(
             layer=self.group(base if is_fsdp1 else base + low_rank),
             experts=self._expert_group(experts) if experts else None,
             adapters=self.group(low_rank) if is_fsdp1 and low_rank else None,
         )
 
-    def base(self, parameter: ParameterShape) -> Piece:
+    def base(self, parameter: ParameterShape) -> ParamShard:
         """Return a weight of the model, sharded over the world."""
         is_trained = self.run.use_lora == "none"
         stored = itemsize(self.run.precision.weights)
         return self._shard(parameter.shape, stored, is_trained)
 
-    def adapter(self, shape: tuple[int, ...]) -> Piece:
+    def adapter(self, shape: tuple[int, ...]) -> ParamShard:
         """Return an adapter's factor, sharded over the world."""
         return self._shard(shape, itemsize(self.run.precision.adapter), True)
 
-    def group(self, pieces: list[Piece]) -> Group:
+    def group(self, pieces: list[ParamShard]) -> FsdpUnit:
         """Put parameters that are sharded over the world in a group."""
         compute, world_size = itemsize(self.run.precision.compute), self.run.world_size
         if self.run.entry_point == "fsdp2":
-            return Group(tuple(pieces), world_size, True, compute)
+            return FsdpUnit(tuple(pieces), world_size, True, compute)
         padding = _flat_padding(pieces, world_size)
-        return Group(tuple(pieces), world_size, True, compute, padding)
+        return FsdpUnit(tuple(pieces), world_size, True, compute, padding)
 
     @property
     def _experts_are_apart(self) -> bool:
         """Whether they are this project's own: with expert parallelism, or with adapters."""
         return self.layout.ep_size > 1 or self.layout.is_dmoe or self.run.trains_experts
 
-    def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> Piece:
+    def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> ParamShard:
         world_size = self.run.world_size
         if self.run.entry_point == "fsdp1":
             # Exact to the element only with what `_flat_padding` adds.
-            return Piece(shape, prod(shape) // world_size, stored, is_trained)
-        return Piece(shape, _held(shape, 0, world_size), stored, is_trained)
+            return ParamShard(shape, prod(shape) // world_size, stored, is_trained)
+        return ParamShard(shape, _held(shape, 0, world_size), stored, is_trained)
 
-    def _expert_group(self, experts: Iterable[ParameterShape]) -> Group:
+    def _expert_group(self, experts: Iterable[ParameterShape]) -> FsdpUnit:
         precision, run = self.run.precision, self.run
         num_copies = run.world_size // self.layout.ep_size
         # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
@@ -103,7 +103,7 @@ class _Builder:
                 stored = itemsize(precision.adapter)
                 factors = ((num_local, rank, num_in), (num_local, num_out, rank))
                 pieces += [_cut(factor, ranks, stored, True) for factor in factors]
-        return Group(tuple(pieces), ranks, is_sharded, itemsize(precision.compute))
+        return FsdpUnit(tuple(pieces), ranks, is_sharded, itemsize(precision.compute))
 
     def _linear_adapters(self) -> Iterable[tuple[int, int]]:
         rank = self.run.lora_r
@@ -112,17 +112,17 @@ class _Builder:
             yield (num_out, rank)
 
 
-def _cut(shape: tuple[int, ...], ranks: int, stored: int, is_trained: bool) -> Piece:
+def _cut(shape: tuple[int, ...], ranks: int, stored: int, is_trained: bool) -> ParamShard:
     """Shard experts over dp: along the first dim that divides, else the first with padding."""
     dim = next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
-    return Piece(shape, _held(shape, dim, ranks), stored, is_trained, is_restacked=dim > 0)
+    return ParamShard(shape, _held(shape, dim, ranks), stored, is_trained, is_restacked=dim > 0)
 
 
 def _held(shape: tuple[int, ...], dim: int, ranks: int) -> int:
     return prod(shape) // shape[dim] * -(-shape[dim] // ranks)
 
 
-def _flat_padding(pieces: list[Piece], ranks: int) -> int:
+def _flat_padding(pieces: list[ParamShard], ranks: int) -> int:
     """Return what a rank's part of a flat parameter has beyond the whole quotients of its pieces.
 
     Parameters begin at aligned places of the flat one, and it is filled up to divide by the ranks.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megablocks_utils.config import ResolvedPrecision
 
-__all__ = ["COLLECTIVES", "COMPONENTS", "Layout", "PlannedRun", "Prediction"]
+__all__ = ["COLLECTIVES", "COMPONENTS", "ParallelLayout", "PlannedRun", "Prediction"]
 
 COMPONENTS = (
     "parameters",
@@ -31,7 +31,7 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """One way to spread the experts.
 
     Attributes:

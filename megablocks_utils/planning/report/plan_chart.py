@@ -8,7 +8,7 @@ from megablocks_utils.files import publish_file
 from megablocks_utils.planning.memory.verdict import WORDS
 from megablocks_utils.planning.model.prediction import COMPONENTS
 from megablocks_utils.planning.model.units import GB, GIB
-from megablocks_utils.planning.speed.layout_plan import PlanRow, Question, choose_row
+from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, choose_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,25 +29,25 @@ _MARKS = {"fits": "✓ fits", "tight": "! tight", "oom": "✗ OOM"}
 _BAR, _ROW_INCHES, _FRAME_INCHES = 0.62, 0.42, 2.1
 
 
-def draw_plan(question: Question, rows: Sequence[PlanRow], path: str | Path) -> None:
+def draw_plan(request: PlanRequest, rows: Sequence[PlanRow], path: str | Path) -> None:
     """Draw the plan to a PNG, complete or not at all.
 
     Raises:
         OSError: the picture cannot be written.
     """
-    figure = build_plan_figure(question, rows)
+    figure = build_plan_figure(request, rows)
     with publish_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def build_plan_figure(question: Question, rows: Sequence[PlanRow]) -> "Figure":
+def build_plan_figure(request: PlanRequest, rows: Sequence[PlanRow]) -> "Figure":
     """Build the figure; the first row is on top, and beside each bar is its verdict."""
     from matplotlib.figure import Figure
 
     height = _FRAME_INCHES + _ROW_INCHES * len(rows)
     figure = Figure(figsize=(10, height), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    capacity = question.capacity_bytes / GB
+    capacity = request.capacity_bytes / GB
     longest = max(row.prediction.peak_bytes + row.verdict.reserve_bytes for row in rows) / GB
     limit = 1.22 * max(capacity, min(longest, 3 * capacity))
     _draw_bars(axes, rows)
@@ -64,7 +64,7 @@ def build_plan_figure(question: Question, rows: Sequence[PlanRow]) -> "Figure":
     )
     axes.set_xlim(0, limit)
     axes.set_ylim(len(rows) - 0.5, -1.1)
-    _dress(figure, axes, question, rows)
+    _dress(figure, axes, request, rows)
     return figure
 
 
@@ -122,7 +122,7 @@ def _draw_verdicts(axes: "Axes", rows: Sequence[PlanRow], capacity: float, limit
         )
 
 
-def _dress(figure: "Figure", axes: "Axes", question: Question, rows: Sequence[PlanRow]) -> None:
+def _dress(figure: "Figure", axes: "Axes", request: PlanRequest, rows: Sequence[PlanRow]) -> None:
     chosen = choose_row(rows)
     labels = [_label(row) for row in rows]
     axes.set_yticks(range(len(rows)), labels, color=TEXT_COLOUR, fontsize=9)
@@ -141,10 +141,10 @@ def _dress(figure: "Figure", axes: "Axes", question: Question, rows: Sequence[Pl
     figure.legend(
         loc="outside lower center", ncols=7, frameon=False, fontsize=8.5, labelcolor=TEXT_COLOUR
     )
-    run, scenario = question.scenario.planned_run(), question.scenario
+    run, scenario = request.scenario.planned_run(), request.scenario
     trained = "all weights" if run.use_lora == "none" else f"LoRA {run.use_lora}"
     figure.suptitle(
-        f"{question.model} on {scenario.world_size} GPUs: {trained}, {run.precision.name}, "
+        f"{request.model} on {scenario.world_size} GPUs: {trained}, {run.precision.name}, "
         f"{scenario.tokens:,} tokens a rank",
         color=TEXT_COLOUR,
         fontsize=11,

@@ -6,7 +6,7 @@ from typing import Any
 
 from megablocks_utils.planning.memory.verdict import CONTEXT_BYTES, FRAGMENTATION
 from megablocks_utils.planning.model.units import format_gb
-from megablocks_utils.planning.speed.layout_plan import PlanRow, Question, choose_row
+from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, choose_row
 from megablocks_utils.planning.speed.scale import ScalePoint, describe_dominance
 from megablocks_utils.planning.speed.step_cost import (
     ACHIEVED_BANDWIDTH,
@@ -18,21 +18,21 @@ from megablocks_utils.planning.speed.step_cost import (
 __all__ = ["build_plan_record", "build_scale_record", "list_assumptions"]
 
 
-def list_assumptions(question: Question, own: Mapping[str, Any]) -> list[str]:
+def list_assumptions(request: PlanRequest, own: Mapping[str, Any]) -> list[str]:
     """Return what the figures rest on, a sentence each.
 
     Args:
-        question: what was asked.
+        request: what was asked.
         own: the options of the plan itself, by name.
     """
-    scenario, gpu = question.scenario, question.cluster.gpu
+    scenario, gpu = request.scenario, request.cluster.gpu
     config = scenario.config
     says = [
-        f"A micro-batch has {scenario.tokens:,} tokens a rank, {_batch_words(question)}, all of "
+        f"A micro-batch has {scenario.tokens:,} tokens a rank, {_batch_words(request)}, all of "
         "them learned; shorter examples need less.",
         f"The fullest rank of an ep group receives {scenario.imbalance} times its fair share of "
         "rows (--imbalance), and the others wait for it.",
-        f"A GPU has {format_gb(question.capacity_bytes)}; beside the peak, "
+        f"A GPU has {format_gb(request.capacity_bytes)}; beside the peak, "
         f"{FRAGMENTATION:.0%} of it are kept for fragmentation and {format_gb(CONTEXT_BYTES)} for "
         "the CUDA context and NCCL, both estimates: tight is what fits without the first.",
         "Speed is ranked only: launches of "
@@ -51,7 +51,7 @@ def list_assumptions(question: Question, own: Mapping[str, Any]) -> list[str]:
         )
     if own.get("engine") == "fake":
         says.append("Speed and remedies come from the formulas, memory and traffic from the fakes.")
-    if question.calibration is not None:
+    if request.calibration is not None:
         says.append("Seconds come from the calibration: two runs on one node, this workload.")
     if config.adapter.resume_adapter is not None:
         says.append(f"--lora_r is taken as {scenario.planned_run().lora_r}: no adapter was read.")
@@ -64,41 +64,46 @@ def list_assumptions(question: Question, own: Mapping[str, Any]) -> list[str]:
 
 
 def build_plan_record(
-    question: Question, rows: Sequence[PlanRow], own: Mapping[str, Any], assumptions: Sequence[str]
+    request: PlanRequest,
+    rows: Sequence[PlanRow],
+    own: Mapping[str, Any],
+    assumptions: Sequence[str],
 ) -> dict[str, Any]:
     """Return the plan as the contract describes it."""
     chosen = choose_row(rows)
-    return _head(question, own, assumptions) | {
+    return _head(request, own, assumptions) | {
         "rows": [row.as_record() for row in rows],
         "chosen": chosen and chosen.as_record(),
     }
 
 
 def build_scale_record(
-    question: Question,
+    request: PlanRequest,
     points: Sequence[ScalePoint],
     own: Mapping[str, Any],
     assumptions: Sequence[str],
 ) -> dict[str, Any]:
     """Return the plans for several numbers of GPUs."""
-    return _head(question, own, assumptions) | {
+    return _head(request, own, assumptions) | {
         "worlds": [point.as_record() for point in points],
         "dominance": describe_dominance(points),
     }
 
 
-def _head(question: Question, own: Mapping[str, Any], assumptions: Sequence[str]) -> dict[str, Any]:
+def _head(
+    request: PlanRequest, own: Mapping[str, Any], assumptions: Sequence[str]
+) -> dict[str, Any]:
     return {
-        "model": question.model,
-        "options": dict(own) | {"training": asdict(question.scenario.config)},
+        "model": request.model,
+        "options": dict(own) | {"training": asdict(request.scenario.config)},
         "engine": own["engine"],
-        "capacity_bytes": question.capacity_bytes,
-        "tokens_per_rank": question.scenario.tokens,
+        "capacity_bytes": request.capacity_bytes,
+        "tokens_per_rank": request.scenario.tokens,
         "assumptions": list(assumptions),
     }
 
 
-def _batch_words(question: Question) -> str:
-    config = question.scenario.config
+def _batch_words(request: PlanRequest) -> str:
+    config = request.scenario.config
     batch, length = config.optim.per_device_train_batch_size, config.data.max_seq_length
     return f"{batch} x {length} (--per_device_train_batch_size x --max_seq_length)"

@@ -7,7 +7,7 @@ from megablocks_utils.planning.memory.verdict import FITS, OOM, TIGHT
 from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS
 from megablocks_utils.planning.model.units import GB, choose_unit, format_count, format_gb
 from megablocks_utils.planning.speed.launch_lines import break_line
-from megablocks_utils.planning.speed.layout_plan import PlanRow, Question, choose_row
+from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, choose_row
 from megablocks_utils.planning.speed.scale import ScalePoint, build_scale_table, describe_dominance
 
 if TYPE_CHECKING:
@@ -35,16 +35,16 @@ _SENT_HEADS = {
 
 
 def show_plan(
-    console: "Console", question: Question, rows: Sequence[PlanRow], assumptions: Sequence[str]
+    console: "Console", request: PlanRequest, rows: Sequence[PlanRow], assumptions: Sequence[str]
 ) -> None:
     """Print the whole report; commands are printed as they are, whatever the width."""
     from rich.text import Text
 
     chosen = choose_row(rows)
-    console.print(Text(_title(question), style="bold"))
+    console.print(Text(_title(request), style="bold"))
     console.print(build_memory_table(rows, chosen, console.width))
-    console.print(build_speed_table(question, rows, chosen, console.width))
-    console.print(_describe_choice(question, rows, chosen))
+    console.print(build_speed_table(request, rows, chosen, console.width))
+    console.print(_describe_choice(request, rows, chosen))
     if chosen is not None and chosen.launch is not None:
         command = break_line(chosen.launch, _TEXT_WIDTH)
         console.print(f"\n{command}", markup=False, soft_wrap=True)
@@ -56,14 +56,14 @@ def show_plan(
 
 def show_scale(
     console: "Console",
-    question: Question,
+    request: PlanRequest,
     points: Sequence[ScalePoint],
     assumptions: Sequence[str],
 ) -> None:
     """Print a line for every number of GPUs, and where all-to-all between nodes takes over."""
     from rich.text import Text
 
-    console.print(build_scale_table(question, points))
+    console.print(build_scale_table(request, points))
     console.print(Text(describe_dominance(points), style="bold"))
     console.print(_list("What this rests on", assumptions))
 
@@ -93,22 +93,22 @@ def build_memory_table(rows: Sequence[PlanRow], chosen: PlanRow | None, width: i
 
 
 def build_speed_table(
-    question: Question, rows: Sequence[PlanRow], chosen: PlanRow | None, width: int
+    request: PlanRequest, rows: Sequence[PlanRow], chosen: PlanRow | None, width: int
 ) -> "Table":
     """Lay out what is sent, and the order of speed with what holds each row up."""
-    tokens = question.scenario.tokens
+    tokens = request.scenario.tokens
     title = f"GB a rank sends in a micro-step, and speed at {tokens:,} tokens a rank"
     table = _build_table(title, rows)
     kinds = COLLECTIVES if width >= WIDE else ()
     for name in kinds:
         table.add_column(_SENT_HEADS[name], justify="right")
     table.add_column("all", justify="right")
-    has_nodes = question.scenario.world_size > question.cluster.gpus_per_node
+    has_nodes = request.scenario.world_size > request.cluster.gpus_per_node
     if has_nodes:
         table.add_column("to other\nnodes", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("time,\nbest = 1", justify="right")
-    if question.calibration is not None:
+    if request.calibration is not None:
         table.add_column("seconds\na step", justify="right")
     table.add_column("regime")
     for row in rows:
@@ -157,21 +157,21 @@ def _verdict_cell(row: PlanRow) -> "RenderableType":
     return Text(row.verdict.name.upper(), style=_STYLES[row.verdict.name])
 
 
-def _title(question: Question) -> str:
-    scenario, gpu = question.scenario, question.cluster.gpu
+def _title(request: PlanRequest) -> str:
+    scenario, gpu = request.scenario, request.cluster.gpu
     run = scenario.planned_run()
-    source = "" if question.capacity_bytes == gpu.memory_bytes else "links of "
+    source = "" if request.capacity_bytes == gpu.memory_bytes else "links of "
     trained = "all weights" if run.use_lora == "none" else f"LoRA {run.use_lora} r{run.lora_r}"
     return (
-        f"{question.model}: {format_count(scenario.shape.num_parameters)} parameters, "
+        f"{request.model}: {format_count(scenario.shape.num_parameters)} parameters, "
         f"{format_count(scenario.shape.num_active_parameters)} active, on {scenario.world_size} x "
-        f"{format_gb(question.capacity_bytes)} ({source}{gpu.name}); {trained}, "
+        f"{format_gb(request.capacity_bytes)} ({source}{gpu.name}); {trained}, "
         f"{run.precision.name}, {run.entry_point}"
     )
 
 
 def _describe_choice(
-    question: Question, rows: Sequence[PlanRow], chosen: PlanRow | None
+    request: PlanRequest, rows: Sequence[PlanRow], chosen: PlanRow | None
 ) -> "RenderableType":
     from rich.text import Text
 
@@ -180,13 +180,13 @@ def _describe_choice(
         return Text(
             f"No row fits: the leanest, {least.layout.describe()}, needs "
             f"{format_gb(least.prediction.peak_bytes)} beside the reserve and a GPU has "
-            f"{format_gb(question.capacity_bytes)}.",
+            f"{format_gb(request.capacity_bytes)}.",
             style="bold",
         )
     why = "the fastest that fits" if chosen.verdict.name == FITS else "nothing fits with reserve"
     words = (
         f"Chosen: {chosen.layout.describe()} ({why}; {chosen.cost.regime} at "
-        f"{question.scenario.tokens:,} tokens a rank and micro-step; peak "
+        f"{request.scenario.tokens:,} tokens a rank and micro-step; peak "
         f"{format_gb(chosen.prediction.peak_bytes)} in the {chosen.prediction.moment})"
     )
     end = "" if chosen.launch is None else ":"

@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from megablocks_utils.planning.model.prediction import Layout
+from megablocks_utils.planning.model.prediction import ParallelLayout
 
 __all__ = ["LAYOUT_OPTIONS", "break_line", "build_launch"]
 
@@ -18,7 +18,13 @@ _OPTION_START = re.compile(r" --(?=(?:[^']*'[^']*')*[^']*$)")
 
 
 def build_launch(
-    model: str, layout: Layout, *, entry_point: str, gpus: int, gpus_per_node: int, words: list[str]
+    model: str,
+    layout: ParallelLayout,
+    *,
+    entry_point: str,
+    gpus: int,
+    gpus_per_node: int,
+    words: list[str],
 ) -> str:
     """Return the command in one line, quoted for a shell; `$HEAD_NODE` is the first node's name.
 
@@ -69,7 +75,7 @@ def _accelerate(gpus: int, nodes: int) -> list[str]:
     return [*launcher, "--config_file", "accelerate.yaml", "train_fsdp1.py"]
 
 
-def _layout_words(layout: Layout, entry_point: str) -> list[str]:
+def _layout_words(layout: ParallelLayout, entry_point: str) -> list[str]:
     if layout.ep_size == 1:
         return ["--use_megablocks_sharding", "False"]
     words = ["--use_megablocks_sharding", "True", "--ep_size", str(layout.ep_size)]

@@ -7,19 +7,24 @@ from typing import Any
 from megablocks_utils.planning.memory.remedies import find_remedies
 from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.memory.verdict import FITS, OOM, TIGHT, Verdict, judge
-from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS, Layout, Prediction
+from megablocks_utils.planning.model.prediction import (
+    COLLECTIVES,
+    COMPONENTS,
+    ParallelLayout,
+    Prediction,
+)
 from megablocks_utils.planning.speed.calibration import Calibration
 from megablocks_utils.planning.speed.launch_lines import build_launch
 from megablocks_utils.planning.speed.step_cost import StepCost, cost_step, rank_costs
 from megablocks_utils.planning.speed.traffic_links import Cluster
 
-__all__ = ["Engine", "PlanRow", "Question", "choose_row", "plan_layouts", "run_formula"]
+__all__ = ["Engine", "PlanRow", "PlanRequest", "choose_row", "plan_layouts", "run_formula"]
 
-Engine = Callable[[Scenario, Sequence[Layout]], Sequence[Prediction]]
+Engine = Callable[[Scenario, Sequence[ParallelLayout]], Sequence[Prediction]]
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """What is asked.
 
     Attributes:
@@ -44,7 +49,7 @@ class Question:
     expert_dp: str | None = None
     calibration: Calibration | None = None
 
-    def layouts(self) -> list[Layout]:
+    def layouts(self) -> list[ParallelLayout]:
         """List the layouts that were asked for; where one rank holds an expert, both words fit."""
         world_size = self.scenario.world_size
         return [
@@ -58,7 +63,7 @@ class Question:
             )
         ]
 
-    def launch(self, layout: Layout) -> str | None:
+    def launch(self, layout: ParallelLayout) -> str | None:
         """Return the command that starts a run in this layout; None where it cannot be trained."""
         if not self.scenario.shape.is_trainable:
             return None
@@ -89,7 +94,7 @@ class PlanRow:
         remedies: where it does not fit, what would make it.
     """
 
-    layout: Layout
+    layout: ParallelLayout
     prediction: Prediction
     verdict: Verdict
     cost: StepCost
@@ -134,24 +139,24 @@ class PlanRow:
         return record
 
 
-def run_formula(scenario: Scenario, layouts: Sequence[Layout]) -> list[Prediction]:
+def run_formula(scenario: Scenario, layouts: Sequence[ParallelLayout]) -> list[Prediction]:
     """Predict with the formulas: an `Engine`."""
     return [scenario.predict(layout) for layout in layouts]
 
 
 def plan_layouts(
-    question: Question, engine: Engine = run_formula, *, with_remedies: bool = True
+    request: PlanRequest, engine: Engine = run_formula, *, with_remedies: bool = True
 ) -> list[PlanRow]:
     """Predict every layout that was asked for, judge it, and rank those that fit.
 
     Speed is always ranked by the formulas' traffic, and remedies are theirs, whatever the engine.
     """
-    scenario, layouts = question.scenario, question.layouts()
+    scenario, layouts = request.scenario, request.layouts()
     rows = []
     for layout, prediction in zip(layouts, engine(scenario, layouts), strict=True):
         by_formula = prediction if engine is run_formula else scenario.predict(layout)
-        cost = cost_step(scenario, layout, by_formula, question.cluster, question.calibration)
-        verdict = judge(prediction, question.capacity_bytes, scenario.device_type)
+        cost = cost_step(scenario, layout, by_formula, request.cluster, request.calibration)
+        verdict = judge(prediction, request.capacity_bytes, scenario.device_type)
         accumulation = scenario.config.optim.gradient_accumulation_steps
         rows.append(PlanRow(layout, prediction, verdict, cost, accumulation))
     ranks, best = _rank(rows)
@@ -160,8 +165,8 @@ def plan_layouts(
             row,
             rank=ranks.get(row.layout),
             relative_cost=row.cost.micro_step / best if row.layout in ranks and best else None,
-            launch=question.launch(row.layout),
-            remedies=_remedies(question, row) if with_remedies else (),
+            launch=request.launch(row.layout),
+            remedies=_remedies(request, row) if with_remedies else (),
         )
         for row in rows
     ]
@@ -174,7 +179,7 @@ def choose_row(rows: Sequence[PlanRow]) -> PlanRow | None:
     return by_verdict[0] if by_verdict else None
 
 
-def _rank(rows: Sequence[PlanRow]) -> tuple[Mapping[Layout, int], float | None]:
+def _rank(rows: Sequence[PlanRow]) -> tuple[Mapping[ParallelLayout, int], float | None]:
     fitting = {row.layout: row for row in rows if row.verdict.name != OOM}
     costs = {layout: row.cost.micro_step for layout, row in fitting.items()}
     peaks = {layout: row.verdict.peak_bytes for layout, row in fitting.items()}
@@ -184,8 +189,8 @@ def _rank(rows: Sequence[PlanRow]) -> tuple[Mapping[Layout, int], float | None]:
     )
 
 
-def _remedies(question: Question, row: PlanRow) -> tuple[str, ...]:
+def _remedies(request: PlanRequest, row: PlanRow) -> tuple[str, ...]:
     if row.verdict.name != OOM:
         return ()
-    found = find_remedies(question.scenario, row.layout, question.capacity_bytes)
+    found = find_remedies(request.scenario, row.layout, request.capacity_bytes)
     return tuple(remedy.describe() for remedy in found)

@@ -5,7 +5,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megablocks_utils.planning.model.units import GB, format_gb
-from megablocks_utils.planning.speed.layout_plan import PlanRow, Question, choose_row, plan_layouts
+from megablocks_utils.planning.speed.layout_plan import (
+    PlanRequest,
+    PlanRow,
+    choose_row,
+    plan_layouts,
+)
 from megablocks_utils.planning.speed.step_cost import StepCost
 
 if TYPE_CHECKING:
@@ -46,12 +51,12 @@ class ScalePoint:
         }
 
 
-def plan_scale(question: Question, world_sizes: Sequence[int]) -> list[ScalePoint]:
-    """Plan the question's run for every number of GPUs, with the formulas."""
+def plan_scale(request: PlanRequest, world_sizes: Sequence[int]) -> list[ScalePoint]:
+    """Plan the request's run for every number of GPUs, with the formulas."""
     points = []
     for world_size in world_sizes:
-        scenario = replace(question.scenario, world_size=world_size)
-        rows = plan_layouts(replace(question, scenario=scenario), with_remedies=False)
+        scenario = replace(request.scenario, world_size=world_size)
+        rows = plan_layouts(replace(request, scenario=scenario), with_remedies=False)
         if not rows:
             continue
         leanest = min(rows, key=lambda row: row.prediction.peak_bytes)
@@ -93,16 +98,16 @@ def describe_dominance(points: Sequence[ScalePoint]) -> str:
     )
 
 
-def build_scale_table(question: Question, points: Sequence[ScalePoint]) -> "Table":
+def build_scale_table(request: PlanRequest, points: Sequence[ScalePoint]) -> "Table":
     """Lay out a line for every number of GPUs."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     title = (
-        f"{question.model} on more and more GPUs of {format_gb(question.capacity_bytes)} "
-        f"({question.cluster.gpu.name}, {question.cluster.gpus_per_node} a node), "
-        f"{question.scenario.tokens:,} tokens a rank; sent: GB a rank and micro-step"
+        f"{request.model} on more and more GPUs of {format_gb(request.capacity_bytes)} "
+        f"({request.cluster.gpu.name}, {request.cluster.gpus_per_node} a node), "
+        f"{request.scenario.tokens:,} tokens a rank; sent: GB a rank and micro-step"
     )
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("GPUs", justify="right")

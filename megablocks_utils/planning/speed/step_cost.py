@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import Layout, Prediction
+from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 from megablocks_utils.planning.speed.calibration import Calibration
 from megablocks_utils.planning.speed.traffic_links import Cluster, LinkTraffic, split_traffic
 
@@ -86,7 +86,7 @@ class StepCost:
 
 def cost_step(
     scenario: Scenario,
-    layout: Layout,
+    layout: ParallelLayout,
     prediction: Prediction,
     cluster: Cluster,
     calibration: Calibration | None = None,
@@ -118,7 +118,9 @@ def cost_step(
     return StepCost(terms, links, step_s, step_s / accumulation)
 
 
-def rank_costs(costs: Mapping[Layout, float], peaks: Mapping[Layout, int]) -> list[Layout]:
+def rank_costs(
+    costs: Mapping[ParallelLayout, float], peaks: Mapping[ParallelLayout, int]
+) -> list[ParallelLayout]:
     """Order layouts from fast to slow; of those that cannot be told apart, the leaner first."""
     left, ranked = sorted(costs, key=costs.__getitem__), []
     while left:
@@ -129,7 +131,7 @@ def rank_costs(costs: Mapping[Layout, float], peaks: Mapping[Layout, int]) -> li
     return ranked
 
 
-def count_flops(scenario: Scenario, layout: Layout) -> float:
+def count_flops(scenario: Scenario, layout: ParallelLayout) -> float:
     """Count the operations of a micro-step on the rank whose experts have most to do.
 
     Two a weight and token forward, twice that backward, half of it where weights are frozen, and

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.model.gpus import Gpu
-from megablocks_utils.planning.model.prediction import Layout, Prediction
+from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 
 __all__ = ["Cluster", "LinkTraffic", "add_traffic", "split_traffic"]
 
@@ -65,7 +65,7 @@ class Cluster:
 
 
 def split_traffic(
-    scenario: Scenario, layout: Layout, prediction: Prediction, cluster: Cluster
+    scenario: Scenario, layout: ParallelLayout, prediction: Prediction, cluster: Cluster
 ) -> Mapping[str, LinkTraffic]:
     """Return the traffic of one optimizer step by kind of collective, over its links.
 
@@ -76,7 +76,9 @@ def split_traffic(
     dp_size = world_size // layout.ep_size
     over_world = dict(sent)
     if layout.ep_size > 1 and dp_size > 1 and layout.expert_dp == "shard":
-        over_world = dict(scenario.predict(Layout(layout.ep_size, "replicate")).sent_bytes_per_step)
+        over_world = dict(
+            scenario.predict(ParallelLayout(layout.ep_size, "replicate")).sent_bytes_per_step
+        )
     if layout.expert_dp == "replicate":
         over_world["all_reduce"] = 0
     traffic = {"all_to_all": cluster.all_to_all(sent["all_to_all"], layout.ep_size)}

@@ -31,7 +31,7 @@ import torch
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
-__all__ = ["MicroBatch", "StepPlan", "build_step_plan", "deal_examples", "epoch_order"]
+__all__ = ["MicroBatch", "StepPlan", "build_step_plan", "assign_examples", "epoch_order"]
 __all__ += ["pack_examples", "steps_per_epoch"]
 
 
@@ -98,7 +98,7 @@ def steps_per_epoch(
     return -(-num_examples // batch)
 
 
-def deal_examples(
+def assign_examples(
     lengths: Sequence[int],
     *,
     world_size: int,
@@ -168,7 +168,7 @@ def build_step_plan(
         raise IndexError(f"step {step} is not one of the epoch's {num_steps}")
     batch = world_size * per_device_train_batch_size * gradient_accumulation_steps
     chosen = order[step * batch : (step + 1) * batch]
-    deal = deal_examples([int(examples.lengths[i]) for i in chosen], **sizes)
+    deal = assign_examples([int(examples.lengths[i]) for i in chosen], **sizes)
     rows = [[chosen[i] for i in micro_step[rank]] for micro_step in deal]
     return StepPlan(
         micro_batches=[pack_examples(examples, row) for row in rows],

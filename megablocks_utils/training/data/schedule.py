@@ -9,8 +9,8 @@ import numpy as np
 from megablocks_utils.config import RunConfig
 from megablocks_utils.training.data.batches import (
     StepPlan,
+    assign_examples,
     build_step_plan,
-    deal_examples,
     epoch_order,
     steps_per_epoch,
 )
@@ -53,7 +53,7 @@ class Schedule:
         for size, chosen in self._steps_by_bound():
             if size <= largest[0]:
                 break
-            deal = deal_examples(
+            deal = assign_examples(
                 lengths[chosen].tolist(), world_size=self.world_size, **self._sizes()
             )
             for row in (chosen[row] for micro_step in deal for row in micro_step):

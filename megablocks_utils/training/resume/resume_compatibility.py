@@ -10,7 +10,12 @@ from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
 
-__all__ = ["Continuity", "changed_options", "check_continuity", "describe_continuity"]
+__all__ = [
+    "ResumeCompatibility",
+    "changed_options",
+    "check_compatibility",
+    "describe_compatibility",
+]
 
 # Options that say where or how a run is done, not what it learns.
 _FREE_OPTIONS = (
@@ -21,7 +26,7 @@ _FREE_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class Continuity:
+class ResumeCompatibility:
     """Hold the facts of a run that a resumed one must share, so that its steps mean the same.
 
     Attributes:
@@ -49,7 +54,7 @@ class Continuity:
         return asdict(self)
 
 
-def describe_continuity(
+def describe_compatibility(
     config: RunConfig,
     precision: ResolvedPrecision,
     lora: LoraSettings | None,
@@ -57,10 +62,10 @@ def describe_continuity(
     *,
     model_type: str,
     world_size: int,
-) -> Continuity:
+) -> ResumeCompatibility:
     """Collect the facts of this run."""
     optim = config.optim
-    return Continuity(
+    return ResumeCompatibility(
         model_type=model_type,
         global_batch=world_size
         * optim.per_device_train_batch_size
@@ -74,8 +79,8 @@ def describe_continuity(
     )
 
 
-def check_continuity(
-    manifest: Mapping[str, Any], own: Continuity, config: RunConfig, schedule: Schedule
+def check_compatibility(
+    manifest: Mapping[str, Any], own: ResumeCompatibility, config: RunConfig, schedule: Schedule
 ) -> None:
     """Refuse to go on from a checkpoint whose steps meant something else.
 
@@ -88,7 +93,7 @@ def check_continuity(
     Raises:
         ConfigurationError: naming the option, what it says and what the checkpoint says.
     """
-    stored, step = manifest["continuity"], manifest["step"]
+    stored, step = manifest["compatibility"], manifest["step"]
     _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
     kinds = {
         "model_type": "--model_name_or_path is a model of type",

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
 from megablocks_utils.config import RunConfig
-from megablocks_utils.processes.launch import Launch, agreed
+from megablocks_utils.processes.launch import LaunchEnvironment, raise_on_all_ranks
 from megablocks_utils.processes.output_folder import choose_checkpoint
 from megablocks_utils.training.resume.random_states import restore_random_states
 from megablocks_utils.training.resume.resume_compatibility import changed_options
@@ -58,7 +58,7 @@ class ResumePoint:
             parts.append(f"changed: {', '.join(changed)}")
         return "; ".join(parts)
 
-    def restore_random_states(self, launch: Launch) -> None:
+    def restore_random_states(self, launch: LaunchEnvironment) -> None:
         """Continue this rank's random numbers, where as many ranks have written the checkpoint.
 
         On another number of ranks they stay those of `--seed`; only dropout draws any.
@@ -67,7 +67,7 @@ class ResumePoint:
             restore_random_states((self.folder / rank_file_name(launch.rank)).read_bytes())
 
 
-def find_resume_point(config: RunConfig, launch: Launch) -> ResumePoint | None:
+def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoint | None:
     """Return what the run goes on from; None for one that starts anew.
 
     Rank 0 chooses. The ranks share the reading of the files, for their checksums.
@@ -78,15 +78,15 @@ def find_resume_point(config: RunConfig, launch: Launch) -> ResumePoint | None:
         ConfigurationError: as `choose_checkpoint`.
         CheckpointError: on every rank, for a file that is missing, truncated or altered.
     """
-    chosen = [agreed(lambda: None if launch.rank else choose_checkpoint(config))]
+    chosen = [raise_on_all_ranks(lambda: None if launch.rank else choose_checkpoint(config))]
     dist.broadcast_object_list(chosen)
     folder = chosen[0]
     if folder is None:
         return None
-    manifest = agreed(lambda: read_manifest(folder))
+    manifest = raise_on_all_ranks(lambda: read_manifest(folder))
     files = manifest["files"]
     mine = sorted(files)[launch.rank :: launch.world_size]
-    agreed(lambda: check_files(folder, files, mine))
+    raise_on_all_ranks(lambda: check_files(folder, files, mine))
     return ResumePoint(folder, manifest)
 
 
@@ -95,7 +95,7 @@ def rank_file_name(rank: int) -> str:
     return f"rng-{rank:05d}.json"
 
 
-def restore_run(point: ResumePoint, state: RunState, launch: Launch) -> None:
+def restore_run(point: ResumePoint, state: RunState, launch: LaunchEnvironment) -> None:
     """Put weights, optimizer, schedule and random states back where the checkpoint has them.
 
     **Collective:** every rank must call.
@@ -103,5 +103,5 @@ def restore_run(point: ResumePoint, state: RunState, launch: Launch) -> None:
     Raises:
         CheckpointError: on every rank, if the checkpoint does not fit the run.
     """
-    agreed(lambda: state.restore(point.folder, point.step))
+    raise_on_all_ranks(lambda: state.restore(point.folder, point.step))
     point.restore_random_states(launch)

@@ -15,7 +15,7 @@ from megablocks_utils.checkpoint.distributed_checkpoint import (
     read_pieces,
     read_stored_tensors,
 )
-from megablocks_utils.checkpoint.tensor_shards import BlockPlace, Piece
+from megablocks_utils.checkpoint.tensor_shards import BlockPlace, TensorShard
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.fsdp.places import PlacedParameters, find_places
@@ -43,7 +43,7 @@ class RunState:
     optimizer: Optimizer
     scheduler: LRScheduler
 
-    def pieces(self) -> dict[str, Piece]:
+    def pieces(self) -> dict[str, TensorShard]:
         """Return what this rank holds of every weight and state: views, nothing is copied."""
         pieces = {}
         for name, (parameter, place) in find_places(self.model).items():

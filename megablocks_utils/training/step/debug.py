@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.mesh.device_mesh import DP_AXIS
 from megablocks_utils.mesh.placement import count_replicas, local_tensor
-from megablocks_utils.shard_moe_utils import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 _BITS = {4: torch.int32, 2: torch.int16}
 

@@ -10,7 +10,7 @@ from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
-from megablocks_utils.kernels.fused.kernel_launch import GateLayout, Inner, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import GateLayout, LoraRows, Matrix, Routing
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
@@ -61,7 +61,7 @@ def test_row_gemm(rows_are_last, tile):
         gather=True,
         scatter=True,
         scale=0.5,
-        inner=Inner(inner, Matrix(factor, rows_are_last=False)),
+        inner=LoraRows(inner, Matrix(factor, rows_are_last=False)),
         bias=bias,
     )
     product = torch.einsum(

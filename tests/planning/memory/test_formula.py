@@ -9,15 +9,15 @@ from megablocks_utils.planning import formula
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.memory.ledger import Ledger
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import COMPONENTS, Layout
+from megablocks_utils.planning.model.prediction import COMPONENTS, ParallelLayout
 from tests.planning.cases import read_model
 from tests.rehearsal.lone import plan, rehearse_alone
 
 NONE, SHARD, COPIES, WHOLE = (
-    Layout(1, "shard"),
-    Layout(4, "shard"),
-    Layout(4, "replicate"),
-    Layout(8, "shard"),
+    ParallelLayout(1, "shard"),
+    ParallelLayout(4, "shard"),
+    ParallelLayout(4, "replicate"),
+    ParallelLayout(8, "shard"),
 )
 # The fake of an exchange is a second tensor when it is waited for, which no real one is.
 ENGINES_AGREE = 0.015
@@ -101,9 +101,9 @@ def test_both_engines_say_the_same(ranks1, folders, config, layout, changes):
 
 def test_legal_layouts():
     shape = ModelShape.from_config(read_model("mixtral-8x7b"))
-    both = [Layout(n, how) for n in (2, 4) for how in ("shard", "replicate")]
+    both = [ParallelLayout(n, how) for n in (2, 4) for how in ("shard", "replicate")]
     assert legal_layouts(shape, 8, "fsdp2") == [NONE, *both, WHOLE]
-    copies = [Layout(n, "replicate") for n in (2, 4, 8)]
+    copies = [ParallelLayout(n, "replicate") for n in (2, 4, 8)]
     assert legal_layouts(shape, 8, "fsdp1") == [NONE, *copies]
     # 3 divides the ranks only, 8 the experts only
     assert [layout.ep_size for layout in legal_layouts(shape, 12, "fsdp1")] == [1, 2, 4]

@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 
 from megablocks_utils.config import parse_args, parse_known_args, resolve_precision
 from megablocks_utils.planning.memory.formula import predict
-from megablocks_utils.planning.memory.unit_builder import build_groups
+from megablocks_utils.planning.memory.unit_builder import build_units
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import Layout, PlannedRun
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.training.loop import fit
 from tests.support.communication import CommunicationCounter
 from tests.support.fsdp1_run import build_trainer
@@ -21,10 +21,10 @@ from tests.support.tiny_models import save_tiny_model
 WORLD_SIZE, LENGTH, BATCH = 4, 16, 3
 TOKENS = LENGTH * BATCH
 NONE, SHARD, COPIES, WHOLE = (
-    Layout(1, "shard"),
-    Layout(2, "shard"),
-    Layout(2, "replicate"),
-    Layout(4, "shard"),
+    ParallelLayout(1, "shard"),
+    ParallelLayout(2, "shard"),
+    ParallelLayout(2, "replicate"),
+    ParallelLayout(4, "shard"),
 )
 MODELS = {
     "even": ("mixtral", {"num_local_experts": 4}),
@@ -189,7 +189,7 @@ def test_fsdp2(ranks4, folder, model, layout, options):
     # bytes go over 4 ranks, and a few dozen of metrics, which are not counted.
     copies = sent["all_reduce"] - 8 * 2 * 3 // 4
     assert 0 < first.num_bytes["all_reduce"] - 8 - copies < 100
-    assert build_groups(shape, layout, run).sum("trained_bytes") == first.gradients
+    assert build_units(shape, layout, run).sum("trained_bytes") == first.gradients
 
 
 @pytest.mark.parametrize(

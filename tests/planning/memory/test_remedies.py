@@ -4,11 +4,11 @@ import pytest
 
 from megablocks_utils.planning import scenario as scenario_module
 from megablocks_utils.planning.memory.remedies import find_remedies
-from megablocks_utils.planning.model.prediction import Layout
+from megablocks_utils.planning.model.prediction import ParallelLayout
 from tests.planning.cases import PUBLISHED, build_prediction, build_scenario
 
 GB = 10**9
-COPIES, SHARED = Layout(4, "replicate"), Layout(4, "shard")
+COPIES, SHARED = ParallelLayout(4, "replicate"), ParallelLayout(4, "shard")
 
 
 def predict_simply(shape, layout, run):
@@ -50,9 +50,9 @@ def test_the_nearest_ep_size_that_fits(simple):
     # FSDP1 keeps copies: 320 GB a rank with ep 2, 80 with ep 8, as without expert parallelism.
     options = {"entry_point": "fsdp1"}
     assert remedies(BF16, COPIES, 120, **options)[0] == "--ep_size 8: 84.0 GB"
-    pair = Layout(2, "replicate")
+    pair = ParallelLayout(2, "replicate")
     assert remedies(BF16, pair, 120, **options)[0] == "--use_megablocks_sharding False: 84.0 GB"
-    alone = remedies(f"{BF16} --max_seq_length 3000", Layout(1, "shard"), 1, **options)
+    alone = remedies(f"{BF16} --max_seq_length 3000", ParallelLayout(1, "shard"), 1, **options)
     assert alone == []
 
 

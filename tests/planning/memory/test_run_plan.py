@@ -7,7 +7,7 @@ import pytest
 from megablocks_utils.config import parse_args
 from megablocks_utils.planning import scenario as scenario_module
 from megablocks_utils.planning.memory.run_plan import plan_run
-from megablocks_utils.planning.model.prediction import COMPONENTS, Layout
+from megablocks_utils.planning.model.prediction import COMPONENTS, ParallelLayout
 from megablocks_utils.planning.report.prediction_check import read_run_plan
 from tests.planning.cases import build_prediction, read_model
 
@@ -49,7 +49,7 @@ COPIES = "--use_megablocks_sharding True --ep_size 2 --expert_dp replicate"
 def test_exactly_this_run_is_predicted(known):
     plan(f"{COPIES} --truncate_model_for_debug True --precision bf16", device_type="cpu")
     layers, layout, run = known[0]
-    assert (layers, layout, len(known)) == (2, Layout(2, "replicate"), 1)
+    assert (layers, layout, len(known)) == (2, ParallelLayout(2, "replicate"), 1)
     assert (run.world_size, run.device_type, run.kernel) == (4, "cpu", "triton")
     assert (run.tokens, run.label_tokens, run.examples) == (1000, 600, 3)
     assert run.precision.name == "bf16"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megablocks_utils.planning.memory.scenario import read_shape
-from megablocks_utils.planning.model.prediction import Layout
+from megablocks_utils.planning.model.prediction import ParallelLayout
 from megablocks_utils.training.step.micro_batch import resolve_aux_loss_coef
 from tests.planning.cases import build_scenario, read_model
 
@@ -40,7 +40,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("line", "entry_point", "layout"), LAYOUTS)
 def test_the_layout_that_the_options_ask_for(line, entry_point, layout):
     scenario = build_scenario(line, entry_point=entry_point)
-    assert scenario.own_layout() == Layout(*layout)
+    assert scenario.own_layout() == ParallelLayout(*layout)
     assert scenario.own_layout() in scenario.legal_layouts()
 
 

@@ -10,21 +10,21 @@ from rich.console import Console
 from megablocks_utils.planning.model.units import choose_unit
 from megablocks_utils.planning.report.tables import show_plan, show_scale
 from megablocks_utils.planning.speed.calibration import Calibration
-from megablocks_utils.planning.speed.layout_plan import Question, choose_row, plan_layouts
+from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row, plan_layouts
 from megablocks_utils.planning.speed.scale import plan_scale
 from tests.planning.cases import A100_NODE, PUBLISHED, build_scenario
 
 GB = 10**9
-QUESTION = Question(
+QUESTION = PlanRequest(
     "org/moe", "org/moe", build_scenario(), A100_NODE, A100_NODE.gpu.memory_bytes, ("--seed", "3")
 )
 
 
-def show(question=QUESTION, width=120, assumptions=("It is so.",), **changes):
-    question = replace(question, **changes)
-    rows = plan_layouts(question)
+def show(request=QUESTION, width=120, assumptions=("It is so.",), **changes):
+    request = replace(request, **changes)
+    rows = plan_layouts(request)
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    show_plan(console, question, rows, assumptions)
+    show_plan(console, request, rows, assumptions)
     return rows, console.file.getvalue()
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megablocks_utils.planning import scenario as scenario_module
-from megablocks_utils.planning.model.prediction import COMPONENTS, Layout
-from megablocks_utils.planning.speed.layout_plan import Question, choose_row, plan_layouts
+from megablocks_utils.planning.model.prediction import COMPONENTS, ParallelLayout
+from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row, plan_layouts
 from tests.planning.cases import A100_NODE, PUBLISHED, build_prediction, build_scenario
 
 GB = 10**9
@@ -30,11 +30,11 @@ def known(monkeypatch):
 
 def ask(line=PUBLISHED, *, capacity=85 * GB, **options):
     scenario = build_scenario(line, **options)
-    return Question("m", "m", scenario, A100_NODE, capacity)
+    return PlanRequest("m", "m", scenario, A100_NODE, capacity)
 
 
-def rows_of(question):
-    return {(row.layout.ep_size, row.layout.expert_dp): row for row in plan_layouts(question)}
+def rows_of(request):
+    return {(row.layout.ep_size, row.layout.expert_dp): row for row in plan_layouts(request)}
 
 
 def test_rows_are_all_legal_layouts(known):
@@ -65,13 +65,13 @@ def test_ranks_go_over_what_fits_and_start_at_the_fastest(known):
 
 
 def test_a_row_that_fits_is_chosen_before_a_faster_one_that_is_tight(known):
-    question = replace(ask(capacity=45 * GB), ep_size=4)
-    rows = plan_layouts(question)
+    request = replace(ask(capacity=45 * GB), ep_size=4)
+    rows = plan_layouts(request)
     chosen = choose_row(rows)
-    assert (chosen.layout, chosen.rank) == (Layout(4, "shard"), 2)
-    tight_only = plan_layouts(replace(question, expert_dp="replicate"))
+    assert (chosen.layout, chosen.rank) == (ParallelLayout(4, "shard"), 2)
+    tight_only = plan_layouts(replace(request, expert_dp="replicate"))
     assert choose_row(tight_only).verdict.name == "tight"
-    assert choose_row(plan_layouts(replace(question, capacity_bytes=GB))) is None
+    assert choose_row(plan_layouts(replace(request, capacity_bytes=GB))) is None
 
 
 def test_only_what_was_asked_for(known):

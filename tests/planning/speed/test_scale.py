@@ -3,7 +3,7 @@
 import pytest
 
 from megablocks_utils.planning import scenario as scenario_module
-from megablocks_utils.planning.speed.layout_plan import Question
+from megablocks_utils.planning.speed.layout_plan import PlanRequest
 from megablocks_utils.planning.speed.scale import describe_dominance, plan_scale, waits_for_tokens
 from tests.planning.cases import A100_NODE, PUBLISHED, build_prediction, build_scenario
 
@@ -24,11 +24,11 @@ def ask(monkeypatch, *, weights, tokens, model="qwen3-30b-a3b", capacity=85 * GB
 
     monkeypatch.setattr(scenario_module, "predict", predict)
     scenario = build_scenario(PUBLISHED, model=model)
-    return Question("m", "m", scenario, A100_NODE, capacity, **asked)
+    return PlanRequest("m", "m", scenario, A100_NODE, capacity, **asked)
 
 
-def dominance(question, worlds=(8, 16, 32, 64)):
-    return describe_dominance(plan_scale(question, worlds))
+def dominance(request, worlds=(8, 16, 32, 64)):
+    return describe_dominance(plan_scale(request, worlds))
 
 
 def test_tokens_that_take_longer_than_weights(monkeypatch):
@@ -52,8 +52,8 @@ def test_tokens_that_take_longer_than_weights(monkeypatch):
 
 def test_within_a_node_nobody_waits_for_another(monkeypatch):
     """However long tokens take: the fast link is not what is asked about."""
-    question = ask(monkeypatch, weights=0.001, tokens=100, model="mixtral-8x7b")
-    points = plan_scale(question, (8, 16, 32))
+    request = ask(monkeypatch, weights=0.001, tokens=100, model="mixtral-8x7b")
+    points = plan_scale(request, (8, 16, 32))
     assert not any(waits_for_tokens(point.widest) for point in points)
     assert describe_dominance(points) == (
         "No ep_size that divides experts and GPUs is larger than a node: tokens never leave it."
@@ -75,8 +75,8 @@ def test_whether_a_chosen_layout_waits_is_said(monkeypatch):
 
 
 def test_a_point_is_the_plan_for_so_many_gpus(monkeypatch):
-    question = ask(monkeypatch, weights=10, tokens=3, capacity=60 * GB)
-    points = plan_scale(question, (8, 16, 32))
+    request = ask(monkeypatch, weights=10, tokens=3, capacity=60 * GB)
+    points = plan_scale(request, (8, 16, 32))
     assert [point.world_size for point in points] == [8, 16, 32]
     # 100 GB a rank, 50 which is tight with 5 + 1.5 GB of reserve, 25
     assert points[0].chosen is None
@@ -91,6 +91,6 @@ def test_a_point_is_the_plan_for_so_many_gpus(monkeypatch):
 
 @pytest.mark.parametrize(("ep_size", "worlds"), [(64, [64]), (16, [16, 32, 64])])
 def test_only_numbers_of_gpus_that_the_ep_size_divides(monkeypatch, ep_size, worlds):
-    question = ask(monkeypatch, weights=1, tokens=1, ep_size=ep_size)
-    points = plan_scale(question, (8, 16, 32, 64))
+    request = ask(monkeypatch, weights=1, tokens=1, ep_size=ep_size)
+    points = plan_scale(request, (8, 16, 32, 64))
     assert [point.world_size for point in points] == worlds

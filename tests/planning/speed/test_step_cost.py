@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megablocks_utils.planning import scenario as scenario_module
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import Layout
+from megablocks_utils.planning.model.prediction import ParallelLayout
 from megablocks_utils.planning.speed.calibration import Calibration
 from megablocks_utils.planning.speed.step_cost import cost_step, count_flops, rank_costs
 from megablocks_utils.planning.speed.traffic_links import Cluster
@@ -17,7 +17,11 @@ from tests.planning.cases import A100_NODE, PUBLISHED, build_prediction, build_s
 from tests.support.tiny_models import build_tiny_model
 
 GB = 10**9
-NONE, EP8, EP4 = Layout(1, "shard"), Layout(8, "shard"), Layout(4, "replicate")
+NONE, EP8, EP4 = (
+    ParallelLayout(1, "shard"),
+    ParallelLayout(8, "shard"),
+    ParallelLayout(4, "replicate"),
+)
 # Mixtral-8x7B on 8 A100, runtimes of the published table; GB received a micro-step as counted on
 # paper for 256 tokens: all-gather, reduce-scatter, all-to-all.
 PUBLISHED_ROWS = [
@@ -73,7 +77,7 @@ def test_copies_that_are_reduced_are_told_from_weights_that_are_gathered():
     """20 GB a step over 2 nodes at 25 GB/s, in steps of one micro-step: 1 s."""
     line = PUBLISHED.replace("steps 16", "steps 1")
     scenario = scenario_of("none", line, world_size=16)
-    layout, amounts = Layout(8, "replicate"), {"all_gather": 10 * GB, "all_reduce": 20 * GB}
+    layout, amounts = ParallelLayout(8, "replicate"), {"all_gather": 10 * GB, "all_reduce": 20 * GB}
     prediction = build_prediction(parameters=1, sent=amounts)
     cost = cost_step(scenario, layout, prediction, A100_NODE)
     assert cost.regime == "all-reduce bound"
@@ -136,7 +140,7 @@ def test_frozen_weights_and_recomputing():
 
 
 def test_what_cannot_be_told_apart_goes_by_memory():
-    a, b, c, d = (Layout(n, "shard") for n in (1, 2, 4, 8))
+    a, b, c, d = (ParallelLayout(n, "shard") for n in (1, 2, 4, 8))
     costs = {a: 1.0, b: 1.04, c: 1.08, d: 2.0}
     # 1.04 is within 5 % of 1.0; 1.08 is not, though it is of 1.04
     assert rank_costs(costs, {a: 9, b: 5, c: 1, d: 1}) == [b, a, c, d]
@@ -162,9 +166,13 @@ def test_experts_sharded_over_dp_are_told_from_all_else(monkeypatch):
 def test_copies_are_reduced_over_dp():
     reduced = build_prediction(parameters=1, sent={"all_reduce": 32 * GB})
     scenario = scenario_of("none", world_size=16)
-    links = cost_step(scenario, Layout(8, "replicate"), reduced, A100_NODE).links["all_reduce"]
+    links = cost_step(scenario, ParallelLayout(8, "replicate"), reduced, A100_NODE).links[
+        "all_reduce"
+    ]
     assert (links.intra_bytes, links.inter_bytes) == (0, 32 * GB)
-    inside = cost_step(scenario, Layout(8, "replicate"), reduced, Cluster(A100_NODE.gpu, 16))
+    inside = cost_step(
+        scenario, ParallelLayout(8, "replicate"), reduced, Cluster(A100_NODE.gpu, 16)
+    )
     assert inside.links["all_reduce"].inter_bytes == 0
 
 

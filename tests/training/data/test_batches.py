@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megablocks_utils.training.data.batches import (
+    assign_examples,
     build_step_plan,
-    deal_examples,
     epoch_order,
     steps_per_epoch,
 )
@@ -129,7 +129,7 @@ def test_a_step_waits_for_less_than_its_longest_example(layout, seed):
     world_size, batch, accumulation = layout
     lengths = np.random.RandomState(seed).lognormal(4.5, 0.8, world_size * batch * accumulation)
     lengths = [int(length) + 2 for length in lengths]
-    deal = deal_examples(lengths, **sizes_of(layout))
+    deal = assign_examples(lengths, **sizes_of(layout))
     assert sorted(i for step in deal for row in step for i in row) == list(range(len(lengths)))
     waits = []
     for micro_step in deal:
@@ -140,9 +140,9 @@ def test_a_step_waits_for_less_than_its_longest_example(layout, seed):
 
 def test_the_deal_of_a_known_batch():
     sizes = sizes_of((2, 2, 2))
-    deal = deal_examples([10, 80, 20, 70, 30, 60, 40, 50], **sizes)
+    deal = assign_examples([10, 80, 20, 70, 30, 60, 40, 50], **sizes)
     assert deal == [[[1, 0], [3, 2]], [[5, 4], [7, 6]]]
-    assert deal_examples([5, 9, 7], **sizes) == [[[2, 0], [1]], [[], []]]
+    assert assign_examples([5, 9, 7], **sizes) == [[[2, 0], [1]], [[], []]]
 
 
 @pytest.mark.parametrize("layout", [(2, 4, 4), (4, 4, 4), (8, 4, 4), (8, 16, 1)])
@@ -153,7 +153,7 @@ def test_ranks_work_more_of_the_time_than_when_dealt_in_order(layout):
     for seed in range(10):
         lengths = np.random.RandomState(seed).lognormal(4.5, 0.8, world_size * batch * accumulation)
         lengths = [int(length) + 2 for length in lengths]
-        ours.append(work_share(deal_examples(lengths, **sizes_of(layout)), lengths))
+        ours.append(work_share(assign_examples(lengths, **sizes_of(layout)), lengths))
         plain = np.arange(len(lengths)).reshape(accumulation, world_size, batch).tolist()
         in_order.append(work_share(plain, lengths))
     assert np.mean(ours) > 0.91

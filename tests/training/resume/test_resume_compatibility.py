@@ -12,8 +12,8 @@ from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.resume.resume_compatibility import (
     changed_options,
-    check_continuity,
-    describe_continuity,
+    check_compatibility,
+    describe_compatibility,
 )
 
 EXAMPLES = TokenizedExamples([([1, 2, 3], [-100, 2, 3])] * 30)
@@ -28,7 +28,7 @@ def parse(**options):
 
 
 def describe(config, world_size=2, lora=None):
-    return describe_continuity(
+    return describe_compatibility(
         config,
         resolve_precision(config, "cpu"),
         lora,
@@ -39,13 +39,13 @@ def describe(config, world_size=2, lora=None):
 
 
 OWN = describe(parse())
-MANIFEST = {"step": 4, "continuity": OWN.as_record()}
+MANIFEST = {"step": 4, "compatibility": OWN.as_record()}
 
 
 def check(own=OWN, config=None, world_size=2, step=4):
     config = config or parse()
     manifest = MANIFEST | {"step": step}
-    check_continuity(manifest, own, config, Schedule(config, EXAMPLES, 0, world_size))
+    check_compatibility(manifest, own, config, Schedule(config, EXAMPLES, 0, world_size))
 
 
 def refusal(*args, **kwargs):

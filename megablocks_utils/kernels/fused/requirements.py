@@ -8,7 +8,12 @@ from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.shapes import ExpertShapes
 
-__all__ = ["OLDEST_CAPABILITY", "TRITON_INSTALL", "find_triton_obstacle", "is_triton_installed"]
+__all__ = [
+    "OLDEST_CAPABILITY",
+    "TRITON_INSTALL",
+    "find_triton_unsupported_reason",
+    "is_triton_installed",
+]
 
 TRITON_INSTALL = "pip install triton"
 OLDEST_CAPABILITY = (8, 0)
@@ -20,10 +25,10 @@ def is_triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
-def find_triton_obstacle(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
+def find_triton_unsupported_reason(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
     """Say in a clause why the kernels cannot run these experts here, or return None.
 
-    Sizes are no obstacle: every load and store is masked.
+    Sizes are no unsupported_reason: every load and store is masked.
     """
     if shapes.device_type == "cpu" and not device.is_interpreter:
         return (

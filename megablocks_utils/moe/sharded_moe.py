@@ -1,0 +1,43 @@
+"""What `shard_moe` returns: a model whose experts are split, and what others must know of it."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from megablocks_utils.kernels.selection import LoadedBackend
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+
+__all__ = ["ShardedMoE"]
+
+
+@dataclass(frozen=True)
+class ShardedMoE:
+    """A model whose experts are split over the mesh, and what FSDP must know of it.
+
+    Attributes:
+        model: the model given, with its experts swapped in place.
+        mesh: axes ("dp", "ep"), ep innermost.
+        expert_modules: qualified name -> module; what FSDP1 ignores and FSDP2 wraps on "dp".
+        expert_dp: what the dp axis does with an expert, "shard" or "replicate".
+        kernel: the backend that runs the experts, and why.
+    """
+
+    model: nn.Module
+    mesh: DeviceMesh
+    expert_modules: dict[str, DroplessExperts]
+    expert_dp: str
+    kernel: LoadedBackend
+
+    @property
+    def expert_parameters(self) -> dict[str, DTensor]:
+        """The experts' weights and adapters as they are now: name -> DTensor, Shard(0) on "ep".
+
+        FSDP2 replaces the parameters it shards, so this looks them up each time.
+        """
+        return {
+            f"{name}.{parameter_name}": parameter
+            for name, module in self.expert_modules.items()
+            for parameter_name, parameter in module.named_parameters()
+        }

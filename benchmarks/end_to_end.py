@@ -162,7 +162,7 @@ def write_row(path: Path, row: dict) -> None:
 
 
 def table_line(row: dict) -> str:
-    """Return a line of the Markdown table in `benchmarks/results/end_to_end_cpu.md`."""
+    """Return a line of the Markdown table in `docs/benchmarks.md`."""
     case = row["case"]
     cells = [
         f"{case['world_size']}, ep {case['ep_size']}",

@@ -158,6 +158,21 @@ def test_the_extending_page_names_files_for_each_kind_of_addition():
         assert 2 <= len(rows) <= 3, section
 
 
+def test_troubleshooting_quotes_messages_of_the_package():
+    """A long message that is quoted must share at least three words in a row with the source."""
+    text = "\n".join(read(path) for path in PACKAGE.rglob("*.py"))
+    text = re.sub(r"""["']\s*\n\s*f?["']""", "", text)
+    source = " ".join(re.sub(r"\{[^{}]*\}", " ", text).split())
+    page = read(ROOT / "docs" / "troubleshooting.md")
+    cells = re.findall(r"^\| ([^|]+) \|", page, flags=re.MULTILINE)
+    quotes = [quote.split() for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
+    long_quotes = [words for words in quotes if len(words) >= 9]
+    assert len(long_quotes) > 10
+    for words in long_quotes:
+        starts = range(len(words) - 2)
+        assert any(" ".join(words[n : n + 3]) in source for n in starts), " ".join(words)
+
+
 def test_docs_stay_short():
     assert sum(len(read(path).split()) for path in DOCS) <= MAX_WORDS
 

@@ -109,12 +109,12 @@ class Checkpointer(StepHooks):
         self._finish_pending()
         config = self._setup.config.saving
         started_s = time.perf_counter()
-        pieces = self._get_state().pieces()
+        shards = self._get_state().shards()
         if config.async_save:
-            pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
+            shards = {name: shard.copied_to_cpu() for name, shard in shards.items()}
         write = partial(
             write_checkpoint,
-            raise_on_all_ranks(lambda: self._take_snapshot(step, pieces)),
+            raise_on_all_ranks(lambda: self._take_snapshot(step, shards)),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
@@ -133,7 +133,7 @@ class Checkpointer(StepHooks):
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _take_snapshot(self, step: int, pieces: Mapping[str, TensorShard]) -> Snapshot:
+    def _take_snapshot(self, step: int, shards: Mapping[str, TensorShard]) -> Snapshot:
         setup = self._setup
         model = setup.model
         metrics = raise_on_all_ranks(self._read_metrics)
@@ -150,7 +150,7 @@ class Checkpointer(StepHooks):
 
         return Snapshot(
             step=step,
-            pieces=pieces,
+            shards=shards,
             rank_files={rank_file_name(setup.launch.rank): capture_random_states()},
             write_shared=write_shared,
             contents=self._describe(step) if self._is_first else {},

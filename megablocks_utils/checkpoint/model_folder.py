@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.layouts import (
-    LAYOUT_OF_MODEL_TYPE,
+    naming_of_family,
     TIED_PARAMETERS,
     HubNaming,
     is_expert_parameter,
@@ -80,38 +80,38 @@ def _write_weights(
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
-    layout = LAYOUT_OF_MODEL_TYPE[config.model_type]
+    naming = naming_of_family(config.model_type)
     copies = TIED_PARAMETERS if config.tie_word_embeddings else {}
     hub_specs = [
         hub_spec
         for spec in specs
         if spec.name not in copies
-        for hub_spec in _split_spec(layout, spec)
+        for hub_spec in _split_spec(naming, spec)
     ]
     with SafetensorsWriter(folder, hub_specs, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in tensors:
             if name not in copies:
-                _append(writer, layout, name, tensor)
+                _append(writer, naming, name, tensor)
             # Else it would still be held while the next one is gathered.
             del tensor
 
 
-def _split_spec(layout: HubNaming, spec: TensorSpec) -> Iterator[TensorSpec]:
+def _split_spec(naming: HubNaming, spec: TensorSpec) -> Iterator[TensorSpec]:
     """Yield what is written for one in-memory parameter."""
     if not is_expert_parameter(spec.name):
-        yield spec._replace(name=layout.hub_key(spec.name))
+        yield spec._replace(name=naming.hub_key(spec.name))
         return
-    for part in layout.expert_parts(spec.name, range(spec.shape[0])):
+    for part in naming.expert_parts(spec.name, range(spec.shape[0])):
         yield TensorSpec(part.key, part.hub_shape(spec.shape), spec.dtype)
 
 
-def _append(writer: SafetensorsWriter, layout: HubNaming, name: str, tensor: torch.Tensor) -> None:
+def _append(writer: SafetensorsWriter, naming: HubNaming, name: str, tensor: torch.Tensor) -> None:
     """Write one in-memory parameter, in the order of `_split_spec`."""
     if not is_expert_parameter(name):
-        writer.append(layout.hub_key(name), tensor)
+        writer.append(naming.hub_key(name), tensor)
         return
     num_experts, num_rows, _ = tensor.shape
-    for part in layout.expert_parts(name, range(num_experts)):
+    for part in naming.expert_parts(name, range(num_experts)):
         writer.append(part.key, tensor[part.expert, part.rows(num_rows)])
 
 

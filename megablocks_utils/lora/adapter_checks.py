@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import LAYOUT_OF_MODEL_TYPE
+from megablocks_utils.checkpoint.layouts import naming_of_family
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.expert_formats import (
@@ -70,7 +70,7 @@ def find_places(model: PreTrainedModel) -> Places:
             for name, module in find_expert_modules(model).items()
             for projection in PROJECTIONS
         },
-        (FusedExperts(), SeparateExperts(LAYOUT_OF_MODEL_TYPE[model.config.model_type])),
+        (FusedExperts(), SeparateExperts(naming_of_family(model.config.model_type))),
     )
 
 

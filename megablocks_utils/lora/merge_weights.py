@@ -27,13 +27,13 @@ class AdapterMerger:
     Args:
         adapter: opened for the model that the checkpoint holds.
         index: the base checkpoint.
-        layout: the layout of its experts.
+        naming: how it names its experts.
     """
 
-    def __init__(self, adapter: AdapterReader, index: CheckpointIndex, layout: HubNaming):
+    def __init__(self, adapter: AdapterReader, index: CheckpointIndex, naming: HubNaming):
         self._adapter = adapter
         self._index = index
-        self._naming = layout
+        self._naming = naming
         # Tensors of one layer follow each other, so each of its adapters is read once.
         self._experts_module = ""
         self._experts: dict[str, tuple[Tensor, Tensor]] = {}

@@ -12,13 +12,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.layouts import (
-    naming_of_family,
     TIED_PARAMETERS,
     HubNaming,
     is_expert_parameter,
+    naming_of_family,
 )
 from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import GENERATION_CONFIG_NAME
 
 __all__ = ["MAX_SHARD_BYTES", "export_model", "write_companions"]
 
@@ -61,10 +62,10 @@ def export_model(
     remaining = iter(tensors)
     try:
         if is_writer:
-            specs = [TensorSpec(*spec) for spec in specs]
+            named = [TensorSpec(*spec) for spec in specs]
             with staged_folder(Path(output_dir)) as folder:
-                _write_weights(model_config, specs, remaining, folder, max_shard_bytes)
-                write_companions(model_config, generation_config, tokenizer, specs[0].dtype, folder)
+                _write_weights(model_config, named, remaining, folder, max_shard_bytes)
+                write_companions(model_config, generation_config, tokenizer, named[0].dtype, folder)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {output_dir}: {reason}") from error
@@ -76,7 +77,7 @@ def export_model(
 def _write_weights(
     config: PreTrainedConfig,
     specs: list[TensorSpec],
-    tensors: Iterator[tuple[str, torch.Tensor]],
+    tensors: Iterator[tuple[str, torch.Tensor | None]],
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
@@ -90,7 +91,7 @@ def _write_weights(
     ]
     with SafetensorsWriter(folder, hub_specs, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in tensors:
-            if name not in copies:
+            if name not in copies and tensor is not None:
                 _append(writer, naming, name, tensor)
             # Else it would still be held while the next one is gathered.
             del tensor
@@ -128,6 +129,6 @@ def write_companions(
     config.save_pretrained(folder)
     if generation_config is not None:
         # `save_pretrained` refuses settings that many published models carry.
-        generation_config.to_json_file(folder / "generation_config.json")
+        generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

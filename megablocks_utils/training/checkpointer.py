@@ -16,11 +16,12 @@ from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import METRICS_NAME
 from megablocks_utils.processes.interruption import StopRequest
 from megablocks_utils.processes.launch import raise_on_all_ranks
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
-from megablocks_utils.training.resume.resume_point import METRICS_NAME, rank_file_name
+from megablocks_utils.training.resume.resume_point import rank_file_name
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step_hooks import StepHooks

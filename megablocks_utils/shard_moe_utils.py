@@ -43,8 +43,7 @@ def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     if not modules or model_type not in SUPPORTED_MODEL_TYPES:
         cause = "is not supported yet" if modules else "has no experts that could be split"
         raise ConfigurationError(
-            f"model type {model_type} {cause}; expert parallelism works for "
-            f"{describe_supported()}."
+            f"model type {model_type} {cause}; expert parallelism works for {describe_supported()}."
         )
     for name, module in modules.items():
         _refuse_foreign_layout(name, module)

@@ -1,7 +1,7 @@
 """Read training records from a file or a Hub dataset, each with where it came from.
 
-A record keeps its place (``data.json:17``, or ``name, record 17`` where there are no lines), so that
-every later error can name it.
+A record keeps its place (``data.json:17``, or ``name, record 17`` where there are no lines), so
+that every later error can name it.
 """
 
 import json

@@ -8,7 +8,8 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_args
-from megablocks_utils.processes.launch import LaunchEnvironment, check_environment, run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir
 
 

@@ -20,7 +20,7 @@ from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.launch import raise_on_all_ranks
+from megablocks_utils.processes.agreement import raise_on_all_ranks
 
 NamedTensors = Iterator[tuple[str, Tensor | None]]
 

@@ -1,13 +1,11 @@
 """After a LoRA run: is the adapter on disk the one that was trained?"""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,6 +17,7 @@ from megablocks_utils.lora.file_check import (
     measure_experts,
 )
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
+from megablocks_utils.processes.agreement import broadcast_from_rank0
 from megablocks_utils.training.report.memory import read_available_memory
 from megablocks_utils.training.setup import Setup
 
@@ -87,7 +86,8 @@ class AdapterCheck:
         """**Collective:** measures on every rank of the world, and runs one forward pass."""
         self._setup = setup
         self._measured = _measure(setup, optimizer, has_learned)
-        self._skipped = _agree_on_skipping(partial(_reason_to_skip, setup))
+        # Each rank sees another amount of free memory.
+        self._skipped = broadcast_from_rank0(partial(_find_skip_reason, setup))
         self._input_ids = self._logits = None
         if self._skipped is None:
             self._input_ids = torch.from_numpy(setup.schedule.examples[0][0][None, :_NUM_TOKENS])
@@ -123,7 +123,7 @@ def _measure(setup: Setup, optimizer: Optimizer, has_learned: bool) -> dict[str,
     return measure_experts(setup.sharded, setup.lora, states)
 
 
-def _reason_to_skip(setup: Setup) -> str | None:
+def _find_skip_reason(setup: Setup) -> str | None:
     choice = setup.config.adapter.verify_adapter
     if choice == "False":
         return "--verify_adapter is False"
@@ -135,13 +135,6 @@ def _reason_to_skip(setup: Setup) -> str | None:
         f"the model would take {needed / GIB:.1f} GiB in one process, and --verify_adapter auto "
         f"uses at most {room / GIB:.1f} GiB here"
     )
-
-
-def _agree_on_skipping(decide: Callable[[], str | None]) -> str | None:
-    """Let rank 0 decide for all: each sees another amount of free memory."""
-    answer = [decide() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
 
 
 def _run_forward(model: nn.Module, input_ids: Tensor) -> Tensor:

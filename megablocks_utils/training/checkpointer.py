@@ -16,8 +16,8 @@ from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
-from megablocks_utils.processes.launch import raise_on_all_ranks
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
 from megablocks_utils.training.resume.resume_point import METRICS_NAME, rank_file_name
@@ -78,7 +78,7 @@ class Checkpointer(StepHooks):
 
     def should_stop(self) -> bool:
         """Say whether a signal has asked some rank to stop."""
-        return self._stop.agreed()
+        return self._stop.on_any_rank()
 
     def after_step(self, step: int) -> None:
         """Save if a checkpoint is due."""

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megablocks_utils.checkpoint.model_folder import export_model
-from megablocks_utils.errors import CheckpointError, UserError
+from megablocks_utils.errors import CheckpointError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.moe.kernel_check import KernelCheck
-from megablocks_utils.processes.launch import raise_first_error
+from megablocks_utils.processes.agreement import broadcast_from_rank0
 from megablocks_utils.processes.output_folder import claim_output_dir, find_incomplete
 from megablocks_utils.training.adapter_check import AdapterCheck
 from megablocks_utils.training.report.loss_plot import plot_loss
@@ -76,7 +76,7 @@ class RunRecorder:
         **Collective:** every rank must enter; all raise what rank 0 met.
         """
         setup = self._setup
-        _claim(setup)
+        broadcast_from_rank0(lambda: claim_output_dir(setup.config))
         show_start_summary(setup.console, _collect_facts(setup))
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
@@ -224,16 +224,6 @@ def _as_sentence(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _claim(setup: Setup) -> None:
-    error = None
-    if setup.launch.rank == 0:
-        try:
-            claim_output_dir(setup.config)
-        except UserError as met:
-            error = met
-    raise_first_error(error)
 
 
 def _collect_facts(setup: Setup) -> RunFacts:

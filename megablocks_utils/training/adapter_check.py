@@ -17,8 +17,10 @@ from megablocks_utils.lora.file_check import (
     measure_experts,
 )
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
+from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.processes.agreement import broadcast_from_rank0
 from megablocks_utils.training.report.memory import read_available_memory
+from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 
 _NUM_TOKENS = 128
@@ -81,17 +83,17 @@ class AdapterCheck:
     report: AdapterReport | None = None
 
     def __init__(
-        self, setup: Setup, model: nn.Module, optimizer: Optimizer, *, has_learned: bool
+        self, setup: Setup, lora: LoraSettings, state: RunState, *, has_learned: bool
     ) -> None:
         """**Collective:** measures on every rank of the world, and runs one forward pass."""
         self._setup = setup
-        self._measured = _measure(setup, optimizer, has_learned)
+        self._measured = _measure(setup, lora, state.optimizer if has_learned else None)
         # Each rank sees another amount of free memory.
         self._skipped = broadcast_from_rank0(partial(_find_skip_reason, setup))
-        self._input_ids = self._logits = None
+        self._input_ids = torch.from_numpy(setup.schedule.examples[0][0][None, :_NUM_TOKENS])
+        self._logits = None
         if self._skipped is None:
-            self._input_ids = torch.from_numpy(setup.schedule.examples[0][0][None, :_NUM_TOKENS])
-            self._logits = _run_forward(model, self._input_ids.to(setup.device))
+            self._logits = _run_forward(state.model, self._input_ids.to(setup.device))
 
     def __call__(self, folder: Path) -> None:
         """Check the files in a folder; rank 0 only.
@@ -116,11 +118,12 @@ class AdapterCheck:
         self.report = AdapterReport(*count_trained(self._measured), logits, self._skipped)
 
 
-def _measure(setup: Setup, optimizer: Optimizer, has_learned: bool) -> dict[str, ExpertNorms]:
-    if setup.sharded is None or not setup.lora.expert_ranks:
+def _measure(
+    setup: Setup, lora: LoraSettings, optimizer: Optimizer | None
+) -> dict[str, ExpertNorms]:
+    if setup.sharded is None or not lora.expert_ranks:
         return {}
-    states = optimizer.state if has_learned else {}
-    return measure_experts(setup.sharded, setup.lora, states)
+    return measure_experts(setup.sharded, lora, {} if optimizer is None else optimizer.state)
 
 
 def _find_skip_reason(setup: Setup) -> str | None:

@@ -31,7 +31,7 @@ def describe_placements(model: nn.Module) -> Iterator[str]:
 
 
 def check_gradient_norm(norm: Tensor, step: int) -> None:
-    """Stop at the first gradient that is not finite.
+    """Refuse a gradient that is not finite.
 
     Raises:
         RuntimeError: naming the step.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megablocks_utils.dtypes import DTYPES
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from megablocks_utils.files import MODEL_INDEX_NAME, MODEL_WEIGHTS_NAME
 
 __all__ = [
     "HEADER_LENGTH_BYTES",
@@ -171,10 +171,10 @@ def open_checkpoint(folder: str | Path) -> CheckpointIndex:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"the model folder {folder} does not exist")
-    if (folder / WEIGHTS_NAME).is_file():
-        return CheckpointIndex(folder, _read_header(folder / WEIGHTS_NAME))
-    if (folder / WEIGHTS_INDEX_NAME).is_file():
-        return CheckpointIndex(folder, _read_sharded(folder / WEIGHTS_INDEX_NAME))
+    if (folder / MODEL_WEIGHTS_NAME).is_file():
+        return CheckpointIndex(folder, _read_header(folder / MODEL_WEIGHTS_NAME))
+    if (folder / MODEL_INDEX_NAME).is_file():
+        return CheckpointIndex(folder, _read_sharded(folder / MODEL_INDEX_NAME))
     raise CheckpointError(_describe_missing_weights(folder))
 
 
@@ -190,10 +190,12 @@ def open_safetensors_file(path: Path) -> CheckpointIndex:
 def _describe_missing_weights(folder: Path) -> str:
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     if shards:
-        return f"{folder} holds {shards[0]} but no {WEIGHTS_INDEX_NAME} that lists its tensors"
+        return f"{folder} holds {shards[0]} but no {MODEL_INDEX_NAME} that lists its tensors"
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     found = f"only {pickled[0]}, which is not read here" if pickled else "no weights at all"
-    return f"{folder} has no safetensors weights ({WEIGHTS_NAME} or {WEIGHTS_INDEX_NAME}): {found}"
+    return (
+        f"{folder} has no safetensors weights ({MODEL_WEIGHTS_NAME} or {MODEL_INDEX_NAME}): {found}"
+    )
 
 
 def _read_sharded(index_path: Path) -> dict[str, TensorEntry]:

@@ -24,7 +24,7 @@ from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.checkpoint.slices import SliceReader, stored_key
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
-from megablocks_utils.files import CONFIG_NAME, GENERATION_CONFIG_NAME
+from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 
 __all__ = [
     "build_model_on_meta",
@@ -52,7 +52,7 @@ def build_model_on_meta(
         CheckpointError: no usable config.json, or not a model whose experts can be read.
     """
     folder = Path(folder)
-    _check_model_type(folder, read_settings(folder / CONFIG_NAME, "model"))
+    _check_model_type(folder, read_settings(folder / MODEL_CONFIG_NAME, "model"))
     try:
         config = AutoConfig.from_pretrained(folder)
         if truncate_layers is not None:
@@ -100,7 +100,9 @@ def check_against_model(
     found = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     faults = [_describe(kind, items) for kind, items in found.items() if items]
     if faults:
-        raise CheckpointError(f"{index.folder} does not fit its {CONFIG_NAME}: {'; '.join(faults)}")
+        raise CheckpointError(
+            f"{index.folder} does not fit its {MODEL_CONFIG_NAME}: {'; '.join(faults)}"
+        )
 
 
 def load_experts(
@@ -143,14 +145,14 @@ def load_experts(
 
 def _check_model_type(folder: Path, config: dict) -> None:
     if "model_type" not in config:
-        raise CheckpointError(f"{folder / CONFIG_NAME} names no model_type")
+        raise CheckpointError(f"{folder / MODEL_CONFIG_NAME} names no model_type")
     model_type = config["model_type"]
     if model_type in SUPPORTED_MODEL_TYPES:
         return
     has_experts = any("experts" in key for key in config)
     reason = "is not supported" if has_experts else "has no experts"
     raise CheckpointError(
-        f"model_type {model_type!r} in {folder / CONFIG_NAME} {reason}: supported are"
+        f"model_type {model_type!r} in {folder / MODEL_CONFIG_NAME} {reason}: supported are"
         f" {describe_supported()}"
     )
 

@@ -20,16 +20,16 @@ import torch
 from megablocks_utils.checkpoint.index import HEADER_LENGTH_BYTES
 from megablocks_utils.dtypes import DTYPES
 from megablocks_utils.files import (
-    CONFIG_NAME,
+    MODEL_CONFIG_NAME,
+    MODEL_INDEX_NAME,
+    MODEL_WEIGHTS_NAME,
     STAGING_FOLDER_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
     sync_to_disk,
 )
 
 __all__ = ["SafetensorsWriter", "TensorSpec", "staged_folder"]
 
-WEIGHT_FILE_PATTERNS = (WEIGHTS_NAME, "model-*-of-*.safetensors", WEIGHTS_INDEX_NAME)
+WEIGHT_FILE_PATTERNS = (MODEL_WEIGHTS_NAME, "model-*-of-*.safetensors", MODEL_INDEX_NAME)
 METADATA = {"format": "pt"}
 
 
@@ -121,11 +121,11 @@ class SafetensorsWriter:
             "weight_map": dict(sorted(file_names.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (self._folder / WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+        (self._folder / MODEL_INDEX_NAME).write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def staged_folder(output_dir: Path, *, last: str = CONFIG_NAME) -> Iterator[Path]:
+def staged_folder(output_dir: Path, *, last: str = MODEL_CONFIG_NAME) -> Iterator[Path]:
     """Give a hidden folder to write into; on success its files replace those of `output_dir`.
 
     The file `last`, without which nothing loads the folder, is removed first and moved last, with
@@ -179,7 +179,7 @@ def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, lis
         shards[-1].append(spec)
         num_bytes += spec.num_bytes
     if len(shards) == 1:
-        return {WEIGHTS_NAME: shards[0]}
+        return {MODEL_WEIGHTS_NAME: shards[0]}
     return {
         f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
         for number, shard in enumerate(shards, start=1)

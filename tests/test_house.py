@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 # A room may import the rooms of the lines above its own, and itself; never its neighbours.
 ORDER = (
-    ("errors", "files"),
+    ("byte_units", "dtypes", "errors", "families", "files"),
     ("config",),
     ("planning",),
     ("processes",),
@@ -29,7 +29,19 @@ ORDER = (
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_FREE = ("errors", "files", "config", "planning", "merge", "export", "tune", "plan")
+TORCH_FREE = (
+    "byte_units",
+    "dtypes",
+    "errors",
+    "families",
+    "files",
+    "config",
+    "planning",
+    "merge",
+    "export",
+    "tune",
+    "plan",
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SCRIPT_LINES = 300, 60, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -127,8 +127,8 @@ def _is_module(name: str) -> bool:
 def known_options() -> frozenset[str]:
     """Return every word that a Python file quotes or has as a field: options among them."""
     folders = (PACKAGE, ROOT / "benchmarks", ROOT / "data", ROOT / "tests")
-    files = {path for folder in folders for path in folder.rglob("*.py")} - {Path(__file__)}
-    text = "\n".join(read(path) for path in files)
+    files = {path for folder in folders for path in folder.rglob("*.py")}
+    text = "\n".join(read(path) for path in files if not path.name.startswith("test_"))
     quoted = re.findall(r"""["'](?:--)?([a-z_][\w-]+)["']""", text)
     fields = re.findall(r"^    ([a-z_]\w+): ", text, flags=re.MULTILINE)
     return frozenset(quoted) | frozenset(fields) | FOREIGN_OPTIONS

@@ -73,7 +73,7 @@ class RunRecorder:
     def __enter__(self) -> Self:
         """Claim the output folder, show the start-up summary, start the clock.
 
-        **Collective:** every rank must enter; all raise what rank 0 met.
+        **Collective:** every rank must enter; all raise what rank 0 raises.
         """
         setup = self._setup
         broadcast_from_rank0(lambda: claim_output_dir(setup.config))

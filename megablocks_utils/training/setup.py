@@ -58,7 +58,7 @@ class Setup:
         fill_local: where the weights come from once each rank knows its part of them.
         compatibility: what a run that goes on from this one's checkpoints must share with it.
         resume: the checkpoint to go on from; None for a run that starts anew.
-        plan: the memory that was predicted.
+        plan: the memory that was predicted, or why it was not.
     """
 
     config: RunConfig
@@ -155,7 +155,14 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     model = source.model
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = check_memory(config, folder, schedule, device, sharded and sharded.kernel.name)
+    plan = check_memory(
+        config,
+        folder,
+        schedule,
+        device,
+        sharded and sharded.kernel.name,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,

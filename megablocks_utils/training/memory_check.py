@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from megablocks_utils.checkpoint.settings_file import read_settings
@@ -63,14 +62,11 @@ class MemoryCheck:
         rank, less `base_bytes`.
 
         Args:
-            model: wrapped; weights that a forward pass after training has left gathered are
-                sharded again.
+            model: wrapped, as the last step has left it: a later forward pass leaves the output
+                head gathered.
             optimizer: of the run, with its states.
             totals: the run's steps added up.
         """
-        for unit in model.modules():
-            if isinstance(unit, FSDPModule):
-                unit.reshard()
         measured: dict[str, Any] = {
             "components": {
                 "parameters": count_local_bytes(model.parameters()),

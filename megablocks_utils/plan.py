@@ -1,6 +1,6 @@
 """Plan a run before it is paid for: `python -m megablocks_utils.plan --help`.
 
-Torch is imported by `--engine fake` and `calibrate` alone, in processes of their own.
+Torch is imported by `calibrate` alone, in processes of its own.
 """
 
 import os
@@ -19,7 +19,6 @@ from megablocks_utils.planning.model.config_file import (
     read_config_file,
 )
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 from megablocks_utils.planning.model.units import GIB
 from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.plan_options import (
@@ -37,12 +36,7 @@ from megablocks_utils.planning.report.prediction_check import build_check_table,
 from megablocks_utils.planning.report.scale_chart import draw_scale
 from megablocks_utils.planning.report.tables import show_plan, show_scale
 from megablocks_utils.planning.speed.calibration import Calibration, read_calibration
-from megablocks_utils.planning.speed.layout_plan import (
-    PlanRequest,
-    choose_row,
-    plan_layouts,
-    run_formula,
-)
+from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row, plan_layouts
 from megablocks_utils.planning.speed.scale import plan_scale
 from megablocks_utils.planning.speed.traffic_links import Cluster
 from megablocks_utils.processes.entry_point import run_entry_point
@@ -87,10 +81,7 @@ def plan_world(options: PlanOptions) -> bool:
         UserError: as `build_request`, or a file that cannot be written.
     """
     request = build_request(options)
-    engine = run_formula
-    if options.own["engine"] == "fake":
-        engine = _FakeEngine(find_config_file(options.model))
-    rows = plan_layouts(request, engine)
+    rows = plan_layouts(request)
     assumptions = _list_assumptions(request, options)
     show_plan(_build_console(), request, rows, assumptions)
     if options.own["json"]:
@@ -166,41 +157,6 @@ def build_request(options: PlanOptions) -> PlanRequest:
         expert_dp=options.expert_dp,
         calibration=_read_calibration(options, scenario),
     )
-
-
-class _FakeEngine:
-    """Rehearse the layouts with the fake engine, and say on a terminal how far it is."""
-
-    def __init__(self, config_file: Path) -> None:
-        self._config_file = config_file
-
-    def __call__(
-        self, scenario: Scenario, layouts: Sequence[ParallelLayout]
-    ) -> Sequence[Prediction]:
-        """Predict, as `layout_plan.Engine`.
-
-        Raises:
-            ConfigurationError: something that cannot be rehearsed.
-        """
-        from rich.console import Console
-
-        from megablocks_utils.rehearsal.engine import predict_fake
-
-        if scenario.config.model.truncate_model_for_debug:
-            raise ConfigurationError(
-                "--truncate_model_for_debug is True, but the fake engine rehearses the whole model;"
-                " use --engine formula."
-            )
-        done = []
-        with Console(stderr=True).status("") as status:
-
-            def show(number: int) -> None:
-                done.append(number)
-                status.update(f"rehearsed {sum(done)} of {len(layouts)} layouts ...")
-
-            show(0)
-            run = scenario.planned_run()
-            return predict_fake(self._config_file, layouts, run, on_layout=show)
 
 
 def _read_calibration(options: PlanOptions, scenario: Scenario) -> Calibration | None:

@@ -28,10 +28,6 @@ No weights are read and no GPU is used.
   --imbalance X
       Rows that the hottest rank of an ep group receives, over its fair share.
       Default: 1.25.
-  --engine {formula|fake}
-      formula: counted from config.json in milliseconds. fake: the real training step on tensors
-      without memory, all layers, at most minutes.
-      Default: formula.
   --entry_point {fsdp2|fsdp1}
       train_accelerate_fsdp2.py or train_fsdp1.py.
       Default: fsdp2.

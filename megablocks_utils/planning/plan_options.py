@@ -42,7 +42,6 @@ OWN_OPTIONS: Mapping[str, Option] = MappingProxyType(
                 help="rows of the hottest rank over its fair share",
                 minimum=1,
             ),
-            Option("engine", "text", "formula", help="what predicts", choices=("formula", "fake")),
             Option("entry_point", "text", "fsdp2", help="script", choices=("fsdp2", "fsdp1")),
             Option("json", "text", None, help=_FILE),
             Option("plot", "text", None, help=_FILE),
@@ -148,11 +147,6 @@ def parse_plan_options(words: ParsedArguments) -> PlanOptions:
             "--gpu_mem_gib."
         )
     world_sizes = _read_world_sizes(own["gpus"])
-    if own["engine"] == "fake" and len(world_sizes) > 1:
-        raise ConfigurationError(
-            f"--engine is fake, but --gpus {own['gpus']} asks for {len(world_sizes)} plans: use "
-            "--engine formula, or one number of GPUs."
-        )
     for name in ("json", "plot"):
         _check_output(name, own[name])
     config, given, leftovers = _read_run(words, own["entry_point"])

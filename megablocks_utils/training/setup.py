@@ -59,7 +59,7 @@ class Setup:
         fill_local: where the weights come from once each rank knows its part of them.
         compatibility: what a run that resumes from this one's checkpoints must share with it.
         resume: the checkpoint to resume from; None for a run that starts fresh.
-        plan: the memory that was predicted.
+        plan: the memory that was predicted, or why it was not.
     """
 
     config: RunConfig
@@ -159,7 +159,8 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     kernel = None if sharded is None else sharded.kernel.name
-    plan = check_memory(config, folder, schedule, device, kernel)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,

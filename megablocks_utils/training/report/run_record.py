@@ -45,7 +45,7 @@ class RunRecord:
         peaks: `mem_peak_bytes`, `mem_alloc_bytes` and what they `measured`.
         adapter_check: What comparing the written adapter with the trained one found, see
             `adapter_check.AdapterReport`; None without LoRA.
-        plan: Memory predicted and measured, see `memory_check.MemoryCheck`; None if nothing was.
+        plan: Memory predicted and measured, see `memory_check.MemoryCheck`.
     """
 
     status: str

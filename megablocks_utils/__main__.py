@@ -1,6 +1,6 @@
 """The commands of this package behind one word: `megablocks-utils plan ...`.
 
-The same as `python -m megablocks_utils.plan ...`. A command's own code is imported when it is called.
+The same as `python -m megablocks_utils.plan ...`. Only the called command's code is imported.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 __all__ = ["COMMANDS", "main", "run"]
 

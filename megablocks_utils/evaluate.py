@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megablocks_utils.checkpoint.library_output import (
+    filter_peft_warnings,
+    without_transformers_bars,
+)
 from megablocks_utils.errors import UserError
 from megablocks_utils.training.data.batches import MicroBatch, pack_examples
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
@@ -33,11 +37,12 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
     """Load a model, and a PEFT adapter over it, in fp32 for evaluation."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    if adapter_path is not None:
-        from peft import PeftModel
+    with without_transformers_bars(), filter_peft_warnings():
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        if adapter_path is not None:
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
+            model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
     return model.eval()
 
 

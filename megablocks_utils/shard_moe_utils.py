@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_naming
+from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, detect_naming
 from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
 from megablocks_utils.kernels.rank_agreement import ExpertUse, select_for_all_ranks
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import (
@@ -27,7 +28,7 @@ from megablocks_utils.mesh.placement import (
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
+PROJECTIONS = tuple(EXPERT_TENSORS)
 """Names of the concatenated expert weights, in transformers' experts modules and in ours."""
 
 
@@ -40,10 +41,9 @@ def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if _holds_experts(module)}
     model_type = model.config.model_type
     if not modules or model_type not in SUPPORTED_MODEL_TYPES:
-        families = ", ".join(SUPPORTED_MODEL_TYPES)
         cause = "is not supported yet" if modules else "has no experts that could be split"
         raise ConfigurationError(
-            f"model type {model_type} {cause}; expert parallelism works for {families}."
+            f"model type {model_type} {cause}; expert parallelism works for {describe_supported()}."
         )
     for name, module in modules.items():
         _refuse_foreign_layout(name, module)

@@ -14,7 +14,7 @@ from megablocks_utils.config.options import find_option
 from megablocks_utils.config.reader import convert_value, describe_wanted
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.processes.command_output import read_words
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
     from rich.table import Table

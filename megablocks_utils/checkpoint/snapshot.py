@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megablocks_utils.checkpoint.distributed_checkpoint import write_pieces
+from megablocks_utils.checkpoint.distributed_checkpoint import write_shards
 from megablocks_utils.checkpoint.manifest import describe_file, write_manifest
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
@@ -39,7 +39,7 @@ class Snapshot:
 
     Attributes:
         step: optimizer steps done.
-        pieces: what this rank holds of every tensor, by name.
+        shards: what this rank holds of every tensor, by name.
         rank_files: small files of this rank by name, which no other rank has.
         write_shared: writes the files that a checkpoint has once, into a folder; called by the
             first rank only.
@@ -47,7 +47,7 @@ class Snapshot:
     """
 
     step: int
-    pieces: Mapping[str, TensorShard]
+    shards: Mapping[str, TensorShard]
     rank_files: Mapping[str, bytes]
     write_shared: Callable[[Path], None]
     contents: Mapping[str, Any]
@@ -84,7 +84,7 @@ def write_checkpoint(
     is_done = False
     try:
         _on_first(group, folder, lambda: _make_empty(folder))
-        write_pieces(snapshot.pieces, folder, group)
+        write_shards(snapshot.shards, folder, group)
         _on_all(group, folder, lambda: _write_small_files(snapshot, folder, is_first=rank == 0))
         names = _on_all(group, folder, lambda: sorted(path.name for path in folder.iterdir()))[0]
         mine = [name for name in names if _owner(name) == rank]

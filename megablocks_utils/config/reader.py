@@ -29,7 +29,7 @@ _WANTED = {"integer": "a whole number", "number": "a number", "boolean": "True o
 
 
 class HelpRequested(Exception):
-    """Ask `processes.launch.run_entry_point` to print this help text and end with exit code 0."""
+    """Ask `run_entry_point` to print this help text and end with exit code 0."""
 
 
 def read_arguments(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megablocks_utils.lora import adapter_reader
+from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from tests.support.tiny_adapters import CONFIG, WEIGHTS, edit_settings, edit_tensors
 
 LAYER = "base_model.model.model.layers.{}"
@@ -211,4 +211,4 @@ def test_strengths_that_differ(refusal, fused, target):
 
 def test_the_names_of_the_files_are_pefts():
     """Tests use names of their own."""
-    assert (adapter_reader.CONFIG_FILE_NAME, adapter_reader.WEIGHTS_FILE_NAME) == (CONFIG, WEIGHTS)
+    assert (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME) == (CONFIG, WEIGHTS)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
-from megablocks_utils.config import RunConfig
-from megablocks_utils.config.reader import HelpRequested, join_words
+from megablocks_utils.config import OPTION_NAMES, RunConfig
+from megablocks_utils.config.reader import HelpRequested
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.processes.monitor import leave_run
 
@@ -66,9 +67,10 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
             sys.stdout.write(str(request))
         sys.exit(0)
     except UserError as error:
+        sentence = error.as_options(OPTION_NAMES)
         if is_first:
-            sys.stderr.write(f"{error}\n")
-        leave_run(str(error))
+            sys.stderr.write(f"{sentence}\n")
+        leave_run(sentence)
         if not is_first:
             time.sleep(_RANK_ZERO_FIRST_S)
         _end(error.exit_code)

@@ -1,4 +1,4 @@
-"""Four public models on 8 to 4096 GPUs, on paper: the tables of `docs/scale.md` and its picture.
+"""Four public models on 8 to 4096 GPUs, on paper: their tables and picture.
 
     PYTHONPATH=. python -m benchmarks.scale
 
@@ -21,7 +21,8 @@ MODELS = {
     "DeepSeek-V3": "deepseek-v3",
 }
 RUN = "--gpus 8..4096 --gpu h100-80g --per_device_train_batch_size 1 --max_seq_length 4096"
-DOCS = Path(__file__).parents[1] / "docs"
+PAGE = Path(__file__).parent / "results" / "scale.md"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "scale.png"
 MARK = "<!-- From here on written by python -m benchmarks.scale -->"
 
 
@@ -60,12 +61,11 @@ def main() -> None:
     for name, folder in MODELS.items():
         request, series[name] = ask(folder)
         capacity = request.capacity_bytes
-    page = DOCS / "scale.md"
-    head = page.read_text(encoding="utf-8").partition(MARK)[0]
+    head = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     sections = [format_section(name, points) for name, points in series.items()]
-    page.write_text("\n".join([head + MARK + "\n", *sections]), encoding="utf-8")
-    (DOCS / "images").mkdir(exist_ok=True)
-    draw_scale(series, capacity, DOCS / "images" / "scale.png")
+    PAGE.write_text("\n".join([head + MARK + "\n", *sections]), encoding="utf-8")
+    PICTURE.parent.mkdir(exist_ok=True)
+    draw_scale(series, capacity, PICTURE)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from megablocks_utils.config import DataConfig
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options, same_option
 from megablocks_utils.config.reader import build_section, choose_model, read_command
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

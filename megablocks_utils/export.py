@@ -21,7 +21,7 @@ from megablocks_utils.processes.command_output import (
     removed_on_error,
     show_progress,
 )
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.output_folder import MANIFEST_NAME, find_checkpoints
 
 __all__ = ["COMMAND", "ExportOptions", "export_checkpoint", "main", "parse_options"]

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there at all.
+"""Files that are either complete or not there at all, and the names of those that a run leaves.
 
 Torch-free.
 """
@@ -12,12 +12,26 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "ADAPTER_WEIGHTS_NAME",
+    "LOSS_PLOT_NAME",
+    "METRICS_NAME",
+    "MODEL_INDEX_NAME",
+    "RUN_RECORD_NAME",
     "STAGING_FOLDER_NAME",
+    "TRACKERS_FOLDER_NAME",
     "finite_or_none",
     "publish_file",
     "sync_to_disk",
     "write_json_atomically",
 ]
+
+METRICS_NAME = "metrics.jsonl"
+RUN_RECORD_NAME = "run.json"
+LOSS_PLOT_NAME = "loss.png"
+MODEL_INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+TRACKERS_FOLDER_NAME = "runs"
+"""Where trackers that write files do so: Trainer's own name for it."""
 
 STAGING_FOLDER_NAME = ".model-being-written"
 """Where a model lies inside its folder until it is complete."""

@@ -21,7 +21,7 @@ from megablocks_utils.processes.command_output import (
     removed_on_error,
     show_progress,
 )
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
     from megablocks_utils.checkpoint.index import CheckpointIndex

@@ -47,7 +47,7 @@ from megablocks_utils.planning.speed.layout_plan import (
 )
 from megablocks_utils.planning.speed.scale import plan_scale
 from megablocks_utils.planning.speed.traffic_links import Cluster
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,7 @@ from megablocks_utils.config.parallel import check_ep_size
 from megablocks_utils.config.precision import DTYPES
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -19,7 +19,7 @@ from megablocks_utils.planning.speed.calibration import (
     describe_workload,
     solve,
 )
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.rehearsal import engine as fake_engine
 from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_prediction, build_scenario
 from tests.planning.report.test_prediction_check import PLAN
@@ -261,7 +261,7 @@ def test_help_and_calibrate_are_reached(capsys):
 def test_a_plan_needs_no_torch_and_no_terminal():
     """In a fresh process: nothing heavy is imported, and lines are 120 wide at most."""
     code = (
-        "import sys; from megablocks_utils.processes.launch import run_entry_point; "
+        "import sys; from megablocks_utils.processes.entry_point import run_entry_point; "
         "from megablocks_utils.plan import main; run_entry_point(main, sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"

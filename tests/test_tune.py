@@ -17,7 +17,7 @@ from megablocks_utils.kernels.rank_agreement import ExpertUse
 from megablocks_utils.kernels.selection import select_backend
 from megablocks_utils.kernels.tuning.measurements import read_entries
 from megablocks_utils.kernels.tuning.tile_search import KINDS_OF_MODE
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.shard_moe_utils import find_expert_modules
 from megablocks_utils.tune import (
     TuneOptions,

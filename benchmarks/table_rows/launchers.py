@@ -26,7 +26,7 @@ import torch
 import torch.multiprocessing
 
 from benchmarks.table_rows.bench import as_words
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 __all__ = ["OURS", "STOCK", "Ending", "ForkedRanks", "Job", "Torchrun"]
 __all__ += ["release_memory_at_once"]

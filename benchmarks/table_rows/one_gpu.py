@@ -17,7 +17,7 @@ from benchmarks.table_rows.bench import Bench
 from benchmarks.table_rows.launchers import ROOT, Ending, release_memory_at_once
 from benchmarks.table_rows.outcome import LEFT_OUT, MEASURED, explain
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.rehearsal.worker import build_request, read_request
 
 __all__ = ["Start", "main", "rehearse_row"]

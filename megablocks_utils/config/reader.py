@@ -37,7 +37,7 @@ _Section = TypeVar("_Section", bound="DataclassInstance")
 
 
 class HelpRequested(Exception):
-    """Ask `processes.launch.run_entry_point` to print this help text and end with exit code 0."""
+    """Ask `run_entry_point` to print this help text and end with exit code 0."""
 
 
 @dataclass(frozen=True)

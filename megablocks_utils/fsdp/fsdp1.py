@@ -26,7 +26,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.launch import raise_on_all_ranks
+from megablocks_utils.processes.agreement import raise_on_all_ranks, sum_over_ranks
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -280,12 +280,10 @@ def _assert_all_sharded(model: FullyShardedDataParallel, num_elements: int) -> N
 
     **Collective:** one all-reduce of one number over the world.
     """
-    device = next(model.parameters()).device
-    total = torch.tensor(_count_local_dense(model), device=device)
-    dist.all_reduce(total)
+    total = sum_over_ranks(_count_local_dense(model))
     if total != num_elements:
         raise RuntimeError(
-            f"FSDP1 was given {num_elements} elements to shard, but the ranks hold {total.item()}"
+            f"FSDP1 was given {num_elements} elements to shard, but the ranks hold {total}"
         )
 
 

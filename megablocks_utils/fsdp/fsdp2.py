@@ -5,22 +5,24 @@ all the rest are Accelerate's to shard.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from megablocks_utils.config import ResolvedPrecision, RunConfig
+from megablocks_utils.files import TRACKERS_FOLDER_NAME
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.launch import raise_on_all_ranks
+from megablocks_utils.processes.agreement import raise_on_all_ranks
 
 NamedTensors = Iterator[tuple[str, Tensor | None]]
 
@@ -60,7 +62,9 @@ def build_accelerator(
         fsdp_plugin=plugin,
         gradient_accumulation_plugin=accumulation,
         log_with=list(config.report_to) or None,
-        project_dir=config.output_dir,
+        project_config=ProjectConfiguration(
+            config.output_dir, logging_dir=str(Path(config.output_dir) / TRACKERS_FOLDER_NAME)
+        ),
     )
     turn_fsdp_on(accelerator, plugin)
     assert_fsdp_is_on(accelerator)

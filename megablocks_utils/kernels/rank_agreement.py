@@ -17,7 +17,7 @@ from megablocks_utils.kernels.selection import (
     select_backend,
 )
 from megablocks_utils.kernels.shapes import EXPERT_MODES, ExpertShapes
-from megablocks_utils.processes.launch import broadcast_from_rank0, raise_on_all_ranks
+from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 
 __all__ = ["ExpertUse", "select_for_all_ranks"]
 

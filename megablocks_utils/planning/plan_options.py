@@ -129,7 +129,7 @@ COMMAND = Command(
     usage=(
         "python -m megablocks_utils.plan MODEL --gpus N --gpu NAME [--option value] ...",
         "python -m megablocks_utils.plan --check RUN_JSON",
-        "python -m megablocks_utils.plan --print_config [MODEL] [--option value] ...",
+        "python -m megablocks_utils.plan [MODEL] [--option value] ... --print_config",
         "python -m megablocks_utils.plan --print_config --run RUN_JSON",
         "python -m megablocks_utils.plan calibrate MODEL --nproc N --output FILE [--option value] "
         "...",

@@ -195,8 +195,7 @@ class _Step:
         ledger.moment = "optimizer"
         rehearsed.finish_gradients()
         self.sent_at_end = self._traffic.take()
-        rehearsed.optimizer.step()
-        rehearsed.optimizer.zero_grad()
+        rehearsed.update()
 
     def report(self) -> Rehearsal:
         """Say what it needed."""

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 __all__ = ["build_request", "main", "read_request"]
 

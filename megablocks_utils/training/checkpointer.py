@@ -1,7 +1,7 @@
 """Save checkpoints while a run trains, in both loops: when due, or when a signal stops it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,11 +16,12 @@ from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import METRICS_NAME
+from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
-from megablocks_utils.processes.launch import raise_on_all_ranks
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
-from megablocks_utils.training.resume.resume_point import METRICS_NAME, rank_file_name
+from megablocks_utils.training.resume.resume_point import rank_file_name
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step_hooks import StepHooks
@@ -35,17 +36,15 @@ class Checkpointer(StepHooks):
 
     Args:
         setup: the run.
-        get_state: returns the run's weights, optimizer and schedule.
         metrics_path: where the run's `metrics.jsonl` is.
 
     Attributes:
         is_interrupted: whether the loop was stopped by a signal.
     """
 
-    def __init__(self, setup: Setup, get_state: Callable[[], RunState], metrics_path: Path) -> None:
+    def __init__(self, setup: Setup, metrics_path: Path) -> None:
         self.is_interrupted = False
         self._setup = setup
-        self._get_state = get_state
         self._metrics_path = metrics_path
         self._is_first = setup.launch.rank == 0
         self._output_dir = Path(setup.config.output_dir)
@@ -77,44 +76,44 @@ class Checkpointer(StepHooks):
             self._open.close()
 
     def should_stop(self) -> bool:
-        """Say whether a signal has asked some rank to stop."""
-        return self._stop.agreed()
+        """Return whether a signal has asked some rank to stop."""
+        return self._stop.on_any_rank()
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, state: RunState) -> None:
         """Save if a checkpoint is due."""
         schedule = self._setup.schedule
         if self._setup.config.saving.is_due(
             step, num_steps=schedule.num_steps, steps_per_epoch=schedule.steps_per_epoch
         ):
-            self._save(step)
+            self._save(step, state)
 
-    def after_stop(self, step: int) -> None:
-        """Save what the run had come to, unless that is saved already."""
+    def after_stop(self, step: int, state: RunState) -> None:
+        """Save the run as it is, unless that is saved already."""
         self.is_interrupted = True
         if step != self._saved_step:
-            self._save(step)
+            self._save(step, state)
         self._finish_pending()
         console = self._setup.console
         console.print(
             f"Stopped by {self._stop.name} after step {step} of {self._setup.schedule.num_steps}; "
             + (
-                "go on with --resume_from_checkpoint True"
+                "resume with --resume_from_checkpoint True"
                 if step
                 else "no step was done, so there is nothing to save"
             ),
             markup=False,
         )
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, state: RunState) -> None:
         self._finish_pending()
         config = self._setup.config.saving
         started_s = time.perf_counter()
-        pieces = self._get_state().pieces()
+        pieces = state.pieces()
         if config.async_save:
             pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
         write = partial(
             write_checkpoint,
-            raise_on_all_ranks(lambda: self._take_snapshot(step, pieces)),
+            self._take_snapshot(step, pieces, raise_on_all_ranks(self._read_metrics)),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
@@ -133,10 +132,11 @@ class Checkpointer(StepHooks):
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _take_snapshot(self, step: int, pieces: Mapping[str, TensorShard]) -> Snapshot:
+    def _take_snapshot(
+        self, step: int, pieces: Mapping[str, TensorShard], metrics: bytes
+    ) -> Snapshot:
         setup = self._setup
         model = setup.model
-        metrics = raise_on_all_ranks(self._read_metrics)
 
         def write_shared(folder: Path) -> None:
             (folder / METRICS_NAME).write_bytes(metrics)

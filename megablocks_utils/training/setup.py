@@ -17,7 +17,8 @@ from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapt
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.launch import LaunchEnvironment, raise_on_all_ranks
+from megablocks_utils.processes.agreement import raise_on_all_ranks
+from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory

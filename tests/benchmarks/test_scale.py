@@ -1,13 +1,13 @@
 """The page of four models on many GPUs is what the formulas say now."""
 
-from benchmarks.scale import DOCS, MARK, MODELS, ask, format_section
+from benchmarks.scale import MARK, MODELS, PAGE, ask, format_section
 from megablocks_utils.planning.model.model_shape import ModelShape
 from tests.planning.cases import read_model
 
 
 def test_the_page_is_up_to_date():
     """After a change of the formulas: PYTHONPATH=. python -m benchmarks.scale."""
-    page = (DOCS / "scale.md").read_text(encoding="utf-8").partition(MARK)[2]
+    page = PAGE.read_text(encoding="utf-8").partition(MARK)[2]
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
         f"## {name}" for name in MODELS
     ]

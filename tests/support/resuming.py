@@ -182,8 +182,8 @@ def train_fsdp2(rank: int, argv: list[str]) -> Watched:
     if setup.resume is not None:
         watched.restored = _copy(state.run_state())
         watched.random_states = capture_random_states()
-    recorder = RunRecorder(setup, state.accelerator.log)
-    checkpointer = _WatchingCheckpointer(setup, state.run_state, recorder.metrics_path)
+    recorder = RunRecorder(setup)
+    checkpointer = _WatchingCheckpointer(setup, recorder.metrics_path)
     with recorder, checkpointer.watching(watched):
         for metrics in fit(state, setup, checkpointer):
             recorder.record(metrics)
@@ -195,11 +195,10 @@ def train_fsdp1(rank: int, argv: list[str]) -> Watched:
     setup, arguments = build_setup_and_arguments(argv)
     watched = Watched()
     recorder = RunRecorder(setup)
-    trainer = MoETrainer(setup, arguments, on_step=recorder.record)
+    checkpointer = _WatchingCheckpointer(setup, recorder.metrics_path)
+    trainer = MoETrainer(setup, arguments, on_step=recorder.record, hooks=checkpointer)
     if setup.resume is not None:
         trainer.add_callback(_AtTheBeginning(trainer, watched))
-    checkpointer = _WatchingCheckpointer(setup, trainer.run_state, recorder.metrics_path)
-    trainer.hooks = checkpointer
     with recorder, checkpointer.watching(watched):
         trainer.train()
     return watched
@@ -216,15 +215,15 @@ class _WatchingCheckpointer(Checkpointer):
         self._is_next_step_over = threading.Event()
         return self
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, state: RunState) -> None:
         if step == SAVED_STEP:
             torch.rand(1)  # nothing else draws: without this, there would be nothing to restore
-            self._watched.saved = _copy(self._get_state())
+            self._watched.saved = _copy(state)
             self._watched.random_states = capture_random_states()
         elif step > SAVED_STEP:
             self._is_next_step_over.set()
         with mock.patch("megablocks_utils.training.checkpointer.write_checkpoint", self._write):
-            super().after_step(step)
+            super().after_step(step, state)
 
     def _write(self, *args: Any, **kwargs: Any) -> Path:
         if threading.current_thread() is not threading.main_thread():

@@ -9,15 +9,15 @@ import torch.distributed as dist
 
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
 from megablocks_utils.config import RunConfig
-from megablocks_utils.processes.launch import LaunchEnvironment, raise_on_all_ranks
+from megablocks_utils.files import METRICS_NAME
+from megablocks_utils.processes.agreement import raise_on_all_ranks
+from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.output_folder import choose_checkpoint
 from megablocks_utils.training.resume.random_states import restore_random_states
 from megablocks_utils.training.resume.resume_compatibility import changed_options
 from megablocks_utils.training.resume.run_state import RunState
 
-__all__ = ["METRICS_NAME", "ResumePoint", "find_resume_point", "rank_file_name", "restore_run"]
-
-METRICS_NAME = "metrics.jsonl"
+__all__ = ["ResumePoint", "find_resume_point", "rank_file_name", "restore_run"]
 
 
 @dataclass(frozen=True)

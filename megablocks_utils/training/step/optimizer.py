@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from megablocks_utils.config import OptimConfig, ResolvedPrecision
@@ -66,7 +66,7 @@ def build_optimizer(
 
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, optim_config: OptimConfig, num_training_steps: int
-) -> LRScheduler:
+) -> LambdaLR:
     """Build the schedule over `num_training_steps` optimizer steps.
 
     `warmup_steps` below 1 is a share of all steps, rounded up, as in Trainer.

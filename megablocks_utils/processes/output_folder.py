@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.eager import run_experts_eager

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.gate import build_gate

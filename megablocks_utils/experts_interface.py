@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
-from megablocks_utils.kernels.available import ExpertBackend, find_unsupported_reason, load
+from megablocks_utils.kernels.backends.backend_table import ExpertBackend, find_unsupported_reason, load
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
-from megablocks_utils.kernels.fused.requirements import TRITON_INSTALL, is_triton_installed
+from megablocks_utils.kernels.backends.triton import TRITON_INSTALL, is_triton_installed
 from megablocks_utils.kernels.gate import Gate, SwiGlu, gates_agree
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.shapes import ExpertShapes

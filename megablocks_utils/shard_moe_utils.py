@@ -17,7 +17,7 @@ from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoin
 from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_naming
 from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.rank_agreement import ExpertUse, select_for_all_ranks
+from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import (
     distribute_experts,

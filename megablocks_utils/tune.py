@@ -164,7 +164,7 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     """
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.load import build_model_on_meta
-    from megablocks_utils.kernels.rank_agreement import ExpertUse
+    from megablocks_utils.kernels.selection.rank_agreement import ExpertUse
     from megablocks_utils.kernels.shapes import find_dtype
     from megablocks_utils.shard_moe_utils import find_expert_modules
 

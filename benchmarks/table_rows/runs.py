@@ -12,8 +12,8 @@ from benchmarks.table_rows.bench import Bench
 from benchmarks.table_rows.launchers import OURS, STOCK, Ending, Job
 from benchmarks.table_rows.outcome import LEFT_OUT, MEASURED, NOT_INSTALLED, explain, read_run
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
-from megablocks_utils.kernels.megablocks import MEGABLOCKS_INSTALL, is_megablocks_installed
-from megablocks_utils.kernels.scattermoe import SCATTERMOE_INSTALL, is_scattermoe_installed
+from megablocks_utils.kernels.backends.megablocks import MEGABLOCKS_INSTALL, is_megablocks_installed
+from megablocks_utils.kernels.backends.scattermoe import SCATTERMOE_INSTALL, is_scattermoe_installed
 
 __all__ = ["Launch", "Workplace", "find_unsupported_reason", "run_row", "take_rounds", "weigh_row"]
 

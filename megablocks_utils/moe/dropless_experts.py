@@ -13,7 +13,7 @@ from megablocks_utils.kernels.permute import (
     sort_by_expert,
     unpermute_and_combine,
 )
-from megablocks_utils.kernels.selection import ExpertBackend
+from megablocks_utils.kernels.selection.backend_selection import ExpertBackend
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from megablocks_utils.kernels.probe import (
+from megablocks_utils.kernels.probing.probe import (
     TOLERANCE,
     Deviation,
     find_unprobed_reason,

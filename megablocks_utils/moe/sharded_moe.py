@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.kernels.selection import LoadedBackend
+from megablocks_utils.kernels.selection.backend_selection import LoadedBackend
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 
 __all__ = ["ShardedMoE"]

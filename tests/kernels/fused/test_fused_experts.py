@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megablocks_utils.kernels import fused
-from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.fused import experts
+from megablocks_utils.kernels.backends.eager import run_experts_eager
+from megablocks_utils.kernels.fused import fused_experts
 from tests.support.allocations import LargestResult
 from tests.support.compare import relative_error
 from tests.support.layer_case import (
@@ -30,7 +30,7 @@ from tests.support.layer_case import (
 )
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
-run_experts_triton = partial(experts.run_experts_triton, tiles=SMALL_TILES)
+run_experts_triton = partial(fused_experts.run_experts_triton, tiles=SMALL_TILES)
 FP32, BF16 = torch.float32, torch.bfloat16
 WIDE = LayerCase(18, 40, 36)  # tiles are crossed in rows, columns and sums
 PLAIN = LayerCase(5, 24, 36)
@@ -81,8 +81,8 @@ def test_a_limit_cuts_gates_and_ups_on_both_sides():
     """Otherwise the clamped cases would prove nothing."""
     case = CASES["clamped"][0]
     leaves = case.draw_leaves()
-    hidden = torch.einsum("th,eoh->teo", leaves["tokens"], leaves["gate_up_proj"])
-    gate, up = hidden.chunk(2, dim=-1)
+    gate_up_out = torch.einsum("th,eoh->teo", leaves["tokens"], leaves["gate_up_proj"])
+    gate, up = gate_up_out.chunk(2, dim=-1)
     shares = [(gate > 0.7).double().mean(), (up > 0.7).double().mean(), (up < -0.7).double().mean()]
     assert all(0.1 < share < 0.5 for share in shares)
 
@@ -193,4 +193,4 @@ def test_no_kernel_uses_atomics():
 
 def test_the_interpreters_own_tiles():
     """What runs where no tiles are named, as in the tests of whole training runs."""
-    assert_equals_obvious(replace(WIDE, rank=4), experts.run_experts_triton, FP32)
+    assert_equals_obvious(replace(WIDE, rank=4), fused_experts.run_experts_triton, FP32)

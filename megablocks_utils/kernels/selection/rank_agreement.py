@@ -10,7 +10,7 @@ from megablocks_utils.config.reader import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.gate import build_gate
-from megablocks_utils.kernels.selection import (
+from megablocks_utils.kernels.selection.backend_selection import (
     LoadedBackend,
     find_unsupported_reason,
     load_backend,
@@ -24,12 +24,12 @@ __all__ = ["ExpertUse", "select_for_all_ranks"]
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """What the caller of `shard_moe` knows of the use that its experts will have.
+    """What the caller of `shard_moe` knows of how its experts will be used.
 
     Attributes:
         device_type: `cpu` or `cuda`.
         compute_dtype: None takes that of the weights.
-        mode: what of them is trained, one of `EXPERT_MODES`.
+        mode: which of their parameters are trained, one of `EXPERT_MODES`.
         tokens_per_rank: about how many tokens a rank has at a time, or None.
     """
 

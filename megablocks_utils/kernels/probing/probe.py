@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.errors import CheckpointError, ConfigurationError
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.gate import SwiGlu
-from megablocks_utils.kernels.probe_sample import Sample, as_leaf, draw_samples, take_experts
-from megablocks_utils.kernels.selection import ExpertBackend
+from megablocks_utils.kernels.probing.probe_sample import (
+    Sample,
+    as_leaf,
+    draw_samples,
+    take_experts,
+)
+from megablocks_utils.kernels.selection.backend_selection import ExpertBackend
 from megablocks_utils.kernels.weights import ExpertWeights
 
 __all__ = ["Deviation", "find_unprobed_reason", "probe_backend"]

@@ -3,6 +3,7 @@
 Torch-free rows of the table `config.options.OPTIONS`.
 """
 
+from megablocks_utils.config.backends import KERNEL_CHOICES
 from megablocks_utils.config.option import Option
 
 __all__ = ["MODEL_OPTIONS"]
@@ -49,10 +50,10 @@ MODEL_OPTIONS = (
         "kernel",
         "text",
         "auto",
-        help="how a process runs its experts; auto: torch's grouped_mm, and on a GPU triton (this "
-        "project's kernels) where it was measured to be faster; scattermoe and megablocks are "
-        "packages to install, without adapters on experts",
-        choices=("auto", "eager", "grouped_mm", "triton", "scattermoe", "megablocks"),
+        help="how a process runs its experts; auto: on a GPU the fastest that was measured (see "
+        "megablocks_utils.tune), else torch's grouped_mm; triton: this project's kernels; "
+        "scattermoe and megablocks are packages to install, without adapters on experts",
+        choices=KERNEL_CHOICES,
     ),
     Option("use_scattermoe", "boolean", False, help="same as --kernel scattermoe"),
     Option(

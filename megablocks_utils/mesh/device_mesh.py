@@ -32,19 +32,21 @@ def compute_mesh_sizes(world_size: int, ep_size: int, num_experts: int) -> MeshS
     """Check that the experts and the ranks divide evenly and return the axis sizes.
 
     Raises:
-        ConfigurationError: ep_size divides the world size or the number of experts with a rest.
+        ConfigurationError: ep_size does not divide the world size or the number of experts.
     """
     if ep_size < 1 or world_size % ep_size or num_experts % ep_size:
         choices = ", ".join(map(str, legal_ep_sizes(world_size, num_experts)))
         raise ConfigurationError(
-            f"--ep_size is {ep_size}, but it must divide the {world_size} processes of this run "
-            f"and the {num_experts} experts of a layer; these would work: {choices}."
+            f"ep_size is {ep_size}, but it must divide the {world_size} processes of this run "
+            f"and the {num_experts} experts of a layer; these would work: {choices}.",
+            parameters=("ep_size",),
         )
     return MeshSizes(dp_size=world_size // ep_size, ep_size=ep_size)
 
 
 def axis_size(mesh: DeviceMesh, axis: str) -> int:
     """Return how many ranks an axis has, without making a mesh of it."""
+    assert mesh.mesh_dim_names is not None, mesh
     return mesh.size(mesh.mesh_dim_names.index(axis))
 
 

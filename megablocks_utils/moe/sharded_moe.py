@@ -36,8 +36,9 @@ class ShardedMoE:
 
         FSDP2 replaces the parameters it shards, so this looks them up each time.
         """
-        return {
-            f"{name}.{parameter_name}": parameter
-            for name, module in self.expert_modules.items()
-            for parameter_name, parameter in module.named_parameters()
-        }
+        parameters: dict[str, DTensor] = {}
+        for name, module in self.expert_modules.items():
+            for parameter_name, parameter in module.named_parameters():
+                assert isinstance(parameter, DTensor), f"{name}.{parameter_name}"
+                parameters[f"{name}.{parameter_name}"] = parameter
+        return parameters

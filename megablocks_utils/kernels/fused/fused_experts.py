@@ -156,24 +156,26 @@ class _FusedExperts(torch.autograd.Function):
         )
         second_grads = second.gradients(
             output_grads,
-            Operand(through_gate.weighted),
+            Operand.of(through_gate.weighted),
             lora_grads,
             _sort_weights(top_k_weights, grad, routing) if needs.second[1] else None,
             needs.second,
         )
-        gate_up_grads = Operand(through_gate.gate_up_out)
+        gate_up_grads = Operand.of(through_gate.gate_up_out)
         lora_grads = first.lora_grads(gate_up_grads) if needs.tokens or needs.first[2] else None
         first_grads = first.gradients(
             gate_up_grads,
-            Operand(tokens, by_token=True),
+            Operand.of(tokens, by_token=True),
             lora_grads,
             grad.new_ones(plan.num_rows, 1) if needs.first[1] else None,
             needs.first,
         )
         token_grads = weight_grads = None
         if needs.tokens:
+            assert through_gate.gate_up_out is not None
             token_grads = _differentiate_tokens(through_gate.gate_up_out, first, lora_grads)
         if needs.top_k_weights:
+            assert through_gate.top_k_weights is not None
             weight_grads = _add_bias_part(through_gate.top_k_weights, grad, second)
             weight_grads = weight_grads.view_as(top_k_weights).to(top_k_weights.dtype)
         return None, None, None, token_grads, weight_grads, *first_grads, *second_grads

@@ -60,7 +60,7 @@ class Projection:
         """The weights (in, out)."""
         return Matrix(self.parameters.weight, rows_are_last=not self.is_transposed)
 
-    def lora_rows(self, inputs: Operand) -> LoraRows | None:
+    def lora_rows(self, inputs: Operand | None) -> LoraRows | None:
         """Send inputs through A; the kernel that takes the result sends it through B."""
         lora_a, lora_b = self.parameters.lora_a, self.parameters.lora_b
         if lora_a is None or lora_b is None:
@@ -68,7 +68,7 @@ class Projection:
         rows = self._thin(inputs, Matrix(lora_a, rows_are_last=True))
         return LoraRows(rows, Matrix(lora_b, rows_are_last=True))
 
-    def lora_grads(self, grads: Operand) -> LoraRows | None:
+    def lora_grads(self, grads: Operand | None) -> LoraRows | None:
         """Send the outputs' gradients back through B; the next kernel sends them through A."""
         lora_a, lora_b = self.parameters.lora_a, self.parameters.lora_b
         if lora_a is None or lora_b is None:
@@ -78,8 +78,8 @@ class Projection:
 
     def gradients(
         self,
-        grads: Operand,
-        inputs: Operand,
+        grads: Operand | None,
+        inputs: Operand | None,
         lora_grads: LoraRows | None,
         bias_weights: Tensor | None,
         needs: Sequence[bool],
@@ -87,8 +87,9 @@ class Projection:
         """Return the gradients of weight, bias, A and B; None where `needs` says so.
 
         Args:
-            grads: the outputs' gradients.
-            inputs: what was multiplied, so that `grads^T inputs` is the weight's gradient.
+            grads: the outputs' gradients; None where nothing needs them.
+            inputs: what was multiplied, so that `grads^T inputs` is the weight's gradient; None
+                where nothing needs it.
             lora_grads: what the method of that name made of `grads`.
             bias_weights: (N, 1), in expert order, so that `grads^T bias_weights` is the bias's.
             needs: whether each is needed.
@@ -112,7 +113,8 @@ class Projection:
             results[3] = self._sum(grads, Operand(lora_rows.rows), lora_b)
         return results
 
-    def _thin(self, rows: Operand, factor: Matrix) -> Tensor:
+    def _thin(self, rows: Operand | None, factor: Matrix) -> Tensor:
+        assert rows is not None
         tile = self.tiles.skinny
         block_n = min(tile.block_n, block_rank(factor.num_cols))
         return row_gemm(
@@ -124,7 +126,10 @@ class Projection:
             scale=self.scaling,
         )
 
-    def _sum(self, x: Operand, y: Operand, like: Tensor, *, is_transposed: bool = False) -> Tensor:
+    def _sum(
+        self, x: Operand | None, y: Operand | None, like: Tensor, *, is_transposed: bool = False
+    ) -> Tensor:
+        assert x is not None and y is not None
         return weight_grad(
             x,
             y,

@@ -108,6 +108,11 @@ class Operand:
     rows: Tensor
     by_token: bool = False
 
+    @classmethod
+    def of(cls, rows: Tensor | None, *, by_token: bool = False) -> "Operand | None":
+        """Return rows as an operand; None for rows that no gradient needs."""
+        return None if rows is None else cls(rows, by_token)
+
 
 def weight_grad(
     x: Operand,

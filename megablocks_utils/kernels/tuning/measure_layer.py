@@ -130,7 +130,7 @@ def build_entry(
     return Entry(
         key=key,
         times_ms=times_ms,
-        tiles=measured.search and measured.search.tiles,
+        tiles=None if measured.search is None else measured.search.tiles,
         date=datetime.now(UTC).date().isoformat(),
         lora_r=lora_r if shapes.has_adapters else None,
     )

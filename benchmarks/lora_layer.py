@@ -22,7 +22,8 @@ from benchmarks.lora_sides import (
     in_peft_form,
 )
 from benchmarks.shape import Shape
-from megablocks_utils.kernels.selection import ExpertShapes, select_and_load_backend
+from megablocks_utils.kernels.selection.backend_selection import select_and_load_backend
+from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.lora.expert_adapters import attach_expert_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes

@@ -12,8 +12,7 @@ from benchmarks.table_rows.bench import Bench
 from benchmarks.table_rows.launchers import OURS, STOCK, Ending, Job
 from benchmarks.table_rows.outcome import LEFT_OUT, MEASURED, NOT_INSTALLED, explain, read_run
 from benchmarks.table_rows.rows import TRANSFORMERS, Row
-from megablocks_utils.kernels.megablocks import MEGABLOCKS_INSTALL, is_megablocks_installed
-from megablocks_utils.kernels.scattermoe import SCATTERMOE_INSTALL, is_scattermoe_installed
+from megablocks_utils.kernels.backends.backend_table import BACKENDS
 
 __all__ = ["Launch", "Workplace", "find_unsupported_reason", "run_row", "take_rounds", "weigh_row"]
 
@@ -52,13 +51,9 @@ def find_unsupported_reason(
         return {"status": LEFT_OUT, "reason": "ep would be 1: this layout needs more ranks"}
     if bench.device_type == "cpu":
         return _find_copy(row, bench, earlier)
-    packages = {
-        "megablocks": (is_megablocks_installed, MEGABLOCKS_INSTALL),
-        "scattermoe": (is_scattermoe_installed, SCATTERMOE_INSTALL),
-    }
-    is_installed, install = packages.get(row.kernel, (lambda: True, ""))
-    if row.ep_share and not is_installed():
-        reason = f"{row.kernel} is not installed; install it with: {install}"
+    backend = BACKENDS.get(row.kernel)
+    if row.ep_share and backend is not None and not backend.is_installed():
+        reason = f"{row.kernel} is not installed; install it with: {backend.install}"
         return {"status": NOT_INSTALLED, "reason": reason}
     return None
 

@@ -1,36 +1,33 @@
 """Run all local experts in two grouped matrix products of torch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad, silu
 
+from megablocks_utils.config import backends
+from megablocks_utils.kernels.backends.backend import Backend
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
-from megablocks_utils.kernels.shapes import ExpertShapes
+from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
 _ALIGNMENT_BYTES = 16
 
 
-def find_grouped_mm_unsupported_reason(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
-    """Say in a clause why `grouped_mm` cannot run these experts, or return None.
-
-    The rows of every operand must begin at multiples of 16 bytes; fp64 has no kernel; on CUDA only
-    bf16 has a fast one (other dtypes take torch's own loop).
-    """
-    dtype = str(shapes.dtype).removeprefix("torch.")
-    if shapes.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"torch's grouped_mm does not take {dtype}"
+def _find_limit(shapes: ExpertShapes, _device: DeviceFacts) -> str | None:
+    """Say which size does not fit: rows of every operand must begin at multiples of 16 bytes."""
     multiple = _ALIGNMENT_BYTES // shapes.dtype.itemsize
-    for name in ("hidden_size", "intermediate_size"):
-        size = getattr(shapes, name)
+    sizes = {"hidden_size": shapes.hidden_size, "intermediate_size": shapes.intermediate_size}
+    for name, size in sizes.items():
         if size % multiple:
-            clause = f"needs {name} ({size}) to be a multiple of {multiple} in {dtype}"
-            return f"torch's grouped_mm {clause}"
-    if device.capability is not None and device.capability < (8, 0):
-        return "torch's grouped_mm needs compute capability 8.0 or newer"
+            return (
+                f"grouped_mm needs {name} ({size}) to be a multiple of {multiple} in "
+                f"{name_dtype(shapes.dtype)}"
+            )
     return None
 
 
@@ -45,9 +42,9 @@ def run_experts_grouped_mm(
     rows = permute_tokens(tokens, order)
     offsets = order.tokens_per_expert.cumsum(0, dtype=torch.int32)
     gate_up, down = experts.projections
-    hidden = _project(rows, gate_up, experts.gate_up_lora, offsets)
-    hidden = _apply_gate(_add_bias(hidden, experts.gate_up_bias, order), experts)
-    output = _project(hidden, down, experts.down_lora, offsets)
+    gate_up_out = _project(rows, gate_up, experts.gate_up_lora, offsets)
+    activations = _apply_gate(_add_bias(gate_up_out, experts.gate_up_bias, order), experts)
+    output = _project(activations, down, experts.down_lora, offsets)
     output = _add_bias(output, experts.down_bias, order)
     return unpermute_and_combine(output, top_k_weights, order)
 
@@ -58,9 +55,9 @@ def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tenso
     if lora is None:
         return output
     lora_a, lora_b = _pad_rank(lora)
-    inner = grouped_mm(rows, lora_a.transpose(1, 2), offs=offsets)  # (R, r), perhaps padded
+    lora_rows = grouped_mm(rows, lora_a.transpose(1, 2), offs=offsets)  # (R, r), perhaps padded
     # In place: the product with the weights keeps nothing of its own result for the backward pass.
-    return output.add_(grouped_mm(inner * lora.scaling, lora_b.transpose(1, 2), offs=offsets))
+    return output.add_(grouped_mm(lora_rows * lora.scaling, lora_b.transpose(1, 2), offs=offsets))
 
 
 def _apply_gate(gate_up: Tensor, experts: ExpertWeights) -> Tensor:
@@ -76,14 +73,14 @@ class _LeanSwiGlu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         both = torch.empty_like(gate_up)
@@ -112,3 +109,14 @@ def _pad_rank(lora: LowRank) -> tuple[Tensor, Tensor]:
     if not missing:
         return lora_a, lora_b
     return pad(lora_a, (0, 0, 0, missing)), pad(lora_b, (0, missing))
+
+
+# fp64 has no kernel. On CUDA only bf16 has a fast one: other dtypes take torch's own loop.
+GROUPED_MM = Backend(
+    backends.GROUPED_MM,
+    lambda _tiles: run_experts_grouped_mm,
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    oldest_capability=(8, 0),
+    find_limit=_find_limit,
+    serves_transformers=True,
+)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import gelu
 
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
-from megablocks_utils.kernels.available import find_unsupported_reason, load, refuse
+from megablocks_utils.kernels.backends.backend_table import find_unsupported_reason, load, refuse
 from megablocks_utils.kernels.fused.tiles import choose_tiles
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
 from megablocks_utils.kernels.shapes import ExpertShapes

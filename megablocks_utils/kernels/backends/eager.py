@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from megablocks_utils.config import backends
+from megablocks_utils.kernels.backends.backend import Backend
 from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
@@ -27,8 +29,8 @@ def run_experts_eager(
     for expert_rows, (first, second) in zip(
         rows.split(order.tokens_per_expert.tolist()), projections, strict=True
     ):
-        hidden = experts.apply_gate(_project(expert_rows, *first))
-        results.append(_project(hidden, *second))
+        activations = experts.apply_gate(_project(expert_rows, *first))
+        results.append(_project(activations, *second))
     return unpermute_and_combine(torch.cat(results), top_k_weights, order)
 
 
@@ -36,12 +38,11 @@ def _split(
     weights: Tensor, bias: Tensor | None, lora: LowRank | None
 ) -> list[tuple[Tensor, Tensor | None, LowRank | None]]:
     """Return each expert's weight (out, in), bias (out,) and adapter, (r, in) and (out, r)."""
-    nothing = [None] * len(weights)
-    adapters = nothing
+    adapters: list[LowRank | None] = [None] * len(weights)
     if lora is not None:
         factors = zip(lora.lora_a.unbind(0), lora.lora_b.unbind(0), strict=True)
         adapters = [LowRank(a, b, lora.scaling) for a, b in factors]
-    biases = nothing if bias is None else bias.unbind(0)
+    biases = [None] * len(weights) if bias is None else bias.unbind(0)
     return list(zip(weights.unbind(0), biases, adapters, strict=True))
 
 
@@ -50,5 +51,8 @@ def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | 
     output = linear(rows, weight, bias)
     if lora is None:
         return output
-    inner = linear(rows, lora.lora_a)  # (n, r)
-    return output + linear(inner * lora.scaling, lora.lora_b)
+    lora_rows = linear(rows, lora.lora_a)  # (n, r)
+    return output + linear(lora_rows * lora.scaling, lora.lora_b)
+
+
+EAGER = Backend(backends.EAGER, lambda _tiles: run_experts_eager)

@@ -5,50 +5,18 @@ no others. Written against megablocks 0.10.0 and grouped_gemm 0.3.0.
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from megablocks_utils.config import backends
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.backend import Backend
+from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights
 
-MEGABLOCKS_INSTALL = (
-    "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 grouped_gemm==0.3.0 "
-    "megablocks==0.10.0 (requirements-kernels.txt says how to build them, and what CUDA 13 needs)"
-)
-
-# The packages and the CUDA extensions that they import; a build without CUDA leaves those out.
-_MODULES = ("megablocks", "megablocks_ops", "grouped_gemm", "grouped_gemm_backend", "stk")
 _MAX_ELEMENTS = 2**31 - 1
-_NO_ADAPTERS = "megablocks does not support LoRA on experts; --kernel triton and grouped_mm do"
-
-
-def is_megablocks_installed() -> bool:
-    """Say whether the package and all it imports can be imported, without importing them."""
-    return all(find_spec(name) is not None for name in _MODULES)
-
-
-def find_megablocks_unsupported_reason(
-    hidden_size: int,
-    intermediate_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    has_adapters: bool,
-) -> str | None:
-    """Say in a clause why megablocks cannot run these experts, or return None; any size is fine."""
-    if has_adapters:
-        return _NO_ADAPTERS
-    if device_type != "cuda":
-        return f"megablocks needs a CUDA device, and the device is {device_type}"
-    if dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        return f"megablocks' grouped_gemm takes bfloat16 only, and the dtype of compute is {name}"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "megablocks needs compute capability 8.0 or newer"
-    return None
 
 
 def run_experts_megablocks(
@@ -85,17 +53,12 @@ def run_experts_megablocks(
 
 def _check_can_run(num_rows: int, hidden_size: int, experts: ExpertWeights) -> None:
     """Refuse what the package has not, or would compute wrongly without a word."""
-    if experts.has_adapters:
-        raise ConfigurationError(f"--kernel is megablocks, but {_NO_ADAPTERS}.")
-    if experts.gate_up_bias is not None or experts.down_bias is not None:
-        raise ConfigurationError(
-            "--kernel is megablocks, which has no biases of experts, but these experts have them; "
-            "--kernel triton and grouped_mm add them."
-        )
+    MEGABLOCKS.refuse_unsupported(experts)
     if num_rows * hidden_size > _MAX_ELEMENTS:
         raise ConfigurationError(
-            f"--kernel is megablocks, which counts in 32 bits, but {num_rows} rows of "
-            f"{hidden_size} have more than {_MAX_ELEMENTS} elements; --kernel triton counts in 64."
+            f"kernel is megablocks, which counts in 32 bits, but {num_rows} rows of "
+            f"{hidden_size} have more than {_MAX_ELEMENTS} elements; kernel triton counts in 64.",
+            parameters=("kernel",),
         )
 
 
@@ -116,6 +79,19 @@ def _run_experts(rows: Tensor, batch_sizes: Tensor, experts: ExpertWeights) -> T
     grouped_gemm does not look at the strides of its first operand in backward.
     """
     gmm, trans_b = import_module("grouped_gemm.ops").gmm, not experts.is_transposed
-    hidden = gmm(rows, experts.gate_up_proj, batch_sizes, trans_b)
-    hidden = experts.apply_gate(hidden).contiguous()
-    return gmm(hidden, experts.down_proj, batch_sizes, trans_b)
+    gate_up_out = gmm(rows, experts.gate_up_proj, batch_sizes, trans_b)
+    activations = experts.apply_gate(gate_up_out).contiguous()
+    return gmm(activations, experts.down_proj, batch_sizes, trans_b)
+
+
+# A build of the packages without CUDA leaves their two extensions out.
+MEGABLOCKS = Backend(
+    backends.MEGABLOCKS,
+    lambda _tiles: run_experts_megablocks,
+    packages=("megablocks", "megablocks_ops", "grouped_gemm", "grouped_gemm_backend", "stk"),
+    install="pip install --no-deps --no-build-isolation stanford-stk==0.7.1 grouped_gemm==0.3.0 "
+    "megablocks==0.10.0 (requirements-kernels.txt says how to build them, and what CUDA 13 needs)",
+    dtypes=(torch.bfloat16,),
+    on_cpu="no",
+    oldest_capability=(8, 0),
+)

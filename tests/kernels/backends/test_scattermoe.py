@@ -17,16 +17,16 @@ import pytest
 import torch
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels import scattermoe
-from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.gate import SwiGlu
-from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
-from megablocks_utils.kernels.scattermoe import (
+from megablocks_utils.kernels.backends import scattermoe
+from megablocks_utils.kernels.backends.eager import run_experts_eager
+from megablocks_utils.kernels.backends.scattermoe import (
     SCATTERMOE_INSTALL,
     find_scattermoe_unsupported_reason,
     is_scattermoe_installed,
     run_experts_scattermoe,
 )
+from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.allocations import LargestResult
 from tests.support.routed_case import (

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megablocks_utils.kernels import grouped_mm
+from megablocks_utils.kernels.backends import grouped_mm
+from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
-from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from megablocks_utils.errors import CheckpointError, ConfigurationError
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.eager import run_experts_eager
+from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
-from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
-from megablocks_utils.kernels.probe import find_unprobed_reason, probe_backend
+from megablocks_utils.kernels.probing.probe import find_unprobed_reason, probe_backend
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.reads import LiveBytes
 

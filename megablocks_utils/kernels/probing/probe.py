@@ -7,17 +7,23 @@ does to a right answer on these weights; a backend may be off by twice that.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megablocks_utils.errors import CheckpointError, ConfigurationError
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.gate import SwiGlu
-from megablocks_utils.kernels.probe_sample import Sample, as_leaf, draw_samples, take_experts
-from megablocks_utils.kernels.selection import ExpertBackend
+from megablocks_utils.kernels.probing.probe_sample import (
+    Sample,
+    as_leaf,
+    draw_samples,
+    take_experts,
+)
+from megablocks_utils.kernels.shapes import name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
 
 __all__ = ["Deviation", "find_unprobed_reason", "probe_backend"]
@@ -64,7 +70,7 @@ def find_unprobed_reason(name: str, dtype: torch.dtype) -> str | None:
     if name == "eager":
         return "eager is what other kernels are compared with"
     if dtype not in _PRECISE:
-        return f"there is nothing more precise than {_name(dtype)} to compare with"
+        return f"there is nothing more precise than {name_dtype(dtype)} to compare with"
     return None
 
 
@@ -88,7 +94,7 @@ def probe_backend(
     says nothing of the backend.
 
     Args:
-        name: of the backend, as `--kernel` has it.
+        name: of the backend.
         run: the backend.
         experts: of this rank, in any dtype; `requires_grad` says which gradients are wanted.
         dtype: of compute, one that `find_unprobed_reason` does not refuse.
@@ -106,7 +112,7 @@ def probe_backend(
     found = [deviation for sample in samples for deviation in _compare(run, experts, sample)]
     worst = max(found, key=lambda deviation: deviation.ratio, default=Deviation("output", 0.0, 0.0))
     if worst.ratio > TOLERANCE:
-        raise ConfigurationError(_describe_failure(name, worst, dtype))
+        raise ConfigurationError(_describe_failure(name, worst, dtype), parameters=("kernel",))
     return worst
 
 
@@ -114,14 +120,14 @@ def _compare(run: ExpertBackend, experts: ExpertWeights, sample: Sample) -> list
     """Return how far off every tensor is of which `eager` is finite."""
     dtype = _PRECISE[sample.tokens.dtype]
     precise = experts.map_tensors(lambda tensor: as_leaf(tensor, dtype))
-    exact = _run(run_experts_eager, precise, sample.to(dtype))
+    exact = _run_eager(precise, sample.to(dtype))
     floor = _summation_error(experts)
     least = {name: floor if wanted.any() else 0.0 for name, wanted in exact.items()}
     for moved in _move_limit(precise, sample.tokens.dtype):
-        shifts = _measure_errors(_run(run_experts_eager, moved, sample.to(dtype)), exact)
+        shifts = _measure_errors(_run_eager(moved, sample.to(dtype)), exact)
         least = {name: max(error, shifts[name]) for name, error in least.items()}
     del precise
-    own = _measure_errors(_run(run_experts_eager, experts, sample), exact)
+    own = _measure_errors(_run_eager(experts, sample), exact)
     errors = _measure_errors(_run(run, experts, sample), exact)
     return [
         Deviation(name, errors[name], max(own[name] * _uncertainty(wanted), least[name]))
@@ -149,9 +155,18 @@ def _check_weights(name: str, experts: ExpertWeights) -> None:
         if not tensor.isfinite().all():
             raise CheckpointError(
                 f"{tensor_name} of the first experts holds values that are not finite in "
-                f"{_name(tensor.dtype)}, so --kernel {name} cannot be checked and nothing can be "
-                "trained: the model or checkpoint that it came from is damaged."
+                f"{name_dtype(tensor.dtype)}, so kernel {name} cannot be checked and nothing can "
+                "be trained: the model or checkpoint that it came from is damaged.",
+                parameters=("kernel",),
             )
+
+
+def _run_eager(experts: ExpertWeights, sample: Sample) -> dict[str, Tensor]:
+    """Return the output and every gradient that is wanted: `eager` makes all of them."""
+    found = _run(run_experts_eager, experts, sample)
+    made = {name: tensor for name, tensor in found.items() if tensor is not None}
+    assert made.keys() == found.keys(), found.keys() - made.keys()
+    return made
 
 
 def _run(run: ExpertBackend, experts: ExpertWeights, sample: Sample) -> dict[str, Tensor | None]:
@@ -167,11 +182,13 @@ def _run(run: ExpertBackend, experts: ExpertWeights, sample: Sample) -> dict[str
         # A scalar, since autograd imports sympy (seconds) to check the shape of anything else.
         objective = (output * sample.upstream).sum()
     grads = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
-    named = zip(leaves, grads, strict=True)
-    return {"output": output.detach()} | {f"gradient of {name}": grad for name, grad in named}
+    found: dict[str, Tensor | None] = {"output": output.detach()}
+    return found | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def _measure_errors(seen: dict[str, Tensor | None], exact: dict[str, Tensor]) -> dict[str, float]:
+def _measure_errors(
+    seen: Mapping[str, Tensor | None], exact: Mapping[str, Tensor]
+) -> dict[str, float]:
     return {name: _relative_error(seen[name], wanted) for name, wanted in exact.items()}
 
 
@@ -205,18 +222,14 @@ def _uncertainty(tensor: Tensor) -> float:
 
 
 def _describe_failure(name: str, worst: Deviation, dtype: torch.dtype) -> str:
-    works = " or ".join(f"--kernel {other}" for other in _FALLBACKS if other != name)
+    works = " or ".join(f"kernel {other}" for other in _FALLBACKS if other != name)
     seen = "not finite where that of eager is"
     if math.isfinite(worst.error):
         seen = (
             f"off by {worst.error:.1e}, more than {TOLERANCE:g} times the {worst.rounding:.1e} "
-            f"that rounding to {_name(dtype)} explains"
+            f"that rounding to {name_dtype(dtype)} explains"
         )
     return (
-        f"--kernel {name} fails its check on this model's weights: its {worst.tensor} is {seen}; "
+        f"kernel {name} fails its check on this model's weights: its {worst.tensor} is {seen}; "
         f"nothing was trained, use {works}."
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

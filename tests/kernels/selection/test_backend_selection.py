@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import silu
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder
-from megablocks_utils.kernels.selection import (
+from megablocks_utils.kernels.selection.backend_selection import (
     BackendSelection,
     ExpertShapes,
     select_and_load_backend,

@@ -10,10 +10,9 @@ from torch import nn
 
 from megablocks_utils.config import parse_args
 from megablocks_utils.errors import ConfigurationError, MissingKernelError, UserError
-from megablocks_utils.kernels import rank_agreement
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
-from megablocks_utils.kernels.rank_agreement import ExpertUse, select_for_all_ranks
-from megablocks_utils.kernels.selection import select_backend
+from megablocks_utils.kernels.selection.backend_selection import rank_agreement, select_backend
+from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
 from megablocks_utils.kernels.tuning.measurements import store_entry
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.shard_moe_utils import find_expert_modules, shard_moe

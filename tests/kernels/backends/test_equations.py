@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.eager import run_experts_eager
 from tests.support.layer_case import SCALING, LayerCase, prepare
 
 CASE = LayerCase(6, 5, 4, num_experts=3, rank=2, has_bias=True)

@@ -18,15 +18,15 @@ import pytest
 import torch
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels import megablocks
-from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.gate import SwiGlu
-from megablocks_utils.kernels.megablocks import (
+from megablocks_utils.kernels.backends import megablocks
+from megablocks_utils.kernels.backends.eager import run_experts_eager
+from megablocks_utils.kernels.backends.megablocks import (
     MEGABLOCKS_INSTALL,
     find_megablocks_unsupported_reason,
     is_megablocks_installed,
     run_experts_megablocks,
 )
+from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.routed_case import (

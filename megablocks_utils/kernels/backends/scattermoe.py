@@ -1,67 +1,29 @@
 """Run experts through the scattermoe package (Tan et al., arXiv 2403.08245), where it is installed.
 
-Written against https://github.com/shawntan/scattermoe at the commit in `SCATTERMOE_INSTALL`. Of the
+Written against https://github.com/shawntan/scattermoe at the commit in `install`. Of the
 package only `parallel_linear` is used: the gate is ours (its GLU takes up before gate), and so is
 the order of the rows (its sort goes through torch.compile and is not stable).
 """
 
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megablocks_utils.config import backends
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.kernels.backends.backend import Backend
+from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.permute import ExpertOrder, unpermute_and_combine
+from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
 
-SCATTERMOE_INSTALL = (
-    "pip install 'scattermoe @ git+https://github.com/shawntan/scattermoe"
-    "@47b5e1502e5a10e82c8e5945d761b877849871e7'"
-)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_ELEMENTS = 2**31 - 1
-_NO_ADAPTERS = (
-    "scattermoe does not support LoRA on experts; --kernel triton, this project's own "
-    "ScatterMoE-style kernels, has the adapters fused"
-)
-
-
-def is_scattermoe_installed() -> bool:
-    """Say whether the package can be imported, without importing it."""
-    return find_spec("scattermoe") is not None
-
-
-def find_scattermoe_unsupported_reason(
-    hidden_size: int,
-    intermediate_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    has_adapters: bool,
-) -> str | None:
-    """Say in a clause why scattermoe cannot run these experts, or return None; any size is fine.
-
-    Triton's interpreter runs it on a CPU too, in float32 only: it is silently wrong in bfloat16.
-    """
-    if has_adapters:
-        return _NO_ADAPTERS
-    name = str(dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        return f"scattermoe does not take {name}"
-    if device_type == "cuda":
-        is_old = torch.cuda.get_device_capability() < (8, 0)
-        return "scattermoe needs compute capability 8.0 or newer" if is_old else None
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return f"scattermoe needs a CUDA device, and the device is {device_type}"
-    if dtype != torch.float32:
-        return f"scattermoe in Triton's interpreter takes float32 only, not {name}"
-    return None
 
 
 def run_experts_scattermoe(
@@ -81,7 +43,7 @@ def run_experts_scattermoe(
     _check_can_run(num_rows, experts)
     routing, is_sorted = _describe_order(order, num_rows), order.order is None
     gate_up, down = experts.projections
-    hidden = _project(
+    gate_up_out = _project(
         tokens,
         gate_up,
         experts.gate_up_bias,
@@ -90,8 +52,8 @@ def run_experts_scattermoe(
         grouped_in=is_sorted,
         grouped_out=True,
     )
-    hidden = experts.apply_gate(hidden)
-    second = partial(_project, hidden, down, experts.down_bias, routing, grouped_in=True)
+    activations = experts.apply_gate(gate_up_out)
+    second = partial(_project, activations, down, experts.down_bias, routing, grouped_in=True)
     if top_k_weights is None:
         return second(grouped_out=is_sorted)
     if _is_trained(down, experts.down_bias):
@@ -102,14 +64,14 @@ def run_experts_scattermoe(
 
 def _check_can_run(num_rows: int, experts: ExpertWeights) -> None:
     """Refuse what the package would compute wrongly without a word."""
-    if experts.has_adapters:
-        raise ConfigurationError(f"--kernel is scattermoe, but {_NO_ADAPTERS}.")
+    SCATTERMOE.refuse_unsupported(experts)
     gate_up = experts.projections[0]
     most = max(num_rows * max(gate_up.shape[1:]), gate_up.numel())
     if most > _MAX_ELEMENTS:
         raise ConfigurationError(
-            f"--kernel is scattermoe, which counts in 32 bits, but a tensor of this layer has "
-            f"{most} elements, more than {_MAX_ELEMENTS}; --kernel triton counts in 64."
+            "kernel is scattermoe, which counts in 32 bits, but a tensor of this layer has "
+            f"{most} elements, more than {_MAX_ELEMENTS}; kernel triton counts in 64.",
+            parameters=("kernel",),
         )
 
 
@@ -126,7 +88,7 @@ def _load_parallel_linear() -> Callable[..., Tensor]:
             import_module("scattermoe")
         finally:
             del sys.modules["scattermoe.utils"]
-    import_module("scattermoe.kernels.ops").ALLOW_TF32 = False
+    vars(import_module("scattermoe.kernels.ops"))["ALLOW_TF32"] = False
     return import_module("scattermoe.parallel_experts").parallel_linear
 
 
@@ -181,14 +143,24 @@ class _FrozenLinear(torch.autograd.Function):
     """`parallel_linear` without a gradient of the weights, which its own backward always makes."""
 
     @staticmethod
-    def forward(ctx, rows, linear, weights, bias, routing, top_k, grouped_in, grouped_out):
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        linear: Callable[..., Tensor],
+        weights: Tensor,
+        bias: Tensor | None,
+        routing: tuple[Tensor, Tensor, Tensor],
+        top_k: int,
+        grouped_in: bool,
+        grouped_out: bool,
+    ) -> Tensor:
         ctx.save_for_backward(weights, *routing)
         ctx.linear, ctx.top_k, ctx.sides = linear, top_k, (grouped_in, grouped_out)
         sides = {"grouped_in": grouped_in, "grouped_out": grouped_out}
         return linear(rows, weights, top_k, *routing, expert_biases=bias, **sides)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, *routing = ctx.saved_tensors
         grouped_in, grouped_out = ctx.sides
         sides = {"grouped_in": grouped_out, "grouped_out": grouped_in}
@@ -196,3 +168,24 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.top_k > 1:
             grad = grad.unflatten(0, (-1, ctx.top_k)).sum(dim=1)
         return grad, *[None] * 7
+
+
+def _find_limit(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
+    """Say why Triton's interpreter cannot run it: it is silently wrong in bfloat16 there."""
+    if not device.is_interpreter or shapes.dtype == torch.float32:
+        return None
+    name = name_dtype(shapes.dtype)
+    return f"scattermoe in Triton's interpreter computes in float32 only, not in {name}"
+
+
+SCATTERMOE = Backend(
+    backends.SCATTERMOE,
+    lambda _tiles: run_experts_scattermoe,
+    packages=("scattermoe",),
+    install="pip install 'scattermoe @ git+https://github.com/shawntan/scattermoe"
+    "@47b5e1502e5a10e82c8e5945d761b877849871e7'",
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    on_cpu="interpreted",
+    oldest_capability=(8, 0),
+    find_limit=_find_limit,
+)

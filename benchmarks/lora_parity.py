@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from benchmarks.parity import BOUND, MEASURED, describe_case, grouped, open_workplace, say
 from megablocks_utils.files import write_json_atomically
 from tests.support.fsdp1_run import train_fsdp1
@@ -107,7 +107,7 @@ def main() -> None:
     with open_workplace(4) as (pools, folder):
         rows = measure_rows(pools, folder)
     runtime_s = round(time.monotonic() - started)
-    certificate = build_certificate("benchmarks.lora_parity", sys.argv[1:], runtime_s=runtime_s)
+    certificate = build_provenance("benchmarks.lora_parity", sys.argv[1:], runtime_s=runtime_s)
     write_json_atomically(RESULTS, certificate | {"rows": rows})
     sys.stdout.write(format_table(rows))
     violations = find_violations(rows)

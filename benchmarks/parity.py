@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.files import write_json_atomically
 from tests.support.parity import LAYOUTS, Layout, ParityCase, ParityFolder, run_case
 from tests.support.rank_pool import RankPool
@@ -157,7 +157,7 @@ def main() -> None:
     with open_workplace(1, 2, 4) as (pools, folder):
         parity = measure_parity(pools, folder)
         drifts = measure_drifts(pools, folder)
-    certificate = build_certificate(
+    certificate = build_provenance(
         "benchmarks.parity", sys.argv[1:], runtime_s=round(time.monotonic() - started)
     )
     RESULTS.parent.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "precision_cpu.json"
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
     """Run the study, write its JSON and print its table."""
     options = build_parser().parse_args(argv)
     result = run_study(options)
-    certificate = build_certificate("benchmarks.precision", argv)
+    certificate = build_provenance("benchmarks.precision", argv)
     RESULT.write_text(json.dumps({"certificate": certificate} | result, indent=1) + "\n")
     Console().print(f"held-out loss before: {result['held_out_loss_before']:.3f}", markup=False)
     Console().print(write_table(result), markup=False, soft_wrap=True)

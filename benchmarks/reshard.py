@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from benchmarks.parity import open_workplace, say
 from megablocks_utils.files import write_json_atomically
 from tests.support.parity import Layout, ParityFolder
@@ -116,7 +116,7 @@ def main() -> None:
     started = time.monotonic()
     with open_workplace(1, 2, 4) as (pools, models):
         rows = measure(pools, models)
-    certificate = build_certificate(
+    certificate = build_provenance(
         "benchmarks.reshard", sys.argv[1:], runtime_s=round(time.monotonic() - started)
     )
     write_json_atomically(RESULTS, certificate | {"rows": rows})

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
+from benchmarks.harness.timing import spread
+from benchmarks.harness.workload import Workload, save_data, save_model
 from benchmarks.parity import open_workplace, say
-from benchmarks.timing import spread
-from benchmarks.workload import Workload, save_data, save_model
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.training.checkpointer import Checkpointer
 from megablocks_utils.training.loop import fit
@@ -141,7 +141,7 @@ def main() -> None:
     with open_workplace(WORLD_SIZE) as (pools, models):
         rows = measure(pools, models.folder, workload, num_saves)
     if not smoke:
-        certificate = build_certificate("benchmarks.saving", sys.argv[1:], world_size=WORLD_SIZE)
+        certificate = build_provenance("benchmarks.saving", sys.argv[1:], world_size=WORLD_SIZE)
         write_json_atomically(RESULTS, certificate | {"rows": rows})
     sys.stdout.write(format_table(rows))
 

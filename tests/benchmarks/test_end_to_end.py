@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks.end_to_end import SIDES, check_losses, compare_losses, summarise, write_row
-from benchmarks.sides import Case
-from benchmarks.workload import Workload, save_data, save_model
+from benchmarks.end_to_end.__main__ import SIDES, check_losses, compare_losses, summarise, write_row
+from benchmarks.end_to_end.contenders import Case
+from benchmarks.harness.workload import Workload, save_data, save_model
 
 TINY = Workload(
     hidden_size=32,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.expert_lora import QUICK, measure_agreement
-from benchmarks.lora_layer import build_layer_sides
-from benchmarks.lora_sides import OURS, PEFT, RANK
-from benchmarks.meter import measure_peak_bytes, measure_saved_bytes
-from benchmarks.process_group import single_process
-from benchmarks.shape import Shape
-from benchmarks.timing import compare, take_turns
+from benchmarks.expert_lora.__main__ import QUICK, measure_agreement
+from benchmarks.expert_lora.adapters import OURS, PEFT, RANK
+from benchmarks.expert_lora.layer import build_layer_sides
+from benchmarks.harness.case import Shape
+from benchmarks.harness.memory import measure_peak_bytes, measure_saved_bytes
+from benchmarks.harness.processes import single_process
+from benchmarks.harness.timing import compare, take_turns
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.load import build_row, build_table
-from benchmarks.load_sides import OURS, SIDES
+from benchmarks.load.__main__ import build_row, build_table
+from benchmarks.load.contenders import OURS, SIDES
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.layer.cases import (
+from benchmarks.harness.contender import SkippedError
+from benchmarks.harness.device_timing import time_runs
+from benchmarks.harness.processes import single_process
+from benchmarks.moe_layer.cases import (
     FROZEN,
     FULL,
     GPT_OSS,
@@ -18,12 +21,9 @@ from benchmarks.layer.cases import (
     Case,
     order_cases,
 )
-from benchmarks.layer.check import WrongError, check_side, compute_expected
-from benchmarks.layer.device_timer import time_runs
-from benchmarks.layer.inputs import draw_inputs, draw_weights, route
-from benchmarks.layer.side import SkippedError
-from benchmarks.layer.sides import BASELINE, CPU_SIDES, OURS, OURS_GROUPED_MM, SIDES
-from benchmarks.layer_floor import (
+from benchmarks.moe_layer.check import WrongError, check_side, compute_expected
+from benchmarks.moe_layer.contenders import BASELINE, CPU_SIDES, OURS, OURS_GROUPED_MM, SIDES
+from benchmarks.moe_layer.floor import (
     H100,
     Machine,
     adapter_flops,
@@ -33,7 +33,7 @@ from benchmarks.layer_floor import (
     step_floor_s,
     step_flops,
 )
-from benchmarks.process_group import single_process
+from benchmarks.moe_layer.inputs import draw_inputs, draw_weights, route
 
 CPU = torch.device("cpu")
 TOKENS = 16384

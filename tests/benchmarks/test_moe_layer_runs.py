@@ -6,18 +6,18 @@ import sys
 import pytest
 import torch
 
-from benchmarks import moe_layer
-from benchmarks.layer import measure, processes
-from benchmarks.layer.aims import cpu_aims, gpu_aims
-from benchmarks.layer.cases import FULL, LORA16, MIXTRAL, QWEN3, TINY, Case
-from benchmarks.layer.check import WrongError
-from benchmarks.layer.measure import QUICK, measure_case
-from benchmarks.layer.processes import BEGUN, Selection, run_sides
-from benchmarks.layer.record import Record
-from benchmarks.layer.report import build_report, fill_in
-from benchmarks.layer.side import SkippedError
-from benchmarks.layer.sides import BASELINE, OURS, OURS_GROUPED_MM, SCATTERMOE
-from benchmarks.layer_floor import Machine
+from benchmarks.harness.contender import SkippedError
+from benchmarks.harness.record import Record
+from benchmarks.moe_layer import __main__ as moe_layer
+from benchmarks.moe_layer import measure, processes
+from benchmarks.moe_layer.aims import cpu_aims, gpu_aims
+from benchmarks.moe_layer.cases import FULL, LORA16, MIXTRAL, QWEN3, TINY, Case
+from benchmarks.moe_layer.check import WrongError
+from benchmarks.moe_layer.contenders import BASELINE, OURS, OURS_GROUPED_MM, SCATTERMOE
+from benchmarks.moe_layer.floor import Machine
+from benchmarks.moe_layer.measure import QUICK, measure_case
+from benchmarks.moe_layer.processes import BEGUN, Selection, run_sides
+from benchmarks.moe_layer.report import build_report, fill_in
 
 CPU = torch.device("cpu")
 GIB = 2**30

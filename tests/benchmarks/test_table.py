@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import train_accelerate_fsdp2
-from benchmarks import table
-from benchmarks.table_rows import bench as bench_module
-from benchmarks.table_rows import modes, runs
-from benchmarks.table_rows.bench import CPU_SIZES, as_words, build_bench, read_published_model
-from benchmarks.table_rows.launchers import Ending, ForkedRanks, Job, Torchrun
-from benchmarks.table_rows.options import parse_options
-from benchmarks.table_rows.outcome import explain, read_run
-from benchmarks.table_rows.rows import ROWS
-from benchmarks.table_rows.runs import find_unsupported_reason, take_rounds
-from benchmarks.table_rows.workplace import save_examples, save_random_model
+from benchmarks.harness.launchers import Ending, ForkedRanks, Job, Torchrun
+from benchmarks.table import __main__ as table
+from benchmarks.table import bench as bench_module
+from benchmarks.table import modes, runs
+from benchmarks.table.bench import CPU_SIZES, as_words, build_bench, read_published_model
+from benchmarks.table.options import parse_options
+from benchmarks.table.outcome import explain, read_run
+from benchmarks.table.rows import ROWS
+from benchmarks.table.runs import find_unsupported_reason, take_rounds
+from benchmarks.table.workplace import save_examples, save_random_model
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.model.model_shape import ModelShape
 from tests.benchmarks.table_programs import OOM as OOM_MESSAGE

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
-from benchmarks.table_rows import modes, one_gpu
-from benchmarks.table_rows.bench import CPU_SIZES, build_bench, read_published_model
-from benchmarks.table_rows.chart import build_figure
-from benchmarks.table_rows.markdown import write_markdown
-from benchmarks.table_rows.options import parse_options
-from benchmarks.table_rows.record import TableRecord
-from benchmarks.table_rows.rows import ROWS
-from benchmarks.table_rows.summary import compare_memory, compare_published, summarise_errors
+from benchmarks.table import __main__ as table
+from benchmarks.table import modes, one_gpu
+from benchmarks.table.bench import CPU_SIZES, build_bench, read_published_model
+from benchmarks.table.chart import build_figure
+from benchmarks.table.markdown import write_markdown
+from benchmarks.table.options import parse_options
+from benchmarks.table.record import TableRecord
+from benchmarks.table.rows import ROWS
+from benchmarks.table.summary import compare_memory, compare_published, summarise_errors
 from tests.support.rank_pool import start_forkserver
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -45,7 +45,7 @@ def record(tmp_path, monkeypatch):
     made_up |= {"components": {}, "moment": "backward", "is_oom": False}
     copies = made_up | {"peak_bytes": 93 * GB, "is_oom": True}
     monkeypatch.setattr(
-        "benchmarks.table_rows.record.predict_row",
+        "benchmarks.table.record.predict_row",
         lambda _, row: None if row.side == "transformers" else dict(_pick(row, made_up, copies)),
     )
     record = TableRecord(

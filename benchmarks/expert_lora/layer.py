@@ -1,0 +1,112 @@
+"""One layer of experts with adapters, both ways."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from benchmarks.expert_lora.adapters import (
+    ALPHA,
+    OURS,
+    PEFT,
+    RANK,
+    Side,
+    adapters_of,
+    build_lora_config,
+    file_key,
+    fill_b,
+    in_peft_form,
+)
+from benchmarks.harness.case import Shape
+from megablocks_utils.kernels.selection import ExpertShapes, select_and_load_backend
+from megablocks_utils.lora.expert_adapters import attach_expert_lora
+from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
+from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
+from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.shard_moe_utils import PROJECTIONS
+
+
+def build_layer_sides(
+    shape: Shape, num_tokens: int, backend: str, device: torch.device
+) -> dict[str, Side]:
+    """Build the experts of one layer both ways, with the same tokens and the same routing."""
+    generator = torch.Generator().manual_seed(0)
+    ours = _our_layer(shape, backend, device, generator)
+    peft = _peft_layer(shape, backend, ours)
+    hidden = torch.randn(num_tokens, shape.hidden_size, generator=generator)
+    scores = torch.randn(num_tokens, shape.num_experts, generator=generator)
+    weights, index = scores.softmax(-1).topk(shape.top_k)
+    upstream = torch.randn(hidden.shape, generator=generator).to(device)
+    index = index.to(device)
+
+    def build_side(module: nn.Module, experts: nn.Module) -> Side:
+        x, w = (t.detach().to(device, copy=True).requires_grad_() for t in (hidden, weights))
+        inputs = {"hidden_states": x, "top_k_weights": w}
+        return Side(module, inputs, lambda: experts(x, index, w), upstream)
+
+    return {
+        OURS: build_side(ours, ours.experts),
+        PEFT: build_side(peft, peft.base_model.model.experts),
+    }
+
+
+class _Block(nn.Module):
+    """The place of the experts in a model, by which PEFT finds them."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+
+def _our_layer(
+    shape: Shape, backend: str, device: torch.device, generator: torch.Generator
+) -> _Block:
+    sizes = compute_mesh_sizes(dist.get_world_size(), 1, shape.num_experts)
+    mesh = build_mesh(sizes, device.type)
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    rows_and_columns = (2 * intermediate, hidden), (hidden, intermediate)
+    weights = [
+        torch.randn(shape.num_experts, *size, generator=generator) / math.sqrt(size[1])
+        for size in rows_and_columns
+    ]
+    choice = select_and_load_backend(
+        backend, ExpertShapes(hidden, intermediate, torch.float32, device.type)
+    )
+    layer = DroplessExperts(
+        *(wrap_local_experts(weight.to(device), mesh) for weight in weights),
+        mesh=mesh,
+        backend=choice.run,
+        activation=nn.SiLU(),
+    )
+    block = _Block(layer).requires_grad_(False)
+    sharded = ShardedMoE(block, mesh, {"experts": layer}, "shard", choice)
+    settings = LoraSettings(RANK, ALPHA, expert_ranks=same_rank_everywhere(RANK))
+    attach_expert_lora(sharded, settings, dtype=torch.float32, seed=0)
+    fill_b(block)
+    return block
+
+
+def _peft_layer(shape: Shape, backend: str, ours: _Block) -> PeftModel:
+    config = MixtralConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_local_experts=shape.num_experts,
+    )
+    config._experts_implementation = backend  # as `from_config(experts_implementation=...)` does
+    with torch.device("meta"):
+        experts = MixtralExperts(config)
+    for name in PROJECTIONS:  # the same memory: nobody writes to it
+        weights = local_tensor(getattr(ours.experts, name).detach())
+        setattr(experts, name, nn.Parameter(weights))
+    peft = get_peft_model(_Block(experts), build_lora_config("experts"))
+    wanted = in_peft_form((n, p.detach()) for n, p in adapters_of(ours))
+    with torch.no_grad():
+        for name, parameter in adapters_of(peft):
+            parameter.copy_(wanted.pop(file_key(name)))
+    return peft

@@ -6,16 +6,26 @@ On a CPU the same functions use the clock and flush nothing: for trying out the 
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.moe_layer.floor import Machine
+from benchmarks.harness.timing import wait_for
 
 WARMUPS, REPEATS, LEAST_REPEATS = 10, 50, 10
 LEAST_FLUSH_BYTES = 64 * 2**20
 _PEAK_SIZE, _PEAK_BYTES = 8192, 2 * 2**30
 _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of dense matrix products and copies, as measured, not as advertised."""
+
+    flops_per_s: float
+    bytes_per_s: float
 
 
 def time_runs(
@@ -37,10 +47,10 @@ def time_runs(
     """
     for _ in range(warmups - 1):
         run()
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     run()
-    _wait(device)
+    wait_for(device)
     seconds = time.perf_counter() - start
     repeats = min(repeats, max(LEAST_REPEATS, int(most_s / max(seconds, 1e-9))))
     if device.type == "cuda":
@@ -49,7 +59,7 @@ def time_runs(
 
 
 def describe_timing(device: torch.device) -> str:
-    """Say in words how a time came about."""
+    """Say how a time is taken."""
     if device.type != "cuda":
         return "milliseconds by the host's clock; no cache is flushed"
     flush = _flush_bytes(device) // 2**20
@@ -61,25 +71,25 @@ def describe_timing(device: torch.device) -> str:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """Return the rates of a large matrix product and of a large copy, medians, timed as sides are.
+    """Return the rates of a large matrix product and of a large copy, medians, timed as contenders are.
 
     A copy reads and writes every byte, so it moves twice its size.
     """
     size = _PEAK_SIZE if device.type == "cuda" else 256
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product_ms = sorted(time_runs(lambda: one @ other, device))
+    product_ms = time_runs(lambda: one @ other, device)
     num_bytes = _PEAK_BYTES if device.type == "cuda" else 2**20
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_ms = sorted(time_runs(lambda: target.copy_(source), device))
+    copy_ms = time_runs(lambda: target.copy_(source), device)
     return Machine(
-        flops_per_s=2 * size**3 / (_middle(product_ms) / 1e3),
-        bytes_per_s=2 * source.numel() / (_middle(copy_ms) / 1e3),
+        flops_per_s=2 * size**3 / (median(product_ms) / 1e3),
+        bytes_per_s=2 * source.numel() / (median(copy_ms) / 1e3),
     )
 
 
 def read_clocks(device: torch.device) -> dict[str, str] | None:
-    """Return clocks, power and temperature as `nvidia-smi` says them; None without it."""
+    """Return clocks, power and temperature as `nvidia-smi` prints them; None without it."""
     if device.type != "cuda":
         return None
     command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
@@ -107,14 +117,18 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 def _time_by_events(run: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
     flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    pairs = [(_event(), _event()) for _ in range(repeats)]
     for start, end in pairs:
         flush.zero_()
         start.record()
         run()
         end.record()
-    _wait(device)
+    wait_for(device)
     return [start.elapsed_time(end) for start, end in pairs]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
 
 
 def _time_by_clock(run: Callable[[], object]) -> float:
@@ -125,12 +139,3 @@ def _time_by_clock(run: Callable[[], object]) -> float:
 
 def _flush_bytes(device: torch.device) -> int:
     return max(LEAST_FLUSH_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _middle(values: list[float]) -> float:
-    return values[len(values) // 2]

@@ -1,4 +1,4 @@
-"""Start the processes of a run, and say how they ended.
+"""Start the processes of a training script, and say how they ended.
 
 Two ways: torchrun, as a user would; and processes forked from one that has imported torch, which
 saves a CPU half a minute a run. Both run the same programs with the same options.
@@ -25,16 +25,12 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from benchmarks.table.bench import as_words
+from benchmarks.harness.outcome import Ending
+from benchmarks.harness.processes import as_words, rank_environment
+from benchmarks.harness.provenance import ROOT
 from megablocks_utils.processes.launch import run_entry_point
 
-__all__ = ["OURS", "STOCK", "Ending", "ForkedRanks", "Job", "Torchrun"]
-__all__ += ["release_memory_at_once"]
-
-ROOT = Path(__file__).resolve().parents[2]
-OURS = ("train_accelerate_fsdp2.py",)
-STOCK = ("-m", "benchmarks.table.stock")
-TIMED_OUT = -1
+FSDP2_SCRIPT = ("train_accelerate_fsdp2.py",)
 
 _PRELOADED = (
     "accelerate",
@@ -71,19 +67,6 @@ class Job:
     timeout_s: float
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended.
-
-    Attributes:
-        exit_code: of the process that failed first; 0 if none did, negative for a signal.
-        words: what that process wrote to standard error.
-    """
-
-    exit_code: int
-    words: str = ""
-
-
 class Torchrun:
     """Start runs with torchrun."""
 
@@ -101,16 +84,16 @@ class Torchrun:
             stderr=subprocess.PIPE,
             text=True,
         )
-        with _ended_at_the_end(process):
+        with _terminated(process):
             try:
-                _, own_words = process.communicate(timeout=job.timeout_s)
+                _, stderr = process.communicate(timeout=job.timeout_s)
             except subprocess.TimeoutExpired:
-                return _timed_out(job)
+                return Ending.after_timeout(job.timeout_s)
         if process.returncode == 0:
             return Ending(0)
-        cause = _ROOT_CAUSE.search(own_words)
+        cause = _ROOT_CAUSE.search(stderr)
         if cause is None:
-            return Ending(process.returncode, own_words)
+            return Ending(process.returncode, stderr)
         texts = dict(_read_torchrun_logs(job.folder))
         return _ending(int(cause[1]), int(cause[2]), texts)
 
@@ -119,11 +102,11 @@ class ForkedRanks:
     """Start runs as processes forked from one that has imported the libraries.
 
     Args:
-        is_weighed: `release_memory_at_once`, at the price of time.
+        frees_at_once: `free_memory_at_once`, for measuring memory; costs time.
     """
 
-    def __init__(self, *, is_weighed: bool = False) -> None:
-        self._is_weighed = is_weighed
+    def __init__(self, *, frees_at_once: bool = False) -> None:
+        self._frees_at_once = frees_at_once
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun has it
         forkserver.set_forkserver_preload(list(_PRELOADED))
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -132,7 +115,7 @@ class ForkedRanks:
         """Run a job to its end."""
         context = torch.multiprocessing.start_processes(
             _be_rank,
-            (job, _free_port(), self._is_weighed),
+            (job, _free_port(), self._frees_at_once),
             nprocs=job.ranks,
             join=False,
             start_method="forkserver",
@@ -141,7 +124,7 @@ class ForkedRanks:
         try:
             while not context.join(_POLL_S):
                 if time.monotonic() > deadline:
-                    return _timed_out(job)
+                    return Ending.after_timeout(job.timeout_s)
         except torch.multiprocessing.ProcessRaisedException as error:
             return Ending(1, str(error))
         except torch.multiprocessing.ProcessExitedException as error:
@@ -152,7 +135,7 @@ class ForkedRanks:
         return Ending(0)
 
 
-def release_memory_at_once() -> None:
+def free_memory_at_once() -> None:
     """Have glibc hand freed memory back, so that resident memory is what this process holds."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -160,16 +143,14 @@ def release_memory_at_once() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _SMALL)
 
 
-def _be_rank(rank: int, job: Job, port: int, is_weighed: bool) -> None:
-    """Be what torchrun would have started."""
-    if is_weighed:
-        release_memory_at_once()
+def _be_rank(rank: int, job: Job, port: int, frees_at_once: bool) -> None:
+    """Run the program as a rank that torchrun would have started."""
+    if frees_at_once:
+        free_memory_at_once()
     with _log(job.folder, rank).open("w") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
-    sizes = {"WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks, "RANK": rank}
-    sizes |= {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in sizes.items()})
+    os.environ.update(rank_environment(rank, job.ranks, port))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.path.insert(0, str(ROOT))
     program = importlib.import_module(job.program[-1].removesuffix(".py"))
@@ -177,13 +158,9 @@ def _be_rank(rank: int, job: Job, port: int, is_weighed: bool) -> None:
 
 
 def _ending(rank: int, exit_code: int, texts: Mapping[int, str]) -> Ending:
-    """Return the ending of the rank that failed first; of others, if it has said nothing."""
-    said = [texts.get(rank, ""), *texts.values()]
-    return Ending(exit_code, next((text for text in said if text.strip()), ""))
-
-
-def _timed_out(job: Job) -> Ending:
-    return Ending(TIMED_OUT, f"it did not end within {job.timeout_s:.0f} s")
+    """Return the ending of the rank that failed first, with the text of another if it has none."""
+    candidates = [texts.get(rank, ""), *texts.values()]
+    return Ending(exit_code, next((text for text in candidates if text.strip()), ""))
 
 
 def _read_torchrun_logs(folder: Path) -> Iterator[tuple[int, str]]:
@@ -192,7 +169,7 @@ def _read_torchrun_logs(folder: Path) -> Iterator[tuple[int, str]]:
 
 
 @contextlib.contextmanager
-def _ended_at_the_end(process: subprocess.Popen) -> Iterator[None]:
+def _terminated(process: subprocess.Popen) -> Iterator[None]:
     """End torchrun, which ends its processes, if it still runs."""
     try:
         yield

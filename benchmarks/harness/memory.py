@@ -1,7 +1,8 @@
-"""Two measures of a step's memory: what it saves for its backward pass, and its peak."""
+"""A step's memory: what it saves for its backward pass, and its peak; a process's peak."""
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ _CPU_PEAK = (
     "them (profile_memory), added up in order; the largest sum. Temporaries inside operators "
     "count, memory that libraries below torch take for themselves does not."
 )
+_RESET_PEAK = "5"  # proc(5)
 _CUDA_PEAK = "torch.cuda.max_memory_allocated in the step less memory_allocated before it."
 
 
 def describe_method(device: torch.device) -> dict[str, str]:
-    """Say in words what the two measures count on this device."""
+    """Say what the two measures count on this device."""
     return {
         "saved_bytes": "after the forward pass: the storages of all tensors that autograd has "
         "saved (torch.autograd.graph.saved_tensors_hooks), each distinct storage once and whole, "
@@ -39,11 +41,11 @@ def measure_saved_bytes(forward: Callable[[], Any], constants: Iterable[Tensor])
     def pack(tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
         sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would keep its own graph alive for ever
+        return tensor.detach()  # the tensor itself would keep its own graph alive forever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
-    # Only now: while the graph of `output` lives, no address is given away twice.
+    # Only now: while the graph of `output` lives, no address is used twice.
     total = sum(size for address, size in sizes.items() if address not in excluded)
     del output
     return total
@@ -55,6 +57,11 @@ def measure_peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
     The step must not release memory that was there before it.
     """
     return _cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
+
+
+def reset_peak_resident() -> None:
+    """Start this process's high-water mark of resident memory (VmHWM) again; Linux only."""
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
 
 
 def _cpu_peak(step: Callable[[], Any]) -> int:

@@ -1,9 +1,10 @@
-"""The birth certificate of a measurement: what made the numbers, on what, when."""
+"""Where a number comes from: the command that made it, on what, and when."""
 
 import datetime
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megablocks_utils.training.report.run_record import (
@@ -13,6 +14,8 @@ from megablocks_utils.training.report.run_record import (
     read_versions,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 _VARIABLES = ("OMP_", "MKL_", "MALLOC_")
 
 
@@ -27,3 +30,9 @@ def build_provenance(module: str, argv: Sequence[str], **settings: Any) -> dict[
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **settings,
     }
+
+
+def describe_provenance(content: Mapping[str, Any]) -> str:
+    """Name the command of a result, its date and commit, in a line for its table."""
+    commit = (content["commit"] or "unknown")[:7]
+    return f"`{content['command']}`, {content['date'][:10]}, commit {commit}"

@@ -1,21 +1,23 @@
-"""The file of the layer benchmark: a certificate and rows, complete after every measurement."""
+"""The JSON file of a benchmark: its provenance and rows, complete after every measurement."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.moe_layer.cases import Case
-from benchmarks.moe_layer.floor import Machine
-from benchmarks.moe_layer.measure import NOT_REACHED, SKIPPED
 from megablocks_utils.files import write_json_atomically
+
+Row = dict[str, Any]
 
 
 class Record:
-    """What is measured so far; one process writes at a time."""
+    """What is measured so far; one process writes at a time.
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        """Take what the file holds, or shall hold."""
+    Args:
+        path: of the file; None: nothing is written.
+        content: provenance, and whatever else the file holds beside `rows`.
+    """
+
+    def __init__(self, path: Path | None, content: dict[str, Any]) -> None:
         self.path, self.content = path, content
 
     @classmethod
@@ -24,42 +26,33 @@ class Record:
         return cls(path, json.loads(path.read_text(encoding="utf-8")))
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows, oldest first."""
-        return self.content["rows"]
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return self.content.setdefault("rows", [])
 
-    @property
-    def machine(self) -> Machine:
-        """Return the rates of the machine, as measured."""
-        return Machine(**self.content["machine"])
+    def find(self, **wanted: Any) -> Row | None:
+        """Return the row with these values; None if there is none."""
+        return next((row for row in self.rows if _matches(row, wanted)), None)
 
-    @machine.setter
-    def machine(self, machine: Machine) -> None:
-        self.content["machine"] = asdict(machine)
-        self.write()
+    def add(self, row: Row, *keys: str) -> None:
+        """Add a row and write the file.
 
-    def find(self, side: str, case: Case) -> dict[str, Any] | None:
-        """Return the row of a side and a case."""
-        wanted = (side, case.describe())
-        return next((row for row in self.rows if (row["side"], row["case"]) == wanted), None)
-
-    def is_settled(self, side: str, case: Case) -> bool:
-        """Say whether a case needs no measurement; what was skipped is tried again."""
-        row = self.find(side, case)
-        return row is not None and row["status"] not in (NOT_REACHED, SKIPPED)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Add a row, in the place of one of the same side and case, and write the file."""
-        same = (row["side"], row["case"])
-        others = [other for other in self.rows if (other["side"], other["case"]) != same]
-        self.content["rows"] = [*others, row]
-        self.write()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row and write the file."""
-        self.rows.append(row)
+        Args:
+            row: to be added.
+            keys: it replaces a row whose values of all these keys are the same.
+        """
+        same = self.find(**{key: row[key] for key in keys}) if keys else None
+        if same is None:
+            self.rows.append(row)
+        else:
+            self.rows[self.rows.index(same)] = row
         self.write()
 
     def write(self) -> None:
         """Write the file, complete or not at all."""
-        write_json_atomically(self.path, self.content)
+        if self.path is not None:
+            write_json_atomically(self.path, self.content)
+
+
+def _matches(row: Row, wanted: Row) -> bool:
+    return all(row[key] == value for key, value in wanted.items())

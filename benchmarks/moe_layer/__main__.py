@@ -1,12 +1,12 @@
-"""One MoE layer: our kernels against those of others, checked, timed and weighed.
+"""One MoE layer: our kernels against those of others, checked and measured.
 
     PYTHONPATH=. python -m benchmarks.moe_layer            (one GPU, at most 24 minutes)
     PYTHONPATH=. python -m benchmarks.moe_layer --cpu      (our grouped_mm, on any machine)
     PYTHONPATH=. python -m benchmarks.moe_layer --report   (tables, aims, chart; measures nothing)
 
-On a GPU every side has processes of its own, and every row is written as it comes: a run that is
-cut off loses nothing, and `--resume` goes on where it ended. What cannot run is a row that says
-why.
+On a GPU every contender has processes of its own, and every row is written as soon as it is
+measured: an interrupted run loses nothing, and `--resume` measures the rows that are missing. What
+cannot run is a row that says why.
 """
 
 import argparse
@@ -20,29 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from benchmarks.harness.case import has_words
 from benchmarks.harness.device_timing import describe_device, describe_timing
 from benchmarks.harness.processes import single_process
-from benchmarks.harness.provenance import build_provenance
+from benchmarks.harness.provenance import RESULTS, ROOT, build_provenance
 from benchmarks.harness.record import Record
-from benchmarks.moe_layer.cases import GPU_SHAPES, MODES, ROUTINGS, TINY, has_words, order_cases
+from benchmarks.harness.report import fill_in, show
+from benchmarks.moe_layer.cases import GPU_SHAPES, MODES, ROUTINGS, TINY, order_cases
 from benchmarks.moe_layer.check import describe_check
-from benchmarks.moe_layer.contenders import SIDES
+from benchmarks.moe_layer.contenders import CONTENDERS
 from benchmarks.moe_layer.cpu_run import CPU_PLAN, DESCRIPTION, QUICK_CPU_PLAN, measure_cpu_case
 from benchmarks.moe_layer.measure import QUICK, Effort, describe_memory
-from benchmarks.moe_layer.processes import Selection, run_sides, work
-from benchmarks.moe_layer.report import build_report, fill_in
+from benchmarks.moe_layer.processes import Selection, run_contenders, work
+from benchmarks.moe_layer.report import build_report
 
 MODULE = "benchmarks.moe_layer"
-RESULTS = Path(__file__).parents[1] / "results"
 GPU_RESULTS, CPU_RESULTS = RESULTS / "moe_layer_gpu.json", RESULTS / "moe_layer_cpu.json"
-CHART = Path(__file__).parents[2] / "docs" / "moe_layer.png"
+CHART = ROOT / "docs" / "moe_layer.png"
 _QUICK_TOKENS = 600
 
 
 def main(argv: list[str]) -> None:
-    """Report, or measure on a CPU, or measure all sides on a GPU, or be one of its processes."""
+    """Report, or measure on a CPU, or measure on a GPU, or be one of its processes."""
     options = _parse(argv)
     # The profiler that counts memory would otherwise write to standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -58,14 +58,15 @@ def main(argv: list[str]) -> None:
             path = path.resolve()  # the processes run in another folder
             measure = _measure_cpu if options.cpu else _measure_gpu
             measure(argv, options, path)
-            _show(path, options)
+            files = (None, path) if options.cpu else (path, None)
+            show(build_report(*files)["cpu" if options.cpu else "gpu"])
 
 
 def _measure_gpu(argv: list[str], options: argparse.Namespace, path: Path) -> None:
     end = time.time() + 60 * options.minutes
-    record = _open_record(argv, options, path)
+    _start_record(argv, options, path)
     command = [sys.executable, "-m", MODULE, *argv, "--output", str(path)]
-    run_sides(record, _select(options), command, end)
+    run_contenders(path, _select(options), command, end)
 
 
 def _work(options: argparse.Namespace) -> None:
@@ -82,31 +83,29 @@ def _work(options: argparse.Namespace) -> None:
 def _measure_cpu(argv: list[str], options: argparse.Namespace, path: Path) -> None:
     plan = QUICK_CPU_PLAN if options.quick else CPU_PLAN
     settings = {"threads": torch.get_num_threads(), "plan": asdict(plan), "method": DESCRIPTION}
-    record = Record(path, build_provenance(MODULE, argv, **settings) | {"rows": []})
+    record = Record(path, build_provenance(MODULE, argv, **settings))
     with single_process(torch.device("cpu")):
         for case in plan.cases():
             if has_words(f"{case.label()}, {case.dtype}", options.only):
-                record.append(measure_cpu_case(case, plan))
+                record.add(measure_cpu_case(case, plan))
 
 
-def _open_record(argv: list[str], options: argparse.Namespace, path: Path) -> Record:
-    """Begin a record, or go on with one of the same commit and the same kind of device.
+def _start_record(argv: list[str], options: argparse.Namespace, path: Path) -> None:
+    """Start the file, or check that the one to resume is of this commit and kind of device.
 
-    A different one would put numbers of two programs or two machines into one table.
+    Another one would put numbers of two programs or two machines into one table.
     """
     device = torch.device(options.device)
     new = build_provenance(
         MODULE, argv, device=describe_device(device), method=_describe_method(device)
     )
     if not (options.resume and path.exists()):
-        record = Record(path, new | {"rows": []})
-        record.write()
-        return record
-    record = Record.read(path)
+        Record(path, new | {"rows": []}).write()
+        return
+    found = Record.read(path).content
     for key in ("commit", "device"):
-        if record.content[key] != new[key]:
-            options.refuse(f"--resume: {path} has {key} {record.content[key]}, here is {new[key]}")
-    return record
+        if found[key] != new[key]:
+            options.refuse(f"--resume: {path} has {key} {found[key]}, here it is {new[key]}")
 
 
 def _describe_method(device: torch.device) -> dict[str, str]:
@@ -135,20 +134,10 @@ def _chosen(names: list[str] | None, known: tuple[Any, ...]) -> tuple[Any, ...]:
 def _report(options: argparse.Namespace) -> None:
     parts = build_report(GPU_RESULTS, CPU_RESULTS, CHART)
     for part in parts.values():
-        _print(part)
+        show(part)
     if options.docs:
         text = options.docs.read_text(encoding="utf-8")
-        options.docs.write_text(fill_in(text, parts), encoding="utf-8")
-
-
-def _show(path: Path, options: argparse.Namespace) -> None:
-    nowhere = Path(os.devnull) / "none"
-    files = (nowhere, path) if options.cpu else (path, nowhere)
-    _print(build_report(*files, None)["cpu" if options.cpu else "gpu"])
-
-
-def _print(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        options.docs.write_text(fill_in(text, parts, "moe_layer"), encoding="utf-8")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -166,8 +155,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--shapes", nargs="+", choices=[s.name for s in GPU_SHAPES], help="default: all")
     add("--modes", nargs="+", choices=[m.name for m in MODES], help="default: all")
     add("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="default: all")
-    add("--backends", nargs="+", choices=list(SIDES), default=list(SIDES), help="default: all")
-    add("--only", default="", help="cases whose side and label hold all these words")
+    add(
+        "--backends",
+        nargs="+",
+        choices=list(CONTENDERS),
+        default=list(CONTENDERS),
+        help="default: all",
+    )
+    add("--only", default="", help="cases whose contender and label hold all these words")
     add("--worker", help=argparse.SUPPRESS)
     add("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""What the layer benchmark measures: shapes, modes of training, kinds of routing."""
+"""Cases of the layer benchmark: shapes, modes of training, kinds of routing."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from benchmarks.harness.case import Shape
+from benchmarks.harness.case import LayerShape
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Mode:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement of every side."""
+    """One measurement of every contender."""
 
-    shape: Shape
+    shape: LayerShape
     mode: Mode
     routing: str
     num_tokens: int
@@ -43,28 +43,28 @@ class Case:
         }
 
 
-MIXTRAL = Shape("Mixtral-8x7B", 4096, 14336, num_experts=8, top_k=2)
-QWEN3 = Shape("Qwen3-30B-A3B", 2048, 768, num_experts=128, top_k=8)
-GPT_OSS = Shape("GPT-OSS-20B-like", 2880, 2880, num_experts=32, top_k=4)
-SMALL = Shape("small", 1024, 512, num_experts=16, top_k=2)
-TINY = Shape("tiny", 64, 96, num_experts=4, top_k=2)
+MIXTRAL = LayerShape("Mixtral-8x7B", 4096, 14336, num_experts=8, top_k=2)
+QWEN3 = LayerShape("Qwen3-30B-A3B", 2048, 768, num_experts=128, top_k=8)
+GPT_OSS = LayerShape("GPT-OSS-20B-like", 2880, 2880, num_experts=32, top_k=4)
+SMALL = LayerShape("small", 1024, 512, num_experts=16, top_k=2)
+TINY = LayerShape("tiny", 64, 96, num_experts=4, top_k=2)
 GPU_SHAPES = (MIXTRAL, QWEN3, GPT_OSS, SMALL)
 CPU_SHAPES = (
-    Shape("Mixtral-like", 512, 1792, num_experts=8, top_k=2),
-    Shape("Qwen3-like", 512, 192, num_experts=64, top_k=8),
+    LayerShape("Mixtral-like", 512, 1792, num_experts=8, top_k=2),
+    LayerShape("Qwen3-like", 512, 192, num_experts=64, top_k=8),
 )
 
 FULL = Mode("full", trains_weights=True)
 FROZEN = Mode("frozen")
 LORA16 = Mode("lora16", rank=16)
 LORA64 = Mode("lora64", rank=64)
-# In the order of importance: what the aims are about comes first, should the time run out.
+# By importance: what the aims are about is measured first, in case the time runs out.
 MODES = (LORA16, FULL, FROZEN, LORA64)
 ROUTINGS = ("uniform", "zipf", "all-to-one")
 
 
 def order_cases(
-    shapes: tuple[Shape, ...],
+    shapes: tuple[LayerShape, ...],
     modes: tuple[Mode, ...],
     routings: tuple[str, ...],
     num_tokens: int,
@@ -73,8 +73,3 @@ def order_cases(
     """Yield every combination, even routing first, then by mode, then by shape."""
     for routing, mode, shape in product(routings, modes, shapes):
         yield Case(shape, mode, routing, num_tokens, dtype)
-
-
-def has_words(label: str, words: str) -> bool:
-    """Say whether a label holds every word of a selection (case does not matter)."""
-    return all(word in label.lower() for word in words.lower().split())

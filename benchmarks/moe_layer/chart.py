@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.harness.outcome import MEASURED
 from benchmarks.moe_layer.cases import MODES
 from benchmarks.moe_layer.contenders import OURS, TITLES
-from benchmarks.moe_layer.measure import MEASURED
 
 _OURS_COLOR = "black"
 _WIDTH = 0.8
@@ -37,16 +37,16 @@ def draw_chart(content: dict[str, Any], path: Path) -> None:
 
 def _draw_panel(panel: Axes, shape: str, rows: list[dict[str, Any]]) -> None:
     modes = [mode.name for mode in MODES if any(r["case"]["mode"] == mode.name for r in rows)]
-    sides = [side for side in TITLES if any(row["side"] == side for row in rows)]
-    width = _WIDTH / len(sides)
-    for place, side in enumerate(sides):
+    names = [name for name in TITLES if any(row["side"] == name for row in rows)]
+    width = _WIDTH / len(names)
+    for place, name in enumerate(names):
         rates = {
             row["case"]["mode"]: row["derived"]["forward_backward"]["tflops"]
             for row in rows
-            if row["side"] == side
+            if row["side"] == name
         }
         left = [modes.index(mode) - _WIDTH / 2 + (place + 0.5) * width for mode in rates]
-        color = _OURS_COLOR if side == OURS else f"C{list(TITLES).index(side)}"
-        panel.bar(left, list(rates.values()), width, label=TITLES[side], color=color)
+        color = _OURS_COLOR if name == OURS else f"C{list(TITLES).index(name)}"
+        panel.bar(left, list(rates.values()), width, label=TITLES[name], color=color)
     panel.set_xticks(range(len(modes)), modes)
     panel.set_title(f"{shape}, {rows[0]['case']['tokens']} tokens", fontsize=10)

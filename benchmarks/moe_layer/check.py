@@ -1,8 +1,8 @@
-"""Is a side right? Its output and every gradient, at the size that is timed, against a plain loop.
+"""Check a contender: its output and every gradient, at the timed size, against a plain loop.
 
 The loop would not fit a large layer in high precision, and need not: a token's output does not
-depend on other tokens. So a side runs all T tokens, with a gradient that is zero but for a sample
-of tokens spread evenly over them. Then its output and gradients of the sample, and all gradients of
+depend on other tokens. So a contender runs all T tokens, with a gradient that is zero except for a
+sample of tokens spread evenly over them. Then its output and gradients of the sample, and all gradients of
 weights, are those of the loop over the sample alone, and those of other tokens are zero. A dropped
 tile, a race or an overflow at the real size is seen, which a check at a smaller size would miss.
 """
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from benchmarks.harness.contender import LayerSide
+from benchmarks.harness.contender import Contender
 from benchmarks.moe_layer.cases import Case
 from benchmarks.moe_layer.inputs import PROJECTIONS, LayerInputs, LayerWeights
 from benchmarks.moe_layer.ours import trained_leaves
 
 ALLOWED = 2.0
-"""How much further from the truth than the plain loop in the same dtype a side may be."""
+"""How many times the error of the plain loop in the same dtype a contender may have."""
 SAMPLE = 512
 
 
 class WrongError(Exception):
-    """Report a side whose results are not those of the layer."""
+    """Report a contender whose results are not those of the layer."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Expected:
     """What a case must give for a sample of its tokens.
 
     Attributes:
-        sample: places of the tokens.
+        sample: indices of the tokens.
         results: by name, in high precision.
         bounds: by name, the largest relative error that is allowed.
     """
@@ -43,12 +43,12 @@ class Expected:
 
 
 def describe_check() -> str:
-    """Say in words how sides are checked."""
+    """Say how contenders are checked."""
     return (
-        "before a side is measured, its output and all gradients, at the timed size, are compared "
+        "before a contender is measured, its output and all gradients, at the timed size, are compared "
         f"with a plain loop over {SAMPLE} of the tokens in fp32 without TF32 (fp64 for fp32 "
-        f"sides), by relative norms; each may be {ALLOWED:g} times as far off as the same loop in "
-        "the dtype of the side."
+        f"contenders), by relative norms; each may be {ALLOWED:g} times as far off as the same "
+        "loop in the dtype of the contender."
     )
 
 
@@ -63,28 +63,29 @@ def compute_expected(case: Case, weights: LayerWeights, inputs: LayerInputs) -> 
 
 
 def pick_sample(num_tokens: int, device: torch.device) -> Tensor:
-    """Return the places of at most `SAMPLE` tokens, evenly spread, the first and the last too."""
+    """Return the indices of at most `SAMPLE` tokens, evenly spread, the first and the last too."""
     count = min(SAMPLE, num_tokens)
     places = torch.linspace(0, num_tokens - 1, count, dtype=torch.float64, device=device)
     return places.round().long()
 
 
-def check_side(side: LayerSide, inputs: LayerInputs, expected: Expected) -> dict[str, float]:
-    """Run a side and return how much of its bound each result uses (1 is all of it), by name.
+def check_contender(contender: Contender, expected: Expected) -> dict[str, float]:
+    """Run a contender and return what share of its bound each result uses, by name.
 
     Raises:
         WrongError: a result is missing, or past its bound.
     """
-    upstream = torch.zeros_like(inputs.upstream)
-    upstream[expected.sample] = inputs.upstream[expected.sample]
-    found = side.results(replace(inputs, upstream=upstream))
+    assert contender.upstream is not None
+    upstream = torch.zeros_like(contender.upstream)
+    upstream[expected.sample] = contender.upstream[expected.sample]
+    found = replace(contender, upstream=upstream).results()
     if found.keys() != expected.results.keys():
         raise WrongError(f"it has other results: {sorted(found.keys() ^ expected.results.keys())}")
     used = {}
     for name, tensor in found.items():
-        if name in inputs.leaves():
+        if name in contender.inputs:
             _refuse_other_tokens(name, tensor, expected.sample)
-        if name == "output" or name in inputs.leaves():
+        if name == "output" or name in contender.inputs:
             tensor = tensor[expected.sample]
         error, bound = _relative_error(tensor, expected.results[name]), expected.bounds[name]
         used[name] = error / bound if bound else error

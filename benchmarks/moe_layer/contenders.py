@@ -1,45 +1,43 @@
-"""All sides of the layer benchmark by name, in the order they are measured."""
+"""All contenders of the layer benchmark by name, in the order they are measured."""
 
 import importlib
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
-from benchmarks.harness.contender import LayerSide
+from benchmarks.harness.contender import Contender
 from benchmarks.moe_layer.cases import Case
-from benchmarks.moe_layer.inputs import LayerWeights
-from benchmarks.moe_layer.ours import build_backend_side, build_layer_side
+from benchmarks.moe_layer.inputs import LayerInputs, LayerWeights
+from benchmarks.moe_layer.ours import build_backend_contender, build_layer_contender
 
-Builder = Callable[[Case, LayerWeights, torch.device], LayerSide]
+Builder = Callable[[Case, LayerWeights, LayerInputs], Contender]
 
 
-def _foreign(name: str, *settings: str) -> Builder:
-    """Return a builder of `foreign_sides`, whose libraries are imported when it is called."""
+def _other(name: str, *settings: str) -> Builder:
+    """Return a builder of `others`, whose libraries are imported when it is called."""
 
-    def build(case: Case, weights: LayerWeights, device: torch.device) -> LayerSide:
+    def build(case: Case, weights: LayerWeights, inputs: LayerInputs) -> Contender:
         module = importlib.import_module("benchmarks.moe_layer.others")
-        return getattr(module, name)(*settings, case, weights, device)
+        return getattr(module, name)(*settings, case, weights, inputs)
 
     return build
 
 
 OURS, OURS_GROUPED_MM, BASELINE, SCATTERMOE = "triton", "grouped_mm", "transformers", "scattermoe"
 PEFT = "peft"
-SIDES: dict[str, Builder] = {
-    OURS: partial(build_backend_side, "triton"),
-    BASELINE: _foreign("build_transformers_side", "grouped_mm"),
-    OURS_GROUPED_MM: partial(build_backend_side, "grouped_mm"),
-    SCATTERMOE: partial(build_backend_side, "scattermoe"),
-    "megablocks": partial(build_backend_side, "megablocks"),
-    PEFT: _foreign("build_peft_side"),
-    "axolotl": _foreign("build_axolotl_side"),
-    "transformers_eager": _foreign("build_transformers_side", "eager"),
+CONTENDERS: dict[str, Builder] = {
+    OURS: partial(build_backend_contender, "triton"),
+    BASELINE: _other("build_transformers", "grouped_mm"),
+    OURS_GROUPED_MM: partial(build_backend_contender, "grouped_mm"),
+    SCATTERMOE: partial(build_backend_contender, "scattermoe"),
+    "megablocks": partial(build_backend_contender, "megablocks"),
+    PEFT: _other("build_peft"),
+    "axolotl": _other("build_axolotl"),
+    "transformers_eager": _other("build_transformers", "eager"),
 }
-CPU_SIDES: dict[str, Builder] = {
-    OURS_GROUPED_MM: partial(build_layer_side, "grouped_mm"),
-    BASELINE: SIDES[BASELINE],
-    PEFT: _foreign("build_peft_side"),
+CPU_CONTENDERS: dict[str, Builder] = {
+    OURS_GROUPED_MM: partial(build_layer_contender, "grouped_mm"),
+    BASELINE: CONTENDERS[BASELINE],
+    PEFT: CONTENDERS[PEFT],
 }
 TITLES = {
     OURS: "ours, triton",

@@ -12,16 +12,9 @@ Letters: T tokens, K experts a token, N = T * K rows, E experts, H hidden, F int
 
 from dataclasses import dataclass
 
-from benchmarks.moe_layer.cases import Mode, Shape
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a machine reaches: dense matrix products and copies, as measured, not as sold."""
-
-    flops_per_s: float
-    bytes_per_s: float
-
+from benchmarks.harness.case import LayerShape
+from benchmarks.harness.device_timing import Machine
+from benchmarks.moe_layer.cases import Mode
 
 H100 = Machine(flops_per_s=798e12, bytes_per_s=3.0e12)
 """bf16 on one H100 SXM: the machine that the aims of the project are stated for."""
@@ -39,12 +32,12 @@ class Work:
         return max(self.flops / machine.flops_per_s, self.elements * itemsize / machine.bytes_per_s)
 
 
-def forward_flops(shape: Shape, num_tokens: int) -> float:
+def forward_flops(shape: LayerShape, num_tokens: int) -> float:
     """Return 6 N H F: two products of 2 N H F for gate and up, one for down."""
     return 6.0 * num_tokens * shape.top_k * shape.hidden_size * shape.intermediate_size
 
 
-def step_flops(shape: Shape, num_tokens: int, mode: Mode) -> float:
+def step_flops(shape: LayerShape, num_tokens: int, mode: Mode) -> float:
     """Return the useful work of forward and backward: 12 N H F, 18 with gradients of the weights.
 
     What is computed again is not useful work, and neither is a gradient that nobody asked for.
@@ -52,7 +45,7 @@ def step_flops(shape: Shape, num_tokens: int, mode: Mode) -> float:
     return forward_flops(shape, num_tokens) * (3 if mode.trains_weights else 2)
 
 
-def adapter_flops(shape: Shape, num_tokens: int, mode: Mode) -> float:
+def adapter_flops(shape: LayerShape, num_tokens: int, mode: Mode) -> float:
     """Return what adapters add to a step: forward, gradients of inputs, gradients of factors.
 
     Gate and up share one A, as they do in adapters of the concatenated weight.
@@ -62,13 +55,15 @@ def adapter_flops(shape: Shape, num_tokens: int, mode: Mode) -> float:
     return 3 * forward
 
 
-def forward_floor_s(shape: Shape, num_tokens: int, machine: Machine, itemsize: int = 2) -> float:
+def forward_floor_s(
+    shape: LayerShape, num_tokens: int, machine: Machine, itemsize: int = 2
+) -> float:
     """Return the least time of the forward pass; adapters are not counted."""
     return _forward(_Sizes(shape, num_tokens)).seconds(machine, itemsize)
 
 
 def step_floor_s(
-    shape: Shape, num_tokens: int, mode: Mode, machine: Machine, itemsize: int = 2
+    shape: LayerShape, num_tokens: int, mode: Mode, machine: Machine, itemsize: int = 2
 ) -> float:
     """Return the least time of forward and backward in a mode."""
     sizes = _Sizes(shape, num_tokens)
@@ -82,7 +77,7 @@ def step_floor_s(
     return sum(stage.seconds(machine, itemsize) for stage in stages)
 
 
-def least_saved_bytes(shape: Shape, num_tokens: int, itemsize: int = 2) -> int:
+def least_saved_bytes(shape: LayerShape, num_tokens: int, itemsize: int = 2) -> int:
     """Return T H + 2 N F elements: the layer's tokens, and gate and up before the activation."""
     sizes = _Sizes(shape, num_tokens)
     return itemsize * (sizes.tokens + sizes.wide)
@@ -91,7 +86,7 @@ def least_saved_bytes(shape: Shape, num_tokens: int, itemsize: int = 2) -> int:
 class _Sizes:
     """Elements of what the stages move, and the work of one of them."""
 
-    def __init__(self, shape: Shape, num_tokens: int) -> None:
+    def __init__(self, shape: LayerShape, num_tokens: int) -> None:
         rows = num_tokens * shape.top_k
         self.tokens = num_tokens * shape.hidden_size
         self.results = rows * shape.hidden_size

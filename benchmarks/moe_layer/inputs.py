@@ -1,4 +1,4 @@
-"""Weights, adapters, tokens and routing of a case, the same for every side and every process."""
+"""Weights, adapters, tokens and routing of a case, the same for every contender and process."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _WEIGHTS_SEED, _INPUTS_SEED = 0, 1
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The experts of a layer; plain tensors without gradients, which no side may write to.
+    """The experts of a layer; plain tensors without gradients, which nobody may write to.
 
     Attributes:
         gate_up_proj: (E, 2 * F, H), gate rows first.
@@ -52,6 +52,11 @@ class LayerInputs:
     top_k_weights: Tensor
     upstream: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer runs."""
+        return self.tokens.device
+
     def leaves(self) -> dict[str, Tensor]:
         """Return what has a gradient."""
         return {"tokens": self.tokens, "top_k_weights": self.top_k_weights}
@@ -69,20 +74,21 @@ def draw_weights(case: Case, device: torch.device) -> LayerWeights:
         "gate_up_proj": (2 * shape.intermediate_size, shape.hidden_size),
         "down_proj": (shape.hidden_size, shape.intermediate_size),
     }
-    weights, adapters = {}, {}
+    weights: dict[str, Tensor] = {}
+    adapters: dict[str, Tensor] = {}
     for name, (num_out, num_in) in sizes.items():
         std = 1 / math.sqrt(num_in)
         weights[name] = draw(shape.num_experts, num_out, num_in, std=std)
         if rank:
             adapters[f"{name}.lora_A"] = draw(shape.num_experts, rank, num_in, std=std)
             adapters[f"{name}.lora_B"] = draw(shape.num_experts, num_out, rank, std=_B_STD)
-    return LayerWeights(**weights, adapters=adapters)
+    return LayerWeights(weights["gate_up_proj"], weights["down_proj"], adapters)
 
 
 def draw_inputs(case: Case, device: torch.device) -> LayerInputs:
     """Draw tokens, a routing of the case's kind, routing weights that sum to 1 and a gradient.
 
-    Routing weights have the dtype of the tokens, as Qwen3's router hands them out (Mixtral's are
+    Routing weights have the dtype of the tokens, as Qwen3's router returns them (Mixtral's are
     fp32, which makes transformers' own experts larger and slower).
     """
     generator = torch.Generator(device).manual_seed(_INPUTS_SEED)
@@ -106,13 +112,13 @@ def route(case: Case, generator: torch.Generator) -> Tensor:
 
     `uniform`: K different ones, all equally likely; `zipf`: K different ones, the n-th expert drawn
     with a weight of 1 / n; `all-to-one`: expert 0 for every slot, the worst case for a kernel that
-    deals experts to processors (no router does it, but its first slot may).
+    assigns experts to processors (no router does it, but its first slot may).
     """
     shape = case.shape
     if case.routing == "all-to-one":
         size = (case.num_tokens, shape.top_k)
         return torch.zeros(size, dtype=torch.int64, device=generator.device)
-    # The largest of Gumbel noise plus log weights are a draw by weight without putting back.
+    # The largest of Gumbel noise plus log weights are a draw by weight without replacement.
     uniform = torch.rand(
         case.num_tokens, shape.num_experts, generator=generator, device=generator.device
     )

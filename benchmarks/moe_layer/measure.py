@@ -1,4 +1,4 @@
-"""Check and measure one side of one case, and say what came of it; a failure is a result."""
+"""Check and measure one contender of one case; a failure is a result that says why."""
 
 import gc
 from collections.abc import Callable
@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.contender import LayerSide, SkippedError
+from benchmarks.harness.contender import Contender, SkippedError
 from benchmarks.harness.device_timing import LEAST_REPEATS, REPEATS, WARMUPS, read_clocks, time_runs
 from benchmarks.harness.memory import describe_method, measure_peak_bytes, measure_saved_bytes
+from benchmarks.harness.outcome import MEASURED
 from benchmarks.harness.timing import spread
 from benchmarks.moe_layer.cases import Case
-from benchmarks.moe_layer.check import WrongError, check_side, compute_expected
-from benchmarks.moe_layer.contenders import SIDES
+from benchmarks.moe_layer.check import WrongError, check_contender, compute_expected
+from benchmarks.moe_layer.contenders import CONTENDERS
 from benchmarks.moe_layer.floor import (
     H100,
     Machine,
@@ -24,10 +25,9 @@ from benchmarks.moe_layer.floor import (
     step_floor_s,
     step_flops,
 )
-from benchmarks.moe_layer.inputs import LayerInputs, draw_inputs, draw_weights
+from benchmarks.moe_layer.inputs import draw_inputs, draw_weights
 
-MEASURED, SKIPPED, WRONG, NO_MEMORY = "measured", "skipped", "wrong", "out of memory"
-FAILED, NOT_REACHED = "failed", "not reached"
+SKIPPED, WRONG, NO_MEMORY, NOT_REACHED = "skipped", "wrong", "out of memory", "not reached"
 PHASES = ("forward", "forward_backward")
 
 
@@ -45,7 +45,7 @@ QUICK = Effort(warmups=1, repeats=LEAST_REPEATS)
 def measure_case(
     name: str, case: Case, machine: Machine, device: torch.device, effort: Effort
 ) -> dict[str, Any]:
-    """Return the row of a side: a measurement, or why there is none."""
+    """Return the row of a contender: a measurement, or why there is none."""
     row = {"side": name, "case": case.describe()}
     try:
         return row | {"status": MEASURED} | _measure(name, case, machine, device, effort)
@@ -93,7 +93,7 @@ def derive(case: Case, times_ms: dict[str, dict[str, float]], machine: Machine) 
 
 
 def describe_memory(device: torch.device) -> dict[str, str]:
-    """Say in words what the two measures of memory count."""
+    """Say what the two measures of memory count."""
     return describe_method(device) | {
         "saved_bytes": "the storages of all tensors that autograd saved in a forward pass "
         "(torch.autograd.graph.saved_tensors_hooks), each distinct storage once and whole, without "
@@ -105,17 +105,17 @@ def _measure(
     name: str, case: Case, machine: Machine, device: torch.device, effort: Effort
 ) -> dict[str, Any]:
     weights, inputs = draw_weights(case, device), draw_inputs(case, device)
-    side = SIDES[name](case, weights, device)
-    used = check_side(side, inputs, compute_expected(case, weights, inputs))
-    memory = measure_memory(side, inputs, device)
+    contender = CONTENDERS[name](case, weights, inputs)
+    used = check_contender(contender, compute_expected(case, weights, inputs))
+    memory = measure_memory(contender, device)
     clocks = read_clocks(device)
     runs: dict[str, Callable[[], object]] = {
-        "forward": lambda: side.forward(inputs),
-        "forward_backward": lambda: side.step(inputs),
+        "forward": contender.forward,
+        "forward_backward": contender.step,
     }
     times = {phase: spread(time_runs(run, device, **asdict(effort))) for phase, run in runs.items()}
     return {
-        "note": side.note,
+        "note": contender.note,
         "ms": times,
         "derived": derive(case, times, machine),
         **memory,
@@ -127,14 +127,14 @@ def _measure(
     }
 
 
-def measure_memory(side: LayerSide, inputs: LayerInputs, device: torch.device) -> dict[str, int]:
+def measure_memory(contender: Contender, device: torch.device) -> dict[str, int]:
     """Return the bytes a forward pass saves and the most a step holds at once.
 
-    Tokens count as saved where the layer saves them: they are the layer before's result, which
-    nobody else may want.
+    Tokens count as saved where the layer saves them: they are the previous layer's result, which
+    nothing else may need.
     """
-    side.step(inputs)
+    contender.step()
     return {
-        "saved_bytes": measure_saved_bytes(lambda: side.forward(inputs), side.constants),
-        "peak_bytes": measure_peak_bytes(lambda: side.step(inputs), device),
+        "saved_bytes": measure_saved_bytes(contender.forward, contender.constants),
+        "peak_bytes": measure_peak_bytes(contender.step, device),
     }

@@ -1,13 +1,15 @@
-"""Our backends as sides, and the one place that asks the package for a backend."""
+"""Our backends as contenders, and the one place that asks the package for a backend."""
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.contender import LayerSide, SkippedError
+from benchmarks.harness.contender import Contender, SkippedError
 from benchmarks.moe_layer.cases import Case
-from benchmarks.moe_layer.inputs import ADAPTERS, PROJECTIONS, LayerWeights
+from benchmarks.moe_layer.inputs import ADAPTERS, PROJECTIONS, LayerInputs, LayerWeights
 from megablocks_utils.errors import UserError
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import sort_by_expert
@@ -17,6 +19,9 @@ from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_lora import ExpertLora
+
+RunLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(tokens, top_k_index, top_k_weights) -> (T, H)."""
 
 
 def find_backend(kernel: str, case: Case, device: torch.device) -> LoadedBackend:
@@ -42,15 +47,33 @@ def find_backend(kernel: str, case: Case, device: torch.device) -> LoadedBackend
         raise SkippedError(str(refusal)) from refusal
 
 
-def build_backend_side(
-    kernel: str, case: Case, weights: LayerWeights, device: torch.device
-) -> LayerSide:
+def build_contender(
+    run: RunLayer,
+    inputs: LayerInputs,
+    trained: Mapping[str, Tensor],
+    constants: Iterable[Tensor],
+    **settings: Any,
+) -> Contender:
+    """Return a layer, called as `run(tokens, top_k_index, top_k_weights)`, as a contender."""
+    return Contender(
+        lambda: run(inputs.tokens, inputs.top_k_index, inputs.top_k_weights),
+        inputs.leaves(),
+        trained,
+        tuple(constants),
+        inputs.upstream,
+        **settings,
+    )
+
+
+def build_backend_contender(
+    kernel: str, case: Case, weights: LayerWeights, inputs: LayerInputs
+) -> Contender:
     """Build a backend as `DroplessExperts` calls it on one rank: sort by expert, then run.
 
     Raises:
         SkippedError: the backend is missing here or not made for the case.
     """
-    choice = find_backend(kernel, case, device)
+    choice = find_backend(kernel, case, inputs.device)
     trained = trained_leaves(case, weights)
     experts = _experts_of(weights, trained)
 
@@ -61,16 +84,16 @@ def build_backend_side(
         except UserError as refusal:
             raise SkippedError(str(refusal)) from refusal
 
-    constants = tuple((weights.named() | trained).values())
-    return LayerSide(run, trained, constants, note=choice.reason)
+    constants = (weights.named() | trained).values()
+    return build_contender(run, inputs, trained, constants, note=choice.reason)
 
 
-def build_layer_side(
-    kernel: str, case: Case, weights: LayerWeights, device: torch.device
-) -> LayerSide:
+def build_layer_contender(
+    kernel: str, case: Case, weights: LayerWeights, inputs: LayerInputs
+) -> Contender:
     """Build the whole layer of the package, with its DTensors, on a mesh of one rank."""
-    choice = find_backend(kernel, case, device)
-    mesh = build_mesh(compute_mesh_sizes(1, 1, case.shape.num_experts), device.type)
+    choice = find_backend(kernel, case, inputs.device)
+    mesh = build_mesh(compute_mesh_sizes(1, 1, case.shape.num_experts), inputs.device.type)
     layer = DroplessExperts(
         *(wrap_local_experts(getattr(weights, name), mesh) for name in PROJECTIONS),
         mesh=mesh,
@@ -78,20 +101,20 @@ def build_layer_side(
         activation=nn.SiLU(),
     ).requires_grad_(case.mode.trains_weights)
     for name in PROJECTIONS if weights.adapters else ():
-        factors = (weights.adapters[f"{name}.lora_{side}"] for side in "AB")
-        wrapped = (wrap_local_experts(factor, mesh) for factor in factors)
-        setattr(layer, f"{name}_lora", ExpertLora(*wrapped, weights.scaling))
+        lora_a, lora_b = (
+            wrap_local_experts(weights.adapters[f"{name}.lora_{factor}"], mesh) for factor in "AB"
+        )
+        setattr(layer, f"{name}_lora", ExpertLora(lora_a, lora_b, weights.scaling))
     parameters = {
         name.replace("_lora.", "."): parameter for name, parameter in layer.named_parameters()
     }
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    return LayerSide(
-        layer, trained, tuple(parameters.values()), dict.fromkeys(trained, local_tensor)
-    )
+    to_common = dict.fromkeys(trained, local_tensor)
+    return build_contender(layer, inputs, trained, parameters.values(), to_common=to_common)
 
 
 def trained_leaves(case: Case, weights: LayerWeights) -> dict[str, Tensor]:
-    """Return leaves over the memory of what the mode trains."""
+    """Return what the mode trains as leaves that share its memory."""
     names = PROJECTIONS if case.mode.trains_weights else tuple(weights.adapters)
     named = weights.named()
     return {name: named[name].detach().requires_grad_() for name in names}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.table.outcome import explain, read_run
 
 import train_accelerate_fsdp2
 from benchmarks.harness.launchers import Ending, ForkedRanks, Job, Torchrun
@@ -16,7 +17,6 @@ from benchmarks.table import bench as bench_module
 from benchmarks.table import modes, runs
 from benchmarks.table.bench import CPU_SIZES, as_words, build_bench, read_published_model
 from benchmarks.table.options import parse_options
-from benchmarks.table.outcome import explain, read_run
 from benchmarks.table.rows import ROWS
 from benchmarks.table.runs import find_unsupported_reason, take_rounds
 from benchmarks.table.workplace import save_examples, save_random_model

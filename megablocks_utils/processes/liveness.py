@@ -16,7 +16,7 @@ from typing import Any
 __all__ = [
     "POLL_S",
     "STORE_LOSS",
-    "Board",
+    "StatusStore",
     "Loss",
     "Member",
     "Watch",
@@ -97,7 +97,7 @@ def _read_stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-class Board:
+class StatusStore:
     """What ranks tell each other in the store.
 
     Args:
@@ -140,7 +140,7 @@ class Board:
             return None
         return Loss(**json.loads(self._store.get("verdict")))
 
-    def claim_word(self) -> bool:
+    def claim_reporter(self) -> bool:
         """Return whether this rank is the first to speak for all."""
         return self._store.add("word", 1) == 1
 
@@ -158,7 +158,7 @@ class Watch:
     Args:
         members: all ranks, in their order.
         rank: this one.
-        board: of the run.
+        status_store: of the run.
         alive: tells whether a process of this machine is there.
     """
 
@@ -166,10 +166,15 @@ class Watch:
         self,
         members: Sequence[Member],
         rank: int,
-        board: Board,
+        status_store: StatusStore,
         alive: Callable[[Member], bool] = is_alive,
     ) -> None:
-        self._me, self._members, self._board, self._alive = members[rank], members, board, alive
+        self._me, self._members, self._status_store, self._alive = (
+            members[rank],
+            members,
+            status_store,
+            alive,
+        )
         others = [member for member in members if member.rank != rank]
         self._near = [member for member in others if self._is_near(member)]
         far = [member for member in others if not self._is_near(member)]
@@ -185,9 +190,9 @@ class Watch:
             The verdict; None while nobody is lost.
         """
         try:
-            loss = self._board.read_verdict()
+            loss = self._status_store.read_verdict()
             if loss is None and self._polls % _BEAT_POLLS == 0:
-                self._board.beat(self._me.rank, self._polls)
+                self._status_store.beat(self._me.rank, self._polls)
                 loss = self._find_silent()
             loss = loss or self._find_dead()
             self._failures = 0
@@ -198,7 +203,7 @@ class Watch:
             self._polls += 1
         return loss
 
-    def speaks_first(self, loss: Loss) -> bool:
+    def is_first_reporter(self, loss: Loss) -> bool:
         """Return whether no rank below this one is left to speak for all."""
         below = self._members[: self._me.rank]
         for member in below:
@@ -217,24 +222,24 @@ class Watch:
 
     def _find_dead(self) -> Loss | None:
         for member in [member for member in self._near if not self._alive(member)]:
-            if self._board.has_left(member.rank):
+            if self._status_store.has_left(member.rank):
                 self._near.remove(member)
             else:
-                return self._board.publish(Loss(member.rank, _GONE))
+                return self._status_store.publish(Loss(member.rank, _GONE))
         return None
 
     def _find_silent(self) -> Loss | None:
         ranks = [member.rank for member in self._far]
-        for rank, beat in zip(ranks, self._board.read_beats(ranks), strict=True):
+        for rank, beat in zip(ranks, self._status_store.read_beats(ranks), strict=True):
             self._silent[rank] = self._silent[rank] + 1 if self._beats.get(rank) == beat else 0
             self._beats[rank] = beat
         for member in [m for m in self._far if self._silent[m.rank] >= _SILENT_BEATS]:
-            if self._board.has_left(member.rank):
+            if self._status_store.has_left(member.rank):
                 self._far.remove(member)
             else:
                 silent_s = _SILENT_BEATS * _BEAT_POLLS * POLL_S
                 reason = f"no sign of life for {silent_s:.0f} s"
-                return self._board.publish(Loss(member.rank, reason))
+                return self._status_store.publish(Loss(member.rank, reason))
         return None
 
     def _find_dead_without_store(self) -> Loss | None:

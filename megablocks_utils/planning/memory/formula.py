@@ -62,7 +62,7 @@ def predict(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> Predi
         ledger=ledger,
         buffers=_build_buffers(ledger, groups, accumulation, run),
         has_expert_gradients=run.accumulation > 1,
-    ).go()
+    ).run()
     sent = count_sent_bytes(sizes, groups)
     return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent)
 

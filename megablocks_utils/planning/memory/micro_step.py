@@ -50,21 +50,21 @@ class MicroStep:
         # Hidden states beside the copy in fp32 that the norms keep.
         self._stream = sizes.hidden_bytes * sizes.casts
 
-    def go(self) -> None:
-        """Pass it."""
+    def run(self) -> None:
+        """Book the whole micro-step."""
         self._ledger.moment = "forward"
         self._embed()
         for layer in self._layers:
-            self._forward(layer)
+            self._forward_layer(layer)
         self._compute_logits()
         self._ledger.moment = "loss"
         self._compute_loss()
         self._ledger.moment = "backward"
-        self._differentiate_loss()
-        self._differentiate_head()
+        self._backward_loss()
+        self._backward_head()
         for layer in reversed(self._layers):
-            self._backward(layer)
-        self._differentiate_embedding()
+            self._backward_layer(layer)
+        self._backward_embedding()
 
     def _embed(self) -> None:
         embedding = self._groups.embedding
@@ -74,23 +74,23 @@ class MicroStep:
         if embedding is not None:
             self._buffers.leave(embedding)
 
-    def _forward(self, layer: LayerPlan) -> None:
+    def _forward_layer(self, layer: LayerPlan) -> None:
         ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
         for group in layer.groups.dense:
             buffers.enter(group)
         # Checkpointing keeps every layer's input.
         hidden = self._sizes.hidden_bytes if self._recomputes else self._stream
         ledger.hold(ACTIVATIONS, hidden)
-        self._pass(layer.dense)
+        self._forward_stages(layer.dense)
         between = self._hidden_beside_experts()
         ledger.hold(ACTIVATIONS, between)
         if experts is not None:
             buffers.enter(experts)
-        self._pass(layer.experts)
+        self._forward_stages(layer.experts)
         if experts is not None:
             buffers.leave(experts)
         ledger.free(ACTIVATIONS, between)
-        self._pass(layer.shared)
+        self._forward_stages(layer.shared)
         ledger.transient(ACTIVATIONS, self._sizes.hidden_bytes)
         if not self._recomputes:
             ledger.free(ACTIVATIONS, hidden)
@@ -102,7 +102,7 @@ class MicroStep:
         normalised = self._recomputes or not self._sizes.trains_all
         return self._sizes.hidden_bytes * (normalised + self._recomputes)
 
-    def _pass(self, stages: Sequence[Stage]) -> None:
+    def _forward_stages(self, stages: Sequence[Stage]) -> None:
         """Pass stages of the forward pass."""
         named = 0
         for stage in stages:
@@ -116,7 +116,7 @@ class MicroStep:
             self._ledger.transient(stage.component, stage.forward_bytes + own)
         self._ledger.free(DISPATCH, named)
 
-    def _pass_again(self, stages: Sequence[Stage]) -> None:
+    def _recompute_stages(self, stages: Sequence[Stage]) -> None:
         """Pass stages that are computed again for the backward pass."""
         for stage in stages:
             if self._keeps_exchanges:
@@ -144,29 +144,27 @@ class MicroStep:
         ledger.hold(ACTIVATIONS, head.wide_logits)
         ledger.free(ACTIVATIONS, head.logits)
 
-    def _differentiate_loss(self) -> None:
+    def _backward_loss(self) -> None:
         """Go back through log-softmax; the gradients of the logits are left."""
         ledger, head = self._ledger, self._head
         ledger.transient(ACTIVATIONS, 2 * head.wide_logits)
         ledger.transient(ACTIVATIONS, head.logits * self._sizes.casts)
         ledger.hold(ACTIVATIONS, head.logits - head.wide_logits)
 
-    def _differentiate_head(self) -> None:
+    def _backward_head(self) -> None:
         ledger, head, tail = self._ledger, self._head, self._groups.tail
         self._buffers.enter_backward(tail, is_whole=True)
         ledger.hold(_BUFFERS, head.gradient)
         ledger.transient(ACTIVATIONS, head.rows)
         ledger.free(ACTIVATIONS, head.logits + head.saved_rows)
         ledger.transient(ACTIVATIONS, 2 * self._sizes.hidden_bytes)
-        gradients = head.gradient + self._backward((head.norm,), tail)
-        ledger.hold(
-            ACTIVATIONS, self._sizes.hidden_bytes
-        )  # the hidden states' gradients, from here on
+        gradients = head.gradient + self._backward_stages((head.norm,), tail)
+        ledger.hold(ACTIVATIONS, self._sizes.hidden_bytes)  # the hidden states' gradients
         self._tail_gradients = gradients
         if self._groups.embedding is not None:
             self._buffers.leave_backward(tail, gradients)
 
-    def _backward(self, layer: LayerPlan) -> None:
+    def _backward_layer(self, layer: LayerPlan) -> None:
         ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
         for group in reversed(layer.groups.dense):
             buffers.enter_backward(group)
@@ -175,20 +173,20 @@ class MicroStep:
             buffers.enter_backward(experts)
         if self._recomputes:
             ledger.hold(ACTIVATIONS, self._stream)
-            self._pass_again((*layer.dense, *layer.experts, *layer.shared))
+            self._recompute_stages((*layer.dense, *layer.experts, *layer.shared))
             ledger.free(ACTIVATIONS, self._stream)
         owner = layer.groups.trained_dense
-        gradients = self._backward(layer.shared, owner)
+        gradients = self._backward_stages(layer.shared, owner)
         if experts is None:
-            gradients += self._backward(layer.experts, owner)
+            gradients += self._backward_stages(layer.experts, owner)
         else:
-            self._go_back_through_experts(layer.experts, experts)
-        gradients += self._backward(layer.dense, owner)
+            self._backward_experts(layer.experts, experts)
+        gradients += self._backward_stages(layer.dense, owner)
         for group in layer.groups.dense:
             buffers.leave_backward(group, gradients if group is owner else 0)
         ledger.free(ACTIVATIONS, self._sizes.hidden_bytes * self._recomputes)
 
-    def _backward(self, stages: Sequence[Stage], group: FsdpUnit) -> int:
+    def _backward_stages(self, stages: Sequence[Stage], group: FsdpUnit) -> int:
         """Pass stages backward; returns the bytes of the gradients that wait to be reduced."""
         waiting = 0
         for stage in reversed(stages):
@@ -201,14 +199,14 @@ class MicroStep:
             self._ledger.free(stage.component, stage.saved_bytes)
         return waiting
 
-    def _go_back_through_experts(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
+    def _backward_experts(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
         if experts.is_fsdp:
-            gradients = self._backward(stages, experts)
+            gradients = self._backward_stages(stages, experts)
             self._buffers.leave_backward(experts, gradients)
             return
-        self._go_back_through_own(stages, experts)
+        self._backward_own_experts(stages, experts)
 
-    def _go_back_through_own(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
+    def _backward_own_experts(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
         """Pass experts that FSDP does not hold: their gradients stay, or are added to earlier."""
         ledger = self._ledger
         has_same_dtype = experts.whole_compute_bytes == experts.trained_bytes
@@ -227,7 +225,7 @@ class MicroStep:
         if not self._has_expert_gradients:
             ledger.hold(_GRADIENTS, experts.trained_bytes)
 
-    def _differentiate_embedding(self) -> None:
+    def _backward_embedding(self) -> None:
         ledger, head, embedding = self._ledger, self._head, self._groups.embedding
         ledger.hold(_BUFFERS, head.gradient)
         ledger.free(

@@ -1,11 +1,11 @@
-"""The sides of the end-to-end benchmark: our FSDP2 step, and transformers' own expert parallelism.
+"""Our FSDP2 step, and transformers' own expert parallelism.
 
-All sides load the same checkpoint, see the same global batches in the same order, and take the same
-step: the token mean of the global batch as loss, its gradient clipped to norm 1, fused AdamW with a
-constant learning rate.
+All contenders load the same checkpoint, see the same global batches in the same order, and take the
+same step: the token mean of the global batch as loss, its gradient clipped to norm 1, fused AdamW
+with a constant learning rate.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from benchmarks.harness.processes import as_words
 from benchmarks.harness.workload import Workload
 from megablocks_utils.config import RunConfig, parse_args, resolve_precision
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
@@ -48,14 +49,14 @@ class Case:
     gradient_checkpointing: str = "False"
 
     def label(self) -> str:
-        """Name the case in a word, for files and logs."""
+        """Name the case in a line, for selection and logs."""
         return (
             f"{self.world_size} ranks, ep {self.ep_size}, lora {self.use_lora}, "
             f"checkpointing {self.gradient_checkpointing}"
         )
 
 
-class OurSide:
+class OurStep:
     """The step of `train_accelerate_fsdp2.py`, metrics included, as `fit` yields it."""
 
     def __init__(self, case: Case, workload: Workload, folder: Path, *, max_steps: int) -> None:
@@ -73,7 +74,7 @@ class OurSide:
 
 
 def build_arguments(case: Case, workload: Workload, folder: Path, *, max_steps: int) -> list[str]:
-    """Return the command line of our side."""
+    """Return the command line of our step."""
     accumulation = workload.global_batch // (workload.per_device_batch * case.world_size)
     options = {
         "model_name_or_path": folder / "model",
@@ -93,10 +94,10 @@ def build_arguments(case: Case, workload: Workload, folder: Path, *, max_steps: 
         "max_grad_norm": MAX_GRAD_NORM,
         "router_aux_loss_coef": 0,
     }
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return as_words(options)
 
 
-class StockSide:
+class StockStep:
     """transformers' expert parallelism in a plain loop.
 
     Args:
@@ -104,8 +105,8 @@ class StockSide:
             checkpointing, precision. LoRA on experts is PEFT's own, which fails in the first step.
         device: where this rank computes.
         padded: as most scripts do, examples in file order, padded to the longest of their
-            micro-batch, an attention mask, the model's own loss over all positions. False as lean
-            as the stock model allows: our packed rows, and logits of label positions only.
+            micro-batch, an attention mask, the model's own loss over all positions. False: as
+            lean as the stock model allows: our packed rows, and logits of label positions only.
 
     Attributes:
         num_positions: tokens that this rank computed so far, padding included.
@@ -133,18 +134,17 @@ class StockSide:
         self._by_mesh = _group_by_mesh(model)
         groups = [{"params": parameters} for parameters in self._by_mesh]
         self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        loss = partial(_padded_loss if padded else _packed_loss, model, device)
-        batches = _padded_batches(schedule) if padded else _packed_batches(schedule)
-        self._loss, self._batches = loss, batches
+        build_batches = _padded_batches if padded else _packed_batches
+        self._batches = build_batches(model, device, schedule)
 
     def step(self) -> float:
         """Train one optimizer step and return its loss."""
         num_label_tokens, micro_batches = next(self._batches)
-        self.num_positions += sum(batch.input_ids.numel() for batch in micro_batches)
+        self.num_positions += sum(batch.num_positions for batch in micro_batches)
         total = torch.zeros((), device=self._device)
         for batch in micro_batches:
             # FSDP2 averages over ranks: the share of a rank counts world_size times.
-            loss = self._loss(batch, num_label_tokens / self._schedule.world_size)
+            loss = batch.loss(num_label_tokens / self._schedule.world_size)
             loss.backward()
             total += loss.detach() / self._schedule.world_size
         if self._is_lora:
@@ -158,21 +158,33 @@ class StockSide:
 
 
 @dataclass(frozen=True)
-class PaddedBatch:
-    """A padded micro-batch, each tensor (B, T)."""
+class StockBatch:
+    """A micro-batch of one rank.
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    Attributes:
+        num_positions: tokens that are computed, padding included.
+        loss: number of items that the sum of token losses is divided by -> loss.
+    """
+
+    num_positions: int
+    loss: Callable[[float], Tensor]
 
 
-def _packed_batches(schedule: Schedule) -> Iterator[tuple[int, list[MicroBatch]]]:
+Batches = Iterator[tuple[int, list[StockBatch]]]
+"""Of each global batch its label tokens, and this rank's micro-batches."""
+
+
+def _packed_batches(model: nn.Module, device: torch.device, schedule: Schedule) -> Batches:
     for _, plan in schedule.plans():
-        yield plan.num_label_tokens, plan.micro_batches
+        batches = [
+            StockBatch(batch.input_ids.numel(), partial(_packed_loss, model, device, batch))
+            for batch in plan.micro_batches
+        ]
+        yield plan.num_label_tokens, batches
 
 
-def _padded_batches(schedule: Schedule) -> Iterator[tuple[int, list[PaddedBatch]]]:
-    """Deal the examples of a global batch out in order, a micro-batch to each rank in turn."""
+def _padded_batches(model: nn.Module, device: torch.device, schedule: Schedule) -> Batches:
+    """Assign the examples of a global batch in order, a micro-batch to each rank in turn."""
     config = schedule.config
     size = config.optim.per_device_train_batch_size
     stride = size * schedule.world_size
@@ -181,20 +193,26 @@ def _padded_batches(schedule: Schedule) -> Iterator[tuple[int, list[PaddedBatch]
     for start in range(0, len(order) - batch + 1, batch):
         chosen = order[start : start + batch]
         own = range(schedule.rank * size, batch, stride)
-        micro_batches = [_pad(schedule, chosen[first : first + size]) for first in own]
-        yield int(schedule.examples.num_label_tokens[chosen].sum()), micro_batches
+        padded = [_pad(schedule, chosen[first : first + size]) for first in own]
+        batches = [
+            StockBatch(one["input_ids"].numel(), partial(_padded_loss, model, device, one))
+            for one in padded
+        ]
+        yield int(schedule.examples.num_label_tokens[chosen].sum()), batches
 
 
-def _pad(schedule: Schedule, chosen: list[int]) -> PaddedBatch:
+def _pad(schedule: Schedule, chosen: list[int]) -> dict[str, Tensor]:
+    """Return `input_ids`, `attention_mask` and `labels`, each (B, T)."""
     pairs = [schedule.examples[i] for i in chosen]
     input_ids, labels = (
         [torch.from_numpy(part).long() for part in parts] for parts in zip(*pairs, strict=True)
     )
-    return PaddedBatch(
-        input_ids=pad_sequence(input_ids, batch_first=True),
-        attention_mask=pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
-    )
+    mask = [torch.ones_like(ids) for ids in input_ids]
+    return {
+        "input_ids": pad_sequence(input_ids, batch_first=True),
+        "attention_mask": pad_sequence(mask, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    }
 
 
 def _packed_loss(
@@ -211,15 +229,10 @@ def _packed_loss(
 
 
 def _padded_loss(
-    model: nn.Module, device: torch.device, batch: PaddedBatch, num_items: float
+    model: nn.Module, device: torch.device, inputs: Mapping[str, Tensor], num_items: float
 ) -> Tensor:
-    return model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        labels=batch.labels.to(device),
-        num_items_in_batch=num_items,
-        use_cache=False,
-    ).loss
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return model(**inputs, num_items_in_batch=num_items, use_cache=False).loss
 
 
 def _attach_adapters(model: PreTrainedModel, config: RunConfig, dtype: torch.dtype) -> None:
@@ -242,7 +255,7 @@ def _group_by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def _average_gradients(groups: list[list[nn.Parameter]]) -> None:
     """Average the gradients of adapters, which stock FSDP does not manage, in one all-reduce."""
-    grads = [parameter.grad for group in groups for parameter in group]
+    grads = [grad for group in groups for grad in _gradients(group)]
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
@@ -252,9 +265,13 @@ def _average_gradients(groups: list[list[nn.Parameter]]) -> None:
 
 def _clip(groups: list[list[nn.Parameter]]) -> Tensor:
     """Clip over all meshes; `torch.nn.utils.clip_grad_norm_` cannot, Trainer does so."""
-    norms = [get_total_norm([parameter.grad for parameter in group]) for group in groups]
+    norms = [get_total_norm(_gradients(group)) for group in groups]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups:
         clip_grads_with_norm_(group, MAX_GRAD_NORM, total)
     return total
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,18 +1,18 @@
-"""The sides of the LoRA benchmark: adapters of our experts, and PEFT's own path.
+"""Adapters on experts as contenders: ours, and PEFT's own path.
 
 PEFT adapts the concatenated experts of transformers with `target_parameters`: for each forward pass
-it makes W + scaling * B @ A of all experts. Both sides hold the same weights and the same adapters,
-with B not zero, and see the same inputs.
+it makes W + scaling * B @ A of all experts. Both contenders hold the same weights and the same
+adapters, with B not zero, and see the same inputs.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.harness.contender import Contender
 from megablocks_utils.lora.adapter_files import to_peft
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.shard_moe_utils import PROJECTIONS
@@ -22,47 +22,32 @@ OURS, PEFT = "ours", "peft"
 _B_STD = 0.05
 
 
-@dataclass(frozen=True)
-class Side:
-    """One way to do the work.
-
-    Attributes:
-        module: what holds the adapters.
-        inputs: tensors whose gradients are compared; leaves of this side alone.
-        forward: one forward pass on them.
-        upstream: gradient of its output; None where that is a loss.
-        optimizer: over the adapters; None where a step ends with the gradients.
-    """
-
-    module: nn.Module
-    inputs: dict[str, Tensor]
-    forward: Callable[[], Tensor]
-    upstream: Tensor | None = None
-    optimizer: Optimizer | None = None
-
-    def clear(self) -> None:
-        """Drop all gradients."""
-        for tensor in (*self.module.parameters(), *self.inputs.values()):
-            tensor.grad = None
-
-    def step(self) -> Tensor:
-        """Do the work once, from no gradients, and return the output."""
-        self.clear()
-        output = self.forward()
-        output.backward(self.upstream)
-        if self.optimizer is not None:
-            self.optimizer.step()
-        return output.detach()
-
-    def constants(self) -> list[Tensor]:
-        """Return what lives longer than a step."""
-        return [*self.module.parameters(), *self.module.buffers(), *self.inputs.values()]
-
-    def results(self) -> dict[str, Tensor]:
-        """Do the work once and return the output and every gradient, adapters in PEFT's form."""
-        output = {"output": self.step()}
-        inputs = {f"gradient of {name}": tensor.grad for name, tensor in self.inputs.items()}
-        return output | inputs | _adapter_gradients(self.module)
+def build_contender(
+    module: nn.Module,
+    forward: Callable[[], Tensor],
+    inputs: Mapping[str, Tensor],
+    upstream: Tensor | None = None,
+    optimizer: Optimizer | None = None,
+) -> Contender:
+    """Return a module with adapters as a contender; adapters are compared in PEFT's form."""
+    trained: dict[str, Tensor] = {}
+    to_common: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, parameter in adapters_of(module):
+        if isinstance(module, PeftModel):
+            trained[file_key(name)] = parameter
+        else:
+            key, _ = in_peft_form(name, parameter)
+            trained[key] = parameter
+            to_common[key] = lambda gradient, name=name: in_peft_form(name, gradient)[1]
+    return Contender(
+        forward,
+        {f"gradient of {name}": tensor for name, tensor in inputs.items()},
+        trained,
+        (*module.parameters(), *module.buffers(), *inputs.values()),
+        upstream,
+        optimizer,
+        to_common,
+    )
 
 
 def adapters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -70,9 +55,9 @@ def adapters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
-def in_peft_form(adapters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return our adapters, or their gradients, under the names and in the form of PEFT's files."""
-    return dict(to_peft(name, local_tensor(tensor)) for name, tensor in adapters)
+def in_peft_form(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Return one of our adapters, or its gradient, by the name and in the form of PEFT's files."""
+    return to_peft(name, local_tensor(tensor.detach()))
 
 
 def file_key(name: str) -> str:
@@ -101,10 +86,3 @@ def build_lora_config(
         target_modules=modules or [],
         target_parameters=[f"{place}.{name}" for name in PROJECTIONS],
     )
-
-
-def _adapter_gradients(module: nn.Module) -> dict[str, Tensor]:
-    gradients = [(name, p.grad) for name, p in adapters_of(module)]
-    if isinstance(module, PeftModel):
-        return {file_key(name): gradient for name, gradient in gradients}
-    return in_peft_form(gradients)

@@ -14,14 +14,15 @@ from benchmarks.expert_lora.adapters import (
     OURS,
     PEFT,
     RANK,
-    Side,
     adapters_of,
+    build_contender,
     build_lora_config,
     file_key,
     fill_b,
     in_peft_form,
 )
-from benchmarks.harness.case import Shape
+from benchmarks.harness.case import LayerShape
+from benchmarks.harness.contender import Contender
 from megablocks_utils.kernels.selection import ExpertShapes, select_and_load_backend
 from megablocks_utils.lora.expert_adapters import attach_expert_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
@@ -32,32 +33,29 @@ from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.shard_moe_utils import PROJECTIONS
 
 
-def build_layer_sides(
-    shape: Shape, num_tokens: int, backend: str, device: torch.device
-) -> dict[str, Side]:
+def build_layers(
+    shape: LayerShape, num_tokens: int, backend: str, device: torch.device
+) -> dict[str, Contender]:
     """Build the experts of one layer both ways, with the same tokens and the same routing."""
     generator = torch.Generator().manual_seed(0)
     ours = _our_layer(shape, backend, device, generator)
-    peft = _peft_layer(shape, backend, ours)
+    peft, peft_experts = _peft_layer(shape, backend, ours)
     hidden = torch.randn(num_tokens, shape.hidden_size, generator=generator)
     scores = torch.randn(num_tokens, shape.num_experts, generator=generator)
     weights, index = scores.softmax(-1).topk(shape.top_k)
     upstream = torch.randn(hidden.shape, generator=generator).to(device)
     index = index.to(device)
 
-    def build_side(module: nn.Module, experts: nn.Module) -> Side:
+    def build(module: nn.Module, experts: nn.Module) -> Contender:
         x, w = (t.detach().to(device, copy=True).requires_grad_() for t in (hidden, weights))
         inputs = {"hidden_states": x, "top_k_weights": w}
-        return Side(module, inputs, lambda: experts(x, index, w), upstream)
+        return build_contender(module, lambda: experts(x, index, w), inputs, upstream)
 
-    return {
-        OURS: build_side(ours, ours.experts),
-        PEFT: build_side(peft, peft.base_model.model.experts),
-    }
+    return {OURS: build(ours, ours.experts), PEFT: build(peft, peft_experts)}
 
 
 class _Block(nn.Module):
-    """The place of the experts in a model, by which PEFT finds them."""
+    """A parent of the experts, by which PEFT finds them."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -65,7 +63,7 @@ class _Block(nn.Module):
 
 
 def _our_layer(
-    shape: Shape, backend: str, device: torch.device, generator: torch.Generator
+    shape: LayerShape, backend: str, device: torch.device, generator: torch.Generator
 ) -> _Block:
     sizes = compute_mesh_sizes(dist.get_world_size(), 1, shape.num_experts)
     mesh = build_mesh(sizes, device.type)
@@ -92,7 +90,8 @@ def _our_layer(
     return block
 
 
-def _peft_layer(shape: Shape, backend: str, ours: _Block) -> PeftModel:
+def _peft_layer(shape: LayerShape, backend: str, ours: _Block) -> tuple[PeftModel, nn.Module]:
+    """Return the model with our weights and adapters, and its adapted experts."""
     config = MixtralConfig(
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -101,12 +100,13 @@ def _peft_layer(shape: Shape, backend: str, ours: _Block) -> PeftModel:
     config._experts_implementation = backend  # as `from_config(experts_implementation=...)` does
     with torch.device("meta"):
         experts = MixtralExperts(config)
-    for name in PROJECTIONS:  # the same memory: nobody writes to it
+    for name in PROJECTIONS:  # shared memory: nobody writes to it
         weights = local_tensor(getattr(ours.experts, name).detach())
         setattr(experts, name, nn.Parameter(weights))
-    peft = get_peft_model(_Block(experts), build_lora_config("experts"))
-    wanted = in_peft_form((n, p.detach()) for n, p in adapters_of(ours))
+    block = _Block(experts)
+    peft = get_peft_model(block, build_lora_config("experts"))
+    wanted = dict(in_peft_form(name, parameter) for name, parameter in adapters_of(ours))
     with torch.no_grad():
         for name, parameter in adapters_of(peft):
             parameter.copy_(wanted.pop(file_key(name)))
-    return peft
+    return peft, block.experts

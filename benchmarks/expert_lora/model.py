@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -12,8 +12,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
-from benchmarks.expert_lora.adapters import OURS, PEFT, Side, adapters_of, build_lora_config, fill_b
-from benchmarks.harness.case import Shape
+from benchmarks.expert_lora.adapters import (
+    OURS,
+    PEFT,
+    adapters_of,
+    build_contender,
+    build_lora_config,
+    fill_b,
+)
+from benchmarks.harness.case import LayerShape
+from benchmarks.harness.contender import Contender
 from megablocks_utils.config import AdapterConfig
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.shard_moe_utils import shard_moe
@@ -23,18 +31,29 @@ _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelSizes:
     """Sizes of a whole model."""
 
-    experts: Shape
+    experts: LayerShape
     num_layers: int
     vocab_size: int
 
 
-def build_model_sides(
-    shape: ModelShape, num_tokens: int, backend: str, device: torch.device
-) -> dict[str, Side]:
-    """Build a training step of a random Mixtral both ways: adapters on attention and experts.
+@dataclass(frozen=True)
+class Models:
+    """The same model both ways, in two forms.
+
+    Attributes:
+        steps: a training step, which is measured.
+        passes: from embeddings to logits and back, which is checked: it shows more than a loss.
+    """
+
+    steps: dict[str, Contender]
+    passes: dict[str, Contender]
+
+
+def build_models(shape: ModelSizes, num_tokens: int, backend: str, device: torch.device) -> Models:
+    """Build a random Mixtral both ways: adapters on attention and experts.
 
     Ours is `shard_moe` with an ep axis of one rank, then the adapter that PEFT has written.
     """
@@ -50,29 +69,32 @@ def build_model_sides(
     fill_b(peft)
     _resume_ours(model, peft, backend, device)
     tokens = torch.randint(shape.vocab_size, (1, num_tokens)).to(device)
-
-    def build_side(module: nn.Module) -> Side:
-        def loss() -> Tensor:
-            return module(input_ids=tokens, labels=tokens, use_cache=False).loss
-
-        return Side(module, {}, loss, optimizer=_build_optimizer(module))
-
-    return {OURS: build_side(model), PEFT: build_side(peft)}
+    modules: dict[str, nn.Module] = {OURS: model, PEFT: peft}
+    return Models(
+        {name: _build_step(module, tokens) for name, module in modules.items()},
+        {name: _build_pass(module, shape, num_tokens, device) for name, module in modules.items()},
+    )
 
 
-def with_logits(side: Side, shape: ModelShape, num_tokens: int) -> Side:
-    """Return a model's side without its optimizer: from embeddings to logits and back."""
-    device = next(side.module.parameters()).device
+def _build_step(module: nn.Module, tokens: Tensor) -> Contender:
+    def loss() -> Tensor:
+        return module(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    return build_contender(module, loss, {}, optimizer=_build_optimizer(module))
+
+
+def _build_pass(
+    module: nn.Module, shape: ModelSizes, num_tokens: int, device: torch.device
+) -> Contender:
     generator = torch.Generator().manual_seed(1)
     size = (1, num_tokens, shape.experts.hidden_size)
     embeds = (0.02 * torch.randn(size, generator=generator)).to(device).requires_grad_()
     upstream = torch.randn(1, num_tokens, shape.vocab_size, generator=generator).to(device)
 
     def logits() -> Tensor:
-        return side.module(inputs_embeds=embeds, use_cache=False).logits
+        return module(inputs_embeds=embeds, use_cache=False).logits
 
-    inputs = {"inputs_embeds": embeds}
-    return replace(side, inputs=inputs, forward=logits, upstream=upstream, optimizer=None)
+    return build_contender(module, logits, {"inputs_embeds": embeds}, upstream)
 
 
 def _resume_ours(
@@ -86,7 +108,7 @@ def _resume_ours(
         apply_lora(model, sharded, adapters, dtype=torch.float32, seed=0)
 
 
-def _model_config(shape: ModelShape, num_tokens: int) -> MixtralConfig:
+def _model_config(shape: ModelSizes, num_tokens: int) -> MixtralConfig:
     return MixtralConfig(
         hidden_size=shape.experts.hidden_size,
         intermediate_size=shape.experts.intermediate_size,

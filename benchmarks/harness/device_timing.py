@@ -71,7 +71,7 @@ def describe_timing(device: torch.device) -> str:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """Return the rates of a large matrix product and of a large copy, medians, timed as contenders are.
+    """Return the median rates of a large matrix product and a large copy, timed as contenders are.
 
     A copy reads and writes every byte, so it moves twice its size.
     """

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python -m benchmarks.load
 
-Every load has fresh processes. Peak memory is the kernel's high-water mark of each process, begun
-anew right before the load. The weights' files are in the page cache, for all sides alike.
+Every load has fresh processes. Peak memory is the kernel's high-water mark of each process, reset
+right before the load. The weights' files are in the page cache for all contenders.
 """
 
 import argparse
@@ -16,22 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, MixtralConfig
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from benchmarks.harness.provenance import build_provenance
-from benchmarks.harness.timing import spread
-from benchmarks.harness.workload import Workload, save_data
-from benchmarks.load.contenders import OURS, SIDES, Job, measure_load
+from benchmarks.harness.processes import run_ranks
+from benchmarks.harness.provenance import RESULTS, build_provenance
+from benchmarks.harness.record import Record, Row
+from benchmarks.harness.report import format_spread, markdown_table, show
+from benchmarks.harness.timing import in_turn, spread
+from benchmarks.harness.workload import Workload, save_data, save_model
+from benchmarks.load.contenders import CONTENDERS, OURS, Job, measure_load
 from megablocks_utils.checkpoint.index import open_checkpoint
-from megablocks_utils.files import write_json_atomically
 
-RESULTS = Path(__file__).parents[1] / "results" / "load.json"
+RESULT = RESULTS / "load.json"
 SLACK = 1.25
 _MB = 1e6
-_WIDTH = 130
+_COLUMNS = (
+    *("ranks", "side", "peak, MB", "bare process", "own part", "bound", "within bound", "seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class Plan:
         workload: the model's sizes.
         shard_size: of its files.
         world_sizes: numbers of ranks; ep is as many.
-        repetitions: loads of each side by each number of ranks.
-        sides: of `SIDES`.
+        repetitions: loads by each contender on each number of ranks.
+        sides: of `CONTENDERS`.
     """
 
     workload: Workload
     shard_size: str
     world_sizes: tuple[int, ...]
     repetitions: int
-    sides: tuple[str, ...] = SIDES
+    sides: tuple[str, ...] = CONTENDERS
 
 
 FULL = Plan(
@@ -61,13 +62,14 @@ FULL = Plan(
         num_experts=8,
         vocab_size=32000,
         num_examples=64,
+        num_attention_heads=16,
     ),
     shard_size="300MB",
     world_sizes=(1, 2, 4),
     repetitions=3,
 )
 SMOKE = Plan(
-    Workload(hidden_size=64, intermediate_size=96, num_layers=2, vocab_size=128, num_examples=64),
+    Workload(64, 96, 2, vocab_size=128, num_examples=64, num_attention_heads=16),
     shard_size="200KB",
     world_sizes=(2,),
     repetitions=1,
@@ -75,52 +77,32 @@ SMOKE = Plan(
 )
 
 
-def save_bf16_model(plan: Plan, folder: Path) -> None:
-    """Write the random model in bf16, every expert's matrices apart, in several files."""
-    sizes = plan.workload
-    config = MixtralConfig(
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        num_local_experts=sizes.num_experts,
-        num_experts_per_tok=sizes.top_k,
-        vocab_size=sizes.vocab_size,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size=plan.shard_size)
-
-
-def measure_all(plan: Plan, folder: Path) -> Iterator[list[dict[str, Any]]]:
-    """Load with every side on every number of ranks, and yield a row for each pair, turn by turn.
+def measure_all(plan: Plan, folder: Path) -> Iterator[list[Row]]:
+    """Load with every contender on every number of ranks; yield a row for each, turn by turn.
 
     The rows of a turn hold the loads of all turns so far.
     """
     largest = _largest_tensor_bytes(folder / "model")
-    cases = [(world_size, side) for world_size in plan.world_sizes for side in plan.sides]
-    seen: dict[tuple[int, str], list[Any]] = {case: [] for case in cases}
+    cases = [(world_size, name) for world_size in plan.world_sizes for name in plan.sides]
+    found: dict[tuple[int, str], list[Any]] = {case: [] for case in cases}
     for turn in range(plan.repetitions):
-        for world_size, side in cases if turn % 2 == 0 else reversed(cases):
-            seen[world_size, side].append(_measure(side, world_size, plan, folder))
-        yield [build_row(*case, results, largest) for case, results in seen.items()]
+        for world_size, name in in_turn(cases, turn):
+            found[world_size, name].append(_measure(Job(name, world_size, folder)))
+        yield [build_row(*case, results, largest) for case, results in found.items()]
 
 
-def build_row(
-    world_size: int, side: str, results: Sequence[Any], largest_bytes: int
-) -> dict[str, Any]:
-    """Sum up the loads of one side by one number of ranks.
+def build_row(world_size: int, side: str, results: Sequence[Any], largest_bytes: int) -> Row:
+    """Sum up the loads of one contender on one number of ranks.
 
     The bound of a rank is 1.25 times its own part, the largest stored tensor and the bare process.
 
     Args:
         world_size: ranks.
-        side: one of `SIDES`.
-        results: of each load what `measure_load` returned, or the text of an error.
+        side: one of `CONTENDERS`.
+        results: of each load what its ranks returned, or the text of an error.
         largest_bytes: of the largest tensor in the files.
     """
-    row: dict[str, Any] = {"world_size": world_size, "side": side}
+    row: Row = {"world_size": world_size, "side": side}
     errors = [result for result in results if isinstance(result, str)]
     if errors:
         return row | {"error": errors[0], "failed": f"{len(errors)} of {len(results)}"}
@@ -136,45 +118,39 @@ def build_row(
     return row | {"rounds": list(results)}
 
 
-def build_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the rows as a table: medians, with least and largest."""
-    table = Table(title="Loading a model: the worst rank of each load, MB")
-    for column in ("ranks", "side"):
-        table.add_column(column, no_wrap=True)
-    for column in ("peak", "bare process", "own part", "bound", "within", "seconds"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(str(row["world_size"]), row["side"], *_cells(row))
-    return table
+def format_table(rows: list[Row]) -> str:
+    """Return the rows as Markdown: of each load the worst rank; medians, and the range."""
+    lines = [[str(row["world_size"]), row["side"], *_cells(row)] for row in rows]
+    return markdown_table(_COLUMNS, lines, 2)
 
 
 def main(argv: list[str]) -> None:
     """Make the model, measure, write after each turn, show."""
     options = _parse(argv)
     plan = SMOKE if options.smoke else FULL
-    output = options.output or (None if options.smoke else RESULTS)
+    output = options.output or (None if options.smoke else RESULT)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_bf16_model(plan, folder / "model")
+        save_model(
+            plan.workload.build_config(),
+            folder / "model",
+            dtype=torch.bfloat16,
+            max_shard_size=plan.shard_size,
+        )
         save_data(plan.workload, folder / "data.jsonl")
         settings = _describe(plan, folder / "model")
         for rows in measure_all(plan, folder):
-            if output:
-                certificate = build_provenance("benchmarks.load", argv, **settings)
-                write_json_atomically(output, certificate | {"rows": rows})
-    # Wide enough for every column, also where the output is not a terminal.
-    Console(width=max(_WIDTH, Console().width)).print(build_table(rows))
+            provenance = build_provenance("benchmarks.load", argv, **settings)
+            Record(output, provenance | {"rows": rows}).write()
+    show(format_table(rows))
 
 
-def _measure(side: str, world_size: int, plan: Plan, folder: Path) -> list[dict[str, float]] | str:
-    with tempfile.TemporaryDirectory() as meeting:
-        try:
-            return measure_load(Job(side, world_size, plan.workload, folder, Path(meeting)))
-        except (
-            multiprocessing.ProcessRaisedException,
-            multiprocessing.ProcessExitedException,
-        ) as error:
-            return str(error).strip().splitlines()[-1]
+def _measure(job: Job) -> list[dict[str, float]] | str:
+    try:
+        return run_ranks(measure_load, job.world_size, job)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        return str(error).strip().splitlines()[-1]
 
 
 def _bound(rank: dict[str, float], largest_bytes: int) -> float:
@@ -205,24 +181,22 @@ def _describe(plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: Row) -> list[str]:
     if "error" in row:
-        return [f"failed: {row['error'][:40]}", *[""] * 5]
-    cells = [_spread_cell(row["peak_bytes"])]
-    cells += [f"{row[key]['median'] / _MB:.0f}" for key in ("bare_bytes", "own_bytes")]
-    bound = "" if row["side"] not in OURS else f"{row['bound_bytes']['median'] / _MB:.0f}"
-    within = "" if row["side"] not in OURS else ("yes" if row["is_within_bound"] else "no")
-    return [*cells, bound, within, _spread_cell(row["seconds"], unit=1, digits=1)]
-
-
-def _spread_cell(values: dict[str, float], unit: float = _MB, digits: int = 0) -> str:
-    least, largest = (f"{values[key] / unit:.{digits}f}" for key in ("min", "max"))
-    return f"{values['median'] / unit:.{digits}f} ({least}-{largest})"
+        return [f"failed: {row['error']}", *[""] * 5]
+    own = [f"{row[key]['median'] / _MB:.0f}" for key in ("bare_bytes", "own_bytes")]
+    bound = [f"{row['bound_bytes']['median'] / _MB:.0f}", "yes" if row["is_within_bound"] else "no"]
+    return [
+        format_spread(row["peak_bytes"], 0, unit=_MB),
+        *own,
+        *(bound if row["side"] in OURS else ("", "")),
+        format_spread(row["seconds"], 1),
+    ]
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help=f"the JSON file (default: {RESULTS.name})")
+    parser.add_argument("--output", type=Path, help=f"the JSON file (default: {RESULT.name})")
     parser.add_argument("--smoke", action="store_true", help="tiny, and no file unless --output")
     return parser.parse_args(argv)
 

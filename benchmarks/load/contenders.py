@@ -1,34 +1,30 @@
 """Ways to load a checkpoint on several ranks, and what each takes of memory and time.
 
-Every way ends with a bf16 model in memory, ready for its first step. A rank is a process of its
-own, forked from one that has imported the libraries and computed nothing.
+Every way ends with a bf16 model in memory, ready for its first step.
 """
 
 import gc
-import json
-import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401  (part of a bare process)
 
-from benchmarks.harness.workload import Workload
+from benchmarks.harness.memory import reset_peak_resident
+from benchmarks.harness.processes import as_words
 from megablocks_utils.checkpoint.layouts import is_expert_parameter
 from megablocks_utils.config import parse_args, parse_known_args
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import build_training_state
+from megablocks_utils.training.report.memory import read_memory
 from megablocks_utils.training.setup import Setup, build_setup
 from megablocks_utils.training.trainer import MoETrainer
 from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags
@@ -37,83 +33,37 @@ OURS = ("ours, FSDP2", "ours, FSDP1")
 BROADCAST = "ours, FSDP2, dense weights by broadcast"
 STOCK = "from_pretrained in every rank"
 STOCK_SHARDED = "from_pretrained, sharded"
-_TIMEOUT = timedelta(minutes=3)
-_RESET_PEAK = "5"  # proc(5): the high-water mark begins again at what is resident now
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A load: by which side, by how many ranks, of what, and where they meet and answer."""
+    """A load: by which contender, by how many ranks, from which folder."""
 
-    side: str
+    name: str
     world_size: int
-    workload: Workload
     folder: Path
-    meeting: Path
 
 
-def measure_load(job: Job) -> list[dict[str, float]]:
-    """Load on fresh processes and return what each rank saw.
+def measure_load(job: Job) -> dict[str, float]:
+    """Load on one rank and return what it took.
+
+    **Collective:** every rank must call.
 
     Returns:
-        By rank: `bare_bytes` and `peak_bytes` resident before and at most while it loaded,
-        `own_bytes` of the weights it holds then, and `seconds` until the last rank was done.
-
-    Raises:
-        ProcessRaisedException: a rank has failed.
-        ProcessExitedException: a rank has died.
+        `bare_bytes` and `peak_bytes` resident before and at most while it loaded, `own_bytes` of
+        the weights it holds then, and `seconds` until the last rank was done.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    multiprocessing.start_processes(
-        _be_rank, (job,), nprocs=job.world_size, start_method="forkserver"
-    )
-    return [json.loads(_answer(job, rank).read_text()) for rank in range(job.world_size)]
-
-
-def _be_rank(rank: int, job: Job) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(job.world_size),
-        LOCAL_WORLD_SIZE=str(job.world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="29500",  # read, but never opened: the ranks meet in a file
-    )
-    torch.set_num_threads(1)
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    dist.init_process_group(
-        "gloo",
-        init_method=(job.meeting / "store").as_uri(),
-        rank=rank,
-        world_size=job.world_size,
-        timeout=_TIMEOUT,
-    )
-    _answer(job, rank).write_text(json.dumps(_watch(job)))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _watch(job: Job) -> dict[str, float]:
     gc.collect()
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    bare, start = _resident("VmRSS"), time.perf_counter()
-    model = _SIDES[job.side](job)
-    peak = _resident("VmHWM")
+    reset_peak_resident()
+    bare, start = read_memory(_CPU).allocated_bytes, time.perf_counter()
+    model = _LOADERS[job.name](job)
+    peak = read_memory(_CPU).peak_bytes
     dist.barrier()
     seconds = time.perf_counter() - start
     own = sum(local_tensor(parameter.detach()).nbytes for parameter in model.parameters())
     return {"bare_bytes": bare, "peak_bytes": peak, "own_bytes": own, "seconds": seconds}
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith(field))
-    return int(kilobytes) * 1024
-
-
-def _answer(job: Job, rank: int) -> Path:
-    return job.meeting / f"rank-{rank}.json"
 
 
 def _load_fsdp2(job: Job, change: Callable[[Setup], Setup] = lambda setup: setup) -> nn.Module:
@@ -129,7 +79,9 @@ def _load_fsdp1(job: Job) -> nn.Module:
     device = start_processes(launch)
     arguments = build_trainer_arguments(parse_trainer_flags(leftovers), config, device.type)
     setup = build_setup(config, launch, device)
-    return MoETrainer(setup, arguments, lambda metrics: None).model
+    model = MoETrainer(setup, arguments, lambda metrics: None).model
+    assert model is not None
+    return model
 
 
 def _load_with_broadcast(job: Job) -> nn.Module:
@@ -169,14 +121,14 @@ def _load_stock_sharded(job: Job) -> nn.Module:
     )
 
 
-_SIDES: dict[str, Callable[[Job], nn.Module]] = {
+_LOADERS: dict[str, Callable[[Job], nn.Module]] = {
     OURS[0]: _load_fsdp2,
     OURS[1]: _load_fsdp1,
     BROADCAST: _load_with_broadcast,
     STOCK: _load_stock,
     STOCK_SHARDED: _load_stock_sharded,
 }
-SIDES = tuple(_SIDES)
+CONTENDERS = tuple(_LOADERS)
 
 
 def _words(job: Job) -> list[str]:
@@ -190,4 +142,4 @@ def _words(job: Job) -> list[str]:
         "max_steps": 1,
         "verify_kernel": False,  # no part of loading, and it takes memory of its own
     }
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return as_words(options)

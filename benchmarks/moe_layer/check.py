@@ -2,9 +2,10 @@
 
 The loop would not fit a large layer in high precision, and need not: a token's output does not
 depend on other tokens. So a contender runs all T tokens, with a gradient that is zero except for a
-sample of tokens spread evenly over them. Then its output and gradients of the sample, and all gradients of
-weights, are those of the loop over the sample alone, and those of other tokens are zero. A dropped
-tile, a race or an overflow at the real size is seen, which a check at a smaller size would miss.
+sample of tokens spread evenly over them. Then its output and gradients of the sample, and all
+gradients of weights, are those of the loop over the sample alone, and those of other tokens are
+zero. A dropped tile, a race or an overflow at the real size is seen, which a check at a smaller
+size would miss.
 """
 
 from dataclasses import dataclass, replace
@@ -45,10 +46,10 @@ class Expected:
 def describe_check() -> str:
     """Say how contenders are checked."""
     return (
-        "before a contender is measured, its output and all gradients, at the timed size, are compared "
-        f"with a plain loop over {SAMPLE} of the tokens in fp32 without TF32 (fp64 for fp32 "
-        f"contenders), by relative norms; each may be {ALLOWED:g} times as far off as the same "
-        "loop in the dtype of the contender."
+        "before a contender is measured, its output and all gradients, at the timed size, are "
+        f"compared with a plain loop over {SAMPLE} of the tokens in fp32 without TF32 (fp64 "
+        f"for fp32 contenders), by relative norms; each may be {ALLOWED:g} times as far off as the "
+        "same loop in the dtype of the contender."
     )
 
 

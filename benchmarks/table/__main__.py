@@ -24,18 +24,12 @@ def main(argv: Sequence[str]) -> None:
         UserError: for options that cannot work, or a machine that cannot run the mode.
     """
     options = parse_options(argv)
-    from rich.console import Console
-
+    from benchmarks.harness.report import say, show
     from benchmarks.table.modes import fill_table
-
-    console = Console(stderr=True)
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     content = fill_table(options, argv, say)
     text = write_report(content, options)
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    show(text)
 
 
 def write_report(content: dict[str, Any], options: TableOptions) -> str:
@@ -43,7 +37,7 @@ def write_report(content: dict[str, Any], options: TableOptions) -> str:
 
     With `--docs`, the table becomes part of that page too.
     """
-    from benchmarks.moe_layer.report import fill_in
+    from benchmarks.harness.report import fill_in
     from benchmarks.table.chart import draw_chart
     from benchmarks.table.markdown import write_markdown
 

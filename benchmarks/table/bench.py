@@ -1,20 +1,33 @@
-"""What all rows of a table share: the model, the ranks, the length of a run. Imports no torch."""
+"""What all rows of a table share: the model, the ranks, the length of a run, the prediction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.processes import as_words
+from benchmarks.harness.provenance import ROOT
 from benchmarks.table.options import CPU, PLAN, REAL, TableOptions
 from benchmarks.table.rows import PUBLISHED_RANKS, TRANSFORMERS, Row
 from megablocks_utils.config import parse_args
 from megablocks_utils.planning.memory.scenario import DEFAULT_IMBALANCE, Scenario
 from megablocks_utils.planning.model.config_file import read_config_file
+from megablocks_utils.planning.model.gpus import GPUS
 from megablocks_utils.planning.model.model_shape import ModelShape
 
-__all__ = ["CPU_SIZES", "TOY_SIZES", "Bench", "as_words", "build_bench", "read_published_model"]
+__all__ = [
+    "CARD_BYTES",
+    "CPU_SIZES",
+    "TOY_SIZES",
+    "Bench",
+    "build_bench",
+    "predict_row",
+    "read_published_model",
+]
 
-_PUBLISHED_MODEL = Path(__file__).parents[1] / "models" / "mixtral-8x7b" / "config.json"
+_PUBLISHED_MODEL = ROOT / "benchmarks" / "models" / "mixtral-8x7b" / "config.json"
+CARD_BYTES = GPUS["a100-80g"].memory_bytes
+"""Of the cards that the published table was measured on."""
+
 CPU_SIZES = {
     "hidden_size": 384,
     "intermediate_size": 1344,
@@ -120,7 +133,7 @@ class Bench:
         if row.ep_share:
             options |= {"use_megablocks_sharding": True, "ep_size": row.ep_size(self.ranks)}
             options |= {"expert_dp": row.expert_dp}
-        if row.ep_share and row.side != TRANSFORMERS:
+        if row.ep_share and row.group != TRANSFORMERS:
             options["kernel"] = self.kernel(row)
         return options
 
@@ -155,6 +168,22 @@ def build_bench(options: TableOptions, config: Mapping[str, Any] | None = None) 
     return Bench(options.mode, config, *common, tokens=options.tokens, imbalance=_EVEN)
 
 
-def as_words(options: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line."""
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+def predict_row(bench: Bench, row: Row) -> dict[str, Any] | None:
+    """Predict what a rank holds; None for transformers' own way, which cannot be planned.
+
+    Returns:
+        `peak_bytes`, `allocated_bytes` (after zero_grad), `gradients_bytes`, `components`,
+        `moment`, and `is_oom`: whether the tensors alone are more than `CARD_BYTES`.
+    """
+    if row.group == TRANSFORMERS:
+        return None
+    scenario = bench.scenario(row)
+    prediction = scenario.predict(scenario.own_layout())
+    return {
+        "peak_bytes": prediction.peak_bytes,
+        "allocated_bytes": prediction.allocated_bytes,
+        "gradients_bytes": prediction.components["gradients"],
+        "components": dict(prediction.components),
+        "moment": prediction.moment,
+        "is_oom": prediction.peak_bytes > CARD_BYTES,
+    }

@@ -1,6 +1,6 @@
 """The plot of a table: time and memory of every row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +8,18 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.harness.outcome import NOT_MEASURED
+from benchmarks.table.bench import CARD_BYTES
 from benchmarks.table.markdown import predicted_bytes, shown_rows
 from benchmarks.table.options import CPU
-from benchmarks.table.outcome import NOT_MEASURED
-from benchmarks.table.predicted import CARD_BYTES
 from megablocks_utils.files import publish_file
 
 __all__ = ["build_figure", "draw_chart"]
 
-# Okabe and Ito's colours, told apart by people who see few; marks differ too.
+# Okabe and Ito's colours, distinguishable with colour blindness; marks differ too.
 _PUBLISHED, _PREDICTED, _MEASURED = "#999999", "#E69F00", "#0072B2"
-_SIDE_COLOURS = {"published": "#0072B2", "ours": "#009E73", "transformers": "#D55E00"}
-_SIDE_WORDS = {
+_GROUP_COLOURS = {"published": "#0072B2", "ours": "#009E73", "transformers": "#D55E00"}
+_GROUP_LABELS = {
     "published": "rows of the published table",
     "ours": "ours",
     "transformers": "transformers' own",
@@ -60,7 +60,7 @@ def build_figure(content: Mapping[str, Any]) -> Figure:
 
 def _describe(content: Mapping[str, Any]) -> str:
     bench, gpus = content["bench"], content["hardware"]["gpus"]
-    what = {"plan": "predicted", "one_gpu": "one GPU, imaginary peers"}.get(
+    what = {"plan": "predicted", "one_gpu": "one GPU, fake peers"}.get(
         content["mode"], gpus[0] if gpus else "CPU ranks"
     )
     return (
@@ -76,12 +76,12 @@ def _draw_time(panel: Axes, rows: Sequence[Mapping[str, Any]], *, has_published:
         if times is None:
             _write(panel, place, row["status"])
             continue
-        side = row["side"]
-        label = None if side in labelled else _SIDE_WORDS[side]
-        labelled.add(side)
+        group = row["side"]
+        label = None if group in labelled else _GROUP_LABELS[group]
+        labelled.add(group)
         middle = times["median"]
         reach = [[middle - times["min"]], [times["max"] - middle]]
-        panel.barh(place, middle, 0.6, color=_SIDE_COLOURS[side], label=label)
+        panel.barh(place, middle, 0.6, color=_GROUP_COLOURS[group], label=label)
         panel.errorbar(middle, place, xerr=reach, color="black", capsize=3, linewidth=1)
     if has_published:
         pairs = [
@@ -98,7 +98,7 @@ def _draw_time(panel: Axes, rows: Sequence[Mapping[str, Any]], *, has_published:
 def _draw_memory(panel: Axes, content: Mapping[str, Any]) -> None:
     unit, word = (_MB, "MB, process included") if content["mode"] == CPU else (_GB, "GB")
     rows = shown_rows(content)
-    series = {
+    series: dict[str, tuple[Callable[..., float | None] | None, str, str]] = {
         "published": (_published if content["is_published"] else None, _PUBLISHED, "s"),
         "predicted": (_predicted, _PREDICTED, "D"),
         "measured": (_measured, _MEASURED, "o"),

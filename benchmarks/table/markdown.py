@@ -1,10 +1,12 @@
-"""The table as Markdown, from the content of its JSON file. Imports no torch."""
+"""The table as Markdown, from the content of its JSON file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.harness.outcome import MEASURED, NOT_MEASURED
+from benchmarks.harness.provenance import describe_provenance
+from benchmarks.harness.report import format_spread, markdown_table
 from benchmarks.table.options import CPU, PLAN
-from benchmarks.table.outcome import MEASURED, NOT_MEASURED
 from megablocks_utils.planning.model.units import GB, GIB
 
 __all__ = ["predicted_bytes", "shown_rows", "write_markdown"]
@@ -17,9 +19,9 @@ _MB = 10**6
 
 
 def write_markdown(content: Mapping[str, Any]) -> str:
-    """Return where the numbers come from, the tables, the errors and what a reader must know."""
+    """Return the provenance, the tables, the errors and the notes."""
     rows = shown_rows(content)
-    parts = [_origin(content)]
+    parts = [_describe(content)]
     if any((row.get("measured") or {}).get("micro_step_s") for row in rows):
         parts += ["Time:", _table(_time_columns(content), rows)]
     parts += ["Memory of the fullest rank:", _table(_memory_columns(content), rows)]
@@ -28,7 +30,7 @@ def write_markdown(content: Mapping[str, Any]) -> str:
 
 
 def shown_rows(content: Mapping[str, Any]) -> list[Entry]:
-    """Return the rows that a table of this mode can say something of: a plan, those it predicts."""
+    """Return the rows that have something to show in this mode: in a plan, those it predicts."""
     return [row for row in content["rows"] if content["mode"] != PLAN or row["predicted"]]
 
 
@@ -42,10 +44,9 @@ def predicted_bytes(row: Entry, word: str) -> int | None:
     return (row["predicted"] or {}).get(f"{word}_bytes")
 
 
-def _origin(content: Mapping[str, Any]) -> str:
+def _describe(content: Mapping[str, Any]) -> str:
     bench, hardware = content["bench"], content["hardware"]
-    commit = (content["commit"] or "unknown")[:7]
-    words = [f"`{content['command']}`, {content['date'][:10]}, commit {commit}"]
+    words = [describe_provenance(content)]
     if content["mode"] != PLAN:
         where = hardware["gpus"][0] if hardware["gpus"] else f"{hardware['cpu']}, no GPU"
         words.append(f"torch {content['versions']['torch']}, {where}")
@@ -103,10 +104,8 @@ def _of(cell: Callable[[Entry, str, int], str], word: str, unit: int) -> Callabl
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Entry]) -> str:
-    lines = ["| " + " | ".join(head for head, _ in columns) + " |"]
-    lines.append("|---" + "|---:" * (len(columns) - 1) + "|")
-    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    cells = [[cell(row) for _, cell in columns] for row in rows]
+    return markdown_table([head for head, _ in columns], cells)
 
 
 def _title(row: Entry) -> str:
@@ -114,7 +113,7 @@ def _title(row: Entry) -> str:
 
 
 def _measured(row: Entry, key: str) -> Any:
-    """Return a measured number, or the word that stands in its place."""
+    """Return a measured number, or the word that takes its place."""
     if row["status"] not in (MEASURED, NOT_MEASURED):
         return row["status"]
     return (row.get("measured") or {}).get(key)
@@ -123,8 +122,7 @@ def _measured(row: Entry, key: str) -> Any:
 def _spread(values: Any, digits: int) -> str:
     if values is None or isinstance(values, str):
         return values or _NOTHING
-    middle, least, most = (f"{values[key]:.{digits}f}" for key in ("median", "min", "max"))
-    return f"{middle} ({least}-{most})"
+    return format_spread(values, digits)
 
 
 def _published_time(row: Entry) -> str:
@@ -138,7 +136,7 @@ def _ratio(row: Entry, name: str, kind: str) -> str:
     ratio = row["ratios"].get(name, {}).get(kind)
     if ratio is None:
         return _NOTHING
-    return f"{ratio:.2f}" if kind == "published" else f"**{_spread(ratio, 2).replace(' (', '** (')}"
+    return f"{ratio:.2f}" if kind == "published" else format_spread(ratio, is_bold=True)
 
 
 def _published_bytes(row: Entry, word: str, unit: int) -> str:
@@ -164,7 +162,7 @@ def _measured_bytes(row: Entry, word: str, unit: int) -> str:
 
 
 def _error(row: Entry, word: str, unit: int) -> str:
-    """Say how far the prediction is off what was measured; in a plan, off what was published."""
+    """Return the error of the prediction against measurement; in a plan, against publication."""
     del unit
     if "against_predicted" in row:
         return f"{row['against_predicted'][word]['error']:+.1%}"

@@ -9,22 +9,23 @@ from shutil import disk_usage
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from benchmarks.harness.launchers import ForkedRanks, Torchrun
+from benchmarks.harness.outcome import MEASURED
+from benchmarks.harness.workload import build_config, save_equal_examples, save_model
 from benchmarks.table.bench import TOY_SIZES, Bench, build_bench
 from benchmarks.table.one_gpu import Start, rehearse_row
 from benchmarks.table.options import CPU, ONE_GPU, PLAN, REAL, TableOptions
-from benchmarks.table.outcome import MEASURED
 from benchmarks.table.record import TableRecord
 from benchmarks.table.rows import TRANSFORMERS, Row
 from benchmarks.table.runs import (
-    Workplace,
+    RunPaths,
     find_unsupported_reason,
+    measure_row_memory,
     run_row,
     take_rounds,
-    weigh_row,
 )
-from benchmarks.table.workplace import save_config, save_examples, save_random_model
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.model.config_file import find_config_file, read_config_file
 from megablocks_utils.planning.model.model_shape import ModelShape
@@ -50,7 +51,7 @@ def fill_table(options: TableOptions, argv: Sequence[str], say: Say) -> dict[str
     Args:
         options: of the command line.
         argv: the command line itself.
-        say: takes a line for people.
+        say: takes a line of progress.
 
     Raises:
         ConfigurationError: a machine that cannot run the mode.
@@ -95,27 +96,27 @@ def measure_memory(
         bench: how.
         options: of the command line.
         argv: the command line itself.
-        say: takes a line for people.
+        say: takes a line of progress.
         start: as `rehearse_row` takes it.
     """
     method = {
         "predicted": f"{_PREDICTED}; even routing",
         "peak_bytes": "torch.cuda.max_memory_allocated over an optimizer step of two micro-steps, "
-        "weights and Adam's states made before; rank 0, its peers imaginary (fake process group), "
+        "weights and Adam's states made before; rank 0, its peers fake (fake process group), "
         "real tensors and kernels, even routing",
         "allocated_bytes": "torch.cuda.memory_allocated after zero_grad",
     }
     record = TableRecord(options.output, argv, rows=options.rows, bench=bench, method=method)
     with tempfile.TemporaryDirectory() as name:
-        save_config(bench.config, Path(name))
+        build_config(bench.config).save_pretrained(name)
         for row in options.rows:
             unsupported_reason = find_unsupported_reason(row, bench)
             outcome = unsupported_reason or rehearse_row(row, bench, Path(name), start)
             if outcome["status"] == MEASURED:
-                record.add(row, outcome)
+                record.add_run(row, outcome)
             else:
                 record.settle(row, outcome)
-            say(_tell(row, outcome))
+            say(_summary(row, outcome))
     return record.content
 
 
@@ -133,16 +134,15 @@ def _cpu(options: TableOptions, argv: Sequence[str], say: Say) -> dict[str, Any]
     }
     record = TableRecord(options.output, argv, rows=options.rows, bench=bench, method=method)
     with tempfile.TemporaryDirectory() as name:
-        place = _make_place(bench, Path(name, "model"))
-        toy = _make_place(replace(bench, config={**bench.config, **TOY_SIZES}), Path(name, "toy"))
-        weigh = partial(
-            weigh_row, bench=bench, place=place, toy=toy, launch=ForkedRanks(is_weighed=True)
-        )
-        run = partial(run_row, bench=bench, place=place, launch=ForkedRanks())
-        rows = _settle_obstacles(record, options.rows, bench, say)
-        take_rounds(rows, bench.rounds, _watched(run, record.add, say))
+        paths = _make_paths(bench, Path(name, "model"))
+        toy = _make_paths(replace(bench, config={**bench.config, **TOY_SIZES}), Path(name, "toy"))
+        launch = ForkedRanks(frees_at_once=True)
+        measure = partial(measure_row_memory, bench=bench, paths=paths, toy=toy, launch=launch)
+        run = partial(run_row, bench=bench, paths=paths, launch=ForkedRanks())
+        rows = _settle_unsupported(record, options.rows, bench, say)
+        take_rounds(rows, bench.rounds, _watched(run, record.add_run, say))
         timed = [row for row in rows if record.entry(row)["status"] == MEASURED]
-        take_rounds(timed, 1, _watched(weigh, record.weigh, say))
+        take_rounds(timed, 1, _watched(measure, record.add_memory, say))
     return record.content
 
 
@@ -168,17 +168,17 @@ def _real(options: TableOptions, argv: Sequence[str], say: Say) -> dict[str, Any
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         data = Path(name, "data.jsonl")
         _save_data(bench, data)
-        place = Workplace(options.model_name_or_path, data, Path(name))
-        run = partial(run_row, bench=bench, place=place, launch=Torchrun())
-        rows = _settle_obstacles(record, options.rows, bench, say)
-        take_rounds(rows, bench.rounds, _watched(run, record.add, say))
+        paths = RunPaths(options.model_name_or_path, data, Path(name))
+        run = partial(run_row, bench=bench, paths=paths, launch=Torchrun())
+        rows = _settle_unsupported(record, options.rows, bench, say)
+        take_rounds(rows, bench.rounds, _watched(run, record.add_run, say))
     return record.content
 
 
-def _settle_obstacles(
+def _settle_unsupported(
     record: TableRecord, rows: Sequence[Row], bench: Bench, say: Say
 ) -> list[Row]:
-    """Return the rows that can be tried, and note of the others why not."""
+    """Return the rows that can be tried, and record why the others cannot."""
     tried: list[Row] = []
     for row in rows:
         unsupported_reason = find_unsupported_reason(row, bench, tried)
@@ -186,7 +186,7 @@ def _settle_obstacles(
             tried.append(row)
         else:
             record.settle(row, unsupported_reason)
-            say(_tell(row, unsupported_reason))
+            say(_summary(row, unsupported_reason))
     return tried
 
 
@@ -196,13 +196,13 @@ def _watched(
     def watched(row: Row) -> dict[str, Any]:
         outcome = run(row)
         keep(row, outcome)
-        say(_tell(row, outcome))
+        say(_summary(row, outcome))
         return outcome
 
     return watched
 
 
-def _tell(row: Row, outcome: dict[str, Any]) -> str:
+def _summary(row: Row, outcome: dict[str, Any]) -> str:
     if outcome["status"] != MEASURED:
         return f"{row.name}: {outcome['status']}: {outcome['reason']}"
     times = outcome.get("micro_step_s", [])
@@ -210,21 +210,22 @@ def _tell(row: Row, outcome: dict[str, Any]) -> str:
     return f"{row.name}: {seconds}peak {format_gb(outcome['peak_bytes'])}"
 
 
-def _make_place(bench: Bench, folder: Path) -> Workplace:
+def _make_paths(bench: Bench, folder: Path) -> RunPaths:
     scratch = folder / "scratch"
     scratch.mkdir(parents=True)
-    save_random_model(bench.config, folder / "model", dtype=torch.float32)
+    logging.disable_progress_bar()
+    save_model(build_config(bench.config), folder / "model")
     _save_data(bench, folder / "data.jsonl")
-    return Workplace(str(folder / "model"), folder / "data.jsonl", scratch)
+    return RunPaths(str(folder / "model"), folder / "data.jsonl", scratch)
 
 
 def _save_data(bench: Bench, path: Path) -> None:
     count = _STEPS_OF_DATA * bench.ranks * bench.accumulation
-    save_examples(path, vocab_size=bench.shape.vocab_size, tokens=bench.tokens, count=count)
+    save_equal_examples(path, vocab_size=bench.shape.vocab_size, tokens=bench.tokens, count=count)
 
 
 def _check_space(scratch: Path, shape: ModelShape, rows: Sequence[Row]) -> None:
-    saves_model = any(row.use_lora == "none" and row.side != TRANSFORMERS for row in rows)
+    saves_model = any(row.use_lora == "none" and row.group != TRANSFORMERS for row in rows)
     needed = _BYTES * shape.num_parameters
     free = disk_usage(scratch).free
     if saves_model and free < needed:

@@ -1,4 +1,4 @@
-"""Memory of a row on one device: rank 0 of imaginary peers, with real tensors, in a fresh process.
+"""Memory of a row on one device: rank 0 with fake peers and real tensors, in a fresh process.
 
 python -m benchmarks.table.one_gpu < request.json
 """
@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.harness.launchers import ROOT, Ending, release_memory_at_once
+from benchmarks.harness.launchers import free_memory_at_once
+from benchmarks.harness.memory import reset_peak_resident
+from benchmarks.harness.outcome import LEFT_OUT, MEASURED, Ending, explain
+from benchmarks.harness.provenance import ROOT
 from benchmarks.table.bench import Bench
-from benchmarks.table.outcome import LEFT_OUT, MEASURED, explain
 from benchmarks.table.rows import TRANSFORMERS, Row
 from megablocks_utils.processes.launch import run_entry_point
 from megablocks_utils.rehearsal.worker import build_request, read_request
@@ -25,7 +27,6 @@ __all__ = ["Start", "main", "rehearse_row"]
 MODULE = "benchmarks.table.one_gpu"
 Start = Callable[[str], subprocess.CompletedProcess[str]]
 _TIMEOUT_S = 1800.0
-_RESET_PEAK = "5"
 
 
 def rehearse_row(
@@ -43,8 +44,8 @@ def rehearse_row(
         `peak_bytes` of a step and `allocated_bytes` after it, of tensors alone; or why there are
         none.
     """
-    if row.side == TRANSFORMERS:
-        reason = "transformers' own expert parallelism is not rehearsed with imaginary peers"
+    if row.group == TRANSFORMERS:
+        reason = "transformers' own expert parallelism cannot be rehearsed with fake peers"
         return {"status": LEFT_OUT, "reason": reason}
     scenario = bench.scenario(row)
     try:
@@ -52,7 +53,7 @@ def rehearse_row(
             build_request(folder, scenario.own_layout(), scenario.planned_run())
         )
     except subprocess.TimeoutExpired:
-        return explain(Ending(-1, f"it did not end within {_TIMEOUT_S:.0f} s"))
+        return explain(Ending.after_timeout(_TIMEOUT_S))
     if done.returncode != 0:
         return explain(Ending(done.returncode, done.stderr))
     return {"status": MEASURED} | json.loads(done.stdout.splitlines()[-1])
@@ -114,7 +115,7 @@ class _Meter:
         self._device = device
         self._base_bytes = 0
         if device.type == "cpu":
-            release_memory_at_once()
+            free_memory_at_once()
             self._base_bytes = self._read().allocated_bytes
 
     def start(self) -> None:
@@ -124,7 +125,7 @@ class _Meter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+            reset_peak_resident()
 
     def stop(self) -> None:
         """Read the peak since then, and what is held now."""

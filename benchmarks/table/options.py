@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.table.rows import PUBLISHED_RANKS, ROWS, Row
 from megablocks_utils.config.option import Option
@@ -27,7 +28,7 @@ published, predicted and measured. Exactly one mode:
   --plan
       Predictions only: memory, no GPU, no model.
   --one_gpu
-      Memory on one GPU: rank 0 of an imaginary {PUBLISHED_RANKS}, with real tensors and kernels.
+      Memory on one GPU: rank 0 of {PUBLISHED_RANKS}, the others fake, with real tensors and kernels.
   --cpu
       Time and memory with a small random Mixtral on real ranks of this machine (gloo).
   --real
@@ -107,12 +108,14 @@ class TableOptions:
     steps: int = 20
     warmup_steps: int = 10
     rounds: int = 1
-    model_name_or_path: str = default_of("model_name_or_path")
+    model_name_or_path: str = str(default_of("model_name_or_path"))
     scratch: str | None = None
     docs: str | None = None
 
 
-_DEFAULTS = {CPU: {"ranks": 4, "steps": 1, "warmup_steps": 1, "rounds": 5}}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    CPU: {"ranks": 4, "steps": 1, "warmup_steps": 1, "rounds": 5}
+}
 
 
 def parse_options(argv: Sequence[str]) -> TableOptions:
@@ -138,7 +141,9 @@ def parse_options(argv: Sequence[str]) -> TableOptions:
     for name in given:
         if name not in _TAKEN[mode]:
             raise ConfigurationError(f"--{name} is {given[name]}, but --{mode} does not take it.")
-    values = {name: convert_value(_OPTIONS[name], f"--{name}", given[name]) for name in given}
+    values: dict[str, Any] = {
+        name: convert_value(_OPTIONS[name], f"--{name}", given[name]) for name in given
+    }
     values["rows"] = _read_rows(values.get("rows"))
     values["output"] = Path(values.get("output", RESULTS / f"table_{mode}.json")).absolute()
     options = TableOptions(mode, **_DEFAULTS.get(mode, {}) | values)
@@ -147,7 +152,7 @@ def parse_options(argv: Sequence[str]) -> TableOptions:
 
 
 def _split_modes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take out the modes, which stand without a value."""
+    """Take out the modes, which have no value."""
     flags = {f"--{mode}": mode for mode in MODES}
     modes = dict.fromkeys(flags[word] for word in argv if word in flags)
     return list(modes), [word for word in argv if word not in flags]

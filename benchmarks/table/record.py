@@ -1,14 +1,14 @@
-"""The JSON file of a table: a certificate and its rows, complete after every run."""
+"""The JSON file of a table: its provenance and rows, complete after every run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.outcome import MEASURED, NOT_MEASURED
 from benchmarks.harness.provenance import build_provenance
-from benchmarks.table.bench import Bench
-from benchmarks.table.outcome import MEASURED, NOT_MEASURED
-from benchmarks.table.predicted import predict_row
+from benchmarks.harness.record import Record
+from benchmarks.table.bench import Bench, predict_row
 from benchmarks.table.rows import PUBLISHED_MICRO_STEPS, PUBLISHED_ON, Published, Row
 from benchmarks.table.summary import (
     compare_memory,
@@ -19,14 +19,13 @@ from benchmarks.table.summary import (
     summarise_runs,
     take_ratio,
 )
-from megablocks_utils.files import write_json_atomically
 
 __all__ = ["TableRecord"]
 
 MODULE = "benchmarks.table"
 
 
-class TableRecord:
+class TableRecord(Record):
     """What is known of the rows so far.
 
     Args:
@@ -34,7 +33,7 @@ class TableRecord:
         argv: of the command.
         rows: of the table.
         bench: how they run.
-        method: what the numbers mean, in words.
+        method: what the numbers mean.
     """
 
     def __init__(
@@ -46,37 +45,35 @@ class TableRecord:
         bench: Bench,
         method: Mapping[str, str],
     ) -> None:
-        self._path, self._rows, self._bench = path, rows, bench
+        self._rows, self._bench = rows, bench
         settings = {name: value for name, value in asdict(bench).items() if name != "mode"}
-        certificate = build_provenance(
+        provenance = build_provenance(
             MODULE, argv, mode=bench.mode, bench=settings, method=dict(method)
         )
-        self.content = certificate | {
-            "published_on": PUBLISHED_ON,
-            "is_published": bench.is_published,
-        }
-        self.content["rows"] = [_describe(row, bench) for row in rows]
+        published = {"published_on": PUBLISHED_ON, "is_published": bench.is_published}
+        entries = {"rows": [_describe(row, bench) for row in rows]}
+        super().__init__(path, provenance | published | entries)
         self._summarise()
 
     def entry(self, row: Row) -> dict[str, Any]:
         """Return what is known of a row."""
-        return next(entry for entry in self.content["rows"] if entry["row"] == row.name)
+        return next(entry for entry in self.rows if entry["row"] == row.name)
 
     def settle(self, row: Row, outcome: Mapping[str, Any]) -> None:
-        """Note why a row has no numbers, and write the file."""
+        """Record why a row has no numbers, and write the file."""
         self.entry(row).update(outcome, title=row.title(self._bench.ranks))
         self.write()
 
-    def weigh(self, row: Row, weights: Mapping[str, Any]) -> None:
-        """Take a row's bytes, of a run for them alone, and write the file."""
+    def add_memory(self, row: Row, memory: Mapping[str, Any]) -> None:
+        """Add a row's bytes, from a run for them alone, and write the file."""
         entry = self.entry(row)
-        if weights["status"] != MEASURED:
-            entry.update(weights)
+        if memory["status"] != MEASURED:
+            entry.update(memory)
         else:
-            entry["weights"] = dict(weights)
+            entry["weights"] = dict(memory)
         self.write()
 
-    def add(self, row: Row, run: Mapping[str, Any]) -> None:
+    def add_run(self, row: Row, run: Mapping[str, Any]) -> None:
         """Add a run of a row, and write the file."""
         entry = self.entry(row)
         entry.update({"status": run["status"], "reason": run.get("reason", "")})
@@ -86,7 +83,7 @@ class TableRecord:
     def write(self) -> None:
         """Write the file, complete or not at all."""
         self._summarise()
-        write_json_atomically(self._path, self.content)
+        super().write()
 
     def _summarise(self) -> None:
         for row in self._rows:
@@ -115,31 +112,31 @@ class TableRecord:
         return ratios
 
     def _errors(self) -> dict[str, Any]:
-        """Sum up how far predictions are off what was published, and what was measured."""
+        """Summarise the errors of predictions against what was published and measured."""
         found: dict[str, Any] = {}
         for key, pick in (("published_error", float), ("against_predicted", lambda x: x["error"])):
             for name in ("peak", "allocated"):
-                errors = [
-                    pick(entry[key][name]) for entry in self.content["rows"] if entry.get(key)
-                ]
+                errors = [pick(entry[key][name]) for entry in self.rows if entry.get(key)]
                 found.setdefault(key, {})[name] = summarise_errors(errors)
         return found
 
 
 def _describe(row: Row, bench: Bench) -> dict[str, Any]:
-    """Return what stands fast of a row before anything runs."""
+    """Return what is known of a row before anything runs."""
     predicted = predict_row(bench, row)
-    has_both = bench.is_published and predicted is not None
+    published_error = None
+    if bench.is_published and predicted is not None:
+        published_error = compare_published(row, predicted)
     return {
         "row": row.name,
-        "side": row.side,
+        "side": row.group,
         "title": row.title(bench.ranks, bench.kernel(row)),
         "notes": list(row.notes),
         "tokens_per_rank": bench.tokens,
         "published": _as_record(row.published),
         "predicted": predicted,
         "has_base": bench.has_base,
-        "published_error": compare_published(row, predicted) if has_both else None,
+        "published_error": published_error,
         "status": NOT_MEASURED,
         "reason": "",
         "runs": [],

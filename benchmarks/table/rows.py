@@ -12,7 +12,6 @@ __all__ = [
     "TRANSFORMERS",
     "Published",
     "Row",
-    "find_row",
 ]
 
 PUBLISHED, OURS, TRANSFORMERS = "published", "ours", "transformers"
@@ -72,7 +71,7 @@ class Row:
 
     Attributes:
         name: what `--rows` calls it.
-        side: `published`, `ours` or `transformers` (its own expert parallelism).
+        group: `published`, `ours` or `transformers` (its own expert parallelism).
         use_lora: as the option.
         ep_share: the ep_size is the number of ranks over this; 0 is no expert parallelism.
         kernel: backend of the experts, as the option; of `transformers` and of rows without expert
@@ -83,7 +82,7 @@ class Row:
     """
 
     name: str
-    side: str
+    group: str
     use_lora: str
     ep_share: int
     kernel: str = "grouped_mm"
@@ -96,21 +95,15 @@ class Row:
         return ranks // self.ep_share if self.ep_share else 1
 
     def title(self, ranks: int, kernel: str | None = None) -> str:
-        """Say the row in a few words, with the backend that ran."""
+        """Describe the row, with the backend that ran."""
         method = "full" if self.use_lora == "none" else f"LoRA r16 {self.use_lora}"
         if not self.ep_share:
             return f"{method}, no ep (FSDP2)"
-        if self.side == TRANSFORMERS:
+        if self.group == TRANSFORMERS:
             return f"{method}, ep {self.ep_size(ranks)}, transformers"
         copies = {"replicate": ", copies", "shard": ", sharded"}[self.expert_dp]
         copies = copies if self.ep_size(ranks) < ranks else ""
         return f"{method}, ep {self.ep_size(ranks)}{copies}, {kernel or self.kernel}"
-
-
-def find_row(side: str, use_lora: str, ep_share: int) -> Row | None:
-    """Return the first row of a side that trains this in this layout."""
-    wanted = (side, use_lora, ep_share)
-    return next((r for r in ROWS if (r.side, r.use_lora, r.ep_share) == wanted), None)
 
 
 _COPIES = (
@@ -121,7 +114,7 @@ _SCATTERED_ADAPTERS = (
     "The scattermoe package runs experts without adapters: this project's own ScatterMoE-style "
     "kernels (triton) run in its place."
 )
-_CRASHES = "PEFT's adapters on experts do not go with transformers' expert parallelism."
+_CRASHES = "PEFT's adapters on experts do not work with transformers' expert parallelism."
 
 ROWS = (
     Row("full-none", PUBLISHED, "none", 0, published=Published(3037, 59, 47, True)),

@@ -1,5 +1,6 @@
 """Run the rows: each in fresh processes, in turns, every result kept as it comes."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -8,23 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.launchers import OURS, STOCK, Ending, Job
+from benchmarks.harness.launchers import FSDP2_SCRIPT, Job
+from benchmarks.harness.outcome import LEFT_OUT, MEASURED, NOT_INSTALLED, Ending, explain
+from benchmarks.harness.timing import in_turn
 from benchmarks.table.bench import Bench
-from benchmarks.table.outcome import LEFT_OUT, MEASURED, NOT_INSTALLED, explain, read_run
 from benchmarks.table.rows import TRANSFORMERS, Row
 from megablocks_utils.kernels.megablocks import MEGABLOCKS_INSTALL, is_megablocks_installed
 from megablocks_utils.kernels.scattermoe import SCATTERMOE_INSTALL, is_scattermoe_installed
+from megablocks_utils.training.report.metrics import read_metrics
 
-__all__ = ["Launch", "Workplace", "find_unsupported_reason", "run_row", "take_rounds", "weigh_row"]
+__all__ = [
+    "Launch",
+    "RunPaths",
+    "find_unsupported_reason",
+    "measure_row_memory",
+    "read_run",
+    "run_row",
+    "take_rounds",
+]
 
 Launch = Callable[[Job], Ending]
 
+_STOCK = ("-m", "benchmarks.table.stock")
 _TIMEOUT_S = {"cpu": 300.0, "cuda": 3600.0}
-_WEIGHED_STEPS = 2
+_MEMORY_STEPS = 2
 
 
 @dataclass(frozen=True)
-class Workplace:
+class RunPaths:
     """Where runs read and write.
 
     Attributes:
@@ -41,7 +53,7 @@ class Workplace:
 def find_unsupported_reason(
     row: Row, bench: Bench, earlier: Sequence[Row] = ()
 ) -> dict[str, Any] | None:
-    """Say what keeps a row from being run at all; None if nothing does.
+    """Return why a row cannot be run at all; None if it can.
 
     Args:
         row: which.
@@ -65,7 +77,7 @@ def find_unsupported_reason(
 
 def _find_copy(row: Row, bench: Bench, earlier: Sequence[Row]) -> dict[str, Any] | None:
     def what_runs(one: Row) -> tuple:
-        return (one.side == TRANSFORMERS, one.use_lora, bench.scenario(one).own_layout())
+        return (one.group == TRANSFORMERS, one.use_lora, bench.scenario(one).own_layout())
 
     for other in earlier:
         if what_runs(other) == what_runs(row):
@@ -79,40 +91,40 @@ def _find_copy(row: Row, bench: Bench, earlier: Sequence[Row]) -> dict[str, Any]
 def take_rounds(
     rows: Sequence[Row], rounds: int, run: Callable[[Row], dict[str, Any]]
 ) -> Mapping[str, list[dict[str, Any]]]:
-    """Run every row once a round, in an order that turns round from one to the next.
+    """Run every row once a round, in an order that alternates from one to the next.
 
     A row that could not be measured is not tried again.
 
     Returns:
-        What the runs of each row came to, by its name, as a view that grows.
+        The results of each row by its name.
     """
-    seen: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
+    results: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
     for turn in range(rounds):
-        for row in rows if turn % 2 == 0 else list(reversed(rows)):
-            if all(result["status"] == MEASURED for result in seen[row.name]):
-                seen[row.name].append(run(row))
-    return seen
+        for row in in_turn(rows, turn):
+            if all(one["status"] == MEASURED for one in results[row.name]):
+                results[row.name].append(run(row))
+    return results
 
 
 def run_row(
-    row: Row, bench: Bench, place: Workplace, launch: Launch, *, steps: int | None = None
+    row: Row, bench: Bench, paths: RunPaths, launch: Launch, *, steps: int | None = None
 ) -> dict[str, Any]:
     """Run a row once, in fresh processes, and return its numbers or why there are none.
 
     Args:
         row: which.
         bench: how.
-        place: where.
+        paths: where.
         launch: starts the processes.
         steps: in all; None: as the bench has them.
     """
-    program = STOCK if row.side == TRANSFORMERS else OURS
-    folder = Path(tempfile.mkdtemp(dir=place.scratch))
+    program = _STOCK if row.group == TRANSFORMERS else FSDP2_SCRIPT
+    folder = Path(tempfile.mkdtemp(dir=paths.scratch))
     output_dir, logs = folder / "output", folder / "logs"
     logs.mkdir()
     options = bench.arguments(row, steps=steps) | {
-        "model_name_or_path": place.model,
-        "data_path": place.data,
+        "model_name_or_path": paths.model,
+        "data_path": paths.data,
         "output_dir": output_dir,
     }
     job = Job(program, options, bench.ranks, logs, _TIMEOUT_S[bench.device_type])
@@ -129,10 +141,10 @@ def run_row(
         shutil.rmtree(folder)
 
 
-def weigh_row(
-    row: Row, bench: Bench, place: Workplace, toy: Workplace, launch: Launch
+def measure_row_memory(
+    row: Row, bench: Bench, paths: RunPaths, toy: RunPaths, launch: Launch
 ) -> dict[str, Any]:
-    """Weigh a row on a CPU: resident memory of its processes, and of the same row with a toy model.
+    """Measure resident memory on a CPU: of a row's processes, and of the same row with a toy model.
 
     The second is what Python, libraries and connections take: the base to which a prediction, which
     knows of tensors only, is added.
@@ -142,11 +154,41 @@ def weigh_row(
         are none.
     """
     whole, base = (
-        run_row(row, bench, where, launch, steps=_WEIGHED_STEPS) for where in (place, toy)
+        run_row(row, bench, where, launch, steps=_MEMORY_STEPS) for where in (paths, toy)
     )
     for found in (whole, base):
         if found["status"] != MEASURED:
             return found
     keys = ("peak_bytes", "allocated_bytes")
-    weights = {key: whole[key] for key in keys} | {f"base_{key}": base[key] for key in keys}
-    return {"status": MEASURED} | weights
+    held = {key: whole[key] for key in keys} | {f"base_{key}": base[key] for key in keys}
+    return {"status": MEASURED} | held
+
+
+def read_run(folder: Path, *, warmup_steps: int, accumulation: int, ranks: int) -> dict[str, Any]:
+    """Read the numbers of a run that succeeded.
+
+    Args:
+        folder: its `--output_dir`, with metrics.jsonl and run.json.
+        warmup_steps: steps that are not counted in times.
+        accumulation: micro-steps of a step.
+        ranks: processes.
+
+    Returns:
+        `micro_step_s` and `tokens_per_s` (all ranks) of every measured step, `tokens_per_rank` of a
+        micro-step; `peak_bytes` since the start and `allocated_bytes` after zero_grad, of the rank
+        that had most; `first_loss`; `mesh` and `kernel`, as the run had them.
+    """
+    steps = read_metrics(folder / "metrics.jsonl")
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    measured = steps[warmup_steps:]
+    return {
+        "status": MEASURED,
+        "micro_step_s": [step.step_time_s / accumulation for step in measured],
+        "tokens_per_s": [step.tokens_per_s for step in measured],
+        "tokens_per_rank": measured[0].input_tokens // (accumulation * ranks),
+        "peak_bytes": max(step.mem_peak_bytes for step in steps),
+        "allocated_bytes": max(step.mem_alloc_bytes for step in measured),
+        "first_loss": steps[0].loss,
+        "mesh": record["mesh"],
+        "kernel": record["kernel"]["name"],
+    }

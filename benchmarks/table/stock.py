@@ -1,4 +1,4 @@
-"""Train with transformers' own expert parallelism: the do-nothing baseline of the table.
+"""Train with transformers' own expert parallelism: the baseline of the table.
 
     torchrun --nproc_per_node=8 -m benchmarks.table.stock --use_megablocks_sharding True ...
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.end_to_end.contenders import LEARNING_RATE, StockSide
+from benchmarks.end_to_end.contenders import LEARNING_RATE, StockStep
 from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.config import parse_args
 from megablocks_utils.files import write_json_atomically
@@ -42,18 +42,18 @@ def main(argv: list[str]) -> None:
     launch = check_environment(config)
     device = start_processes(launch)
     schedule = Schedule(config, load_examples(config.data, None), launch.rank, launch.world_size)
-    side = StockSide(schedule, device, padded=False)
-    steps = list(_train(side, schedule, device))
+    stock = StockStep(schedule, device, padded=False)
+    steps = list(_train(stock, schedule, device))
     if launch.rank == 0:
         _write(argv, Path(config.output_dir), schedule, steps)
 
 
-def _train(side: StockSide, schedule: Schedule, device: torch.device) -> Iterator[StepMetrics]:
+def _train(stock: StockStep, schedule: Schedule, device: torch.device) -> Iterator[StepMetrics]:
     meter = StepMeter(device)
     for step, (epoch, plan) in enumerate(schedule.plans(), start=1):
         meter.start_step()
-        loss = side.step()
-        # Every rank knows the loss of all: each gives its share.
+        loss = stock.step()
+        # Every rank has the loss of all: each adds its share.
         share = loss * plan.num_label_tokens / schedule.world_size
         meter.add_micro_batch(torch.tensor(share, dtype=torch.float64))
         yield meter.finish_step(
@@ -61,7 +61,7 @@ def _train(side: StockSide, schedule: Schedule, device: torch.device) -> Iterato
             epoch,
             num_label_tokens=plan.num_label_tokens,
             num_input_tokens=plan.num_input_tokens,
-            grad_norm=side.grad_norm,
+            grad_norm=stock.grad_norm,
             learning_rate=LEARNING_RATE,
         )
 
@@ -73,7 +73,7 @@ def _write(argv: list[str], output_dir: Path, schedule: Schedule, steps: list[St
         for step in steps:
             metrics.write(step)
             totals = totals.plus(step)
-    ep_size = schedule.config.parallel.ep_size
+    ep_size = schedule.config.parallel.ep_size or schedule.world_size
     record = {"status": "finished"} | build_provenance(
         "benchmarks.table.stock",
         argv,

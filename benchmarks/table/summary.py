@@ -1,4 +1,4 @@
-"""Numbers of the table from what the runs came to: spreads, ratios, errors."""
+"""Numbers of the table from its runs: spreads, ratios, errors."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean, median
@@ -21,19 +21,19 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def summarise_runs(runs: Runs) -> dict[str, Any]:
-    """Put the measured steps of all runs of a row together.
+    """Combine the measured steps of all runs of a row.
 
     Returns:
         Spreads of `micro_step_s` and `tokens_per_s` over steps, the largest bytes of any run, and
-        what the runs said of themselves.
+        what is the same in all runs.
     """
     times = {
         key: spread([value for run in runs for value in run[key]])
         for key in ("micro_step_s", "tokens_per_s")
     }
     bytes_of = {key: max(run[key] for run in runs) for key in ("peak_bytes", "allocated_bytes")}
-    told = {key: runs[0][key] for key in ("tokens_per_rank", "first_loss", "mesh", "kernel")}
-    return times | bytes_of | told
+    constant = {key: runs[0][key] for key in ("tokens_per_rank", "first_loss", "mesh", "kernel")}
+    return times | bytes_of | constant
 
 
 def take_ratio(runs: Runs, others: Runs) -> dict[str, float] | None:
@@ -54,20 +54,20 @@ def ratio_rows(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
     wanted: dict[str, tuple[tuple[str, ...], int]] = {}
     if row.ep_share:
         wanted["no_ep"] = ((PUBLISHED, OURS), 0)
-    if row.ep_share and row.side != TRANSFORMERS:
+    if row.ep_share and row.group != TRANSFORMERS:
         wanted["transformers"] = ((TRANSFORMERS,), row.ep_share)
     return {
         name: other
-        for name, (sides, ep_share) in wanted.items()
+        for name, (groups, ep_share) in wanted.items()
         for other in rows
-        if other.side in sides and (other.use_lora, other.ep_share) == (row.use_lora, ep_share)
+        if other.group in groups and (other.use_lora, other.ep_share) == (row.use_lora, ep_share)
     }
 
 
 def published_ratio(row: Row, other: Row) -> float | None:
     """Return how many times faster a row was than another, as published."""
-    times = [one.published.runtime_s if one.published else None for one in (row, other)]
-    return None if None in times else times[1] / times[0]
+    own, others = (one.published.runtime_s if one.published else None for one in (row, other))
+    return others / own if own and others else None
 
 
 def compare_published(row: Row, predicted: Mapping[str, Any]) -> dict[str, float] | None:
@@ -76,7 +76,7 @@ def compare_published(row: Row, predicted: Mapping[str, Any]) -> dict[str, float
     Where the published `allocated` was read before zero_grad, gradients are added to ours.
     """
     published = row.published
-    if published is None or published.is_oom:
+    if published is None or published.peak_bytes is None or published.allocated_bytes is None:
         return None
     allocated_bytes = predicted["allocated_bytes"]
     if published.is_before_zero_grad:
@@ -105,7 +105,7 @@ def compare_memory(
 
 
 def summarise_errors(errors: Sequence[float]) -> dict[str, float] | None:
-    """Return n, the mean of the absolute errors and the worst with its sign; None of none."""
+    """Return n, the mean absolute error and the worst with its sign; None without errors."""
     if not errors:
         return None
     return {

@@ -9,7 +9,6 @@ import torch
 from benchmarks.harness.contender import SkippedError
 from benchmarks.harness.device_timing import Machine
 from benchmarks.harness.record import Record
-from benchmarks.harness.report import fill_in
 from benchmarks.moe_layer import __main__ as moe_layer
 from benchmarks.moe_layer import measure, processes
 from benchmarks.moe_layer.aims import cpu_aims, gpu_aims
@@ -254,7 +253,3 @@ def test_report_has_tables_aims_reasons_and_a_chart(tmp_path):
     assert parts["cpu"] == "Not measured yet."
     nothing = build_report(tmp_path / "missing.json", gpu.with_name("none"), None)["gpu"]
     assert nothing.startswith("No GPU was at hand: nothing was timed on one.")
-    page = "a\n<!-- moe_layer: gpu -->\nold\n<!-- end -->\nb\n"
-    filled = fill_in(page, {"gpu": r"new \1", "cpu": "c"}, "moe_layer")
-    assert filled == "a\n<!-- moe_layer: gpu -->\n\nnew \\1\n\n<!-- end -->\nb\n"
-    assert fill_in(filled, {"gpu": r"new \1"}, "moe_layer") == filled

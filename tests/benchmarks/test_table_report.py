@@ -46,18 +46,18 @@ def record(tmp_path, monkeypatch):
     copies = made_up | {"peak_bytes": 93 * GB, "is_oom": True}
     monkeypatch.setattr(
         "benchmarks.table.record.predict_row",
-        lambda _, row: None if row.side == "transformers" else dict(_pick(row, made_up, copies)),
+        lambda _, row: None if row.group == "transformers" else dict(_pick(row, made_up, copies)),
     )
     record = TableRecord(
         tmp_path / "table.json", ["--real"], rows=ROWS, bench=build_bench(options), method={}
     )
     for seconds in (1.8, 1.2):
-        record.add(BY_NAME["full-none"], run_of([seconds] * 3))
+        record.add_run(BY_NAME["full-none"], run_of([seconds] * 3))
     for seconds in ([0.5, 0.6, 0.7], [0.3, 0.4, 0.5]):
-        record.add(BY_NAME["full-ep8-triton"], run_of(seconds))
-        record.add(BY_NAME["stock-full-ep8"], run_of([2 * s for s in seconds]))
+        record.add_run(BY_NAME["full-ep8-triton"], run_of(seconds))
+        record.add_run(BY_NAME["stock-full-ep8"], run_of([2 * s for s in seconds]))
     message = "torch.OutOfMemoryError: CUDA out of memory."
-    record.add(BY_NAME["full-ep4"], {"status": "OOM", "reason": message, "exit_code": 1})
+    record.add_run(BY_NAME["full-ep4"], {"status": "OOM", "reason": message, "exit_code": 1})
     missing = "scattermoe is not installed; install it with: pip install scattermoe"
     record.settle(BY_NAME["attn-ep4-scattermoe"], {"status": "not installed", "reason": missing})
     return record
@@ -134,7 +134,7 @@ def test_published_figures_stand_only_beside_the_model_and_the_ranks_they_are_of
     rows, path = [BY_NAME["full-none"], BY_NAME["full-ep8"]], tmp_path / "table.json"
     few = replace(bench, ranks=4)
     record = TableRecord(path, [], rows=rows, bench=few, method={})
-    record.add(rows[0], run_of([1.0]))
+    record.add_run(rows[0], run_of([1.0]))
     assert record.content["errors"]["published_error"]["peak"] is None
     text = write_markdown(record.content)
     # Ratios stay: they are of no model and no machine.
@@ -183,7 +183,7 @@ def test_plan_predicts_the_published_memory(tmp_path):
     assert "transformers" not in text.split("- predicted")[0]
 
 
-# --- rank 0 of imaginary peers ---------------------------------------------------------------
+# --- rank 0 of fake peers ---------------------------------------------------------------
 
 
 def _rehearse(request, answer):
@@ -221,7 +221,7 @@ def test_memory_on_one_device_is_near_the_prediction(tmp_path):
     said = []
     content = modes.measure_memory(bench, options, [], said.append, start=start)
     full, stock = content["rows"]
-    assert stock["status"] == "left out" and "imaginary" in stock["reason"]
+    assert stock["status"] == "left out" and "fake peers" in stock["reason"]
     assert said[0].startswith("full-ep8: peak ")
     # Code that runs for the first time is resident too: some 30 MB.
     above = full["measured"]["peak_bytes"] - full["predicted"]["peak_bytes"]

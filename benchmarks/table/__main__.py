@@ -13,8 +13,6 @@ from typing import Any
 from benchmarks.table.options import TableOptions, parse_options
 from megablocks_utils.processes.launch import run_entry_point
 
-__all__ = ["main", "write_report"]
-
 
 def main(argv: Sequence[str]) -> None:
     """Fill the table, and write JSON, Markdown and plot.

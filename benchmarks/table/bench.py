@@ -14,16 +14,6 @@ from megablocks_utils.planning.model.config_file import read_config_file
 from megablocks_utils.planning.model.gpus import GPUS
 from megablocks_utils.planning.model.model_shape import ModelShape
 
-__all__ = [
-    "CARD_BYTES",
-    "CPU_SIZES",
-    "TOY_SIZES",
-    "Bench",
-    "build_bench",
-    "predict_row",
-    "read_published_model",
-]
-
 _PUBLISHED_MODEL = ROOT / "benchmarks" / "models" / "mixtral-8x7b" / "config.json"
 CARD_BYTES = GPUS["a100-80g"].memory_bytes
 """Of the cards that the published table was measured on."""

@@ -14,8 +14,6 @@ from benchmarks.table.markdown import predicted_bytes, shown_rows
 from benchmarks.table.options import CPU
 from megablocks_utils.files import publish_file
 
-__all__ = ["build_figure", "draw_chart"]
-
 # Okabe and Ito's colours, distinguishable with colour blindness; marks differ too.
 _PUBLISHED, _PREDICTED, _MEASURED = "#999999", "#E69F00", "#0072B2"
 _GROUP_COLOURS = {"published": "#0072B2", "ours": "#009E73", "transformers": "#D55E00"}

@@ -9,8 +9,6 @@ from benchmarks.harness.report import format_spread, markdown_table
 from benchmarks.table.options import CPU, PLAN
 from megablocks_utils.planning.model.units import GB, GIB
 
-__all__ = ["predicted_bytes", "shown_rows", "write_markdown"]
-
 Entry = Mapping[str, Any]
 Column = tuple[str, Callable[[Entry], str]]
 

@@ -31,8 +31,6 @@ from megablocks_utils.planning.model.config_file import find_config_file, read_c
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.units import format_gb
 
-__all__ = ["fill_table"]
-
 Say = Callable[[str], None]
 _STEPS_OF_DATA = 4
 _BYTES = 2  # of a weight in bfloat16

@@ -22,8 +22,6 @@ from benchmarks.table.rows import TRANSFORMERS, Row
 from megablocks_utils.processes.launch import run_entry_point
 from megablocks_utils.rehearsal.worker import build_request, read_request
 
-__all__ = ["Start", "main", "rehearse_row"]
-
 MODULE = "benchmarks.table.one_gpu"
 Start = Callable[[str], subprocess.CompletedProcess[str]]
 _TIMEOUT_S = 1800.0

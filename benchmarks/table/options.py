@@ -13,8 +13,6 @@ from megablocks_utils.config.reader import convert_value, describe_wanted, join_
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.processes.command_output import read_words
 
-__all__ = ["CPU", "HELP", "MODES", "ONE_GPU", "PLAN", "REAL", "TableOptions", "parse_options"]
-
 PLAN, ONE_GPU, CPU, REAL = MODES = ("plan", "one_gpu", "cpu", "real")
 RESULTS = Path(__file__).parents[1] / "results"
 _NUM_EXPERTS = 8
@@ -28,7 +26,7 @@ published, predicted and measured. Exactly one mode:
   --plan
       Predictions only: memory, no GPU, no model.
   --one_gpu
-      Memory on one GPU: rank 0 of {PUBLISHED_RANKS}, the others fake, with real tensors and kernels.
+      Memory on one GPU: rank 0 of {PUBLISHED_RANKS} (others fake), with real tensors and kernels.
   --cpu
       Time and memory with a small random Mixtral on real ranks of this machine (gloo).
   --real

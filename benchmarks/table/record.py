@@ -20,8 +20,6 @@ from benchmarks.table.summary import (
     take_ratio,
 )
 
-__all__ = ["TableRecord"]
-
 MODULE = "benchmarks.table"
 
 

@@ -2,18 +2,6 @@
 
 from dataclasses import dataclass
 
-__all__ = [
-    "OURS",
-    "PUBLISHED",
-    "PUBLISHED_MICRO_STEPS",
-    "PUBLISHED_ON",
-    "PUBLISHED_RANKS",
-    "ROWS",
-    "TRANSFORMERS",
-    "Published",
-    "Row",
-]
-
 PUBLISHED, OURS, TRANSFORMERS = "published", "ours", "transformers"
 
 PUBLISHED_ON = (

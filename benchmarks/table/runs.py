@@ -18,16 +18,6 @@ from megablocks_utils.kernels.megablocks import MEGABLOCKS_INSTALL, is_megablock
 from megablocks_utils.kernels.scattermoe import SCATTERMOE_INSTALL, is_scattermoe_installed
 from megablocks_utils.training.report.metrics import read_metrics
 
-__all__ = [
-    "Launch",
-    "RunPaths",
-    "find_unsupported_reason",
-    "measure_row_memory",
-    "read_run",
-    "run_row",
-    "take_rounds",
-]
-
 Launch = Callable[[Job], Ending]
 
 _STOCK = ("-m", "benchmarks.table.stock")

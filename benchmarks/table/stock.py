@@ -30,8 +30,6 @@ from megablocks_utils.training.report.metrics import (
     StepMetrics,
 )
 
-__all__ = ["main"]
-
 
 def main(argv: list[str]) -> None:
     """Train, and leave the numbers.

@@ -7,16 +7,6 @@ from typing import Any
 from benchmarks.harness.timing import spread
 from benchmarks.table.rows import OURS, PUBLISHED, TRANSFORMERS, Row
 
-__all__ = [
-    "compare_memory",
-    "compare_published",
-    "published_ratio",
-    "ratio_rows",
-    "summarise_errors",
-    "summarise_runs",
-    "take_ratio",
-]
-
 Runs = Sequence[Mapping[str, Any]]
 
 

@@ -1,4 +1,4 @@
-"""The layer benchmark loses no row, whatever happens to a contender, and reports what the rows say."""
+"""The layer benchmark loses no row, whatever happens, and reports what the rows say."""
 
 import json
 import sys
@@ -144,7 +144,7 @@ def test_quick_run_of_the_gpu_part(tmp_path, monkeypatch, capsys):
     words = ["--device", "cpu", "--quick", "--modes", "lora16", "--routings", "uniform"]
     moe_layer.main([*words, "--backends", OURS_GROUPED_MM, "--output", str(path)])
     assert started == [[sys.executable, "-m", "benchmarks.moe_layer"]]
-    assert "| lora16 | ours, grouped_mm |" in capsys.readouterr().out
+    assert "ours, grouped_mm" in capsys.readouterr().out
     result = json.loads(path.read_text())
     assert {"command", "commit", "versions", "hardware", "date", "method"} <= result.keys()
     assert result["machine"]["flops_per_s"] > 0 < result["machine"]["bytes_per_s"]
@@ -162,7 +162,7 @@ def test_quick_run_of_the_gpu_part(tmp_path, monkeypatch, capsys):
 def test_quick_run_of_the_cpu_part(tmp_path, capsys):
     path = tmp_path / "rows.json"
     moe_layer.main(["--cpu", "--quick", "--only", "lora16 bfloat16", "--output", str(path)])
-    assert "| tiny, 600 tokens | bfloat16 | lora16 | PEFT" in capsys.readouterr().out
+    assert "PEFT over transformers" in capsys.readouterr().out
     result = json.loads(path.read_text())
     (row,) = result["rows"]
     assert list(row["against"]) == [BASELINE, "peft"]
@@ -245,10 +245,11 @@ def test_report_has_tables_aims_reasons_and_a_chart(tmp_path):
     assert chart.read_bytes().startswith(b"\x89PNG")
     text = parts["gpu"]
     assert "H100: 700 TFLOP/s in a large bf16 product, 2.80 TB/s in a large copy." in text
-    ms = "48.00 (48.00-48.00)"
-    assert f"| lora16 | ours, triton | {ms} | {ms} | 481 | 69% | 71% | 63% | 1.88 | 4.00 |" in text
-    assert "| full | ScatterMoE |" not in text
-    assert "| lora16 | ours, triton | wrong |" in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    figures = ["48.00 (48.00-48.00)"] * 2 + ["481", "69%", "71%", "63%", "1.88", "4.00"]
+    assert ["lora16", "ours, triton", *figures] in cells
+    assert ["full", "ScatterMoE"] not in [line[:2] for line in cells]
+    assert ["lora16", "ours, triton", "wrong"] in [line[:3] for line in cells]
     assert "- ScatterMoE, skipped (Mixtral-8x7B full uniform): scattermoe is not installed" in text
     assert parts["cpu"] == "Not measured yet."
     nothing = build_report(tmp_path / "missing.json", gpu.with_name("none"), None)["gpu"]

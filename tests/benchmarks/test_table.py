@@ -290,6 +290,5 @@ def test_cpu_table_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert abs(ours["measured"]["peak_bytes"] - ours["measured"]["base_peak_bytes"]) < 50e6
     text = capsys.readouterr().out
     assert path.with_suffix(".md").read_text() in text
-    middle = f"{ours['measured']['micro_step_s']['median']:.3f}"
-    assert f"| `attn-ep8`: LoRA r16 attn-only, ep 2, grouped_mm | {middle} (" in text
+    assert f"{ours['measured']['micro_step_s']['median']:.3f}" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -22,7 +22,7 @@ from megablocks_utils.config.reader import (
     split_line,
 )
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.files import write_json_atomically
+from megablocks_utils.files import METRICS_NAME, RUN_RECORD_NAME, write_json_atomically
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
@@ -169,8 +169,8 @@ def _run(
             f"the run with {layout.describe()} ended with exit code {code}, for the reason above; "
             "nothing was written."
         )
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    record = json.loads((folder / RUN_RECORD_NAME).read_text(encoding="utf-8"))
+    text = (folder / METRICS_NAME).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()][task.warmup :]
     for path in sorted(folder.rglob("*"), reverse=True):  # room for the next run's model
         path.rmdir() if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""Other libraries' bars and warnings: kept out of a log, and only as long as they would be there."""
+"""Bars and warnings of other libraries: kept out of a log, as long as they would be there."""
 
 import warnings
 from collections.abc import Callable

@@ -3,9 +3,10 @@
 import warnings
 from collections.abc import Callable
 
+import datasets
 import pytest
-from datasets import load_dataset
-from peft import LoraConfig, inject_adapter_in_model
+from huggingface_hub import utils as hub
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from megablocks_utils.checkpoint.library_output import (
@@ -46,7 +47,7 @@ def test_a_data_set_is_loaded_without_a_bar(tmp_path, capfd):
 
     def load(cache: str):
         files, cache_dir = str(tmp_path / "data.jsonl"), str(tmp_path / cache)
-        load_dataset("json", data_files=files, split="train", cache_dir=cache_dir)
+        datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache_dir)
 
     def load_quietly():
         with without_datasets_bars():
@@ -56,21 +57,16 @@ def test_a_data_set_is_loaded_without_a_bar(tmp_path, capfd):
     assert "Generating train split" in _shown(capfd, lambda: load("second"))
 
 
-@pytest.mark.parametrize("without", [without_transformers_bars, without_datasets_bars])
-def test_bars_that_the_user_has_switched_off_stay_off(without, monkeypatch):
-    from datasets.utils import tqdm as datasets_bars
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging
-
-    monkeypatch.setattr(logging, "_tqdm_active", False)
-    monkeypatch.setattr(datasets_bars, "are_progress_bars_disabled", lambda: True)
+def test_bars_that_the_user_has_switched_off_stay_off():
     hub.disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
-        with without():
+        with without_transformers_bars(), without_datasets_bars():
             pass
-        assert not logging.is_progress_bar_enabled() and hub.are_progress_bars_disabled()
+        assert hub.are_progress_bars_disabled() and datasets.are_progress_bars_disabled()
     finally:
         hub.enable_progress_bars()
+        datasets.enable_progress_bars()
 
 
 def test_pefts_warning_is_filtered_and_still_there():
@@ -78,8 +74,8 @@ def test_pefts_warning_is_filtered_and_still_there():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with filter_peft_warnings():
-            inject_adapter_in_model(config, build_tiny_model("olmoe"))
+            get_peft_model(build_tiny_model("olmoe"), config)
             with pytest.raises(FutureWarning, match="another"):
                 warnings.warn("another", FutureWarning, stacklevel=1)
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        inject_adapter_in_model(config, build_tiny_model("olmoe"))
+        get_peft_model(build_tiny_model("olmoe"), config)

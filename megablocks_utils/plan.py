@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.config import check_world
 from megablocks_utils.config.reader import CommandLine, choose_model
 from megablocks_utils.config.record import format_config, format_record, read_recorded_options
@@ -22,7 +23,6 @@ from megablocks_utils.planning.model.config_file import (
     read_config_file,
 )
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.units import GIB
 from megablocks_utils.planning.plan_options import (
     PlanArguments,
     PlanOptions,

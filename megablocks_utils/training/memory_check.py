@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import PlanError, UserError
+from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.planning.memory.run_plan import RunPlan, plan_run
 from megablocks_utils.planning.report.prediction_check import KEPT_BYTES
 from megablocks_utils.processes.agreement import min_over_ranks
@@ -111,7 +112,7 @@ def check_memory(
     try:
         run_plan = plan_run(
             config,
-            read_settings(folder / "config.json", "model"),
+            read_settings(folder / MODEL_CONFIG_NAME, "model"),
             world_size=schedule.world_size,
             device_type=device.type,
             capacity_bytes=capacity_bytes,

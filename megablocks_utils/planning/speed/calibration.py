@@ -149,9 +149,10 @@ def read_calibration(path: str | Path) -> Calibration:
     wanted = "it must be a file that python -m megablocks_utils.plan calibrate has written."
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        numbers = [float(record[name]) for name in ("bytes_per_s", "overhead_s")]
-        is_ours = record["kind"] == _KIND and all(math.isfinite(n) and n > 0 for n in numbers)
-        calibration = Calibration(*numbers, workload=dict(record["workload"]))
+        bytes_per_s, overhead_s = float(record["bytes_per_s"]), float(record["overhead_s"])
+        are_usable = all(math.isfinite(n) and n > 0 for n in (bytes_per_s, overhead_s))
+        is_ours = record["kind"] == _KIND and are_usable
+        calibration = Calibration(bytes_per_s, overhead_s, workload=dict(record["workload"]))
     except OSError as error:
         raise ConfigurationError(
             f"--calibration is {path}, but it cannot be read ({error.strerror}); {wanted}"

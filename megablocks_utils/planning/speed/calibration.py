@@ -133,11 +133,11 @@ def solve(first: TimedRun, second: TimedRun, workload: Mapping[str, Any]) -> Cal
 
 
 def build_record(
-    calibration: Calibration, runs: Sequence[TimedRun], certificate: Mapping[str, Any]
+    calibration: Calibration, runs: Sequence[TimedRun], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the file holds: the two numbers, what they came from, and their certificate."""
+    """Return what the file holds: the two numbers, what they came from, and their provenance."""
     timed = [asdict(run) | {"median_s": run.median_s, "spread_s": run.spread_s} for run in runs]
-    return {"kind": _KIND, **asdict(calibration), "runs": timed, "certificate": dict(certificate)}
+    return {"kind": _KIND, **asdict(calibration), "runs": timed, "provenance": dict(provenance)}
 
 
 def read_calibration(path: str | Path) -> Calibration:

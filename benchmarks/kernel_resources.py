@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import (
     KINDS,
@@ -276,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
     rows: dict[Resources, None] = {}
     for variant in list_variants(options.arch, options.dtype, options.rank):
         rows |= dict.fromkeys(compile_variant(variant, once_a_tile=options.once_a_tile))
-    certificate = build_certificate("benchmarks.kernel_resources", argv, triton=triton.__version__)
+    certificate = build_provenance("benchmarks.kernel_resources", argv, triton=triton.__version__)
     payload = {"certificate": certificate, "kernels": [asdict(row) for row in rows]}
     options.json.write_text(json.dumps(payload, indent=1) + "\n")
     sys.stdout.write(format_table(list(rows)) + "\n")

@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_naming
+from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, detect_naming
 from megablocks_utils.checkpoint.load import load_experts
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
 from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
 from megablocks_utils.kernels.shapes import ExpertsModule
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
@@ -33,7 +34,7 @@ from megablocks_utils.moe.sharded_moe import ShardedMoE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
+PROJECTIONS = tuple(EXPERT_TENSORS)
 """Names of the concatenated expert weights, in transformers' experts modules and in ours."""
 
 _DEVICE_TYPES, _EXPERT_DP = ("cpu", "cuda"), ("shard", "replicate")
@@ -48,10 +49,9 @@ def find_expert_modules(model: "PreTrainedModel") -> dict[str, ExpertsModule]:
     modules = {name: module for name, module in model.named_modules() if _holds_experts(module)}
     model_type = model.config.model_type
     if not modules or model_type not in SUPPORTED_MODEL_TYPES:
-        families = ", ".join(SUPPORTED_MODEL_TYPES)
         cause = "is not supported yet" if modules else "has no experts that could be split"
         raise ConfigurationError(
-            f"model type {model_type} {cause}; expert parallelism works for {families}."
+            f"model type {model_type} {cause}; expert parallelism works for {describe_supported()}."
         )
     for name, module in modules.items():
         _refuse_foreign_layout(name, module)

@@ -19,7 +19,7 @@ from megablocks_utils.kernels.probing.probe import (
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.launch import raise_on_all_ranks
+from megablocks_utils.processes.agreement import raise_on_all_ranks
 
 __all__ = ["KernelCheck", "verify_kernel"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.config.backends import BackendFacts, list_backends
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.fused.tiles import TileTable

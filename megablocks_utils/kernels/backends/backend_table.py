@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from megablocks_utils.config.backends import KERNEL_CHOICES
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends.backend import Backend
 from megablocks_utils.kernels.backends.eager import EAGER

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.device import read_device_facts
@@ -17,7 +17,7 @@ from megablocks_utils.kernels.selection.backend_selection import (
     select_backend,
 )
 from megablocks_utils.kernels.shapes import EXPERT_MODES, ExpertShapes, ExpertsModule
-from megablocks_utils.processes.launch import broadcast_from_rank0, raise_on_all_ranks
+from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 
 __all__ = ["ExpertUse", "select_for_all_ranks"]
 

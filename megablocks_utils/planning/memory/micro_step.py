@@ -21,7 +21,7 @@ class MicroStep:
 
     Args:
         sizes: of the run.
-        groups: what this rank holds.
+        units: what this rank holds.
         layers: plan of every decoder layer.
         ledger: to book in.
         buffers: FSDP's.
@@ -31,7 +31,7 @@ class MicroStep:
     def __init__(
         self,
         sizes: Sizes,
-        groups: ModelUnits,
+        units: ModelUnits,
         layers: Sequence[LayerPlan],
         *,
         ledger: Ledger,
@@ -39,7 +39,7 @@ class MicroStep:
         has_expert_gradients: bool,
     ) -> None:
         self._sizes = sizes
-        self._groups = groups
+        self._units = units
         self._layers = layers
         self._head: HeadPlan = plan_head(sizes)
         self._ledger = ledger
@@ -50,59 +50,59 @@ class MicroStep:
         # Hidden states beside the copy in fp32 that the norms keep.
         self._stream = sizes.hidden_bytes * sizes.casts
 
-    def go(self) -> None:
-        """Pass it."""
+    def run(self) -> None:
+        """Book the whole micro-step."""
         self._ledger.moment = "forward"
         self._embed()
         for layer in self._layers:
-            self._forward(layer)
+            self._forward_layer(layer)
         self._compute_logits()
         self._ledger.moment = "loss"
         self._compute_loss()
         self._ledger.moment = "backward"
-        self._differentiate_loss()
-        self._differentiate_head()
+        self._backward_loss()
+        self._backward_head()
         for layer in reversed(self._layers):
-            self._backward(layer)
-        self._differentiate_embedding()
+            self._backward_layer(layer)
+        self._backward_embedding()
 
     def _embed(self) -> None:
-        embedding = self._groups.embedding
-        self._buffers.enter(embedding or self._groups.tail)
+        embedding = self._units.embedding
+        self._buffers.enter(embedding or self._units.tail)
         self._ledger.hold(ACTIVATIONS, self._head.held + self._head.mask)
         self._ledger.transient(ACTIVATIONS, self._sizes.hidden_bytes)
         if embedding is not None:
             self._buffers.leave(embedding)
 
-    def _forward(self, layer: LayerPlan) -> None:
-        ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
-        for group in layer.groups.dense:
-            buffers.enter(group)
+    def _forward_layer(self, layer: LayerPlan) -> None:
+        ledger, buffers, experts = self._ledger, self._buffers, layer.units.experts
+        for unit in layer.units.dense:
+            buffers.enter(unit)
         # Checkpointing keeps every layer's input.
         hidden = self._sizes.hidden_bytes if self._recomputes else self._stream
         ledger.hold(ACTIVATIONS, hidden)
-        self._pass(layer.dense)
+        self._forward_stages(layer.dense)
         between = self._hidden_beside_experts()
         ledger.hold(ACTIVATIONS, between)
         if experts is not None:
             buffers.enter(experts)
-        self._pass(layer.experts)
+        self._forward_stages(layer.experts)
         if experts is not None:
             buffers.leave(experts)
         ledger.free(ACTIVATIONS, between)
-        self._pass(layer.shared)
+        self._forward_stages(layer.shared)
         ledger.transient(ACTIVATIONS, self._sizes.hidden_bytes)
         if not self._recomputes:
             ledger.free(ACTIVATIONS, hidden)
-        for group in layer.groups.dense:
-            buffers.leave(group)
+        for unit in layer.units.dense:
+            buffers.leave(unit)
 
     def _hidden_beside_experts(self) -> int:
         """Return hidden states, before and after the norm, that only names of Python hold."""
         normalised = self._recomputes or not self._sizes.trains_all
         return self._sizes.hidden_bytes * (normalised + self._recomputes)
 
-    def _pass(self, stages: Sequence[Stage]) -> None:
+    def _forward_stages(self, stages: Sequence[Stage]) -> None:
         """Pass stages of the forward pass."""
         named = 0
         for stage in stages:
@@ -116,7 +116,7 @@ class MicroStep:
             self._ledger.transient(stage.component, stage.forward_bytes + own)
         self._ledger.free(DISPATCH, named)
 
-    def _pass_again(self, stages: Sequence[Stage]) -> None:
+    def _recompute_stages(self, stages: Sequence[Stage]) -> None:
         """Pass stages that are computed again for the backward pass."""
         for stage in stages:
             if self._keeps_exchanges:
@@ -126,8 +126,8 @@ class MicroStep:
 
     def _compute_logits(self) -> None:
         ledger, head = self._ledger, self._head
-        if self._groups.embedding is not None:
-            self._buffers.enter(self._groups.tail)
+        if self._units.embedding is not None:
+            self._buffers.enter(self._units.tail)
         ledger.hold(ACTIVATIONS, head.norm.saved_bytes)
         ledger.transient(ACTIVATIONS, head.norm.forward_bytes)
         ledger.hold(ACTIVATIONS, head.saved_rows)
@@ -140,59 +140,57 @@ class MicroStep:
     def _compute_loss(self) -> None:
         """Pass log-softmax in fp32, whose result is kept."""
         ledger, head = self._ledger, self._head
-        ledger.transient(ACTIVATIONS, head.wide_logits * (1 + self._sizes.casts))
-        ledger.hold(ACTIVATIONS, head.wide_logits)
+        ledger.transient(ACTIVATIONS, head.logits_fp32 * (1 + self._sizes.casts))
+        ledger.hold(ACTIVATIONS, head.logits_fp32)
         ledger.free(ACTIVATIONS, head.logits)
 
-    def _differentiate_loss(self) -> None:
+    def _backward_loss(self) -> None:
         """Go back through log-softmax; the gradients of the logits are left."""
         ledger, head = self._ledger, self._head
-        ledger.transient(ACTIVATIONS, 2 * head.wide_logits)
+        ledger.transient(ACTIVATIONS, 2 * head.logits_fp32)
         ledger.transient(ACTIVATIONS, head.logits * self._sizes.casts)
-        ledger.hold(ACTIVATIONS, head.logits - head.wide_logits)
+        ledger.hold(ACTIVATIONS, head.logits - head.logits_fp32)
 
-    def _differentiate_head(self) -> None:
-        ledger, head, tail = self._ledger, self._head, self._groups.tail
+    def _backward_head(self) -> None:
+        ledger, head, tail = self._ledger, self._head, self._units.tail
         self._buffers.enter_backward(tail, is_whole=True)
         ledger.hold(_BUFFERS, head.gradient)
         ledger.transient(ACTIVATIONS, head.rows)
         ledger.free(ACTIVATIONS, head.logits + head.saved_rows)
         ledger.transient(ACTIVATIONS, 2 * self._sizes.hidden_bytes)
-        gradients = head.gradient + self._backward((head.norm,), tail)
-        ledger.hold(
-            ACTIVATIONS, self._sizes.hidden_bytes
-        )  # the hidden states' gradients, from here on
+        gradients = head.gradient + self._backward_stages((head.norm,), tail)
+        ledger.hold(ACTIVATIONS, self._sizes.hidden_bytes)  # the hidden states' gradients
         self._tail_gradients = gradients
-        if self._groups.embedding is not None:
+        if self._units.embedding is not None:
             self._buffers.leave_backward(tail, gradients)
 
-    def _backward(self, layer: LayerPlan) -> None:
-        ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
-        for group in reversed(layer.groups.dense):
-            buffers.enter_backward(group)
+    def _backward_layer(self, layer: LayerPlan) -> None:
+        ledger, buffers, experts = self._ledger, self._buffers, layer.units.experts
+        for unit in reversed(layer.units.dense):
+            buffers.enter_backward(unit)
         if experts is not None:
             # The way back comes to their outputs before it needs anything computed again.
             buffers.enter_backward(experts)
         if self._recomputes:
             ledger.hold(ACTIVATIONS, self._stream)
-            self._pass_again((*layer.dense, *layer.experts, *layer.shared))
+            self._recompute_stages((*layer.dense, *layer.experts, *layer.shared))
             ledger.free(ACTIVATIONS, self._stream)
-        owner = layer.groups.trained_dense
-        gradients = self._backward(layer.shared, owner)
+        owner = layer.units.trained_dense
+        gradients = self._backward_stages(layer.shared, owner)
         if experts is None:
-            gradients += self._backward(layer.experts, owner)
+            gradients += self._backward_stages(layer.experts, owner)
         else:
-            self._go_back_through_experts(layer.experts, experts)
-        gradients += self._backward(layer.dense, owner)
-        for group in layer.groups.dense:
-            buffers.leave_backward(group, gradients if group is owner else 0)
+            self._backward_experts(layer.experts, experts)
+        gradients += self._backward_stages(layer.dense, owner)
+        for unit in layer.units.dense:
+            buffers.leave_backward(unit, gradients if unit is owner else 0)
         ledger.free(ACTIVATIONS, self._sizes.hidden_bytes * self._recomputes)
 
-    def _backward(self, stages: Sequence[Stage], group: FsdpUnit) -> int:
+    def _backward_stages(self, stages: Sequence[Stage], unit: FsdpUnit) -> int:
         """Pass stages backward; returns the bytes of the gradients that wait to be reduced."""
         waiting = 0
         for stage in reversed(stages):
-            if self._buffers.holds_gradients(group):
+            if self._buffers.holds_gradients(unit):
                 self._ledger.hold(_BUFFERS, stage.gradients)
                 waiting += stage.gradients
             else:
@@ -201,14 +199,14 @@ class MicroStep:
             self._ledger.free(stage.component, stage.saved_bytes)
         return waiting
 
-    def _go_back_through_experts(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
+    def _backward_experts(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
         if experts.is_fsdp:
-            gradients = self._backward(stages, experts)
+            gradients = self._backward_stages(stages, experts)
             self._buffers.leave_backward(experts, gradients)
             return
-        self._go_back_through_own(stages, experts)
+        self._backward_own_experts(stages, experts)
 
-    def _go_back_through_own(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
+    def _backward_own_experts(self, stages: Sequence[Stage], experts: FsdpUnit) -> None:
         """Pass experts that FSDP does not hold: their gradients stay, or are added to earlier."""
         ledger = self._ledger
         has_same_dtype = experts.whole_compute_bytes == experts.trained_bytes
@@ -227,8 +225,8 @@ class MicroStep:
         if not self._has_expert_gradients:
             ledger.hold(_GRADIENTS, experts.trained_bytes)
 
-    def _differentiate_embedding(self) -> None:
-        ledger, head, embedding = self._ledger, self._head, self._groups.embedding
+    def _backward_embedding(self) -> None:
+        ledger, head, embedding = self._ledger, self._head, self._units.embedding
         ledger.hold(_BUFFERS, head.gradient)
         ledger.free(
             ACTIVATIONS, self._sizes.hidden_bytes + head.held + head.mask * self._recomputes
@@ -237,8 +235,8 @@ class MicroStep:
             self._buffers.leave_backward(embedding, head.gradient, is_whole=False)
         elif self._sizes.shape.is_tied:
             ledger.free(_BUFFERS, head.gradient)  # added to the head's
-            self._buffers.leave_backward(self._groups.tail, self._tail_gradients)
+            self._buffers.leave_backward(self._units.tail, self._tail_gradients)
         else:
             waiting = self._tail_gradients + head.gradient
-            self._buffers.leave_backward(self._groups.tail, waiting)
+            self._buffers.leave_backward(self._units.tail, waiting)
         self._buffers.end_backward()

@@ -6,13 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from megablocks_utils.planning.plan_help import HELP
 
 from megablocks_utils import plan
 from megablocks_utils.config import parse_args, parse_known_args
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS
-from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.speed.calibration import (
     TimedRun,
     build_record,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from megablocks_utils.config.options import OPTIONS
 
 from megablocks_utils.config import (
     AdapterConfig,
@@ -22,7 +23,6 @@ from megablocks_utils.config import (
     parse_known_args,
     resolve_precision,
 )
-from megablocks_utils.config.options import OPTIONS
 from megablocks_utils.config.reader import (
     HelpRequested,
     check_leftovers,

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -12,7 +13,6 @@ from megablocks_utils.config import parse_args, parse_known_args
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS
-from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.speed.calibration import (
     TimedRun,
     build_record,
@@ -20,8 +20,7 @@ from megablocks_utils.planning.speed.calibration import (
     solve,
 )
 from megablocks_utils.processes.entry_point import run_entry_point
-from megablocks_utils.rehearsal import engine as fake_engine
-from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_prediction, build_scenario
+from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_scenario
 from tests.planning.report.test_prediction_check import PLAN
 
 CONTRACT = f"--gpus 8 --gpu a100-80g --use_lora none {PUBLISHED}"
@@ -216,30 +215,29 @@ def test_many_numbers_of_gpus(tmp_path, capsys):
     assert code == 3
 
 
-def test_the_fake_engine_is_asked_for_the_same_rows(tmp_path, capsys, monkeypatch):
-    asked = []
-
-    def predict_fake(model, layouts, run, *, on_layout):
-        asked.append((model, layouts, run))
-        for _ in layouts:
-            on_layout(1)
-        return [build_prediction(activations=7 * 10**9, allocated_bytes=3)] * len(layouts)
-
-    monkeypatch.setattr(fake_engine, "predict_fake", predict_fake)
-    path = tmp_path / "plan.json"
-    code, _, err = run(f"{CONTRACT} --engine fake --json {path}", capsys)
-    assert code == 0
-    found = json.loads(path.read_text())
-    model, layouts, planned = asked[0]
-    assert model == MIXTRAL
-    assert [(x.ep_size, x.expert_dp) for x in layouts] == [
-        (row["ep_size"], row["expert_dp"]) for row in found["rows"]
-    ]
-    assert planned == build_scenario().planned_run()
-    assert {row["peak_bytes"] for row in found["rows"]} == {7 * 10**9}
-    assert found["engine"] == "fake"
-    line = f"{CONTRACT} --engine fake --truncate_model_for_debug True"
-    assert run(line, capsys)[0] == 2
+@pytest.mark.parametrize("entry_point", ["fsdp2", "fsdp1"])
+def test_printed_options_start_the_same_run(entry_point, tmp_path, capsys):
+    line = "--ep_size 2 --learning_rate 1e-5 --report_to tensorboard --shuffle False"
+    more = " --adam_beta1 0.9" if entry_point == "fsdp1" else ""
+    code, out, err = run(f"{line}{more} --entry_point {entry_point} --print_config", capsys)
+    assert (code, err) == (0, "")
+    path = tmp_path / "run.yaml"
+    path.write_text(out)
+    words = ["--model_name_or_path", str(MIXTRAL.parent), "--use_megablocks_sharding", "True"]
+    wanted, _ = parse_known_args([*words, *line.split()], entry_point=entry_point)
+    found, leftovers = parse_known_args(["--config", str(path)], entry_point=entry_point)
+    assert found == wanted
+    assert [given.words() for given in leftovers] == ([more.split()] if more else [])
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"options": asdict(wanted)}))
+    code, again, _ = run(f"--print_config --run {record}", capsys, model=None)
+    assert (code, again) == (0, out.removesuffix("adam_beta1: '0.9'\n"))
+    code, _, err = run(f"--print_config --run {record} --seed 1", capsys, model=None)
+    assert (code, err) == (2, f"--run is {record}, but options of a run are given beside it; give "
+                           "one of the two.\n")  # fmt: skip
+    path.write_text(f"learning_rate: fast\n{out}")
+    code, _, err = run(f"{CONTRACT} --config {path}", capsys, model=None)
+    assert code == 2 and err.startswith(f"{path}:")
 
 
 def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch):
@@ -253,7 +251,8 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 
 
 def test_help_and_calibrate_are_reached(capsys):
-    assert run("--help", capsys, model=None) == (0, HELP, "")
+    code, out, err = run("--help", capsys, model=None)
+    assert (code, err) == (0, "") and out.startswith("usage: python -m megablocks_utils.plan ")
     code, out, _ = run("calibrate --help", capsys, model=None)
     assert code == 0 and "--nproc N" in out
 
@@ -263,7 +262,7 @@ def test_a_plan_needs_no_torch_and_no_terminal():
     code = (
         "import sys; from megablocks_utils.processes.entry_point import run_entry_point; "
         "from megablocks_utils.plan import main; run_entry_point(main, sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules); "
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'megablocks_utils.rehearsal'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     line = [sys.executable, "-c", code, str(MIXTRAL), *CONTRACT.split()]

@@ -24,7 +24,7 @@ def format_config(config: RunConfig, leftovers: tuple[GivenOption, ...] = ()) ->
         leftovers: Options that FSDP1 hands to TrainingArguments.
     """
     passed_on = {
-        given.name: given.values[0] if len(given.values) == 1 else given.values or True
+        given.name: given.values[0] if len(given.values) == 1 else given.values or "True"
         for given in leftovers
         if not given.is_null
     }

@@ -9,8 +9,8 @@ import pytest
 from megablocks_utils.config import parse_args
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning import scenario as scenario_module
 from megablocks_utils.planning.calibrate import calibrate
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.speed.calibration import read_calibration
 from tests.planning.cases import MIXTRAL, build_prediction
 
@@ -152,8 +152,8 @@ REFUSALS = {
     "--nproc 4 --output node.json": "MODEL is not given, but it must be a local folder or a "
     "Hub name.",
     "m --nproc 1 --output node.json": "--nproc is 1, but it must be a whole number of at least 2.",
-    "m --nproc 4 --output tests": "--output is tests, but it must be a file in a folder that "
-    "exists.",
+    "m --nproc 4 --output tests": "--output is tests, but that is a folder; it must be a file in a "
+    "folder that exists.",
     "m --nproc 4 --output node.json --step 3": "unknown option --step; did you mean --steps?",
     f"{MIXTRAL} --nproc 3 --output node.json": "--nproc is 3, but it must have a divisor above 1 "
     "that divides the 8 experts of this model too.",

@@ -86,11 +86,17 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    if adapter_path is not None:
-        from peft import PeftModel
+    from megablocks_utils.checkpoint.library_output import (
+        filter_peft_warnings,
+        without_transformers_bars,
+    )
 
-        model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
+    with without_transformers_bars(), filter_peft_warnings():
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        if adapter_path is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
     return model.eval()
 
 

@@ -40,11 +40,7 @@ from megablocks_utils.planning.report.prediction_check import build_check_table,
 from megablocks_utils.planning.report.scale_chart import draw_scale
 from megablocks_utils.planning.report.tables import show_plan, show_scale
 from megablocks_utils.planning.speed.calibration import Calibration, read_calibration
-from megablocks_utils.planning.speed.layout_plan import (
-    PlanRequest,
-    choose_row,
-    plan_layouts,
-)
+from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row, plan_layouts
 from megablocks_utils.planning.speed.scale import plan_scale
 from megablocks_utils.planning.speed.traffic_links import Cluster
 from megablocks_utils.processes.entry_point import run_entry_point

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from megablocks_utils.kernels.device import DeviceFacts
     from megablocks_utils.kernels.shapes import ExpertShapes
+    from megablocks_utils.kernels.tuning.measure_layer import LayerTimes
     from megablocks_utils.kernels.tuning.measurements import Entry
-    from megablocks_utils.kernels.tuning.tile_search import SearchResult, TimeMs
+    from megablocks_utils.kernels.tuning.tile_search import TimeMs
 
 __all__ = [
     "COMMAND",
@@ -76,11 +77,11 @@ COMMAND = Command(
         "...",
     ),
     about=(
-        "Measures one layer of a model's experts on this GPU, forward and backward: this project's "
-        "Triton kernels with the tiles that may suit them, and torch's grouped_mm. What was found "
-        "is kept on disk, and --kernel auto and --kernel triton of later runs go by it, on the "
-        "same GPU, with the same versions of torch and triton. Random weights: of the model only "
-        "config.json is read. One process.",
+        "Measures one layer of a model's experts on this GPU, forward and backward, with every "
+        "kernel that can run here, and this project's Triton kernels with the tiles that may suit "
+        "them. What was found is kept on disk, and --kernel auto and --kernel triton of later runs "
+        "go by it, on the same GPU, with the same versions of torch and triton. Random weights: of "
+        "the model only config.json is read. One process.",
     ),
     options=list_options(TuneOptions),
     closing=(
@@ -129,7 +130,7 @@ def tune(options: TuneOptions, facts: "DeviceFacts", device: str, time_ms: "Time
     read_entries(path)  # a damaged file is refused before the work
     shapes = read_shapes(options)
     with Console(stderr=True).status("measuring ...") as status:
-        result = measure_layer(
+        measured = measure_layer(
             shapes,
             facts,
             device,
@@ -137,11 +138,11 @@ def tune(options: TuneOptions, facts: "DeviceFacts", device: str, time_ms: "Time
             time_ms=time_ms,
             on_trial=lambda trial: status.update(f"measuring {trial.kind} ..."),
         )
-    entry = build_entry(result, shapes, facts, options.lora_r)
+    entry = build_entry(measured, shapes, facts, options.lora_r)
     store_entry(entry, path)
     console = Console(highlight=False)
-    console.print(build_table(options.model_name_or_path, entry, result))
-    line = f"auto takes {entry.winner} for this; written to {path}"
+    console.print(build_table(options.model_name_or_path, entry, measured))
+    line = f"auto takes {measured.fastest} for this; written to {path}"
     console.print(line, markup=False, soft_wrap=True)
 
 
@@ -164,7 +165,7 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     """
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.load import build_model_on_meta
-    from megablocks_utils.kernels.rank_agreement import ExpertUse
+    from megablocks_utils.kernels.selection.rank_agreement import ExpertUse
     from megablocks_utils.kernels.shapes import find_dtype
     from megablocks_utils.shard_moe_utils import find_expert_modules
 
@@ -179,8 +180,8 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     return use.shapes(model, experts, options.ep_size)
 
 
-def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":
-    """Lay out the measurements, and the two backends below them."""
+def build_table(model: str, entry: "Entry", measured: "LayerTimes") -> "Table":
+    """Lay out the search for tiles, and all backends below it."""
     from rich.table import Table
     from rich.text import Text
 
@@ -199,8 +200,10 @@ def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":
     for name in ("warps", "stages", "layer, ms"):
         table.add_column(name, justify="right")
     table.add_column("")
-    table.add_row("all", "as the package has them", "", "", _format_ms(result.start_ms), "")
-    for trial in result.trials:
+    search = measured.search
+    if search is not None:
+        table.add_row("all", "as the package has them", "", "", _format_ms(search.start_ms), "")
+    for trial in search.trials if search is not None else ():
         tile = trial.tile
         table.add_row(
             trial.kind,
@@ -211,8 +214,8 @@ def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":
             "taken" if trial.is_taken else "",
         )
     table.add_section()
-    for name, time_ms in (("triton", result.triton_ms), ("grouped_mm", result.grouped_mm_ms)):
-        mark = "faster" if name == result.winner else ""
+    for name, time_ms in measured.times_ms.items():
+        mark = "fastest" if name == measured.fastest else ""
         table.add_row(name, "", "", "", _format_ms(time_ms), mark)
     return table
 

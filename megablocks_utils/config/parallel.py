@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from megablocks_utils.config.backends import AUTO, KERNEL_CHOICES
 from megablocks_utils.config.option import Option
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
@@ -52,12 +53,12 @@ class ParallelConfig:
     kernel: Annotated[
         str,
         Option(
-            "how a process runs its experts; auto: torch's grouped_mm, and on a GPU triton (this "
-            "project's kernels) where it was measured to be faster; scattermoe and megablocks are "
-            "packages to install, without adapters on experts",
-            choices=("auto", "eager", "grouped_mm", "triton", "scattermoe", "megablocks"),
+            "how a process runs its experts; auto: on a GPU the fastest that was measured (see "
+            "megablocks_utils.tune), else torch's grouped_mm; triton: this project's kernels; "
+            "scattermoe and megablocks are packages to install, without adapters on experts",
+            choices=KERNEL_CHOICES,
         ),
-    ] = "auto"
+    ] = AUTO
     verify_kernel: Annotated[
         bool,
         Option(

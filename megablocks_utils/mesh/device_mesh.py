@@ -27,7 +27,7 @@ def compute_mesh_sizes(world_size: int, ep_size: int, num_experts: int) -> MeshS
     """Check that the experts and the ranks divide evenly and return the axis sizes.
 
     Raises:
-        ConfigurationError: ep_size divides the world size or the number of experts with a rest.
+        ConfigurationError: ep_size does not divide the world size or the number of experts.
     """
     check_ep_size(ep_size, world_size=world_size, num_experts=num_experts)
     return MeshSizes(dp_size=world_size // ep_size, ep_size=ep_size)
@@ -35,6 +35,7 @@ def compute_mesh_sizes(world_size: int, ep_size: int, num_experts: int) -> MeshS
 
 def axis_size(mesh: DeviceMesh, axis: str) -> int:
     """Return how many ranks an axis has, without making a mesh of it."""
+    assert mesh.mesh_dim_names is not None, mesh
     return mesh.size(mesh.mesh_dim_names.index(axis))
 
 

@@ -1,4 +1,4 @@
-"""The launch environment: which process of how many this is, as the launcher says.
+"""The launch environment: which process of how many this is, according to the launcher.
 
 Torch-free: a bad environment is answered before torch is imported.
 """
@@ -18,7 +18,7 @@ _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Say which process of how many this is, as the launcher's environment says.
+    """Which process of how many this is, according to the launcher.
 
     Attributes:
         rank: This process among all, from 0.

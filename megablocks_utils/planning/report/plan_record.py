@@ -94,7 +94,6 @@ def _head(
     return {
         "model": request.model,
         "options": dict(own) | {"training": asdict(request.scenario.config)},
-        "engine": "formula",
         "capacity_bytes": request.capacity_bytes,
         "tokens_per_rank": request.scenario.tokens,
         "assumptions": list(assumptions),

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megablocks_utils.config.options import OPTIONS
 
 from megablocks_utils import tune
 from megablocks_utils.config.reader import HelpRequested

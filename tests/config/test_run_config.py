@@ -252,9 +252,9 @@ REFUSALS = {
     "eager; leave one of the two out.",
     "--use_scattermoe": "--use_scattermoe is True, but it needs --use_megablocks_sharding True.",
     f"{SHARDING} --use_scattermoe true --use_lora all": "--use_lora is all, but scattermoe runs "
-    "experts without adapters; --kernel auto, triton, grouped_mm or eager runs them with adapters.",
+    "experts without adapters; --kernel auto, eager, grouped_mm or triton runs them with adapters.",
     f"{SHARDING} --kernel megablocks --use_lora mlp-only": "--use_lora is mlp-only, but megablocks "
-    "runs experts without adapters; --kernel auto, triton, grouped_mm or eager runs them with "
+    "runs experts without adapters; --kernel auto, eager, grouped_mm or triton runs them with "
     "adapters.",
     "--save_strategy often": "--save_strategy is often, but it must be no, steps or epoch.",
     "--save_steps 0": "--save_steps is 0, but it must be a number above 0.",

@@ -8,6 +8,7 @@ import pytest
 
 import train_accelerate_fsdp2
 from megablocks_utils.errors import PlanError
+from tests.support.argv import keep_last
 from tests.support.tiny_models import save_tiny_model
 
 LENGTHS = (9, 5, 30, 7)
@@ -37,7 +38,7 @@ def run(rank: int, folder: Path, *more: str, local_ranks: int = 2) -> str:
     }
     argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     try:
-        train_accelerate_fsdp2.main([*argv, *more])
+        train_accelerate_fsdp2.main(keep_last([*argv, *more]))
     except PlanError as error:
         assert error.exit_code == 3
         return str(error)

@@ -155,7 +155,7 @@ def greedy_answer(
     assert isinstance(model, GenerationMixin)
     inputs = tokenizer(alpaca_prompt(instruction), return_tensors="pt").to(model.device)
     with torch.no_grad():
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]  # its annotated self is for another checker
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,

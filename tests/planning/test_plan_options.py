@@ -145,7 +145,7 @@ def test_options_come_from_a_file_too(tmp_path):
     options = parse(f"--config {path} --seed 4")
     assert (options.model, options.own.gpu, options.world_sizes) == ("m", "h100-80g", (8, 16))
     assert (options.ep_size, options.config.parallel.use_megablocks_sharding) == (2, True)
-    assert options.words == ("--seed", "4", "--shuffle", "no")
+    assert options.words == ("--seed", "4", "--shuffle", "False")
 
 
 def test_fsdp1_takes_all_of_training_arguments():

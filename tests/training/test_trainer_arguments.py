@@ -29,7 +29,8 @@ REFUSED = {
     "needs to resume; the final model is written by itself.",
     "--save_on_each_node True": "--save_on_each_node is True, but all machines write their parts "
     "of one checkpoint into one --output_dir.",
-    "--ignore_data_skip True": "--ignore_data_skip is True, but a run resumes at its place in the data.",
+    "--ignore_data_skip True": "--ignore_data_skip is True, but a run resumes at its place "
+    "in the data.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
     "--adam_epsilo 1": "unknown option --adam_epsilo; did you mean --adam_epsilon?",
     "--ddp_timeout soon": "argument --ddp_timeout/--ddp-timeout: invalid int value: 'soon'.",

@@ -8,7 +8,7 @@ from transformers.hf_argparser import DataClassType
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from megablocks_utils.config import RunConfig, check_leftovers
-from megablocks_utils.config.reader import GivenOption
+from megablocks_utils.config.given import GivenOption
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["build_trainer_arguments", "parse_trainer_flags"]

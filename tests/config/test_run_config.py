@@ -240,8 +240,8 @@ REFUSALS = {
     "--dtype float16": "--dtype is float16, but it must be float32 or bfloat16.",
     "--torch_dtype auto": "--torch_dtype is auto, but it must be float32 or bfloat16.",
     "--report_to wandb": "--report_to is wandb, but it must be none or tensorboard.",
-    "--report_to none tensorboard": "--report_to is none, tensorboard, but none cannot stand "
-    "beside others.",
+    "--report_to none tensorboard": "--report_to is none, tensorboard, but none excludes all "
+    "others.",
     "--eval_strategy steps": "--eval_strategy is steps, but it must be no.",
     "--evaluation_strategy epoch": "--evaluation_strategy is epoch, but it must be no.",
     "--use_lora experts": "--use_lora is experts, but it must be none, attn-only, mlp-only or all.",

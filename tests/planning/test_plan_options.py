@@ -9,10 +9,8 @@ from megablocks_utils.config import OPTIONS
 from megablocks_utils.config.hints import find_slip
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.plan_options import (
-    COMMAND,
-    parse_plan_options,
-)
+from megablocks_utils.planning.plan_arguments import COMMAND
+from megablocks_utils.planning.plan_options import parse_plan_options
 
 PLAN = "m --gpu a100-80g"
 

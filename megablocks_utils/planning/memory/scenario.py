@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
+from megablocks_utils.config.adapter import DEFAULT_LORA_R
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
@@ -13,7 +14,7 @@ from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRu
 __all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
 
 DEFAULT_IMBALANCE = 1.25
-_TRUNCATED_LAYERS, _LORA_R = 2, 16
+_TRUNCATED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Scenario:
             entry_point=config.entry_point,
             precision=resolve_precision(config, self.device_type),
             use_lora=config.adapter.use_lora,
-            lora_r=config.adapter.lora_r or _LORA_R,
+            lora_r=config.adapter.lora_r or DEFAULT_LORA_R,
             gradient_checkpointing=config.gradient_checkpointing,
             accumulation=config.optim.gradient_accumulation_steps,
             sync_each_batch=bool(config.optim.sync_each_batch),

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from megablocks_utils.config import OPTIONS, RunConfig, parse_args
 from megablocks_utils.config.command import Command
+from megablocks_utils.config.given import split_line
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.reader import (
     build_section,
@@ -19,7 +20,6 @@ from megablocks_utils.config.reader import (
     choose_model,
     refuse_unknown,
     scan_words,
-    split_line,
 )
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import METRICS_NAME, RUN_RECORD_NAME, write_json_atomically

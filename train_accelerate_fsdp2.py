@@ -8,7 +8,8 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_args
-from megablocks_utils.processes.launch import LaunchEnvironment, check_environment, run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir
 
 
@@ -31,16 +32,17 @@ def train(config: RunConfig, launch: LaunchEnvironment) -> None:
 
     device = start_processes(launch, config.output_dir)
     setup = build_setup(config, launch, device)
-    state = build_training_state(setup)
-    recorder = RunRecorder(setup, state.accelerator.log)
-    checkpointer = Checkpointer(setup, state.run_state, recorder.metrics_path)
+    recorder = RunRecorder(setup)
+    checkpointer = Checkpointer(setup, recorder.metrics_path)
+    training = build_training_state(setup)
     with recorder, checkpointer:
-        for metrics in fit(state, setup, checkpointer):
+        for metrics in fit(training, setup, checkpointer):
             recorder.record(metrics)
     if checkpointer.is_interrupted:
         return
+    state = training.run_state()
     tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
-    recorder.finish(state.model, state.optimizer, tensors, state.kernel_check)
+    recorder.finish(state, tensors, training.kernel_check)
 
 
 if __name__ == "__main__":

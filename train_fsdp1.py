@@ -9,7 +9,9 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_known_args
-from megablocks_utils.processes.launch import LaunchEnvironment, check_environment, run_entry_point
+from megablocks_utils.config.reader import GivenOption
+from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir
 
 
@@ -21,8 +23,8 @@ def main(argv: list[str]) -> None:
     train(config, launch, leftovers)
 
 
-def train(config: RunConfig, launch: LaunchEnvironment, leftovers: list[str]) -> None:
-    """Build, train, report."""
+def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOption, ...]) -> None:
+    """Build, fit, report."""
     from megablocks_utils.fsdp.fsdp1 import full_parameters
     from megablocks_utils.processes.start import start_processes
     from megablocks_utils.training.checkpointer import Checkpointer
@@ -39,14 +41,15 @@ def train(config: RunConfig, launch: LaunchEnvironment, leftovers: list[str]) ->
     arguments = build_trainer_arguments(flags, config, device.type)
     setup = build_setup(config, launch, device)
     recorder = RunRecorder(setup)
-    trainer = MoETrainer(setup, arguments, on_step=recorder.record)
-    trainer.hooks = checkpointer = Checkpointer(setup, trainer.run_state, recorder.metrics_path)
+    checkpointer = Checkpointer(setup, recorder.metrics_path)
+    trainer = MoETrainer(setup, arguments, on_step=recorder.record, hooks=checkpointer)
     with recorder, checkpointer:
         trainer.train()
     if checkpointer.is_interrupted:
         return
-    tensors = full_parameters(trainer.model, only_trainable=config.adapter.has_lora)
-    recorder.finish(trainer.model, trainer.optimizer, tensors, trainer.kernel_check)
+    state = trainer.run_state()
+    tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
+    recorder.finish(state, tensors, trainer.kernel_check)
 
 
 if __name__ == "__main__":

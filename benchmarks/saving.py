@@ -24,6 +24,7 @@ from benchmarks.harness.workload import Workload, save_workload
 from megablocks_utils.training.checkpointer import Checkpointer
 from megablocks_utils.training.loop import fit
 from megablocks_utils.training.recorder import RunRecorder
+from megablocks_utils.training.resume.run_state import RunState
 from tests.support.parity import build_run
 from tests.support.rank_pool import RankPool
 
@@ -40,9 +41,9 @@ class _TimedCheckpointer(Checkpointer):
     stalls_s: list[float]
     writes_s: list[float]
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, state: RunState) -> None:
         started_s = time.perf_counter()
-        super().after_step(step)
+        super().after_step(step, state)
         ended_s = time.perf_counter()
         if step % EVERY:
             return
@@ -59,7 +60,7 @@ def train(rank: int, argv: list[str]) -> dict[str, list[float]]:
     """Train on one rank; return seconds of stalls, of whole saves and of steps."""
     setup, state = build_run(argv)
     recorder = RunRecorder(setup)
-    checkpointer = _TimedCheckpointer(setup, state.run_state, recorder.metrics_path)
+    checkpointer = _TimedCheckpointer(setup, recorder.metrics_path)
     checkpointer.stalls_s, checkpointer.writes_s = [], []
     steps_s = []
     with recorder, checkpointer:

@@ -1,4 +1,4 @@
-"""Four public models on 8 to 4096 GPUs, on paper: the tables of `docs/scale.md` and its picture.
+"""Four public models on 8 to 4096 GPUs, on paper: their tables and picture.
 
     PYTHONPATH=. python -m benchmarks.scale
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from megablocks_utils.plan import build_request
 from megablocks_utils.planning.model.units import GB
-from megablocks_utils.planning.plan_help import HELP
-from megablocks_utils.planning.plan_options import parse_plan_options, split_words
+from megablocks_utils.planning.plan_options import parse_plan_options
 from megablocks_utils.planning.report.scale_chart import draw_scale
 from megablocks_utils.planning.speed.layout_plan import PlanRequest
 from megablocks_utils.planning.speed.scale import ScalePoint, describe_dominance, plan_scale
@@ -22,14 +21,15 @@ MODELS = {
     "DeepSeek-V3": "deepseek-v3",
 }
 RUN = "--gpus 8..4096 --gpu h100-80g --per_device_train_batch_size 1 --max_seq_length 4096"
-DOCS = Path(__file__).parents[1] / "docs"
+PAGE = Path(__file__).parent / "results" / "scale.md"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "scale.png"
 MARK = "<!-- From here on written by python -m benchmarks.scale -->"
 
 
 def ask(folder: str) -> tuple[PlanRequest, list[ScalePoint]]:
     """Plan one of the models in `benchmarks/models`."""
     path = Path(__file__).parent / "models" / folder
-    options = parse_plan_options(split_words([str(path), *RUN.split()], help_text=HELP))
+    options = parse_plan_options([str(path), *RUN.split()])
     request = build_request(options)
     return request, plan_scale(request, options.world_sizes)
 
@@ -61,12 +61,11 @@ def main() -> None:
     for name, folder in MODELS.items():
         request, series[name] = ask(folder)
         capacity = request.capacity_bytes
-    page = DOCS / "scale.md"
-    head = page.read_text(encoding="utf-8").partition(MARK)[0]
+    head = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
     sections = [format_section(name, points) for name, points in series.items()]
-    page.write_text("\n".join([head + MARK + "\n", *sections]), encoding="utf-8")
-    (DOCS / "images").mkdir(exist_ok=True)
-    draw_scale(series, capacity, DOCS / "images" / "scale.png")
+    PAGE.write_text("\n".join([head + MARK + "\n", *sections]), encoding="utf-8")
+    PICTURE.parent.mkdir(exist_ok=True)
+    draw_scale(series, capacity, PICTURE)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from benchmarks.expert_lora.adapters import (
 )
 from benchmarks.harness.case import LayerShape
 from benchmarks.harness.contender import Contender
-from megablocks_utils.kernels.selection import ExpertShapes, select_and_load_backend
+from megablocks_utils.kernels.selection.backend_selection import select_and_load_backend
+from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.lora.expert_adapters import attach_expert_lora
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes

@@ -28,7 +28,7 @@ import torch.multiprocessing
 from benchmarks.harness.outcome import Ending
 from benchmarks.harness.processes import as_words, rank_environment
 from benchmarks.harness.provenance import ROOT
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 FSDP2_SCRIPT = ("train_accelerate_fsdp2.py",)
 

@@ -13,7 +13,11 @@ from benchmarks.moe_layer.inputs import ADAPTERS, PROJECTIONS, LayerInputs, Laye
 from megablocks_utils.errors import UserError
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import sort_by_expert
-from megablocks_utils.kernels.selection import ExpertShapes, LoadedBackend, select_and_load_backend
+from megablocks_utils.kernels.selection.backend_selection import (
+    LoadedBackend,
+    select_and_load_backend,
+)
+from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table.options import TableOptions, parse_options
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 
 
 def main(argv: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from benchmarks.harness.outcome import LEFT_OUT, MEASURED, Ending, explain
 from benchmarks.harness.provenance import ROOT
 from benchmarks.table.bench import Bench
 from benchmarks.table.rows import TRANSFORMERS, Row
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.rehearsal.worker import build_request, read_request
 
 MODULE = "benchmarks.table.one_gpu"

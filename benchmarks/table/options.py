@@ -4,86 +4,136 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from benchmarks.table.rows import PUBLISHED_RANKS, ROWS, Row
-from megablocks_utils.config.option import Option
-from megablocks_utils.config.options import default_of
-from megablocks_utils.config.reader import convert_value, describe_wanted, join_words
+from megablocks_utils.config import ModelConfig
+from megablocks_utils.config.command import Command
+from megablocks_utils.config.option import Option, list_options
+from megablocks_utils.config.reader import read_command
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.processes.command_output import read_words
 
 PLAN, ONE_GPU, CPU, REAL = MODES = ("plan", "one_gpu", "cpu", "real")
 RESULTS = Path(__file__).parents[1] / "results"
 _NUM_EXPERTS = 8
 
-HELP = f"""\
-usage: python -m benchmarks.table --plan | --one_gpu | --cpu | --real [--option value] ...
 
-The benchmark table: the eight published rows, ours, and transformers' own expert parallelism, as
-published, predicted and measured. Exactly one mode:
+@dataclass(frozen=True)
+class _Words:
+    """Declare the options as they are typed; `TableOptions` holds what they mean."""
 
-  --plan
-      Predictions only: memory, no GPU, no model.
-  --one_gpu
-      Memory on one GPU: rank 0 of {PUBLISHED_RANKS} (others fake), with real tensors and kernels.
-  --cpu
-      Time and memory with a small random Mixtral on real ranks of this machine (gloo).
-  --real
-      Time and memory with the model itself, on as many GPUs as there are ranks.
+    plan: Annotated[bool, Option("predictions only: memory, no GPU, no model")] = False
+    one_gpu: Annotated[
+        bool,
+        Option(
+            f"memory on one GPU: rank 0 of an imaginary {PUBLISHED_RANKS}, with real tensors and "
+            "kernels"
+        ),
+    ] = False
+    cpu: Annotated[
+        bool,
+        Option("time and memory with a small random Mixtral on real ranks of this machine (gloo)"),
+    ] = False
+    real: Annotated[
+        bool,
+        Option("time and memory with the model itself, on as many GPUs as there are ranks"),
+    ] = False
+    rows: Annotated[
+        str | None,
+        Option(
+            f"of {', '.join(row.name for row in ROWS)}",
+            metavar="NAME[,NAME...]",
+            shown_default="all",
+        ),
+    ] = None
+    ranks: Annotated[
+        int | None,
+        Option(
+            "processes, even; with --real one a GPU; ep8 and ep4 in the names of rows mean all and "
+            f"half of them; published figures stand beside {PUBLISHED_RANKS} ranks only",
+            minimum=2,
+            shown_default=f"{PUBLISHED_RANKS} with --real, 4 with --cpu",
+        ),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        Option(
+            "tokens of every example, but with --cpu; about 210 is the mean of Alpaca's; a run's "
+            "peak is that of its longest, and Alpaca's longest has 1304 (LitGPT's docs, Llama 2's "
+            "tokenizer)",
+            minimum=2,
+            shown_default="256",
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        Option(
+            "optimizer steps that are measured, in every run",
+            minimum=1,
+            shown_default="20 with --real, 1 with --cpu",
+        ),
+    ] = None
+    warmup_steps: Annotated[
+        int | None,
+        Option(
+            "optimizer steps before them", minimum=0, shown_default="10 with --real, 1 with --cpu"
+        ),
+    ] = None
+    rounds: Annotated[
+        int | None,
+        Option(
+            "runs of every row, in turns", minimum=1, shown_default="1 with --real, 5 with --cpu"
+        ),
+    ] = None
+    model_name_or_path: Annotated[
+        str | None,
+        Option(
+            "with --real, the model: local folder or Hub name",
+            metavar="MODEL",
+            shown_default=ModelConfig.model_name_or_path,
+        ),
+    ] = None
+    scratch: Annotated[
+        str | None,
+        Option(
+            "with --real, where runs write: a full row leaves the whole model there until it has "
+            "ended",
+            metavar="DIR",
+            shown_default="the system's folder for temporary files",
+        ),
+    ] = None
+    output: Annotated[
+        str | None,
+        Option(
+            "the JSON file; a Markdown table (.md) and a plot (.png) are written beside it",
+            metavar="FILE",
+            shown_default="table_<mode>.json in benchmarks/results",
+        ),
+    ] = None
+    docs: Annotated[
+        str | None,
+        Option(
+            "a Markdown file, whose part between `<!-- table: <mode> -->` and `<!-- end -->` "
+            "becomes the table",
+            metavar="FILE",
+            shown_default="none",
+        ),
+    ] = None
 
-  --rows NAME[,NAME...]
-      Of {", ".join(row.name for row in ROWS)}.
-      Default: all.
-  --ranks N
-      Processes, even; with --real one a GPU. ep8 and ep4 in the names of rows mean all and half
-      of them. Published figures stand beside {PUBLISHED_RANKS} ranks only.
-      Default: {PUBLISHED_RANKS} with --real, 4 with --cpu.
-  --tokens N
-      Tokens of every example, but with --cpu. About 210 is the mean of Alpaca's; a run's peak is
-      that of its longest, and Alpaca's longest has 1304 (LitGPT's docs, Llama 2's tokenizer).
-      Default: 256.
-  --steps N
-      Optimizer steps that are measured, in every run.
-      Default: 20 with --real, 1 with --cpu.
-  --warmup_steps N
-      Optimizer steps before them.
-      Default: 10 with --real, 1 with --cpu.
-  --rounds N
-      Runs of every row, in turns.
-      Default: 1 with --real, 5 with --cpu.
-  --model_name_or_path DIR
-      With --real, the model: local folder or Hub name.
-      Default: {default_of("model_name_or_path")}.
-  --scratch DIR
-      With --real, where runs write: a full row leaves the whole model there until it has ended.
-      Default: the system's folder for temporary files.
-  --output FILE
-      The JSON file; a Markdown table (.md) and a plot (.png) are written beside it.
-      Default: table_<mode>.json in benchmarks/results.
-  --docs FILE
-      A Markdown file, whose part between `<!-- table: <mode> -->` and `<!-- end -->` becomes the
-      table.
-      Default: none.
 
-Exit codes: 0 done, also where rows could not run (they say why); 2 a bad option, or a mode that
-this machine cannot run, said in one sentence; 1 anything unexpected.
-"""
-_OPTIONS = {
-    option.name: option
-    for option in (
-        Option("rows", "text", None, help="rows"),
-        Option("ranks", "integer", None, help="processes", minimum=2),
-        Option("tokens", "integer", None, help="tokens", minimum=2),
-        Option("steps", "integer", None, help="steps", minimum=1),
-        Option("warmup_steps", "integer", None, help="steps before", minimum=0),
-        Option("rounds", "integer", None, help="runs of a row", minimum=1),
-        Option("model_name_or_path", "text", None, help="model"),
-        Option("scratch", "text", None, help="folder"),
-        Option("output", "text", None, help="file"),
-        Option("docs", "text", None, help="file"),
-    )
-}
+COMMAND = Command(
+    usage=("python -m benchmarks.table --plan | --one_gpu | --cpu | --real [--option value] ...",),
+    about=(
+        "The benchmark table: the eight published rows, ours, and transformers' own expert "
+        "parallelism, as published, predicted and measured. Exactly one mode.",
+    ),
+    options=list_options(_Words),
+    closing=(
+        "Exit codes: 0 done, also where rows could not run (they say why); 2 a bad option, or a "
+        "mode that this machine cannot run, said in one sentence; 1 anything unexpected.",
+    ),
+)
 _ALWAYS = ("rows", "output", "docs")
 _TIMED = ("ranks", "steps", "warmup_steps", "rounds")
 _TAKEN = {
@@ -96,7 +146,7 @@ _TAKEN = {
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Hold the options of a table; `HELP` says what they mean."""
+    """Hold the options of a table; `COMMAND` says what they mean."""
 
     mode: str
     rows: tuple[Row, ...]
@@ -106,7 +156,7 @@ class TableOptions:
     steps: int = 20
     warmup_steps: int = 10
     rounds: int = 1
-    model_name_or_path: str = str(default_of("model_name_or_path"))
+    model_name_or_path: str = ModelConfig.model_name_or_path
     scratch: str | None = None
     docs: str | None = None
 
@@ -123,14 +173,8 @@ def parse_options(argv: Sequence[str]) -> TableOptions:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word, name, value or combination that cannot be used.
     """
-    modes, words = _split_modes(argv)
-    given = read_words(
-        words,
-        (*_OPTIONS, *MODES),
-        required=(),
-        help_text=HELP,
-        wanted={name: describe_wanted(option) for name, option in _OPTIONS.items()},
-    )
+    given, _ = read_command(argv, COMMAND)
+    modes = [mode for mode in MODES if given.pop(mode, False)]
     if len(modes) != 1:
         seen = join_words([f"--{mode}" for mode in modes], "and") if modes else "no mode"
         wanted = join_words([f"--{mode}" for mode in MODES])
@@ -139,21 +183,12 @@ def parse_options(argv: Sequence[str]) -> TableOptions:
     for name in given:
         if name not in _TAKEN[mode]:
             raise ConfigurationError(f"--{name} is {given[name]}, but --{mode} does not take it.")
-    values: dict[str, Any] = {
-        name: convert_value(_OPTIONS[name], f"--{name}", given[name]) for name in given
-    }
+    values: dict[str, Any] = _DEFAULTS.get(mode, {}) | given
     values["rows"] = _read_rows(values.get("rows"))
     values["output"] = Path(values.get("output", RESULTS / f"table_{mode}.json")).absolute()
-    options = TableOptions(mode, **_DEFAULTS.get(mode, {}) | values)
+    options = TableOptions(mode, **values)
     _check(options)
     return options
-
-
-def _split_modes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take out the modes, which have no value."""
-    flags = {f"--{mode}": mode for mode in MODES}
-    modes = dict.fromkeys(flags[word] for word in argv if word in flags)
-    return list(modes), [word for word in argv if word not in flags]
 
 
 def _read_rows(text: str | None) -> tuple[Row, ...]:

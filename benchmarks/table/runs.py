@@ -14,8 +14,7 @@ from benchmarks.harness.outcome import LEFT_OUT, MEASURED, NOT_INSTALLED, Ending
 from benchmarks.harness.timing import in_turn
 from benchmarks.table.bench import Bench
 from benchmarks.table.rows import TRANSFORMERS, Row
-from megablocks_utils.kernels.megablocks import MEGABLOCKS_INSTALL, is_megablocks_installed
-from megablocks_utils.kernels.scattermoe import SCATTERMOE_INSTALL, is_scattermoe_installed
+from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.training.report.metrics import read_metrics
 
 Launch = Callable[[Job], Ending]
@@ -54,13 +53,9 @@ def find_unsupported_reason(
         return {"status": LEFT_OUT, "reason": "ep would be 1: this layout needs more ranks"}
     if bench.device_type == "cpu":
         return _find_copy(row, bench, earlier)
-    packages = {
-        "megablocks": (is_megablocks_installed, MEGABLOCKS_INSTALL),
-        "scattermoe": (is_scattermoe_installed, SCATTERMOE_INSTALL),
-    }
-    is_installed, install = packages.get(row.kernel, (lambda: True, ""))
-    if row.ep_share and not is_installed():
-        reason = f"{row.kernel} is not installed; install it with: {install}"
+    backend = BACKENDS.get(row.kernel)
+    if row.ep_share and backend is not None and not backend.is_installed():
+        reason = f"{row.kernel} is not installed; install it with: {backend.install}"
         return {"status": NOT_INSTALLED, "reason": reason}
     return None
 

@@ -19,7 +19,8 @@ from benchmarks.end_to_end.contenders import LEARNING_RATE, StockStep
 from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.config import parse_args
 from megablocks_utils.files import write_json_atomically
-from megablocks_utils.processes.launch import check_environment, run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.data.examples import load_examples
 from megablocks_utils.training.data.schedule import Schedule

@@ -27,12 +27,12 @@ class SliceReader:
 
     Args:
         index: the checkpoint.
-        layout: the layout of its experts.
+        naming: how it names its experts.
     """
 
-    def __init__(self, index: CheckpointIndex, layout: HubNaming) -> None:
+    def __init__(self, index: CheckpointIndex, naming: HubNaming) -> None:
         self._index = index
-        self._naming = layout
+        self._naming = naming
 
     def fill_local(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
         """Read a part of a parameter into `local`, in its dtype and on its device.

@@ -6,8 +6,7 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
+from megablocks_utils.processes.agreement import max_over_ranks
 
 __all__ = ["StopRequest"]
 
@@ -19,9 +18,9 @@ _SAME_REQUEST_S = 2.0
 class StopRequest:
     """Remember SIGTERM and SIGINT instead of dying of them.
 
-    Use it as a context in the main thread and ask `agreed` after every micro-step. Whoever insists
-    gets their way: a signal that comes at least 2 s after the first ends the process at once, with
-    that signal's default action.
+    Use it as a context in the main thread and ask `on_any_rank` after every micro-step. A signal
+    that comes at least 2 s after the first ends the process at once, with that signal's default
+    action.
     """
 
     def __init__(self) -> None:
@@ -40,21 +39,16 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """Name of the signal that `agreed` has told of, such as SIGTERM; empty before."""
+        """Name of the signal that `on_any_rank` has reported, such as SIGTERM; empty before."""
         return signal.Signals(self._agreed).name if self._agreed else ""
 
-    def agreed(self) -> bool:
+    def on_any_rank(self) -> bool:
         """Return whether any rank has been asked to stop.
 
-        **Collective:** all ranks of the default group must call it, as often as each other; it
-        sends one number over the CPU. Without a group, or with one rank, it sends nothing.
+        **Collective:** as `agreement.max_over_ranks`, over the default group.
         """
         # A signal that comes during the exchange counts for the next one: others do not know it.
-        self._agreed = self._received
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            number = torch.tensor([self._agreed])
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            self._agreed = int(number.item())
+        self._agreed = max_over_ranks(self._received)
         return self._agreed != 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:

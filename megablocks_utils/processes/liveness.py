@@ -1,7 +1,7 @@
 """Lost ranks: every rank watches the others, and ends when one of them is gone.
 
 Torch-free: the store is handed in. A process on the same machine is watched by its process id, so
-one that is busy or suspended for minutes is no loss. One elsewhere is watched by a counter in the
+one that is busy or suspended for minutes is not lost. One elsewhere is watched by a counter in the
 store: rank 0 watches all of them, the others watch rank 0 and the verdict.
 """
 
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 __all__ = [
     "POLL_S",
@@ -19,6 +19,7 @@ __all__ = [
     "StatusStore",
     "Loss",
     "Member",
+    "Store",
     "Watch",
     "describe_self",
     "is_alive",
@@ -26,18 +27,18 @@ __all__ = [
 
 POLL_S = 1.0
 _BEAT_POLLS = 3  # polls between two beats
-_SILENT_BEATS = 15  # beats that may be missed: 45 s
+_SILENT_BEATS = 15  # beats in a row that may be missed: 45 s
 _GONE = "its process is gone"
 _STORE_POLLS = 3  # polls that the store may fail, for the process ids to tell who is gone
 
 
 @dataclass(frozen=True)
 class Member:
-    """Say where a rank is.
+    """The process of a rank.
 
     Attributes:
         rank: Among all.
-        host: Name of its machine, for people.
+        host: Name of its machine, for messages.
         machine: Equal for processes that see each other's process ids.
         pid: Its process id there.
         started: When it started, in ticks of its machine, so that a reused id is told apart.
@@ -55,7 +56,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Loss:
-    """Say who is gone.
+    """A rank that was lost, and why.
 
     Attributes:
         rank: The lost one; None where only the store is known to be gone.
@@ -78,7 +79,7 @@ def describe_self(rank: int) -> Member:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
         started = _read_stat(pid)[19]
-    except OSError:  # no /proc: nobody can watch this process by its id
+    except OSError:  # no /proc: this process cannot be watched by its id
         machine, started = str(uuid.uuid4()), ""
     return Member(rank, host, machine, pid, started)
 
@@ -97,15 +98,42 @@ def _read_stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
+class Store(Protocol):
+    """The part of a `torch.distributed` store that is used here."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Set a key."""
+
+    def get(self, key: str, /) -> bytes:
+        """Return the value of a key that is there."""
+        ...
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """Return the values of keys that are there."""
+        ...
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter, and return its new value."""
+        ...
+
+    def check(self, keys: list[str], /) -> bool:
+        """Return whether all keys are there."""
+        ...
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        """Set a key that holds `expected` (empty: that is not there); return what it holds now."""
+        ...
+
+
 class StatusStore:
     """What ranks tell each other in the store.
 
     Args:
-        store: a `torch.distributed` store of its own, with a client of its own: one that waits
-            elsewhere holds its lock. Every method may raise RuntimeError when it is gone.
+        store: for this use only, with a client of its own: one that waits elsewhere holds its lock.
+            Every method may raise RuntimeError when it is gone.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
 
     def beat(self, rank: int, count: int) -> None:
@@ -117,9 +145,9 @@ class StatusStore:
         return self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
 
     def leave(self, rank: int) -> int:
-        """Say that a rank ends as it should, and return how many have said so."""
+        """Note that a rank ends as it should, and return how many have done so."""
         self._store.set(f"left/{rank}", "1")
-        # It also waits for the store's answer: after it, everybody can see the first.
+        # It also waits for the store's answer: after it, all ranks can see the first.
         return self._store.add("left", 1)
 
     def count_left(self) -> int:
@@ -127,11 +155,11 @@ class StatusStore:
         return self._store.add("left", 0)
 
     def has_left(self, rank: int) -> bool:
-        """Return whether a rank has said that it ends."""
+        """Return whether a rank has ended as it should."""
         return self._store.check([f"left/{rank}"])
 
     def publish(self, loss: Loss) -> Loss:
-        """Pronounce a verdict, and return the first that anybody pronounced."""
+        """Publish a verdict, and return the first that any rank has published."""
         return Loss(**json.loads(self._store.compare_set("verdict", "", json.dumps(asdict(loss)))))
 
     def read_verdict(self) -> Loss | None:
@@ -141,25 +169,25 @@ class StatusStore:
         return Loss(**json.loads(self._store.get("verdict")))
 
     def claim_reporter(self) -> bool:
-        """Return whether this rank is the first to speak for all."""
-        return self._store.add("word", 1) == 1
+        """Claim to be the one rank that reports the loss; return whether this was the first."""
+        return self._store.add("reporter", 1) == 1
 
-    def is_word_taken(self) -> bool:
-        """Return whether some rank has spoken."""
-        return self._store.add("word", 0) > 0
+    def has_reporter(self) -> bool:
+        """Return whether some rank has claimed to report the loss."""
+        return self._store.add("reporter", 0) > 0
 
 
 class Watch:
     """Decide, poll by poll, whether a rank is lost.
 
-    It counts polls, not seconds: a rank that could not look for a while has no reason to call the
-    others silent.
+    It counts polls, not seconds: a rank that was suspended for a while must not take the others for
+    silent.
 
     Args:
         members: all ranks, in their order.
         rank: this one.
         status_store: of the run.
-        alive: tells whether a process of this machine is there.
+        alive: returns whether a process of this machine is there.
     """
 
     def __init__(
@@ -184,10 +212,10 @@ class Watch:
         self._polls = self._failures = 0
 
     def look(self) -> Loss | None:
-        """Look at everything once; call it every `POLL_S`.
+        """Check all ranks once; call it every `POLL_S`.
 
         Returns:
-            The verdict; None while nobody is lost.
+            The verdict; None while no rank is lost.
         """
         try:
             loss = self._status_store.read_verdict()
@@ -204,7 +232,7 @@ class Watch:
         return loss
 
     def is_first_reporter(self, loss: Loss) -> bool:
-        """Return whether no rank below this one is left to speak for all."""
+        """Return whether this is the lowest rank that is left, which reports the loss."""
         below = self._members[: self._me.rank]
         for member in below:
             if member.rank == loss.rank:

@@ -1,4 +1,4 @@
-"""What happens when a rank is lost: the others end at once, and one of them says why.
+"""What happens when a rank is lost: the others end at once, and one of them reports why.
 
 Torch-free. A survivor may hang in a collective that nothing interrupts, or fail in it with an error
 of its own, so a thread ends the process, whatever the main thread does.
@@ -12,22 +12,30 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from megablocks_utils.processes.liveness import POLL_S, STORE_LOSS, Loss, Member, StatusStore, Watch
+from megablocks_utils.processes.liveness import (
+    POLL_S,
+    STORE_LOSS,
+    Loss,
+    Member,
+    StatusStore,
+    Store,
+    Watch,
+)
 from megablocks_utils.processes.output_folder import find_checkpoints
 
 __all__ = ["leave_run", "start_monitor"]
 
-_VERDICT_S = 4.0  # by then a loss on this machine is known
-_FAR_VERDICT_S = 50.0  # and one elsewhere
+_VERDICT_S = 4.0  # within it a loss on this machine is found
+_FAR_VERDICT_S = 50.0  # within it one elsewhere is
 _CONNECTION_WORDS = ("connection", "peer", "network", "pipe")
 _STUCK_POLLS = 45  # a store that does not answer for so long is gone
-_GRACE_S = 10.0  # a rank ended with an error that the others probably met too
+_GRACE_S = 10.0  # a rank ended with an error that the others have probably raised too
 _GRACE_POLL_S = 0.2
-_WORD_S = 1.5  # how long others wait for the lowest survivor to speak
-_LINGER_S = 2.0  # until all have seen the verdict: this process may hold the store
-_LAST_OUT_S = 10.0  # likewise, for the others to leave
+_REPORTER_S = 1.5  # how long others wait for the lowest survivor to report
+_LINGER_S = 2.0  # until all have seen the verdict: this process may host the store
+_OTHERS_LEAVE_S = 10.0  # how long the host of the store waits for the others to leave
 _EXIT_CODE = 1
 
 
@@ -37,12 +45,12 @@ class _Monitor:
     Args:
         members: all ranks, in their order.
         rank: this one.
-        store: for the status_store.
+        store: for the `StatusStore`.
         output_dir: where the newest checkpoint is looked for.
     """
 
     def __init__(
-        self, members: Sequence[Member], rank: int, store: Any, output_dir: str | Path
+        self, members: Sequence[Member], rank: int, store: Store, output_dir: str | Path
     ) -> None:
         self._members, self._rank, self._output_dir = members, rank, Path(output_dir)
         self._status_store = StatusStore(store)
@@ -53,10 +61,10 @@ class _Monitor:
         self._hook_before = sys.excepthook
 
     def start(self) -> None:
-        """Give the first sign of life and begin to watch; in the main thread."""
+        """Give a first sign of life and start watching; in the main thread."""
         self._status_store.beat(self._rank, -1)
         sys.excepthook = self._on_exception
-        # A launcher ends the survivors of a lost rank by SIGTERM before they could say why.
+        # A launcher ends the survivors of a lost rank by SIGTERM before they could report why.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._on_sigterm)
         for job in (self._poll, self._guard):
@@ -72,7 +80,7 @@ class _Monitor:
         sys.excepthook = self._hook_before
         if error:
             self._publish(error, grace_s=_GRACE_S)
-        wait_s = 0.0 if self._rank else _LINGER_S if error else _LAST_OUT_S
+        wait_s = 0.0 if self._rank else _LINGER_S if error else _OTHERS_LEAVE_S
         try:
             self._status_store.leave(self._rank)
             self._wait_for_others(wait_s)
@@ -97,39 +105,40 @@ class _Monitor:
             ticks = ticks + 1 if self._looks == looks else 0
             looks = self._looks
             if ticks >= _STUCK_POLLS:
-                self._speak_and_end(STORE_LOSS, speaks=self._watch.is_first_reporter(STORE_LOSS))
+                is_first = self._watch.is_first_reporter(STORE_LOSS)
+                self._report_and_end(STORE_LOSS, is_reporter=is_first)
 
     def _conclude(self, loss: Loss) -> None:
-        first = loss.rank != self._rank and self._watch.is_first_reporter(loss)
+        is_first = loss.rank != self._rank and self._watch.is_first_reporter(loss)
         try:
-            if self._ends_by_itself(loss.grace_s):
+            if self._leaves_within(loss.grace_s):
                 return
-            speaks = self._takes_word(first)
+            is_reporter = self._claims_report(is_first)
         except RuntimeError:
-            speaks = first
-        self._speak_and_end(loss, speaks=speaks)
+            is_reporter = is_first
+        self._report_and_end(loss, is_reporter=is_reporter)
 
-    def _ends_by_itself(self, grace_s: float) -> bool:
-        """Return whether this rank leaves while it may; others, once one has spoken, may not."""
+    def _leaves_within(self, grace_s: float) -> bool:
+        """Return whether this rank leaves the run in its own way before the loss is reported."""
         last_s = time.monotonic() + grace_s
         while time.monotonic() < last_s:
             if self._stopped.wait(_GRACE_POLL_S):
                 return True
-            if self._has_failed or self._status_store.is_word_taken():
+            if self._has_failed or self._status_store.has_reporter():
                 break
         return False
 
-    def _takes_word(self, first: bool) -> bool:
-        """Return whether this rank speaks for all: the first one, or another if that one cannot."""
-        last_s = time.monotonic() + (0.0 if first else _WORD_S)
+    def _claims_report(self, is_first: bool) -> bool:
+        """Return whether this rank reports the loss: the first one, or another if it does not."""
+        last_s = time.monotonic() + (0.0 if is_first else _REPORTER_S)
         while time.monotonic() < last_s:
-            if self._status_store.is_word_taken():
+            if self._status_store.has_reporter():
                 return False
             time.sleep(0.1)
         return self._status_store.claim_reporter()
 
-    def _speak_and_end(self, loss: Loss, *, speaks: bool) -> NoReturn:
-        if speaks:
+    def _report_and_end(self, loss: Loss, *, is_reporter: bool) -> NoReturn:
+        if is_reporter:
             sys.stderr.write(f"{self._describe(loss)}\n")
             sys.stderr.flush()
             time.sleep(_LINGER_S)
@@ -145,7 +154,7 @@ class _Monitor:
         try:
             self._status_store.publish(Loss(self._rank, reason, grace_s))
         except RuntimeError:
-            return  # nobody is left to be told
+            return  # no rank is left to be told
 
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -166,7 +175,7 @@ class _Monitor:
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(_LINGER_S)
-        os._exit(_EXIT_CODE)  # an ordinary end may wait for peers in gloo's or NCCL's destructors
+        os._exit(_EXIT_CODE)  # an ordinary exit may wait for peers in gloo's or NCCL's destructors
 
     def _verdict_wait_s(self, message: str) -> float:
         has_far = any(m.machine != self._members[self._rank].machine for m in self._members)
@@ -183,11 +192,13 @@ class _Monitor:
 _running: list[_Monitor] = []
 
 
-def start_monitor(members: Sequence[Member], rank: int, store: Any, output_dir: str | Path) -> None:
+def start_monitor(
+    members: Sequence[Member], rank: int, store: Store, output_dir: str | Path
+) -> None:
     """Watch the other ranks until `leave_run`; in the main thread.
 
     From now on a lost rank ends this process with exit code 1, and the lowest surviving rank writes
-    one sentence to standard error: who was lost, and where to go on.
+    one sentence to standard error: who was lost, and what to resume from.
 
     **Collective:** all ranks must call it.
 
@@ -203,10 +214,10 @@ def start_monitor(members: Sequence[Member], rank: int, store: Any, output_dir: 
 
 
 def leave_run(error: str = "") -> None:
-    """Tell the other ranks, if they watch, that this one ends; every ordinary end comes here.
+    """Tell the other ranks, if they watch, that this one ends; every ordinary end calls it.
 
     Args:
-        error: the sentence it ends with; empty where it is done. Those who do not meet the same
+        error: the sentence it ends with; empty where it is done. Ranks that do not raise the same
             error are ended 10 s later.
     """
     while _running:
@@ -221,6 +232,6 @@ def _advise(output_dir: Path) -> str:
     if not complete:
         return f"There is no complete checkpoint in {output_dir}."
     return (
-        f"The newest complete checkpoint is {complete[-1][1]}; go on from it with "
+        f"The newest complete checkpoint is {complete[-1][1]}; resume from it with "
         "--resume_from_checkpoint True."
     )

@@ -1,4 +1,4 @@
-"""The output folder: what may be written into it, and which checkpoint in it a run goes on from.
+"""The output folder: what may be written into it, and which checkpoint in it a run resumes from.
 
 Torch-free. A checkpoint is complete when `checkpoint-<step>/` holds `manifest.json`, which is
 written last; `checkpoint-latest` points to the newest complete one.
@@ -13,8 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.files import (
+    ADAPTER_WEIGHTS_NAME,
+    METRICS_NAME,
+    MODEL_INDEX_NAME,
+    RUN_RECORD_NAME,
+)
 
 __all__ = [
     "CHECKPOINT_PREFIX",
@@ -34,9 +40,8 @@ INCOMPLETE_SUFFIX = ".incomplete"
 LATEST_NAME = "checkpoint-latest"
 MANIFEST_NAME = "manifest.json"
 _CLAIM_NAME = ".claim.json"
-_METRICS_NAME = "metrics.jsonl"
-_MODEL_FILES = ("model*.safetensors", "adapter_model.safetensors")
-_RESULT_FILES = ("run.json", *_MODEL_FILES, "model.safetensors.index.json")
+_FINISHED_FILES = (RUN_RECORD_NAME, "model*.safetensors", ADAPTER_WEIGHTS_NAME)
+_RESULT_FILES = (*_FINISHED_FILES, MODEL_INDEX_NAME)
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -58,7 +63,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def choose_checkpoint(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the checkpoint that a run goes on from; None for a run that starts anew.
+    """Return the checkpoint that a run resumes from; None for a run that starts fresh.
 
     `--resume_from_checkpoint` says which, with one exception: when torchrun has restarted the
     processes of a run that had claimed its output folder, the newest complete checkpoint there is
@@ -67,17 +72,17 @@ def choose_checkpoint(config: RunConfig, environ: Mapping[str, str] = os.environ
     Raises:
         ConfigurationError: for a checkpoint that is not there or not complete.
     """
-    folder, wish = Path(config.output_dir), config.saving.resume_from_checkpoint
+    folder, given = Path(config.output_dir), config.saving.resume_from_checkpoint
     complete = find_checkpoints(folder)
     if complete and _is_restart(folder, environ):
         return complete[-1][1]
-    if wish.lower() == "false":
+    if given.lower() == "false":
         return None
-    if wish.lower() != "true":
-        return _check_checkpoint(Path(wish))
+    if given.lower() != "true":
+        return _check_checkpoint(Path(given))
     if not complete:
         raise ConfigurationError(
-            f"--resume_from_checkpoint is {wish}, but --output_dir {folder} holds no complete "
+            f"--resume_from_checkpoint is {given}, but --output_dir {folder} holds no complete "
             f"checkpoint{_name_incomplete(folder)}; start without --resume_from_checkpoint."
         )
     return complete[-1][1]
@@ -90,7 +95,7 @@ def check_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
 
     Raises:
         ConfigurationError: for a folder that holds a finished run or checkpoints of another one
-            (unless resuming), or checkpoints later than the one to go on from; both are allowed
+            (unless resuming), or checkpoints later than the one to resume from; both are allowed
             with `--overwrite_output_dir True`. For a file, a place where nothing can be written,
             and as `choose_checkpoint`.
     """
@@ -118,7 +123,7 @@ def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
     """Check the output folder, make it, and remove what an earlier run left in it.
 
     Rank 0 calls this once data and model are known to be good, just before the first write, and
-    hands an error to `raise_first_error`. Old model files must go: transformers would load a stale
+    shares an error with all ranks. Old model files must go: transformers would load a stale
     `model.safetensors` in place of new shards. A run that resumes keeps metrics and checkpoints;
     one that overwrites removes old checkpoints, which must never be resumed by mistake.
 
@@ -136,7 +141,7 @@ def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
         raise ConfigurationError(
             f"--output_dir is {config.output_dir}, but it cannot be made ({error.strerror})."
         ) from error
-    for pattern in _RESULT_FILES if chosen else (*_RESULT_FILES, _METRICS_NAME):
+    for pattern in _RESULT_FILES if chosen else (*_RESULT_FILES, METRICS_NAME):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     if config.overwrite_output_dir:
@@ -177,8 +182,7 @@ def _name_incomplete(folder: Path) -> str:
 
 
 def _refuse_earlier_run(folder: Path, seen: str) -> None:
-    patterns = ("run.json", *_MODEL_FILES)
-    finished = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    finished = [path for pattern in _FINISHED_FILES for path in sorted(folder.glob(pattern))]
     if finished:
         raise ConfigurationError(
             f"{seen} it holds a finished run ({finished[0].name}); choose another folder or "
@@ -187,7 +191,7 @@ def _refuse_earlier_run(folder: Path, seen: str) -> None:
     if complete := find_checkpoints(folder):
         raise ConfigurationError(
             f"{seen} it holds checkpoints of a run that has not finished (the newest is "
-            f"{complete[-1][1].name}); give --resume_from_checkpoint True to go on, another "
+            f"{complete[-1][1].name}); give --resume_from_checkpoint True to resume it, another "
             "folder, or --overwrite_output_dir True."
         )
 
@@ -195,20 +199,20 @@ def _refuse_earlier_run(folder: Path, seen: str) -> None:
 def _refuse_later_checkpoints(folder: Path, chosen: Path, seen: str) -> None:
     if later := _find_later(folder, chosen):
         raise ConfigurationError(
-            f"{seen} it holds {later[-1].name}, which does not belong to a run that goes on from "
+            f"{seen} it holds {later[-1].name}, which does not belong to a run that resumes from "
             f"{chosen}; choose another folder, or give --overwrite_output_dir True to delete it."
         )
 
 
 def _find_later(folder: Path, chosen: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder` that a run from `chosen` has not come by."""
+    """Return the complete checkpoints in `folder` that are not on the way to `chosen`."""
     complete = find_checkpoints(folder)
     own = [step for step, path in complete if path.resolve() == chosen.resolve()]
     return [path for step, path in complete if not own or step > own[0]]
 
 
 def _remove_checkpoints(folder: Path, chosen: Path | None) -> None:
-    """Remove what must never be gone on from by mistake: all, or those later than `chosen`."""
+    """Remove what must never be resumed by mistake: all, or those later than `chosen`."""
     if chosen is not None:
         for path in _find_later(folder, chosen):
             remove_checkpoint(path)
@@ -237,9 +241,9 @@ def _is_restart(folder: Path, environ: Mapping[str, str]) -> bool:
 
 
 def _describe_launch(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what tells this start of torchrun from others, and is kept when it restarts.
+    """Return what identifies this start of torchrun, and stays when it restarts processes.
 
-    The run id alone is often "none"; the error files lie in a folder that an agent makes anew.
+    The run id alone is often "none"; the error files lie in a folder that every agent makes.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return {}

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megablocks_utils.processes.agreement import gather_from_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.liveness import describe_self
 from megablocks_utils.processes.monitor import start_monitor
@@ -24,14 +25,14 @@ def start_processes(launch: LaunchEnvironment, output_dir: str | None = None) ->
 
     Args:
         launch: which process this is.
-        output_dir: where to look for checkpoints when a rank is lost; None: nobody watches.
+        output_dir: where to look for checkpoints when a rank is lost; None: ranks are not watched.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # Gathering experts that are sharded twice takes two all-gathers, which is no news to anybody.
+    # Gathering experts that are sharded twice takes two all-gathers: nothing to warn of.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if dist.is_initialized():
         return device
@@ -45,15 +46,14 @@ def start_processes(launch: LaunchEnvironment, output_dir: str | None = None) ->
     store = dist.PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if output_dir is not None:
-        _watch_ranks(store, rank, world_size, output_dir)
+        _watch_ranks(store, rank, output_dir)
     return device
 
 
-def _watch_ranks(store: dist.Store, rank: int, world_size: int, output_dir: str) -> None:
-    members = [describe_self(rank)] * world_size
-    dist.all_gather_object(members, members[rank])
+def _watch_ranks(store: dist.PrefixStore, rank: int, output_dir: str) -> None:
+    members = gather_from_all_ranks(lambda: describe_self(rank))
     # The launcher's store may hold what an earlier start of this run has written.
     prefix = f"liveness/{members[0].pid}-{members[0].started}"
-    own_client = store.clone()
+    own_client = store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
     own_client.set_timeout(_STORE_TIMEOUT)
     start_monitor(members, rank, dist.PrefixStore(prefix, own_client), output_dir)

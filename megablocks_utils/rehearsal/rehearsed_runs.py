@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, fill_and_wrap_fsdp1, strip_wrappers
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
-from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.training.data.batches import MicroBatch
-from megablocks_utils.training.loop import TrainingState, finish_gradients, run_micro_batch
+from megablocks_utils.training.loop import TrainingState, run_micro_batch
+from megablocks_utils.training.step.finish import StepFinish
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 
@@ -76,6 +76,7 @@ class Fsdp2Run:
         scheduler = build_lr_scheduler(self.optimizer, parts.config.optim, _NUM_STEPS)
         prepared = accelerator.prepare_optimizer(self.optimizer)
         self._state = TrainingState(accelerator, self.model, prepared, scheduler, parts.sharded)
+        self._finish = StepFinish(self.model, parts.sharded, _MAX_GRAD_NORM)
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; Accelerate counts the micro-steps itself."""
@@ -84,7 +85,11 @@ class Fsdp2Run:
 
     def finish_gradients(self) -> None:
         """Sum over copies, and clip."""
-        finish_gradients(self._state, _MAX_GRAD_NORM)
+        self._finish.finish_gradients(step=1)
+
+    def update(self) -> None:
+        """Update the weights and drop the gradients."""
+        self._finish.update(self._state.optimizer, self._state.scheduler)
 
 
 class Fsdp1Run:
@@ -110,6 +115,8 @@ class Fsdp1Run:
         )
         named = ((strip_wrappers(name), p) for name, p in self.model.named_parameters())
         self.optimizer = build_optimizer(named, parts.config.optim, parts.run.precision, seed=_SEED)
+        self._scheduler = build_lr_scheduler(self.optimizer, parts.config.optim, _NUM_STEPS)
+        self._finish = StepFinish(self.model, parts.sharded, _MAX_GRAD_NORM)
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; gradients wait where the options say so."""
@@ -120,10 +127,11 @@ class Fsdp1Run:
 
     def finish_gradients(self) -> None:
         """Sum over copies, and clip."""
-        sharded = self._parts.sharded
-        if sharded is not None:
-            sum_replica_gradients(sharded.expert_parameters.values(), sharded.mesh)
-        clip_gradients(self.model.parameters(), _MAX_GRAD_NORM)
+        self._finish.finish_gradients(step=1)
+
+    def update(self) -> None:
+        """Update the weights and drop the gradients."""
+        self._finish.update(self.optimizer, self._scheduler)
 
 
 def fill_at_random(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:

@@ -1,13 +1,11 @@
 """After a LoRA run: is the adapter on disk the one that was trained?"""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,18 +17,20 @@ from megablocks_utils.lora.file_check import (
     measure_experts,
 )
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
-from megablocks_utils.training.report.memory import read_available_memory
+from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.processes.agreement import broadcast_from_rank0
+from megablocks_utils.training.report.memory import GIB, read_available_memory
+from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 
 _NUM_TOKENS = 128
-GIB = 1024**3
 AUTO_LIMIT_BYTES = 16 * GIB
 """Above it, `--verify_adapter auto` loads no model: the check must not outlast a short run."""
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """Say what the check found.
+    """What the check found.
 
     Attributes:
         trained: adapters of single experts (one projection each) that got gradients.
@@ -49,7 +49,7 @@ class AdapterReport:
         return asdict(self)
 
     def describe(self) -> str:
-        """Say it in a line or two."""
+        """Describe it in a line or two."""
         experts = (
             f"{self.trained} of {self.total} expert adapters got gradients and are in the file"
         )
@@ -82,16 +82,17 @@ class AdapterCheck:
     report: AdapterReport | None = None
 
     def __init__(
-        self, setup: Setup, model: nn.Module, optimizer: Optimizer, *, has_learned: bool
+        self, setup: Setup, lora: LoraSettings, state: RunState, *, has_learned: bool
     ) -> None:
         """**Collective:** measures on every rank of the world, and runs one forward pass."""
         self._setup = setup
-        self._measured = _measure(setup, optimizer, has_learned)
-        self._skipped = _agree_on_skipping(partial(_reason_to_skip, setup))
-        self._input_ids = self._logits = None
+        self._measured = _measure(setup, lora, state.optimizer if has_learned else None)
+        # Each rank sees another amount of free memory.
+        self._skipped = broadcast_from_rank0(partial(_find_skip_reason, setup))
+        self._input_ids = torch.from_numpy(setup.schedule.examples[0][0][None, :_NUM_TOKENS])
+        self._logits = None
         if self._skipped is None:
-            self._input_ids = torch.from_numpy(setup.schedule.examples[0][0][None, :_NUM_TOKENS])
-            self._logits = _run_forward(model, self._input_ids.to(setup.device))
+            self._logits = _run_forward(state.model, self._input_ids.to(setup.device))
 
     def __call__(self, folder: Path) -> None:
         """Check the files in a folder; rank 0 only.
@@ -116,14 +117,15 @@ class AdapterCheck:
         self.report = AdapterReport(*count_trained(self._measured), logits, self._skipped)
 
 
-def _measure(setup: Setup, optimizer: Optimizer, has_learned: bool) -> dict[str, ExpertNorms]:
-    if setup.sharded is None or not setup.lora.expert_ranks:
+def _measure(
+    setup: Setup, lora: LoraSettings, optimizer: Optimizer | None
+) -> dict[str, ExpertNorms]:
+    if setup.sharded is None or not lora.expert_ranks:
         return {}
-    states = optimizer.state if has_learned else {}
-    return measure_experts(setup.sharded, setup.lora, states)
+    return measure_experts(setup.sharded, lora, {} if optimizer is None else optimizer.state)
 
 
-def _reason_to_skip(setup: Setup) -> str | None:
+def _find_skip_reason(setup: Setup) -> str | None:
     choice = setup.config.adapter.verify_adapter
     if choice == "False":
         return "--verify_adapter is False"
@@ -135,13 +137,6 @@ def _reason_to_skip(setup: Setup) -> str | None:
         f"the model would take {needed / GIB:.1f} GiB in one process, and --verify_adapter auto "
         f"uses at most {room / GIB:.1f} GiB here"
     )
-
-
-def _agree_on_skipping(decide: Callable[[], str | None]) -> str | None:
-    """Let rank 0 decide for all: each sees another amount of free memory."""
-    answer = [decide() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
 
 
 def _run_forward(model: nn.Module, input_ids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Save checkpoints while a run trains, in both loops: when due, or when a signal stops it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,11 +16,12 @@ from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import METRICS_NAME
+from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
-from megablocks_utils.processes.launch import raise_on_all_ranks
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
-from megablocks_utils.training.resume.resume_point import METRICS_NAME, rank_file_name
+from megablocks_utils.training.resume.resume_point import rank_file_name
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step_hooks import StepHooks
@@ -29,23 +30,21 @@ __all__ = ["Checkpointer"]
 
 
 class Checkpointer(StepHooks):
-    """Save when `--save_strategy` says so, and when the run is asked to stop.
+    """Save as `--save_strategy` asks, and when a signal asks the run to stop.
 
     Use it as a context around the training loop: on leaving it, a save in the background is over.
 
     Args:
         setup: the run.
-        get_state: returns the run's weights, optimizer and schedule.
         metrics_path: where the run's `metrics.jsonl` is.
 
     Attributes:
         is_interrupted: whether the loop was stopped by a signal.
     """
 
-    def __init__(self, setup: Setup, get_state: Callable[[], RunState], metrics_path: Path) -> None:
+    def __init__(self, setup: Setup, metrics_path: Path) -> None:
         self.is_interrupted = False
         self._setup = setup
-        self._get_state = get_state
         self._metrics_path = metrics_path
         self._is_first = setup.launch.rank == 0
         self._output_dir = Path(setup.config.output_dir)
@@ -61,7 +60,7 @@ class Checkpointer(StepHooks):
 
         **Collective:** every rank must enter: a process group for saving is made.
         """
-        # Its own, so that a save in the background never meets the run's collectives.
+        # Its own, so that a save in the background never mixes with the run's collectives.
         self._group = dist.new_group(backend="gloo")
         self._open.enter_context(self._stop)
         self._started_s = time.perf_counter()
@@ -72,49 +71,49 @@ class Checkpointer(StepHooks):
             if error_type is None:
                 self._finish_pending()
         finally:
-            # Not waiting: after an error, other ranks may never come to the save's collectives.
+            # Not waiting: after an error, other ranks may never enter the save's collectives.
             self._background.shutdown(wait=False)
             self._open.close()
 
     def should_stop(self) -> bool:
-        """Say whether a signal has asked some rank to stop."""
-        return self._stop.agreed()
+        """Return whether a signal has asked some rank to stop."""
+        return self._stop.on_any_rank()
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, state: RunState) -> None:
         """Save if a checkpoint is due."""
         schedule = self._setup.schedule
         if self._setup.config.saving.is_due(
             step, num_steps=schedule.num_steps, steps_per_epoch=schedule.steps_per_epoch
         ):
-            self._save(step)
+            self._save(step, state)
 
-    def after_stop(self, step: int) -> None:
-        """Save what the run had come to, unless that is saved already."""
+    def after_stop(self, step: int, state: RunState) -> None:
+        """Save the run as it is, unless that is saved already."""
         self.is_interrupted = True
         if step != self._saved_step:
-            self._save(step)
+            self._save(step, state)
         self._finish_pending()
         console = self._setup.console
         console.print(
             f"Stopped by {self._stop.name} after step {step} of {self._setup.schedule.num_steps}; "
             + (
-                "go on with --resume_from_checkpoint True"
+                "resume with --resume_from_checkpoint True"
                 if step
                 else "no step was done, so there is nothing to save"
             ),
             markup=False,
         )
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, state: RunState) -> None:
         self._finish_pending()
         config = self._setup.config.saving
         started_s = time.perf_counter()
-        pieces = self._get_state().pieces()
+        shards = state.shards()
         if config.async_save:
-            pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
+            shards = {name: shard.copied_to_cpu() for name, shard in shards.items()}
         write = partial(
             write_checkpoint,
-            raise_on_all_ranks(lambda: self._take_snapshot(step, pieces)),
+            self._take_snapshot(step, shards, raise_on_all_ranks(self._read_metrics)),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
@@ -128,15 +127,16 @@ class Checkpointer(StepHooks):
         self._setup.console.print(f"checkpoint-{step}: training waited {stall_s:.2f} s")
 
     def _finish_pending(self) -> None:
-        """Wait for the save in the background, and raise what it met."""
+        """Wait for the save in the background, and raise its error if it had one."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _take_snapshot(self, step: int, pieces: Mapping[str, TensorShard]) -> Snapshot:
+    def _take_snapshot(
+        self, step: int, shards: Mapping[str, TensorShard], metrics: bytes
+    ) -> Snapshot:
         setup = self._setup
         model = setup.model
-        metrics = raise_on_all_ranks(self._read_metrics)
 
         def write_shared(folder: Path) -> None:
             (folder / METRICS_NAME).write_bytes(metrics)
@@ -150,7 +150,7 @@ class Checkpointer(StepHooks):
 
         return Snapshot(
             step=step,
-            pieces=pieces,
+            shards=shards,
             rank_files={rank_file_name(setup.launch.rank): capture_random_states()},
             write_shared=write_shared,
             contents=self._describe(step) if self._is_first else {},
@@ -164,7 +164,7 @@ class Checkpointer(StepHooks):
             raise CheckpointError(f"cannot read {self._metrics_path}: {error.strerror}") from error
 
     def _describe(self, step: int) -> dict[str, Any]:
-        """Return what the manifest says besides its files."""
+        """Return what the manifest holds besides its files."""
         setup = self._setup
         parallel = setup.config.parallel
         before_s = setup.resume.manifest["train_runtime_s"] if setup.resume else 0.0

@@ -5,21 +5,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.integrations.integration_utils import rewrite_logs
 
-from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, shards_over_dp
-from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
+from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.report.progress import track_sharding
+from megablocks_utils.training.report.trackers import PROJECT_NAME, tracked_values
 from megablocks_utils.training.resume.resume_point import restore_run
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
-from megablocks_utils.training.step.debug import check_gradient_norm, check_replicas
+from megablocks_utils.training.step.finish import StepFinish
 from megablocks_utils.training.step.micro_batch import (
     LossWeights,
     MicroBatchLoss,
@@ -37,7 +38,7 @@ class TrainingState:
     Attributes:
         accelerator: with FSDP on.
         model: wrapped.
-        optimizer: over the wrapped parameters.
+        optimizer: over the wrapped parameters, in Accelerate's wrapper.
         scheduler: of the learning rate, stepped once an optimizer step.
         sharded: what `shard_moe` returned; None without expert parallelism.
         kernel_check: what comparing the kernel with eager found; None without `sharded`.
@@ -45,7 +46,7 @@ class TrainingState:
 
     accelerator: Accelerator
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: AcceleratedOptimizer
     scheduler: LRScheduler
     sharded: ShardedMoE | None
     kernel_check: KernelCheck | None = None
@@ -56,7 +57,7 @@ class TrainingState:
 
 
 def build_training_state(setup: Setup) -> TrainingState:
-    """Wrap and fill the model with FSDP2, build optimizer and schedule, go on where asked.
+    """Wrap and fill the model with FSDP2, build optimizer and schedule, resume where asked.
 
     With all weights there, the kernel is checked on them.
 
@@ -64,8 +65,6 @@ def build_training_state(setup: Setup) -> TrainingState:
     """
     config = setup.config
     accelerator = build_accelerator(config, setup.precision, setup.layer_classes, setup.device.type)
-    if config.report_to:
-        accelerator.init_trackers("megablocks_utils")
     make_optimizer = partial(
         build_optimizer,
         optim_config=config.optim,
@@ -91,11 +90,9 @@ def build_training_state(setup: Setup) -> TrainingState:
 def fit(
     state: TrainingState, setup: Setup, hooks: StepHooks | None = None
 ) -> Iterator[StepMetrics]:
-    """Train and yield the metrics of each optimizer step.
+    """Train and yield the metrics of each optimizer step; trackers get them too.
 
     **Collective:** every rank of the world must iterate to the end.
-
-    With `--debug`, every step checks that the norm is finite and that copies of experts are equal.
 
     Args:
         state: what to train.
@@ -103,25 +100,32 @@ def fit(
         hooks: saves and stops; None does neither.
     """
     hooks = hooks or StepHooks()
-    state.model.train()
     config = setup.config
-    aux_loss_coef = resolve_aux_loss_coef(setup.model.config, config.router_aux_loss_coef)
+    state.accelerator.init_trackers(PROJECT_NAME)
+    for metrics in _train(state, setup, hooks):
+        yield metrics
+        if metrics.step % config.logging_steps == 0:
+            state.accelerator.log(rewrite_logs(tracked_values(metrics)), metrics.step)
+        hooks.after_step(metrics.step, state.run_state())
+    for tracker in state.accelerator.trackers:
+        tracker.finish()
+
+
+def _train(state: TrainingState, setup: Setup, hooks: StepHooks) -> Iterator[StepMetrics]:
+    state.model.train()
+    optim = setup.config.optim
+    aux_loss_coef = resolve_aux_loss_coef(setup.model.config, setup.config.router_aux_loss_coef)
+    finish = StepFinish(state.model, state.sharded, optim.max_grad_norm, setup.config.debug)
     meter = StepMeter(state.accelerator.device)
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
         meter.start_step()
         if not _accumulate_gradients(state, plan, aux_loss_coef, meter, hooks):
-            hooks.after_stop(step - 1)
+            hooks.after_stop(step - 1, state.run_state())
             return
-        norm = finish_gradients(state, config.optim.max_grad_norm)
-        if config.debug:
-            check_gradient_norm(norm, step)
-        learning_rate = state.scheduler.get_last_lr()[0]
-        state.optimizer.step()
-        state.scheduler.step()
-        state.optimizer.zero_grad()
-        if config.debug and state.sharded is not None:
-            check_replicas(state.sharded, step)
+        norm = finish.finish_gradients(step)
+        learning_rate = finish.update(state.optimizer, state.scheduler)
+        finish.check_weights(step)
         yield meter.finish_step(
             step,
             epoch,
@@ -130,7 +134,6 @@ def fit(
             grad_norm=norm,
             learning_rate=learning_rate,
         )
-        hooks.after_step(step)
 
 
 def _accumulate_gradients(
@@ -164,14 +167,3 @@ def run_micro_batch(
     # Accelerate divides by the number of micro-batches; our loss has its weight already.
     accelerator.backward(loss.objective * accelerator.gradient_accumulation_steps)
     return loss
-
-
-def finish_gradients(state: TrainingState, max_grad_norm: float) -> Tensor:
-    """Sum the gradients of the experts' copies, clip all, and return the norm before clipping.
-
-    **Collective:** every rank of the world must call.
-    """
-    if state.sharded is not None and not shards_over_dp(state.sharded):
-        sum_replica_gradients(state.sharded.expert_parameters.values(), state.sharded.mesh)
-    trainable = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    return clip_gradients(trainable, max_grad_norm)

@@ -2,23 +2,27 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from torch import nn
-from torch.optim import Optimizer
-
 from megablocks_utils.checkpoint.model_folder import export_model
-from megablocks_utils.errors import CheckpointError, UserError
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import (
+    ADAPTER_WEIGHTS_NAME,
+    LOSS_PLOT_NAME,
+    METRICS_NAME,
+    RUN_RECORD_NAME,
+)
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.lora.adapter_files import export_adapter
+from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck
-from megablocks_utils.processes.launch import raise_first_error
+from megablocks_utils.processes.agreement import broadcast_from_rank0
 from megablocks_utils.processes.output_folder import claim_output_dir, find_incomplete
-from megablocks_utils.training.adapter_check import AdapterCheck
+from megablocks_utils.training.adapter_check import AdapterCheck, AdapterReport
 from megablocks_utils.training.report.loss_plot import plot_loss
 from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import (
@@ -37,10 +41,9 @@ from megablocks_utils.training.report.summary import (
     show_end_summary,
     show_start_summary,
 )
+from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.debug import describe_placements
-
-Track = Callable[[dict[str, Any], int], None]
 
 
 class RunRecorder:
@@ -50,17 +53,14 @@ class RunRecorder:
 
     Args:
         setup: the run; its model must be wrapped by the time the context is entered.
-        track: takes the numbers of a step and the step, every `--logging_steps`, for trackers.
     """
 
-    def __init__(self, setup: Setup, track: Track = lambda *_: None) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._track = track
         self._is_main = setup.launch.rank == 0
         self._totals = RunTotals()
         self._losses: list[float] = []
         self._has_learned = False
-        self._adapter_check: AdapterCheck | None = None
         self._open = ExitStack()
         self._started_s = 0.0
         self._runtime_s = 0.0
@@ -73,10 +73,10 @@ class RunRecorder:
     def __enter__(self) -> Self:
         """Claim the output folder, show the start-up summary, start the clock.
 
-        **Collective:** every rank must enter; all raise what rank 0 met.
+        **Collective:** every rank must enter; all raise what rank 0 raises.
         """
         setup = self._setup
-        _claim(setup)
+        broadcast_from_rank0(lambda: claim_output_dir(setup.config))
         show_start_summary(setup.console, _collect_facts(setup))
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
@@ -86,9 +86,8 @@ class RunRecorder:
                 setup.console.print(line, markup=False, soft_wrap=True)
         if self._is_main:
             with _as_sentence(self.metrics_path):
-                writer = MetricsWriter(
-                    self.metrics_path, after=setup.resume and setup.resume.metrics_path
-                )
+                done = None if setup.resume is None else setup.resume.metrics_path
+                writer = MetricsWriter(self.metrics_path, after=done)
             self._writer = self._open.enter_context(writer)
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
@@ -102,7 +101,7 @@ class RunRecorder:
     @property
     def metrics_path(self) -> Path:
         """Where the metrics of each step go."""
-        return self.output_dir / "metrics.jsonl"
+        return self.output_dir / METRICS_NAME
 
     def record(self, metrics: StepMetrics) -> None:
         """Take the metrics of a step that is over.
@@ -111,8 +110,6 @@ class RunRecorder:
             CheckpointError: on rank 0, if they cannot be written.
         """
         self._add(metrics)
-        if metrics.step % self._setup.config.logging_steps == 0:
-            self._track(metrics.as_record(), metrics.step)
         if self._is_main:
             with _as_sentence(self.metrics_path):
                 self._writer.write(metrics)
@@ -124,19 +121,14 @@ class RunRecorder:
         self._has_learned |= metrics.learning_rate > 0
 
     def finish(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        tensors: NamedTensors,
-        kernel_check: KernelCheck | None,
+        self, state: RunState, tensors: NamedTensors, kernel_check: KernelCheck | None
     ) -> None:
         """Write the final model or adapter, the plot and `run.json`; show the end summary.
 
         **Collective:** every rank must call; `tensors` gathers.
 
         Args:
-            model: wrapped, trained.
-            optimizer: of the run.
+            state: of the run, trained.
             tensors: (name, whole tensor or None) of every parameter, or with adapters of every
                 trainable one; not begun yet.
             kernel_check: what was found before the first step.
@@ -145,48 +137,41 @@ class RunRecorder:
             CheckpointError: on rank 0, if something cannot be written.
             AdapterCheckError: on rank 0, for an adapter that was not written as it was trained.
         """
-        setup = self._setup
-        if setup.lora is not None:
-            self._adapter_check = AdapterCheck(
-                setup, model, optimizer, has_learned=self._has_learned
-            )
-        self._export(tensors)
+        setup, adapter_check = self._setup, None
+        # Before the adapter is checked: the check leaves weights gathered and memory freed.
+        plan = setup.plan.as_record(state.model, state.optimizer, self._totals)
+        if setup.lora is None:
+            self._export_model(tensors)
+        else:
+            adapter_check = AdapterCheck(setup, setup.lora, state, has_learned=self._has_learned)
+            self._export_adapter(setup.lora, tensors, adapter_check)
         if not self._is_main:
             return
-        with _as_sentence(self.output_dir / "loss.png"):
-            plot_loss(self.metrics_path, self.output_dir / "loss.png")
+        adapter_report = None if adapter_check is None else adapter_check.report
+        with _as_sentence(self.output_dir / LOSS_PLOT_NAME):
+            plot_loss(self.metrics_path, self.output_dir / LOSS_PLOT_NAME)
+        kernel, reason = _kernel(setup)
         record = build_run_record(
             sys.argv,
             setup.config,
             resolved=_describe_resolved(setup),
             mesh=setup.mesh_sizes(),
-            kernel=_kernel(setup)[0],
-            kernel_reason=_kernel(setup)[1],
-            kernel_probe=kernel_check and kernel_check.as_record(),
+            kernel=kernel,
+            kernel_reason=reason,
+            kernel_probe=None if kernel_check is None else kernel_check.as_record(),
             parameters=setup.counts,
             train_runtime_s=self._runtime_s,
             totals=self._totals,
             device=setup.device,
-            adapter_check=self._adapter_check and self._adapter_check.report.as_record(),
-            plan=setup.plan.as_record(model, optimizer, self._totals),
+            adapter_check=None if adapter_report is None else adapter_report.as_record(),
+            plan=plan,
         )
-        with _as_sentence(self.output_dir / "run.json"):
-            write_run_json(self.output_dir / "run.json", record)
-        show_end_summary(setup.console, self._result(kernel_check))
+        with _as_sentence(self.output_dir / RUN_RECORD_NAME):
+            write_run_json(self.output_dir / RUN_RECORD_NAME, record)
+        show_end_summary(setup.console, self._result(kernel_check, adapter_report))
 
-    def _export(self, tensors: NamedTensors) -> None:
+    def _export_model(self, tensors: NamedTensors) -> None:
         setup, model = self._setup, self._setup.model
-        if setup.lora is not None:
-            export_adapter(
-                setup.lora,
-                setup.tokenizer,
-                tensors,
-                self.output_dir,
-                base_model_name=setup.config.model.model_name_or_path,
-                is_writer=self._is_main,
-                check=self._adapter_check,
-            )
-            return
         export_model(
             model.config,
             model.generation_config,
@@ -197,43 +182,48 @@ class RunRecorder:
             is_writer=self._is_main,
         )
 
-    def _result(self, kernel_check: KernelCheck | None) -> RunResult:
-        weights = "adapter_model.safetensors" if self._setup.config.adapter.has_lora else "model"
+    def _export_adapter(
+        self, lora: LoraSettings, tensors: NamedTensors, check: AdapterCheck
+    ) -> None:
+        export_adapter(
+            lora,
+            self._setup.tokenizer,
+            tensors,
+            self.output_dir,
+            base_model_name=self._setup.config.model.model_name_or_path,
+            is_writer=self._is_main,
+            check=check,
+        )
+
+    def _result(
+        self, kernel_check: KernelCheck | None, adapter_report: AdapterReport | None
+    ) -> RunResult:
+        weights = ADAPTER_WEIGHTS_NAME if self._setup.config.adapter.has_lora else "model"
         return RunResult(
             totals=self._totals,
             first_loss=self._losses[0],
             final_loss=self._losses[-1],
             train_runtime_s=self._runtime_s,
             memory_source=describe_memory_source(self._setup.device),
-            kernel_check=kernel_check and kernel_check.describe(),
-            adapter_check=self._adapter_check and self._adapter_check.report.describe(),
+            kernel_check=None if kernel_check is None else kernel_check.describe(),
+            adapter_check=None if adapter_report is None else adapter_report.describe(),
             output_dir=str(self.output_dir),
             files=(
                 (weights, "the trained weights, with configuration and tokenizer"),
-                ("loss.png", "the loss of each step"),
-                ("metrics.jsonl", "every step's numbers"),
-                ("run.json", "what ran, on what"),
+                (LOSS_PLOT_NAME, "the loss of each step"),
+                (METRICS_NAME, "every step's numbers"),
+                (RUN_RECORD_NAME, "what ran, on what"),
             ),
         )
 
 
 @contextmanager
 def _as_sentence(path: Path) -> Iterator[None]:
-    """Make of a full disk or a folder that has vanished what a user can act on."""
+    """Turn a full disk, or a folder that has vanished, into an error that a user can act on."""
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _claim(setup: Setup) -> None:
-    error = None
-    if setup.launch.rank == 0:
-        try:
-            claim_output_dir(setup.config)
-        except UserError as met:
-            error = met
-    raise_first_error(error)
 
 
 def _collect_facts(setup: Setup) -> RunFacts:
@@ -266,7 +256,7 @@ def _collect_facts(setup: Setup) -> RunFacts:
         examples_per_step=setup.launch.world_size
         * optim.per_device_train_batch_size
         * optim.gradient_accumulation_steps,
-        resumed=setup.resume and setup.resume.describe(asdict(config)),
+        resumed=None if setup.resume is None else setup.resume.describe(asdict(config)),
     )
 
 

@@ -1,24 +1,36 @@
-"""What a training loop asks between micro-steps and tells after each step."""
+"""What a training loop asks between micro-steps and calls after each step."""
+
+from megablocks_utils.training.resume.run_state import RunState
+
+__all__ = ["StepHooks"]
 
 
 class StepHooks:
-    """Do nothing: a run that nobody stops and that saves nothing on its way."""
+    """Hooks that do nothing: a run that cannot be stopped and saves no checkpoints."""
 
     def should_stop(self) -> bool:
-        """Say whether to drop the step that has begun and stop.
+        """Return whether to drop the step that has begun and stop.
 
-        **Collective:** every rank must ask, before every micro-step.
+        **Collective:** every rank must call it, before every micro-step.
         """
         return False
 
-    def after_step(self, step: int) -> None:
-        """Take note of a step that is over, its metrics written.
+    def after_step(self, step: int, state: RunState) -> None:
+        """React to a step that is over, its metrics written.
 
         **Collective:** every rank must call.
+
+        Args:
+            step: optimizer steps done.
+            state: of the run at this step.
         """
 
-    def after_stop(self, step: int) -> None:
-        """Take note that the loop has stopped with `step` steps done.
+    def after_stop(self, step: int, state: RunState) -> None:
+        """React to a loop that has stopped with `step` steps done.
 
         **Collective:** every rank must call.
+
+        Args:
+            step: optimizer steps done.
+            state: of the run at this step.
         """

@@ -422,7 +422,7 @@ def test_options_document_is_the_table():
 
 def test_config_imports_no_torch():
     code = (
-        "import sys, megablocks_utils.config, megablocks_utils.processes.launch; "
+        "import sys, megablocks_utils.config, megablocks_utils.processes.entry_point; "
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     run = subprocess.run(

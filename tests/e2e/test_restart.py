@@ -91,7 +91,8 @@ def test_a_run_that_loses_a_rank_is_restarted_and_goes_on(tmp_path):
     output = runs.finish(process)
     sentence = (
         rf"rank 1 \(process {victim} on .+\) was lost: its process is gone. The newest complete "
-        rf"checkpoint is {killed}/checkpoint-\d+; go on from it with --resume_from_checkpoint True."
+        rf"checkpoint is {killed}/checkpoint-\d+; resume from it with "
+        r"--resume_from_checkpoint True."
     )
     assert len(re.findall(sentence, output)) == 1
     assert "Traceback" not in output

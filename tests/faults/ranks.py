@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
-from megablocks_utils.processes.launch import run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
 from tests.support.ports import free_port
 from tests.support.rank_pool import start_forkserver
 

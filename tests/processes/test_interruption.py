@@ -19,7 +19,7 @@ from megablocks_utils.processes.interruption import StopRequest
 with StopRequest() as stop:
     sys.stdout.write("ready\\n")
     sys.stdout.flush()
-    while not stop.agreed():
+    while not stop.on_any_rank():
         time.sleep(0.01)
     sys.stdout.write(f"{stop.name}\\n")
     sys.stdout.flush()
@@ -59,17 +59,17 @@ def test_only_a_later_signal_ends_the_process(alone, first, second):
 def test_handlers_are_as_before():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopRequest() as stop:
-        assert not stop.agreed()
+        assert not stop.on_any_rank()
         assert stop.name == ""
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed()
+        assert stop.on_any_rank()
         assert stop.name == "SIGTERM"
         assert signal.getsignal(signal.SIGINT) != before[1]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def _stop_at(rank: int, asked_rank: int, is_during_exchange: bool) -> tuple[int, str]:
-    """Go on until all agree; one rank is asked before or while it exchanges for the third time."""
+    """Continue until all agree; one rank is asked before or while it exchanges the third time."""
     all_reduce = dist.all_reduce
 
     def reduce_and_ask(*arguments, **options):
@@ -82,7 +82,7 @@ def _stop_at(rank: int, asked_rank: int, is_during_exchange: bool) -> tuple[int,
             if asks and not is_during_exchange:
                 os.kill(os.getpid(), signal.SIGINT)
             dist.all_reduce = reduce_and_ask if asks and is_during_exchange else all_reduce
-            if stop.agreed():
+            if stop.on_any_rank():
                 # Too early after the first, or the first one here: no reason to die.
                 os.kill(os.getpid(), signal.SIGTERM)
                 return micro_step, stop.name

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.processes.launch import LaunchEnvironment, run_entry_point
+from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.start import start_processes
 from tests.support.ports import free_port
 from tests.support.rank_pool import start_forkserver
@@ -125,8 +126,8 @@ def test_survivors_of_a_killed_rank_end_and_one_says_why(tmp_path, victim):
     assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(WORLD)]
     assert lines.pop(speaker) == (
         f"rank {victim} (process {victim_pid} on {os.uname().nodename}) was lost: its process is "
-        f"gone. The newest complete checkpoint is {tmp_path}/out/checkpoint-20; go on from it with "
-        "--resume_from_checkpoint True."
+        f"gone. The newest complete checkpoint is {tmp_path}/out/checkpoint-20; resume from it "
+        "with --resume_from_checkpoint True."
     )
     assert lines == [""] * (WORLD - 1)
 

@@ -201,8 +201,8 @@ def test_an_unfinished_run_is_kept(unfinished):
     for refuse in (check_output_dir, claim_output_dir):
         assert refusal(refuse, run_config(unfinished), {}) == (
             f"--output_dir is {unfinished}, but it holds checkpoints of a run that has not "
-            "finished (the newest is checkpoint-20); give --resume_from_checkpoint True to go on, "
-            "another folder, or --overwrite_output_dir True."
+            "finished (the newest is checkpoint-20); give --resume_from_checkpoint True to resume "
+            "it, another folder, or --overwrite_output_dir True."
         )
     assert snapshot(unfinished) == before
 
@@ -270,12 +270,12 @@ def test_a_restart_on_another_machine_is_known_by_its_run(tmp_path, monkeypatch)
     assert choose_checkpoint(run_config(tmp_path), other_run) is None
 
 
-def test_checkpoints_later_than_the_one_to_go_on_from(unfinished, tmp_path_factory):
+def test_checkpoints_later_than_the_one_to_resume_from(unfinished, tmp_path_factory):
     (step, first), *_, (_, newest) = find_checkpoints(unfinished)
     words = ("--resume_from_checkpoint", str(first))
     assert refusal(check_output_dir, run_config(unfinished, *words)) == (
         f"--output_dir is {unfinished}, but it holds {newest.name}, which does not belong to a run "
-        f"that goes on from {first}; choose another folder, or give --overwrite_output_dir True to "
+        f"that resumes from {first}; choose another folder, or give --overwrite_output_dir True to "
         "delete it."
     )
     elsewhere = tmp_path_factory.mktemp("elsewhere")

@@ -1,4 +1,4 @@
-"""Checks of a `--debug` run: where every parameter lies, equal copies, finite gradients."""
+"""Checks of a `--debug` run: where every parameter lies, equal replicas, finite gradients."""
 
 from collections.abc import Iterator
 
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from megablocks_utils.mesh.device_mesh import DP_AXIS
 from megablocks_utils.mesh.placement import count_replicas, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.processes.agreement import max_over_ranks
 
 _BITS = {4: torch.int32, 2: torch.int16}
 
@@ -30,7 +31,7 @@ def describe_placements(model: nn.Module) -> Iterator[str]:
 
 
 def check_gradient_norm(norm: Tensor, step: int) -> None:
-    """Stop at the first gradient that is not finite.
+    """Refuse a gradient that is not finite.
 
     Raises:
         RuntimeError: naming the step.
@@ -40,13 +41,13 @@ def check_gradient_norm(norm: Tensor, step: int) -> None:
 
 
 def check_replicas(sharded: ShardedMoE, step: int) -> None:
-    """Check bit by bit that the copies of every expert on the dp axis are equal.
+    """Check bit by bit that the replicas of every expert on the dp axis are equal.
 
     **Collective:** one all-reduce (of maxima) a parameter on the `dp` axis, one at the end.
 
     Raises:
         RuntimeError: on every rank of the world, naming the step and the first parameter that
-            differs on this rank's copies.
+            differs on this rank.
     """
     group = sharded.mesh.get_group(DP_AXIS)
     world_size = dist.get_world_size()
@@ -60,8 +61,6 @@ def check_replicas(sharded: ShardedMoE, step: int) -> None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         if not torch.equal(bits, largest):
             differing.append(name)
-    found = torch.tensor(len(differing), device=sharded.mesh.device_type)
-    dist.all_reduce(found)
-    if found:
+    if max_over_ranks(len(differing)):
         first = differing[0] if differing else "an expert of other ranks"
         raise RuntimeError(f"after step {step} the copies of {first} differ between replicas")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from megablocks_utils.config import OptimConfig, ResolvedPrecision
@@ -49,14 +49,16 @@ def build_optimizer(
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     groups = _group_parameters(trainable, optim_config.weight_decay)
-    common = {"lr": optim_config.learning_rate, "betas": _BETAS, "eps": _EPS}
+    lr = optim_config.learning_rate
     state_dtype = getattr(torch, precision.optim)
     same_dtype = all(p.dtype == state_dtype for _, p in trainable)
     if same_dtype and not precision.stochastic_rounding:
-        return torch.optim.AdamW(groups, fused=True, **common)
+        return torch.optim.AdamW(groups, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
     return StochasticRoundingAdamW(
         groups,
-        **common,
+        lr=lr,
+        betas=_BETAS,
+        eps=_EPS,
         state_dtype=state_dtype,
         stochastic_weights=precision.stochastic_rounding,
         seed=seed,
@@ -66,7 +68,7 @@ def build_optimizer(
 
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, optim_config: OptimConfig, num_training_steps: int
-) -> LRScheduler:
+) -> LambdaLR:
     """Build the schedule over `num_training_steps` optimizer steps.
 
     `warmup_steps` below 1 is a share of all steps, rounded up, as in Trainer.

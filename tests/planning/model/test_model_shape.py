@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES
 from megablocks_utils.planning.model.config_values import KNOWN_MODEL_TYPES
 from megablocks_utils.planning.model.model_shape import TRAINABLE_MODEL_TYPES, ModelShape
 from tests.planning.cases import read_model

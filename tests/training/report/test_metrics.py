@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megablocks_utils.training import metrics as metrics_module
+from megablocks_utils.training.report import metrics as metrics_module
 from megablocks_utils.training.report.memory import MemoryReading
 from megablocks_utils.training.report.metrics import (
     MetricsWriter,

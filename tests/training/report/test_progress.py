@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from megablocks_utils.training import progress as progress_module
+from megablocks_utils.training.report import progress as progress_module
 from megablocks_utils.training.report.progress import (
     PlainProgress,
     format_duration,

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megablocks_utils.training import stochastic_rounding
+from megablocks_utils.training.step import stochastic_rounding
 from megablocks_utils.training.step.stochastic_rounding import (
     StochasticRoundingAdamW,
     stochastic_round_,

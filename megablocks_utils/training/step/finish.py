@@ -1,0 +1,76 @@
+"""The end of an optimizer step: gradients, update, checks. Both loops and the rehearsal use it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from megablocks_utils.fsdp.fsdp2 import shards_over_dp
+from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.training.step.debug import check_gradient_norm, check_replicas
+
+__all__ = ["StepFinish"]
+
+
+@dataclass(frozen=True)
+class StepFinish:
+    """Finish optimizer steps once their micro-batches have left gradients.
+
+    Call the three methods in their order. Hugging Face's Trainer makes the update itself, in the
+    order of `update`, so that its own hooks are called around it.
+
+    Attributes:
+        model: wrapped by FSDP1 or FSDP2.
+        sharded: how its experts are split; None where transformers runs them.
+        max_grad_norm: global norm that gradients are clipped to; 0 means no clipping.
+        is_debug_run: whether every step is checked.
+    """
+
+    model: nn.Module
+    sharded: ShardedMoE | None
+    max_grad_norm: float
+    is_debug_run: bool = False
+
+    def finish_gradients(self, step: int) -> Tensor:
+        """Sum the gradients of expert replicas, clip all, and return the norm before clipping.
+
+        **Collective:** every rank of the world must call; see `fsdp.gradients`.
+
+        Args:
+            step: the one that ends, from 1.
+
+        Raises:
+            RuntimeError: in a debug run, for a norm that is not finite.
+        """
+        # FSDP2 has summed over dp what it shards over dp.
+        if self.sharded is not None and not shards_over_dp(self.sharded):
+            sum_replica_gradients(self.sharded.expert_parameters.values(), self.sharded.mesh)
+        norm = clip_gradients(self._trainable(), self.max_grad_norm)
+        if self.is_debug_run:
+            check_gradient_norm(norm, step)
+        return norm
+
+    def update(self, optimizer: Optimizer, scheduler: LRScheduler) -> float:
+        """Update the weights, set the next learning rate and drop the gradients.
+
+        Returns:
+            The learning rate of this update.
+        """
+        learning_rate = float(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return learning_rate
+
+    def check_weights(self, step: int) -> None:
+        """Check in a debug run that the replicas of every expert are equal.
+
+        **Collective:** in a debug run as `check_replicas`, which raises what this raises.
+        """
+        if self.is_debug_run and self.sharded is not None:
+            check_replicas(self.sharded, step)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -1,11 +1,11 @@
-"""The plan against memory: both engines, and what the system says a real step took, on a CPU.
+"""The plan against memory: formulas, rehearsal, and what a real step took of a CPU's memory.
 
     PYTHONPATH=. python -m benchmarks.plan_accuracy
 
 Each case is one optimizer step of a Mixtral with hidden size 1024 and four layers on rank 0 of
-eight, seven of which are imaginary: real tensors, real kernels and optimizer, collectives that
-return at once. Its peak is the process's (VmHWM, reset before the first micro-step) less what the
-process held when the model had no weights yet. Linux only.
+eight in a fake process group: real tensors, real kernels and optimizer, collectives that return at
+once. Its peak is the process's (VmHWM, reset before the first micro-step) less what the process
+held when the model had no weights yet. Linux only.
 """
 
 import argparse
@@ -20,14 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.memory.formula import predict
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
-from megablocks_utils.rehearsal.engine import predict_fake
-from megablocks_utils.rehearsal.worker import build_request, read_request
+from megablocks_utils.rehearsal.worker import build_request, read_request, rehearse_apart
 
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy_cpu.json"
 CONFIG = {
@@ -138,7 +137,7 @@ def build_row(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
     """Predict and measure one case."""
     run = build_run(**case.changes)
     formula = predict(ModelShape.from_config(CONFIG), case.layout, run)
-    [fake] = predict_fake(folder, [case.layout], run)
+    fake = rehearse_apart(folder, case.layout, run)
     measured = measure_apart(folder, case, rounds)
     return {
         "case": case.label(),
@@ -154,7 +153,7 @@ def build_row(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """Return a line of the Markdown table in docs/planning.md."""
+    """Return a line of the Markdown table in `benchmarks/results/plan_accuracy_cpu.md`."""
     measured = row["measured_bytes"]
     cells = [
         row["case"],
@@ -179,7 +178,7 @@ def main(argv: Sequence[str]) -> None:
             rows.append(build_row(case, folder, options.rounds))
             sys.stdout.write(table_line(rows[-1]) + "\n")
             sys.stdout.flush()
-    certificate = build_certificate("benchmarks.plan_accuracy", argv, n=options.rounds)
+    certificate = build_provenance("benchmarks.plan_accuracy", argv, n=options.rounds)
     write_json_atomically(options.output, certificate | {"config": CONFIG, "rows": rows})
 
 

@@ -20,8 +20,7 @@ from megablocks_utils.planning.speed.calibration import (
     solve,
 )
 from megablocks_utils.processes.entry_point import run_entry_point
-from megablocks_utils.rehearsal import engine as fake_engine
-from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_prediction, build_scenario
+from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_scenario
 from tests.planning.report.test_prediction_check import PLAN
 
 CONTRACT = f"--gpus 8 --gpu a100-80g --use_lora none {PUBLISHED}"
@@ -214,32 +213,6 @@ def test_many_numbers_of_gpus(tmp_path, capsys):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     code, *_ = run(f"{CONTRACT} --gpus 8..16 --gpu_mem_gib 3", capsys)
     assert code == 3
-
-
-def test_the_fake_engine_is_asked_for_the_same_rows(tmp_path, capsys, monkeypatch):
-    asked = []
-
-    def predict_fake(model, layouts, run, *, on_layout):
-        asked.append((model, layouts, run))
-        for _ in layouts:
-            on_layout(1)
-        return [build_prediction(activations=7 * 10**9, allocated_bytes=3)] * len(layouts)
-
-    monkeypatch.setattr(fake_engine, "predict_fake", predict_fake)
-    path = tmp_path / "plan.json"
-    code, _, err = run(f"{CONTRACT} --engine fake --json {path}", capsys)
-    assert code == 0
-    found = json.loads(path.read_text())
-    model, layouts, planned = asked[0]
-    assert model == MIXTRAL
-    assert [(x.ep_size, x.expert_dp) for x in layouts] == [
-        (row["ep_size"], row["expert_dp"]) for row in found["rows"]
-    ]
-    assert planned == build_scenario().planned_run()
-    assert {row["peak_bytes"] for row in found["rows"]} == {7 * 10**9}
-    assert found["engine"] == "fake"
-    line = f"{CONTRACT} --engine fake --truncate_model_for_debug True"
-    assert run(line, capsys)[0] == 2
 
 
 def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch):

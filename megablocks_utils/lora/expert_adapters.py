@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.config.contradictions import KERNELS_WITHOUT_ADAPTERS
+from megablocks_utils.config.backends import list_backends
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.placement import local_expert_range, wrap_local_experts
@@ -32,7 +32,7 @@ def attach_expert_lora(
     Raises:
         ConfigurationError: the experts run on a backend without adapters.
     """
-    if sharded.kernel.name in KERNELS_WITHOUT_ADAPTERS:
+    if sharded.kernel.name not in list_backends(with_adapters=True):
         raise ConfigurationError(
             f"the experts run on {sharded.kernel.name}, which has no adapters; shard_moe with "
             "kernel auto, triton, grouped_mm or eager makes experts that have them."

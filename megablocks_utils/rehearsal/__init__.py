@@ -1,1 +1,1 @@
-"""Rehearse a training step: the real code path with one real rank, imaginary peers, no weights."""
+"""Rehearse a training step: the real code path on one rank, without peers or weights."""

@@ -1,4 +1,4 @@
-"""What nobody can know before a run, and how to answer whoever asks: where tokens go, above all."""
+"""What nobody can know before a run, assumed: where tokens go, above all."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megablocks_utils.mesh.token_exchange import ExchangeCounts, ExchangedCounts, exchange_rows
+from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
 
 __all__ = ["AssumedValues", "assume_counts"]
 
@@ -43,19 +44,11 @@ def _spread(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def _shape_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """Return an empty result: each group of rows times its matrix, or a product for each group."""
-    if right.dim() == 3:
-        return left.new_empty(left.shape[0], right.shape[2])
-    return left.new_empty(len(offsets), left.shape[0], right.shape[1])
-
-
 class AssumedValues(TorchDispatchMode):
     """Answer, while entered, the questions that fake tensors cannot.
 
     So many positions have labels; the optimizer has made one step. Any other question is an error,
-    as it is without this. Besides, the fake of torch 2.13's grouped_mm takes bf16 only, unlike the
-    operator itself.
+    as it is without this.
     """
 
     def __init__(self, label_tokens: int) -> None:
@@ -73,5 +66,5 @@ class AssumedValues(TorchDispatchMode):
             if func is torch.ops.aten._local_scalar_dense.default and tensor.is_floating_point():
                 return 1.0
             if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:
-                return _shape_grouped_mm(*args[:3])
+                return shape_grouped_mm(*args[:3])
         return func(*args, **(kwargs or {}))

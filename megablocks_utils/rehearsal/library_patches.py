@@ -1,19 +1,26 @@
-"""Two libraries that have to be told about fake tensors, for as long as a rehearsal lasts."""
+"""What libraries get wrong about fake tensors, put right for as long as a rehearsal lasts.
 
-from collections.abc import Iterator
+Each patch names its cause. `tests/rehearsal/test_library_patches.py` asserts that each is still
+needed: when an upgrade makes one of those tests fail, its patch can go.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["no_launches", "one_example_a_row"]
+import torch
+from torch import Tensor
+
+__all__ = ["no_launches", "one_example_a_row", "shape_grouped_mm", "watch_resizes"]
 
 
 @contextmanager
 def no_launches() -> Iterator[None]:
     """Let every launch of an interpreted Triton kernel return at once, while entered.
 
-    Triton 3.9 knows no fake tensors: its interpreter copies what it is given to real memory. What
-    surrounds a launch (outputs, workspaces, what is kept for the backward pass) runs as it is. The
-    process must have been started with TRITON_INTERPRET=1.
+    Cause: Triton 3.9 knows no fake tensors; its interpreter copies what it is given to real memory.
+    What surrounds a launch (outputs, workspaces, what is kept for the backward pass) runs as it is.
+    The process must have been started with TRITON_INTERPRET=1.
 
     Raises:
         ImportError: Triton is not installed.
@@ -36,14 +43,48 @@ def no_launches() -> Iterator[None]:
 def one_example_a_row() -> Iterator[None]:
     """Have transformers make no mask for a row of one example, as with real tensors.
 
-    It looks at the positions for the start of another example, and transformers 5.23 takes fake
-    ones for any number of examples.
+    Cause: transformers 5.23 looks at the positions for the start of another example, cannot see
+    fake ones, and takes them for any number of examples.
     """
     from transformers import masking_utils
 
     original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+    def find_none(position_ids: Tensor) -> None:
+        """Find no start of another example."""
+
+    masking_utils.find_packed_sequence_indices = find_none
     try:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
+
+
+def shape_grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Return an empty result: each group of rows times its matrix, or a product for each group.
+
+    Cause: the fake of torch 2.13's `grouped_mm` takes bf16 only, unlike the operator itself.
+    """
+    if right.dim() == 3:
+        return left.new_empty(left.shape[0], right.shape[2])
+    return left.new_empty(len(offsets), left.shape[0], right.shape[1])
+
+
+@contextmanager
+def watch_resizes(on_resize: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Call `on_resize` after each resize of a storage.
+
+    Cause: no dispatch mode of torch 2.13 sees `UntypedStorage.resize_`, by which FSDP frees what it
+    has gathered.
+    """
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> None:
+        original(storage, size)
+        on_resize(storage)
+
+    setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010 - a method, to a type checker
+    try:
+        yield
+    finally:
+        setattr(torch.UntypedStorage, "resize_", original)  # noqa: B010

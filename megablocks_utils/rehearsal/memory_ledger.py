@@ -7,8 +7,7 @@ DTensor makes to work out placements.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megablocks_utils.rehearsal.library_patches import watch_resizes
 from megablocks_utils.rehearsal.memory_origin import FSDP_BUFFERS, find_origin
 
 __all__ = ["LedgerPeak", "MemoryLedger"]
@@ -68,7 +68,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def __enter__(self) -> "MemoryLedger":
         super().__enter__()
-        self._resizes = _watch_resizes(self._book_resize)
+        self._resizes = watch_resizes(self._book_resize)
         self._resizes.__enter__()
         return self
 
@@ -155,20 +155,3 @@ class MemoryLedger(TorchDispatchMode):
             self._moments.append((len(self._events), self.moment))
         self._events.append((number, size - self._sizes.get(number, 0)))
         self._sizes[number] = size
-
-
-@contextmanager
-def _watch_resizes(on_resize: Any) -> Iterator[None]:
-    """Call `on_resize` after each resize of a storage, which no dispatch mode sees."""
-    original = torch.UntypedStorage.resize_
-
-    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-        result = original(storage, size)
-        on_resize(storage)
-        return result
-
-    torch.UntypedStorage.resize_ = resize_
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = original

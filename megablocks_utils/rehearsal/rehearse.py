@@ -1,4 +1,4 @@
-"""Take one optimizer step of either script on rank 0, with imaginary peers.
+"""Take one optimizer step of either script on rank 0, on a fake process group.
 
 With fake tensors nothing is computed and almost no memory is used: a model of any size is rehearsed
 on a laptop. With real tensors (`is_real`) the step is computed on this machine's device, so that
@@ -97,12 +97,12 @@ def rehearse(
         UserError: a model or kernel that cannot be run.
     """
     config = build_config(layout, run)
-    imagination = () if is_real else _imagination(run)
+    fakes = () if is_real else _fakes(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with fake_process_group(run.world_size, device.type):
         rehearsed = _build(folder, config, run, device)
         with ExitStack() as modes:
-            for mode in (*imagination, ledger, traffic, AssumedValues(run.label_tokens)):
+            for mode in (*fakes, ledger, traffic, AssumedValues(run.label_tokens)):
                 modes.enter_context(mode)
             on_wrapped()
             rehearsed.fill()
@@ -138,14 +138,20 @@ def _build(
 
 
 def _move_to_meta(model: nn.Module) -> None:
-    """Forget the adapters' values: they are filled like the weights, and booked."""
+    """Forget the adapters' values: they are filled like the weights, and booked.
+
+    A parameter that is in two places stays in two places: tied embeddings stay tied.
+    """
+    on_meta: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            on_meta = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            setattr(module, name, on_meta)
+            if parameter not in on_meta:
+                values = parameter.detach().to("meta")
+                on_meta[parameter] = nn.Parameter(values, parameter.requires_grad)
+            setattr(module, name, on_meta[parameter])
 
 
-def _imagination(run: PlannedRun) -> Iterator[AbstractContextManager]:
+def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
     if run.kernel == "triton":
         yield no_launches()
     if run.examples == 1:

@@ -33,7 +33,7 @@ class TrafficCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def take(self) -> Counter[str]:
-        """Return what was counted, and begin anew."""
+        """Return what was counted, and start again at 0."""
         taken, self.sent = self.sent, Counter()
         return taken
 

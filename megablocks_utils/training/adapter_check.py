@@ -19,19 +19,18 @@ from megablocks_utils.lora.file_check import (
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.processes.agreement import broadcast_from_rank0
-from megablocks_utils.training.report.memory import read_available_memory
+from megablocks_utils.training.report.memory import GIB, read_available_memory
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 
 _NUM_TOKENS = 128
-GIB = 1024**3
 AUTO_LIMIT_BYTES = 16 * GIB
 """Above it, `--verify_adapter auto` loads no model: the check must not outlast a short run."""
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """Say what the check found.
+    """What the check found.
 
     Attributes:
         trained: adapters of single experts (one projection each) that got gradients.
@@ -50,7 +49,7 @@ class AdapterReport:
         return asdict(self)
 
     def describe(self) -> str:
-        """Say it in a line or two."""
+        """Describe it in a line or two."""
         experts = (
             f"{self.trained} of {self.total} expert adapters got gradients and are in the file"
         )

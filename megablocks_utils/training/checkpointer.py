@@ -30,7 +30,7 @@ __all__ = ["Checkpointer"]
 
 
 class Checkpointer(StepHooks):
-    """Save when `--save_strategy` says so, and when the run is asked to stop.
+    """Save as `--save_strategy` asks, and when a signal asks the run to stop.
 
     Use it as a context around the training loop: on leaving it, a save in the background is over.
 
@@ -60,7 +60,7 @@ class Checkpointer(StepHooks):
 
         **Collective:** every rank must enter: a process group for saving is made.
         """
-        # Its own, so that a save in the background never meets the run's collectives.
+        # Its own, so that a save in the background never mixes with the run's collectives.
         self._group = dist.new_group(backend="gloo")
         self._open.enter_context(self._stop)
         self._started_s = time.perf_counter()
@@ -71,7 +71,7 @@ class Checkpointer(StepHooks):
             if error_type is None:
                 self._finish_pending()
         finally:
-            # Not waiting: after an error, other ranks may never come to the save's collectives.
+            # Not waiting: after an error, other ranks may never enter the save's collectives.
             self._background.shutdown(wait=False)
             self._open.close()
 
@@ -127,7 +127,7 @@ class Checkpointer(StepHooks):
         self._setup.console.print(f"checkpoint-{step}: training waited {stall_s:.2f} s")
 
     def _finish_pending(self) -> None:
-        """Wait for the save in the background, and raise what it met."""
+        """Wait for the save in the background, and raise its error if it had one."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -164,7 +164,7 @@ class Checkpointer(StepHooks):
             raise CheckpointError(f"cannot read {self._metrics_path}: {error.strerror}") from error
 
     def _describe(self, step: int) -> dict[str, Any]:
-        """Return what the manifest says besides its files."""
+        """Return what the manifest holds besides its files."""
         setup = self._setup
         parallel = setup.config.parallel
         before_s = setup.resume.manifest["train_runtime_s"] if setup.resume else 0.0

@@ -1,5 +1,9 @@
-"""The plan of a run that starts, and what became of it: predicted against measured."""
+"""The memory plan of a run that starts, and what became of it: predicted against measured.
 
+A plan is a help, not a condition: a run that cannot be planned starts all the same and says why.
+"""
+
+import ctypes
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,14 +17,17 @@ from torch.optim import Optimizer
 
 from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.config import RunConfig
-from megablocks_utils.errors import PlanError
+from megablocks_utils.errors import PlanError, UserError
 from megablocks_utils.planning.memory.run_plan import RunPlan, plan_run
+from megablocks_utils.planning.report.prediction_check import KEPT_BYTES
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.report.memory import read_available_memory, read_memory
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import count_local_bytes
 
-__all__ = ["MemoryCheck", "check_memory"]
+__all__ = ["MemoryCheck", "check_memory", "read_kept_bytes"]
+
+_ON_CPU = "; a process on a CPU needs more: what the C library keeps of freed memory"
 
 
 @dataclass(frozen=True)
@@ -28,32 +35,39 @@ class MemoryCheck:
     """What was predicted of this run, and what its process held before it held any of it.
 
     Attributes:
-        run_plan: the prediction and its verdict.
+        run_plan: the prediction and its verdict; None for a run that cannot be planned.
+        reason: why it cannot; empty where there is a plan.
+        device_type: `cuda` or `cpu`.
         base_bytes: resident memory of this process when it was made; 0 on a GPU, where only
             tensors are measured.
     """
 
-    run_plan: RunPlan
+    run_plan: RunPlan | None
+    reason: str
+    device_type: str
     base_bytes: int
 
     def describe(self) -> str:
-        """Say the peak in one line."""
-        return self.run_plan.describe()
+        """Say the peak in one line, or why there is none."""
+        if self.run_plan is None:
+            return f"not planned: {self.reason}"
+        return self.run_plan.describe() + (_ON_CPU if self.device_type == "cpu" else "")
 
     def as_record(
         self, model: nn.Module, optimizer: Optimizer, totals: RunTotals
     ) -> dict[str, Any]:
-        """Return what `run.json` holds: predicted and measured.
+        """Return what `run.json` holds: predicted, or why it was not, and measured.
 
         The components are tensor bytes of this rank; peak and allocated are those of the fullest
         rank, less `base_bytes`.
 
         Args:
-            model: wrapped.
+            model: wrapped, as the last step has left it: a later forward pass leaves the output
+                head gathered.
             optimizer: of the run, with its states.
             totals: the run's steps added up.
         """
-        measured = {
+        measured: dict[str, Any] = {
             "components": {
                 "parameters": count_local_bytes(model.parameters()),
                 "optimizer": count_local_bytes(_states(optimizer)),
@@ -61,7 +75,10 @@ class MemoryCheck:
             "peak_bytes": max(0, totals.mem_peak_bytes - self.base_bytes),
             "allocated_bytes": max(0, totals.mem_alloc_bytes - self.base_bytes),
         }
-        return self.run_plan.as_record() | {"base_bytes": self.base_bytes, "measured": measured}
+        if self.device_type == "cpu":
+            measured[KEPT_BYTES] = read_kept_bytes()
+        plan = {"not_planned": self.reason} if self.run_plan is None else self.run_plan.as_record()
+        return plan | {"base_bytes": self.base_bytes, "measured": measured}
 
 
 def check_memory(
@@ -70,6 +87,8 @@ def check_memory(
     schedule: Schedule,
     device: torch.device,
     kernel: str | None,
+    *,
+    num_parameters: int,
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -81,26 +100,65 @@ def check_memory(
         schedule: its micro-batches.
         device: where this rank computes; its free memory is what a rank may take.
         kernel: the backend that runs the experts; None: transformers does.
+        num_parameters: of the whole model without adapters: a plan of another number is none.
 
     Raises:
-        PlanError: on every rank, unless `--ignore_plan` is True.
+        PlanError: on every rank, for a plan that cannot fit, unless `ignore_plan` is True.
     """
     tokens, label_tokens, examples = schedule.largest_micro_batch()
-    run_plan = plan_run(
-        config,
-        read_settings(folder / "config.json", "model"),
-        world_size=schedule.world_size,
-        device_type=device.type,
-        capacity_bytes=_least_capacity(device, schedule.world_size),
-        tokens=tokens,
-        label_tokens=label_tokens,
-        examples=examples,
-        kernel=kernel or "transformers",
-    )
+    capacity_bytes = _least_capacity(device, schedule.world_size)
+    base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes
+    try:
+        run_plan = plan_run(
+            config,
+            read_settings(folder / "config.json", "model"),
+            world_size=schedule.world_size,
+            device_type=device.type,
+            capacity_bytes=capacity_bytes,
+            tokens=tokens,
+            label_tokens=label_tokens,
+            examples=examples,
+            kernel=kernel or "transformers",
+            num_parameters=num_parameters,
+        )
+    except UserError as error:
+        return MemoryCheck(None, str(error), device.type, base_bytes)
     if run_plan.is_impossible and not config.ignore_plan:
         raise PlanError(run_plan.describe_impossible())
-    base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes
-    return MemoryCheck(run_plan, base_bytes)
+    return MemoryCheck(run_plan, "", device.type, base_bytes)
+
+
+class _AllocatorInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc, see mallinfo(3)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
+
+
+def read_kept_bytes() -> int | None:
+    """Return what glibc has got back from this process and not given back to the system.
+
+    It raises its threshold for blocks of their own to the largest one that was freed, up to 32 MiB;
+    smaller ones then come from one heap, whose holes stay. None with another C library.
+    """
+    read = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if read is None:
+        return None
+    read.restype = _AllocatorInfo
+    return int(read().fordblks)
 
 
 def _least_capacity(device: torch.device, world_size: int) -> int:

@@ -39,7 +39,9 @@ class ModelSource:
     @property
     def num_experts(self) -> int:
         """Experts of a layer."""
-        return self.model.get_submodule(self.expert_names[0]).num_experts
+        num_experts = self.model.get_submodule(self.expert_names[0]).num_experts
+        assert isinstance(num_experts, int), "transformers' experts interface asks for it"
+        return num_experts
 
 
 def build_bare_model(
@@ -68,14 +70,15 @@ def split_experts(
 
     **Collective:** as `split_experts_on_meta`.
     """
-    has_ep = config.parallel.use_megablocks_sharding
+    has_ep, expert_dp = config.parallel.use_megablocks_sharding, config.parallel.expert_dp
     if not has_ep and not config.adapter.trains_experts:
         return None
+    assert expert_dp is not None, "parsers fill it in"
     return split_experts_on_meta(
         model,
         (config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
         kernel=config.parallel.kernel,
-        expert_dp=config.parallel.expert_dp,
+        expert_dp=expert_dp,
         device_type=device.type,
         compute_dtype=compute_dtype,
         expert_mode=config.adapter.expert_mode,

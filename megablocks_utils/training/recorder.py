@@ -73,7 +73,7 @@ class RunRecorder:
     def __enter__(self) -> Self:
         """Claim the output folder, show the start-up summary, start the clock.
 
-        **Collective:** every rank must enter; all raise what rank 0 met.
+        **Collective:** every rank must enter; all raise what rank 0 raises.
         """
         setup = self._setup
         broadcast_from_rank0(lambda: claim_output_dir(setup.config))
@@ -138,6 +138,8 @@ class RunRecorder:
             AdapterCheckError: on rank 0, for an adapter that was not written as it was trained.
         """
         setup, adapter_check = self._setup, None
+        # Before the adapter is checked: the check leaves weights gathered and memory freed.
+        plan = setup.plan.as_record(state.model, state.optimizer, self._totals)
         if setup.lora is None:
             self._export_model(tensors)
         else:
@@ -162,7 +164,7 @@ class RunRecorder:
             totals=self._totals,
             device=setup.device,
             adapter_check=None if adapter_report is None else adapter_report.as_record(),
-            plan=setup.plan.as_record(state.model, state.optimizer, self._totals),
+            plan=plan,
         )
         with _as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)

@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from megablocks_utils.config import RunConfig
-from megablocks_utils.config.reader import check_leftovers
+from megablocks_utils.config import RunConfig, check_leftovers
+from megablocks_utils.config.reader import GivenOption
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["build_trainer_arguments", "parse_trainer_flags"]
@@ -49,10 +49,10 @@ _FIXED = {
     "eval_on_start": _NO_EVALUATION,
     "load_best_model_at_end": _NO_EVALUATION,
     "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint already",
-    "save_only_model": "a checkpoint holds all that a run needs to go on; the final model is "
+    "save_only_model": "a checkpoint holds all that a run needs to resume; the final model is "
     "written by itself",
     "save_on_each_node": "all machines write their parts of one checkpoint into one --output_dir",
-    "ignore_data_skip": "a run goes on at its place in the data",
+    "ignore_data_skip": "a run resumes at its place in the data",
     "restore_callback_states_from_checkpoint": "callbacks of this script keep nothing",
     "push_to_hub": "this script does not upload",
     "include_num_input_tokens_seen": "metrics.jsonl has input_tokens of every step",
@@ -63,8 +63,8 @@ _FIXED = {
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
-def parse_trainer_flags(leftovers: Sequence[str]) -> dict[str, Any]:
-    """Read the words that `config.parse_known_args` left, without touching any device.
+def parse_trainer_flags(leftovers: Sequence[GivenOption]) -> dict[str, Any]:
+    """Read the options that `config.parse_known_args` left, without touching any device.
 
     Returns:
         Values of TrainingArguments' fields, defaults included.
@@ -76,7 +76,8 @@ def parse_trainer_flags(leftovers: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(TrainingArguments, allow_abbrev=False)
     defaults = vars(parser.parse_args([]))
     check_leftovers(leftovers, defaults)
-    values = vars(parser.parse_args(list(leftovers)))
+    words = [word for given in leftovers for word in given.words()]
+    values = vars(parser.parse_args(words))
     if values["optim"] not in _ADAMW:
         raise ConfigurationError(f"--optim is {values['optim']}, but {_OWN_OPTIMIZER}.")
     for name, reason in _FIXED.items():

@@ -3,7 +3,7 @@
 Losses, gradient norms, every gradient of the first step and every final weight, in fp32. The cases
 cover each pair of options at least once; the full matrix is `benchmarks/parity.py`.
 
-What a planted bug is caught by is listed in docs/expert-parallelism.md.
+What a planted bug is caught by is listed in tests/README.md.
 """
 
 from itertools import combinations, product

@@ -115,7 +115,7 @@ def _qk_norm_stage(sizes: Sizes) -> Stage:
     num_norms = 2
     if attention.qk_norm == "head":
         num_norms = attention.num_heads + attention.num_kv_heads
-    queries_wide = _queries(sizes) // sizes.compute * FP32
+    queries_fp32 = _queries(sizes) // sizes.compute * FP32
     return Stage(
         "norms of queries and keys",
         saved={
@@ -123,8 +123,8 @@ def _qk_norm_stage(sizes: Sizes) -> Stage:
             "1 / root mean square": sizes.tokens * num_norms * FP32,
             "normalised input": elements * sizes.trains_all,
         },
-        forward={"queries, keys and values": elements + _keys(sizes), "in fp32": queries_wide},
-        backward={"gradients in fp32": 4 * queries_wide, "of keys and values": 2 * _keys(sizes)},
+        forward={"queries, keys and values": elements + _keys(sizes), "in fp32": queries_fp32},
+        backward={"gradients in fp32": 4 * queries_fp32, "of keys and values": 2 * _keys(sizes)},
     )
 
 

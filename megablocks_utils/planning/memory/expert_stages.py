@@ -15,12 +15,12 @@ _DOT_BLOCK = {"cpu": 2**17, "cuda": 2**26}
 """Elements that `kernels.permute` turns to fp32 at a time, for the routing weights' gradients."""
 
 
-def expert_stages(sizes: Sizes, group: FsdpUnit) -> list[Stage]:
+def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
     """Return the stages from the routed tokens to their weighted sums.
 
     Args:
         sizes: of the run.
-        group: that holds the experts.
+        unit: that holds the experts.
     """
     if not sizes.has_own_experts:
         return _transformers_stages(sizes)
@@ -28,16 +28,16 @@ def expert_stages(sizes: Sizes, group: FsdpUnit) -> list[Stage]:
         inside = [_triton_stage(sizes)]
     else:
         inside = [_gate_up_stage(sizes), _gate_stage(sizes), _down_stage(sizes)]
-    stages = [_sort_stage(sizes, group), *inside]
+    stages = [_sort_stage(sizes, unit), *inside]
     if sizes.layout.ep_size > 1:
         return [*stages[:1], _dispatch_stage(sizes), *inside, _combine_stage(sizes)]
     return [*stages, _combine_stage(sizes)]
 
 
-def _sort_stage(sizes: Sizes, group: FsdpUnit) -> Stage:
+def _sort_stage(sizes: Sizes, unit: FsdpUnit) -> Stage:
     """Sort the routed rows; cast experts that FSDP does not gather in the dtype of compute."""
-    has_copy = not group.is_fsdp
-    cast = (p.whole for p in group.pieces if has_copy and p.stored != sizes.compute)
+    has_copy = not unit.is_fsdp
+    cast = (p.whole for p in unit.shards if has_copy and p.stored != sizes.compute)
     copies = sum(cast) * sizes.compute
     saved = {"order of rows": 3 * sizes.num_routed * INDEX, "experts to compute with": copies}
     return Stage("order", DISPATCH, saved=saved, named=copies)

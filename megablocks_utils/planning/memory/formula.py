@@ -1,6 +1,6 @@
 """Predict memory and traffic of a run from the model's sizes alone: milliseconds, no torch.
 
-No number is fitted to a measurement: every byte has a name, in `groups`, `fsdp2_buffers`, the files
+No number is fitted to a measurement: every byte has a name, in `units`, `fsdp2_buffers`, the files
 of stages, and `traffic`.
 """
 
@@ -47,45 +47,45 @@ def predict(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> Predi
         layout: one of `legal_layouts`.
         run: the run.
     """
-    sizes, groups = Sizes(shape, layout, run), build_units(shape, layout, run)
+    sizes, units = Sizes(shape, layout, run), build_units(shape, layout, run)
     ledger = Ledger()
-    ledger.hold("parameters", groups.sum("stored_bytes"))
-    ledger.hold("optimizer", _optimizer_bytes(groups, run))
-    allocated_bytes = ledger.total + _left_gradients(groups, run)
+    ledger.hold("parameters", units.sum("stored_bytes"))
+    ledger.hold("optimizer", _optimizer_bytes(units, run))
+    allocated_bytes = ledger.total + _left_gradients(units, run)
     accumulation = _last_micro_step(run)
-    _hold_gradients(ledger, groups, accumulation, run)
+    _hold_gradients(ledger, units, accumulation, run)
     ledger.forget_peak()
     MicroStep(
         sizes,
-        groups,
-        plan_layers(sizes, groups),
+        units,
+        plan_layers(sizes, units),
         ledger=ledger,
-        buffers=_build_buffers(ledger, groups, accumulation, run),
+        buffers=_build_buffers(ledger, units, accumulation, run),
         has_expert_gradients=run.accumulation > 1,
     ).run()
-    sent = count_sent_bytes(sizes, groups)
+    sent = count_sent_bytes(sizes, units)
     return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent)
 
 
 def _build_buffers(
-    ledger: Ledger, groups: ModelUnits, accumulation: Accumulation, run: PlannedRun
+    ledger: Ledger, units: ModelUnits, accumulation: Accumulation, run: PlannedRun
 ) -> Fsdp1Buffers | Fsdp2Buffers:
-    order = [group for group in groups.all() if group.is_fsdp]
+    order = [unit for unit in units.all() if unit.is_fsdp]
     if run.entry_point == "fsdp1":
         return Fsdp1Buffers(ledger, order, accumulation)
-    num_not_gathered = int(groups.embedding is not None)
+    num_not_gathered = int(units.embedding is not None)
     return Fsdp2Buffers(ledger, order, accumulation, num_not_gathered=num_not_gathered)
 
 
-def _optimizer_bytes(groups: ModelUnits, run: PlannedRun) -> int:
+def _optimizer_bytes(units: ModelUnits, run: PlannedRun) -> int:
     state = itemsize(run.precision.optim)
-    counters = groups.sum("num_trained") * _STEP_COUNTER_BYTES
-    return 2 * groups.sum("trained_numel") * state + counters
+    counters = units.sum("num_trained") * _STEP_COUNTER_BYTES
+    return 2 * units.sum("trained_numel") * state + counters
 
 
-def _left_gradients(groups: ModelUnits, run: PlannedRun) -> int:
+def _left_gradients(units: ModelUnits, run: PlannedRun) -> int:
     """Return gradients that zero_grad leaves: FSDP1 frees its flat ones in the next forward."""
-    flat = (group.trained_bytes for group in groups.all() if group.is_fsdp)
+    flat = (unit.trained_bytes for unit in units.all() if unit.is_fsdp)
     return sum(flat) if run.entry_point == "fsdp1" else 0
 
 
@@ -100,14 +100,14 @@ def _last_micro_step(run: PlannedRun) -> Accumulation:
 
 
 def _hold_gradients(
-    ledger: Ledger, groups: ModelUnits, accumulation: Accumulation, run: PlannedRun
+    ledger: Ledger, units: ModelUnits, accumulation: Accumulation, run: PlannedRun
 ) -> None:
     """Hold what earlier micro-steps have left."""
     is_fsdp1 = run.entry_point == "fsdp1"
-    for group in groups.all():
-        if not group.is_fsdp:
-            ledger.hold("gradients", group.trained_bytes * (run.accumulation > 1))
+    for unit in units.all():
+        if not unit.is_fsdp:
+            ledger.hold("gradients", unit.trained_bytes * (run.accumulation > 1))
             continue
-        ledger.hold("gradients", group.trained_bytes * accumulation.has_reduced)
-        unreduced = group.flat_gradient_bytes if is_fsdp1 else group.whole_gradient_bytes
+        ledger.hold("gradients", unit.trained_bytes * accumulation.has_reduced)
+        unreduced = unit.flat_gradient_bytes if is_fsdp1 else unit.whole_gradient_bytes
         ledger.hold("fsdp_buffers", unreduced * accumulation.has_unreduced)

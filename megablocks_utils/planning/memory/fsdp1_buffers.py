@@ -21,7 +21,7 @@ class Fsdp1Buffers:
 
     Args:
         ledger: to book them in.
-        order: groups in the order in which the forward pass is done with them.
+        order: units in the order in which the forward pass is done with them.
         accumulation: where in the step.
     """
 
@@ -35,57 +35,55 @@ class Fsdp1Buffers:
         self._is_ahead = False
         self._frozen = 0
 
-    def enter(self, group: FsdpUnit) -> None:
-        """Gather a group's weights before it computes."""
-        self._ledger.transient(_BUFFERS, group.buffer_bytes + group.cast_bytes)
-        self._ledger.hold(_BUFFERS, group.buffer_bytes)
+    def enter(self, unit: FsdpUnit) -> None:
+        """Gather a unit's weights before it computes."""
+        self._ledger.transient(_BUFFERS, unit.buffer_bytes + unit.cast_bytes)
+        self._ledger.hold(_BUFFERS, unit.buffer_bytes)
 
-    def leave(self, group: FsdpUnit) -> None:
+    def leave(self, unit: FsdpUnit) -> None:
         """Free the whole weights."""
-        self._ledger.free(_BUFFERS, group.buffer_bytes)
+        self._ledger.free(_BUFFERS, unit.buffer_bytes)
 
     def end_forward(self) -> None:
-        """Do nothing: no buffer outlives its group."""
+        """Do nothing: no buffer outlives its unit."""
 
-    def enter_backward(self, group: FsdpUnit, *, is_whole: bool = False) -> None:
-        """Have a group's weights for its backward pass, and gather those of the next one ahead."""
-        if not group.is_fsdp:
+    def enter_backward(self, unit: FsdpUnit, *, is_whole: bool = False) -> None:
+        """Have a unit's weights for its backward pass, and gather those of the next one ahead."""
+        if not unit.is_fsdp:
             return
         if not is_whole and not self._is_ahead:
-            self.enter(group)
+            self.enter(unit)
         self._place -= 1
         self._is_ahead = self._place >= 0
         if self._is_ahead:
             self.enter(self._order[self._place])
         self._free_frozen()
 
-    def holds_gradients(self, group: FsdpUnit) -> bool:
+    def holds_gradients(self, unit: FsdpUnit) -> bool:
         """Say that gradients lie side by side until they are joined."""
-        return bool(group.num_trained)
+        return bool(unit.num_trained)
 
-    def leave_backward(
-        self, group: FsdpUnit, gradient_bytes: int, *, is_whole: bool = True
-    ) -> None:
+    def leave_backward(self, unit: FsdpUnit, gradient_bytes: int, *, is_whole: bool = True) -> None:
         """Free the whole weights, join the gradients, and reduce them."""
         ledger, accumulation = self._ledger, self._accumulation
-        if not group.num_trained:
-            # Its turn comes with the gradient of its input, which the next group hears of first.
-            self._frozen += group.buffer_bytes
+        if not unit.num_trained:
+            # Its turn comes with the gradient of its input, which the next unit hears of first.
+            self._frozen += unit.buffer_bytes
             return
-        joined = group.flat_gradient_bytes
+        joined = unit.flat_gradient_bytes
         ledger.hold(_BUFFERS, joined)
-        ledger.free(_BUFFERS, gradient_bytes + group.buffer_bytes * is_whole)
+        ledger.free(_BUFFERS, gradient_bytes + unit.buffer_bytes * is_whole)
         # An earlier one, which this one has been added to, has its place.
-        widened = group.reduced_bytes if group.reduced_bytes != joined else 0
+        widened = unit.reduced_bytes if unit.reduced_bytes != joined else 0
         ledger.hold(_BUFFERS, widened)
         if accumulation.has_reduced:
-            ledger.transient(_BUFFERS, group.trained_bytes)
+            ledger.transient(_BUFFERS, unit.trained_bytes)
         else:
-            ledger.hold(_GRADIENTS, group.trained_bytes)
+            ledger.hold(_GRADIENTS, unit.trained_bytes)
         ledger.free(_BUFFERS, widened + joined * (1 + accumulation.has_unreduced))
 
     def end_backward(self) -> None:
-        """Free what the last group has left."""
+        """Free what the last unit has left."""
         self._free_frozen()
 
     def _free_frozen(self) -> None:

@@ -1,7 +1,7 @@
 """Which parameters FSDP gathers together, and what of them a rank holds.
 
-The rank is the first of its group, which none holds more than: where a dim does not divide by the
-ranks, FSDP2 pads every shard to the size of the first one.
+The rank is the first of those that share a parameter, which none holds more than: where a dim does
+not divide by the ranks, FSDP2 pads every shard to the size of the first one.
 """
 
 from collections.abc import Iterator
@@ -47,14 +47,14 @@ class FsdpUnit:
     """Parameters that are gathered in one all-gather, and whose gradients are reduced in one.
 
     Attributes:
-        pieces: its parameters.
+        shards: its parameters.
         ranks: that it is sharded over; 1 where this rank holds it whole.
         is_fsdp: whether FSDP holds it. What it does not hold is computed with as it lies.
         compute: bytes of an element that is computed with.
         padding: elements that a flat parameter of FSDP1 has beside its parameters', on this rank.
     """
 
-    pieces: tuple[ParamShard, ...]
+    shards: tuple[ParamShard, ...]
     ranks: int
     is_fsdp: bool
     compute: int
@@ -63,7 +63,7 @@ class FsdpUnit:
     @cached_property
     def stored_bytes(self) -> int:
         """Weights held."""
-        return self._stored(self.pieces)
+        return self._stored(self.shards)
 
     @cached_property
     def trained_bytes(self) -> int:
@@ -73,7 +73,7 @@ class FsdpUnit:
     @cached_property
     def trained_numel(self) -> int:
         """Elements held that are trained."""
-        return sum(piece.numel for piece in self._trained) + self.padding * bool(self._trained)
+        return sum(shard.numel for shard in self._trained) + self.padding * bool(self._trained)
 
     @cached_property
     def num_trained(self) -> int:
@@ -83,7 +83,7 @@ class FsdpUnit:
     @cached_property
     def gathered_bytes(self) -> int:
         """All ranks' shards in the dtype of compute; 0 for what FSDP does not hold."""
-        held = sum(piece.numel for piece in self.pieces) + self.padding
+        held = sum(shard.numel for shard in self.shards) + self.padding
         return held * self.ranks * self.compute if self.is_fsdp else 0
 
     @property
@@ -94,18 +94,18 @@ class FsdpUnit:
     @cached_property
     def cast_bytes(self) -> int:
         """Own shards cast to the dtype of compute, which are gathered instead of the stored."""
-        held = sum(piece.numel for piece in self.pieces if piece.stored != self.compute)
+        held = sum(shard.numel for shard in self.shards if shard.stored != self.compute)
         return held * self.compute if self.is_fsdp and self.ranks > 1 else 0
 
     @cached_property
     def restacked_bytes(self) -> int:
         """Second copies of gathered parameters that are put together along another dim."""
-        return sum(piece.whole for piece in self.pieces if piece.is_restacked) * self.compute
+        return sum(shard.whole for shard in self.shards if shard.is_restacked) * self.compute
 
     @cached_property
     def largest_restacked_bytes(self) -> int:
         """The largest gradient that is cut along another dim, and so copied."""
-        cut = (piece.whole for piece in self._trained if piece.is_restacked)
+        cut = (shard.whole for shard in self._trained if shard.is_restacked)
         return max(cut, default=0) * self.compute
 
     @cached_property
@@ -131,20 +131,20 @@ class FsdpUnit:
     @cached_property
     def whole_gradient_bytes(self) -> int:
         """Gradients of the whole without padding, in the dtype they are reduced in."""
-        return sum(piece.whole * piece.stored for piece in self._trained)
+        return sum(shard.whole * shard.stored for shard in self._trained)
 
     @cached_property
     def whole_compute_bytes(self) -> int:
         """The same in the dtype of compute, as autograd makes them."""
-        return sum(piece.whole for piece in self._trained) * self.compute
+        return sum(shard.whole for shard in self._trained) * self.compute
 
     @cached_property
     def _trained(self) -> tuple[ParamShard, ...]:
-        return tuple(piece for piece in self.pieces if piece.is_trained)
+        return tuple(shard for shard in self.shards if shard.is_trained)
 
-    def _stored(self, pieces: tuple[ParamShard, ...]) -> int:
-        padding = self.padding * pieces[0].stored if pieces else 0
-        return sum(piece.numel * piece.stored for piece in pieces) + padding
+    def _stored(self, shards: tuple[ParamShard, ...]) -> int:
+        padding = self.padding * shards[0].stored if shards else 0
+        return sum(shard.numel * shard.stored for shard in shards) + padding
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class LayerUnits:
     """A decoder layer.
 
     Attributes:
-        layer: its parameters but those of the other groups.
-        experts: the experts where they are a group of their own; None where the layer's own group
+        layer: its parameters but those of the other units.
+        experts: the experts where they are a unit of their own; None where the layer's own unit
             has them, or it has none.
         adapters: adapters that FSDP1 keeps in a flat parameter of their own; None elsewhere.
     """
@@ -174,7 +174,7 @@ class LayerUnits:
 
     @property
     def all(self) -> tuple[FsdpUnit, ...]:
-        """Every group, in the order in which FSDP2 has done with them in the forward pass."""
+        """Every unit, in the order in which FSDP2 has done with them in the forward pass."""
         return tuple(g for g in (self.experts, self.layer, self.adapters) if g is not None)
 
 
@@ -183,7 +183,7 @@ class ModelUnits:
     """Everything that a rank holds.
 
     Attributes:
-        embedding: None where it is in the tail's group.
+        embedding: None where it is in the tail's unit.
         layers: decoder layers; layers of one kind are one object.
         tail: final norm and output head; with the embedding where it is tied to the head, and under
             FSDP1.
@@ -194,7 +194,7 @@ class ModelUnits:
     tail: FsdpUnit
 
     def all(self) -> Iterator[FsdpUnit]:
-        """Yield every group in the order of the forward pass."""
+        """Yield every unit in the order of the forward pass."""
         if self.embedding is not None:
             yield self.embedding
         for layer in self.layers:
@@ -202,5 +202,5 @@ class ModelUnits:
         yield self.tail
 
     def sum(self, attribute: str) -> int:
-        """Add an attribute up over all groups."""
-        return sum(getattr(group, attribute) for group in self.all())
+        """Add an attribute up over all units."""
+        return sum(getattr(unit, attribute) for unit in self.all())

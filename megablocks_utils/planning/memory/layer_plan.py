@@ -22,28 +22,28 @@ class LayerPlan:
     """A decoder layer.
 
     Attributes:
-        groups: its parameters.
+        units: its parameters.
         dense: stages up to the router, or all of a layer without experts.
         experts: stages of the experts.
         shared: stages of experts that every token passes, after them.
     """
 
-    groups: LayerUnits
+    units: LayerUnits
     dense: tuple[Stage, ...]
     experts: tuple[Stage, ...]
     shared: tuple[Stage, ...]
 
     @property
-    def expert_group(self) -> FsdpUnit | None:
-        """The experts' own group; None where the layer's has them."""
-        return self.groups.experts
+    def expert_unit(self) -> FsdpUnit | None:
+        """The experts' own unit; None where the layer's has them."""
+        return self.units.experts
 
 
-def plan_layers(sizes: Sizes, groups: ModelUnits) -> list[LayerPlan]:
+def plan_layers(sizes: Sizes, units: ModelUnits) -> list[LayerPlan]:
     """Return the plan of every layer; layers of one kind share it."""
     plans = {
-        id(layer): _plan_layer(sizes, layer, layer_groups)
-        for layer, layer_groups in zip(sizes.shape.layers, groups.layers, strict=True)
+        id(layer): _plan_layer(sizes, layer, layer_units)
+        for layer, layer_units in zip(sizes.shape.layers, units.layers, strict=True)
     }
     first, *others = (plans[id(layer)] for layer in sizes.shape.layers)
     if sizes.first_inputs_are_frozen:
@@ -54,7 +54,7 @@ def plan_layers(sizes: Sizes, groups: ModelUnits) -> list[LayerPlan]:
     return [first, *others]
 
 
-def _plan_layer(sizes: Sizes, layer: LayerShape, groups: LayerUnits) -> LayerPlan:
+def _plan_layer(sizes: Sizes, layer: LayerShape, units: LayerUnits) -> LayerPlan:
     keeps_input = sizes.run.gradient_checkpointing != "none"
     dense = [
         norm_stage(sizes, "norm before attention", owns_input=not keeps_input),
@@ -63,10 +63,10 @@ def _plan_layer(sizes: Sizes, layer: LayerShape, groups: LayerUnits) -> LayerPla
     ]
     if not layer.is_moe:
         dense.append(mlp_stage(sizes, "dense MLP", layer.mlp_size, owns_input=True))
-        return LayerPlan(groups, tuple(dense), (), ())
+        return LayerPlan(units, tuple(dense), (), ())
     dense.append(router_stage(sizes))
     shared = []
     if layer.mlp_size:
         shared.append(mlp_stage(sizes, "shared experts", layer.mlp_size, owns_input=False))
-    experts = expert_stages(sizes, groups.experts or groups.layer)
-    return LayerPlan(groups, tuple(dense), tuple(experts), tuple(shared))
+    experts = expert_stages(sizes, units.experts or units.layer)
+    return LayerPlan(units, tuple(dense), tuple(experts), tuple(shared))

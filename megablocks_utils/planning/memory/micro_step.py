@@ -21,7 +21,7 @@ class MicroStep:
 
     Args:
         sizes: of the run.
-        groups: what this rank holds.
+        units: what this rank holds.
         layers: plan of every decoder layer.
         ledger: to book in.
         buffers: FSDP's.
@@ -31,7 +31,7 @@ class MicroStep:
     def __init__(
         self,
         sizes: Sizes,
-        groups: ModelUnits,
+        units: ModelUnits,
         layers: Sequence[LayerPlan],
         *,
         ledger: Ledger,
@@ -39,7 +39,7 @@ class MicroStep:
         has_expert_gradients: bool,
     ) -> None:
         self._sizes = sizes
-        self._groups = groups
+        self._units = units
         self._layers = layers
         self._head: HeadPlan = plan_head(sizes)
         self._ledger = ledger
@@ -67,17 +67,17 @@ class MicroStep:
         self._backward_embedding()
 
     def _embed(self) -> None:
-        embedding = self._groups.embedding
-        self._buffers.enter(embedding or self._groups.tail)
+        embedding = self._units.embedding
+        self._buffers.enter(embedding or self._units.tail)
         self._ledger.hold(ACTIVATIONS, self._head.held + self._head.mask)
         self._ledger.transient(ACTIVATIONS, self._sizes.hidden_bytes)
         if embedding is not None:
             self._buffers.leave(embedding)
 
     def _forward_layer(self, layer: LayerPlan) -> None:
-        ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
-        for group in layer.groups.dense:
-            buffers.enter(group)
+        ledger, buffers, experts = self._ledger, self._buffers, layer.units.experts
+        for unit in layer.units.dense:
+            buffers.enter(unit)
         # Checkpointing keeps every layer's input.
         hidden = self._sizes.hidden_bytes if self._recomputes else self._stream
         ledger.hold(ACTIVATIONS, hidden)
@@ -94,8 +94,8 @@ class MicroStep:
         ledger.transient(ACTIVATIONS, self._sizes.hidden_bytes)
         if not self._recomputes:
             ledger.free(ACTIVATIONS, hidden)
-        for group in layer.groups.dense:
-            buffers.leave(group)
+        for unit in layer.units.dense:
+            buffers.leave(unit)
 
     def _hidden_beside_experts(self) -> int:
         """Return hidden states, before and after the norm, that only names of Python hold."""
@@ -126,8 +126,8 @@ class MicroStep:
 
     def _compute_logits(self) -> None:
         ledger, head = self._ledger, self._head
-        if self._groups.embedding is not None:
-            self._buffers.enter(self._groups.tail)
+        if self._units.embedding is not None:
+            self._buffers.enter(self._units.tail)
         ledger.hold(ACTIVATIONS, head.norm.saved_bytes)
         ledger.transient(ACTIVATIONS, head.norm.forward_bytes)
         ledger.hold(ACTIVATIONS, head.saved_rows)
@@ -140,19 +140,19 @@ class MicroStep:
     def _compute_loss(self) -> None:
         """Pass log-softmax in fp32, whose result is kept."""
         ledger, head = self._ledger, self._head
-        ledger.transient(ACTIVATIONS, head.wide_logits * (1 + self._sizes.casts))
-        ledger.hold(ACTIVATIONS, head.wide_logits)
+        ledger.transient(ACTIVATIONS, head.logits_fp32 * (1 + self._sizes.casts))
+        ledger.hold(ACTIVATIONS, head.logits_fp32)
         ledger.free(ACTIVATIONS, head.logits)
 
     def _backward_loss(self) -> None:
         """Go back through log-softmax; the gradients of the logits are left."""
         ledger, head = self._ledger, self._head
-        ledger.transient(ACTIVATIONS, 2 * head.wide_logits)
+        ledger.transient(ACTIVATIONS, 2 * head.logits_fp32)
         ledger.transient(ACTIVATIONS, head.logits * self._sizes.casts)
-        ledger.hold(ACTIVATIONS, head.logits - head.wide_logits)
+        ledger.hold(ACTIVATIONS, head.logits - head.logits_fp32)
 
     def _backward_head(self) -> None:
-        ledger, head, tail = self._ledger, self._head, self._groups.tail
+        ledger, head, tail = self._ledger, self._head, self._units.tail
         self._buffers.enter_backward(tail, is_whole=True)
         ledger.hold(_BUFFERS, head.gradient)
         ledger.transient(ACTIVATIONS, head.rows)
@@ -161,13 +161,13 @@ class MicroStep:
         gradients = head.gradient + self._backward_stages((head.norm,), tail)
         ledger.hold(ACTIVATIONS, self._sizes.hidden_bytes)  # the hidden states' gradients
         self._tail_gradients = gradients
-        if self._groups.embedding is not None:
+        if self._units.embedding is not None:
             self._buffers.leave_backward(tail, gradients)
 
     def _backward_layer(self, layer: LayerPlan) -> None:
-        ledger, buffers, experts = self._ledger, self._buffers, layer.groups.experts
-        for group in reversed(layer.groups.dense):
-            buffers.enter_backward(group)
+        ledger, buffers, experts = self._ledger, self._buffers, layer.units.experts
+        for unit in reversed(layer.units.dense):
+            buffers.enter_backward(unit)
         if experts is not None:
             # The way back comes to their outputs before it needs anything computed again.
             buffers.enter_backward(experts)
@@ -175,22 +175,22 @@ class MicroStep:
             ledger.hold(ACTIVATIONS, self._stream)
             self._recompute_stages((*layer.dense, *layer.experts, *layer.shared))
             ledger.free(ACTIVATIONS, self._stream)
-        owner = layer.groups.trained_dense
+        owner = layer.units.trained_dense
         gradients = self._backward_stages(layer.shared, owner)
         if experts is None:
             gradients += self._backward_stages(layer.experts, owner)
         else:
             self._backward_experts(layer.experts, experts)
         gradients += self._backward_stages(layer.dense, owner)
-        for group in layer.groups.dense:
-            buffers.leave_backward(group, gradients if group is owner else 0)
+        for unit in layer.units.dense:
+            buffers.leave_backward(unit, gradients if unit is owner else 0)
         ledger.free(ACTIVATIONS, self._sizes.hidden_bytes * self._recomputes)
 
-    def _backward_stages(self, stages: Sequence[Stage], group: FsdpUnit) -> int:
+    def _backward_stages(self, stages: Sequence[Stage], unit: FsdpUnit) -> int:
         """Pass stages backward; returns the bytes of the gradients that wait to be reduced."""
         waiting = 0
         for stage in reversed(stages):
-            if self._buffers.holds_gradients(group):
+            if self._buffers.holds_gradients(unit):
                 self._ledger.hold(_BUFFERS, stage.gradients)
                 waiting += stage.gradients
             else:
@@ -226,7 +226,7 @@ class MicroStep:
             ledger.hold(_GRADIENTS, experts.trained_bytes)
 
     def _backward_embedding(self) -> None:
-        ledger, head, embedding = self._ledger, self._head, self._groups.embedding
+        ledger, head, embedding = self._ledger, self._head, self._units.embedding
         ledger.hold(_BUFFERS, head.gradient)
         ledger.free(
             ACTIVATIONS, self._sizes.hidden_bytes + head.held + head.mask * self._recomputes
@@ -235,8 +235,8 @@ class MicroStep:
             self._buffers.leave_backward(embedding, head.gradient, is_whole=False)
         elif self._sizes.shape.is_tied:
             ledger.free(_BUFFERS, head.gradient)  # added to the head's
-            self._buffers.leave_backward(self._groups.tail, self._tail_gradients)
+            self._buffers.leave_backward(self._units.tail, self._tail_gradients)
         else:
             waiting = self._tail_gradients + head.gradient
-            self._buffers.leave_backward(self._groups.tail, waiting)
+            self._buffers.leave_backward(self._units.tail, waiting)
         self._buffers.end_backward()

@@ -20,7 +20,7 @@ class HeadPlan:
         rows: hidden states of the positions with labels.
         saved_rows: of these, what the output head keeps for its weights' gradient.
         logits: in the dtype of compute.
-        wide_logits: in fp32.
+        logits_fp32: in fp32.
         gradient: of the output head's weights, and likewise of the embedding's; 0 if frozen.
     """
 
@@ -30,7 +30,7 @@ class HeadPlan:
     rows: int
     saved_rows: int
     logits: int
-    wide_logits: int
+    logits_fp32: int
     gradient: int
 
 
@@ -48,6 +48,6 @@ def plan_head(sizes: Sizes) -> HeadPlan:
         rows=rows,
         saved_rows=rows * sizes.trains_all,
         logits=logits * sizes.compute,
-        wide_logits=logits * FP32,
+        logits_fp32=logits * FP32,
         gradient=gradient,
     )

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megablocks_utils.config import RunConfig
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.remedies import find_remedies
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.memory.verdict import WORDS, Verdict, judge
 from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 from megablocks_utils.planning.model.units import format_gb
 
-__all__ = ["ENGINE", "RunPlan", "plan_run"]
-
-ENGINE = "formula"
+__all__ = ["RunPlan", "plan_run"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class RunPlan:
     def as_record(self) -> dict[str, Any]:
         """Return what `run.json` holds under `plan`, before anything is measured."""
         return {
-            "engine": ENGINE,
             "layout": {"ep_size": self.layout.ep_size, "expert_dp": self.layout.expert_dp},
             "predicted": {
                 "components": {name: self.prediction.components[name] for name in WORDS},
@@ -88,6 +86,7 @@ def plan_run(
     label_tokens: int,
     examples: int,
     kernel: str,
+    num_parameters: int,
 ) -> RunPlan:
     """Predict exactly this run, with the formulas: no torch, milliseconds.
 
@@ -101,14 +100,21 @@ def plan_run(
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch.
         kernel: the backend that was chosen.
+        num_parameters: of the model that will be trained, adapters left out.
 
     Raises:
-        ConfigurationError: a family that cannot be planned, or a value with which there is no
-            model.
+        ConfigurationError: a family that cannot be planned, a value with which there is no model,
+            or a model that is not what its config.json says to the planner.
     """
+    shape = read_shape(config, model_config)
+    if shape.num_parameters != num_parameters:
+        raise ConfigurationError(
+            f"the model has {num_parameters:,} parameters, but a {shape.model_type} model with "
+            f"its config.json would have {shape.num_parameters:,}."
+        )
     scenario = Scenario(
         config=config,
-        shape=read_shape(config, model_config),
+        shape=shape,
         world_size=world_size,
         device_type=device_type,
         kernel=kernel,

@@ -1,4 +1,4 @@
-"""A run that is only imagined: its options, its model's shape and how many ranks there are."""
+"""A run to be planned: its options, its model's shape and how many ranks there are."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Scenario:
         tokens: of the largest micro-batch that a rank has at a time.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch; more than one need a mask.
-        imbalance: rows that the hottest rank of an ep group receives, over its fair share.
+        imbalance: rows that the busiest rank of an ep group receives, over its fair share.
     """
 
     config: RunConfig

@@ -15,36 +15,36 @@ __all__ = ["count_sent_bytes"]
 _NORM_BYTES = 8
 
 
-def count_sent_bytes(sizes: Sizes, groups: ModelUnits) -> dict[str, int]:
+def count_sent_bytes(sizes: Sizes, units: ModelUnits) -> dict[str, int]:
     """Return what the rank sends that sends most."""
     run = sizes.run
     num_reductions = run.accumulation if run.sync_each_batch else 1
     counted = {
-        "all_gather": run.accumulation * _count_all_gathers(groups),
-        "reduce_scatter": num_reductions * sum(_missing(g, g.reduced_bytes) for g in groups.all()),
+        "all_gather": run.accumulation * _count_all_gathers(units),
+        "reduce_scatter": num_reductions * sum(_missing(g, g.reduced_bytes) for g in units.all()),
         "all_to_all": run.accumulation * _count_exchanges(sizes),
-        "all_reduce": _count_all_reduces(sizes, groups),
+        "all_reduce": _count_all_reduces(sizes, units),
     }
     return {kind: counted[kind] for kind in COLLECTIVES}
 
 
-def _count_all_gathers(groups: ModelUnits) -> int:
+def _count_all_gathers(units: ModelUnits) -> int:
     """Gather everything in forward and in backward.
 
-    The last group of forward is the first of backward, and stays; the embedding's gradient does not
+    The last unit of forward is the first of backward, and stays; the embedding's gradient does not
     need its weights.
     """
-    once = (groups.tail,) if groups.embedding is None else (groups.embedding, groups.tail)
-    return 2 * _gathered(groups.all()) - _gathered(once)
+    once = (units.tail,) if units.embedding is None else (units.embedding, units.tail)
+    return 2 * _gathered(units.all()) - _gathered(once)
 
 
-def _gathered(groups: Iterable[FsdpUnit]) -> int:
-    return sum(_missing(group, group.gathered_bytes) for group in groups)
+def _gathered(units: Iterable[FsdpUnit]) -> int:
+    return sum(_missing(unit, unit.gathered_bytes) for unit in units)
 
 
-def _missing(group: FsdpUnit, whole_bytes: int) -> int:
+def _missing(unit: FsdpUnit, whole_bytes: int) -> int:
     """Return what a rank lacks of a whole."""
-    return whole_bytes // group.ranks * (group.ranks - 1)
+    return whole_bytes // unit.ranks * (unit.ranks - 1)
 
 
 def _count_exchanges(sizes: Sizes) -> int:
@@ -67,11 +67,11 @@ def _kept_by_first(num_rows: int, ep_size: int) -> int:
     return -(-num_rows // ep_size)
 
 
-def _count_all_reduces(sizes: Sizes, groups: ModelUnits) -> int:
+def _count_all_reduces(sizes: Sizes, units: ModelUnits) -> int:
     """Reduce the norm over the world, and copies of experts over dp."""
     world_size, num_copies = sizes.run.world_size, sizes.run.world_size // sizes.layout.ep_size
-    copies = (g for layer in groups.layers for g in layer.all if not g.is_fsdp)
-    sent = sum(_all_reduced(group.trained_bytes, num_copies) for group in copies)
+    copies = (g for layer in units.layers for g in layer.all if not g.is_fsdp)
+    sent = sum(_all_reduced(unit.trained_bytes, num_copies) for unit in copies)
     return sent + _all_reduced(_NORM_BYTES, world_size)
 
 

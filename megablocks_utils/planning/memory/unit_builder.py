@@ -1,4 +1,4 @@
-"""Cut a model into FSDP's groups, as `fsdp.fsdp2` and `fsdp.fsdp1` do."""
+"""Cut a model into FSDP's units, as `fsdp.fsdp2` and `fsdp.fsdp1` do."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ _FLAT_ALIGNMENT_BYTES = 16  # a parameter within a flat one of FSDP1 begins at s
 
 
 def build_units(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> ModelUnits:
-    """Say what rank 0 holds of a model, group by group."""
+    """Say what rank 0 holds of a model, unit by unit."""
     builder = _Builder(shape, layout, run)
     layers = {id(layer): builder.layer(layer) for layer in shape.layers}
     outside = [builder.base(parameter) for parameter in shape.outside]
     num_first = 0 if shape.is_tied or run.entry_point == "fsdp1" else 1
     return ModelUnits(
-        embedding=builder.group(outside[:1]) if num_first else None,
+        embedding=builder.unit(outside[:1]) if num_first else None,
         layers=tuple(layers[id(layer)] for layer in shape.layers),
-        tail=builder.group(outside[num_first:]),
+        tail=builder.unit(outside[num_first:]),
     )
 
 
@@ -40,7 +40,7 @@ class _Builder:
     run: PlannedRun
 
     def layer(self, layer: LayerShape) -> LayerUnits:
-        """Return the groups of one decoder layer."""
+        """Return the units of one decoder layer."""
         experts = [p for p in layer.parameters if p.room == "experts"]
         others = [p for p in layer.parameters if p.room != "experts"]
         adapters = list(self._linear_adapters()) if self.run.trains_attention else []
@@ -49,9 +49,9 @@ class _Builder:
         base, low_rank = list(map(self.base, others)), list(map(self.adapter, adapters))
         is_fsdp1 = self.run.entry_point == "fsdp1"
         return LayerUnits(
-            layer=self.group(base if is_fsdp1 else base + low_rank),
-            experts=self._expert_group(experts) if experts else None,
-            adapters=self.group(low_rank) if is_fsdp1 and low_rank else None,
+            layer=self.unit(base if is_fsdp1 else base + low_rank),
+            experts=self._expert_unit(experts) if experts else None,
+            adapters=self.unit(low_rank) if is_fsdp1 and low_rank else None,
         )
 
     def base(self, parameter: ParameterShape) -> ParamShard:
@@ -64,13 +64,13 @@ class _Builder:
         """Return an adapter's factor, sharded over the world."""
         return self._shard(shape, itemsize(self.run.precision.adapter), True)
 
-    def group(self, pieces: list[ParamShard]) -> FsdpUnit:
-        """Put parameters that are sharded over the world in a group."""
+    def unit(self, shards: list[ParamShard]) -> FsdpUnit:
+        """Put parameters that are sharded over the world in a unit."""
         compute, world_size = itemsize(self.run.precision.compute), self.run.world_size
         if self.run.entry_point == "fsdp2":
-            return FsdpUnit(tuple(pieces), world_size, True, compute)
-        padding = _flat_padding(pieces, world_size)
-        return FsdpUnit(tuple(pieces), world_size, True, compute, padding)
+            return FsdpUnit(tuple(shards), world_size, True, compute)
+        padding = _flat_padding(shards, world_size)
+        return FsdpUnit(tuple(shards), world_size, True, compute, padding)
 
     @property
     def _experts_are_apart(self) -> bool:
@@ -84,7 +84,7 @@ class _Builder:
             return ParamShard(shape, prod(shape) // world_size, stored, is_trained)
         return ParamShard(shape, _held(shape, 0, world_size), stored, is_trained)
 
-    def _expert_group(self, experts: Iterable[ParameterShape]) -> FsdpUnit:
+    def _expert_unit(self, experts: Iterable[ParameterShape]) -> FsdpUnit:
         precision, run = self.run.precision, self.run
         num_copies = run.world_size // self.layout.ep_size
         # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
@@ -93,17 +93,17 @@ class _Builder:
         )
         is_sharded = is_sharded and run.entry_point == "fsdp2"
         ranks = num_copies if is_sharded else 1
-        pieces = []
+        shards = []
         for parameter in experts:
             num_experts, num_out, num_in = parameter.shape
             num_local, rank = num_experts // self.layout.ep_size, run.lora_r
             is_trained, stored = run.use_lora == "none", itemsize(precision.weights)
-            pieces.append(_cut((num_local, num_out, num_in), ranks, stored, is_trained))
+            shards.append(_cut((num_local, num_out, num_in), ranks, stored, is_trained))
             if run.trains_experts:
                 stored = itemsize(precision.adapter)
                 factors = ((num_local, rank, num_in), (num_local, num_out, rank))
-                pieces += [_cut(factor, ranks, stored, True) for factor in factors]
-        return FsdpUnit(tuple(pieces), ranks, is_sharded, itemsize(precision.compute))
+                shards += [_cut(factor, ranks, stored, True) for factor in factors]
+        return FsdpUnit(tuple(shards), ranks, is_sharded, itemsize(precision.compute))
 
     def _linear_adapters(self) -> Iterable[tuple[int, int]]:
         rank = self.run.lora_r
@@ -122,13 +122,13 @@ def _held(shape: tuple[int, ...], dim: int, ranks: int) -> int:
     return prod(shape) // shape[dim] * -(-shape[dim] // ranks)
 
 
-def _flat_padding(pieces: list[ParamShard], ranks: int) -> int:
-    """Return what a rank's part of a flat parameter has beyond the whole quotients of its pieces.
+def _flat_padding(shards: list[ParamShard], ranks: int) -> int:
+    """Return what a rank's part of a flat parameter has beyond the whole quotients of its shards.
 
     Parameters begin at aligned places of the flat one, and it is filled up to divide by the ranks.
     """
     total = 0
-    for piece in pieces:
-        step = _FLAT_ALIGNMENT_BYTES // piece.stored
-        total = -(-total // step) * step + piece.whole
-    return -(-total // ranks) - sum(piece.numel for piece in pieces)
+    for shard in shards:
+        step = _FLAT_ALIGNMENT_BYTES // shard.stored
+        total = -(-total // step) * step + shard.whole
+    return -(-total // ranks) - sum(shard.numel for shard in shards)

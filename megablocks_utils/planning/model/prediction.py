@@ -1,4 +1,4 @@
-"""What is planned, and what a plan says of it: the language that both engines speak.
+"""What is planned, and what a plan says of it; formulas and rehearsal both speak in these terms.
 
 Torch-free. All figures are of one rank, the one that needs most.
 """
@@ -71,7 +71,7 @@ class PlannedRun:
         label_tokens: of these, positions whose next token is learned.
         kernel: backend of the experts, with `auto` resolved; counts where ep_size is above 1 or
             adapters are on the experts.
-        imbalance: rows that the hottest rank of an ep group receives, over its fair share.
+        imbalance: rows that the busiest rank of an ep group receives, over its fair share.
         has_aux_loss: whether the load-balancing loss is on.
         device_type: `cuda` or `cpu`.
         examples: in that micro-batch. More than one are kept apart by a mask (T, T), which

@@ -49,8 +49,6 @@ def list_assumptions(request: PlanRequest, own: Mapping[str, Any]) -> list[str]:
             "--kernel auto is planned as grouped_mm: triton is taken where it was measured to be "
             "faster, and no measurements are shipped yet."
         )
-    if own.get("engine") == "fake":
-        says.append("Speed and remedies come from the formulas, memory and traffic from the fakes.")
     if request.calibration is not None:
         says.append("Seconds come from the calibration: two runs on one node, this workload.")
     if config.adapter.resume_adapter is not None:
@@ -96,7 +94,6 @@ def _head(
     return {
         "model": request.model,
         "options": dict(own) | {"training": asdict(request.scenario.config)},
-        "engine": own["engine"],
         "capacity_bytes": request.capacity_bytes,
         "tokens_per_rank": request.scenario.tokens,
         "assumptions": list(assumptions),

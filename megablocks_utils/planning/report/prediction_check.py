@@ -13,7 +13,10 @@ from megablocks_utils.planning.model.units import format_gb
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Comparison", "build_check_table", "compare", "read_run_plan"]
+__all__ = ["KEPT_BYTES", "Comparison", "build_check_table", "compare", "read_run_plan"]
+
+KEPT_BYTES = "kept_by_c_library_bytes"
+"""Key of what the C library of a run on a CPU kept of freed memory, among what was measured."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ def read_run_plan(path: str | Path) -> Mapping[str, Any]:
             f"--check is {path}, but that is no valid JSON; {wanted}."
         ) from error
     plan = record.get("plan") if isinstance(record, dict) else None
+    if isinstance(plan, dict) and "not_planned" in plan:
+        raise ConfigurationError(
+            f"--check is {path}, but that run was not planned: {plan['not_planned']}"
+        )
     has_both = isinstance(plan, dict) and all(
         isinstance(plan.get(side), dict) and isinstance(plan[side].get("components", {}), dict)
         for side in ("predicted", "measured")
@@ -60,15 +67,24 @@ def read_run_plan(path: str | Path) -> Mapping[str, Any]:
 
 
 def compare(plan: Mapping[str, Any]) -> list[Comparison]:
-    """Pair what was predicted with what was measured: components, then peak and what is kept."""
+    """Pair what was predicted with what was measured: components, peak, and between two steps.
+
+    On a CPU the peak is that of the process, in which the C library keeps blocks that were freed;
+    what it kept is known since then, and the peak without it is a row of its own.
+    """
     predicted, measured = plan["predicted"], plan["measured"]
     sides = (predicted.get("components", {}), measured.get("components", {}))
     rows = [Comparison(word, *(_bytes(side, key) for side in sides)) for key, word in WORDS.items()]
     totals = {"peak_bytes": "peak", "allocated_bytes": "allocated between steps"}
-    return rows + [
+    rows += [
         Comparison(word, _bytes(predicted, key), _bytes(measured, key))
         for key, word in totals.items()
     ]
+    peak, kept = _bytes(measured, "peak_bytes"), _bytes(measured, KEPT_BYTES)
+    if peak is not None and kept is not None:
+        rows.append(Comparison("kept by the C library", None, kept))
+        rows.append(Comparison("peak without it", _bytes(predicted, "peak_bytes"), peak - kept))
+    return rows
 
 
 def build_check_table(plan: Mapping[str, Any]) -> "Table":
@@ -77,7 +93,7 @@ def build_check_table(plan: Mapping[str, Any]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    title = f"Plan ({plan.get('engine', 'unknown engine')}) against the run, on the fullest rank"
+    title = "Plan against the run, on the fullest rank"
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
     for head in ("predicted", "measured", "error"):

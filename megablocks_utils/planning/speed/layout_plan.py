@@ -1,6 +1,6 @@
 """The plan itself: a row for every layout, judged, ranked, with its command and what would help."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,7 @@ from megablocks_utils.planning.speed.launch_lines import build_launch
 from megablocks_utils.planning.speed.step_cost import StepCost, cost_step, rank_costs
 from megablocks_utils.planning.speed.traffic_links import Cluster
 
-__all__ = ["Engine", "PlanRow", "PlanRequest", "choose_row", "plan_layouts", "run_formula"]
-
-Engine = Callable[[Scenario, Sequence[ParallelLayout]], Sequence[Prediction]]
+__all__ = ["PlanRequest", "PlanRow", "choose_row", "plan_layouts"]
 
 
 @dataclass(frozen=True)
@@ -139,23 +137,12 @@ class PlanRow:
         return record
 
 
-def run_formula(scenario: Scenario, layouts: Sequence[ParallelLayout]) -> list[Prediction]:
-    """Predict with the formulas: an `Engine`."""
-    return [scenario.predict(layout) for layout in layouts]
-
-
-def plan_layouts(
-    request: PlanRequest, engine: Engine = run_formula, *, with_remedies: bool = True
-) -> list[PlanRow]:
-    """Predict every layout that was asked for, judge it, and rank those that fit.
-
-    Speed is always ranked by the formulas' traffic, and remedies are theirs, whatever the engine.
-    """
-    scenario, layouts = request.scenario, request.layouts()
-    rows = []
-    for layout, prediction in zip(layouts, engine(scenario, layouts), strict=True):
-        by_formula = prediction if engine is run_formula else scenario.predict(layout)
-        cost = cost_step(scenario, layout, by_formula, request.cluster, request.calibration)
+def plan_layouts(request: PlanRequest, *, with_remedies: bool = True) -> list[PlanRow]:
+    """Predict every layout that was asked for, judge it, and rank those that fit."""
+    scenario, rows = request.scenario, []
+    for layout in request.layouts():
+        prediction = scenario.predict(layout)
+        cost = cost_step(scenario, layout, prediction, request.cluster, request.calibration)
         verdict = judge(prediction, request.capacity_bytes, scenario.device_type)
         accumulation = scenario.config.optim.gradient_accumulation_steps
         rows.append(PlanRow(layout, prediction, verdict, cost, accumulation))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megablocks_utils.planning import scenario as scenario_module
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.memory.remedies import find_remedies
 from megablocks_utils.planning.model.prediction import ParallelLayout
 from tests.planning.cases import PUBLISHED, build_prediction, build_scenario

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from megablocks_utils.config import parse_args
-from megablocks_utils.planning import scenario as scenario_module
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.memory.run_plan import plan_run
+from megablocks_utils.planning.memory.scenario import read_shape
 from megablocks_utils.planning.model.prediction import COMPONENTS, ParallelLayout
 from megablocks_utils.planning.report.prediction_check import read_run_plan
 from tests.planning.cases import build_prediction, read_model
@@ -40,7 +42,9 @@ def plan(line, **options):
         "kernel": "triton",
     } | options
     config = parse_args(line.split(), entry_point="fsdp2")
-    return plan_run(config, read_model("mixtral-8x7b"), **options)
+    model = read_model("mixtral-8x7b")
+    num_parameters = read_shape(config, model).num_parameters
+    return plan_run(config, model, **{"num_parameters": num_parameters} | options)
 
 
 COPIES = "--use_megablocks_sharding True --ep_size 2 --expert_dp replicate"
@@ -65,7 +69,7 @@ def test_one_line_and_the_record(known, tmp_path):
     assert record["predicted"]["peak_bytes"] == 81 * GB + 600
     assert record["predicted"]["allocated_bytes"] == 9
     assert (record["capacity_bytes"], record["verdict"]) == (100 * GB, "fits")
-    assert (record["engine"], record["predicted"]["moment"]) == ("formula", "backward")
+    assert record["predicted"]["moment"] == "backward"
     assert not found.is_impossible
 
 
@@ -111,3 +115,9 @@ def test_more_ranks_are_no_help_to_a_run_that_starts(monkeypatch):
     found = plan("", capacity_bytes=60 * GB)
     assert found.is_impossible
     assert "would fit" not in found.describe_impossible()
+
+
+def test_a_model_that_is_not_what_its_config_says_is_not_planned(known):
+    with pytest.raises(ConfigurationError, match=r"^the model has 47 parameters, but a mixtral "):
+        plan("", num_parameters=47)
+    assert known == []

@@ -1,4 +1,4 @@
-"""An imagined run is what the scripts would make of the same options."""
+"""A planned run is what the scripts would make of the same options."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from megablocks_utils.training.step.micro_batch import resolve_aux_loss_coef
 from tests.planning.cases import build_scenario, read_model
 
 
-def test_options_become_what_the_engines_ask_for():
+def test_options_become_what_the_formulas_ask_for():
     run = build_scenario("--use_lora all --lora_r 4", world_size=4).planned_run()
     assert (run.use_lora, run.lora_r, run.world_size) == ("all", 4, 4)
     assert (run.precision.name, run.precision.optim) == ("mixed", "float32")  # LoRA on a GPU

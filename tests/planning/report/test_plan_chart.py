@@ -17,13 +17,13 @@ CAPACITY = 85 * GB
 
 
 @pytest.fixture
-def request():
+def plan_request():
     return PlanRequest("m", "m", build_scenario(), A100_NODE, CAPACITY)
 
 
-def test_every_bar_is_a_row(request):
-    rows = plan_layouts(request)
-    figure = build_plan_figure(request, rows)
+def test_every_bar_is_a_row(plan_request):
+    rows = plan_layouts(plan_request)
+    figure = build_plan_figure(plan_request, rows)
     axes = figure.axes[0]
     bars = {bar.get_label(): bar for bar in axes.containers}
     below = [0] * len(rows)
@@ -42,9 +42,9 @@ def test_every_bar_is_a_row(request):
     assert len(set(COLOURS.values())) == len(COMPONENTS)
 
 
-def test_the_line_is_the_capacity_and_each_verdict_stands_at_its_bar(request):
-    rows = plan_layouts(request)
-    axes = build_plan_figure(request, rows).axes[0]
+def test_the_line_is_the_capacity_and_each_verdict_stands_at_its_bar(plan_request):
+    rows = plan_layouts(plan_request)
+    axes = build_plan_figure(plan_request, rows).axes[0]
     assert [line.get_xdata()[0] for line in axes.lines] == [85.0]
     words = [text.get_text() for text in axes.texts]
     for place, row in enumerate(rows):
@@ -55,9 +55,9 @@ def test_the_line_is_the_capacity_and_each_verdict_stands_at_its_bar(request):
     assert "a GPU has 85.0 GB" in words
 
 
-def test_a_huge_row_does_not_hide_the_others(request):
+def test_a_huge_row_does_not_hide_the_others(plan_request):
     """The axis ends at three capacities; the bar leaves it, and its verdict stays inside."""
-    small = replace(request, capacity_bytes=20 * GB)
+    small = replace(plan_request, capacity_bytes=20 * GB)
     rows = plan_layouts(small)
     axes = build_plan_figure(small, rows).axes[0]
     limit = axes.get_xlim()[1]
@@ -66,17 +66,17 @@ def test_a_huge_row_does_not_hide_the_others(request):
     assert all(text.xy[0] <= limit for text in axes.texts)
 
 
-def test_a_picture_is_complete_or_not_there(request, tmp_path):
-    rows = plan_layouts(request)
-    draw_plan(request, rows, tmp_path / "p.png")
+def test_a_picture_is_complete_or_not_there(plan_request, tmp_path):
+    rows = plan_layouts(plan_request)
+    draw_plan(plan_request, rows, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
     with pytest.raises(OSError):
-        draw_plan(request, rows, tmp_path / "none" / "p.png")
+        draw_plan(plan_request, rows, tmp_path / "none" / "p.png")
 
 
-def test_lines_over_gpus(request):
-    points = plan_scale(request, (8, 16, 32))
+def test_lines_over_gpus(plan_request):
+    points = plan_scale(plan_request, (8, 16, 32))
     figure = build_scale_figure({"m": points}, CAPACITY)
     memory, traffic, waiting = figure.axes
     line = next(line for line in memory.lines if line.get_label() == "m")

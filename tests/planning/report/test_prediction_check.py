@@ -8,13 +8,13 @@ from rich.console import Console
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.report.prediction_check import (
+    KEPT_BYTES,
     build_check_table,
     compare,
     read_run_plan,
 )
 
 PLAN = {
-    "engine": "formula",
     "predicted": {
         "components": {
             "parameters": 11_700_000_000,
@@ -59,7 +59,7 @@ def test_the_table(tmp_path):
     console.print(build_check_table(plan))
     lines = [line.split("  ") for line in console.export_text().splitlines()]
     rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
-    assert rows[0] == ["Plan (formula) against the run, on the fullest rank"]
+    assert rows[0] == ["Plan against the run, on the fullest rank"]
     assert ["predicted", "measured", "error"] in rows
     assert ["parameters", "11.7 GB", "11.7 GB", "+0.0 %"] in rows
     assert ["optimizer states", "23.4 GB", "23.0 GB", "+1.7 %"] in rows
@@ -83,6 +83,20 @@ def test_files_without_a_plan(tmp_path, record, words):
     wanted = r"; it must be the run\.json of a finished run that was planned\.$"
     with pytest.raises(ConfigurationError, match=words + wanted):
         read_run_plan(write(tmp_path, record))
+
+
+def test_a_run_that_was_not_planned_says_why(tmp_path):
+    path = write(tmp_path, {"plan": {"not_planned": "its family is new.", "measured": {}}})
+    with pytest.raises(ConfigurationError, match=r"that run was not planned: its family is new\.$"):
+        read_run_plan(path)
+
+
+def test_what_the_c_library_keeps_is_told_apart():
+    plan = PLAN | {"measured": PLAN["measured"] | {KEPT_BYTES: 1_900_000_000}}
+    rows = {row.name: row for row in compare(plan)}
+    assert rows["kept by the C library"].measured == 1_900_000_000
+    assert rows["peak"].error_percent == pytest.approx(-3.8)
+    assert rows["peak without it"].error_percent == 0
 
 
 def test_no_file(tmp_path):

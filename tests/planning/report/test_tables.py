@@ -15,12 +15,12 @@ from megablocks_utils.planning.speed.scale import plan_scale
 from tests.planning.cases import A100_NODE, PUBLISHED, build_scenario
 
 GB = 10**9
-QUESTION = PlanRequest(
+PLAN_REQUEST = PlanRequest(
     "org/moe", "org/moe", build_scenario(), A100_NODE, A100_NODE.gpu.memory_bytes, ("--seed", "3")
 )
 
 
-def show(request=QUESTION, width=120, assumptions=("It is so.",), **changes):
+def show(request=PLAN_REQUEST, width=120, assumptions=("It is so.",), **changes):
     request = replace(request, **changes)
     rows = plan_layouts(request)
     console = Console(width=width, file=io.StringIO(), highlight=False)
@@ -115,9 +115,9 @@ def test_nodes_have_a_column_where_there_are_some():
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_a_line_for_every_number_of_gpus(width):
-    points = plan_scale(QUESTION, (8, 16, 32))
+    points = plan_scale(PLAN_REQUEST, (8, 16, 32))
     console = Console(width=width, file=io.StringIO(), highlight=False)
-    show_scale(console, QUESTION, points, ["It is so."])
+    show_scale(console, PLAN_REQUEST, points, ["It is so."])
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     for point in points:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megablocks_utils.planning import scenario as scenario_module
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.model.prediction import COMPONENTS, ParallelLayout
 from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row, plan_layouts
 from tests.planning.cases import A100_NODE, PUBLISHED, build_prediction, build_scenario
@@ -109,14 +109,3 @@ def test_the_record_of_a_row(known):
 def test_no_command_for_what_cannot_be_trained(known):
     rows = plan_layouts(ask(model="deepseek-v3"))
     assert {row.launch for row in rows} == {None}
-
-
-def test_memory_is_the_engines_and_speed_the_formulas(known):
-    def engine(scenario, layouts):
-        return [build_prediction(activations=30 * GB, sent={"all_gather": 1})] * len(layouts)
-
-    rows = plan_layouts(ask(), engine)
-    assert {row.prediction.peak_bytes for row in rows} == {30 * GB}
-    assert {row.verdict.cause for row in rows} == {"activations"}
-    by_formula = plan_layouts(replace(ask(), capacity_bytes=1000 * GB))
-    assert [row.cost for row in rows] == [row.cost for row in by_formula]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megablocks_utils.planning import scenario as scenario_module
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.speed.layout_plan import PlanRequest
 from megablocks_utils.planning.speed.scale import describe_dominance, plan_scale, waits_for_tokens
 from tests.planning.cases import A100_NODE, PUBLISHED, build_prediction, build_scenario

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megablocks_utils.planning import scenario as scenario_module
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout
 from megablocks_utils.planning.speed.calibration import Calibration

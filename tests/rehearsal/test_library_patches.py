@@ -1,0 +1,74 @@
+"""Every patch is still needed: where one of these fails, its patch can go."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+
+from megablocks_utils.rehearsal.library_patches import (
+    no_launches,
+    one_example_a_row,
+    shape_grouped_mm,
+    watch_resizes,
+)
+
+
+def test_the_fake_of_grouped_mm_refuses_fp32():
+    with FakeTensorMode():
+        rows, matrices = torch.empty(6, 16), torch.empty(2, 16, 32)
+        ends = torch.empty(2, dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="BF16"):
+            torch._grouped_mm(rows, matrices, offs=ends)
+        assert shape_grouped_mm(rows, matrices, ends).shape == (6, 32)
+        assert shape_grouped_mm(rows.T, torch.empty(6, 32), ends).shape == (2, 16, 32)
+
+
+def test_transformers_takes_fake_positions_for_several_examples():
+    with FakeTensorMode():
+        positions = torch.arange(8)[None]
+        assert masking_utils.find_packed_sequence_indices(positions) is not None
+        with one_example_a_row():
+            assert masking_utils.find_packed_sequence_indices(positions) is None
+    assert masking_utils.find_packed_sequence_indices(torch.arange(8)[None]) is None
+
+
+def test_no_dispatch_mode_sees_a_storage_resized():
+    class Watch(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            type(self).calls += 1
+            return func(*args, **(kwargs or {}))
+
+    storage = torch.empty(8).untyped_storage()
+    seen = []
+    with Watch(), watch_resizes(lambda resized: seen.append(resized.nbytes())):
+        storage.resize_(0)
+    assert (Watch.calls, seen) == (0, [0])
+    storage.resize_(4)
+    assert seen == [0]
+
+
+def test_the_triton_interpreter_cannot_take_fake_tensors(ranks1):
+    assert ranks1.run(launch_on_fakes) == [(True, True)]
+
+
+def launch_on_fakes(rank):
+    """Say whether a launch fails without the patch, and does nothing with it."""
+    triton = pytest.importorskip("triton")
+
+    @triton.jit
+    def kernel(pointer):
+        triton.language.store(pointer, 1.0)
+
+    with FakeTensorMode():
+        target = torch.empty(4)
+        try:
+            kernel[(1,)](target)
+            fails = False
+        except Exception:  # noqa: BLE001 - whatever the interpreter stumbles over
+            fails = True
+        with no_launches():
+            kernel[(1,)](target)
+    return fails, True

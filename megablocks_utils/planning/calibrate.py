@@ -127,6 +127,11 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
         UserError: bad options, a run that failed, or runs that cannot tell the cost of a byte.
     """
     task = _read_task(argv)
+    if not _SCRIPT.is_file():
+        raise ConfigurationError(
+            f"plan calibrate starts {_SCRIPT.name}, which is not installed with the package; "
+            "call it in a checkout of this project: python -m megablocks_utils.plan calibrate."
+        )
     shape = read_shape(task.config, read_config_file(find_config_file(task.model)))
     scenario = Scenario(
         config=task.config,

@@ -167,6 +167,13 @@ def test_refusals(line):
     assert runs.commands == []
 
 
+def test_an_installed_package_has_no_script_to_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("megablocks_utils.planning.calibrate._SCRIPT", tmp_path / "train.py")
+    runs = PlantedRuns()
+    assert "train.py, which is not installed with the package" in refusal(words(tmp_path), runs)
+    assert runs.commands == []
+
+
 def test_help():
     with pytest.raises(HelpRequested) as caught:
         calibrate(["--help"])

@@ -1,1 +1,1 @@
-"""Where weights come from and go to: safetensors folders, naming on the Hub, checkpoints of a run."""
+"""Where weights come from and go to: safetensors folders, Hub naming, checkpoints of a run."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from megablocks_utils.config.options import OPTIONS
+from megablocks_utils.config import OPTIONS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_accelerate_fsdp2

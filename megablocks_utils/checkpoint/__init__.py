@@ -1,1 +1,1 @@
-"""Where weights come from and go to: safetensors folders, naming on the Hub, checkpoints of a run."""
+"""Where weights come from and go to: safetensors folders, names on the Hub, checkpoints."""

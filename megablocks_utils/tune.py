@@ -173,7 +173,9 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=(MODEL_CONFIG_NAME,))
     model = build_model_on_meta(folder)
     experts = next(iter(find_expert_modules(model).values()))
-    check_ep_size(options.ep_size, num_experts=int(experts.num_experts))
+    num_experts = experts.num_experts
+    assert isinstance(num_experts, int)
+    check_ep_size(options.ep_size, num_experts=num_experts)
     mode = EXPERT_MODES[options.use_lora]
     use = ExpertUse("cuda", find_dtype(options.dtype), mode, options.tokens)
     return use.shapes(model, experts, options.ep_size)

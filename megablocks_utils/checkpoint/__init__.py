@@ -1,1 +1,1 @@
-"""Where weights come from and go to: safetensors folders, names on the Hub, checkpoints."""
+"""Where weights come from and go to: safetensors folders, Hub naming, checkpoints of a run."""

@@ -9,7 +9,7 @@ import pytest
 from megablocks_utils.config import parse_args
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning import scenario as scenario_module
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.calibrate import HELP, calibrate
 from megablocks_utils.planning.speed.calibration import read_calibration
 from tests.planning.cases import MIXTRAL, build_prediction

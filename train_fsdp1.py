@@ -9,6 +9,7 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_known_args
+from megablocks_utils.config.given import GivenOption
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> None:
     train(config, launch, leftovers)
 
 
-def train(config: RunConfig, launch: LaunchEnvironment, leftovers: list[str]) -> None:
+def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOption, ...]) -> None:
     """Build, fit, report."""
     from megablocks_utils.fsdp.fsdp1 import full_parameters
     from megablocks_utils.processes.start import start_processes

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import (
     KINDS,
@@ -138,7 +138,9 @@ def compile_only(capability: int, *, once_a_tile: bool) -> Iterator[list[tuple[A
     seen: set[Any] = set()
     run = JITFunction.run
 
-    def compile_kernel(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any):
+    def compile_kernel(
+        self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
+    ) -> Any:
         tile = (self.fn.__name__, *(kwargs.get(name) for name in _SHOWN))
         if once_a_tile and tile in seen:
             return None
@@ -170,7 +172,7 @@ def _run_layer(variant: Variant) -> None:
         made = torch.empty(*shape, dtype=kind, device="meta")
         return made.requires_grad_(kind.is_floating_point)
 
-    loras = [None, None]
+    loras: list[LowRank | None] = [None, None]
     if variant.rank:
         sides = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
         loras = [
@@ -185,14 +187,17 @@ def _run_layer(variant: Variant) -> None:
         make(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN),
         make(NUM_EXPERTS, HIDDEN, INTERMEDIATE),
         SwiGlu(),
-        *loras,
+        gate_up_lora=loras[0],
+        down_lora=loras[1],
     )
     num_rows = NUM_TOKENS * TOP_K
-    indices = (make(size, kind=torch.int64) for size in (num_rows, num_rows, NUM_EXPERTS))
+    order, inverse, counts = (
+        make(size, kind=torch.int64) for size in (num_rows, num_rows, NUM_EXPERTS)
+    )
     tokens = make(NUM_TOKENS, HIDDEN)
     weights = make(NUM_TOKENS, TOP_K, kind=torch.float32)
     output = run_experts_triton(
-        tokens, ExpertOrder(*indices, top_k=TOP_K), weights, experts, tiles=variant.tiles()
+        tokens, ExpertOrder(order, inverse, counts, TOP_K), weights, experts, tiles=variant.tiles()
     )
     output.backward(torch.empty_like(output))
 
@@ -271,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
     rows: dict[Resources, None] = {}
     for variant in list_variants(options.arch, options.dtype, options.rank):
         rows |= dict.fromkeys(compile_variant(variant, once_a_tile=options.once_a_tile))
-    certificate = build_certificate("benchmarks.kernel_resources", argv, triton=triton.__version__)
+    certificate = build_provenance("benchmarks.kernel_resources", argv, triton=triton.__version__)
     payload = {"certificate": certificate, "kernels": [asdict(row) for row in rows]}
     options.json.write_text(json.dumps(payload, indent=1) + "\n")
     sys.stdout.write(format_table(list(rows)) + "\n")

@@ -14,18 +14,18 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
-from typing import Any
 
-from benchmarks.certificate import build_certificate
-from benchmarks.parity import BOUND, MEASURED, describe_case, grouped, open_workplace, say
-from megablocks_utils.files import write_json_atomically
+from benchmarks.harness.provenance import RESULTS, build_provenance
+from benchmarks.harness.rank_pools import finish, open_rank_pools
+from benchmarks.harness.record import Row
+from benchmarks.harness.report import group_rows, markdown_table, say
+from benchmarks.parity import BOUND, MEASURED, describe_case, worst_of
 from tests.support.fsdp1_run import train_fsdp1
 from tests.support.parity import Layout, ParityCase, ParityFolder, run_case, train_fsdp2
 from tests.support.rank_pool import RankPool
 from tests.support.trace import measure_distance, measure_excess
 
-RESULTS = Path(__file__).parent / "results" / "lora_parity_cpu.json"
+RESULT = RESULTS / "lora_parity_cpu.json"
 TRAIN = {"fsdp2": train_fsdp2, "fsdp1": train_fsdp1}
 OWN_EXPERT_DP = {"fsdp2": "shard", "fsdp1": "replicate"}
 EP_SIZES, RANKS = (1, 2, 4), (1, 4, 16)
@@ -34,7 +34,7 @@ MAX_EXCESS = 4  # of a final weight, see `measure_excess`
 
 
 def lora_cases() -> Iterator[tuple[str, ParityCase]]:
-    """Yield script and case: the matrix, then what lies beside it."""
+    """Yield script and case: the matrix, then special cases."""
     for script, model, ep_size, rank in product(TRAIN, MODELS, EP_SIZES, RANKS):
         layout = Layout(4, ep_size, OWN_EXPERT_DP[script])
         yield script, ParityCase(layout, model, lora="all", lora_rank=rank)
@@ -57,7 +57,7 @@ def lora_cases() -> Iterator[tuple[str, ParityCase]]:
         )
 
 
-def measure_rows(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[dict[str, Any]]:
+def measure_rows(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[Row]:
     """Run all cases and return a row for each: its options and its worst relative differences.
 
     `weight_excess` is there where a final weight is further than the bound from fp32 stock: the
@@ -78,19 +78,16 @@ def measure_rows(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[di
     return rows
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[Row]) -> str:
     """Return Markdown: the worst over all ep sizes and options of a script, model and rank."""
-    lines = [
-        f"| script | model | r | runs | {' | '.join(MEASURED)} |",
-        "|---|---|---:|---:|" + "---:|" * len(MEASURED),
+    worst = [
+        [script, model, str(rank), str(len(group)), *worst_of(group)]
+        for (script, model, rank), group in group_rows(rows, "script", "model", "lora_rank").items()
     ]
-    for (script, model, rank), group in grouped(rows, "script", "model", "lora_rank").items():
-        worst = [f"{max(row[name] for row in group):.1e}" for name in MEASURED]
-        lines.append(f"| {script} | {model} | {rank} | {len(group)} | {' | '.join(worst)} |")
-    return "\n".join(lines) + "\n"
+    return markdown_table(("script", "model", "r", "runs", *MEASURED), worst, num_left=2)
 
 
-def find_violations(rows: list[dict[str, Any]]) -> list[str]:
+def find_violations(rows: list[Row]) -> list[str]:
     """Name every row that breaks a bound."""
     return [
         f"parity: {row}"
@@ -104,16 +101,11 @@ def main() -> None:
     """Measure, write, show, judge."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
     started = time.monotonic()
-    with open_workplace(4) as (pools, folder):
+    with open_rank_pools(4) as (pools, folder):
         rows = measure_rows(pools, folder)
     runtime_s = round(time.monotonic() - started)
-    certificate = build_certificate("benchmarks.lora_parity", sys.argv[1:], runtime_s=runtime_s)
-    write_json_atomically(RESULTS, certificate | {"rows": rows})
-    sys.stdout.write(format_table(rows))
-    violations = find_violations(rows)
-    for violation in violations:
-        say(violation)
-    sys.exit(bool(violations))
+    provenance = build_provenance("benchmarks.lora_parity", sys.argv[1:], runtime_s=runtime_s)
+    finish(RESULT, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
 
 
 if __name__ == "__main__":

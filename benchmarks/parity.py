@@ -9,25 +9,22 @@ and prints it as Markdown tables. Ends with exit code 1 if a bound does not hold
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.certificate import build_certificate
-from megablocks_utils.files import write_json_atomically
+from benchmarks.harness.provenance import RESULTS, build_provenance
+from benchmarks.harness.rank_pools import finish, open_rank_pools
+from benchmarks.harness.record import Row
+from benchmarks.harness.report import group_rows, markdown_table, say
 from tests.support.parity import LAYOUTS, Layout, ParityCase, ParityFolder, run_case
 from tests.support.rank_pool import RankPool
 from tests.support.tiny_models import FAMILIES
 from tests.support.trace import measure_distance, measure_drift
 
-RESULTS = Path(__file__).parent / "results" / "parity_cpu.json"
+RESULT = RESULTS / "parity_cpu.json"
 BOUND = 1e-5
 DRIFT_BOUND = 2.0
 CHECKPOINTING = ("True", "False", "selective")
@@ -37,7 +34,7 @@ MEASURED = ("loss", "grad_norm", "first_gradient", "weight")
 
 
 def parity_cases() -> Iterator[ParityCase]:
-    """Yield the matrix, then what lies beside it."""
+    """Yield the matrix, then special cases."""
     for model, layout, accumulation, checkpointing in product(
         FAMILIES, LAYOUTS, ACCUMULATION, CHECKPOINTING
     ):
@@ -59,7 +56,7 @@ def parity_cases() -> Iterator[ParityCase]:
     yield ParityCase(Layout(4, 2), "mixtral", num_examples=3, accumulation=4)
 
 
-def measure_parity(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[dict[str, Any]]:
+def measure_parity(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[Row]:
     """Run all cases and return a row for each: its options and its worst relative differences.
 
     `weight_from_fp64` is the distance of the final weights from the reference run in fp64, and
@@ -80,7 +77,7 @@ def measure_parity(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[
     return rows
 
 
-def measure_drifts(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[dict[str, Any]]:
+def measure_drifts(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[Row]:
     """Run every precision; return rows with the drift of the losses from stock fp32."""
     rows = []
     for model, layout, precision in product(FAMILIES, LAYOUTS, PRECISIONS):
@@ -98,75 +95,58 @@ def describe_case(case: ParityCase) -> dict[str, Any]:
     return asdict(case) | {"layout": str(case.layout), "batch_size": case.batch_size}
 
 
-def format_tables(parity: list[dict[str, Any]], drifts: list[dict[str, Any]]) -> str:
+def format_tables(parity: list[Row], drifts: list[Row]) -> str:
     """Return both results as Markdown: the worst over all options of a layout and model."""
-    lines = [
-        f"| layout | model | runs | {' | '.join(MEASURED)} |",
-        "|---|---|---:|" + "---:|" * len(MEASURED),
+    worst = [
+        [layout, model, str(len(rows)), *worst_of(rows)]
+        for (layout, model), rows in group_rows(parity, "layout", "model").items()
     ]
-    for (layout, model), rows in grouped(parity, "layout", "model").items():
-        worst = [f"{max(row[name] for row in rows):.1e}" for name in MEASURED]
-        lines.append(f"| {layout} | {model} | {len(rows)} | {' | '.join(worst)} |")
-    lines += ["", "| precision | model | drift / stock bf16's drift, by layout |", "|---|---|---|"]
-    for (precision, model), rows in grouped(drifts, "precision", "model").items():
-        ratios = ", ".join(f"{row['drift'] / row['stock_bf16_drift']:.2f}" for row in rows)
-        lines.append(f"| {precision} | {model} | {ratios} |")
-    return "\n".join(lines) + "\n"
+    ratios = [
+        [
+            precision,
+            model,
+            ", ".join(f"{row['drift'] / row['stock_bf16_drift']:.2f}" for row in rows),
+        ]
+        for (precision, model), rows in group_rows(drifts, "precision", "model").items()
+    ]
+    drift_columns = ("precision", "model", "drift / stock bf16's drift, by layout")
+    tables = [
+        markdown_table(("layout", "model", "runs", *MEASURED), worst, num_left=2),
+        markdown_table(drift_columns, ratios, num_left=3),
+    ]
+    return "\n\n".join(tables)
 
 
-def find_violations(parity: list[dict[str, Any]], drifts: list[dict[str, Any]]) -> list[str]:
+def worst_of(rows: list[Row]) -> list[str]:
+    """Return the largest of each measured difference, as cells."""
+    return [f"{max(row[name] for row in rows):.1e}" for name in MEASURED]
+
+
+def find_violations(parity: list[Row], drifts: list[Row]) -> list[str]:
     """Name every row that breaks its bound."""
-    broken = []
+    violations = []
     for row in parity:
         # Nearer to fp64 than the bound is near enough: fp32 runs differ among themselves.
         weight = min(row["weight"], row["weight_from_fp64"])
         if max(row["loss"], row["grad_norm"], row["first_gradient"], weight) >= BOUND:
-            broken.append(f"parity: {row}")
-    broken += [
+            violations.append(f"parity: {row}")
+    violations += [
         f"drift: {row}" for row in drifts if row["drift"] >= DRIFT_BOUND * row["stock_bf16_drift"]
     ]
-    return broken
-
-
-def grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
-    """Return the rows by the values of some of their keys, in order of appearance."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
-
-
-@contextmanager
-def open_workplace(*pool_sizes: int) -> Iterator[tuple[dict[int, RankPool], ParityFolder]]:
-    """Give pools of ranks by size, and a folder that is gone afterwards; one thread a rank."""
-    torch.set_num_threads(1)
-    with ExitStack() as stack:
-        folder = ParityFolder(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        yield {size: stack.enter_context(RankPool(size)) for size in pool_sizes}, folder
-
-
-def say(text: str) -> None:
-    """Write a line to standard error; standard output gets the tables."""
-    sys.stderr.write(text + "\n")
+    return violations
 
 
 def main() -> None:
     """Measure, write, show, judge."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
     started = time.monotonic()
-    with open_workplace(1, 2, 4) as (pools, folder):
+    with open_rank_pools(1, 2, 4) as (pools, folder):
         parity = measure_parity(pools, folder)
         drifts = measure_drifts(pools, folder)
-    certificate = build_certificate(
-        "benchmarks.parity", sys.argv[1:], runtime_s=round(time.monotonic() - started)
-    )
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_json_atomically(RESULTS, certificate | {"parity": parity, "drifts": drifts})
-    sys.stdout.write(format_tables(parity, drifts))
-    violations = find_violations(parity, drifts)
-    for violation in violations:
-        say(violation)
-    sys.exit(bool(violations))
+    runtime_s = round(time.monotonic() - started)
+    provenance = build_provenance("benchmarks.parity", sys.argv[1:], runtime_s=runtime_s)
+    content = provenance | {"parity": parity, "drifts": drifts}
+    finish(RESULT, content, format_tables(parity, drifts), find_violations(parity, drifts))
 
 
 if __name__ == "__main__":

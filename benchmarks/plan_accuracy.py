@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.memory.formula import predict
@@ -153,7 +153,7 @@ def build_row(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """Return a line of the Markdown table in docs/planning.md."""
+    """Return a line of the Markdown table in `benchmarks/results/plan_accuracy_cpu.md`."""
     measured = row["measured_bytes"]
     cells = [
         row["case"],
@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> None:
             rows.append(build_row(case, folder, options.rounds))
             sys.stdout.write(table_line(rows[-1]) + "\n")
             sys.stdout.flush()
-    certificate = build_certificate("benchmarks.plan_accuracy", argv, n=options.rounds)
+    certificate = build_provenance("benchmarks.plan_accuracy", argv, n=options.rounds)
     write_json_atomically(options.output, certificate | {"config": CONFIG, "rows": rows})
 
 

@@ -17,11 +17,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.launchers import FSDP2_SCRIPT, Job, Torchrun
+from benchmarks.harness.outcome import explain
+from benchmarks.harness.provenance import RESULTS, ROOT, build_provenance
+from benchmarks.harness.record import Record, Row
+from benchmarks.harness.report import markdown_table, show
+from megablocks_utils.byte_units import GIB
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "precision_cpu.json"
+RESULT = RESULTS / "precision_cpu.json"
 PRECISIONS = ("fp32", "mixed", "bf16_sr", "bf16")
+_TIMEOUT_S = 3600.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,14 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_training(
-    options: argparse.Namespace, precision: str, seed: int, output_dir: Path
-) -> list[dict]:
-    """Train once and return the metrics of its steps."""
+def run_training(options: argparse.Namespace, precision: str, seed: int, folder: Path) -> list[Row]:
+    """Train once, leave the model in `output` of a folder, and return the metrics of its steps."""
     flags = {
         "model_name_or_path": options.model,
         "data_path": options.data,
-        "output_dir": output_dir,
+        "output_dir": folder / "output",
         "use_megablocks_sharding": True,
         "precision": precision,
         "seed": seed,
@@ -54,11 +57,12 @@ def run_training(
         "max_seq_length": 160,
         "per_device_train_batch_size": 2,
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={options.processes}", "train_accelerate_fsdp2.py"]
-    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logs = folder / "logs"
+    logs.mkdir()
+    ending = Torchrun()(Job(FSDP2_SCRIPT, flags, options.processes, logs, _TIMEOUT_S))
+    if ending.exit_code != 0:
+        raise RuntimeError(f"{precision}, seed {seed}: {explain(ending)['reason']}")
+    lines = (folder / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -86,9 +90,9 @@ def run_study(options: argparse.Namespace) -> dict:
         task = bar.add_task("runs", total=len(PRECISIONS) * len(options.seeds))
         for seed in options.seeds:
             for precision in PRECISIONS:
-                with tempfile.TemporaryDirectory(dir=scratch) as output:
-                    metrics = run_training(options, precision, seed, Path(output))
-                    loss = measure_held_out(Path(output), held_out)
+                with tempfile.TemporaryDirectory(dir=scratch) as name:
+                    metrics = run_training(options, precision, seed, Path(name))
+                    loss = measure_held_out(Path(name, "output"), held_out)
                 step_time_s = statistics.median(step["step_time_s"] for step in metrics)
                 rows.append(
                     {
@@ -107,29 +111,30 @@ def run_study(options: argparse.Namespace) -> dict:
 
 def write_table(result: dict) -> str:
     """Return the Markdown table of a result."""
-    lines = ["| precision | held-out loss after | fall, mean (min to max) | peak memory |"]
-    lines += ["|---|---|---|---|"]
+    columns = ("precision", "held-out loss after", "fall, mean (min to max)", "peak memory")
+    lines = []
     for precision in PRECISIONS:
         rows = [row for row in result["rows"] if row["precision"] == precision]
-        losses = [row["held_out_loss"] for row in rows]
         falls = [row["fall"] for row in rows]
-        peak_gib = max(row["mem_peak_bytes"] for row in rows) / 1024**3
+        peak_gib = max(row["mem_peak_bytes"] for row in rows) / GIB
         lines.append(
-            f"| `{precision}` | {', '.join(f'{loss:.3f}' for loss in losses)} | "
-            f"{statistics.mean(falls):.3f} ({min(falls):.3f} to {max(falls):.3f}) | "
-            f"{peak_gib:.2f} GiB |"
+            (
+                f"`{precision}`",
+                ", ".join(f"{row['held_out_loss']:.3f}" for row in rows),
+                f"{statistics.mean(falls):.3f} ({min(falls):.3f} to {max(falls):.3f})",
+                f"{peak_gib:.2f} GiB",
+            )
         )
-    return "\n".join(lines)
+    return markdown_table(columns, lines, num_left=4)
 
 
 def main(argv: list[str]) -> None:
     """Run the study, write its JSON and print its table."""
     options = build_parser().parse_args(argv)
     result = run_study(options)
-    certificate = build_certificate("benchmarks.precision", argv)
-    RESULT.write_text(json.dumps({"certificate": certificate} | result, indent=1) + "\n")
-    Console().print(f"held-out loss before: {result['held_out_loss_before']:.3f}", markup=False)
-    Console().print(write_table(result), markup=False, soft_wrap=True)
+    Record(RESULT, build_provenance("benchmarks.precision", argv) | result).write()
+    show(f"held-out loss before: {result['held_out_loss_before']:.3f}")
+    show(write_table(result))
 
 
 if __name__ == "__main__":

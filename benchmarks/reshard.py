@@ -1,25 +1,24 @@
-"""How exactly a run goes on from a checkpoint in another layout: every layout to every other.
+"""How exactly a run resumes from a checkpoint in another layout: every layout to every other.
 
     PYTHONPATH=. python -m benchmarks.reshard
 
-Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and goes on from there
-in each other and in itself; about five minutes on two cores. Writes benchmarks/results/reshard.json
-and prints it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a series in
-the same layout is not the uninterrupted one bit by bit, or another one leaves the bound.
+Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
+in each layout; about five minutes on two cores. Writes benchmarks/results/reshard.json and prints
+it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
+same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from benchmarks.certificate import build_certificate
-from benchmarks.parity import open_workplace, say
-from megablocks_utils.files import write_json_atomically
+from benchmarks.harness.provenance import RESULTS, build_provenance
+from benchmarks.harness.rank_pools import finish, open_rank_pools
+from benchmarks.harness.record import Row
+from benchmarks.harness.report import markdown_table, say
 from tests.support.parity import Layout, ParityFolder
 from tests.support.rank_pool import RankPool
 from tests.support.resuming import (
@@ -32,7 +31,7 @@ from tests.support.resuming import (
     run_and_save,
 )
 
-RESULTS = Path(__file__).parent / "results" / "reshard.json"
+RESULT = RESULTS / "reshard.json"
 BOUND = 1e-5
 ERRORS = ("weights", "exp_avg", "exp_avg_sq")
 RUNS = {
@@ -48,8 +47,8 @@ RUNS = {
 """Layouts by their names in the table."""
 
 
-def measure(pools: Mapping[int, RankPool], models: ParityFolder) -> list[dict[str, Any]]:
-    """Save in each layout and go on in all; return a row for each pair."""
+def measure(pools: Mapping[int, RankPool], models: ParityFolder) -> list[Row]:
+    """Save in each layout and resume in all; return a row for each pair."""
     rows = []
     for source, run in RUNS.items():
         saved = run_and_save(pools, models, run, models.folder / f"saved {source}")
@@ -62,8 +61,8 @@ def measure(pools: Mapping[int, RankPool], models: ParityFolder) -> list[dict[st
 
 def measure_pair(
     pools: Mapping[int, RankPool], models: ParityFolder, saved: SavedRun, run: Run
-) -> dict[str, Any]:
-    """Go on from a saved run as another; return the largest differences."""
+) -> Row:
+    """Resume a saved run as another; return the largest differences."""
     folder = models.folder / f"resumed {time.monotonic_ns()}"
     resumed = resume(pools, models, run, saved.checkpoint, folder)
     return {name: largest_error(resumed.state, saved.state, name) for name in ERRORS} | {
@@ -87,44 +86,38 @@ def largest_difference(resumed: ResumedRun, saved: SavedRun, name: str) -> float
     return max(abs(getattr(a, name) / getattr(b, name) - 1) for a, b in pairs)
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[Row]) -> str:
     """Return the differences of the next losses as Markdown, and the errors of the state."""
     names = list(RUNS)
-    found = {(row["saved"], row["resumed"]): row["loss"] for row in rows}
-    lines = ["| saved \\ resumed | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for source in names:
-        cells = [f"{found[source, target]:.1e}" for target in names]
-        lines.append(f"| {source} | " + " | ".join(cells).replace("0.0e+00", "0") + " |")
+    losses = {(row["saved"], row["resumed"]): row["loss"] for row in rows}
+    lines = [
+        [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in names)]
+        for source in names
+    ]
+    table = markdown_table(("saved \\ resumed", *names), lines)
     worst = ", ".join(f"{name} {max(row[name] for row in rows):g}" for name in ERRORS)
-    lines += ["", f"Largest error of the restored state, all {len(rows)} pairs: {worst}."]
-    return "\n".join(lines) + "\n"
+    return f"{table}\n\nLargest error of the restored state, all {len(rows)} pairs: {worst}."
 
 
-def find_violations(rows: list[dict[str, Any]]) -> list[str]:
-    """Name every pair that is not as it must be."""
-    broken = []
+def find_violations(rows: list[Row]) -> list[str]:
+    """Name every pair that breaks its bound."""
+    violations = []
     for row in rows:
         bound = 0.0 if row["saved"] == row["resumed"] else BOUND
         if any(row[name] for name in ERRORS) or max(row["loss"], row["grad_norm"]) > bound:
-            broken.append(str(row))
-    return broken
+            violations.append(str(row))
+    return violations
 
 
 def main() -> None:
     """Measure, write, show, judge."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
     started = time.monotonic()
-    with open_workplace(1, 2, 4) as (pools, models):
+    with open_rank_pools(1, 2, 4) as (pools, models):
         rows = measure(pools, models)
-    certificate = build_certificate(
-        "benchmarks.reshard", sys.argv[1:], runtime_s=round(time.monotonic() - started)
-    )
-    write_json_atomically(RESULTS, certificate | {"rows": rows})
-    sys.stdout.write(format_table(rows))
-    violations = find_violations(rows)
-    for violation in violations:
-        say(violation)
-    sys.exit(bool(violations))
+    runtime_s = round(time.monotonic() - started)
+    provenance = build_provenance("benchmarks.reshard", sys.argv[1:], runtime_s=runtime_s)
+    finish(RESULT, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
 
 
 if __name__ == "__main__":

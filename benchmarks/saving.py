@@ -1,4 +1,4 @@
-"""How long training stands still while a checkpoint is written: at once, and in the background.
+"""How long training waits while a checkpoint is written: at once, and in the background.
 
     PYTHONPATH=. python -m benchmarks.saving
 
@@ -10,15 +10,17 @@ With --smoke a tiny model, to see that it runs.
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.certificate import build_certificate
-from benchmarks.parity import open_workplace, say
-from benchmarks.timing import spread
-from benchmarks.workload import Workload, save_data, save_model
-from megablocks_utils.files import write_json_atomically
+from benchmarks.harness.processes import as_words
+from benchmarks.harness.provenance import RESULTS, build_provenance
+from benchmarks.harness.rank_pools import open_rank_pools
+from benchmarks.harness.record import Record
+from benchmarks.harness.report import markdown_table, say, show
+from benchmarks.harness.timing import spread
+from benchmarks.harness.workload import Workload, save_workload
 from megablocks_utils.training.checkpointer import Checkpointer
 from megablocks_utils.training.loop import fit
 from megablocks_utils.training.recorder import RunRecorder
@@ -26,7 +28,7 @@ from megablocks_utils.training.resume.run_state import RunState
 from tests.support.parity import build_run
 from tests.support.rank_pool import RankPool
 
-RESULTS = Path(__file__).parent / "results" / "saving.json"
+RESULT = RESULTS / "saving.json"
 WORLD_SIZE = 2
 EVERY = 3
 MODES = {"no checkpoints": (), "at once": ("False",), "in the background": ("True",)}
@@ -76,11 +78,10 @@ def measure(
     pools: Mapping[int, RankPool], folder: Path, workload: Workload, num_saves: int
 ) -> dict[str, dict[str, Any]]:
     """Train once in each mode; return the slowest rank's seconds."""
-    save_model(workload, folder / "model")
-    save_data(workload, folder / "data.jsonl")
-    rows = {}
+    save_workload(workload, folder)
+    rows: dict[str, dict[str, Any]] = {}
     for number, (mode, words) in enumerate(MODES.items()):
-        argv = list(_arguments(folder, workload, f"run{number}", num_saves))
+        argv = _arguments(folder, workload, f"run{number}", num_saves)
         if words:
             argv += ["--save_strategy", "steps", "--save_steps", str(EVERY)]
             argv += ["--save_total_limit", "1", "--async_save", *words]
@@ -95,7 +96,7 @@ def measure(
     return rows
 
 
-def _arguments(folder: Path, workload: Workload, name: str, num_saves: int) -> Iterator[str]:
+def _arguments(folder: Path, workload: Workload, name: str, num_saves: int) -> list[str]:
     options = {
         "model_name_or_path": folder / "model",
         "data_path": folder / "data.jsonl",
@@ -107,8 +108,7 @@ def _arguments(folder: Path, workload: Workload, name: str, num_saves: int) -> I
         "max_steps": EVERY * num_saves,
         "report_to": "none",
     }
-    for name, value in options.items():
-        yield from (f"--{name}", str(value))
+    return as_words(options)
 
 
 def _newest_bytes(folder: Path) -> int:
@@ -117,14 +117,10 @@ def _newest_bytes(folder: Path) -> int:
 
 def format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return medians and ranges as Markdown."""
-    lines = [
-        "| checkpoints | training waits | a save takes | a step takes |",
-        "|---|---:|---:|---:|",
-    ]
-    for mode, row in rows.items():
-        cells = [_format(row.get(name)) for name in ("stalls_s", "writes_s", "steps_s")]
-        lines.append(f"| {mode} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    columns = ("checkpoints", "training waits", "a save takes", "a step takes")
+    keys = ("stalls_s", "writes_s", "steps_s")
+    lines = [[mode, *(_format(row.get(key)) for key in keys)] for mode, row in rows.items()]
+    return markdown_table(columns, lines)
 
 
 def _format(values: Mapping[str, float] | None) -> str:
@@ -139,12 +135,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny model; writes no results")
     smoke = parser.parse_args().smoke
     workload, num_saves = (SMOKE, 2) if smoke else (Workload(num_layers=8), 6)
-    with open_workplace(WORLD_SIZE) as (pools, models):
+    with open_rank_pools(WORLD_SIZE) as (pools, models):
         rows = measure(pools, models.folder, workload, num_saves)
     if not smoke:
-        certificate = build_certificate("benchmarks.saving", sys.argv[1:], world_size=WORLD_SIZE)
-        write_json_atomically(RESULTS, certificate | {"rows": rows})
-    sys.stdout.write(format_table(rows))
+        provenance = build_provenance("benchmarks.saving", sys.argv[1:], world_size=WORLD_SIZE)
+        Record(RESULT, provenance | {"rows": rows}).write()
+    show(format_table(rows))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ Nothing is measured: the formulas of `megablocks_utils.plan` answer in seconds.
 
 from pathlib import Path
 
+from megablocks_utils.byte_units import GB
 from megablocks_utils.plan import build_request
-from megablocks_utils.planning.model.units import GB
-from megablocks_utils.planning.plan_help import HELP
-from megablocks_utils.planning.plan_options import parse_plan_options, split_words
+from megablocks_utils.planning.plan_options import parse_plan_options
 from megablocks_utils.planning.report.scale_chart import draw_scale
 from megablocks_utils.planning.speed.layout_plan import PlanRequest
 from megablocks_utils.planning.speed.scale import ScalePoint, describe_dominance, plan_scale
@@ -30,7 +29,7 @@ MARK = "<!-- From here on written by python -m benchmarks.scale -->"
 def ask(folder: str) -> tuple[PlanRequest, list[ScalePoint]]:
     """Plan one of the models in `benchmarks/models`."""
     path = Path(__file__).parent / "models" / folder
-    options = parse_plan_options(split_words([str(path), *RUN.split()], help_text=HELP))
+    options = parse_plan_options([str(path), *RUN.split()])
     request = build_request(options)
     return request, plan_scale(request, options.world_sizes)
 

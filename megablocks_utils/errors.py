@@ -44,7 +44,9 @@ class UserError(Exception):
         message = str(self)
         for name in self.parameters:
             option = f"--{option_names.get(name, name)}"
-            message = re.sub(rf"(?<![\w-]){re.escape(name)}(?!\w)", option, message)
+            # Alone, or at the end of a sentence; not within a path or a longer name.
+            alone = rf"(?<![\w./-]){re.escape(name)}(?!\w|[./-]\w)"
+            message = re.sub(alone, option, message)
         return message
 
 

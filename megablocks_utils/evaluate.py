@@ -3,49 +3,112 @@
 It loads the model with plain transformers and PEFT: what a run has learned is judged by code that
 had no part in it.
 
-Run it as ``python -m megablocks_utils.evaluate MODEL --data_path FILE``.
+`python -m megablocks_utils.evaluate --help`. Torch is imported when the options are good, so
+`--help` answers at once.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-
-from megablocks_utils.errors import UserError
-from megablocks_utils.training.data.batches import MicroBatch, pack_examples
-from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
-from megablocks_utils.training.data.formats import alpaca_prompt
-from megablocks_utils.training.step.objective import label_positions, token_loss_sum
+from megablocks_utils.config import DataConfig
+from megablocks_utils.config.command import Command
+from megablocks_utils.config.option import Option, list_options, same_option
+from megablocks_utils.config.reader import build_section, choose_model, read_command
+from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["greedy_answer", "held_out_loss", "load_model", "main"]
+    from megablocks_utils.training.data.batches import MicroBatch
+    from megablocks_utils.training.data.examples import TokenizedExamples
+
+__all__ = [
+    "COMMAND",
+    "EvaluateOptions",
+    "evaluate",
+    "greedy_answer",
+    "held_out_loss",
+    "load_model",
+    "main",
+    "parse_options",
+]
 
 TOKENS_PER_ROW = 1024
 """Longest packed row: attention over a row is dense, so longer ones waste work."""
 
 
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Hold the options."""
+
+    data_path: Annotated[
+        str,
+        same_option(DataConfig, "data_path", help="held-out examples, as the scripts read them"),
+    ]
+    model_name_or_path: Annotated[
+        str | None, Option("MODEL, as the scripts name it", metavar="MODEL")
+    ] = None
+    adapter: Annotated[
+        str | None, Option("folder of a PEFT adapter to put over the model", metavar="DIR")
+    ] = None
+    max_seq_length: Annotated[int, same_option(DataConfig, "max_seq_length")] = (
+        DataConfig.max_seq_length
+    )
+    max_new_tokens: Annotated[int, Option("tokens of each answer at most", minimum=1)] = 48
+    ask: Annotated[
+        tuple[str, ...],
+        Option(
+            "instructions that the model answers; may be repeated",
+            metavar="INSTRUCTION",
+            may_repeat=True,
+        ),
+    ] = ()
+
+
+COMMAND = Command(
+    usage=("python -m megablocks_utils.evaluate MODEL --data_path DATA [--option value] ...",),
+    about=(
+        "Measures a saved model on held-out examples and lets it answer, in one process, with "
+        "plain transformers and PEFT. The result is one JSON object: loss, label_tokens, examples, "
+        "answers.",
+    ),
+    options=list_options(EvaluateOptions),
+    positional="MODEL",
+    positional_help="Hub name or local folder",
+)
+
+
 def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedModel":
     """Load a model, and a PEFT adapter over it, in fp32 for evaluation."""
+    import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    if adapter_path is not None:
-        from peft import PeftModel
+    from megablocks_utils.checkpoint.library_output import (
+        filter_peft_warnings,
+        without_transformers_bars,
+    )
 
-        model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
+    with without_transformers_bars(), filter_peft_warnings():
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        if adapter_path is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
     return model.eval()
 
 
-def held_out_loss(model: torch.nn.Module, examples: TokenizedExamples) -> float:
+def held_out_loss(model: "PreTrainedModel", examples: "TokenizedExamples") -> float:
     """Return the mean loss of all label tokens, each counted once.
 
     The examples are packed in rows of similar length; the result does not depend on how.
     """
+    import torch
+
+    from megablocks_utils.training.step.objective import label_positions, token_loss_sum
+
     device = next(model.parameters()).device
     total = 0.0
     with torch.no_grad():
@@ -61,8 +124,11 @@ def held_out_loss(model: torch.nn.Module, examples: TokenizedExamples) -> float:
     return total / int(examples.num_label_tokens.sum())
 
 
-def _rows(examples: TokenizedExamples) -> Iterator[MicroBatch]:
-    row, tokens = [], 0
+def _rows(examples: "TokenizedExamples") -> "Iterator[MicroBatch]":
+    from megablocks_utils.training.data.batches import pack_examples
+
+    row: list[int] = []
+    tokens = 0
     for index in range(len(examples)):
         length = int(examples.lengths[index])
         if row and tokens + length > TOKENS_PER_ROW:
@@ -81,25 +147,38 @@ def greedy_answer(
     max_new_tokens: int = 48,
 ) -> str:
     """Return the model's answer to an instruction in Alpaca's prompt, decoded greedily."""
+    import torch
+    from transformers import GenerationMixin
+
+    from megablocks_utils.training.data.formats import alpaca_prompt
+
+    assert isinstance(model, GenerationMixin)
     inputs = tokenizer(alpaca_prompt(instruction), return_tensors="pt").to(model.device)
     with torch.no_grad():
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]  # its annotated self is for another checker
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )
     answer = output[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Return ``loss``, ``label_tokens``, ``examples`` and ``answers`` of what the options name."""
+def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
+    """Return `loss`, `label_tokens`, `examples` and `answers` of a model.
+
+    Raises:
+        DataError: examples that cannot be used.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    examples = load_examples(options, tokenizer)
-    model = load_model(options.model, options.adapter)
+    from megablocks_utils.training.data.examples import load_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    data = DataConfig(options.data_path, max_seq_length=options.max_seq_length)
+    examples = load_examples(data, tokenizer)
+    model = load_model(model_path, options.adapter)
     result = {
         "loss": held_out_loss(model, examples),
         "label_tokens": int(examples.num_label_tokens.sum()),
@@ -112,33 +191,28 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return result | {"answers": answers}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megablocks_utils.evaluate",
-        description="Measure a saved model on held-out examples; the result is one JSON object.",
-    )
-    parser.add_argument("model", help="Hub name or folder")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter to put over the model")
-    parser.add_argument("--data_path", required=True, help="held-out examples")
-    parser.add_argument("--max_seq_length", type=int, default=4096)
-    parser.add_argument("--max_new_tokens", type=int, default=48, help="of each answer")
-    parser.add_argument(
-        "--ask", action="append", default=[], metavar="INSTRUCTION", help="may be repeated"
-    )
-    return parser
+def parse_options(argv: Sequence[str]) -> tuple[str, EvaluateOptions]:
+    """Read MODEL and the options.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        ConfigurationError: for a word, name or value that cannot be used.
+    """
+    values, positional = read_command(argv, COMMAND)
+    options = build_section(EvaluateOptions, values)
+    return choose_model(positional, options.model_name_or_path), options
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    try:
-        result = evaluate(build_parser().parse_args(argv))
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+def main(argv: Sequence[str]) -> None:
+    """Evaluate as the options say, and write the result.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        UserError: for options or files that cannot be used.
+    """
+    result = evaluate(*parse_options(argv))
     sys.stdout.write(json.dumps(result) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_entry_point(main, sys.argv[1:])

@@ -6,6 +6,7 @@ transformers hands each experts module to the function that its `experts_impleme
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
-from megablocks_utils.kernels.available import ExpertBackend, find_unsupported_reason, load
+from megablocks_utils.kernels.backends.backend import Backend, ExpertBackend
+from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
-from megablocks_utils.kernels.fused.requirements import TRITON_INSTALL, is_triton_installed
 from megablocks_utils.kernels.gate import Gate, SwiGlu, gates_agree
 from megablocks_utils.kernels.permute import sort_by_expert
-from megablocks_utils.kernels.shapes import ExpertShapes
+from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
 
 __all__ = ["register_experts_implementation"]
@@ -49,12 +50,14 @@ def register_experts_implementation() -> None:
       SwiGLU nor GPT-OSS's clamped form runs as the module computes it with `grouped_mm`, and is
       refused by `triton`, which has it inside its kernels.
     """
-    for kernel in ("grouped_mm", "triton"):
-        ALL_EXPERTS_FUNCTIONS.register(_PREFIX + kernel, partial(_run_experts, kernel))
+    for backend in BACKENDS.values():
+        if backend.serves_transformers:
+            run = partial(_run_experts, backend)
+            ALL_EXPERTS_FUNCTIONS.register(_PREFIX + backend.name, run)
 
 
 def _run_experts(
-    kernel: str,
+    backend: Backend,
     module: nn.Module,
     hidden_states: Tensor,
     top_k_index: Tensor,
@@ -64,28 +67,28 @@ def _run_experts(
 
     As a linear layer does, it computes in the dtype of the tokens, or in that of autocast.
     """
-    refuse = partial(_refuse, kernel, module)
+    refuse = partial(_refuse, backend.name, module)
     device_type = hidden_states.device.type
     dtype = hidden_states.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
-        run = _load_backend(kernel)
+        run = _load(backend)
         experts = _read_weights(module, refuse).map_tensors(lambda tensor: tensor.to(dtype))
-        if unsupported_reason := _find_unsupported_reason(kernel, experts, device_type):
-            refuse(unsupported_reason)
+        if reason := _find_unsupported_reason(backend, experts, device_type):
+            refuse(reason)
         order = sort_by_expert(top_k_index, len(experts.down_proj))
         output = run(hidden_states.to(dtype), order, top_k_weights, experts)
     return output.to(hidden_states.dtype)
 
 
-def _load_backend(kernel: str) -> ExpertBackend:
-    if kernel == "triton" and not is_triton_installed():
+def _load(backend: Backend) -> ExpertBackend:
+    if not backend.is_installed():
         raise MissingKernelError(
-            f'experts_implementation="{_PREFIX}triton" needs triton, which is not installed; '
-            f"install it with: {TRITON_INSTALL}"
+            f'experts_implementation="{_PREFIX}{backend.name}" needs {backend.name}, which is not '
+            f"installed; install it with: {backend.install}"
         )
-    return load(kernel, tiles=None)
+    return backend.load(None)
 
 
 def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWeights:
@@ -103,7 +106,7 @@ def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWei
         if isinstance(tensor, DTensor):
             refuse(f"its {name} is split over processes (a DTensor): use shard_moe for that")
         if tensor.dtype not in _DTYPES:
-            refuse(f"its {name} is {_name(tensor.dtype)}, not float32, bfloat16 or float16")
+            refuse(f"its {name} is {name_dtype(tensor.dtype)}, not float32, bfloat16 or float16")
     return ExpertWeights(
         tensors["gate_up_proj"],
         tensors["down_proj"],
@@ -126,7 +129,11 @@ def _find_gate(module: nn.Module) -> Gate:
 
 @torch.no_grad()
 def _recognise_gate(module: nn.Module) -> Gate:
-    own, device = _OwnGate(module), module.down_proj.device
+    if not isinstance(module, _HasGate):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no _apply_gate: its gate cannot be recognised."
+        )
+    own, device = _OwnGate(module), next(module.parameters()).device
     for candidate in _gate_candidates(module):
         if gates_agree(own, candidate, device):
             return candidate
@@ -141,11 +148,16 @@ def _gate_candidates(module: nn.Module) -> Iterator[SwiGlu]:
             yield SwiGlu(float(alpha), float(limit))
 
 
+@runtime_checkable
+class _HasGate(Protocol):
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class _OwnGate:
     """Call a module's own `_apply_gate`, which splits what it is given."""
 
-    module: nn.Module
+    module: "_HasGate"
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         if getattr(self.module, "is_concatenated", True):
@@ -155,14 +167,16 @@ class _OwnGate:
         return self.module._apply_gate(joined)
 
 
-def _find_unsupported_reason(kernel: str, experts: ExpertWeights, device_type: str) -> str | None:
-    """Say in a clause why a kernel cannot run these experts, or return None."""
+def _find_unsupported_reason(
+    backend: Backend, experts: ExpertWeights, device_type: str
+) -> str | None:
+    """Say in a clause why a backend cannot run these experts, or return None."""
     down = experts.projections[1]
     _, hidden_size, intermediate_size = down.shape
     shapes = ExpertShapes(
         hidden_size, intermediate_size, down.dtype, device_type, gate=experts.gate
     )
-    return find_unsupported_reason(kernel, shapes, _read_device_facts(device_type))
+    return backend.find_unsupported_reason(shapes, _read_device_facts(device_type))
 
 
 @cache
@@ -171,11 +185,7 @@ def _read_device_facts(device_type: str) -> DeviceFacts:
     return read_device_facts(device_type)
 
 
-def _refuse(kernel: str, module: nn.Module, cause: str) -> None:
+def _refuse(kernel: str, module: nn.Module, cause: str) -> NoReturn:
     raise ConfigurationError(
         f'experts_implementation="{_PREFIX}{kernel}" cannot run {type(module).__name__}: {cause}.'
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

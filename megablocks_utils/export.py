@@ -9,36 +9,23 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from megablocks_utils.config.command import Command
+from megablocks_utils.config.option import Option, list_options
+from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.processes.command_output import (
+    OUTPUT_OPTION,
     check_output,
-    read_words,
     removed_on_error,
     show_progress,
 )
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.output_folder import MANIFEST_NAME, find_checkpoints
 
-__all__ = ["ExportOptions", "export_checkpoint", "main", "parse_options"]
+__all__ = ["COMMAND", "ExportOptions", "export_checkpoint", "main", "parse_options"]
 
-HELP = """\
-usage: python -m megablocks_utils.export --checkpoint DIR --output DIR
-
-Writes the model of a checkpoint as an ordinary Hugging Face folder, which transformers loads: with
-the Hub's own tensor names, configuration and tokenizer. A checkpoint of a LoRA run becomes a PEFT
-adapter. The training processes are not needed, nor as many processes as have written it. Every
-file is compared with its checksum first. Memory: one layer's experts (an adapter: all of it).
-
-  --checkpoint DIR
-      The checkpoint: a folder checkpoint-<step> of a run, or the checkpoint-latest beside it.
-  --output DIR
-      The folder to write; must not exist, or be empty. It is complete, or nothing is written.
-
-Exit codes: 0 done; 2 a bad option or file, said in one sentence; 1 anything unexpected.
-"""
-NAMES = ("checkpoint", "output")
 # Name -> shape and dtype (named Any, since torch is not imported yet).
 Stored = Mapping[str, tuple[tuple[int, ...], Any]]
 
@@ -47,8 +34,29 @@ Stored = Mapping[str, tuple[tuple[int, ...], Any]]
 class ExportOptions:
     """Hold the options."""
 
-    checkpoint: Path
-    output: Path
+    checkpoint: Annotated[
+        Path,
+        Option(
+            "the checkpoint: a folder checkpoint-<step> of a run, or the checkpoint-latest beside "
+            "it",
+            metavar="DIR",
+            wanted="a folder",
+        ),
+    ]
+    output: Annotated[Path, OUTPUT_OPTION]
+
+
+COMMAND = Command(
+    usage=("python -m megablocks_utils.export --checkpoint DIR --output DIR",),
+    about=(
+        "Writes the model of a checkpoint as an ordinary Hugging Face folder, which transformers "
+        "loads: with the Hub's own tensor names, configuration and tokenizer. A checkpoint of a "
+        "LoRA run becomes a PEFT adapter. The training processes are not needed, nor as many "
+        "processes as have written it. Every file is compared with its checksum first. Memory: one "
+        "layer's experts (an adapter: all of it).",
+    ),
+    options=list_options(ExportOptions),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,8 +77,7 @@ def parse_options(argv: Sequence[str]) -> ExportOptions:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word or name that is not known, or a value that is missing.
     """
-    given = read_words(argv, NAMES, required=NAMES, help_text=HELP)
-    return ExportOptions(Path(given["checkpoint"]), Path(given["output"]))
+    return build_section(ExportOptions, read_command(argv, COMMAND)[0])
 
 
 def export_checkpoint(options: ExportOptions) -> str:

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there at all, and the names of those that a run leaves.
+"""Names of the files of models, adapters and runs; and files that are whole or not there at all.
 
 Torch-free.
 """
@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "ADAPTER_CONFIG_NAME",
     "ADAPTER_WEIGHTS_NAME",
+    "GENERATION_CONFIG_NAME",
     "LOSS_PLOT_NAME",
     "METRICS_NAME",
+    "MODEL_CONFIG_NAME",
     "MODEL_INDEX_NAME",
+    "MODEL_WEIGHTS_NAME",
     "RUN_RECORD_NAME",
     "STAGING_FOLDER_NAME",
     "TRACKERS_FOLDER_NAME",
@@ -25,16 +29,22 @@ __all__ = [
     "write_json_atomically",
 ]
 
+# Of a model's folder and of a PEFT adapter's, as transformers and PEFT name them.
+MODEL_CONFIG_NAME = "config.json"
+MODEL_WEIGHTS_NAME = "model.safetensors"
+MODEL_INDEX_NAME = "model.safetensors.index.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+# Of a run's output folder.
 METRICS_NAME = "metrics.jsonl"
 RUN_RECORD_NAME = "run.json"
 LOSS_PLOT_NAME = "loss.png"
-MODEL_INDEX_NAME = "model.safetensors.index.json"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 TRACKERS_FOLDER_NAME = "runs"
 """Where trackers that write files do so: Trainer's own name for it."""
 
 STAGING_FOLDER_NAME = ".model-being-written"
-"""Where a model lies inside its folder until it is complete."""
+"""Where a model is written, inside its folder, until it is complete."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Fold a LoRA adapter into its base model: `python -m megablocks_utils.merge --help`.
+"""Merge a LoRA adapter into its base model: `python -m megablocks_utils.merge --help`.
 
 Streams tensor by tensor, so that a model of any size needs the memory of its largest tensor; no
 process group and no GPU. Torch is imported when the options are good, so `--help` answers at once.
@@ -9,12 +9,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from megablocks_utils.config.command import Command
+from megablocks_utils.config.option import Option, list_options
+from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 from megablocks_utils.processes.command_output import (
+    OUTPUT_OPTION,
     check_output,
-    read_words,
     removed_on_error,
     show_progress,
 )
@@ -24,31 +28,11 @@ if TYPE_CHECKING:
     from megablocks_utils.checkpoint.index import CheckpointIndex
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
-__all__ = ["MergeOptions", "main", "merge_adapter", "parse_options"]
+__all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
 
-HELP = """\
-usage: python -m megablocks_utils.merge --adapter DIR --output DIR [--model_name_or_path BASE]
-
-Folds a PEFT LoRA adapter into its base model and writes an ordinary Hugging Face model folder,
-with the base's own tensor names and dtypes, its configuration and its tokenizer. Equals PEFT's
-merge_and_unload. Memory: the largest tensor of the base. No GPU.
-
-  --adapter DIR
-      The adapter: local folder or Hub name, with adapter_config.json and
-      adapter_model.safetensors. Both PEFT's own format for experts and that of adapters made with
-      transformers 4 (one per expert) are read.
-  --output DIR
-      The folder to write; must not exist, or be empty. It is complete, or nothing is written.
-  --model_name_or_path BASE
-      The base model: local folder or Hub name.
-      Default: base_model_name_or_path of the adapter's configuration.
-
-Exit codes: 0 done; 2 a bad option or file, said in one sentence; 1 anything unexpected.
-"""
-NAMES = ("adapter", "output", "model_name_or_path")
 # Files of the base that belong to the model as much as its weights do.
 COMPANIONS = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
+    *(MODEL_CONFIG_NAME, GENERATION_CONFIG_NAME, "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model"),
 )
 
@@ -57,9 +41,38 @@ COMPANIONS = (
 class MergeOptions:
     """Hold the options; `model_name_or_path` None takes the name in the adapter's configuration."""
 
-    adapter: str
-    output: Path
-    model_name_or_path: str | None = None
+    adapter: Annotated[
+        str,
+        Option(
+            "the adapter: local folder or Hub name, with adapter_config.json and "
+            "adapter_model.safetensors; both PEFT's own format for experts and that of adapters "
+            "made with transformers 4 (one per expert) are read",
+            metavar="DIR",
+            wanted="a folder or Hub name",
+        ),
+    ]
+    output: Annotated[Path, OUTPUT_OPTION]
+    model_name_or_path: Annotated[
+        str | None,
+        Option(
+            "the base model: local folder or Hub name",
+            metavar="BASE",
+            shown_default="base_model_name_or_path of the adapter's configuration",
+        ),
+    ] = None
+
+
+COMMAND = Command(
+    usage=(
+        "python -m megablocks_utils.merge --adapter DIR --output DIR [--model_name_or_path BASE]",
+    ),
+    about=(
+        "Merges a PEFT LoRA adapter into its base model and writes an ordinary Hugging Face model "
+        "folder, with the base's own tensor names and dtypes, its configuration and its tokenizer. "
+        "Equals PEFT's merge_and_unload. Memory: the largest tensor of the base. No GPU.",
+    ),
+    options=list_options(MergeOptions),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,18 +87,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_options(argv: Sequence[str]) -> MergeOptions:
-    """Read `--name value` and `--name=value` words; the last of several values counts.
+    """Read the options.
 
     Raises:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word or name that is not known, or a value that is missing.
     """
-    given = read_words(argv, NAMES, required=("adapter", "output"), help_text=HELP)
-    return MergeOptions(given["adapter"], Path(given["output"]), given.get("model_name_or_path"))
+    return build_section(MergeOptions, read_command(argv, COMMAND)[0])
 
 
 def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) -> str:
-    """Write the base model with the adapter folded in, and return a line that says what was done.
+    """Write the base model with the adapter merged in; return a line that says what was done.
 
     Args:
         options: adapter, base and output.
@@ -108,14 +120,14 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     layout = detect_naming(index, source=base)
     model = build_model_on_meta(base)
     check_against_model(model, index, layout)
-    folding = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
+    merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
     try:
         with removed_on_error(options.output):
-            _write(folding, index, options.output, max_shard_bytes)
+            _write(merger, index, options.output, max_shard_bytes)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {options.output}: {reason}") from error
-    changed = sum(folding.is_changed(key) for key in index)
+    changed = sum(merger.is_changed(key) for key in index)
     return (
         f"wrote {options.output}: {changed} of {len(index.keys())} tensors changed,"
         f" {index.total_bytes:,} bytes"
@@ -136,7 +148,7 @@ def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
 
 
 def _write(
-    folding: "AdapterMerger", index: "CheckpointIndex", output: Path, max_shard_bytes: int | None
+    merger: "AdapterMerger", index: "CheckpointIndex", output: Path, max_shard_bytes: int | None
 ) -> None:
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
@@ -149,7 +161,7 @@ def _write(
         ) as writer,
         show_progress("merging", index.total_bytes) as advance,
     ):
-        for key, tensor in folding.tensors():
+        for key, tensor in merger.tensors():
             writer.append(key, tensor)
             advance(tensor.nbytes)
             # Else it would still be held while the next one is read.

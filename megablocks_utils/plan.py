@@ -1,15 +1,20 @@
 """Plan a run before it is paid for: `python -m megablocks_utils.plan --help`.
 
-Torch is imported by `calibrate` alone, in processes of its own.
+Torch is imported by the runs of `calibrate` alone, in processes of their own.
 """
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.config import check_world
+from megablocks_utils.config.given import CommandLine
+from megablocks_utils.config.reader import choose_model
+from megablocks_utils.config.record import format_config, format_record, read_recorded_options
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
@@ -19,12 +24,12 @@ from megablocks_utils.planning.model.config_file import (
     read_config_file,
 )
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.units import GIB
-from megablocks_utils.planning.plan_help import HELP
+from megablocks_utils.planning.plan_arguments import PlanArguments
 from megablocks_utils.planning.plan_options import (
     PlanOptions,
-    parse_plan_options,
-    split_words,
+    build_plan_options,
+    read_arguments,
+    read_run,
 )
 from megablocks_utils.planning.report.plan_chart import draw_plan
 from megablocks_utils.planning.report.plan_record import (
@@ -44,7 +49,7 @@ from megablocks_utils.processes.entry_point import run_entry_point
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["build_request", "main", "plan_world", "plan_worlds"]
+__all__ = ["build_request", "main", "plan_world", "plan_worlds", "print_config"]
 
 DOES_NOT_FIT = 3
 _REPORT_WIDTH = 120
@@ -64,14 +69,37 @@ def main(argv: Sequence[str]) -> None:
 
         calibrate(argv[1:])
         return
-    words = split_words(argv, help_text=HELP)
-    if words.own["check"] is not None:
-        _build_console().print(build_check_table(read_run_plan(words.own["check"])))
+    own, line = read_arguments(argv)
+    if own.check is not None:
+        _build_console().print(build_check_table(read_run_plan(own.check)))
         return
-    options = parse_plan_options(words)
+    if own.print_config:
+        sys.stdout.write(print_config(own, line))
+        return
+    options = build_plan_options(own, line)
     plan = plan_worlds if len(options.world_sizes) > 1 else plan_world
     if not plan(options):
         sys.exit(DOES_NOT_FIT)
+
+
+def print_config(own: PlanArguments, line: CommandLine) -> str:
+    """Return the options of a run as YAML that `--config` of its script takes.
+
+    Raises:
+        ConfigurationError: for options that cannot work, or a run.json that holds none.
+    """
+    if own.run is not None:
+        if line.positional or line.given:
+            raise ConfigurationError(
+                f"--run is {own.run}, but options of a run are given beside it; give one of the "
+                "two."
+            )
+        return format_record(read_recorded_options(Path(own.run)))
+    config, leftovers = read_run(line, own.entry_point)
+    if line.positional:
+        model = choose_model(line.positional, line.read_values().get("model_name_or_path"))
+        config = replace(config, model=replace(config.model, model_name_or_path=model))
+    return format_config(config, leftovers)
 
 
 def plan_world(options: PlanOptions) -> bool:
@@ -84,11 +112,12 @@ def plan_world(options: PlanOptions) -> bool:
     rows = plan_layouts(request)
     assumptions = _list_assumptions(request, options)
     show_plan(_build_console(), request, rows, assumptions)
-    if options.own["json"]:
-        record = build_plan_record(request, rows, options.own, assumptions)
-        _write(options.own, "json", lambda path: write_json_atomically(path, record))
-    if options.own["plot"]:
-        _write(options.own, "plot", lambda path: draw_plan(request, rows, path))
+    own = options.own
+    if own.json:
+        record = build_plan_record(request, rows, asdict(own), assumptions)
+        _write("json", own.json, lambda path: write_json_atomically(path, record))
+    if own.plot:
+        _write("plot", own.plot, lambda path: draw_plan(request, rows, path))
     return choose_row(rows) is not None
 
 
@@ -107,12 +136,13 @@ def plan_worlds(options: PlanOptions) -> bool:
         )
     assumptions = _list_assumptions(request, options)
     show_scale(_build_console(), request, points, assumptions)
-    if options.own["json"]:
-        record = build_scale_record(request, points, options.own, assumptions)
-        _write(options.own, "json", lambda path: write_json_atomically(path, record))
-    if options.own["plot"]:
+    own = options.own
+    if own.json:
+        record = build_scale_record(request, points, asdict(own), assumptions)
+        _write("json", own.json, lambda path: write_json_atomically(path, record))
+    if own.plot:
         series, capacity = {request.model: points}, request.capacity_bytes
-        _write(options.own, "plot", lambda path: draw_scale(series, capacity, path))
+        _write("plot", own.plot, lambda path: draw_scale(series, capacity, path))
     return any(point.chosen is not None for point in points)
 
 
@@ -126,8 +156,8 @@ def build_request(options: PlanOptions) -> PlanRequest:
     own, config = options.own, options.config
     path = find_config_file(options.model)
     shape = read_shape(config, read_config_file(path))
-    gpu = GPUS[own["gpu"] or _DEFAULT_GPU]
-    per_node = own["gpus_per_node"] or gpu.gpus_per_node
+    gpu = GPUS[own.gpu or _DEFAULT_GPU]
+    per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:
         _check_nodes(world_size, per_node)
     if options.ep_size is not None and len(options.world_sizes) == 1:
@@ -143,9 +173,9 @@ def build_request(options: PlanOptions) -> PlanRequest:
         tokens=tokens,
         label_tokens=tokens,
         examples=config.optim.per_device_train_batch_size,
-        imbalance=own["imbalance"],
+        imbalance=own.imbalance,
     )
-    memory_gib = own["gpu_mem_gib"]
+    memory_gib = own.gpu_mem_gib
     return PlanRequest(
         model=options.model,
         launch_model=launch_name(options.model),
@@ -160,7 +190,7 @@ def build_request(options: PlanOptions) -> PlanRequest:
 
 
 def _read_calibration(options: PlanOptions, scenario: Scenario) -> Calibration | None:
-    path = options.own["calibration"]
+    path = options.own.calibration
     if path is None:
         return None
     if len(options.world_sizes) > 1:
@@ -182,18 +212,18 @@ def _check_nodes(world_size: int, per_node: int) -> None:
 
 
 def _list_assumptions(request: PlanRequest, options: PlanOptions) -> list[str]:
-    says = list_assumptions(request, options.own)
+    says = list_assumptions(request, asdict(options.own))
     if options.passed_on:
         says.append(f"Passed on to TrainingArguments unread: {' '.join(options.passed_on)}.")
     return says
 
 
-def _write(own: Mapping[str, Any], name: str, write: Callable[[Path], None]) -> None:
+def _write(name: str, path: str, write: Callable[[Path], None]) -> None:
     try:
-        write(Path(own[name]))
+        write(Path(path))
     except OSError as error:
         raise ConfigurationError(
-            f"--{name} is {own[name]}, but it cannot be written ({error.strerror})."
+            f"--{name} is {path}, but it cannot be written ({error.strerror})."
         ) from error
 
 

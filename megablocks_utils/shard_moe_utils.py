@@ -4,8 +4,9 @@ Only the `experts` module of each MoE layer is swapped. Router, shared experts a
 loss stay transformers' own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import SUPPORTED_MODEL_TYPES, detect_naming
+from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, detect_naming
 from megablocks_utils.checkpoint.load import load_experts
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.rank_agreement import ExpertUse, select_for_all_ranks
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
+from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
+from megablocks_utils.kernels.shapes import ExpertsModule
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import (
     distribute_experts,
@@ -27,11 +31,16 @@ from megablocks_utils.mesh.placement import (
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROJECTIONS = tuple(EXPERT_TENSORS)
 """Names of the concatenated expert weights, in transformers' experts modules and in ours."""
 
+_DEVICE_TYPES, _EXPERT_DP = ("cpu", "cuda"), ("shard", "replicate")
 
-def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+
+def find_expert_modules(model: "PreTrainedModel") -> dict[str, ExpertsModule]:
     """Find the experts of every MoE layer by their structure: qualified name -> module.
 
     Raises:
@@ -40,10 +49,9 @@ def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if _holds_experts(module)}
     model_type = model.config.model_type
     if not modules or model_type not in SUPPORTED_MODEL_TYPES:
-        families = ", ".join(SUPPORTED_MODEL_TYPES)
         cause = "is not supported yet" if modules else "has no experts that could be split"
         raise ConfigurationError(
-            f"model type {model_type} {cause}; expert parallelism works for {families}."
+            f"model type {model_type} {cause}; expert parallelism works for {describe_supported()}."
         )
     for name, module in modules.items():
         _refuse_foreign_layout(name, module)
@@ -51,7 +59,7 @@ def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shard_moe(
-    model: nn.Module,
+    model: "PreTrainedModel",
     ep_size: int,
     checkpoint_name_or_path: str | Path | None = None,
     kernel: str = "auto",
@@ -72,21 +80,21 @@ def shard_moe(
         ep_size: ranks the experts of a layer are split over.
         checkpoint_name_or_path: folder or Hub name the experts are read from, each rank its own
             slices only; None takes them from the model.
-        kernel: `auto`, `eager`, `grouped_mm`, `triton`, `scattermoe` or `megablocks`. All ranks
-            run what rank 0 decides.
+        kernel: `auto`, or the name of a backend: `eager`, `grouped_mm`, `triton`, `scattermoe` or
+            `megablocks`. All ranks run what rank 0 selects.
         expert_dp: what the dp axis will do with an expert: `shard` it (FSDP2), or `replicate` it
-            and average the gradients of the copies.
+            and sum the gradients of the copies.
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.
-        expert_mode: what of the experts will be trained: "full" all weights, "frozen" nothing,
-            "lora" adapters. For the choice of the kernel alone.
+        expert_mode: which expert parameters will be trained: "full" all weights, "frozen" none,
+            "lora" adapters. Counts for the selection of the kernel alone.
         tokens_per_rank: about how many tokens a rank will have at a time; `auto` finds measurements
             by it.
 
     Raises:
-        ConfigurationError: no process group, not a supported MoE model, sizes that do not divide,
-            or a kernel that cannot run here.
+        ConfigurationError: no process group, not a supported MoE model, a value that there is not,
+            sizes that do not divide, or a kernel that cannot run here.
         MissingKernelError: a kernel that is not installed.
         CheckpointError: expert weights that are missing or mis-shaped.
     """
@@ -96,6 +104,7 @@ def shard_moe(
             "torch.distributed.init_process_group first."
         )
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     sharded = _plan(model, ep_size, kernel, expert_dp, use)
     source = _ExpertSource(checkpoint_name_or_path, sharded.mesh, _local_device(device_type))
@@ -106,7 +115,7 @@ def shard_moe(
 
 
 def split_experts_on_meta(
-    model: nn.Module,
+    model: "PreTrainedModel",
     ep_size: int,
     *,
     kernel: str,
@@ -134,17 +143,27 @@ def split_experts_on_meta(
 
 
 def _plan(
-    model: nn.Module, ep_size: int, kernel: str, expert_dp: str, use: ExpertUse
+    model: "PreTrainedModel", ep_size: int, kernel: str, expert_dp: str, use: ExpertUse
 ) -> ShardedMoE:
-    """Make the mesh and choose the kernel; no experts are swapped yet."""
+    """Make the mesh and select the kernel; no experts are swapped yet."""
+    _check_choice("expert_dp", expert_dp, _EXPERT_DP)
     modules = find_expert_modules(model)
     mesh = build_mesh(_common_mesh_sizes(modules, ep_size), use.device_type)
     first = next(iter(modules.values()))
-    choice = select_for_all_ranks(kernel, use.shapes(model, first, ep_size))
-    return ShardedMoE(model, mesh, {}, expert_dp, choice)
+    backend = select_for_all_ranks(kernel, use.shapes(model, first, ep_size))
+    return ShardedMoE(model, mesh, {}, expert_dp, backend)
 
 
-def _swap(sharded: ShardedMoE, name: str, module: nn.Module, weights: dict[str, DTensor]) -> None:
+def _check_choice(name: str, value: str, wanted: Sequence[str]) -> None:
+    if value not in wanted:
+        raise ConfigurationError(
+            f"{name} is {value}, but it must be {join_words(wanted)}.", parameters=(name,)
+        )
+
+
+def _swap(
+    sharded: ShardedMoE, name: str, module: ExpertsModule, weights: dict[str, DTensor]
+) -> None:
     experts = DroplessExperts(
         **weights, mesh=sharded.mesh, backend=sharded.kernel.run, activation=module.act_fn
     )
@@ -156,19 +175,21 @@ class _ExpertSource:
     """Where the experts' weights come from: the model itself, or slices of a checkpoint."""
 
     def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
-        self.index = checkpoint and open_checkpoint(resolve_checkpoint_folder(checkpoint))
-        self.layout = self.index and detect_naming(self.index)
+        self.index = self.naming = None
+        if checkpoint is not None:
+            self.index = open_checkpoint(resolve_checkpoint_folder(str(checkpoint)))
+            self.naming = detect_naming(self.index)
         self.mesh = mesh
         self.device = device
 
-    def take(self, name: str, module: nn.Module) -> dict[str, DTensor]:
+    def take(self, name: str, module: ExpertsModule) -> dict[str, DTensor]:
         """Return the DTensors of one experts module, this rank's part on its device."""
-        if self.index is None:
+        if self.index is None or self.naming is None:
             return {p: self._split(getattr(module, p).detach(), name) for p in PROJECTIONS}
         mine = local_expert_range(module.num_experts, self.mesh)
         weights = load_experts(
             self.index,
-            self.layout,
+            self.naming,
             name,
             first=mine.start,
             last=mine.stop,
@@ -179,18 +200,19 @@ class _ExpertSource:
     def _split(self, weights: Tensor, name: str) -> DTensor:
         if weights.is_meta:
             raise ConfigurationError(
-                f"{name} has no weights (it is on the meta device); pass checkpoint_name_or_path."
+                f"{name} has no weights (it is on the meta device); pass checkpoint_name_or_path.",
+                parameters=("checkpoint_name_or_path",),
             )
         local = distribute_experts(weights, self.mesh).to_local()
         return wrap_local_experts(local.to(self.device), self.mesh)
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def _holds_experts(module: nn.Module) -> TypeGuard[ExpertsModule]:
     weights = [getattr(module, name, None) for name in PROJECTIONS]
     return all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights)
 
 
-def _refuse_foreign_layout(name: str, module: nn.Module) -> None:
+def _refuse_foreign_layout(name: str, module: ExpertsModule) -> None:
     """Refuse experts that are not (E, 2 * I, H) gate-then-up and (E, H, I) without bias."""
     flags = {
         "is_transposed": False,
@@ -207,7 +229,7 @@ def _refuse_foreign_layout(name: str, module: nn.Module) -> None:
             )
 
 
-def _common_mesh_sizes(modules: dict[str, nn.Module], ep_size: int) -> MeshSizes:
+def _common_mesh_sizes(modules: dict[str, ExpertsModule], ep_size: int) -> MeshSizes:
     counts = {module.num_experts for module in modules.values()}
     sizes = [compute_mesh_sizes(dist.get_world_size(), ep_size, count) for count in counts]
     return sizes[0]

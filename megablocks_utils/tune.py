@@ -7,13 +7,16 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from megablocks_utils.config.option import Option
-from megablocks_utils.config.options import find_option
-from megablocks_utils.config.reader import convert_value, describe_wanted
+from megablocks_utils.config.adapter import DEFAULT_LORA_R, EXPERT_MODES, AdapterConfig
+from megablocks_utils.config.command import Command
+from megablocks_utils.config.option import Option, list_options, same_option
+from megablocks_utils.config.parallel import check_ep_size
+from megablocks_utils.config.precision import DTYPES
+from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.processes.command_output import read_words
+from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
@@ -21,10 +24,12 @@ if TYPE_CHECKING:
 
     from megablocks_utils.kernels.device import DeviceFacts
     from megablocks_utils.kernels.shapes import ExpertShapes
+    from megablocks_utils.kernels.tuning.measure_layer import LayerTimes
     from megablocks_utils.kernels.tuning.measurements import Entry
-    from megablocks_utils.kernels.tuning.tile_search import SearchResult, TimeMs
+    from megablocks_utils.kernels.tuning.tile_search import TimeMs
 
 __all__ = [
+    "COMMAND",
     "TuneOptions",
     "build_table",
     "main",
@@ -33,53 +38,60 @@ __all__ = [
     "tune",
 ]
 
-HELP = """\
-usage: python -m megablocks_utils.tune --model_name_or_path DIR --tokens N [--option value] ...
-
-Measures one layer of a model's experts on this GPU, forward and backward: this project's Triton
-kernels with the tiles that may suit them, and torch's grouped_mm. What was found is kept on disk,
-and --kernel auto and --kernel triton of later runs go by it, on the same GPU, with the same
-versions of torch and triton. Random weights: of the model only config.json is read. One process.
-
-  --model_name_or_path DIR
-      The model: local folder or Hub name.
-  --tokens N
-      Tokens of a micro-batch of one process: per_device_train_batch_size times the mean length of
-      an example. What is found counts for this number and others up to the next power of two.
-  --ep_size N
-      The --ep_size of the run.
-      Default: 1.
-  --use_lora {none|attn-only|mlp-only|all}
-      The --use_lora of the run: it says what of the experts is trained.
-      Default: none.
-  --lora_r N
-      Rank of adapters on the experts.
-      Default: 16.
-  --dtype {float32|bfloat16}
-      What the run computes in.
-      Default: bfloat16.
-
-The file is kernels.json in the folder that MEGABLOCKS_UTILS_CACHE names, by default
-~/.cache/megablocks_utils (XDG_CACHE_HOME counts).
-
-Exit codes: 0 done; 2 a bad option, or no GPU, said in one sentence; 1 anything unexpected.
-"""
-_TOKENS = Option("tokens", "integer", None, help="tokens of a micro-batch", minimum=1)
-_NAMES = ("model_name_or_path", "ep_size", "use_lora", "lora_r", "dtype")
-_OPTIONS = {option.name: option for option in (_TOKENS, *map(find_option, _NAMES))}
-_MODES = {"none": "full", "attn-only": "frozen", "mlp-only": "lora", "all": "lora"}
-
 
 @dataclass(frozen=True)
 class TuneOptions:
     """Hold the options; each means what it means to a training run."""
 
-    model_name_or_path: str
-    tokens: int
-    ep_size: int = 1
-    use_lora: str = "none"
-    lora_r: int = 16
-    dtype: str = "bfloat16"
+    model_name_or_path: Annotated[
+        str, Option("the model: local folder or Hub name", metavar="MODEL")
+    ]
+    tokens: Annotated[
+        int,
+        Option(
+            "tokens of a micro-batch of one process: per_device_train_batch_size times the mean "
+            "length of an example; what is found counts for this number and others up to the next "
+            "power of two",
+            minimum=1,
+        ),
+    ]
+    ep_size: Annotated[int, Option("the --ep_size of the run", minimum=1)] = 1
+    use_lora: Annotated[
+        str,
+        same_option(
+            AdapterConfig,
+            "use_lora",
+            help="the --use_lora of the run: it says which expert parameters are trained",
+        ),
+    ] = "none"
+    lora_r: Annotated[
+        int, same_option(AdapterConfig, "lora_r", help="rank of adapters on the experts")
+    ] = DEFAULT_LORA_R
+    dtype: Annotated[
+        str, Option("dtype that the run computes in", choices=DTYPES, aliases=("torch_dtype",))
+    ] = "bfloat16"
+
+
+COMMAND = Command(
+    usage=(
+        "python -m megablocks_utils.tune --model_name_or_path MODEL --tokens N [--option value] "
+        "...",
+    ),
+    about=(
+        "Measures one layer of a model's experts on this GPU, forward and backward, with every "
+        "kernel that can run here, and this project's Triton kernels with the tiles that may suit "
+        "them. What was found is kept on disk, and --kernel auto and --kernel triton of later runs "
+        "go by it, on the same GPU, with the same versions of torch and triton. Random weights: of "
+        "the model only config.json is read. One process.",
+    ),
+    options=list_options(TuneOptions),
+    closing=(
+        "The file is kernels.json in the folder that MEGABLOCKS_UTILS_CACHE names, by default "
+        "~/.cache/megablocks_utils (XDG_CACHE_HOME counts).",
+        "Exit codes: 0 done; 2 a bad option, or no GPU, said in one sentence; 1 anything "
+        "unexpected.",
+    ),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -119,7 +131,7 @@ def tune(options: TuneOptions, facts: "DeviceFacts", device: str, time_ms: "Time
     read_entries(path)  # a damaged file is refused before the work
     shapes = read_shapes(options)
     with Console(stderr=True).status("measuring ...") as status:
-        result = measure_layer(
+        measured = measure_layer(
             shapes,
             facts,
             device,
@@ -127,11 +139,11 @@ def tune(options: TuneOptions, facts: "DeviceFacts", device: str, time_ms: "Time
             time_ms=time_ms,
             on_trial=lambda trial: status.update(f"measuring {trial.kind} ..."),
         )
-    entry = build_entry(result, shapes, facts, options.lora_r)
+    entry = build_entry(measured, shapes, facts, options.lora_r)
     store_entry(entry, path)
     console = Console(highlight=False)
-    console.print(build_table(options.model_name_or_path, entry, result))
-    line = f"auto takes {entry.winner} for this; written to {path}"
+    console.print(build_table(options.model_name_or_path, entry, measured))
+    line = f"auto takes {measured.fastest} for this; written to {path}"
     console.print(line, markup=False, soft_wrap=True)
 
 
@@ -142,17 +154,7 @@ def parse_options(argv: Sequence[str]) -> TuneOptions:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word, name or value that cannot be used.
     """
-    given = read_words(
-        argv,
-        tuple(_OPTIONS),
-        required=("model_name_or_path", "tokens"),
-        help_text=HELP,
-        wanted={name: describe_wanted(option) for name, option in _OPTIONS.items()},
-    )
-    values = {
-        name: convert_value(_OPTIONS[name], f"--{name}", text) for name, text in given.items()
-    }
-    return TuneOptions(**values)
+    return build_section(TuneOptions, read_command(argv, COMMAND)[0])
 
 
 def read_shapes(options: TuneOptions) -> "ExpertShapes":
@@ -164,24 +166,23 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     """
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.load import build_model_on_meta
-    from megablocks_utils.kernels.rank_agreement import ExpertUse
+    from megablocks_utils.kernels.selection.rank_agreement import ExpertUse
     from megablocks_utils.kernels.shapes import find_dtype
     from megablocks_utils.shard_moe_utils import find_expert_modules
 
-    folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=("config.json",))
+    folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=(MODEL_CONFIG_NAME,))
     model = build_model_on_meta(folder)
     experts = next(iter(find_expert_modules(model).values()))
-    if experts.num_experts % options.ep_size:
-        raise ConfigurationError(
-            f"--ep_size is {options.ep_size}, but it must divide the {experts.num_experts} experts "
-            "of this model."
-        )
-    use = ExpertUse("cuda", find_dtype(options.dtype), _MODES[options.use_lora], options.tokens)
+    num_experts = experts.num_experts
+    assert isinstance(num_experts, int)
+    check_ep_size(options.ep_size, num_experts=num_experts)
+    mode = EXPERT_MODES[options.use_lora]
+    use = ExpertUse("cuda", find_dtype(options.dtype), mode, options.tokens)
     return use.shapes(model, experts, options.ep_size)
 
 
-def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":
-    """Lay out the measurements, and the two backends below them."""
+def build_table(model: str, entry: "Entry", measured: "LayerTimes") -> "Table":
+    """Lay out the search for tiles, and all backends below it."""
     from rich.table import Table
     from rich.text import Text
 
@@ -200,8 +201,10 @@ def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":
     for name in ("warps", "stages", "layer, ms"):
         table.add_column(name, justify="right")
     table.add_column("")
-    table.add_row("all", "as the package has them", "", "", _format_ms(result.start_ms), "")
-    for trial in result.trials:
+    search = measured.search
+    if search is not None:
+        table.add_row("all", "as the package has them", "", "", _format_ms(search.start_ms), "")
+    for trial in search.trials if search is not None else ():
         tile = trial.tile
         table.add_row(
             trial.kind,
@@ -212,8 +215,8 @@ def build_table(model: str, entry: "Entry", result: "SearchResult") -> "Table":
             "taken" if trial.is_taken else "",
         )
     table.add_section()
-    for name, time_ms in (("triton", result.triton_ms), ("grouped_mm", result.grouped_mm_ms)):
-        mark = "faster" if name == result.winner else ""
+    for name, time_ms in measured.times_ms.items():
+        mark = "fastest" if name == measured.fastest else ""
         table.add_row(name, "", "", "", _format_ms(time_ms), mark)
     return table
 

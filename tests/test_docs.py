@@ -127,8 +127,8 @@ def _is_module(name: str) -> bool:
 def known_options() -> frozenset[str]:
     """Return every word that a Python file quotes or has as a field: options among them."""
     folders = (PACKAGE, ROOT / "benchmarks", ROOT / "data", ROOT / "tests")
-    files = {path for folder in folders for path in folder.rglob("*.py")} - {Path(__file__)}
-    text = "\n".join(read(path) for path in files)
+    files = {path for folder in folders for path in folder.rglob("*.py")}
+    text = "\n".join(read(path) for path in files if not path.name.startswith("test_"))
     quoted = re.findall(r"""["'](?:--)?([a-z_][\w-]+)["']""", text)
     fields = re.findall(r"^    ([a-z_]\w+): ", text, flags=re.MULTILINE)
     return frozenset(quoted) | frozenset(fields) | FOREIGN_OPTIONS
@@ -156,6 +156,21 @@ def test_the_extending_page_names_files_for_each_kind_of_addition():
     for section in sections:
         rows = re.findall(r"^\| `([^|]+)` \|", section, flags=re.MULTILINE)
         assert 2 <= len(rows) <= 3, section
+
+
+def test_troubleshooting_quotes_messages_of_the_package():
+    """A long message that is quoted must share at least three words in a row with the source."""
+    text = "\n".join(read(path) for path in PACKAGE.rglob("*.py"))
+    text = re.sub(r"""["']\s*\n\s*f?["']""", "", text)
+    source = " ".join(re.sub(r"\{[^{}]*\}", " ", text).split())
+    page = read(ROOT / "docs" / "troubleshooting.md")
+    cells = re.findall(r"^\| ([^|]+) \|", page, flags=re.MULTILINE)
+    quotes = [quote.split() for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
+    long_quotes = [words for words in quotes if len(words) >= 9]
+    assert len(long_quotes) > 10
+    for words in long_quotes:
+        starts = range(len(words) - 2)
+        assert any(" ".join(words[n : n + 3]) in source for n in starts), " ".join(words)
 
 
 def test_docs_stay_short():

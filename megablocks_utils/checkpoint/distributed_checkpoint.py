@@ -1,4 +1,4 @@
-"""Write and read the pieces of all ranks with torch's distributed checkpoint (DCP)."""
+"""Write and read the shards of all ranks with torch's distributed checkpoint (DCP)."""
 
 import pickle
 import warnings
@@ -32,8 +32,8 @@ from megablocks_utils.checkpoint.tensor_shards import Block, TensorShard
 from megablocks_utils.errors import CheckpointError
 
 __all__ = ["DCP_INDEX_NAME", "MODEL_PREFIX", "OPTIMIZER_PREFIX"]
-__all__ += ["read_pieces", "read_stored_tensors", "read_whole_tensor"]
-__all__ += ["write_pieces"]
+__all__ += ["read_shards", "read_stored_tensors", "read_whole_tensor"]
+__all__ += ["write_shards"]
 
 DCP_INDEX_NAME = ".metadata"
 # A weight x is stored as model.x, its states as optimizer.x.exp_avg, .exp_avg_sq and .step.
@@ -43,12 +43,12 @@ _NUM_NAMED = 3
 _AS_GIVEN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
-def write_pieces(
-    pieces: Mapping[str, TensorShard], folder: Path, group: dist.ProcessGroup | None
+def write_shards(
+    shards: Mapping[str, TensorShard], folder: Path, group: dist.ProcessGroup | None
 ) -> None:
-    """Write every rank's pieces in parallel, one file a rank, and an index; all on disk after it.
+    """Write every rank's shards in parallel, one file per rank and an index, and sync them to disk.
 
-    What several ranks hold alike is written once, by whichever has least to write.
+    What several ranks hold alike is written once, by the one with the least to write.
 
     **Collective:** over `group`, a CPU group; every rank must call. A rank may lack names of which
     it holds nothing.
@@ -59,21 +59,21 @@ def write_pieces(
     writer = _Writer(folder, sync_files=True)
     try:
         dcp.save(
-            dict(pieces),
+            dict(shards),
             storage_writer=writer,
-            planner=_PieceSavePlanner(**_AS_GIVEN),
+            planner=_ShardSavePlanner(**_AS_GIVEN),
             process_group=group,
         )
     except CheckpointException as error:
         raise CheckpointError(f"cannot write {folder}: {_first_reason(error)}") from error
 
 
-def read_pieces(pieces: Mapping[str, TensorShard], folder: Path) -> None:
-    """Fill pieces from a checkpoint that any layout has written; no communication.
+def read_shards(shards: Mapping[str, TensorShard], folder: Path) -> None:
+    """Fill shards from a checkpoint written with any mesh and sharding; no communication.
 
     Args:
-        pieces: whose blocks are filled in place.
-        folder: written by `write_pieces`.
+        shards: whose blocks are filled in place.
+        folder: written by `write_shards`.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, holds it in another shape, or cannot be
@@ -84,9 +84,9 @@ def read_pieces(pieces: Mapping[str, TensorShard], folder: Path) -> None:
             # "torch.distributed is disabled": each rank reads for itself on purpose.
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(
-                dict(pieces),
+                dict(shards),
                 storage_reader=dcp.FileSystemReader(folder),
-                planner=_PieceLoadPlanner(**_AS_GIVEN),
+                planner=_ShardLoadPlanner(**_AS_GIVEN),
                 no_dist=True,
             )
     except CheckpointException as error:
@@ -99,10 +99,10 @@ def read_whole_tensor(
     """Read one tensor whole; shape and dtype are those of `read_stored_tensors`.
 
     Raises:
-        CheckpointError: as `read_pieces`.
+        CheckpointError: as `read_shards`.
     """
     tensor = torch.empty(shape, dtype=dtype)
-    read_pieces({name: TensorShard(shape, (Block((0,) * len(shape), tensor),))}, folder)
+    read_shards({name: TensorShard(shape, (Block((0,) * len(shape), tensor),))}, folder)
     return tensor
 
 
@@ -118,7 +118,7 @@ def read_stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.
         raise CheckpointError(f"cannot read {folder / DCP_INDEX_NAME}: {error}") from error
     return {
         name: (tuple(stored.size), stored.properties.dtype)
-        for name, stored in index.state_dict_metadata.items()
+        for name, stored in _stored_tensors(index).items()
     }
 
 
@@ -134,15 +134,15 @@ class _Writer(dcp.FileSystemWriter):
             raise
 
 
-class _PieceSavePlanner(dcp.DefaultSavePlanner):
-    """Plan the writing of pieces, which DCP itself does not know."""
+class _ShardSavePlanner(dcp.DefaultSavePlanner):
+    """Plan the writing of shards, which DCP itself does not know."""
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
             [
-                _write_item(name, piece, block)
-                for name, piece in self.state_dict.items()
-                for block in piece.blocks
+                _write_item(name, shard, block)
+                for name, shard in self.state_dict.items()
+                for block in shard.blocks
             ]
         )
         return self.plan
@@ -151,8 +151,8 @@ class _PieceSavePlanner(dcp.DefaultSavePlanner):
         return self.state_dict[index.fqn].tensor_at(index.offset)
 
 
-class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
-    """Plan the reading of pieces, each block from whatever stored blocks overlap it."""
+class _ShardLoadPlanner(dcp.DefaultLoadPlanner):
+    """Plan the reading of shards, each block from whatever stored blocks overlap it."""
 
     def set_up_planner(
         self,
@@ -160,19 +160,20 @@ class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        # Not the default's, which would make pieces of meta tensors real ones.
+        # Not the default's, which would replace shards of meta tensors by real ones.
         self.state_dict, self.metadata = state_dict, metadata
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        stored = self.metadata.state_dict_metadata
+        assert self.metadata is not None  # DCP calls `set_up_planner` first
+        stored = _stored_tensors(self.metadata)
         _check_stored(self.state_dict, stored)
         return LoadPlan(
             [
                 item
-                for name, piece in self.state_dict.items()
+                for name, shard in self.state_dict.items()
                 for item in create_read_items_for_chunk_list(
-                    name, stored[name], [_chunk(block) for block in piece.blocks]
+                    name, stored[name], [_chunk(block) for block in shard.blocks]
                 )
             ]
         )
@@ -181,12 +182,12 @@ class _PieceLoadPlanner(dcp.DefaultLoadPlanner):
         return self.state_dict[index.fqn].tensor_at(index.offset)
 
 
-def _write_item(name: str, piece: TensorShard, block: Block) -> WriteItem:
+def _write_item(name: str, shard: TensorShard, block: Block) -> WriteItem:
     chunk = _chunk(block)
     data = TensorWriteData(
         chunk=chunk,
         properties=TensorProperties.create_from_tensor(block.tensor),
-        size=torch.Size(piece.whole_shape),
+        size=torch.Size(shard.whole_shape),
     )
     return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
@@ -195,18 +196,27 @@ def _chunk(block: Block) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(block.offsets), block.tensor.size())
 
 
+def _stored_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Return the entries of tensors; this project writes no others."""
+    return {
+        name: stored
+        for name, stored in index.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+
+
 def _check_stored(
-    pieces: Mapping[str, TensorShard], stored: Mapping[str, TensorStorageMetadata]
+    shards: Mapping[str, TensorShard], stored: Mapping[str, TensorStorageMetadata]
 ) -> None:
-    missing = [name for name in pieces if name not in stored]
+    missing = [name for name in shards if name not in stored]
     if missing:
         raise CheckpointError(
             f"it has no {', '.join(missing[:_NUM_NAMED])} ({len(missing)} missing)"
         )
-    for name, piece in pieces.items():
+    for name, shard in shards.items():
         found = tuple(stored[name].size)
-        if found != piece.whole_shape:
-            raise CheckpointError(f"its {name} has shape {found}, wanted is {piece.whole_shape}")
+        if found != shard.whole_shape:
+            raise CheckpointError(f"its {name} has shape {found}, wanted is {shard.whole_shape}")
 
 
 def _first_reason(error: CheckpointException) -> str:

@@ -17,37 +17,26 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from megablocks_utils.dtypes import DTYPES
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import MODEL_INDEX_NAME, MODEL_WEIGHTS_NAME
 
 __all__ = [
-    "INDEX_FILE_NAME",
-    "SINGLE_FILE_NAME",
-    "TORCH_DTYPES",
+    "HEADER_LENGTH_BYTES",
     "CheckpointIndex",
     "open_checkpoint",
     "open_safetensors_file",
     "resolve_checkpoint_folder",
 ]
 
-SINGLE_FILE_NAME = "model.safetensors"
-INDEX_FILE_NAME = "model.safetensors.index.json"
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "*.txt")
 # Some repositories hold their weights a second time, in their author's own naming.
 HUB_DUPLICATE_PATTERN = "consolidated*"
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+_TORCH_DTYPES: dict[str, torch.dtype] = {
+    dtype.safetensors_name: getattr(torch, name) for name, dtype in DTYPES.items()
 }
 
 
@@ -182,10 +171,10 @@ def open_checkpoint(folder: str | Path) -> CheckpointIndex:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"the model folder {folder} does not exist")
-    if (folder / SINGLE_FILE_NAME).is_file():
-        return CheckpointIndex(folder, _read_header(folder / SINGLE_FILE_NAME))
-    if (folder / INDEX_FILE_NAME).is_file():
-        return CheckpointIndex(folder, _read_sharded(folder / INDEX_FILE_NAME))
+    if (folder / MODEL_WEIGHTS_NAME).is_file():
+        return CheckpointIndex(folder, _read_header(folder / MODEL_WEIGHTS_NAME))
+    if (folder / MODEL_INDEX_NAME).is_file():
+        return CheckpointIndex(folder, _read_sharded(folder / MODEL_INDEX_NAME))
     raise CheckpointError(_describe_missing_weights(folder))
 
 
@@ -201,10 +190,12 @@ def open_safetensors_file(path: Path) -> CheckpointIndex:
 def _describe_missing_weights(folder: Path) -> str:
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     if shards:
-        return f"{folder} holds {shards[0]} but no {INDEX_FILE_NAME} that lists its tensors"
+        return f"{folder} holds {shards[0]} but no {MODEL_INDEX_NAME} that lists its tensors"
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     found = f"only {pickled[0]}, which is not read here" if pickled else "no weights at all"
-    return f"{folder} has no safetensors weights ({SINGLE_FILE_NAME} or {INDEX_FILE_NAME}): {found}"
+    return (
+        f"{folder} has no safetensors weights ({MODEL_WEIGHTS_NAME} or {MODEL_INDEX_NAME}): {found}"
+    )
 
 
 def _read_sharded(index_path: Path) -> dict[str, TensorEntry]:
@@ -259,16 +250,17 @@ def _check_size(path: Path, wanted: int, found: int, *, exactly: bool) -> None:
 
 def _parse_header(path: Path, text: bytes, data_start: int) -> tuple[dict[str, TensorEntry], int]:
     """Return a header's tensors, and the bytes that they take after the header."""
-    entries, spans = {}, []
+    entries: dict[str, TensorEntry] = {}
+    spans = []
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
         for key, value in header.items():
             start, stop = value["data_offsets"]
             dtype, shape = value["dtype"], tuple(value["shape"])
-            if dtype not in TORCH_DTYPES:
+            if dtype not in _TORCH_DTYPES:
                 raise CheckpointError(f"{key} in {path} has dtype {dtype}, which is not supported")
-            entries[key] = TensorEntry(path, data_start + start, TORCH_DTYPES[dtype], shape)
+            entries[key] = TensorEntry(path, data_start + start, _TORCH_DTYPES[dtype], shape)
             spans.append((start, stop, entries[key].num_bytes))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has a header that cannot be read") from error
@@ -282,7 +274,7 @@ def _parse_header(path: Path, text: bytes, data_start: int) -> tuple[dict[str, T
 
 def _read_bytes(entry: TensorEntry, offset: int, shape: tuple[int, ...]) -> Tensor:
     tensor = torch.empty(shape, dtype=entry.dtype)
-    target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    target = tensor.view(-1).view(torch.uint8).numpy().data
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(offset)

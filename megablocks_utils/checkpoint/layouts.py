@@ -1,4 +1,4 @@
-"""Where each expert weight lives on disk: layouts as data, used in both directions.
+"""Where each expert weight lies on disk: naming on the Hub as data, used in both directions.
 
 In memory every supported model has, for each MoE layer (E experts, H hidden, I intermediate):
 
@@ -6,9 +6,9 @@ In memory every supported model has, for each MoE layer (E experts, H hidden, I 
     <layer>.mlp.experts.down_proj      (E, H, I)
     <layer>.mlp.gate.weight            (E, H), the router
 
-On the Hub each expert has its own matrices under names that differ by family; transformers can
-also write the tensors as they are in memory (`save_original_format=False`). A `HubNaming` declares
-one such naming; reading, checking and writing all derive from it.
+On the Hub each expert has its own matrices under names that differ by family (`families`);
+transformers can also write the tensors as they are in memory (`save_original_format=False`). A
+`HubNaming` declares one such naming; reading, checking and writing all derive from it.
 """
 
 import re
@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.families import FAMILIES, ModelFamily
 
 __all__ = [
+    "EXPERTS_PATH",
     "EXPERT_TENSORS",
     "FUSED",
-    "LAYOUT_OF_MODEL_TYPE",
-    "MIXTRAL",
-    "QWEN_MOE",
-    "SUPPORTED_MODEL_TYPES",
+    "READABLE_NAMINGS",
     "TIED_PARAMETERS",
     "ExpertPart",
     "HubNaming",
@@ -32,12 +31,17 @@ __all__ = [
     "detect_naming",
     "is_expert_parameter",
     "is_in_experts",
+    "naming_of_family",
 ]
 
 # The in-memory tensors, and which projections their rows hold, in order and in equal shares.
 EXPERT_TENSORS = MappingProxyType({"gate_up_proj": ("gate", "up"), "down_proj": ("down",)})
 MEMORY_BLOCK = "mlp"
-EXPERT_PARAMETER = re.compile(r"(?P<layer>.+)\.mlp\.experts\.(?P<tensor>gate_up_proj|down_proj)")
+EXPERTS_PATH = f"{MEMORY_BLOCK}.experts"
+"""Of the experts module in memory, within its decoder layer."""
+EXPERT_PARAMETER = re.compile(
+    rf"(?P<layer>.+)\.{re.escape(EXPERTS_PATH)}\.(?P<tensor>{'|'.join(EXPERT_TENSORS)})"
+)
 
 # Parameters that are the same tensor when the config says tie_word_embeddings: copy -> source.
 TIED_PARAMETERS = MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"})
@@ -72,14 +76,17 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """Say what a Hub tensor is in memory: the whole of parameter `name`, or a piece of it.
+    """Say what a Hub tensor is in memory: the whole of parameter `name`, or one expert's share.
 
-    `expert` and `share` (which of the projections of `EXPERT_TENSORS`) are None for the whole.
+    Attributes:
+        name: of the parameter.
+        expert: whose rows they are; None for the whole of the parameter.
+        share: which of the projections of `EXPERT_TENSORS`; 0 for the whole.
     """
 
     name: str
     expert: int | None = None
-    share: int | None = None
+    share: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,18 @@ class HubNaming:
     Attributes:
         name: what messages call it.
         block: the Hub's name for the block that is `mlp` in memory.
-        projections: Hub names of "gate", "up" and "down"; None where the experts are stored fused,
+        projections: Hub names of "gate", "up" and "down"; empty where the experts are stored fused,
             as they are in memory.
     """
 
     name: str
     block: str
-    projections: Mapping[str, str] | None
+    projections: Mapping[str, str]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one Hub tensor holds all experts, as in memory."""
+        return not self.projections
 
     def hub_key(self, name: str) -> str:
         """Return the Hub name of a parameter that is not an expert weight."""
@@ -108,50 +120,48 @@ class HubNaming:
             name: in-memory name, `<layer>.mlp.experts.gate_up_proj` or `...down_proj`.
             experts: which experts, by global index.
         """
-        match = EXPERT_PARAMETER.fullmatch(name)
-        projections = EXPERT_TENSORS[match["tensor"]]
+        layer, tensor = _split_expert_name(name)
+        projections = EXPERT_TENSORS[tensor]
         for expert in experts:
-            if self.projections is None:
+            if self.is_fused:
                 yield ExpertPart(name, expert, 0, 1, is_fused=True)
                 continue
-            prefix = f"{match['layer']}.{self.block}.experts.{expert}"
+            prefix = f"{layer}.{self.block}.experts.{expert}"
             for share, projection in enumerate(projections):
                 key = f"{prefix}.{self.projections[projection]}.weight"
                 yield ExpertPart(key, expert, share, len(projections), is_fused=False)
 
     def memory_part(self, key: str) -> MemoryPart:
-        """Return what the Hub tensor `key` is in memory; the way back of the two methods above."""
-        if self.projections is not None:
-            pattern = rf"(.+)\.{self.block}\.experts\.(\d+)\.(\w+)\.weight"
-            match = re.fullmatch(pattern, key)
-            for tensor, projections in EXPERT_TENSORS.items():
-                for share, projection in enumerate(projections):
-                    if match and match[3] == self.projections[projection]:
-                        name = f"{match[1]}.{MEMORY_BLOCK}.experts.{tensor}"
-                        return MemoryPart(name, int(match[2]), share)
+        """Return what the Hub tensor `key` is in memory; the inverse of the two methods above."""
+        match = re.fullmatch(rf"(.+)\.{self.block}\.experts\.(\d+)\.(\w+)\.weight", key)
+        for tensor, projections in EXPERT_TENSORS.items():
+            for share, projection in enumerate(projections):
+                if match and match[3] == self.projections.get(projection):
+                    return MemoryPart(f"{match[1]}.{EXPERTS_PATH}.{tensor}", int(match[2]), share)
         return MemoryPart(key.replace(f".{self.block}.", f".{MEMORY_BLOCK}."))
 
     def matches(self, key: str) -> bool:
-        """Return whether `key` is an expert weight in this layout."""
+        """Return whether `key` is an expert weight in this naming."""
         part = self.memory_part(key)
-        is_piece = part.expert is not None
-        return is_expert_parameter(part.name) and is_piece == (self.projections is not None)
+        is_of_one_expert = part.expert is not None
+        return is_expert_parameter(part.name) and is_of_one_expert != self.is_fused
 
 
-def _naming(name: str, block: str, gate: str, up: str, down: str) -> HubNaming:
-    return HubNaming(name, block, MappingProxyType({"gate": gate, "up": up, "down": down}))
+FUSED = HubNaming("fused", MEMORY_BLOCK, MappingProxyType({}))
 
 
-MIXTRAL = _naming("mixtral", "block_sparse_moe", gate="w1", up="w3", down="w2")
-QWEN_MOE = _naming("qwen_moe", MEMORY_BLOCK, gate="gate_proj", up="up_proj", down="down_proj")
-FUSED = HubNaming("fused", MEMORY_BLOCK, None)
+def _naming(family: ModelFamily) -> HubNaming:
+    return HubNaming(family.naming, family.moe_block, family.projections)
 
-# What is written for each family; any of the layouts may be found when reading.
-LAYOUT_OF_MODEL_TYPE = MappingProxyType(
-    {"mixtral": MIXTRAL, "qwen3_moe": QWEN_MOE, "olmoe": QWEN_MOE}
-)
-SUPPORTED_MODEL_TYPES = tuple(LAYOUT_OF_MODEL_TYPE)
-READABLE_LAYOUTS = (MIXTRAL, QWEN_MOE, FUSED)
+
+_NAMINGS = {family.naming: _naming(family) for family in FAMILIES.values()}
+READABLE_NAMINGS = (*_NAMINGS.values(), FUSED)
+"""Any of them may be found when reading, whatever the family."""
+
+
+def naming_of_family(model_type: str) -> HubNaming:
+    """Return the naming in which checkpoints of a supported family are written."""
+    return _NAMINGS[FAMILIES[model_type].naming]
 
 
 def is_expert_parameter(name: str) -> bool:
@@ -161,22 +171,30 @@ def is_expert_parameter(name: str) -> bool:
 
 def is_in_experts(name: str) -> bool:
     """Return whether a parameter is in an experts module: a weight, or an adapter of one."""
-    return ".mlp.experts." in name
+    return f".{EXPERTS_PATH}." in name
 
 
 def detect_naming(keys: Iterable[str], *, source: object = "the checkpoint") -> HubNaming:
-    """Return the layout in which a checkpoint with these tensor names stores its experts.
+    """Return the naming in which a checkpoint with these tensor names stores its experts.
 
     Args:
         keys: the checkpoint's tensor names.
         source: what a message calls the checkpoint, its folder for one.
 
     Raises:
-        CheckpointError: no name is an expert weight in any known layout.
+        CheckpointError: no name is an expert weight in any known naming.
     """
     keys = tuple(keys)
-    for layout in READABLE_LAYOUTS:
-        if any(layout.matches(key) for key in keys):
-            return layout
-    known = ", ".join(layout.name for layout in READABLE_LAYOUTS)
-    raise CheckpointError(f"{source} has no expert weights in a known layout ({known})")
+    for naming in READABLE_NAMINGS:
+        if any(naming.matches(key) for key in keys):
+            return naming
+    known = ", ".join(naming.name for naming in READABLE_NAMINGS)
+    raise CheckpointError(f"{source} has no expert weights in a known naming ({known})")
+
+
+def _split_expert_name(name: str) -> tuple[str, str]:
+    """Return the layer and the tensor of an expert weight's name."""
+    match = EXPERT_PARAMETER.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not an expert weight")
+    return match["layer"], match["tensor"]

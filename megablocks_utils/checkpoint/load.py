@@ -1,6 +1,6 @@
 """Build a model without weights, check a checkpoint against it, and read experts from it.
 
-The way of a load: `build_model_on_meta`, `open_checkpoint`, `detect_naming`,
+The order of a load: `build_model_on_meta`, `open_checkpoint`, `detect_naming`,
 `check_against_model` (before any weight is read), then a `SliceReader` for the parts that this
 rank holds. No function here communicates.
 """
@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
-    SUPPORTED_MODEL_TYPES,
     TIED_PARAMETERS,
     HubNaming,
     is_expert_parameter,
@@ -24,6 +23,8 @@ from megablocks_utils.checkpoint.layouts import (
 from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.checkpoint.slices import SliceReader, stored_key
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
+from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 
 __all__ = [
     "build_model_on_meta",
@@ -51,14 +52,14 @@ def build_model_on_meta(
         CheckpointError: no usable config.json, or not a model whose experts can be read.
     """
     folder = Path(folder)
-    _check_model_type(folder, read_settings(folder / "config.json", "model"))
+    _check_model_type(folder, read_settings(folder / MODEL_CONFIG_NAME, "model"))
     try:
         config = AutoConfig.from_pretrained(folder)
         if truncate_layers is not None:
             config.num_hidden_layers = min(truncate_layers, config.num_hidden_layers)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
-        if (folder / "generation_config.json").is_file():
+        if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -69,7 +70,7 @@ def build_model_on_meta(
 def check_against_model(
     model: PreTrainedModel,
     index: CheckpointIndex,
-    layout: HubNaming,
+    naming: HubNaming,
     *,
     truncate_layers: int | None = None,
 ) -> None:
@@ -78,18 +79,18 @@ def check_against_model(
     Args:
         model: the model that is to be filled, its experts still whole (or DTensors).
         index: the checkpoint.
-        layout: the layout of its experts.
+        naming: how it names its experts.
         truncate_layers: as given to `build_model_on_meta`: later layers may then be there.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape.
     """
-    wanted = _wanted_shapes(model, index, layout)
+    wanted = _wanted_shapes(model, index, naming)
     missing = [key for key in wanted if key not in index]
     unexpected = [
         key
         for key in index
-        if key not in wanted and not _may_be_left(model, key, layout, truncate_layers)
+        if key not in wanted and not _may_be_left(model, key, naming, truncate_layers)
     ]
     misshaped = [
         f"{key} is {index.shape(key)} instead of {shape}"
@@ -99,12 +100,14 @@ def check_against_model(
     found = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     faults = [_describe(kind, items) for kind, items in found.items() if items]
     if faults:
-        raise CheckpointError(f"{index.folder} does not fit its config.json: {'; '.join(faults)}")
+        raise CheckpointError(
+            f"{index.folder} does not fit its {MODEL_CONFIG_NAME}: {'; '.join(faults)}"
+        )
 
 
 def load_experts(
     index: CheckpointIndex,
-    layout: HubNaming,
+    naming: HubNaming,
     module_name: str,
     *,
     first: int,
@@ -113,12 +116,12 @@ def load_experts(
 ) -> dict[str, torch.Tensor]:
     """Read experts `first:last` of one MoE layer, and nothing else.
 
-    At no time is more held than the result and one Hub tensor (in the fused layout: one expert's
+    At no time is more held than the result and one Hub tensor (with fused experts: one expert's
     rows of it).
 
     Args:
         index: the checkpoint.
-        layout: the layout of its experts.
+        naming: how it names its experts.
         module_name: in-memory name of the experts module, `model.layers.0.mlp.experts`.
         first: global index of the first expert wanted.
         last: one past the last expert wanted.
@@ -130,7 +133,7 @@ def load_experts(
     Raises:
         CheckpointError: a tensor is missing, of another shape than its neighbours, or non-finite.
     """
-    reader, loaded = SliceReader(index, layout), {}
+    reader, loaded = SliceReader(index, naming), {}
     for tensor in EXPERT_TENSORS:
         name = f"{module_name}.{tensor}"
         loaded[tensor] = torch.empty(
@@ -142,15 +145,15 @@ def load_experts(
 
 def _check_model_type(folder: Path, config: dict) -> None:
     if "model_type" not in config:
-        raise CheckpointError(f"{folder / 'config.json'} names no model_type")
+        raise CheckpointError(f"{folder / MODEL_CONFIG_NAME} names no model_type")
     model_type = config["model_type"]
     if model_type in SUPPORTED_MODEL_TYPES:
         return
-    supported = ", ".join(SUPPORTED_MODEL_TYPES)
     has_experts = any("experts" in key for key in config)
     reason = "is not supported" if has_experts else "has no experts"
     raise CheckpointError(
-        f"model_type {model_type!r} in {folder / 'config.json'} {reason}: supported are {supported}"
+        f"model_type {model_type!r} in {folder / MODEL_CONFIG_NAME} {reason}: supported are"
+        f" {describe_supported()}"
     )
 
 
@@ -159,7 +162,7 @@ def _tied_copies(model: PreTrainedModel) -> Mapping[str, str]:
 
 
 def _wanted_shapes(
-    model: PreTrainedModel, index: CheckpointIndex, layout: HubNaming
+    model: PreTrainedModel, index: CheckpointIndex, naming: HubNaming
 ) -> dict[str, tuple[int, ...]]:
     """Return the Hub names and shapes that a checkpoint of this model must have."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -167,20 +170,20 @@ def _wanted_shapes(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)
         if is_expert_parameter(name):
-            for part in layout.expert_parts(name, range(shape[0])):
+            for part in naming.expert_parts(name, range(shape[0])):
                 shapes[part.key] = part.hub_shape(shape)
         elif name not in copies:
-            shapes[stored_key(layout.hub_key(name), index, copies)] = shape
+            shapes[stored_key(naming.hub_key(name), index, copies)] = shape
     return shapes
 
 
 def _may_be_left(
-    model: PreTrainedModel, key: str, layout: HubNaming, truncate_layers: int | None
+    model: PreTrainedModel, key: str, naming: HubNaming, truncate_layers: int | None
 ) -> bool:
     """Return whether a tensor that no parameter takes is one that does no harm."""
     if key.endswith(IGNORED_SUFFIX) or key in _tied_copies(model):
         return True
-    _, _, rest = layout.memory_part(key).name.partition(".layers.")
+    _, _, rest = naming.memory_part(key).name.partition(".layers.")
     number = rest.partition(".")[0]
     return truncate_layers is not None and number.isdigit() and int(number) >= truncate_layers
 

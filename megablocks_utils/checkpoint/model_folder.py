@@ -12,13 +12,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.layouts import (
-    LAYOUT_OF_MODEL_TYPE,
     TIED_PARAMETERS,
     HubNaming,
     is_expert_parameter,
+    naming_of_family,
 )
 from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import GENERATION_CONFIG_NAME
 
 __all__ = ["MAX_SHARD_BYTES", "export_model", "write_companions"]
 
@@ -39,7 +40,7 @@ def export_model(
     """Write weights, configuration and tokenizer to `output_dir`, complete or not at all.
 
     Expert tensors are split into the Hub's keys as they pass, and a tied `lm_head` is left out.
-    Before the next tensor is asked for, the last one has been let go.
+    The last tensor is freed before the next one is asked for.
 
     **Collective:** none here; but `tensors` usually gathers, so every rank must call this with an
     iterator of equal length. If writing fails, the writer still runs its iterator to the end, so
@@ -47,8 +48,8 @@ def export_model(
 
     Args:
         model_config: the model's config, of a supported `model_type`.
-        generation_config: written beside it if given.
-        tokenizer: written beside it if given.
+        generation_config: written too, if given.
+        tokenizer: written too, if given.
         specs: in-memory parameter name, whole shape and dtype to write, in the order of `tensors`.
         tensors: yields each name with its whole tensor, or with None where not `is_writer`.
         output_dir: the folder; other files in it stay, those of an earlier model are replaced.
@@ -61,10 +62,10 @@ def export_model(
     remaining = iter(tensors)
     try:
         if is_writer:
-            specs = [TensorSpec(*spec) for spec in specs]
+            named = [TensorSpec(*spec) for spec in specs]
             with staged_folder(Path(output_dir)) as folder:
-                _write_weights(model_config, specs, remaining, folder, max_shard_bytes)
-                write_companions(model_config, generation_config, tokenizer, specs[0].dtype, folder)
+                _write_weights(model_config, named, remaining, folder, max_shard_bytes)
+                write_companions(model_config, generation_config, tokenizer, named[0].dtype, folder)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {output_dir}: {reason}") from error
@@ -76,42 +77,42 @@ def export_model(
 def _write_weights(
     config: PreTrainedConfig,
     specs: list[TensorSpec],
-    tensors: Iterator[tuple[str, torch.Tensor]],
+    tensors: Iterator[tuple[str, torch.Tensor | None]],
     folder: Path,
     max_shard_bytes: int,
 ) -> None:
-    layout = LAYOUT_OF_MODEL_TYPE[config.model_type]
+    naming = naming_of_family(config.model_type)
     copies = TIED_PARAMETERS if config.tie_word_embeddings else {}
     hub_specs = [
         hub_spec
         for spec in specs
         if spec.name not in copies
-        for hub_spec in _split_spec(layout, spec)
+        for hub_spec in _split_spec(naming, spec)
     ]
     with SafetensorsWriter(folder, hub_specs, max_shard_bytes=max_shard_bytes) as writer:
         for name, tensor in tensors:
-            if name not in copies:
-                _append(writer, layout, name, tensor)
+            if name not in copies and tensor is not None:
+                _append(writer, naming, name, tensor)
             # Else it would still be held while the next one is gathered.
             del tensor
 
 
-def _split_spec(layout: HubNaming, spec: TensorSpec) -> Iterator[TensorSpec]:
+def _split_spec(naming: HubNaming, spec: TensorSpec) -> Iterator[TensorSpec]:
     """Yield what is written for one in-memory parameter."""
     if not is_expert_parameter(spec.name):
-        yield spec._replace(name=layout.hub_key(spec.name))
+        yield spec._replace(name=naming.hub_key(spec.name))
         return
-    for part in layout.expert_parts(spec.name, range(spec.shape[0])):
+    for part in naming.expert_parts(spec.name, range(spec.shape[0])):
         yield TensorSpec(part.key, part.hub_shape(spec.shape), spec.dtype)
 
 
-def _append(writer: SafetensorsWriter, layout: HubNaming, name: str, tensor: torch.Tensor) -> None:
+def _append(writer: SafetensorsWriter, naming: HubNaming, name: str, tensor: torch.Tensor) -> None:
     """Write one in-memory parameter, in the order of `_split_spec`."""
     if not is_expert_parameter(name):
-        writer.append(layout.hub_key(name), tensor)
+        writer.append(naming.hub_key(name), tensor)
         return
     num_experts, num_rows, _ = tensor.shape
-    for part in layout.expert_parts(name, range(num_experts)):
+    for part in naming.expert_parts(name, range(num_experts)):
         writer.append(part.key, tensor[part.expert, part.rows(num_rows)])
 
 
@@ -122,12 +123,12 @@ def write_companions(
     dtype: torch.dtype,
     folder: Path,
 ) -> None:
-    """Write what stands beside weights of a dtype: configuration and tokenizer."""
+    """Write the other files of a model whose weights have a dtype: configuration and tokenizer."""
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.save_pretrained(folder)
     if generation_config is not None:
         # `save_pretrained` refuses settings that many published models carry.
-        generation_config.to_json_file(folder / "generation_config.json")
+        generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

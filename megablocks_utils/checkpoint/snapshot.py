@@ -1,24 +1,26 @@
-"""Write a checkpoint folder of a run: aside, complete, then renamed.
+"""Write a checkpoint folder of a run under another name, and rename it when it is complete.
 
 While it is written the folder is `checkpoint-<step>.incomplete`. The manifest is its last file, and
-the rename to `checkpoint-<step>` comes when all of it is on disk. So whatever happens at whatever
-time, a folder of that name is complete.
+the rename to `checkpoint-<step>` comes when all of it is on disk. So a folder of that name is
+complete, whatever happens at whatever time.
 """
 
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megablocks_utils.checkpoint.distributed_checkpoint import write_pieces
+from megablocks_utils.checkpoint.distributed_checkpoint import write_shards
 from megablocks_utils.checkpoint.manifest import describe_file, write_manifest
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import sync_to_disk
+from megablocks_utils.processes.agreement import broadcast_from_rank0, gather_from_all_ranks
 from megablocks_utils.processes.output_folder import (
     CHECKPOINT_PREFIX,
     INCOMPLETE_SUFFIX,
@@ -35,11 +37,11 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Hold what one rank gives to a checkpoint.
+    """Hold what one rank contributes to a checkpoint.
 
     Attributes:
         step: optimizer steps done.
-        pieces: what this rank holds of every tensor, by name.
+        shards: what this rank holds of every tensor, by name.
         rank_files: small files of this rank by name, which no other rank has.
         write_shared: writes the files that a checkpoint has once, into a folder; called by the
             first rank only.
@@ -47,7 +49,7 @@ class Snapshot:
     """
 
     step: int
-    pieces: Mapping[str, TensorShard]
+    shards: Mapping[str, TensorShard]
     rank_files: Mapping[str, bytes]
     write_shared: Callable[[Path], None]
     contents: Mapping[str, Any]
@@ -60,9 +62,9 @@ def write_checkpoint(
     group: dist.ProcessGroup | None,
     total_limit: int | None = None,
 ) -> Path:
-    """Write one checkpoint and drop those that are one too many.
+    """Write one checkpoint and delete the oldest ones beyond the limit.
 
-    An attempt that fails is removed; what a run that died has left is replaced by the next one of
+    A failed attempt is removed; what a killed run has left is replaced by the next checkpoint of
     the same step.
 
     **Collective:** over `group`, a CPU group of the world; every rank must call.
@@ -70,7 +72,7 @@ def write_checkpoint(
     Args:
         snapshot: this rank's.
         output_dir: the folder of the run, which must be there.
-        group: what the ranks agree over.
+        group: the ranks' CPU group.
         total_limit: complete checkpoints to keep, the newest; None keeps all.
 
     Returns:
@@ -84,7 +86,7 @@ def write_checkpoint(
     is_done = False
     try:
         _on_first(group, folder, lambda: _make_empty(folder))
-        write_pieces(snapshot.pieces, folder, group)
+        write_shards(snapshot.shards, folder, group)
         _on_all(group, folder, lambda: _write_small_files(snapshot, folder, is_first=rank == 0))
         names = _on_all(group, folder, lambda: sorted(path.name for path in folder.iterdir()))[0]
         mine = [name for name in names if _owner(name) == rank]
@@ -131,7 +133,7 @@ def _write_small_files(snapshot: Snapshot, folder: Path, *, is_first: bool) -> N
 
 
 def _owner(name: str) -> int:
-    """Return the rank that has written a file, in whose machine's memory it still is."""
+    """Return the rank that has written a file, whose machine still holds it in memory."""
     match = _FILE_OF_RANK.match(name)
     return int(match[1]) if match else 0
 
@@ -157,9 +159,9 @@ def _complete(
 def _on_first(group: dist.ProcessGroup | None, folder: Path, action: Callable[[], None]) -> None:
     """Do something on the first rank while the others wait, and raise everywhere what it met.
 
-    **Collective:** as `_on_all`.
+    **Collective:** as `broadcast_from_rank0`.
     """
-    _on_all(group, folder, lambda: action() if dist.get_rank(group) == 0 else None)
+    broadcast_from_rank0(partial(_write, folder, action), group)
 
 
 def _on_all(
@@ -167,16 +169,13 @@ def _on_all(
 ) -> list[_Result]:
     """Do something on every rank, and return all results or raise everywhere what one rank met.
 
-    **Collective:** one all-gather over `group`.
+    **Collective:** as `gather_from_all_ranks`.
     """
-    result = error = None
+    return gather_from_all_ranks(partial(_write, folder, action), group)
+
+
+def _write(folder: Path, action: Callable[[], _Result]) -> _Result:
     try:
-        result = action()
-    except OSError as met:
-        error = f"cannot write {folder}: {met.strerror or met}"
-    answers = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, (result, error), group=group)
-    for _, met in answers:
-        if met is not None:
-            raise CheckpointError(met)
-    return [answer for answer, _ in answers]
+        return action()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error

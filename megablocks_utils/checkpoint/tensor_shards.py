@@ -1,8 +1,8 @@
 """Say which part of a whole tensor a rank holds.
 
-Whatever shards a parameter, a rank's part of it is a block (FSDP2, experts) or a run of the
+However a parameter is sharded, a rank's part of it is a block (FSDP2, experts) or a range of its
 flattened elements (FSDP1). Both become blocks of the parameter's own shape, so that a checkpoint
-holds the model's real tensors and any layout can read what another one has written.
+holds the model's real tensors and can be read with any other mesh and sharding.
 """
 
 import math
@@ -59,8 +59,8 @@ class BlockPlace:
     whole_shape: tuple[int, ...]
     offsets: tuple[int, ...]
 
-    def piece(self, local: Tensor) -> TensorShard:
-        """Return the piece whose elements are `local`, of any size."""
+    def shard(self, local: Tensor) -> TensorShard:
+        """Return the shard whose elements are `local`, of any size."""
         blocks = (Block(self.offsets, local),) if local.numel() else ()
         return TensorShard(self.whole_shape, blocks)
 
@@ -72,8 +72,8 @@ class RunPlace:
     whole_shape: tuple[int, ...]
     start: int
 
-    def piece(self, local: Tensor) -> TensorShard:
-        """Return the piece whose elements are those of the contiguous `local`."""
+    def shard(self, local: Tensor) -> TensorShard:
+        """Return the shard whose elements are those of the contiguous `local`."""
         flat = local.view(-1)
         blocks, first = [], 0
         for offsets, sizes in _split_run(self.start, self.start + len(flat), self.whole_shape):

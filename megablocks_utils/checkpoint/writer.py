@@ -17,19 +17,20 @@ from typing import BinaryIO, NamedTuple, Self
 
 import torch
 
-from megablocks_utils.checkpoint.index import (
-    HEADER_LENGTH_BYTES,
-    INDEX_FILE_NAME,
-    SINGLE_FILE_NAME,
-    TORCH_DTYPES,
+from megablocks_utils.checkpoint.index import HEADER_LENGTH_BYTES
+from megablocks_utils.dtypes import DTYPES
+from megablocks_utils.files import (
+    MODEL_CONFIG_NAME,
+    MODEL_INDEX_NAME,
+    MODEL_WEIGHTS_NAME,
+    STAGING_FOLDER_NAME,
+    sync_to_disk,
 )
-from megablocks_utils.files import STAGING_FOLDER_NAME, sync_to_disk
 
 __all__ = ["SafetensorsWriter", "TensorSpec", "staged_folder"]
 
-WEIGHT_FILE_PATTERNS = (SINGLE_FILE_NAME, "model-*-of-*.safetensors", INDEX_FILE_NAME)
+WEIGHT_FILE_PATTERNS = (MODEL_WEIGHTS_NAME, "model-*-of-*.safetensors", MODEL_INDEX_NAME)
 METADATA = {"format": "pt"}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TensorSpec(NamedTuple):
@@ -59,7 +60,6 @@ class SafetensorsWriter:
         self._pending = deque(
             (file_name, spec) for file_name, shard in self._shards.items() for spec in shard
         )
-        self._file_name: str | None = None
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -87,24 +87,27 @@ class SafetensorsWriter:
         Raises:
             ValueError: this is not the tensor that was announced for this place.
         """
-        file_name, spec = self._pending.popleft() if self._pending else (None, None)
-        if spec is None or (name, tuple(tensor.shape)) != (spec.name, tuple(spec.shape)):
+        if not self._pending:
+            raise ValueError(f"{name} {tuple(tensor.shape)} came after the last announced tensor")
+        file_name, spec = self._pending.popleft()
+        if (name, tuple(tensor.shape)) != (spec.name, tuple(spec.shape)):
             raise ValueError(f"{name} {tuple(tensor.shape)} came where {spec} was announced")
-        if file_name != self._file_name:
-            self._finish_file()
-            self._start_file(file_name)
         flat = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1)
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._open_file(file_name).write(flat.view(torch.uint8).numpy().data)
 
-    def _start_file(self, file_name: str) -> None:
-        self._file_name = file_name
-        self._file = (self._folder / file_name).open("wb")
-        self._file.write(_header(self._shards[file_name]))
+    def _open_file(self, file_name: str) -> BinaryIO:
+        """Return the file of this name, open, having finished the one before it."""
+        path = self._folder / file_name
+        if self._file is None or Path(self._file.name) != path:
+            self._finish_file()
+            self._file = path.open("wb")
+            self._file.write(_header(self._shards[file_name]))
+        return self._file
 
     def _finish_file(self) -> None:
         if self._file is not None:
             self._file.close()
-            sync_to_disk(self._folder / self._file_name)
+            sync_to_disk(Path(self._file.name))
             self._file = None
 
     def _write_index(self) -> None:
@@ -118,11 +121,11 @@ class SafetensorsWriter:
             "weight_map": dict(sorted(file_names.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (self._folder / INDEX_FILE_NAME).write_text(text, encoding="utf-8")
+        (self._folder / MODEL_INDEX_NAME).write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def staged_folder(output_dir: Path, *, last: str = "config.json") -> Iterator[Path]:
+def staged_folder(output_dir: Path, *, last: str = MODEL_CONFIG_NAME) -> Iterator[Path]:
     """Give a hidden folder to write into; on success its files replace those of `output_dir`.
 
     The file `last`, without which nothing loads the folder, is removed first and moved last, with
@@ -176,7 +179,7 @@ def _plan_shards(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, lis
         shards[-1].append(spec)
         num_bytes += spec.num_bytes
     if len(shards) == 1:
-        return {SINGLE_FILE_NAME: shards[0]}
+        return {MODEL_WEIGHTS_NAME: shards[0]}
     return {
         f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
         for number, shard in enumerate(shards, start=1)
@@ -189,7 +192,7 @@ def _header(specs: Iterable[TensorSpec]) -> bytes:
     offset = 0
     for spec in specs:
         offsets = [offset, offset + spec.num_bytes]
-        dtype = DTYPE_NAMES[spec.dtype]
+        dtype = DTYPES[str(spec.dtype).removeprefix("torch.")].safetensors_name
         header[spec.name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": offsets}
         offset = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -6,11 +6,10 @@ Torch-free.
 from collections.abc import Mapping
 from typing import Any
 
+from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["KERNELS_WITHOUT_ADAPTERS", "check_together"]
-
-KERNELS_WITHOUT_ADAPTERS = ("scattermoe", "megablocks")
+__all__ = ["check_together"]
 
 
 def check_together(values: Mapping[str, Any], entry_point: str) -> None:
@@ -50,7 +49,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             )
     if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
         raise ConfigurationError(
-            f"--report_to is {', '.join(values['report_to'])}, but none cannot stand beside others."
+            f"--report_to is {', '.join(values['report_to'])}, but none excludes all others."
         )
 
 
@@ -64,10 +63,11 @@ def _check_kernel(values: Mapping[str, Any]) -> None:
             )
         kernel, named = "scattermoe", "--use_scattermoe is True"
     trains_experts = values["use_lora"] in ("mlp-only", "all")
-    if trains_experts and kernel in KERNELS_WITHOUT_ADAPTERS:
+    able = [AUTO, *list_backends(with_adapters=True)]
+    if trains_experts and kernel not in able:
         raise ConfigurationError(
             f"--use_lora is {values['use_lora']}, but {kernel} runs experts without adapters; "
-            "--kernel auto, triton, grouped_mm or eager runs them with adapters."
+            f"--kernel {', '.join(able[:-1])} or {able[-1]} runs them with adapters."
         )
     if kernel != "auto" and not values["use_megablocks_sharding"] and not trains_experts:
         raise ConfigurationError(f"{named}, but it needs --use_megablocks_sharding True.")

@@ -1,39 +1,135 @@
-"""What a row of the table of options says."""
+"""What an option is, and the fields of frozen dataclasses that declare them.
 
-from dataclasses import dataclass
-from typing import Literal
+Torch-free. An option is declared once, as a field with its type, its default and what people need
+to know of it:
 
-__all__ = ["Kind", "Option"]
+    max_seq_length: Annotated[int, Option("tokens of an example", minimum=2)] = 4096
+"""
 
-Kind = Literal["text", "integer", "number", "boolean", "words"]
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__ = ["Kind", "Option", "list_options", "same_option"]
+
+Kind = Literal["text", "path", "integer", "number", "boolean", "words", "texts"]
+
+_KINDS: Mapping[object, Kind] = MappingProxyType(
+    {
+        str: "text",
+        Path: "path",
+        int: "integer",
+        float: "number",
+        bool: "boolean",
+        tuple[str, ...]: "texts",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Option:
-    """Describe one option of the command line.
+    """Describe one option of a command line.
 
     Attributes:
-        name: Its name without dashes, also the name of the field in `RunConfig`'s sections.
-        kind: How its text is read; `words` takes several, separated by commas or spaces.
-        default: Value when it is not given; None where `shown_default` says what decides.
         help: One line for people.
         choices: The words it may be; empty where any text or number goes.
         aliases: Other names that mean the same.
         minimum: Smallest number allowed, or None.
         maximum: Largest number allowed, or None.
         above: Number that the value must exceed, or None.
-        shown_default: What `--help` prints as default where `default` alone says too little.
+        shown_default: What `--help` prints as default where the default alone says too little.
+        wanted: What its value must be, where kind and choices say too little.
+        metavar: What stands for its value in `--help`, where the kind says too little.
+        translation: What its words become in the configuration, where that is another word.
+        may_repeat: Whether it may be given more than once; its values then add up.
         passed_on: Entry points that hand it to Hugging Face's TrainingArguments unread.
+        name: Its name without dashes, from the field's.
+        kind: How its text is read, from the field's type. A tuple takes several values: `words`,
+            where there are choices, separated by commas or spaces; else `texts`, as they are.
+        default: The field's; None also where `shown_default` says what decides.
+        is_required: Whether the field has no default.
     """
 
-    name: str
-    kind: Kind
-    default: object
     help: str
+    _: dataclasses.KW_ONLY
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
     shown_default: str | None = None
+    wanted: str | None = None
+    metavar: str | None = None
+    translation: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    may_repeat: bool = False
     passed_on: tuple[str, ...] = ()
+    name: str = ""
+    kind: Kind = "text"
+    default: object = None
+    is_required: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name and its aliases."""
+        return (self.name, *self.aliases)
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether it takes several values."""
+        return self.kind in ("words", "texts")
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it means True where no value follows it."""
+        return self.kind == "boolean" or "True" in self.choices
+
+
+def list_options(section: "type[DataclassInstance]") -> tuple[Option, ...]:
+    """Return the options that a dataclass declares, those of dataclasses within it first."""
+    hints = get_type_hints(section, include_extras=True)
+    nested: list[Option] = []
+    own: list[Option] = []
+    for declared in dataclasses.fields(section):
+        hint = hints[declared.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            nested += list_options(hint)
+        elif get_origin(hint) is Annotated:
+            own.append(_complete(declared, *get_args(hint)))
+    return (*nested, *own)
+
+
+def same_option(section: "type[DataclassInstance]", name: str, **changes: Any) -> Option:
+    """Return an option that another dataclass declares, for one that gives it another default."""
+    found = next(option for option in list_options(section) if option.name == name)
+    return dataclasses.replace(found, **{"shown_default": None} | changes)
+
+
+def _complete(declared: "dataclasses.Field[Any]", hint: object, option: Option) -> Option:
+    kind = next(_KINDS[part] for part in _parts(hint) if part is not NoneType)
+    is_required = declared.default is dataclasses.MISSING
+    return dataclasses.replace(
+        option,
+        name=declared.name,
+        kind="words" if kind == "texts" and option.choices else kind,
+        default=None if is_required else declared.default,
+        is_required=is_required,
+    )
+
+
+def _parts(hint: object) -> tuple[object, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

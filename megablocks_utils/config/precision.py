@@ -4,11 +4,15 @@ Torch-free: dtypes are names, such as `float32`.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from megablocks_utils.config.options import default_of
+from megablocks_utils.config.option import Option
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["PrecisionConfig", "ResolvedPrecision", "check_dtype", "resolve_preset"]
+__all__ = ["DTYPES", "PrecisionConfig", "ResolvedPrecision", "check_dtype", "resolve_preset"]
+
+DTYPES = ("float32", "bfloat16")
+"""Dtypes a run may store and compute in."""
 
 _DTYPE_OF_PRESET = {"fp32": "float32", "bf16_sr": "bfloat16", "bf16": "bfloat16"}
 _PRESET_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
@@ -18,9 +22,30 @@ _PRESET_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 class PrecisionConfig:
     """Hold the precision options as given; None means not given. See `config.resolve_precision`."""
 
-    precision: str | None = default_of("precision")
-    dtype: str | None = default_of("dtype")
-    optim_dtype: str | None = default_of("optim_dtype")
+    precision: Annotated[
+        str | None,
+        Option(
+            "fp32: all float32; mixed: float32 weights and Adam states, bfloat16 compute (with "
+            "LoRA the frozen base is bfloat16); bf16_sr: all bfloat16, updates rounded "
+            "stochastically; bf16: all bfloat16",
+            choices=("fp32", "mixed", "bf16_sr", "bf16"),
+            shown_default="fp32 on CPU; on GPU mixed with LoRA, bf16_sr without",
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        Option(
+            "dtype of weights, gradients and compute; alone, float32 means --precision fp32 and "
+            "bfloat16 means --precision bf16",
+            choices=DTYPES,
+            aliases=("torch_dtype",),
+            shown_default="from --precision",
+        ),
+    ] = None
+    optim_dtype: Annotated[
+        str | None,
+        Option("dtype of Adam's states", choices=DTYPES, shown_default="from --precision"),
+    ] = None
 
 
 @dataclass(frozen=True)

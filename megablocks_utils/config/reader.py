@@ -1,239 +1,213 @@
-"""Turn command-line words into values by the table of options, and the table into help text.
+"""Read a command line and the file of options it names, by the options of a command. Torch-free.
 
-Torch-free. Every error is one sentence naming the option, the value seen and the value wanted.
+One reader for the scripts and all commands. Every error is one sentence naming the option, the
+value seen and the value wanted.
 """
 
-import difflib
-import math
-import textwrap
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from megablocks_utils.config.command import CONFIG_FILE_OPTION, Command
+from megablocks_utils.config.given import CommandLine, GivenOption, option_name
+from megablocks_utils.config.help_text import format_help
+from megablocks_utils.config.hints import unknown_option
 from megablocks_utils.config.option import Option
-from megablocks_utils.config.options import OPTIONS, find_option
+from megablocks_utils.config.values import describe_wanted, join_words
+from megablocks_utils.config.yaml_file import FileEntry, read_options_file
 from megablocks_utils.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "HelpRequested",
-    "check_leftovers",
-    "check_no_dtype_flags",
-    "convert_value",
-    "describe_wanted",
-    "format_help",
-    "format_options_table",
-    "join_words",
-    "read_arguments",
+    "build_section",
+    "check_required",
+    "choose_model",
+    "read_command",
+    "refuse_unknown",
+    "scan_words",
 ]
 
-_HELP_WIDTH = 96
-_WANTED = {"integer": "a whole number", "number": "a number", "boolean": "True or False"}
+_Section = TypeVar("_Section", bound="DataclassInstance")
 
 
 class HelpRequested(Exception):
     """Ask `run_entry_point` to print this help text and end with exit code 0."""
 
 
-def read_arguments(
-    argv: Sequence[str], entry_point: str, *, keep_unknown: bool
-) -> tuple[dict[str, object], list[str]]:
-    """Read `--name value` and `--name=value` words.
-
-    A boolean without a value means True, as in Hugging Face's scripts. The last of several values
-    for one option counts.
+def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Read the words of a command that knows all its options.
 
     Returns:
-        The options given, by name; and the words for Hugging Face's TrainingArguments (empty
-        unless `keep_unknown`).
+        The options given, by name; and the positional words.
 
     Raises:
         HelpRequested: for `--help` or `-h`.
-        ConfigurationError: for a word, name or value that cannot be used.
+        ConfigurationError: for a word, name or value that cannot be used, or a required option
+            that is missing.
     """
-    given: dict[str, object] = {}
-    leftovers: list[str] = []
+    line = scan_words(argv, command)
+    refuse_unknown(line.given, command.names)
+    values = line.read_values()
+    check_required(values, command.options)
+    return values, line.positional
+
+
+def check_required(values: Mapping[str, Any], options: Iterable[Option]) -> None:
+    """Refuse options that are missing.
+
+    Raises:
+        ConfigurationError: naming the first of them.
+    """
+    for option in options:
+        if option.is_required and option.name not in values:
+            raise ConfigurationError(
+                f"--{option.name} is not given, but it must be {describe_wanted(option)}."
+            )
+
+
+def build_section(section: type[_Section], values: Mapping[str, Any]) -> _Section:
+    """Build a dataclass from the values of its fields, defaults where there is none."""
+    names = [field.name for field in dataclasses.fields(section) if field.name in values]
+    return section(**{name: values[name] for name in names})
+
+
+def choose_model(positional: Sequence[str], named: object | None) -> str:
+    """Return the MODEL of a command line, which `--model_name_or_path` may name too.
+
+    Raises:
+        ConfigurationError: for none, or more than one.
+    """
+    models = list(positional)
+    if named is not None and models != [named]:
+        models.append(str(named))
+    if not models:
+        raise ConfigurationError("MODEL is not given, but it must be a local folder or a Hub name.")
+    if len(models) > 1:
+        raise ConfigurationError(
+            f"two models given: {models[0]} and {models[1]}; give one, and options as --name value."
+        )
+    return models[0]
+
+
+def scan_words(argv: Sequence[str], command: Command) -> CommandLine:
+    """Tell options, their values and positional words apart; a file of options is read too.
+
+    A boolean without a value means True, as in Hugging Face's scripts. What the command line says
+    replaces what the file says.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        ConfigurationError: for a word that belongs to no option, an option that is given twice, or
+            a file that cannot be read.
+    """
+    positional: list[str] = []
+    found: list[GivenOption] = []
     words = list(argv)
     while words:
         word = words.pop(0)
         if word in ("--help", "-h"):
-            raise HelpRequested(format_help(entry_point))
-        if not word.startswith("--") or word == "--":
+            raise HelpRequested(format_help(command))
+        if word.startswith("--") and word != "--":
+            found.append(_take_option(word, words, command))
+        elif command.positional:
+            positional.append(word)
+        else:
             raise ConfigurationError(f"{word} is not an option; write options as --name value.")
-        flag, has_value, inline = word.partition("=")
-        values = [inline] if has_value else _take_values(words)
-        option = find_option(_name(flag))
-        if option is None or entry_point in option.passed_on:
-            if option is None and not keep_unknown:
-                raise _unknown_option(flag, _known_names(entry_point))
-            leftovers += [f"--{option.name}" if option else flag, *values]
-            continue
-        if option.kind != "words" and len(values) > 1:
-            words[:0], values = values[1:], values[:1]
-        given[option.name] = _read_value(option, flag, values)
-    return given, leftovers
+    typed = _check_repeated(found)
+    files = [given for given in typed if given.option is CONFIG_FILE_OPTION]
+    written = _check_repeated([line for file in files for line in _read_file(file, command)])
+    names = {given.name for given in typed}
+    given = [option for option in (*typed, *written) if option not in files]
+    return CommandLine(
+        tuple(positional),
+        tuple(option for option in given if not option.place or option.name not in names),
+    )
 
 
-def check_leftovers(leftovers: Sequence[str], trainer_names: Collection[str]) -> None:
-    """Refuse words left for TrainingArguments that it does not know either.
+def refuse_unknown(given: Iterable[GivenOption], known: Collection[str]) -> None:
+    """Refuse the options that a command does not know.
 
     Args:
-        leftovers: What `config.parse_known_args` returned second.
-        trainer_names: Names of TrainingArguments' fields, without dashes.
+        given: All options.
+        known: Names of those that count as known, aliases included.
 
     Raises:
-        ConfigurationError: naming the unknown option and the nearest known one.
+        ConfigurationError: naming the first, and what it probably means.
     """
-    known = {*_known_names("fsdp1"), *trainer_names}
-    for word in leftovers:
-        flag = word.partition("=")[0]
-        if flag.startswith("--") and _name(flag) not in known:
-            raise _unknown_option(flag, known)
+    for option in given:
+        if option.option is None and option.name not in known:
+            raise option.located(unknown_option(option.flag, known))
 
 
-def check_no_dtype_flags(leftovers: Sequence[str]) -> None:
-    """Refuse Hugging Face's `--bf16` and `--fp16`: here the dtypes come from `--precision` alone.
-
-    Raises:
-        ConfigurationError: naming the flag and `--precision`.
-    """
-    for position, word in enumerate(leftovers):
-        flag, has_value, value = word.partition("=")
-        following = leftovers[position + 1 : position + 2]
-        value = value if has_value else "".join(following)
-        if flag in ("--bf16", "--fp16") and value.lower() != "false":
-            raise ConfigurationError(
-                f"{flag} is given, but dtypes come from --precision; use --precision fp32, mixed, "
-                "bf16_sr or bf16."
-            )
-
-
-def format_help(entry_point: str) -> str:
-    """Return the text that `--help` prints for an entry point."""
-    script = {"fsdp1": "train_fsdp1.py", "fsdp2": "train_accelerate_fsdp2.py"}[entry_point]
-    lines = [f"usage: {script} [--option value | --option=value] ...", ""]
-    for option in OPTIONS:
-        names = ", ".join(f"--{name}" for name in (option.name, *option.aliases))
-        values, first = _values_text(option), f"  {names} "
-        fits = len(first + values) <= _HELP_WIDTH
-        lines += [first + values if fits else first + "NAME", *_wrap(option.help)]
-        lines += [] if fits else _wrap(f"One of {', '.join(option.choices)}.")
-        lines += _wrap(f"Default: {_default_text(option)}.")
-    if entry_point == "fsdp1":
-        lines += ["", "All other options of transformers.TrainingArguments are taken too."]
-    return "\n".join(lines) + "\n"
-
-
-def format_options_table() -> str:
-    """Return the Markdown table of all options that `docs/options.md` holds."""
-    rows = ["| option | values | default | meaning |", "|---|---|---|---|"]
-    for option in OPTIONS:
-        names = ", ".join(f"`--{name}`" for name in (option.name, *option.aliases))
-        meaning = option.help[0].upper() + option.help[1:] + "."
-        values = _values_text(option).replace("|", "\\|")
-        rows.append(f"| {names} | {values} | {_default_text(option)} | {meaning} |")
-    return "\n".join(rows) + "\n"
-
-
-def join_words(words: Sequence[object], last: str = "or") -> str:
-    """Join words as in a sentence: `a, b or c`."""
-    texts = [str(word) for word in words]
-    return f" {last} ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
-def _take_values(words: list[str]) -> list[str]:
-    values = []
+def _take_option(word: str, words: list[str], command: Command) -> GivenOption:
+    """Take the values of the option `word` from the front of `words`."""
+    flag, has_value, inline = word.partition("=")
+    option = command.find(option_name(flag))
+    if has_value:
+        return GivenOption(flag, (inline,), option)
+    values: list[str] = []
+    takes_one = option is not None and not option.takes_several
     while words and not words[0].startswith("--") and words[0] != "-h":
+        if takes_one and values and command.positional:
+            break
         values.append(words.pop(0))
-    return values
+    given = GivenOption(flag, tuple(values), option)
+    _check_single(given)
+    return given
 
 
-def _known_names(entry_point: str) -> list[str]:
-    rows = [option for option in OPTIONS if entry_point not in option.passed_on]
-    return [name for option in rows for name in (option.name, *option.aliases)]
+def _read_file(given: GivenOption, command: Command) -> list[GivenOption]:
+    """Return the options in the file that `--config` names."""
+    entries = read_options_file(str(given.read()))
+    return [_from_entry(entry, command) for entry in entries]
 
 
-def _unknown_option(flag: str, known: Collection[str]) -> ConfigurationError:
-    nearest = difflib.get_close_matches(_name(flag), sorted(known), n=1, cutoff=0.0)[0]
-    return ConfigurationError(f"unknown option {flag}; did you mean --{nearest}?")
-
-
-def _read_value(option: Option, flag: str, values: list[str]) -> object:
-    if not values and (option.kind == "boolean" or "True" in option.choices):
-        values = ["True"]
-    if not values:
-        raise ConfigurationError(f"{flag} has no value, but it must be {describe_wanted(option)}.")
-    if option.kind == "words":
-        parts = [part for value in values for part in value.replace(",", " ").split()]
-        return tuple(convert_value(option, flag, part) for part in parts or [""])
-    return convert_value(option, flag, values[0])
-
-
-def convert_value(option: Option, flag: str, text: str) -> object:
-    """Turn the text given for an option into its value.
-
-    Raises:
-        ConfigurationError: naming the flag, the text and what it must be.
-    """
-    error = ConfigurationError(
-        f"{flag} is {text or 'empty'}, but it must be {describe_wanted(option)}."
+def _from_entry(entry: FileEntry, command: Command) -> GivenOption:
+    option = command.find(option_name(entry.key))
+    given = GivenOption(
+        f"--{entry.key}", entry.texts(option), option, entry.place, is_null=entry.is_null
     )
-    if option.choices:
-        choices = {choice.lower(): choice for choice in option.choices}
-        choice = choices.get(text.lower() if "True" in option.choices else text)
-        if choice is None:
-            raise error
-        return choice
-    if option.kind == "boolean":
-        if text.lower() not in ("true", "false"):
-            raise error
-        return text.lower() == "true"
-    if option.kind in ("integer", "number"):
-        return _convert_number(option, text, error)
-    if not text:
-        raise error
-    return text
+    if option is CONFIG_FILE_OPTION:
+        error = ConfigurationError("--config is an option of the command line alone.")
+        raise given.located(error)
+    _check_single(given)
+    return given
 
 
-def _convert_number(option: Option, text: str, error: ConfigurationError) -> int | float:
-    try:
-        number = int(text) if option.kind == "integer" else float(text)
-    except ValueError:
-        raise error from None
-    too_small = option.minimum is not None and number < option.minimum
-    too_large = option.maximum is not None and number > option.maximum
-    not_above = option.above is not None and number <= option.above
-    if not math.isfinite(number) or too_small or too_large or not_above:
-        raise error
-    return number
+def _check_single(given: GivenOption) -> None:
+    option = given.option
+    if option is not None and not option.takes_several and len(given.values) > 1:
+        error = ConfigurationError(
+            f"{given.flag} is {join_words(given.values, 'and')}, but it takes one value."
+        )
+        raise given.located(error)
 
 
-def describe_wanted(option: Option) -> str:
-    """Say what the value of an option must be."""
-    if option.choices:
-        return join_words(option.choices)
-    wanted = _WANTED.get(option.kind, "a name or path")
-    if option.above is not None:
-        return f"{wanted} above {option.above}"
-    if option.maximum is not None:
-        return f"{wanted} from {option.minimum} to {option.maximum}"
-    return wanted if option.minimum is None else f"{wanted} of at least {option.minimum}"
+def _check_repeated(found: Iterable[GivenOption]) -> list[GivenOption]:
+    """Refuse what is given twice; add up the values of what may be."""
+    by_name: dict[str, GivenOption] = {}
+    for given in found:
+        before = by_name.get(given.name)
+        if before is None:
+            by_name[given.name] = given
+        elif given.option is not None and given.option.may_repeat:
+            values = (*before.values, *given.values)
+            by_name[given.name] = dataclasses.replace(before, values=values)
+        else:
+            raise given.located(_describe_repetition(before, given))
+    return list(by_name.values())
 
 
-def _values_text(option: Option) -> str:
-    if option.choices:
-        return "{" + "|".join(option.choices) + "}"
-    return {"boolean": "{True|False}", "integer": "N", "number": "X"}.get(option.kind, "TEXT")
-
-
-def _default_text(option: Option) -> str:
-    if option.shown_default is not None:
-        return option.shown_default
-    if isinstance(option.default, tuple):
-        return ", ".join(option.default)
-    return "not set" if option.default is None else str(option.default)
-
-
-def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, _HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+def _describe_repetition(before: GivenOption, given: GivenOption) -> ConfigurationError:
+    first, second = (" ".join(option.values) or "no value" for option in (before, given))
+    if option_name(before.flag) != option_name(given.flag):
+        return ConfigurationError(
+            f"{before.flag} {first} and {given.flag} {second} are the same option given twice; "
+            "leave one of the two out."
+        )
+    return ConfigurationError(
+        f"{given.flag} is given twice, as {first} and as {second}; give it once."
+    )

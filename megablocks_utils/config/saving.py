@@ -5,15 +5,16 @@ Torch-free.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from megablocks_utils.config.options import default_of
+from megablocks_utils.config.option import Option
 
 __all__ = ["SavingConfig"]
 
 
 @dataclass(frozen=True)
 class SavingConfig:
-    """Say when checkpoints are written, how, and which one a run goes on from.
+    """Say when checkpoints are written, how, and which one a run resumes from.
 
     Attributes:
         save_strategy: "no", "steps" or "epoch".
@@ -24,11 +25,44 @@ class SavingConfig:
             `processes.output_folder.choose_checkpoint`.
     """
 
-    save_strategy: str = default_of("save_strategy")
-    save_steps: float = default_of("save_steps")
-    save_total_limit: int | None = default_of("save_total_limit")
-    async_save: bool = default_of("async_save")
-    resume_from_checkpoint: str = default_of("resume_from_checkpoint")
+    save_strategy: Annotated[
+        str,
+        Option(
+            "when checkpoints are written: every --save_steps or at each epoch's end, and after "
+            "the last step; the final model always is",
+            choices=("no", "steps", "epoch"),
+        ),
+    ] = "no"
+    save_steps: Annotated[
+        float,
+        Option(
+            "optimizer steps between two checkpoints with --save_strategy steps; below 1: that "
+            "share of all steps",
+            above=0,
+        ),
+    ] = 500
+    save_total_limit: Annotated[
+        int | None,
+        Option(
+            "checkpoints that are kept; when one more is complete, the oldest is removed",
+            minimum=1,
+            shown_default="all",
+        ),
+    ] = None
+    async_save: Annotated[
+        bool,
+        Option(
+            "write checkpoints in the background, from a copy in host memory, while training "
+            "continues"
+        ),
+    ] = False
+    resume_from_checkpoint: Annotated[
+        str,
+        Option(
+            "checkpoint to resume from: True is the newest complete one in --output_dir, False is "
+            "none, anything else its folder"
+        ),
+    ] = "False"
 
     def is_due(self, step: int, *, num_steps: int, steps_per_epoch: int) -> bool:
         """Return whether a checkpoint is written after `step`, as Hugging Face's Trainer would.

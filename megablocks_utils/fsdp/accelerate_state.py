@@ -18,7 +18,7 @@ def turn_fsdp_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
     """Give an accelerator its FSDP plugin where Accelerate itself did not.
 
     Call it right after the accelerator was made, before anything is prepared. Does nothing where
-    FSDP is on already, so it steps aside once Accelerate fixes its list.
+    FSDP is on already, so it has no effect once Accelerate fixes its list.
     """
     state = accelerator.state
     if state.distributed_type not in _LEFT_OFF:
@@ -29,7 +29,7 @@ def turn_fsdp_on(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
     partial = PartialState()
     partial.distributed_type = DistributedType.FSDP
     if partial.device.type == "cpu":
-        # Accelerate says cpu:0, which FSDP1 takes for another device than cpu.
+        # Accelerate says cpu:0, which FSDP1 treats as another device than cpu.
         partial.device = state.device = torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""FSDP1: experts left out of FSDP as sharded copies, everything else in flat shards over the world.
+"""FSDP1: experts left out of FSDP, everything else in flat shards over the world.
 
 FSDP1 averages gradients over the ranks; this project sums them (see `gradients`). The public
 communication hook makes the reduction a plain sum, so no loss and no gradient is scaled to undo an
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks, sum_over_ranks
@@ -107,7 +107,7 @@ def wrap_fsdp1(
         on_layer: called with 1 after each layer, for a progress bar.
 
     Raises:
-        UserError: on every rank, what one met in `fill_local`.
+        UserError: on every rank, what `fill_local` raised on one.
         RuntimeError: FSDP left a parameter out: its gradient would never be reduced.
     """
     num_elements = _count_local_dense(model)
@@ -197,7 +197,7 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
     for unit, run in groupby(wanted, key=lambda item: _unit_to_gather(item[1], units)):
         if unit is None:
             for name, parameter in run:
-                whole = parameter.detach().full_tensor()
+                whole = gather_whole(parameter)
                 yield name, whole.cpu() if is_writer else None
                 del whole
             continue
@@ -256,7 +256,7 @@ def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
 
 
 def _holds_adapters(unit: FullyShardedDataParallel) -> bool:
-    """Say whether this is the outer one of a layer's two units."""
+    """Return whether this is the outer one of a layer's two units."""
     return isinstance(unit.module, FullyShardedDataParallel)
 
 

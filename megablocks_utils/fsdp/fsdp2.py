@@ -1,7 +1,7 @@
-"""FSDP2: experts sharded over the dp axis by themselves, everything else over the world.
+"""FSDP2: experts sharded over the dp axis, everything else over the world.
 
-Experts that are copies over dp (or that one rank holds alone) are left out of FSDP; the router and
-all the rest are Accelerate's to shard.
+Experts that are replicated over dp (or that only one rank holds) are left out of FSDP; the router
+and all the rest are Accelerate's to shard.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -21,6 +22,7 @@ from megablocks_utils.files import TRACKERS_FOLDER_NAME
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
+from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 
@@ -89,7 +91,7 @@ def prepare_fsdp2(
     *,
     fill_local: FillLocal,
     on_layer: Callable[[int], None] = lambda _: None,
-) -> tuple[nn.Module, Optimizer]:
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     """Shard the experts over dp, hand the rest to Accelerate, make all reductions sums, and fill.
 
     **Collective:** every rank of the world must call.
@@ -103,7 +105,7 @@ def prepare_fsdp2(
         on_layer: called with 1 after each layer, for a progress bar.
 
     Raises:
-        UserError: on every rank, what one met in `fill_local`.
+        UserError: on every rank, what `fill_local` raised on one.
     """
     layers = find_layers(model, accelerator)
     model = wrap_fsdp2(accelerator, model, sharded)
@@ -163,7 +165,7 @@ def fill_layers(
 ) -> None:
     """Fill a wrapped model's parameters that are on meta, layer by layer, then the rest.
 
-    No communication, so that a rank may fail on its way.
+    No communication, so that it may fail on one rank.
     """
     for name, layer in layers.items():
         materialize(layer, fill_local, device, prefix=f"{name}.")
@@ -172,7 +174,7 @@ def fill_layers(
 
 
 def shards_over_dp(sharded: ShardedMoE) -> bool:
-    """Say whether FSDP shards the experts: asked for, and more than one rank to shard over."""
+    """Return whether FSDP shards the experts: asked for, and more than one rank to shard over."""
     return sharded.expert_dp == "shard" and axis_size(sharded.mesh, DP_AXIS) > 1
 
 
@@ -185,7 +187,7 @@ def shard_experts_over_dp(sharded: ShardedMoE, policy: MixedPrecisionPolicy) -> 
     dp_mesh = sharded.mesh[DP_AXIS]
 
     def choose_dim(parameter: nn.Parameter) -> Shard:
-        sizes = parameter.to_local().shape
+        sizes = local_tensor(parameter).shape
         even = (dim for dim, size in enumerate(sizes) if size % dp_mesh.size() == 0)
         return Shard(next(even, 0))
 
@@ -206,9 +208,19 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
     for name, parameter in model.named_parameters():
         if only_trainable and not parameter.requires_grad:
             continue
-        full = parameter.detach().full_tensor()
-        yield name, full.cpu() if is_writer else None
-        del full
+        whole = gather_whole(parameter)
+        yield name, whole.cpu() if is_writer else None
+        del whole
+
+
+def gather_whole(parameter: nn.Parameter) -> Tensor:
+    """Return the whole of a sharded parameter, without its gradient.
+
+    **Collective:** an all-gather over its mesh.
+    """
+    sharded = parameter.detach()
+    assert isinstance(sharded, DTensor), "FSDP2 and the experts' mesh shard as DTensors"
+    return sharded.full_tensor()
 
 
 def _assert_all_sharded(model: nn.Module) -> None:

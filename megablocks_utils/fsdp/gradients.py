@@ -1,4 +1,4 @@
-"""Gradients over two meshes: sums over the copies of an expert, one true norm, one clip factor.
+"""Gradients over two meshes: summed over an expert's replicas, one global norm, one clip factor.
 
 Convention of this project: the loss of a micro-batch is already divided by the label tokens of the
 whole global batch, so every reduction of gradients is a plain *sum* over ranks and nothing is
@@ -11,15 +11,15 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
 from megablocks_utils.mesh.placement import count_replicas, local_tensor
 
 
-def sum_replica_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Sum the gradients of experts that are kept as copies over the dp axis, in place.
+def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
+    """Sum the gradients of experts that are replicated over the dp axis, in place.
 
     **Collective:** one all-reduce a parameter on the `dp` axis (none if its size is 1), in the
     order given, which must be the same on every rank.
@@ -27,13 +27,13 @@ def sum_replica_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) 
     if axis_size(mesh, DP_AXIS) == 1:
         return
     group = mesh.get_group(DP_AXIS)
-    grads = [local_tensor(p.grad) for p in parameters if p.requires_grad]
+    grads = [_local_grad(p) for p in parameters if p.requires_grad]
     pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
     for work in pending:
         work.wait()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients so that their global norm is at most `max_norm`; 0 leaves them.
 
     **Collective:** see `global_grad_norm`.
@@ -51,7 +51,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Compute the L2 norm of the whole gradient, every parameter counted once.
 
     Each rank adds the squares of the shards it holds, a shard that R ranks hold with weight 1/R.
@@ -66,12 +66,21 @@ def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     if parameters:
         norms = torch._foreach_norm(_local_grads(parameters), 2, dtype=torch.float32)
-        replicas = [count_replicas(p.grad, world_size) for p in parameters]
+        replicas = [count_replicas(_grad(p), world_size) for p in parameters]
         squares = torch.stack(norms).double().square()
         total += (squares / torch.tensor(replicas, device=device)).sum()
     dist.all_reduce(total)
     return total.sqrt()
 
 
-def _local_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [local_tensor(p.grad) for p in parameters if p.grad is not None]
+def _local_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [_local_grad(p) for p in parameters if p.grad is not None]
+
+
+def _local_grad(parameter: Tensor) -> Tensor:
+    return local_tensor(_grad(parameter))
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "an expert without tokens has a gradient of zeros"
+    return parameter.grad

@@ -1,4 +1,4 @@
-"""Say where each trained parameter's local part lies in the whole parameter, under FSDP2 and FSDP1.
+"""Where each trained parameter's local part lies in the whole parameter, under FSDP2 and FSDP1.
 
 What a checkpoint of any layout is written from and read into.
 """
@@ -21,7 +21,7 @@ PlacedParameters = dict[str, tuple[nn.Parameter, Place]]
 def find_places(model: nn.Module) -> PlacedParameters:
     """Return every trainable parameter and its place, by its name in the unwrapped model.
 
-    A parameter of which this rank holds nothing is left out where FSDP1 says so, and has no
+    A parameter of which this rank holds nothing is left out under FSDP1, and has no
     elements elsewhere. Adapters keep the names they have in this project's model.
 
     Args:
@@ -29,6 +29,7 @@ def find_places(model: nn.Module) -> PlacedParameters:
     """
     runs = _runs_in_flat_parameters(model.modules())
     places: PlacedParameters = {}
+    place: Place
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -45,8 +46,8 @@ def find_places(model: nn.Module) -> PlacedParameters:
 def _runs_in_flat_parameters(modules: Iterable[nn.Module]) -> dict[int, RunPlace]:
     """Return the place of each parameter that FSDP1 holds a part of here, by the parameter's id.
 
-    FSDP1 says this in private attributes only; its public state dicts gather every parameter.
-    Without sharding (one rank) they say that all of it is here, as they should.
+    FSDP1 has this in private attributes only; its public state dicts gather every parameter.
+    Without sharding (one rank) all of it is here, as they show.
     """
     runs = {}
     for module in modules:

@@ -1,4 +1,4 @@
-"""How an expert makes one value of a gate and an up value; and recognising it in foreign code."""
+"""How an expert joins a gate and an up value; and how to recognise that in a model's own code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def gates_agree(one: Gate, other: Gate, device: torch.device | str = "cpu") -> b
         device: where they are computed, for a gate with tensors of its own.
     """
     far = [20.0, 50.0, 200.0, 1e3, 1e5]
-    values = [*torch.linspace(-12, 12, 32, dtype=torch.float64).tolist(), *far]
-    values = torch.tensor([*values, *(-x for x in far)], dtype=torch.float64, device=device)
+    near = torch.linspace(-12, 12, 32, dtype=torch.float64).tolist()
+    values = torch.tensor([*near, *far, *(-x for x in far)], dtype=torch.float64, device=device)
     gate, up = (grid.reshape(1, -1) for grid in torch.meshgrid(values, values, indexing="ij"))
     return torch.allclose(one(gate, up), other(gate, up), rtol=1e-12, atol=1e-12)

@@ -5,6 +5,7 @@ Plain indexing would do the same in the forward pass, but its backward pass scat
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,25 +100,27 @@ def _dot_rows(one: Tensor, other: Tensor) -> Tensor:
 
 class _PermuteTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, order, inverse, top_k):
+    def forward(
+        ctx: Any, hidden_states: Tensor, order: Tensor, inverse: Tensor, top_k: int
+    ) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
         return hidden_states.index_select(0, order.div(top_k, rounding_mode="floor"))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         return _sum_slots(grad, inverse, None, ctx.top_k), None, None, None
 
 
 class _ReorderRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, index, inverse):
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         return rows.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -126,12 +129,14 @@ class _CombineRows(torch.autograd.Function):
     """Weighted sum per token; saves only the rows, the weights and the order."""
 
     @staticmethod
-    def forward(ctx, rows, top_k_weights, order, inverse):
+    def forward(
+        ctx: Any, rows: Tensor, top_k_weights: Tensor, order: Tensor, inverse: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(rows, top_k_weights, order, inverse)
         return _sum_slots(rows, inverse, top_k_weights, top_k_weights.shape[1])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, top_k_weights, order, inverse = ctx.saved_tensors
         token = order.div(top_k_weights.shape[1], rounding_mode="floor")
         grad_rows, grad_weights = grad.index_select(0, token), None

@@ -1,15 +1,27 @@
-"""What the rules of backends and the measurements of them depend on."""
+"""What decides which backends can run, and which measurement of them counts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from megablocks_utils.kernels.gate import Gate, SwiGlu
 
-__all__ = ["EXPERT_MODES", "ExpertShapes", "find_dtype"]
+__all__ = ["EXPERT_MODES", "ExpertShapes", "ExpertsModule", "find_dtype", "name_dtype"]
 
 EXPERT_MODES = ("full", "frozen", "lora")
-"""What of the experts is trained: all weights, nothing, or adapters beside frozen weights."""
+"""Which expert parameters are trained: all weights, none, or adapters beside frozen weights."""
+
+
+class ExpertsModule(Protocol):
+    """What a transformers module of all experts of a layer has: (E, 2 * I, H) and (E, H, I)."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    num_experts: int
+    act_fn: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class ExpertShapes:
         dtype: of compute.
         device_type: `cpu` or `cuda`.
         mode: one of `EXPERT_MODES`.
-        gate: what makes one value of gate and up.
+        gate: what makes one value of a gate and an up value.
         num_local_experts: L; None where it is not known, and so no measurement can be looked up.
         top_k: K of what the backend is given: 1 where rows come from other ranks; or None.
         num_rows: about how many routed rows there are, N; or None.
@@ -43,7 +55,19 @@ class ExpertShapes:
         """Whether a projection has an adapter."""
         return self.mode == "lora"
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """L, K and N, where all three are known."""
+        assert self.num_local_experts is not None, self
+        assert self.top_k is not None and self.num_rows is not None, self
+        return self.num_local_experts, self.top_k, self.num_rows
+
 
 def find_dtype(name: str) -> torch.dtype:
     """Return the dtype that options call by this name, such as bfloat16."""
     return getattr(torch, name)
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return the name that options have for a dtype."""
+    return str(dtype).removeprefix("torch.")

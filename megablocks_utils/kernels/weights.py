@@ -1,4 +1,4 @@
-"""What a backend computes with: the weights of this rank's experts, as they lie in memory."""
+"""What a backend computes with: the weights of this rank's experts, as they are stored."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,6 +67,11 @@ class ExpertWeights:
     def has_adapters(self) -> bool:
         """Whether a projection has an adapter."""
         return self.gate_up_lora is not None or self.down_lora is not None
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether a projection has a bias."""
+        return self.gate_up_bias is not None or self.down_bias is not None
 
     @property
     def tensors(self) -> dict[str, Tensor]:

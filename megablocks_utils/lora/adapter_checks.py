@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import LAYOUT_OF_MODEL_TYPE
+from megablocks_utils.checkpoint.layouts import naming_of_family
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.expert_formats import (
     AdapterMatrix,
@@ -19,7 +20,7 @@ from megablocks_utils.lora.expert_formats import (
     SeparateExperts,
     Shape,
 )
-from megablocks_utils.lora.peft_format import WEIGHTS_FILE_NAME, linear_key
+from megablocks_utils.lora.peft_format import linear_key
 from megablocks_utils.shard_moe_utils import PROJECTIONS, find_expert_modules
 
 __all__ = ["FoundAdapters", "Places", "check_adapter", "find_places"]
@@ -45,7 +46,7 @@ class Places:
 
 @dataclass(frozen=True)
 class FoundAdapters:
-    """Say which of a model's places have adapters in a file, and how it holds those of experts."""
+    """Say where a file has adapters in a model, and in which format it holds those of experts."""
 
     linears: Mapping[str, Shape]
     experts: Mapping[str, Shape] = field(default_factory=dict)
@@ -70,7 +71,7 @@ def find_places(model: PreTrainedModel) -> Places:
             for name, module in find_expert_modules(model).items()
             for projection in PROJECTIONS
         },
-        (FusedExperts(), SeparateExperts(LAYOUT_OF_MODEL_TYPE[model.config.model_type])),
+        (FusedExperts(), SeparateExperts(naming_of_family(model.config.model_type))),
     )
 
 
@@ -79,13 +80,13 @@ def check_adapter(
 ) -> FoundAdapters:
     """Check that a file holds exactly the tensors that adapters of a model have.
 
-    A linear layer, or the experts, may have adapters or not, but then in all layers alike; all of
-    them have the same rank in the file and the same strength.
+    A linear layer, or the experts, must have adapters in all decoder layers or in none; all of one
+    kind have the same rank in the file, and all have the same scaling.
 
     Raises:
         CheckpointError: naming the file, what was seen and what is wanted.
     """
-    path = index.folder / WEIGHTS_FILE_NAME
+    path = index.folder / ADAPTER_WEIGHTS_NAME
     _refuse_unexpected(path, config, index, places)
     found = _find(path, config, index, places)
     experts = []
@@ -129,7 +130,7 @@ def _refuse_unexpected(
     if unexpected:
         names = ", ".join(sorted({_last_name(name) for name in places.linears}))
         raise CheckpointError(
-            f"{path} holds {_count(unexpected)} without a place in this model, first"
+            f"{path} holds {_count(unexpected)} that this model has no place for, first"
             f" {unexpected[0]}: adapters can be on its experts and on {names}"
         )
 
@@ -178,7 +179,7 @@ def _refuse_missing(path: Path, index: CheckpointIndex, matrices: list[AdapterMa
 def _check_rank_and_alpha(
     config: AdapterConfigFile, matrix: AdapterMatrix, wanted_rank: int
 ) -> None:
-    """Refuse patterns by which adapters of one kind differ between layers, or in strength."""
+    """Refuse patterns that give adapters of one kind different ranks, or any another scaling."""
     rank, alpha = config.rank(matrix.module), config.alpha(matrix.module)
     if rank != wanted_rank:
         raise CheckpointError(

@@ -1,22 +1,23 @@
-"""Read an adapter's `adapter_config.json`, and refuse what is more than plain LoRA."""
+"""Read an adapter's `adapter_config.json`, and refuse anything but plain LoRA."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.lora.peft_format import CONFIG_FILE_NAME
+from megablocks_utils.files import ADAPTER_CONFIG_NAME
 
 __all__ = ["AdapterConfigFile", "read_adapter_config"]
 
-# Settings of PEFT that are read here, or that say nothing about the weights in the file: which
-# modules have adapters is seen from the tensors' names, and dropout only acts in training.
+# Settings of PEFT that are read here, and those that say nothing about the weights in the file:
+# the tensors' names tell which modules have adapters, and dropout only acts in training.
 _READ = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
 _WITHOUT_EFFECT = (
     *("task_type", "auto_mapping", "revision", "inference_mode", "peft_version", "runtime_config"),
@@ -24,8 +25,9 @@ _WITHOUT_EFFECT = (
     *("layers_pattern", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "qalora_group_size"),
 )
-# Ways to start an adapter that change the base weights as well.
+# Initialisations of an adapter that change the base weights as well.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,23 @@ class AdapterConfigFile:
 
     def rank(self, name: str) -> int:
         """Return the rank that PEFT gives the adapter of module or parameter `name`."""
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
 
     def alpha(self, name: str) -> float:
         """Return the strength that PEFT gives the adapter of module or parameter `name`."""
-        return self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.lora_alpha)
+        pattern = get_pattern_key(list(self.alpha_pattern), name)
+        return self.alpha_pattern.get(pattern, self.lora_alpha)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfigFile:
     """Read and check `adapter_config.json` of an adapter folder.
 
-    Settings that PEFT itself does not know are passed over, as PEFT does.
+    Settings that PEFT itself does not know are ignored, as PEFT ignores them.
 
     Raises:
         CheckpointError: the file is missing or damaged, or asks for more than plain LoRA.
     """
-    path = folder / CONFIG_FILE_NAME
+    path = folder / ADAPTER_CONFIG_NAME
     config = read_settings(path, "adapter")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path} has peft_type {config.get('peft_type')!r}, wanted is 'LORA'")
@@ -75,14 +78,13 @@ def read_adapter_config(folder: Path) -> AdapterConfigFile:
         raise CheckpointError(
             f"{path} has base_model_name_or_path {base_model_name!r}, wanted is a name"
         )
-    r = _number(path, "r", config.get("r"), int)
     return AdapterConfigFile(
         path,
-        r,
-        _number(path, "lora_alpha", config.get("lora_alpha"), int | float),
-        _pattern(path, "rank_pattern", config.get("rank_pattern"), int),
-        _pattern(path, "alpha_pattern", config.get("alpha_pattern"), int | float),
-        base_model_name or None,
+        r=_read_whole_number(path, "r", config.get("r")),
+        lora_alpha=_read_number(path, "lora_alpha", config.get("lora_alpha")),
+        rank_pattern=_read_pattern(path, "rank_pattern", config, _read_whole_number),
+        alpha_pattern=_read_pattern(path, "alpha_pattern", config, _read_number),
+        base_model_name=base_model_name or None,
     )
 
 
@@ -95,31 +97,48 @@ def _refuse_more_than_plain_lora(path: Path, config: dict) -> None:
         raise CheckpointError(
             f"{path} sets {name} to {value!r}, wanted is {plain[name]!r}: only plain LoRA is read"
         )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    method = config.get("init_lora_weights")
+    if isinstance(method, str) and method.lower().startswith(_CHANGES_BASE):
         raise CheckpointError(
-            f"{path} sets init_lora_weights to {start!r}, which changes the base weights too:"
+            f"{path} sets init_lora_weights to {method!r}, which changes the base weights too:"
             " save it as plain LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
 
 
-def _number(path: Path, name: str, value: object, kind: type) -> int | float:
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
-        wanted = "a whole number" if kind is int else "a number"
-        raise CheckpointError(f"{path} has {name} {value!r}, wanted is {wanted} above 0")
+def _read_whole_number(path: Path, name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise _wrong_number(path, name, value, "a whole number")
     return value
 
 
-def _pattern(path: Path, name: str, value: object, kind: type) -> dict[str, int | float]:
-    if not isinstance(value, dict | None):
-        raise CheckpointError(f"{path} has {name} {value!r}, wanted are names and numbers")
-    for key, number in (value or {}).items():
-        _number(path, f"{name} of {key}", number, kind)
+def _read_number(path: Path, name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _wrong_number(path, name, value, "a number")
+    if not math.isfinite(value) or value <= 0:
+        raise _wrong_number(path, name, value, "a number")
+    return value
+
+
+def _wrong_number(path: Path, name: str, value: object, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{path} has {name} {value!r}, wanted is {wanted} above 0")
+
+
+def _read_pattern(
+    path: Path,
+    name: str,
+    config: Mapping[str, object],
+    read: Callable[[Path, str, object], _Number],
+) -> dict[str, _Number]:
+    pattern = config.get(name)
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, dict):
+        raise CheckpointError(f"{path} has {name} {pattern!r}, wanted are names and numbers")
+    for key in pattern:
         try:
             re.compile(key)
         except re.error as error:
             raise CheckpointError(
                 f"{path} has {name} of {key!r}, which is not a regular expression: {error}"
             ) from error
-    return value or {}
+    return {key: read(path, f"{name} of {key}", number) for key, number in pattern.items()}

@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.writer import staged_folder
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.file_check import AdapterCheckError
 from megablocks_utils.lora.peft_format import (
-    CONFIG_FILE_NAME,
-    WEIGHTS_FILE_NAME,
     expert_key,
     linear_key,
     pack_lora_a,
@@ -43,22 +42,22 @@ def export_adapter(
 
     Args:
         settings: of the adapters.
-        tokenizer: written beside them if given.
+        tokenizer: written too, if given.
         tensors: each adapter parameter's name in the model and whole tensor (None where not
             writer).
         output_dir: the folder.
         base_model_name: what PEFT will load the adapter onto.
         is_writer: whether this rank writes.
-        check: called with the folder that holds the complete files, before they get their place. If
-            it refuses them, they are kept in `refused_adapter` of the folder.
+        check: called with the folder that holds the complete files, before they are moved into
+            place. If it refuses them, they are kept in `refused_adapter` of the folder.
 
     Raises:
-        AdapterCheckError: from `check`, with the place of the files.
+        AdapterCheckError: from `check`, with the folder of the files.
         CheckpointError: likewise, for values that are not finite; or the folder cannot be written.
     """
     weights = {}
     for name, tensor in tensors:
-        if is_writer:
+        if is_writer and tensor is not None:
             key, stored = to_peft(name, tensor)
             weights[key] = stored
     if not is_writer:
@@ -66,9 +65,9 @@ def export_adapter(
     config = build_peft_config(settings, base_model_name)
     config.inference_mode = True
     try:
-        with staged_folder(Path(output_dir), last=CONFIG_FILE_NAME) as folder:
-            save_file(weights, folder / WEIGHTS_FILE_NAME, metadata={"format": "pt"})
-            config.save_pretrained(folder)
+        with staged_folder(Path(output_dir), last=ADAPTER_CONFIG_NAME) as folder:
+            save_file(weights, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+            config.save_pretrained(str(folder))
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             try:
@@ -82,7 +81,7 @@ def export_adapter(
 
 
 def _keep_for_inspection(folder: Path, output_dir: Path) -> Path:
-    """Move a refused adapter to a place of its own, where nobody takes it for a good one."""
+    """Move a refused adapter to a folder whose name says so."""
     kept = output_dir / REFUSED_NAME
     shutil.rmtree(kept, ignore_errors=True)
     folder.rename(kept)
@@ -100,5 +99,7 @@ def to_peft(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     if match := _LINEAR.fullmatch(name):
         return linear_key(match["layer"], match["side"]), tensor
     match = _EXPERT.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not a parameter of an adapter")
     pack = pack_lora_a if match["side"] == "A" else pack_lora_b
     return expert_key(match["parameter"], match["side"]), pack(tensor).contiguous()

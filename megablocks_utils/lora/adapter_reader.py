@@ -2,7 +2,7 @@
 
 Everything is checked when the adapter is opened, from its configuration and the header of its
 weights: the tensors must be exactly those that adapters of this model have, so that nothing in
-the file is dropped in silence.
+the file is silently dropped.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ from megablocks_utils.checkpoint.index import (
     resolve_checkpoint_folder,
 )
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_checks import check_adapter, find_places
 from megablocks_utils.lora.adapter_config import read_adapter_config
 from megablocks_utils.lora.expert_formats import ExpertFormat, Shape, read_finite
-from megablocks_utils.lora.peft_format import CONFIG_FILE_NAME, WEIGHTS_FILE_NAME, linear_key
+from megablocks_utils.lora.peft_format import linear_key
 from megablocks_utils.lora.settings import LoraSettings
 
 __all__ = ["AdapterReader", "open_adapter", "resolve_adapter_folder"]
@@ -73,6 +74,8 @@ class AdapterReader:
         Raises:
             CheckpointError: values that are not finite.
         """
+        if self.expert_format is None:
+            raise ValueError(f"the adapter {self.index.folder} has none on {name}")
         return self.expert_format.read(self.index, name, self.expert_shapes[name], experts)
 
 
@@ -82,15 +85,15 @@ def resolve_adapter_folder(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError: no such folder, and no such adapter on the Hub or no way to reach it.
     """
-    patterns = (CONFIG_FILE_NAME, WEIGHTS_FILE_NAME)
+    patterns = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
     return resolve_checkpoint_folder(str(name_or_path), kind="adapter", patterns=patterns)
 
 
 def open_adapter(name_or_path: str | Path, model: PreTrainedModel) -> AdapterReader:
     """Open an adapter and check all of it against a model; no weight is read.
 
-    PEFT's own files are taken, and those made with transformers 4, where each expert had linear
-    layers of its own: their gate and up become one adapter of twice the rank, as in PEFT.
+    Both PEFT's own format is read and that of adapters made with transformers 4, where each expert
+    had its own linear layers: their gate and up become one adapter of twice the rank, as in PEFT.
 
     Args:
         name_or_path: local folder or Hub name.
@@ -106,10 +109,10 @@ def open_adapter(name_or_path: str | Path, model: PreTrainedModel) -> AdapterRea
     index = _open_weights(folder)
     places = find_places(model)
     found = check_adapter(config, index, places)
-    ranks = {
-        name.rpartition(".")[2]: found.expert_format.rank(name, config) for name in found.experts
-    }
-    last_names = {name.rpartition(".")[2] for name in found.linears}
+    ranks = {}
+    if found.expert_format is not None:
+        ranks = {_last_name(name): found.expert_format.rank(name, config) for name in found.experts}
+    last_names = {_last_name(name) for name in found.linears}
     settings = LoraSettings(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -119,10 +122,14 @@ def open_adapter(name_or_path: str | Path, model: PreTrainedModel) -> AdapterRea
     return AdapterReader(index, settings, found.linears, found.experts, found.expert_format)
 
 
+def _last_name(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _open_weights(folder: Path) -> CheckpointIndex:
-    path = folder / WEIGHTS_FILE_NAME
+    path = folder / ADAPTER_WEIGHTS_NAME
     if path.is_file():
         return open_safetensors_file(path)
     is_pickled = (folder / PICKLED_FILE_NAME).is_file()
     found = f": only {PICKLED_FILE_NAME}, which is not read here" if is_pickled else ""
-    raise CheckpointError(f"the adapter folder {folder} has no {WEIGHTS_FILE_NAME}{found}")
+    raise CheckpointError(f"the adapter folder {folder} has no {ADAPTER_WEIGHTS_NAME}{found}")

@@ -1,4 +1,4 @@
-"""`--use_lora`: freeze the model and attach adapters to attention, experts or both."""
+"""LoRA: freeze the model and attach adapters to attention, experts or both."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,12 @@ _ADAPTER_NAME = "default"
 
 @dataclass(frozen=True)
 class ChosenAdapters:
-    """Say which adapters a run trains, and which ones it goes on from; None makes new ones."""
+    """Say which adapters a run trains.
+
+    Attributes:
+        settings: which modules, ranks and scaling.
+        source: trained adapters to start from; None for new ones.
+    """
 
     settings: LoraSettings
     source: AdapterReader | None = None
@@ -31,9 +36,9 @@ def choose_adapters(model: PreTrainedModel, adapter: AdapterConfig) -> ChosenAda
     """Choose the adapters of a run, before any weight is read.
 
     Raises:
-        CheckpointError: `--resume_adapter` cannot be read or does not fit the model.
-        ConfigurationError: it contradicts `--use_lora`, `--lora_r` or `--lora_alpha`; or the model
-            has no attention where `--use_lora` wants adapters.
+        CheckpointError: the adapter to start from cannot be read or does not fit the model.
+        ConfigurationError: it contradicts the config, or the config says no rank or strength for
+            new adapters, or the model has no attention for them.
     """
     if adapter.resume_adapter is None:
         return ChosenAdapters(_new_settings(model, adapter))
@@ -42,7 +47,12 @@ def choose_adapters(model: PreTrainedModel, adapter: AdapterConfig) -> ChosenAda
     return ChosenAdapters(reader.settings, reader)
 
 
-def _new_settings(model: nn.Module, adapter: AdapterConfig) -> LoraSettings:
+def _new_settings(model: PreTrainedModel, adapter: AdapterConfig) -> LoraSettings:
+    if adapter.lora_r is None or adapter.lora_alpha is None:
+        raise ConfigurationError(
+            "new adapters need lora_r and lora_alpha, but the config has None.",
+            parameters=("lora_r", "lora_alpha"),
+        )
     modules: tuple[str, ...] = ()
     if adapter.trains_attention:
         modules = find_attention_projections(model, adapter.use_lora)
@@ -51,7 +61,7 @@ def _new_settings(model: nn.Module, adapter: AdapterConfig) -> LoraSettings:
 
 
 def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:
-    """Refuse options that say something else than the adapter to go on from."""
+    """Refuse a config that contradicts the adapter to start from."""
     kinds = {(True, False): "attn-only", (False, True): "mlp-only", (True, True): "all"}
     kind = kinds[bool(settings.target_modules), bool(settings.expert_ranks)]
     own = {"use_lora": kind, "lora_r": settings.r, "lora_alpha": settings.lora_alpha}
@@ -59,7 +69,8 @@ def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:
         given = getattr(adapter, name)
         if given is not None and given != value:
             raise ConfigurationError(
-                f"--{name} is {given}, but the adapter {adapter.resume_adapter} has {value}."
+                f"{name} is {given}, but the adapter {adapter.resume_adapter} has {value}.",
+                parameters=(name,),
             )
 
 
@@ -78,19 +89,25 @@ def apply_lora(
 
     Args:
         model: the transformers model.
-        sharded: what `shard_moe` returned; needed for adapters of experts.
+        sharded: what `shard_moe` returned; needed for adapters on experts.
         adapters: which, from `choose_adapters`.
         dtype: in which they are kept and trained.
         seed: of new ones; equal on all ranks.
 
     Raises:
-        CheckpointError: adapters to go on from that are not finite.
+        CheckpointError: adapters to start from that are not finite.
+        ConfigurationError: adapters on experts without `sharded`, or whose backend has none.
     """
     settings = adapters.settings
+    if settings.expert_ranks and sharded is None:
+        raise ConfigurationError(
+            "sharded is None, but adapters on experts need what shard_moe returned.",
+            parameters=("sharded",),
+        )
     model.requires_grad_(False)
     if settings.target_modules:
         attach_linear_lora(model, settings, dtype=dtype, seed=seed)
-    if settings.expert_ranks:
+    if sharded is not None and settings.expert_ranks:
         attach_expert_lora(sharded, settings, dtype=dtype, seed=seed)
     if adapters.source is not None:
         _fill(model, sharded, adapters.source)
@@ -101,9 +118,9 @@ def _fill(model: nn.Module, sharded: ShardedMoE | None, source: AdapterReader) -
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             lora_a, lora_b = source.linear(name)
-            module.lora_A[_ADAPTER_NAME].weight.copy_(lora_a)
-            module.lora_B[_ADAPTER_NAME].weight.copy_(lora_b)
-    if not source.settings.expert_ranks:
+            module.lora_A[_ADAPTER_NAME].get_parameter("weight").copy_(lora_a)
+            module.lora_B[_ADAPTER_NAME].get_parameter("weight").copy_(lora_b)
+    if sharded is None:
         return
     for name, module in sharded.expert_modules.items():
         mine = local_expert_range(module.num_experts, sharded.mesh)

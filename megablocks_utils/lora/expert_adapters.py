@@ -1,4 +1,4 @@
-"""LoRA on the experts of a sharded model: adapters lie where their experts lie."""
+"""LoRA on the experts of a sharded model: adapters are sharded like their experts."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.config.contradictions import KERNELS_WITHOUT_ADAPTERS
+from megablocks_utils.config.backends import list_backends
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.placement import local_expert_range, wrap_local_experts
@@ -20,8 +20,8 @@ def attach_expert_lora(
     """Give every expert adapters on the projections that the settings name, in place.
 
     They start as PEFT's do: A uniform within 1 / sqrt(in) (Kaiming's bound for a = sqrt(5)), B
-    zero. What an expert starts with is a function of the seed and its place in the model alone,
-    not of the mesh. No communication.
+    zero. The initial values of an expert's adapters are a function of the seed and the expert's
+    place in the model alone, not of the mesh. No communication.
 
     Args:
         sharded: what `shard_moe` returned.
@@ -32,10 +32,10 @@ def attach_expert_lora(
     Raises:
         ConfigurationError: the experts run on a backend without adapters.
     """
-    if sharded.kernel.name in KERNELS_WITHOUT_ADAPTERS:
+    if sharded.kernel.name not in list_backends(with_adapters=True):
         raise ConfigurationError(
-            f"the experts run on {sharded.kernel.name}, which knows no adapters; shard_moe with "
-            "kernel auto, triton, grouped_mm or eager makes experts that take them."
+            f"the experts run on {sharded.kernel.name}, which has no adapters; shard_moe with "
+            "kernel auto, triton, grouped_mm or eager makes experts that have them."
         )
     generator = torch.Generator().manual_seed(seed)
     for module in sharded.expert_modules.values():
@@ -48,11 +48,12 @@ def attach_expert_lora(
                 -bound, bound, generator=generator
             )
             lora_b = torch.zeros(len(mine), num_out, rank)
-            factors = [
-                _place(factor, weights, dtype, sharded)
-                for factor in (lora_a[mine.start : mine.stop], lora_b)
-            ]
-            setattr(module, lora_name(projection), ExpertLora(*factors, settings.scaling))
+            adapters = ExpertLora(
+                _place(lora_a[mine.start : mine.stop], weights, dtype, sharded),
+                _place(lora_b, weights, dtype, sharded),
+                settings.scaling,
+            )
+            setattr(module, lora_name(projection), adapters)
 
 
 def lora_name(projection: str) -> str:

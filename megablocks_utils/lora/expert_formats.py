@@ -111,9 +111,9 @@ class FusedExperts(ExpertFormat):
 class SeparateExperts(ExpertFormat):
     """That of transformers 4: one A and one B for each matrix of each expert, by its Hub name."""
 
-    def __init__(self, layout: HubNaming):
-        self._naming = layout
-        self.label = f"per expert ({', '.join(layout.projections.values())})"
+    def __init__(self, naming: HubNaming):
+        self._naming = naming
+        self.label = f"per expert ({', '.join(naming.projections.values())})"
 
     def matrices(
         self, name: str, shape: Shape, config: AdapterConfigFile

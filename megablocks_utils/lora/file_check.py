@@ -45,7 +45,7 @@ class ExpertNorms:
 
 
 def measure_experts(
-    sharded: ShardedMoE, settings: LoraSettings, states: Mapping[nn.Parameter, Mapping[str, Tensor]]
+    sharded: ShardedMoE, settings: LoraSettings, states: Mapping[Tensor, Mapping[str, Tensor]]
 ) -> dict[str, ExpertNorms]:
     """Measure every expert's adapters where they lie: `model.layers.0.mlp.experts.down_proj` -> ...
 

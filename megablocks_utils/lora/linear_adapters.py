@@ -1,12 +1,12 @@
 """LoRA on linear layers, with PEFT's own layers."""
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import inject_adapter_in_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
@@ -14,12 +14,12 @@ from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 _ATTENTION_MODULE = "self_attn"
 
 
-def find_attention_projections(model: nn.Module, use_lora: str) -> tuple[str, ...]:
+def find_attention_projections(model: PreTrainedModel, use_lora: str) -> tuple[str, ...]:
     """Find the last names of the linear layers in the attention, sorted (q_proj, k_proj, ...).
 
     Args:
         model: the model.
-        use_lora: the option's value, for the message.
+        use_lora: its value, for the message.
 
     Raises:
         ConfigurationError: the model has none.
@@ -31,8 +31,9 @@ def find_attention_projections(model: nn.Module, use_lora: str) -> tuple[str, ..
     }
     if not names:
         raise ConfigurationError(
-            f"--use_lora {use_lora} needs linear layers in modules named {_ATTENTION_MODULE}, and "
-            f"model type {model.config.model_type} has none."
+            f"use_lora {use_lora} needs linear layers in modules named {_ATTENTION_MODULE}, but "
+            f"model type {model.config.model_type} has none.",
+            parameters=("use_lora",),
         )
     return tuple(sorted(names))
 
@@ -45,9 +46,7 @@ def attach_linear_lora(
     The same seed gives every rank the same adapters, which FSDP relies on.
     """
     without_experts = LoraSettings(settings.r, settings.lora_alpha, settings.target_modules)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _weights_off_meta(model):
-        # PEFT 0.21 asks transformers by a name that transformers 5.23 has deprecated.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+    with torch.random.fork_rng(devices=[]), _weights_off_meta(model):
         torch.manual_seed(seed)
         inject_adapter_in_model(build_peft_config(without_experts), model)
     for parameter in linear_lora_parameters(model):
@@ -56,9 +55,9 @@ def attach_linear_lora(
 
 @contextmanager
 def _weights_off_meta(model: nn.Module) -> Iterator[None]:
-    """Let linear layers on meta have weights of one element, seen as many, for a while.
+    """Give linear layers on meta weights of one expanded element while the block runs.
 
-    PEFT moves new adapters to where the layer's weight is, and on meta their values would be lost.
+    PEFT moves new adapters to the device of the layer's weight, and on meta their values are lost.
     """
     on_meta = {
         module: module.weight
@@ -66,8 +65,8 @@ def _weights_off_meta(model: nn.Module) -> Iterator[None]:
         if isinstance(module, nn.Linear) and module.weight.is_meta
     }
     for module, weight in on_meta.items():
-        seen_as_many = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
-        module.weight = nn.Parameter(seen_as_many, requires_grad=weight.requires_grad)
+        expanded = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
+        module.weight = nn.Parameter(expanded, requires_grad=weight.requires_grad)
     try:
         yield
     finally:

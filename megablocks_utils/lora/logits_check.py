@@ -1,6 +1,5 @@
 """Check a written adapter by its use: plain PEFT on plain transformers must give our logits."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megablocks_utils.checkpoint.library_output import (
+    filter_peft_warnings,
+    without_transformers_bars,
+)
 from megablocks_utils.lora.file_check import AdapterCheckError
 
 _HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -22,8 +25,8 @@ _SHARE_BOUND = 0.25
 class LogitsCheck:
     """Say how far logits are from plain transformers and PEFT in a higher precision.
 
-    Errors are medians over tokens, relative. In bfloat16 rounding can be as large as all that an
-    adapter changes; but it has no direction, so that the share says what the errors cannot.
+    Errors are medians over tokens, relative. In bfloat16 rounding can be as large as the whole
+    effect of an adapter; but it has no direction, so the share shows what the errors cannot.
 
     Attributes:
         ours: error of the trained, sharded model.
@@ -77,15 +80,13 @@ def check_logits(
     Raises:
         AdapterCheckError: they differ by more than rounding explains.
     """
-    base = AutoModelForCausalLM.from_pretrained(
-        base_dir,
-        dtype=_HIGHER[compute],
-        experts_implementation="eager",  # fp64 has no grouped product
-        num_hidden_layers=num_layers,
-    )
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers by a name that transformers 5.23 has deprecated.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+    with without_transformers_bars(), filter_peft_warnings():
+        base = AutoModelForCausalLM.from_pretrained(
+            base_dir,
+            dtype=_HIGHER[compute],
+            experts_implementation="eager",  # fp64 has no grouped product
+            num_hidden_layers=num_layers,
+        )
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
     with torch.no_grad():
         exact = model(input_ids, use_cache=False).logits
@@ -108,8 +109,12 @@ def compare_logits(ours: Tensor, stock: Tensor, exact: Tensor, without: Tensor) 
         without: as `exact`, without the adapter.
     """
     ours, stock, exact, without = (x.cpu().double() for x in (ours, stock, exact, without))
-    errors = (_median_error(seen, exact) for seen in (ours, stock, without))
-    return LogitsCheck(*errors, _share(ours - without, exact - without))
+    return LogitsCheck(
+        ours=_median_error(ours, exact),
+        stock=_median_error(stock, exact),
+        effect=_median_error(without, exact),
+        share=_share(ours - without, exact - without),
+    )
 
 
 def needed_bytes(num_parameters: int, compute: torch.dtype) -> int:

@@ -1,9 +1,9 @@
-"""Add an adapter to the weights of its base model, one Hub tensor at a time.
+"""Merge an adapter into the weights of its base model, one Hub tensor at a time.
 
 The steps are PEFT's own, so that the result is what `merge_and_unload` gives: adapters in float32
 (`PeftModel.from_pretrained` casts them), then for a linear layer one rounding, of the sum, and for
-experts two, of what is added and of the sum. They are taken for a block of rows at a time, which
-changes no element and bounds what is held beside the tensor.
+experts two, of what is added and of the sum. They are done for a block of rows at a time, which
+changes no element and bounds the memory that is needed besides the tensor.
 """
 
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ BLOCK_BYTES = 16 * 1024**2
 
 
 class AdapterMerger:
-    """Read the tensors of a base checkpoint with the adapter added to those that have one.
+    """Read the tensors of a base checkpoint, with the adapter merged into those that have one.
 
     Args:
         adapter: opened for the model that the checkpoint holds.
         index: the base checkpoint.
-        layout: the layout of its experts.
+        naming: how it names its experts.
     """
 
-    def __init__(self, adapter: AdapterReader, index: CheckpointIndex, layout: HubNaming):
+    def __init__(self, adapter: AdapterReader, index: CheckpointIndex, naming: HubNaming):
         self._adapter = adapter
         self._index = index
-        self._naming = layout
+        self._naming = naming
         # Tensors of one layer follow each other, so each of its adapters is read once.
         self._experts_module = ""
         self._experts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -52,20 +52,20 @@ class AdapterMerger:
         for key in self._index:
             tensor = self._index.read(key)
             if self.is_changed(key):
-                self._add_adapter(key, tensor)
+                self._merge(key, tensor)
             yield key, tensor
             # Else it would still be held while the next one is read.
             del tensor
 
-    def _add_adapter(self, key: str, tensor: Tensor) -> None:
+    def _merge(self, key: str, tensor: Tensor) -> None:
         part = self._naming.memory_part(key)
         if part.name not in self._adapter.expert_shapes:
             lora_a, lora_b = self._adapter.linear(_linear_name(part.name))
             self._add(key, tensor, lora_a, lora_b, rounds_twice=False)
         else:
-            self._add_experts(key, part, tensor)
+            self._merge_experts(key, part, tensor)
 
-    def _add_experts(self, key: str, part: MemoryPart, tensor: Tensor) -> None:
+    def _merge_experts(self, key: str, part: MemoryPart, tensor: Tensor) -> None:
         lora_a, lora_b = self._read_experts(part.name)
         if part.expert is None:
             for weight, a, b in zip(tensor, lora_a, lora_b, strict=True):

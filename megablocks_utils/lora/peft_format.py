@@ -1,18 +1,16 @@
-"""How PEFT 0.21 stores adapters: names of files and tensors, and the order of experts inside them.
+"""How PEFT 0.21 stores adapters: the names of tensors, and the order of experts inside them.
 
 PEFT keeps one matrix for all E experts of a projection: A as (E * r, in), the rows of one expert
 together, and B as (out, r * E), the *columns of one rank* together (column = rank * E + expert).
 Files in which B's columns of one expert are together scramble the experts silently.
 
-Each parameter with adapters has a wrapper around the experts module, the first parameter's inside
-the second's, which is what tells the two apart in the names.
+Each parameter with adapters has a wrapper around the experts module, that of the first parameter
+inside that of the second, so the names of the two differ by `base_layer`.
 """
 
 from torch import Tensor
 
 __all__ = [
-    "CONFIG_FILE_NAME",
-    "WEIGHTS_FILE_NAME",
     "expert_key",
     "linear_key",
     "pack_lora_a",
@@ -21,8 +19,6 @@ __all__ = [
     "unpack_lora_b",
 ]
 
-CONFIG_FILE_NAME = "adapter_config.json"
-WEIGHTS_FILE_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _WRAPPER_OF_PROJECTION = {"gate_up_proj": "base_layer.", "down_proj": ""}
 

@@ -1,10 +1,11 @@
-"""What adapters a run has: which modules, which ranks, how strong; and the same in PEFT's words."""
+"""What adapters a run has: which modules, which ranks, which scaling; and the same for PEFT."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
 
+from megablocks_utils.checkpoint.layouts import EXPERTS_PATH
 from megablocks_utils.shard_moe_utils import PROJECTIONS
 
 
@@ -37,7 +38,7 @@ def same_rank_everywhere(r: int) -> Mapping[str, int]:
 
 
 def build_peft_config(settings: LoraSettings, base_model_name: str | None = None) -> LoraConfig:
-    """Say the settings in PEFT's words, for its own layers and for `adapter_config.json`."""
+    """Translate the settings for PEFT: for its own layers and for `adapter_config.json`."""
     patterns = {
         _target(projection): rank
         for projection, rank in settings.expert_ranks.items()
@@ -47,7 +48,7 @@ def build_peft_config(settings: LoraSettings, base_model_name: str | None = None
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
         r=settings.r,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it, whatever it is
         lora_dropout=0.0,
         target_modules=list(settings.target_modules),
         target_parameters=[_target(projection) for projection in settings.expert_ranks] or None,
@@ -58,4 +59,4 @@ def build_peft_config(settings: LoraSettings, base_model_name: str | None = None
 
 def _target(projection: str) -> str:
     """Return the end of the name by which PEFT finds this projection in every layer."""
-    return f"mlp.experts.{projection}"
+    return f"{EXPERTS_PATH}.{projection}"

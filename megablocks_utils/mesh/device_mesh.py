@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.config.parallel import check_ep_size
 
 DP_AXIS = "dp"
 EP_AXIS = "ep"
@@ -23,28 +23,19 @@ class MeshSizes:
     ep_size: int
 
 
-def legal_ep_sizes(world_size: int, num_experts: int) -> list[int]:
-    """List every ep_size that divides both the world size and the number of experts."""
-    return [n for n in range(1, world_size + 1) if world_size % n == 0 and num_experts % n == 0]
-
-
 def compute_mesh_sizes(world_size: int, ep_size: int, num_experts: int) -> MeshSizes:
     """Check that the experts and the ranks divide evenly and return the axis sizes.
 
     Raises:
-        ConfigurationError: ep_size divides the world size or the number of experts with a rest.
+        ConfigurationError: ep_size does not divide the world size or the number of experts.
     """
-    if ep_size < 1 or world_size % ep_size or num_experts % ep_size:
-        choices = ", ".join(map(str, legal_ep_sizes(world_size, num_experts)))
-        raise ConfigurationError(
-            f"--ep_size is {ep_size}, but it must divide the {world_size} processes of this run "
-            f"and the {num_experts} experts of a layer; these would work: {choices}."
-        )
+    check_ep_size(ep_size, world_size=world_size, num_experts=num_experts)
     return MeshSizes(dp_size=world_size // ep_size, ep_size=ep_size)
 
 
 def axis_size(mesh: DeviceMesh, axis: str) -> int:
     """Return how many ranks an axis has, without making a mesh of it."""
+    assert mesh.mesh_dim_names is not None, mesh
     return mesh.size(mesh.mesh_dim_names.index(axis))
 
 

@@ -54,7 +54,7 @@ def local_offsets(tensor: Tensor) -> tuple[int, ...]:
         return tuple(offsets)
     mesh, sizes = tensor.device_mesh, list(tensor.shape)
     for axis in _axes_in_order_of_sharding(tensor.placements, mesh.shape):
-        dim = tensor.placements[axis].dim
+        dim = _sharded_dim(tensor.placements[axis])
         chunk = -(-sizes[dim] // mesh.size(axis))  # as `torch.chunk` cuts: the last ones are short
         first = min(mesh.get_local_rank(axis) * chunk, sizes[dim])
         offsets[dim] += first
@@ -69,16 +69,24 @@ def _axes_in_order_of_sharding(placements: Sequence[Placement], shape: Sequence[
     From left to right, but a strided shard cut what the axes right of it had left: FSDP2 shards
     over `dp` what is sharded over `ep` already.
     """
-    plain, strided = [], []
+    plain: list[int] = []
+    strided: list[int] = []
     for axis, placement in enumerate(placements):
         if placement.is_replicate():
             continue
-        assert hasattr(placement, "dim"), f"{placement} is not supported"
+        dim = _sharded_dim(placement)
         factor = getattr(placement, "split_factor", 1)
         (plain if factor == 1 else strided).append(axis)
-        inside = [n for n in range(axis + 1, len(shape)) if placements[n] == Shard(placement.dim)]
+        inside = [n for n in range(axis + 1, len(shape)) if placements[n] == Shard(dim)]
         assert factor == 1 or factor == prod(shape[n] for n in inside), f"{placements}"
     return plain + strided[::-1]
+
+
+def _sharded_dim(placement: Placement) -> int:
+    """Return the tensor dim that a placement shards, plain or strided."""
+    dim = getattr(placement, "dim", None)
+    assert isinstance(dim, int), f"{placement} is not supported"
+    return dim
 
 
 def count_replicas(tensor: Tensor, world_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Send tokens to the ranks that hold their experts, and bring the results home.
+"""Send tokens to the ranks that hold their experts, and their results back.
 
 Dropless: every routed row travels, in buffers of exactly the needed size. A layer makes one small
 all-to-all of counts, reads the split sizes back to the host once, then makes one all-to-all of rows
@@ -10,6 +10,7 @@ Every rank of the ep group must enter every exchange, also with no row to send.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as functional_collectives
@@ -142,13 +143,19 @@ class _AllToAll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, output_sizes, input_sizes, group):
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        output_sizes: list[int],
+        input_sizes: list[int],
+        group: ProcessGroup,
+    ) -> Tensor:
         ctx.sizes = output_sizes, input_sizes
         ctx.group = group
         return exchange_rows(rows.contiguous(), output_sizes, input_sizes, group)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         output_sizes, input_sizes = ctx.sizes
         return (
             exchange_rows(grad.contiguous(), input_sizes, output_sizes, ctx.group),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.gate import build_gate
 from megablocks_utils.kernels.permute import (
     ExpertOrder,
@@ -13,8 +14,7 @@ from megablocks_utils.kernels.permute import (
     sort_by_expert,
     unpermute_and_combine,
 )
-from megablocks_utils.kernels.selection import ExpertBackend
-from megablocks_utils.kernels.weights import ExpertWeights
+from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.mesh.token_exchange import (
@@ -28,7 +28,7 @@ from megablocks_utils.moe.expert_lora import ExpertLora
 
 
 class DroplessExperts(nn.Module):
-    """Send each token to its experts wherever they are, run them, and bring the results home.
+    """Send each token to its experts wherever they are, run them, and bring the results back.
 
     Takes the place of a transformers `experts` module and has its call:
     `(hidden_states (T, H), top_k_index (T, K), top_k_weights (T, K)) -> (T, H)`.
@@ -99,8 +99,8 @@ class DroplessExperts(nn.Module):
             local_tensor(self.gate_up_proj),
             local_tensor(self.down_proj),
             self.gate,
-            gate_up_lora=self.gate_up_proj_lora and self.gate_up_proj_lora.local(),
-            down_lora=self.down_proj_lora and self.down_proj_lora.local(),
+            gate_up_lora=_local_lora(self.gate_up_proj_lora),
+            down_lora=_local_lora(self.down_proj_lora),
         )
 
     def extra_repr(self) -> str:
@@ -110,3 +110,7 @@ class DroplessExperts(nn.Module):
             f"num_experts={num_experts}, hidden_size={hidden_size}, "
             f"intermediate_size={twice_intermediate // 2}, ep_size={axis_size(self.mesh, EP_AXIS)}"
         )
+
+
+def _local_lora(lora: ExpertLora | None) -> LowRank | None:
+    return None if lora is None else lora.local()

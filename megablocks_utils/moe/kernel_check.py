@@ -1,4 +1,4 @@
-"""Check the chosen backend on the user's own weights, on every rank, before anything is trained."""
+"""Check the selected backend on the user's own weights, on every rank, before the first step."""
 
 import time
 from collections.abc import Iterator
@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from megablocks_utils.kernels.probe import (
+from megablocks_utils.kernels.probing.probe import (
     TOLERANCE,
     Deviation,
     find_unprobed_reason,
@@ -19,7 +18,7 @@ from megablocks_utils.kernels.probe import (
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.agreement import raise_on_all_ranks
+from megablocks_utils.processes.agreement import gather_from_all_ranks, raise_on_all_ranks
 
 __all__ = ["KernelCheck", "verify_kernel"]
 
@@ -56,7 +55,7 @@ class KernelCheck:
 
 
 def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None) -> KernelCheck:
-    """Compare the backend with `eager` on the first layer's experts; see `kernels.probe`.
+    """Compare the backend with `eager` on the first layer's experts; see `kernels.probing`.
 
     Call it once the experts have their weights, and FSDP, if there is any, has wrapped them.
     Experts that FSDP2 shards over `dp` are gathered for it, and freed again. Weights, gradients and
@@ -76,9 +75,9 @@ def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None)
     """
     module = next(iter(sharded.expert_modules.values()))
     name, dtype = sharded.kernel.name, compute_dtype or module.down_proj.dtype
-    unsupported_reason = find_unprobed_reason(name, dtype)
-    if unsupported_reason is not None:
-        return KernelCheck(skipped=unsupported_reason)
+    reason = find_unprobed_reason(name, dtype)
+    if reason is not None:
+        return KernelCheck(skipped=reason)
     started_s = time.perf_counter()
     found = raise_on_all_ranks(lambda: _probe(name, module, dtype))
     if module.down_proj.device.type == "cuda":
@@ -109,9 +108,6 @@ def _gathered(module: DroplessExperts) -> Iterator[None]:
 
 def _join(found: Deviation, seconds: float) -> KernelCheck:
     """Return the worst of all ranks, on every rank."""
-    answers: list[tuple[float, str, float]] = [(found.ratio, found.tensor, seconds)]
-    if dist.is_initialized():
-        answers = answers * dist.get_world_size()
-        dist.all_gather_object(answers, (found.ratio, found.tensor, seconds))
+    answers = gather_from_all_ranks(lambda: (found.ratio, found.tensor, seconds))
     worst, tensor, _ = max(answers)
     return KernelCheck(tensor, worst, max(seconds for *_, seconds in answers))

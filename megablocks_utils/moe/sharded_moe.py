@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.kernels.selection import LoadedBackend
+from megablocks_utils.kernels.selection.backend_selection import LoadedBackend
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 
 __all__ = ["ShardedMoE"]
@@ -36,8 +36,9 @@ class ShardedMoE:
 
         FSDP2 replaces the parameters it shards, so this looks them up each time.
         """
-        return {
-            f"{name}.{parameter_name}": parameter
-            for name, module in self.expert_modules.items()
-            for parameter_name, parameter in module.named_parameters()
-        }
+        parameters: dict[str, DTensor] = {}
+        for name, module in self.expert_modules.items():
+            for parameter_name, parameter in module.named_parameters():
+                assert isinstance(parameter, DTensor), f"{name}.{parameter_name}"
+                parameters[f"{name}.{parameter_name}"] = parameter
+        return parameters

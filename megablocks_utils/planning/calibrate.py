@@ -5,17 +5,24 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from megablocks_utils.config import RunConfig, parse_args
-from megablocks_utils.config.option import Option
-from megablocks_utils.config.reader import describe_wanted, read_arguments
+from megablocks_utils.config import OPTIONS, RunConfig, parse_args
+from megablocks_utils.config.command import Command
+from megablocks_utils.config.given import split_line
+from megablocks_utils.config.option import Option, list_options
+from megablocks_utils.config.reader import (
+    build_section,
+    check_required,
+    choose_model,
+    refuse_unknown,
+    scan_words,
+)
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.files import write_json_atomically
+from megablocks_utils.files import METRICS_NAME, RUN_RECORD_NAME, write_json_atomically
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
@@ -23,12 +30,7 @@ from megablocks_utils.planning.model.config_file import (
     read_config_file,
 )
 from megablocks_utils.planning.model.prediction import ParallelLayout
-from megablocks_utils.planning.plan_options import (
-    ParsedArguments,
-    check_names,
-    read_model,
-    split_words,
-)
+from megablocks_utils.planning.plan_options import check_output_file, list_words
 from megablocks_utils.planning.speed.calibration import (
     Calibration,
     TimedRun,
@@ -38,44 +40,46 @@ from megablocks_utils.planning.speed.calibration import (
 )
 from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
-__all__ = ["HELP", "calibrate", "run_command"]
+__all__ = ["COMMAND", "calibrate", "run_command"]
 
-HELP = """\
-usage: python -m megablocks_utils.plan calibrate MODEL --nproc N --output FILE [--option value] ...
 
-Trains MODEL twice for some steps on the GPUs (or CPU cores) of this node: without expert
-parallelism, and with the largest --ep_size. From the times of both it solves t = h + c / b: b, the
-bytes a rank sends a second, and h, the rest of a micro-step. plan --calibration FILE then gives
-seconds for the same model, batch, method and number of processes.
+@dataclass(frozen=True)
+class CalibrateArguments:
+    """Hold the options of the command itself."""
 
-  MODEL
-      Model folder with weights, or Hub name in the local cache.
-  --nproc N
-      Processes: the GPUs of this node.
-  --output FILE
-      Where the result goes, JSON. Its folder needs room for the trained model for a while.
-  --steps N
-      Optimizer steps of each run that are timed.
-      Default: 10.
-  --warmup N
-      Optimizer steps of each run before these.
-      Default: 5.
+    nproc: Annotated[int, Option("processes: the GPUs of this node", minimum=2)]
+    output: Annotated[
+        Path,
+        Option(
+            "where the result goes, JSON; its folder needs room for the trained model for a while",
+            metavar="FILE",
+            wanted="a file to write",
+        ),
+    ]
+    steps: Annotated[int, Option("optimizer steps of each run that are timed", minimum=2)] = 10
+    warmup: Annotated[int, Option("optimizer steps of each run before these", minimum=1)] = 5
 
-Every option of train_accelerate_fsdp2.py is taken, apart from those of the layout.
 
-Exit codes: 0 done; 2 a bad option, or runs that do not tell b, said in one sentence; 1 anything
-unexpected.
-"""
-_OPTIONS: Mapping[str, Option] = MappingProxyType(
-    {
-        option.name: option
-        for option in (
-            Option("nproc", "integer", None, help="processes", minimum=2),
-            Option("output", "text", None, help="a file to write"),
-            Option("steps", "integer", 10, help="steps that are timed", minimum=2),
-            Option("warmup", "integer", 5, help="steps before", minimum=1),
-        )
-    }
+COMMAND = Command(
+    usage=(
+        "python -m megablocks_utils.plan calibrate MODEL --nproc N --output FILE [--option value] "
+        "...",
+    ),
+    about=(
+        "Trains MODEL twice for some steps on the GPUs (or CPU cores) of this node: without expert "
+        "parallelism, and with the largest --ep_size. From the times of both it solves t = h + c / "
+        "b: b, the bytes a rank sends a second, and h, the rest of a micro-step. plan --calibration"
+        " FILE then gives seconds for the same model, batch, method and number of processes.",
+    ),
+    options=list_options(CalibrateArguments),
+    positional="MODEL",
+    positional_help="model folder with weights, or Hub name in the local cache",
+    closing=(
+        "Every option of train_accelerate_fsdp2.py is taken, apart from those of the layout.",
+        "Exit codes: 0 done; 2 a bad option, or runs that do not tell b, said in one sentence; 1 "
+        "anything unexpected.",
+    ),
+    run_options=OPTIONS,
 )
 _SCRIPT = Path(__file__).resolve().parents[2] / "train_accelerate_fsdp2.py"
 _OURS = ("model_name_or_path", "output_dir", "overwrite_output_dir", "max_steps", "save_strategy")
@@ -120,9 +124,14 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
 
     Raises:
         HelpRequested: for `--help` or `-h`.
-        UserError: bad options, a run that failed, or runs that do not tell what a byte costs.
+        UserError: bad options, a run that failed, or runs that cannot tell the cost of a byte.
     """
-    task = _read_task(split_words(argv, _OPTIONS, help_text=HELP))
+    task = _read_task(argv)
+    if not _SCRIPT.is_file():
+        raise ConfigurationError(
+            f"plan calibrate starts {_SCRIPT.name}, which is not installed with the package; "
+            "call it in a checkout of this project: python -m megablocks_utils.plan calibrate."
+        )
     shape = read_shape(task.config, read_config_file(find_config_file(task.model)))
     scenario = Scenario(
         config=task.config,
@@ -165,8 +174,8 @@ def _run(
             f"the run with {layout.describe()} ended with exit code {code}, for the reason above; "
             "nothing was written."
         )
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    record = json.loads((folder / RUN_RECORD_NAME).read_text(encoding="utf-8"))
+    text = (folder / METRICS_NAME).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()][task.warmup :]
     for path in sorted(folder.rglob("*"), reverse=True):  # room for the next run's model
         path.rmdir() if path.is_dir() else path.unlink()
@@ -199,28 +208,22 @@ def _solve(
     return solve(runs[0], runs[1], describe_workload(scenario)), runs
 
 
-def _read_task(words: ParsedArguments) -> _Task:
-    check_names(words, "fsdp2", _OPTIONS)
-    own = words.own
-    for name in ("nproc", "output"):
-        if own[name] is None:
-            wanted = _OPTIONS[name].help if name == "output" else describe_wanted(_OPTIONS[name])
-            raise ConfigurationError(f"--{name} is not given, but it must be {wanted}.")
-    output = Path(own["output"])
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ConfigurationError(
-            f"--output is {output}, but it must be a file in a folder that is there."
-        )
-    training = words.training(without=(*LAYOUT_OPTIONS, *_OURS))
-    given, _ = read_arguments(words.training(), "fsdp2", keep_unknown=False)
+def _read_task(argv: Sequence[str]) -> _Task:
+    own_line, line = split_line(scan_words(argv, COMMAND), COMMAND.options)
+    refuse_unknown(line.given, COMMAND.names)
+    values = own_line.read_values()
+    check_required(values, COMMAND.options)
+    own = build_section(CalibrateArguments, values)
+    check_output_file("output", own.output)
+    training = list_words(line.given, without=(*LAYOUT_OPTIONS, *_OURS))
     return _Task(
-        model=read_model(words, given),
+        model=choose_model(line.positional, line.read_values().get("model_name_or_path")),
         config=parse_args(training, entry_point="fsdp2"),
         words=tuple(training),
-        nproc=own["nproc"],
-        warmup=own["warmup"],
-        steps=own["steps"],
-        output=output,
+        nproc=own.nproc,
+        warmup=own.warmup,
+        steps=own.steps,
+        output=own.output,
     )
 
 

@@ -1,75 +1,33 @@
-"""The words of `python -m megablocks_utils.plan`: its own options, MODEL, and a run's options."""
+"""What `python -m megablocks_utils.plan` is asked: its own options, MODEL, and those of a run."""
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
-from megablocks_utils.config import RunConfig, parse_args, parse_known_args
-from megablocks_utils.config.option import Option
-from megablocks_utils.config.options import OPTIONS, find_option
-from megablocks_utils.config.reader import (
-    HelpRequested,
-    check_no_dtype_flags,
-    convert_value,
-    describe_wanted,
-    read_arguments,
-)
+from megablocks_utils.config import RunConfig
+from megablocks_utils.config.entry_points import SCRIPTS, read_run_options
+from megablocks_utils.config.given import CommandLine, GivenOption, split_line
+from megablocks_utils.config.hints import find_slip, unknown_option
+from megablocks_utils.config.reader import build_section, choose_model, refuse_unknown, scan_words
+from megablocks_utils.config.values import describe_wanted
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.memory.scenario import DEFAULT_IMBALANCE
-from megablocks_utils.planning.model.gpus import GPUS
+from megablocks_utils.planning.plan_arguments import COMMAND, PlanArguments
 from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
-__all__ = ["OWN_OPTIONS", "PlanOptions", "ParsedArguments", "check_names", "parse_plan_options"]
-__all__ += ["read_model", "split_words"]
+__all__ = [
+    "PlanOptions",
+    "build_plan_options",
+    "check_output_file",
+    "list_words",
+    "parse_plan_options",
+    "read_arguments",
+    "read_run",
+]
 
-_FILE = "a file to write"
-OWN_OPTIONS: Mapping[str, Option] = MappingProxyType(
-    {
-        option.name: option
-        for option in (
-            Option("gpus", "text", "8", help="GPUs of the run"),
-            Option("gpu", "text", None, help="kind of GPU", choices=tuple(GPUS)),
-            Option("gpu_mem_gib", "number", None, help="memory of a GPU in GiB", above=0),
-            Option("gpus_per_node", "integer", None, help="GPUs of a node", minimum=1),
-            Option(
-                "imbalance",
-                "number",
-                DEFAULT_IMBALANCE,
-                help="rows of the hottest rank over its fair share",
-                minimum=1,
-            ),
-            Option("entry_point", "text", "fsdp2", help="script", choices=("fsdp2", "fsdp1")),
-            Option("json", "text", None, help=_FILE),
-            Option("plot", "text", None, help=_FILE),
-            Option("calibration", "text", None, help="file of plan calibrate"),
-            Option("check", "text", None, help="run.json of a run"),
-        )
-    }
-)
-_GPUS = re.compile(r"(\d+)(?:\.\.(\d+))?")
-
-
-@dataclass(frozen=True)
-class ParsedArguments:
-    """The command line, sorted.
-
-    Attributes:
-        positional: words that belong to no option.
-        own: values of the command's own options, by name.
-        groups: (name, its words) of every other option, in order.
-    """
-
-    positional: tuple[str, ...]
-    own: Mapping[str, Any]
-    groups: tuple[tuple[str, tuple[str, ...]], ...]
-
-    def training(self, without: Sequence[str] = ()) -> list[str]:
-        """Return the words of a run's options, as they were given."""
-        return [word for name, words in self.groups if name not in without for word in words]
+_SLIP_OF_OURS = 0.88
+"""No name of TrainingArguments is as like one of ours."""
+_GPUS = re.compile(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -78,17 +36,17 @@ class PlanOptions:
 
     Attributes:
         model: folder, config.json or Hub name.
-        own: the command's own options by name, defaults where not given.
+        own: the command's own options.
         world_sizes: ranks to plan for, one or more.
         config: the options of the run.
-        words: those of them that any layout's command has, as given.
+        words: those of them that any layout's command has.
         ep_size: where only this one is asked for.
         expert_dp: likewise.
         passed_on: options of Hugging Face's TrainingArguments, which are not read.
     """
 
     model: str
-    own: Mapping[str, Any]
+    own: PlanArguments
     world_sizes: tuple[int, ...]
     config: RunConfig
     words: tuple[str, ...]
@@ -97,176 +55,120 @@ class PlanOptions:
     passed_on: tuple[str, ...]
 
 
-def split_words(
-    argv: Sequence[str], own: Mapping[str, Option] = OWN_OPTIONS, *, help_text: str
-) -> ParsedArguments:
-    """Tell the command's own options from MODEL and from those of a run.
+def read_arguments(argv: Sequence[str]) -> tuple[PlanArguments, CommandLine]:
+    """Read the command's own options; the line that is left has MODEL and those of a run.
 
     Raises:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a name that neither knows, or a value that cannot be used.
     """
-    words, positional, groups = list(argv), [], []
-    given: dict[str, Any] = {}
-    while words:
-        word = words.pop(0)
-        if word in ("--help", "-h"):
-            raise HelpRequested(help_text)
-        if not word.startswith("--"):
-            positional.append(word)
-            continue
-        flag, has_value, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in own:
-            if not has_value and words and not words[0].startswith("--"):
-                value = words.pop(0)
-            given[name] = _read_own(own[name], value)
-            continue
-        takes_many = _takes_many(name)
-        group = [word]
-        while not has_value and words and not words[0].startswith("-"):
-            group.append(words.pop(0))
-            if not takes_many:
-                break
-        groups.append((name, tuple(group)))
-    values = {name: option.default for name, option in own.items()} | given
-    return ParsedArguments(tuple(positional), values, tuple(groups))
+    line = scan_words(argv, COMMAND)
+    own, rest = split_line(line, COMMAND.options)
+    arguments = build_section(PlanArguments, own.read_values())
+    if arguments.entry_point == "fsdp2":
+        refuse_unknown(rest.given, COMMAND.names)
+    else:
+        _refuse_slips(rest.given)
+    return arguments, rest
 
 
-def parse_plan_options(words: ParsedArguments) -> PlanOptions:
-    """Check the words of a plan, the run's by the parser of the scripts.
+def parse_plan_options(argv: Sequence[str]) -> PlanOptions:
+    """Read the command line of a plan, the run's options by the reader of the scripts.
+
+    Raises:
+        HelpRequested: for `--help` or `-h`.
+        ConfigurationError: for a word, value or combination that cannot be used.
+    """
+    own, line = read_arguments(argv)
+    return build_plan_options(own, line)
+
+
+def build_plan_options(own: PlanArguments, line: CommandLine) -> PlanOptions:
+    """Check what a plan is asked for.
+
+    Args:
+        own: the command's own options.
+        line: MODEL and the options of a run.
 
     Raises:
         ConfigurationError: for a word, value or combination that cannot be used.
     """
-    own = dict(words.own)
-    check_names(words, own["entry_point"])
-    if own["gpu"] is None and own["gpu_mem_gib"] is None:
+    if own.gpu is None and own.gpu_mem_gib is None:
+        gpu = next(option for option in COMMAND.options if option.name == "gpu")
         raise ConfigurationError(
-            f"--gpu is not given, but it must be {describe_wanted(OWN_OPTIONS['gpu'])}, or give "
-            "--gpu_mem_gib."
+            f"--gpu is not given, but it must be {describe_wanted(gpu)}, or give --gpu_mem_gib."
         )
-    world_sizes = _read_world_sizes(own["gpus"])
-    for name in ("json", "plot"):
-        _check_output(name, own[name])
-    config, given, leftovers = _read_run(words, own["entry_point"])
+    world_sizes = _read_world_sizes(own.gpus)
+    for name, path in (("json", own.json), ("plot", own.plot)):
+        if path is not None:
+            check_output_file(name, Path(path))
+    config, leftovers = read_run(line, own.entry_point)
+    given = {option.name: option.read() for option in line.given if option.option is not None}
+    has_no_ep = given.get("use_megablocks_sharding") is False
     return PlanOptions(
-        model=read_model(words, given),
+        model=choose_model(line.positional, given.get("model_name_or_path")),
         own=own,
         world_sizes=world_sizes,
         config=config,
-        words=tuple(words.training(without=(*LAYOUT_OPTIONS, "model_name_or_path"))),
-        ep_size=1
-        if not config.parallel.use_megablocks_sharding and _has_sharding_word(given)
-        else given.get("ep_size"),
-        expert_dp=given.get("expert_dp"),
-        passed_on=tuple(word for word in leftovers if word.startswith("--")),
+        words=tuple(list_words(line.given, without=(*LAYOUT_OPTIONS, "model_name_or_path"))),
+        ep_size=1 if has_no_ep else config.parallel.ep_size,
+        expert_dp=config.parallel.expert_dp if given.get("expert_dp") else None,
+        passed_on=tuple(option.flag for option in leftovers),
     )
 
 
-def _has_sharding_word(given: Mapping[str, Any]) -> bool:
-    return "use_megablocks_sharding" in given
+def read_run(line: CommandLine, entry_point: str) -> tuple[RunConfig, tuple[GivenOption, ...]]:
+    """Read the options of a run; asking for a layout is asking for expert parallelism.
 
-
-def _read_run(
-    words: ParsedArguments, entry_point: str
-) -> tuple[RunConfig, dict[str, Any], list[str]]:
-    """Read the run's options; asking for a layout is asking for expert parallelism."""
-    training = words.training()
-    given, leftovers = read_arguments(training, entry_point, keep_unknown=entry_point == "fsdp1")
-    if {"ep_size", "expert_dp"} & set(given) and not _has_sharding_word(given):
-        training += ["--use_megablocks_sharding", "True"]
-    if entry_point == "fsdp2":
-        return parse_args(training, entry_point=entry_point), given, []
-    check_no_dtype_flags(leftovers)
-    return parse_known_args(training, entry_point=entry_point)[0], given, leftovers
-
-
-def read_model(words: ParsedArguments, given: Mapping[str, Any]) -> str:
-    """Return MODEL, which the run's own option may name too.
+    Returns:
+        The configuration, and the options that are TrainingArguments'.
 
     Raises:
-        ConfigurationError: none, or more than one.
+        ConfigurationError: for a value or combination that cannot work.
     """
-    named = list(words.positional)
-    if "model_name_or_path" in given and named != [given["model_name_or_path"]]:
-        named.append(str(given["model_name_or_path"]))
-    if not named:
-        raise ConfigurationError(
-            "MODEL is not given, but it must be a model folder, a config.json, or a Hub name in "
-            "the local cache."
-        )
-    if len(named) > 1:
-        raise ConfigurationError(
-            f"MODEL is {named[0]}, but {named[1]} stands beside it; give one, and options as "
-            "--name value."
-        )
-    return named[0]
+    names = {option.name for option in line.given}
+    if {"ep_size", "expert_dp"} & names and "use_megablocks_sharding" not in names:
+        switch = SCRIPTS[entry_point].find("use_megablocks_sharding")
+        sharding = GivenOption("--use_megablocks_sharding", ("True",), switch)
+        line = CommandLine(line.positional, (*line.given, sharding))
+    return read_run_options(line, entry_point)
 
 
-def _read_own(option: Option, text: str) -> Any:
-    flag = f"--{option.name}"
-    if not text:
-        raise ConfigurationError(f"{flag} has no value, but it must be {_wanted(option)}.")
-    return convert_value(option, flag, text)
+def list_words(given: Iterable[GivenOption], without: Sequence[str] = ()) -> list[str]:
+    """Return options as words of a command line, apart from some."""
+    return [word for option in given if option.name not in without for word in option.words()]
 
 
-def _wanted(option: Option) -> str:
-    if option.name == "gpus":
-        return "a whole number of at least 1, or two of them as in 8..4096"
-    return option.help if option.help == _FILE else describe_wanted(option)
+def check_output_file(name: str, path: Path) -> None:
+    """Refuse a file that is a folder, or in a folder that is not there.
+
+    Raises:
+        ConfigurationError: naming the option.
+    """
+    wanted = "it must be a file in a folder that exists"
+    if path.is_dir():
+        raise ConfigurationError(f"--{name} is {path}, but that is a folder; {wanted}.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigurationError(f"--{name} is {path}, but {path.parent} is no folder; {wanted}.")
+
+
+def _refuse_slips(given: Iterable[GivenOption]) -> None:
+    """Refuse what looks like a slip: FSDP1's TrainingArguments have the rest.
+
+    Asking them would take seconds.
+    """
+    for option in given:
+        if option.option is None and find_slip(option.name, COMMAND.names, _SLIP_OF_OURS):
+            raise option.located(unknown_option(option.flag, COMMAND.names))
 
 
 def _read_world_sizes(text: str) -> tuple[int, ...]:
     match = _GPUS.fullmatch(text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
-        wanted = _wanted(OWN_OPTIONS["gpus"])
-        raise ConfigurationError(f"--gpus is {text}, but it must be {wanted}.")
+        gpus = next(option for option in COMMAND.options if option.name == "gpus")
+        raise ConfigurationError(f"--gpus is {text}, but it must be {describe_wanted(gpus)}.")
     sizes = [first]
     while sizes[-1] * 2 <= last:
         sizes.append(sizes[-1] * 2)
     return tuple(sizes)
-
-
-def _check_output(name: str, text: str | None) -> None:
-    if text is None:
-        return
-    path = Path(text)
-    wanted = "it must be a file in a folder that is there"
-    if path.is_dir():
-        raise ConfigurationError(f"--{name} is {text}, but that is a folder; {wanted}.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigurationError(f"--{name} is {text}, but {path.parent} is no folder; {wanted}.")
-
-
-def _takes_many(name: str) -> bool:
-    """Whether all words up to the next option are its values, as the parser of the scripts has it.
-
-    So are those of an option that only Hugging Face's TrainingArguments may know.
-    """
-    option = find_option(name)
-    return option is None or option.kind == "words"
-
-
-def check_names(
-    words: ParsedArguments, entry_point: str, own: Mapping[str, Option] = OWN_OPTIONS
-) -> None:
-    """Refuse an option that nobody knows; under FSDP1, only what looks like a slip.
-
-    TrainingArguments has the rest there, and asking it would take seconds. None of its names is as
-    near to one of ours as the cutoff.
-
-    Raises:
-        ConfigurationError: naming the nearest of both sets of options.
-    """
-    of_run = [name for option in OPTIONS for name in (option.name, *option.aliases)]
-    known = [*own, *of_run]
-    cutoff = 0.0 if entry_point == "fsdp2" else 0.88
-    for name, group in words.groups:
-        if name in of_run:
-            continue
-        flag = group[0].partition("=")[0]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-        if nearest:
-            raise ConfigurationError(f"unknown option {flag}; did you mean --{nearest[0]}?")

@@ -1,8 +1,8 @@
 """Agreement between ranks, on an error, a value or a number: the only place where ranks agree.
 
-An action may raise a UserError on some ranks only; every rank then raises the one that the
-lowest-numbered failing rank met. Any other exception is a defect and is not agreed on: it ends its
-rank at once, and `monitor` ends the ranks that wait for it in the collective.
+An action may raise a UserError on some ranks only; every rank then raises the error of the
+lowest-numbered one of them. Any other exception is a defect and is not agreed on: it ends its rank
+at once, and `monitor` ends the ranks that wait for it in the collective.
 
 **Collective:** every function here must be called by every rank of `group` (None: the default
 group), in the same order. What is agreed on travels over the CPU where the group has a backend for
@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class _Outcome(Generic[_Result]):
-    """What an action came to on one rank: a result or an error."""
+    """The result of an action on one rank, or its error."""
 
     results: tuple[_Result, ...]
     error: UserError | None
@@ -46,17 +46,18 @@ class _Outcome(Generic[_Result]):
 def raise_on_all_ranks(
     action: Callable[[], _Result], group: dist.ProcessGroup | None = None
 ) -> _Result:
-    """Do something local on every rank, and raise on all ranks what one of them met.
+    """Do something local on every rank; where it fails on one rank, raise the error on all.
 
     For what only some ranks can see, such as a file that one machine cannot read.
 
-    **Collective:** one all-gather over `group`; the action itself must not communicate.
+    **Collective:** one all-gather over `group`. An action with collectives of its own may fail on
+    one rank only after them, or the others wait in one.
 
     Returns:
         What the action returned on this rank.
 
     Raises:
-        UserError: on every rank, what the lowest-numbered failing rank met.
+        UserError: on every rank, the error of the lowest-numbered failing rank.
     """
     outcome = _attempt(action)
     for error in _gather(outcome.error, group):
@@ -88,7 +89,7 @@ def broadcast_from_rank0(
     **Collective:** one broadcast over `group`. The result must be small, and pickle.
 
     Raises:
-        UserError: on every rank, what the first rank met.
+        UserError: on every rank, the error of the first rank.
     """
     if _is_alone(group):
         return action()

@@ -1,65 +1,24 @@
-"""What the tools beside training share: options, output folder, progress.
+"""What the commands beside training share: output folder, progress.
 
 Torch-free, so that `--help` and bad options answer at once.
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 
-from megablocks_utils.config.reader import HelpRequested
+from megablocks_utils.config.option import Option
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import STAGING_FOLDER_NAME
 
-__all__ = ["check_output", "read_words", "removed_on_error", "show_progress"]
+__all__ = ["OUTPUT_OPTION", "check_output", "removed_on_error", "show_progress"]
 
-
-def read_words(
-    argv: Sequence[str],
-    names: Sequence[str],
-    *,
-    required: Sequence[str],
-    help_text: str,
-    wanted: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, str]:
-    """Read `--name value` and `--name=value` words; the last of several values counts.
-
-    Args:
-        argv: the words.
-        names: of all options.
-        required: of those that must be given.
-        help_text: what `--help` shows.
-        wanted: by name, what a value must be where it is no folder.
-
-    Raises:
-        HelpRequested: for `--help` or `-h`.
-        ConfigurationError: for a word or name that is not known, or a value that is missing.
-    """
-    given: dict[str, str] = {}
-    words = list(argv)
-    while words:
-        flag, has_value, value = words.pop(0).partition("=")
-        if flag in ("--help", "-h"):
-            raise HelpRequested(help_text)
-        name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--"):
-            raise ConfigurationError(f"{flag} is not an option; write options as --name value.")
-        if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(f"unknown option {flag}; did you mean --{nearest}?")
-        if not has_value and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        if not value:
-            kind = wanted.get(name, "a folder or name")
-            raise ConfigurationError(f"{flag} has no value, but it must be {kind}.")
-        given[name] = value
-    for name in required:
-        if name not in given:
-            kind = wanted.get(name, "a folder")
-            raise ConfigurationError(f"--{name} is not given, but it must be {kind}.")
-    return given
+OUTPUT_OPTION = Option(
+    "the folder to write; must not exist, or be empty; it is complete, or nothing is written",
+    metavar="DIR",
+    wanted="a folder",
+)
+"""The `--output` of commands that write a model or an adapter."""
 
 
 def check_output(folder: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from megablocks_utils.config import OPTION_NAMES
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import UserError
 from megablocks_utils.processes.monitor import leave_run
@@ -40,7 +41,7 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
             sys.stdout.write(str(request))
         sys.exit(0)
     except UserError as error:
-        sentence = str(error)
+        sentence = error.as_options(OPTION_NAMES)
         if is_first:
             sys.stderr.write(f"{sentence}\n")
         leave_run(sentence)

@@ -1,4 +1,4 @@
-"""The launch environment: which process of how many this is, as the launcher says.
+"""The launch environment: which process of how many this is, according to the launcher.
 
 Torch-free: a bad environment is answered before torch is imported.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["LaunchEnvironment", "check_environment"]
@@ -18,7 +18,7 @@ _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Say which process of how many this is, as the launcher's environment says.
+    """Which process of how many this is, according to the launcher.
 
     Attributes:
         rank: This process among all, from 0.

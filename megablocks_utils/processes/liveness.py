@@ -34,11 +34,11 @@ _STORE_POLLS = 3  # polls that the store may fail, for the process ids to tell w
 
 @dataclass(frozen=True)
 class Member:
-    """Say where a rank is.
+    """The process of a rank.
 
     Attributes:
         rank: Among all.
-        host: Name of its machine, for people.
+        host: Name of its machine, for messages.
         machine: Equal for processes that see each other's process ids.
         pid: Its process id there.
         started: When it started, in ticks of its machine, so that a reused id is told apart.
@@ -56,7 +56,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Loss:
-    """Say who is gone.
+    """A rank that was lost, and why.
 
     Attributes:
         rank: The lost one; None where only the store is known to be gone.
@@ -79,7 +79,7 @@ def describe_self(rank: int) -> Member:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
         started = _read_stat(pid)[19]
-    except OSError:  # no /proc: nobody can watch this process by its id
+    except OSError:  # no /proc: this process cannot be watched by its id
         machine, started = str(uuid.uuid4()), ""
     return Member(rank, host, machine, pid, started)
 
@@ -113,7 +113,7 @@ class Store(Protocol):
         ...
 
     def add(self, key: str, amount: int, /) -> int:
-        """Add to a counter, and return what it has come to."""
+        """Add to a counter, and return its new value."""
         ...
 
     def check(self, keys: list[str], /) -> bool:
@@ -145,9 +145,9 @@ class StatusStore:
         return self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
 
     def leave(self, rank: int) -> int:
-        """Say that a rank ends as it should, and return how many have said so."""
+        """Note that a rank ends as it should, and return how many have done so."""
         self._store.set(f"left/{rank}", "1")
-        # It also waits for the store's answer: after it, everybody can see the first.
+        # It also waits for the store's answer: after it, all ranks can see the first.
         return self._store.add("left", 1)
 
     def count_left(self) -> int:
@@ -155,7 +155,7 @@ class StatusStore:
         return self._store.add("left", 0)
 
     def has_left(self, rank: int) -> bool:
-        """Return whether a rank has said that it ends."""
+        """Return whether a rank has ended as it should."""
         return self._store.check([f"left/{rank}"])
 
     def publish(self, loss: Loss) -> Loss:
@@ -187,7 +187,7 @@ class Watch:
         members: all ranks, in their order.
         rank: this one.
         status_store: of the run.
-        alive: tells whether a process of this machine is there.
+        alive: returns whether a process of this machine is there.
     """
 
     def __init__(
@@ -212,10 +212,10 @@ class Watch:
         self._polls = self._failures = 0
 
     def look(self) -> Loss | None:
-        """Look at everything once; call it every `POLL_S`.
+        """Check all ranks once; call it every `POLL_S`.
 
         Returns:
-            The verdict; None while nobody is lost.
+            The verdict; None while no rank is lost.
         """
         try:
             loss = self._status_store.read_verdict()

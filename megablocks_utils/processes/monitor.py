@@ -1,4 +1,4 @@
-"""What happens when a rank is lost: the others end at once, and one of them says why.
+"""What happens when a rank is lost: the others end at once, and one of them reports why.
 
 Torch-free. A survivor may hang in a collective that nothing interrupts, or fail in it with an error
 of its own, so a thread ends the process, whatever the main thread does.
@@ -31,7 +31,7 @@ _VERDICT_S = 4.0  # within it a loss on this machine is found
 _FAR_VERDICT_S = 50.0  # within it one elsewhere is
 _CONNECTION_WORDS = ("connection", "peer", "network", "pipe")
 _STUCK_POLLS = 45  # a store that does not answer for so long is gone
-_GRACE_S = 10.0  # a rank ended with an error that the others probably met too
+_GRACE_S = 10.0  # a rank ended with an error that the others have probably raised too
 _GRACE_POLL_S = 0.2
 _REPORTER_S = 1.5  # how long others wait for the lowest survivor to report
 _LINGER_S = 2.0  # until all have seen the verdict: this process may host the store
@@ -64,7 +64,7 @@ class _Monitor:
         """Give a first sign of life and start watching; in the main thread."""
         self._status_store.beat(self._rank, -1)
         sys.excepthook = self._on_exception
-        # A launcher ends the survivors of a lost rank by SIGTERM before they could say why.
+        # A launcher ends the survivors of a lost rank by SIGTERM before they could report why.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._on_sigterm)
         for job in (self._poll, self._guard):
@@ -217,7 +217,7 @@ def leave_run(error: str = "") -> None:
     """Tell the other ranks, if they watch, that this one ends; every ordinary end calls it.
 
     Args:
-        error: the sentence it ends with; empty where it is done. Ranks that do not meet the same
+        error: the sentence it ends with; empty where it is done. Ranks that do not raise the same
             error are ended 10 s later.
     """
     while _running:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.config.reader import join_words
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
@@ -241,7 +241,7 @@ def _is_restart(folder: Path, environ: Mapping[str, str]) -> bool:
 
 
 def _describe_launch(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what tells this start of torchrun from others, and stays when it restarts processes.
+    """Return what identifies this start of torchrun, and stays when it restarts processes.
 
     The run id alone is often "none"; the error files lie in a folder that every agent makes.
     """

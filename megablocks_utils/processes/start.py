@@ -25,7 +25,7 @@ def start_processes(launch: LaunchEnvironment, output_dir: str | None = None) ->
 
     Args:
         launch: which process this is.
-        output_dir: where to look for checkpoints when a rank is lost; None: nobody watches.
+        output_dir: where to look for checkpoints when a rank is lost; None: ranks are not watched.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():

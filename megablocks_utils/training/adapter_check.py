@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.lora.file_check import (
     ExpertNorms,
@@ -24,14 +25,13 @@ from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 
 _NUM_TOKENS = 128
-GIB = 1024**3
 AUTO_LIMIT_BYTES = 16 * GIB
 """Above it, `--verify_adapter auto` loads no model: the check must not outlast a short run."""
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """Say what the check found.
+    """What the check found.
 
     Attributes:
         trained: adapters of single experts (one projection each) that got gradients.
@@ -50,7 +50,7 @@ class AdapterReport:
         return asdict(self)
 
     def describe(self) -> str:
-        """Say it in a line or two."""
+        """Describe it in a line or two."""
         experts = (
             f"{self.trained} of {self.total} expert adapters got gradients and are in the file"
         )

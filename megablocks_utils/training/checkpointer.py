@@ -30,7 +30,7 @@ __all__ = ["Checkpointer"]
 
 
 class Checkpointer(StepHooks):
-    """Save when `--save_strategy` says so, and when the run is asked to stop.
+    """Save as `--save_strategy` asks, and when a signal asks the run to stop.
 
     Use it as a context around the training loop: on leaving it, a save in the background is over.
 
@@ -60,7 +60,7 @@ class Checkpointer(StepHooks):
 
         **Collective:** every rank must enter: a process group for saving is made.
         """
-        # Its own, so that a save in the background never meets the run's collectives.
+        # Its own, so that a save in the background never mixes with the run's collectives.
         self._group = dist.new_group(backend="gloo")
         self._open.enter_context(self._stop)
         self._started_s = time.perf_counter()
@@ -71,7 +71,7 @@ class Checkpointer(StepHooks):
             if error_type is None:
                 self._finish_pending()
         finally:
-            # Not waiting: after an error, other ranks may never come to the save's collectives.
+            # Not waiting: after an error, other ranks may never enter the save's collectives.
             self._background.shutdown(wait=False)
             self._open.close()
 
@@ -108,12 +108,12 @@ class Checkpointer(StepHooks):
         self._finish_pending()
         config = self._setup.config.saving
         started_s = time.perf_counter()
-        pieces = state.pieces()
+        shards = state.shards()
         if config.async_save:
-            pieces = {name: piece.copied_to_cpu() for name, piece in pieces.items()}
+            shards = {name: shard.copied_to_cpu() for name, shard in shards.items()}
         write = partial(
             write_checkpoint,
-            self._take_snapshot(step, pieces, raise_on_all_ranks(self._read_metrics)),
+            self._take_snapshot(step, shards, raise_on_all_ranks(self._read_metrics)),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
@@ -127,13 +127,13 @@ class Checkpointer(StepHooks):
         self._setup.console.print(f"checkpoint-{step}: training waited {stall_s:.2f} s")
 
     def _finish_pending(self) -> None:
-        """Wait for the save in the background, and raise what it met."""
+        """Wait for the save in the background, and raise its error if it had one."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def _take_snapshot(
-        self, step: int, pieces: Mapping[str, TensorShard], metrics: bytes
+        self, step: int, shards: Mapping[str, TensorShard], metrics: bytes
     ) -> Snapshot:
         setup = self._setup
         model = setup.model
@@ -150,7 +150,7 @@ class Checkpointer(StepHooks):
 
         return Snapshot(
             step=step,
-            pieces=pieces,
+            shards=shards,
             rank_files={rank_file_name(setup.launch.rank): capture_random_states()},
             write_shared=write_shared,
             contents=self._describe(step) if self._is_first else {},
@@ -164,7 +164,7 @@ class Checkpointer(StepHooks):
             raise CheckpointError(f"cannot read {self._metrics_path}: {error.strerror}") from error
 
     def _describe(self, step: int) -> dict[str, Any]:
-        """Return what the manifest says besides its files."""
+        """Return what the manifest holds besides its files."""
         setup = self._setup
         parallel = setup.config.parallel
         before_s = setup.resume.manifest["train_runtime_s"] if setup.resume else 0.0

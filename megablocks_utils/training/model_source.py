@@ -19,27 +19,27 @@ from megablocks_utils.shard_moe_utils import (
 
 __all__ = ["ModelSource", "build_bare_model", "split_experts"]
 
-_TRUNCATED_LAYERS = 2
-
 
 class ModelSource:
     """A checked checkpoint and the model that it will fill."""
 
     def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
-        layers = _TRUNCATED_LAYERS if config.model.truncate_model_for_debug else None
+        layers = config.model.truncate_layers
         self.folder = folder
         dtype = getattr(torch, precision.weights)
         self.model = build_bare_model(folder, dtype, truncate_layers=layers)
         self.expert_names = list(find_expert_modules(self.model))
         self.index: CheckpointIndex = open_checkpoint(folder)
-        layout = detect_naming(self.index)
-        check_against_model(self.model, self.index, layout, truncate_layers=layers)
-        self.reader = SliceReader(self.index, layout)
+        naming = detect_naming(self.index)
+        check_against_model(self.model, self.index, naming, truncate_layers=layers)
+        self.reader = SliceReader(self.index, naming)
 
     @property
     def num_experts(self) -> int:
         """Experts of a layer."""
-        return self.model.get_submodule(self.expert_names[0]).num_experts
+        num_experts = self.model.get_submodule(self.expert_names[0]).num_experts
+        assert isinstance(num_experts, int), "transformers' experts interface asks for it"
+        return num_experts
 
 
 def build_bare_model(
@@ -68,14 +68,15 @@ def split_experts(
 
     **Collective:** as `split_experts_on_meta`.
     """
-    has_ep = config.parallel.use_megablocks_sharding
+    has_ep, expert_dp = config.parallel.use_megablocks_sharding, config.parallel.expert_dp
     if not has_ep and not config.adapter.trains_experts:
         return None
+    assert expert_dp is not None, "parsers fill it in"
     return split_experts_on_meta(
         model,
         (config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
         kernel=config.parallel.kernel,
-        expert_dp=config.parallel.expert_dp,
+        expert_dp=expert_dp,
         device_type=device.type,
         compute_dtype=compute_dtype,
         expert_mode=config.adapter.expert_mode,

@@ -25,6 +25,7 @@ from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
 from megablocks_utils.training.report.summary import build_console
+from megablocks_utils.training.report.trackers import check_trackers
 from megablocks_utils.training.resume.resume_compatibility import (
     ResumeCompatibility,
     check_compatibility,
@@ -56,8 +57,8 @@ class Setup:
         num_experts: experts of a layer.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
         fill_local: where the weights come from once each rank knows its part of them.
-        compatibility: what a run that goes on from this one's checkpoints must share with it.
-        resume: the checkpoint to go on from; None for a run that starts anew.
+        compatibility: what a run that resumes from this one's checkpoints must share with it.
+        resume: the checkpoint to resume from; None for a run that starts fresh.
         plan: the memory that was predicted, or why it was not.
     """
 
@@ -119,7 +120,7 @@ class Setup:
     @property
     def layer_classes(self) -> list[str]:
         """Class names of the decoder layers, which become one FSDP unit each."""
-        return sorted(self.model._no_split_modules)
+        return sorted(self.model._no_split_modules or ())
 
 
 def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.device) -> Setup:
@@ -128,8 +129,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     **Collective:** every rank must call; what one rank cannot read ends all of them.
 
     Raises:
-        UserError: on every rank, for what the user can put right.
+        UserError: on every rank, for what the user can mend.
     """
+    raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
     check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
@@ -139,12 +141,13 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
     check_world(config, launch.world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
+    lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
     compatibility = describe_compatibility(
         config,
         precision,
-        adapters and adapters.settings,
+        lora,
         examples,
         model_type=source.model.config.model_type,
         world_size=launch.world_size,
@@ -155,14 +158,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     model = source.model
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = check_memory(
-        config,
-        folder,
-        schedule,
-        device,
-        sharded and sharded.kernel.name,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-    )
+    kernel = None if sharded is None else sharded.kernel.name
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
@@ -179,7 +177,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model_folder=folder,
         model=model,
         sharded=sharded,
-        lora=adapters and adapters.settings,
+        lora=lora,
         counts=_count(model, source.num_experts),
         num_experts=source.num_experts,
         parameter_specs=specs,
@@ -191,7 +189,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
 
 
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
-    """Fill nothing: all weights come from the checkpoint that the run goes on from."""
+    """Fill nothing: all weights come from the checkpoint that the run resumes from."""
 
 
 def _split_experts(

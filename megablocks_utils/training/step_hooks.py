@@ -6,7 +6,7 @@ __all__ = ["StepHooks"]
 
 
 class StepHooks:
-    """Do nothing: a run that nobody stops and that saves nothing on its way."""
+    """Hooks that do nothing: a run that cannot be stopped and saves no checkpoints."""
 
     def should_stop(self) -> bool:
         """Return whether to drop the step that has begun and stop.

@@ -33,7 +33,7 @@ __all__ = ["MicroBatchLoader", "MoETrainer"]
 class MicroBatchLoader:
     """Hand Trainer this rank's micro-batches of an epoch: every step has accumulation-many.
 
-    Not a DataLoader, so that Accelerate does not split once more what is this rank's already. The
+    Not a DataLoader, so that Accelerate does not split again what is this rank's already. The
     steps that a resumed run has done are left out.
     """
 
@@ -163,7 +163,7 @@ class MoETrainer(Trainer):
     def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, MicroBatchLoader]:
         """Make the optimizer, and resume from the checkpoint in this project's own way.
 
-        Trainer's cannot put back experts, nor a run that was sharded in another way.
+        Trainer's cannot restore experts, nor a run that was sharded in another way.
         """
         prepared = super()._prepare_for_training(*args)
         if self._setup.resume is not None:
@@ -208,7 +208,7 @@ class MoETrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step's numbers as `metrics.jsonl` has them, not Trainer's own.
 
-        Those of the whole run are in `run.json`.
+        Totals of the run are in `run.json`.
         """
         if "train_runtime" in logs:
             return

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import DataClassType
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from megablocks_utils.config import RunConfig
-from megablocks_utils.config.reader import check_leftovers
+from megablocks_utils.config import RunConfig, check_leftovers
+from megablocks_utils.config.given import GivenOption
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["build_trainer_arguments", "parse_trainer_flags"]
@@ -49,10 +51,10 @@ _FIXED = {
     "eval_on_start": _NO_EVALUATION,
     "load_best_model_at_end": _NO_EVALUATION,
     "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint already",
-    "save_only_model": "a checkpoint holds all that a run needs to go on; the final model is "
+    "save_only_model": "a checkpoint holds all that a run needs to resume; the final model is "
     "written by itself",
     "save_on_each_node": "all machines write their parts of one checkpoint into one --output_dir",
-    "ignore_data_skip": "a run goes on at its place in the data",
+    "ignore_data_skip": "a run resumes at its place in the data",
     "restore_callback_states_from_checkpoint": "callbacks of this script keep nothing",
     "push_to_hub": "this script does not upload",
     "include_num_input_tokens_seen": "metrics.jsonl has input_tokens of every step",
@@ -63,8 +65,8 @@ _FIXED = {
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
-def parse_trainer_flags(leftovers: Sequence[str]) -> dict[str, Any]:
-    """Read the words that `config.parse_known_args` left, without touching any device.
+def parse_trainer_flags(leftovers: Sequence[GivenOption]) -> dict[str, Any]:
+    """Read the options that `config.parse_known_args` left, without touching any device.
 
     Returns:
         Values of TrainingArguments' fields, defaults included.
@@ -73,10 +75,11 @@ def parse_trainer_flags(leftovers: Sequence[str]) -> dict[str, Any]:
         ConfigurationError: for an unknown option, a value of the wrong kind, or an option that
             contradicts the way this script trains.
     """
-    parser = _Parser(TrainingArguments, allow_abbrev=False)
+    parser = _Parser(DataClassType(TrainingArguments), allow_abbrev=False)
     defaults = vars(parser.parse_args([]))
     check_leftovers(leftovers, defaults)
-    values = vars(parser.parse_args(list(leftovers)))
+    words = [word for given in leftovers for word in given.words()]
+    values = vars(parser.parse_args(words))
     if values["optim"] not in _ADAMW:
         raise ConfigurationError(f"--optim is {values['optim']}, but {_OWN_OPTIMIZER}.")
     for name, reason in _FIXED.items():
@@ -120,13 +123,16 @@ def build_trainer_arguments(
             f"mixed_precision is {arguments.mixed_precision} in Accelerate's configuration, but it "
             "must be no, since dtypes come from --precision."
         )
-    if arguments.accelerator_config.gradient_accumulation_kwargs:
+    accelerator_config = arguments.accelerator_config
+    assert isinstance(accelerator_config, AcceleratorConfig)  # as TrainingArguments leaves it
+    if accelerator_config.gradient_accumulation_kwargs:
         raise ConfigurationError(
             "gradient_accumulation_kwargs is set in --accelerator_config, but accumulation follows "
             "--gradient_accumulation_steps and --sync_each_batch."
         )
-    sync_each_batch = bool(config.optim.sync_each_batch)
-    arguments.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": sync_each_batch}
+    accelerator_config.gradient_accumulation_kwargs = {
+        "sync_each_batch": bool(config.optim.sync_each_batch)
+    }
     # One process uses one GPU: Trainer would spread it over all that are visible.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

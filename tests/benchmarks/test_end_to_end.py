@@ -1,12 +1,12 @@
-"""The sides of the end-to-end benchmark train the same thing, and its summary adds up."""
+"""The contenders of the end-to-end benchmark train the same thing, and its summary adds up."""
 
-import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.end_to_end import SIDES, check_losses, compare_losses, summarise, write_row
-from benchmarks.sides import Case
-from benchmarks.workload import Workload, save_data, save_model
+from benchmarks.end_to_end.contenders import Case
+from benchmarks.end_to_end.measure import NAMES, build_contenders, check_losses, summarise
+from benchmarks.harness.workload import Workload, save_workload
 
 TINY = Workload(
     hidden_size=32,
@@ -21,16 +21,19 @@ TINY = Workload(
 )
 
 
+def train_all(rank, case, folder):
+    return build_contenders(case, TINY, Path(folder), 4).train(4)
+
+
 @pytest.mark.parametrize("use_lora", ["none", "attn-only"])
-def test_sides_compute_the_same_losses(ranks2, tmp_path, use_lora):
-    save_model(TINY, tmp_path / "model")
-    save_data(TINY, tmp_path / "data.jsonl")
+def test_contenders_compute_the_same_losses(ranks2, tmp_path, use_lora):
+    save_workload(TINY, tmp_path)
     case = Case(2, 2, use_lora=use_lora, gradient_checkpointing="True")
-    first, second = ranks2.run(compare_losses, case, TINY, str(tmp_path), 4)
+    first, second = ranks2.run(train_all, case, str(tmp_path))
     assert first == second
-    assert tuple(first) == SIDES
-    for side in SIDES[1:]:
-        assert first[side] == pytest.approx(first["ours"], rel=1e-5)
+    assert tuple(first) == NAMES
+    for name in NAMES[1:]:
+        assert first[name] == pytest.approx(first["ours"], rel=1e-5)
     assert len(set(first["ours"])) == 4
 
 
@@ -38,7 +41,7 @@ def test_check_losses_names_what_differs():
     losses = {"ours": [4.0, 3.9], "stock, packed": [4.0, 3.9], "stock, padded": [4.0, 3.91]}
     with pytest.raises(RuntimeError) as caught:
         check_losses(losses)
-    assert str(caught.value) == ("the sides differ: ours [4.0, 3.9], stock, padded [4.0, 3.91]")
+    assert str(caught.value) == ("the losses differ: ours [4.0, 3.9], stock, padded [4.0, 3.91]")
 
 
 def test_summary_compares_blocks_of_the_same_round():
@@ -49,12 +52,3 @@ def test_summary_compares_blocks_of_the_same_round():
     assert summary["ratio"]["stock, packed"] == packed
     assert summary["ratio_of_cpu_time"]["stock, packed"] == packed
     assert summary["ratio"]["stock, padded"]["median"] == 1.5
-
-
-def test_row_takes_the_place_of_an_older_one_of_its_case(tmp_path):
-    path = tmp_path / "rows.json"
-    write_row(path, {"case": {"world_size": 4}, "n": 1})
-    write_row(path, {"case": {"world_size": 2}, "n": 2})
-    write_row(path, {"case": {"world_size": 4}, "n": 3})
-    rows = json.loads(path.read_text())["rows"]
-    assert rows == [{"case": {"world_size": 2}, "n": 2}, {"case": {"world_size": 4}, "n": 3}]

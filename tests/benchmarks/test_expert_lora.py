@@ -1,4 +1,4 @@
-"""The LoRA benchmark counts bytes as a hand does, and refuses sides that differ."""
+"""The LoRA benchmark counts bytes as a hand does, and refuses results that differ."""
 
 import json
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.expert_lora import QUICK, measure_agreement
-from benchmarks.lora_layer import build_layer_sides
-from benchmarks.lora_sides import OURS, PEFT, RANK
-from benchmarks.meter import measure_peak_bytes, measure_saved_bytes
-from benchmarks.process_group import single_process
-from benchmarks.shape import Shape
-from benchmarks.timing import compare, take_turns
+from benchmarks.expert_lora.__main__ import QUICK, measure_agreement
+from benchmarks.expert_lora.adapters import OURS, PEFT, RANK
+from benchmarks.expert_lora.layer import build_layers
+from benchmarks.harness.case import LayerShape
+from benchmarks.harness.memory import measure_peak_bytes, measure_saved_bytes
+from benchmarks.harness.processes import single_process
+from benchmarks.harness.timing import compare, take_turns
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 FLOAT, INT64, INT32 = 4, 8, 4
-SHAPE = Shape("tiny", 64, 96, num_experts=4, top_k=2)
+SHAPE = LayerShape("tiny", 64, 96, num_experts=4, top_k=2)
 TOKENS = 24
 ROWS = TOKENS * SHAPE.top_k
 # All tensors of the layer that the backward pass reads, by hand; H hidden, I intermediate.
@@ -44,9 +44,9 @@ PEFT_EXTRAS += INT32 * SHAPE.num_experts
 
 
 @pytest.fixture(scope="module")
-def sides():
+def layers():
     with single_process(CPU):
-        yield build_layer_sides(SHAPE, TOKENS, "grouped_mm", CPU)
+        yield build_layers(SHAPE, TOKENS, "grouped_mm", CPU)
 
 
 def test_saved_bytes_of_a_known_graph():
@@ -80,29 +80,28 @@ def test_peak_of_known_steps():
     assert measure_peak_bytes(exponential, CPU) == 4000 + 4000
 
 
-def test_our_layer_saves_activations_and_peft_all_weights_too(sides):
-    saved = {n: measure_saved_bytes(s.forward, s.constants()) for n, s in sides.items()}
+def test_our_layer_saves_activations_and_peft_all_weights_too(layers):
+    saved = {n: measure_saved_bytes(c.forward, c.constants) for n, c in layers.items()}
     assert saved[OURS] == ACTIVATIONS + OUR_EXTRAS
     assert saved[PEFT] == ACTIVATIONS + WEIGHTS + PEFT_EXTRAS
 
 
-def test_peak_is_the_same_each_time_and_not_below_what_is_saved(sides):
-    peaks = {name: {_peak(side) for _ in range(3)} for name, side in sides.items()}
+def test_peak_is_the_same_each_time_and_not_below_what_is_saved(layers):
+    peaks = {name: {_peak(one) for _ in range(3)} for name, one in layers.items()}
     assert len(peaks[OURS]) == len(peaks[PEFT]) == 1
     assert peaks[OURS].pop() > ACTIVATIONS
     assert peaks[PEFT].pop() > ACTIVATIONS + WEIGHTS
 
 
-def test_a_step_starts_from_no_gradients(sides):
-    for side in sides.values():
-        first = {name: tensor.clone() for name, tensor in side.results().items()}
-        assert max(measure_agreement(side.results(), first).values()) == 0.0
+def test_a_step_starts_from_no_gradients(layers):
+    for one in layers.values():
+        first = {name: tensor.clone() for name, tensor in one.results().items()}
+        assert max(measure_agreement(one.results(), first).values()) == 0.0
 
 
-def _peak(side):
-    side.step()
-    side.clear()
-    return measure_peak_bytes(side.step, CPU)
+def _peak(one):
+    one.step()
+    return measure_peak_bytes(one.step, CPU)
 
 
 def test_agreement_names_what_differs():
@@ -110,9 +109,9 @@ def test_agreement_names_what_differs():
     assert measure_agreement(wanted, wanted) == {"output": 0.0, "B": 0.0}
     assert measure_agreement(wanted | {"B": wanted["B"] * (1 + 5e-6)}, wanted)["B"] < 1e-5
     for ours, theirs, message in (
-        (wanted | {"B": wanted["B"] * 1.5}, wanted, "the sides differ in B by 5.0e-01"),
-        (wanted | {"B": wanted["B"] * torch.nan}, wanted, "the sides differ in B by nan"),
-        ({"output": wanted["output"]}, wanted, "only one side has ['B']"),
+        (wanted | {"B": wanted["B"] * 1.5}, wanted, "the results differ in B by 5.0e-01"),
+        (wanted | {"B": wanted["B"] * torch.nan}, wanted, "the results differ in B by nan"),
+        ({"output": wanted["output"]}, wanted, "only one contender has ['B']"),
         (wanted, wanted | {"B": torch.zeros(4)}, "B is zero, so its agreement would prove nothing"),
     ):
         with pytest.raises(RuntimeError) as caught:
@@ -120,7 +119,7 @@ def test_agreement_names_what_differs():
         assert str(caught.value) == message
 
 
-def test_sides_take_turns_and_ratios_compare_turns_of_one_round():
+def test_contenders_take_turns_and_ratios_compare_turns_of_one_round():
     seen = []
     steps = {name: (lambda name=name: seen.append(name)) for name in (OURS, PEFT)}
     times, num_steps = take_turns(steps, CPU, rounds=3, least_turn_s=0.0)
@@ -139,11 +138,11 @@ def test_quick_run_writes_every_row(tmp_path):
     command = [sys.executable, "-m", "benchmarks.expert_lora", "--quick", "--output", str(path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
-    assert "Memory, MiB" in run.stdout and "PEFT / ours" in run.stdout
+    assert "PEFT / ours" in run.stdout
     result = json.loads(path.read_text())
     assert {"command", "commit", "versions", "hardware", "date", "method"} <= result.keys()
     cases = [(row["case"]["what"], row["case"]["backend"]) for row in result["rows"]]

@@ -1,4 +1,4 @@
-"""The benchmark of loading loads with every side, and its bound is the one it says."""
+"""The benchmark of loading loads with every contender, and its bound is the one it says."""
 
 import json
 import os
@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from benchmarks.load import build_row, build_table
-from benchmarks.load_sides import OURS, SIDES
+from benchmarks.load.__main__ import build_row, format_table
+from benchmarks.load.contenders import CONTENDERS, OURS
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,18 +30,16 @@ def test_a_row_says_whether_every_rank_of_every_load_is_within_its_bound():
     assert not build_row(2, OURS[0], loads, 10)["is_within_bound"]
 
 
-def test_a_side_that_fails_is_a_result():
-    row = build_row(4, SIDES[-1], [[rank(1)] * 4, "ValueError: no"], 10)
+def test_a_contender_that_fails_is_a_result():
+    row = build_row(4, CONTENDERS[-1], [[rank(1)] * 4, "ValueError: no"], 10)
     assert row == {
         "world_size": 4,
-        "side": SIDES[-1],
+        "side": CONTENDERS[-1],
         "error": "ValueError: no",
         "failed": "1 of 2",
     }
-    console = Console(width=160)
-    with console.capture() as shown:
-        console.print(build_table([row, build_row(1, OURS[1], [[rank(1)]], 10)]))
-    assert "failed: ValueError: no" in shown.get() and "yes" in shown.get()
+    text = format_table([row, build_row(1, OURS[1], [[rank(1)]], 10)])
+    assert "failed: ValueError: no" in text and "yes" in text
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def result(tmp_path_factory):
     return json.loads(output.read_text())
 
 
-def test_our_sides_load_what_they_should(result):
+def test_ours_load_what_they_should(result):
     rows = {row["side"]: row for row in result["rows"]}
     assert tuple(rows) == OURS
     assert not [row for row in rows.values() if "error" in row]

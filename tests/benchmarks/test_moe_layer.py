@@ -1,11 +1,14 @@
-"""The layer benchmark counts work as the formulas do, and refuses sides that are wrong."""
+"""The layer benchmark counts work as the formulas do, and refuses contenders that are wrong."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.layer.cases import (
+from benchmarks.harness.contender import SkippedError
+from benchmarks.harness.device_timing import Machine, time_runs
+from benchmarks.harness.processes import single_process
+from benchmarks.moe_layer.cases import (
     FROZEN,
     FULL,
     GPT_OSS,
@@ -18,14 +21,16 @@ from benchmarks.layer.cases import (
     Case,
     order_cases,
 )
-from benchmarks.layer.check import WrongError, check_side, compute_expected
-from benchmarks.layer.device_timer import time_runs
-from benchmarks.layer.inputs import draw_inputs, draw_weights, route
-from benchmarks.layer.side import SkippedError
-from benchmarks.layer.sides import BASELINE, CPU_SIDES, OURS, OURS_GROUPED_MM, SIDES
-from benchmarks.layer_floor import (
+from benchmarks.moe_layer.check import WrongError, check_contender, compute_expected
+from benchmarks.moe_layer.contenders import (
+    BASELINE,
+    CONTENDERS,
+    CPU_CONTENDERS,
+    OURS,
+    OURS_GROUPED_MM,
+)
+from benchmarks.moe_layer.floor import (
     H100,
-    Machine,
     adapter_flops,
     forward_floor_s,
     forward_flops,
@@ -33,7 +38,7 @@ from benchmarks.layer_floor import (
     step_floor_s,
     step_flops,
 )
-from benchmarks.process_group import single_process
+from benchmarks.moe_layer.inputs import draw_inputs, draw_weights, route
 
 CPU = torch.device("cpu")
 TOKENS = 16384
@@ -121,24 +126,24 @@ def test_what_the_aims_are_about_is_measured_first():
 
 @pytest.fixture(scope="module")
 def drawn():
-    """A case with adapters, more tokens than the check's sample, and a right side."""
+    """A right contender of a case with adapters and more tokens than the check's sample."""
     case = Case(TINY, LORA16, "zipf", 600)
     weights, inputs = draw_weights(case, CPU), draw_inputs(case, CPU)
-    side = SIDES[OURS_GROUPED_MM](case, weights, CPU)
-    return inputs, side, compute_expected(case, weights, inputs)
+    contender = CONTENDERS[OURS_GROUPED_MM](case, weights, inputs)
+    return contender, compute_expected(case, weights, inputs)
 
 
 @pytest.mark.parametrize("mode", [FULL, FROZEN, LORA64], ids=lambda mode: mode.name)
-def test_every_side_that_runs_here_is_right(mode):
+def test_every_contender_that_runs_here_is_right(mode):
     case = Case(TINY, mode, "uniform", 600)
     weights, inputs = draw_weights(case, CPU), draw_inputs(case, CPU)
     expected, checked = compute_expected(case, weights, inputs), []
     with single_process(CPU):
-        for name, build in (SIDES | {"the layer": CPU_SIDES[OURS_GROUPED_MM]}).items():
+        for name, build in (CONTENDERS | {"the layer": CPU_CONTENDERS[OURS_GROUPED_MM]}).items():
             if name == OURS:  # minutes in Triton's interpreter; tests/kernels/fused has it
                 continue
             try:
-                used = check_side(build(case, weights, CPU), inputs, expected)
+                used = check_contender(build(case, weights, inputs), expected)
             except SkippedError:
                 continue
             assert max(used.values()) <= 1
@@ -148,23 +153,23 @@ def test_every_side_that_runs_here_is_right(mode):
     assert ("transformers_eager" in checked) == (not mode.rank)
 
 
-def spoil(side, name, change):
-    """Return the side with one of its results changed."""
-    return replace(side, to_common=side.to_common | {name: change})
+def spoil(contender, name, change):
+    """Return the contender with one of its results changed."""
+    return replace(contender, to_common={**contender.to_common, name: change})
 
 
 def test_check_uses_less_than_its_bound_and_needs_every_result(drawn):
-    inputs, side, expected = drawn
-    used = check_side(side, inputs, expected)
-    assert list(used) == ["output", "tokens", "top_k_weights", *side.trained]
-    assert len(side.trained) == 4 and 0 < max(used.values()) <= 1
-    less = replace(side, trained=dict(list(side.trained.items())[:3]))
+    contender, expected = drawn
+    used = check_contender(contender, expected)
+    assert list(used) == ["output", "tokens", "top_k_weights", *contender.trained]
+    assert len(contender.trained) == 4 and 0 < max(used.values()) <= 1
+    less = replace(contender, trained=dict(list(contender.trained.items())[:3]))
     with pytest.raises(WrongError, match=r"it has other results: \['down_proj.lora_B'\]"):
-        check_side(less, inputs, expected)
+        check_contender(less, expected)
 
 
 def test_check_names_the_wrong_tensor(drawn):
-    inputs, side, expected = drawn
+    contender, expected = drawn
 
     def drop_a_tile(gradient):
         spoiled = gradient.clone()
@@ -179,7 +184,7 @@ def test_check_names_the_wrong_tensor(drawn):
         ("gate_up_proj.lora_B", lambda t: t * torch.nan, "gate_up_proj.lora_B is off by nan"),
     ):
         with pytest.raises(WrongError, match=message):
-            check_side(spoil(side, name, change), inputs, expected)
+            check_contender(spoil(contender, name, change), expected)
 
 
 def test_time_is_per_run_and_long_runs_are_fewer():

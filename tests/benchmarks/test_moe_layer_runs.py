@@ -1,4 +1,4 @@
-"""The layer benchmark loses no row, whatever happens to a side, and reports what the rows say."""
+"""The layer benchmark loses no row, whatever happens, and reports what the rows say."""
 
 import json
 import sys
@@ -6,18 +6,25 @@ import sys
 import pytest
 import torch
 
-from benchmarks import moe_layer
-from benchmarks.layer import measure, processes
-from benchmarks.layer.aims import cpu_aims, gpu_aims
-from benchmarks.layer.cases import FULL, LORA16, MIXTRAL, QWEN3, TINY, Case
-from benchmarks.layer.check import WrongError
-from benchmarks.layer.measure import QUICK, measure_case
-from benchmarks.layer.processes import BEGUN, Selection, run_sides
-from benchmarks.layer.record import Record
-from benchmarks.layer.report import build_report, fill_in
-from benchmarks.layer.side import SkippedError
-from benchmarks.layer.sides import BASELINE, OURS, OURS_GROUPED_MM, SCATTERMOE
-from benchmarks.layer_floor import Machine
+from benchmarks.harness.contender import SkippedError
+from benchmarks.harness.device_timing import Machine
+from benchmarks.harness.record import Record
+from benchmarks.moe_layer import __main__ as moe_layer
+from benchmarks.moe_layer import measure, processes
+from benchmarks.moe_layer.aims import cpu_aims, gpu_aims
+from benchmarks.moe_layer.cases import FULL, LORA16, MIXTRAL, QWEN3, TINY, Case
+from benchmarks.moe_layer.check import WrongError
+from benchmarks.moe_layer.contenders import BASELINE, OURS, OURS_GROUPED_MM, SCATTERMOE
+from benchmarks.moe_layer.measure import QUICK, measure_case
+from benchmarks.moe_layer.processes import (
+    STARTED,
+    Selection,
+    add_row,
+    find_row,
+    is_settled,
+    run_contenders,
+)
+from benchmarks.moe_layer.report import build_report
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -39,11 +46,11 @@ CASES = tuple(Case(TINY, mode, "uniform", 600) for mode in (LORA16, FULL))
         ),
     ],
 )
-def test_what_a_side_cannot_do_is_a_row_that_says_why(monkeypatch, failure, status, reason):
+def test_what_a_contender_cannot_do_is_a_row_that_says_why(monkeypatch, failure, status, reason):
     def build(*_):
         raise failure
 
-    monkeypatch.setitem(measure.SIDES, OURS, build)
+    monkeypatch.setitem(measure.CONTENDERS, OURS, build)
     row = measure_case(OURS, CASES[0], Machine(1e12, 1e11), CPU, QUICK)
     assert row == {
         "side": OURS,
@@ -59,30 +66,34 @@ def new_record(path, **content):
     return record
 
 
-def told(path):
+def reasons(path):
     return [
         (row["side"], row["case"]["mode"], row["status"], row["reason"])
         for row in Record.read(path).rows
     ]
 
 
-def test_a_side_that_breaks_its_process_costs_one_row_and_then_is_given_up(tmp_path, monkeypatch):
+def test_a_contender_that_breaks_its_process_costs_one_row_and_then_is_given_up(
+    tmp_path, monkeypatch
+):
     path, calls = tmp_path / "rows.json", []
-    record, selection = new_record(path), Selection(CASES, (OURS, BASELINE))
+    new_record(path)
+    selection = Selection(CASES, (OURS, BASELINE))
 
     def run(command, deadline):
-        side = command[command.index("--worker") + 1]
-        calls.append(side)
-        if side == BASELINE:
-            return "exit code 1: no module"  # before it began any case
-        begun = next(case for case in CASES if Record.read(path).find(OURS, case) is None)
-        Record.read(path).add(processes._row(OURS, begun, "not reached", BEGUN))
+        name = command[command.index("--worker") + 1]
+        calls.append(name)
+        if name == BASELINE:
+            return "exit code 1: no module"  # before it started any case
+        record = Record.read(path)
+        started = next(case for case in CASES if find_row(record, OURS, case) is None)
+        add_row(record, processes._row(OURS, started, "not reached", STARTED))
         return "exit code -6: illegal access"
 
     monkeypatch.setattr(processes, "_run", run)
-    run_sides(record, selection, ["python"], end=processes.time.time() + 1000)
+    run_contenders(path, selection, ["python"], end=processes.time.time() + 1000)
     assert calls == [OURS] * 2 + [BASELINE] * 3
-    assert told(path) == [
+    assert reasons(path) == [
         (OURS, "lora16", "failed", "exit code -6: illegal access"),
         (OURS, "full", "failed", "exit code -6: illegal access"),
         (BASELINE, "lora16", "failed", "exit code 1: no module"),
@@ -90,19 +101,20 @@ def test_a_side_that_breaks_its_process_costs_one_row_and_then_is_given_up(tmp_p
     ]
 
 
-def test_what_the_time_did_not_suffice_for_is_said_and_measured_by_the_next_run(tmp_path):
+def test_what_the_time_was_too_short_for_is_said_and_measured_by_the_next_run(tmp_path):
     path = tmp_path / "rows.json"
     record = new_record(path)
     measured = {"side": OURS, "case": CASES[0].describe(), "status": "measured"}
     record.add(measured)
-    run_sides(record, Selection(CASES, (OURS,)), ["python"], end=0.0)
-    rows = Record.read(path).rows
+    run_contenders(path, Selection(CASES, (OURS,)), ["python"], end=0.0)
+    record = Record.read(path)
+    rows = record.rows
     assert rows[0] == measured
     assert (rows[1]["case"]["mode"], rows[1]["status"]) == ("full", "not reached")
-    assert record.is_settled(OURS, CASES[0]) and not record.is_settled(OURS, CASES[1])
+    assert is_settled(record, OURS, CASES[0]) and not is_settled(record, OURS, CASES[1])
 
 
-def test_a_process_that_fails_says_its_last_words():
+def test_the_reason_of_a_failed_process_is_its_last_line():
     words = [sys.executable, "-c", "raise SystemExit('no kernel image')"]
     assert processes._run(words, processes.time.time()) == "exit code 1: no kernel image"
     assert processes._run([sys.executable, "-c", "pass"], processes.time.time()) is None
@@ -114,14 +126,14 @@ def test_rows_of_another_commit_are_not_mixed_in(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         moe_layer.main(["--device", "cpu", "--resume", "--output", str(path)])
     assert end.value.code == 2
-    assert "has commit c, here is" in capsys.readouterr().err
+    assert "has commit c, here it is" in capsys.readouterr().err
 
 
 # --- whole runs ------------------------------------------------------------------------------
 
 
 def test_quick_run_of_the_gpu_part(tmp_path, monkeypatch, capsys):
-    """On a CPU, and what the side's process would do is done here: an import costs 5 seconds."""
+    """On a CPU, and what a contender's process would do is done here: an import costs 5 seconds."""
     path, started = tmp_path / "rows.json", []
 
     def run(command, deadline):
@@ -132,7 +144,7 @@ def test_quick_run_of_the_gpu_part(tmp_path, monkeypatch, capsys):
     words = ["--device", "cpu", "--quick", "--modes", "lora16", "--routings", "uniform"]
     moe_layer.main([*words, "--backends", OURS_GROUPED_MM, "--output", str(path)])
     assert started == [[sys.executable, "-m", "benchmarks.moe_layer"]]
-    assert "| lora16 | ours, grouped_mm |" in capsys.readouterr().out
+    assert "ours, grouped_mm" in capsys.readouterr().out
     result = json.loads(path.read_text())
     assert {"command", "commit", "versions", "hardware", "date", "method"} <= result.keys()
     assert result["machine"]["flops_per_s"] > 0 < result["machine"]["bytes_per_s"]
@@ -150,7 +162,7 @@ def test_quick_run_of_the_gpu_part(tmp_path, monkeypatch, capsys):
 def test_quick_run_of_the_cpu_part(tmp_path, capsys):
     path = tmp_path / "rows.json"
     moe_layer.main(["--cpu", "--quick", "--only", "lora16 bfloat16", "--output", str(path)])
-    assert "| tiny, 600 tokens | bfloat16 | lora16 | PEFT" in capsys.readouterr().out
+    assert "PEFT over transformers" in capsys.readouterr().out
     result = json.loads(path.read_text())
     (row,) = result["rows"]
     assert list(row["against"]) == [BASELINE, "peft"]
@@ -225,23 +237,20 @@ def test_frozen_experts_must_gain_on_a_cpu_and_full_training_must_not_lose(mode,
 
 def test_report_has_tables_aims_reasons_and_a_chart(tmp_path):
     gpu, chart = tmp_path / "gpu.json", tmp_path / "moe_layer.png"
-    certificate = {"command": "python -m x", "commit": None, "date": "2026-01-02T03:04"}
-    certificate |= {"versions": {"torch": "2.13"}, "device": {"name": "H100"}, "rows": gpu_rows()}
-    certificate |= {"machine": {"flops_per_s": 7e14, "bytes_per_s": 2.8e12}}
-    gpu.write_text(json.dumps(certificate))
+    content = {"command": "python -m x", "commit": None, "date": "2026-01-02T03:04"}
+    content |= {"versions": {"torch": "2.13"}, "device": {"name": "H100"}, "rows": gpu_rows()}
+    content |= {"machine": {"flops_per_s": 7e14, "bytes_per_s": 2.8e12}}
+    gpu.write_text(json.dumps(content))
     parts = build_report(gpu, tmp_path / "missing.json", chart)
     assert chart.read_bytes().startswith(b"\x89PNG")
     text = parts["gpu"]
     assert "H100: 700 TFLOP/s in a large bf16 product, 2.80 TB/s in a large copy." in text
-    ms = "48.00 (48.00-48.00)"
-    assert f"| lora16 | ours, triton | {ms} | {ms} | 481 | 69% | 71% | 63% | 1.88 | 4.00 |" in text
-    assert "| full | ScatterMoE |" not in text
-    assert "| lora16 | ours, triton | wrong |" in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    figures = ["48.00 (48.00-48.00)"] * 2 + ["481", "69%", "71%", "63%", "1.88", "4.00"]
+    assert ["lora16", "ours, triton", *figures] in cells
+    assert ["full", "ScatterMoE"] not in [line[:2] for line in cells]
+    assert ["lora16", "ours, triton", "wrong"] in [line[:3] for line in cells]
     assert "- ScatterMoE, skipped (Mixtral-8x7B full uniform): scattermoe is not installed" in text
     assert parts["cpu"] == "Not measured yet."
     nothing = build_report(tmp_path / "missing.json", gpu.with_name("none"), None)["gpu"]
     assert nothing.startswith("No GPU was at hand: nothing was timed on one.")
-    page = "a\n<!-- moe_layer: gpu -->\nold\n<!-- end -->\nb\n"
-    filled = fill_in(page, {"gpu": r"new \1", "cpu": "c"})
-    assert filled == "a\n<!-- moe_layer: gpu -->\n\nnew \\1\n\n<!-- end -->\nb\n"
-    assert fill_in(filled, {"gpu": r"new \1"}) == filled

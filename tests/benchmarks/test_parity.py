@@ -31,8 +31,10 @@ def test_matrix_is_full_and_every_run_has_twenty_steps():
 
 def test_tables_show_the_worst_run():
     table = format_tables([ROW, ROW | {"loss": 8e-6}], [DRIFT])
-    assert "| 2 ranks ep2 shard | olmoe | 2 | 8.0e-06 | 2.0e-07 | 3.0e-07 | 4.0e-07 |" in table
-    assert "| bf16 | olmoe | 0.50 |" in table
+    assert "8.0e-06" in table and "1.0e-07" not in table and "0.50" in table
+    row = ROW | {"script": "fsdp1", "lora_rank": 4}
+    table = lora_parity.format_table([row, row | {"grad_norm": 8e-6}])
+    assert "8.0e-06" in table and "2.0e-07" not in table
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "first_gradient"])
@@ -68,9 +70,3 @@ def test_adapters_past_the_bound_are_named(name, value):
     assert lora_parity.find_violations([row]) == []
     assert len(lora_parity.find_violations([row, row | {name: value}])) == 1
     assert len(lora_parity.find_violations([row | {"weight_excess": 4.0}])) == 1
-
-
-def test_table_of_adapters_shows_the_worst_run():
-    row = ROW | {"script": "fsdp1", "lora_rank": 4}
-    table = lora_parity.format_table([row, row | {"grad_norm": 8e-6}])
-    assert "| fsdp1 | olmoe | 4 | 2 | 1.0e-07 | 8.0e-06 | 3.0e-07 | 4.0e-07 |" in table

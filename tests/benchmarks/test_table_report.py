@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
-from benchmarks.table_rows import modes, one_gpu
-from benchmarks.table_rows.bench import CPU_SIZES, build_bench, read_published_model
-from benchmarks.table_rows.chart import build_figure
-from benchmarks.table_rows.markdown import write_markdown
-from benchmarks.table_rows.options import parse_options
-from benchmarks.table_rows.record import TableRecord
-from benchmarks.table_rows.rows import ROWS
-from benchmarks.table_rows.summary import compare_memory, compare_published, summarise_errors
+from benchmarks.table import __main__ as table
+from benchmarks.table import modes, one_gpu
+from benchmarks.table.bench import CPU_SIZES, build_bench, read_published_model
+from benchmarks.table.chart import build_figure
+from benchmarks.table.markdown import write_markdown
+from benchmarks.table.options import parse_options
+from benchmarks.table.record import TableRecord
+from benchmarks.table.rows import ROWS
+from benchmarks.table.summary import compare_memory, compare_published, summarise_errors
 from tests.support.rank_pool import start_forkserver
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -45,19 +45,19 @@ def record(tmp_path, monkeypatch):
     made_up |= {"components": {}, "moment": "backward", "is_oom": False}
     copies = made_up | {"peak_bytes": 93 * GB, "is_oom": True}
     monkeypatch.setattr(
-        "benchmarks.table_rows.record.predict_row",
-        lambda _, row: None if row.side == "transformers" else dict(_pick(row, made_up, copies)),
+        "benchmarks.table.record.predict_row",
+        lambda _, row: None if row.group == "transformers" else dict(_pick(row, made_up, copies)),
     )
     record = TableRecord(
         tmp_path / "table.json", ["--real"], rows=ROWS, bench=build_bench(options), method={}
     )
     for seconds in (1.8, 1.2):
-        record.add(BY_NAME["full-none"], run_of([seconds] * 3))
+        record.add_run(BY_NAME["full-none"], run_of([seconds] * 3))
     for seconds in ([0.5, 0.6, 0.7], [0.3, 0.4, 0.5]):
-        record.add(BY_NAME["full-ep8-triton"], run_of(seconds))
-        record.add(BY_NAME["stock-full-ep8"], run_of([2 * s for s in seconds]))
+        record.add_run(BY_NAME["full-ep8-triton"], run_of(seconds))
+        record.add_run(BY_NAME["stock-full-ep8"], run_of([2 * s for s in seconds]))
     message = "torch.OutOfMemoryError: CUDA out of memory."
-    record.add(BY_NAME["full-ep4"], {"status": "OOM", "reason": message, "exit_code": 1})
+    record.add_run(BY_NAME["full-ep4"], {"status": "OOM", "reason": message, "exit_code": 1})
     missing = "scattermoe is not installed; install it with: pip install scattermoe"
     record.settle(BY_NAME["attn-ep4-scattermoe"], {"status": "not installed", "reason": missing})
     return record
@@ -81,32 +81,40 @@ def test_ratios_compare_runs_of_one_round(record):
     assert "no_ep" not in record.entry(BY_NAME["all-ep4"])["ratios"]  # nobody published it
 
 
-def test_text_puts_published_predicted_and_measured_side_by_side(record):
+def test_tables_put_published_predicted_and_measured_side_by_side(record):
     text = write_markdown(record.content)
-    for line in (
-        "| `full-none`: full, no ep (FSDP2) | 1.90 | 1.500 (1.200-1.800) | 1422 (1138-1707) | - | "
-        "- | - |",
-        "| `full-ep8`: full, ep 8, megablocks | 0.54 | - | - | 3.49 | - | - |",
-        "| `full-ep4`: full, ep 4, copies, megablocks | OOM | OOM | OOM | - | - | - |",
-        "| `full-ep8-triton`: full, ep 8, triton | - | 0.500 (0.300-0.700) | 4096 (2926-6827) | - "
-        "| **3.00** (3.00-3.00) | **2.00** (2.00-2.00) |",
-        # 59 GB published, 48 predicted, 50 measured; gradients are no part of what is compared
-        # with a measurement: 36 of 35.
-        "| `full-none`: full, no ep (FSDP2) | 59 | 48.0 | 50.0 | -4.0% | 47 | 36.0 | 35.0 | +2.9% "
-        "|",
-        "| `full-ep4`: full, ep 4, copies, megablocks | OOM | 93.0 (OOM) | OOM | - | OOM | 36.0 | "
-        "OOM | - |",
-        "| `attn-ep4-scattermoe`: LoRA r16 attn-only, ep 4, copies, scattermoe | 25 | 48.0 | not "
-        "installed | - | 24 | 36.0 | not installed | - |",
-        "| `stock-full-ep8`: full, ep 8, transformers | - | - | 50.0 | - | - | - | 35.0 | - |",
-        "- `full-ep4`, OOM: torch.OutOfMemoryError: CUDA out of memory.",
-        "- `attn-ep4-scattermoe`, not installed: scattermoe is not installed; install it with: "
+    time, memory = read_tables(text)
+    assert "s a micro-step, published (inferred)" in time["row"]
+    assert time["full-none"][:3] == ["1.90", "1.500 (1.200-1.800)", "1422 (1138-1707)"]
+    assert time["full-ep8"] == ["0.54", "-", "-", "3.49", "-", "-"]
+    assert time["full-ep4"][:3] == ["OOM", "OOM", "OOM"]
+    assert time["full-ep8-triton"][-2:] == ["**3.00** (3.00-3.00)", "**2.00** (2.00-2.00)"]
+    # 59 GB published, 48 predicted, 50 measured; gradients are no part of what is compared with a
+    # measurement: 36 of 35.
+    peak, allocated = ["59", "48.0", "50.0", "-4.0%"], ["47", "36.0", "35.0", "+2.9%"]
+    assert memory["full-none"] == peak + allocated
+    assert memory["full-ep4"][:4] == ["OOM", "93.0 (OOM)", "OOM", "-"]
+    assert memory["attn-ep4-scattermoe"][:3] == ["25", "48.0", "not installed"]
+    assert memory["stock-full-ep8"] == ["-", "-", "50.0", "-", "-", "-", "35.0", "-"]
+    for note in (
+        "`full-ep4`, OOM: torch.OutOfMemoryError: CUDA out of memory.",
+        "`attn-ep4-scattermoe`, not installed: scattermoe is not installed; install it with: "
         "pip install scattermoe",
-        "- predicted against measured, peak: mean error 4.0%, worst -4.0% (n = 2)",
+        "predicted against measured, peak: mean error 4.0%, worst -4.0% (n = 2)",
     ):
-        assert line in text.splitlines(), line
-    assert "8 ranks, 256 tokens a rank and micro-step, accumulation 16, bf16" in text
-    assert "s a micro-step, published (inferred)" in text
+        assert note in text
+
+
+def read_tables(text):
+    """Return the cells of each Markdown table by the name of the row; `row` is the head."""
+    tables = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0] == "row":
+            tables.append({})
+        if len(cells) > 1 and not cells[0].startswith("---"):
+            tables[-1][cells[0].partition(":")[0].strip("`")] = cells[1:]
+    return tables
 
 
 def test_plot_shows_the_medians_and_what_has_none(record):
@@ -134,12 +142,12 @@ def test_published_figures_stand_only_beside_the_model_and_the_ranks_they_are_of
     rows, path = [BY_NAME["full-none"], BY_NAME["full-ep8"]], tmp_path / "table.json"
     few = replace(bench, ranks=4)
     record = TableRecord(path, [], rows=rows, bench=few, method={})
-    record.add(rows[0], run_of([1.0]))
+    record.add_run(rows[0], run_of([1.0]))
     assert record.content["errors"]["published_error"]["peak"] is None
     text = write_markdown(record.content)
-    # Ratios stay: they are of no model and no machine.
-    assert "| 3.49 |" in text
-    assert "| 59 |" not in text and "1.90" not in text and "published (inferred)" not in text
+    time, memory = read_tables(text)
+    assert "3.49" in time["full-ep8"]  # ratios stay: they are of no model and no machine
+    assert "59" not in memory["full-none"] and "published (inferred)" not in text
 
 
 def test_errors_are_those_of_the_part_that_is_predicted():
@@ -183,7 +191,7 @@ def test_plan_predicts_the_published_memory(tmp_path):
     assert "transformers" not in text.split("- predicted")[0]
 
 
-# --- rank 0 of imaginary peers ---------------------------------------------------------------
+# --- rank 0 of fake peers ---------------------------------------------------------------
 
 
 def _rehearse(request, answer):
@@ -221,7 +229,7 @@ def test_memory_on_one_device_is_near_the_prediction(tmp_path):
     said = []
     content = modes.measure_memory(bench, options, [], said.append, start=start)
     full, stock = content["rows"]
-    assert stock["status"] == "left out" and "imaginary" in stock["reason"]
+    assert stock["status"] == "left out" and "fake peers" in stock["reason"]
     assert said[0].startswith("full-ep8: peak ")
     # Code that runs for the first time is resident too: some 30 MB.
     above = full["measured"]["peak_bytes"] - full["predicted"]["peak_bytes"]

@@ -1,4 +1,4 @@
-"""Pieces through torch's distributed checkpoint: written in one cut, read in any other."""
+"""Shards through torch's distributed checkpoint: written in one cut, read in any other."""
 
 import resource
 import shutil
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megablocks_utils.checkpoint.distributed_checkpoint import (
-    read_pieces,
+    read_shards,
     read_stored_tensors,
-    write_pieces,
+    write_shards,
 )
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace, RunPlace
 from megablocks_utils.errors import CheckpointError
@@ -26,35 +26,35 @@ COPIED = torch.full((2,), 7, dtype=torch.bfloat16)
 
 def _runs(rank, world_size, wholes):
     """Cut every tensor into one run of elements a rank, at odd places; the last rank has less."""
-    pieces = {}
+    shards = {}
     for name, whole in wholes.items():
         size = -(-whole.numel() // world_size)
         flat = whole.reshape(-1)
         run = flat[rank * size : (rank + 1) * size]
         if len(run):
-            pieces[name] = RunPlace(tuple(whole.shape), rank * size).piece(run)
-    return pieces
+            shards[name] = RunPlace(tuple(whole.shape), rank * size).shard(run)
+    return shards
 
 
 def _rows(rank, world_size, wholes):
     """Cut every tensor along its last dim; later ranks may have nothing."""
-    pieces = {}
+    shards = {}
     for name, whole in wholes.items():
         parts = whole.chunk(world_size, dim=-1)
         offsets = [0] * whole.dim()
         offsets[-1] = sum(part.shape[-1] for part in parts[:rank])
         local = parts[rank].contiguous() if rank < len(parts) else whole[..., :0]
-        pieces[name] = BlockPlace(tuple(whole.shape), tuple(offsets)).piece(local)
-    return pieces
+        shards[name] = BlockPlace(tuple(whole.shape), tuple(offsets)).shard(local)
+    return shards
 
 
 CUTS = {"runs": _runs, "rows": _rows}
 
 
 def _write(rank, world_size, cut, folder):
-    pieces = CUTS[cut](rank, world_size, WHOLES)
-    pieces["copied"] = BlockPlace((2,), (0,)).piece(COPIED)
-    write_pieces(pieces, folder, None)
+    shards = CUTS[cut](rank, world_size, WHOLES)
+    shards["copied"] = BlockPlace((2,), (0,)).shard(COPIED)
+    write_shards(shards, folder, None)
 
 
 def _blank(cut, rank, world_size):
@@ -79,13 +79,13 @@ def test_any_cut_reads_what_another_has_written(ranks2, tmp_path, cut):
         for world_size in (1, 2, 3, 4):
             for rank in range(world_size):
                 wanted = CUTS[other](rank, world_size, WHOLES)
-                pieces = _blank(other, rank, world_size)
-                read_pieces(pieces, folder)
-                for name, piece in pieces.items():
-                    for block in piece.blocks:
+                shards = _blank(other, rank, world_size)
+                read_shards(shards, folder)
+                for name, shard in shards.items():
+                    for block in shard.blocks:
                         assert torch.equal(block.tensor, wanted[name].tensor_at(block.offsets))
-    copied = BlockPlace((2,), (0,)).piece(torch.zeros_like(COPIED))
-    read_pieces({"copied": copied}, folder)
+    copied = BlockPlace((2,), (0,)).shard(torch.zeros_like(COPIED))
+    read_shards({"copied": copied}, folder)
     assert torch.equal(copied.tensor_at((0,)), COPIED)
 
 
@@ -100,8 +100,8 @@ def test_copies_are_written_once(ranks2, tmp_path):
 
 
 def _write_copies(rank, folder, on_both):
-    copy = BlockPlace((10_000,), (0,)).piece(torch.ones(10_000))
-    write_pieces({"copied": copy} if on_both or rank == 0 else {}, folder, None)
+    copy = BlockPlace((10_000,), (0,)).shard(torch.ones(10_000))
+    write_shards({"copied": copy} if on_both or rank == 0 else {}, folder, None)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,9 @@ def written(ranks2, tmp_path_factory):
     ],
 )
 def test_tensor_that_does_not_fit_is_named(written, name, shape, message):
-    piece = BlockPlace(shape, (0,)).piece(torch.zeros(shape))
+    shard = BlockPlace(shape, (0,)).shard(torch.zeros(shape))
     with pytest.raises(CheckpointError) as caught:
-        read_pieces({name: piece}, written)
+        read_shards({name: shard}, written)
     assert str(caught.value) == f"cannot read {written}: {message}"
 
 
@@ -144,7 +144,7 @@ def _write_beyond_a_limit(rank: int, folder: Path) -> str:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        write_pieces({"x": RunPlace((5000,), 0).piece(torch.zeros(5000))}, folder, None)
+        write_shards({"x": RunPlace((5000,), 0).shard(torch.zeros(5000))}, folder, None)
     except CheckpointError as error:
         return str(error)
     finally:

@@ -1,21 +1,21 @@
-"""Layouts: one table, the same answer in both directions."""
+"""Naming on the Hub: one table, the same answer in both directions."""
 
 import pytest
 
 from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
     FUSED,
-    MIXTRAL,
-    QWEN_MOE,
-    SUPPORTED_MODEL_TYPES,
     ExpertPart,
     MemoryPart,
     detect_naming,
     is_expert_parameter,
+    naming_of_family,
 )
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES
 
 EXPERTS = "model.layers.3.mlp.experts"
+MIXTRAL, QWEN_MOE = naming_of_family("mixtral"), naming_of_family("olmoe")
 
 
 def test_supported_model_types():
@@ -50,16 +50,16 @@ def test_rows_and_shapes_of_a_part():
     assert (fused.rows(192), fused.hub_shape((4, 192, 64))) == (slice(0, 192), (4, 192, 64))
 
 
-@pytest.mark.parametrize("layout", [MIXTRAL, QWEN_MOE], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("naming", [MIXTRAL, QWEN_MOE], ids=lambda naming: naming.name)
 @pytest.mark.parametrize("tensor", list(EXPERT_TENSORS))
-def test_way_back_of_expert_parts(layout, tensor):
+def test_way_back_of_expert_parts(naming, tensor):
     name = f"{EXPERTS}.{tensor}"
-    for part in layout.expert_parts(name, range(3)):
-        assert layout.memory_part(part.key) == MemoryPart(name, part.expert, part.share)
-        assert layout.matches(part.key)
+    for part in naming.expert_parts(name, range(3)):
+        assert naming.memory_part(part.key) == MemoryPart(name, part.expert, part.share)
+        assert naming.matches(part.key)
 
 
-@pytest.mark.parametrize("layout", [MIXTRAL, QWEN_MOE, FUSED], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("naming", [MIXTRAL, QWEN_MOE, FUSED], ids=lambda naming: naming.name)
 @pytest.mark.parametrize(
     "name",
     [
@@ -69,16 +69,16 @@ def test_way_back_of_expert_parts(layout, tensor):
         "lm_head.weight",
     ],
 )
-def test_way_back_of_other_parameters(layout, name):
-    assert layout.memory_part(layout.hub_key(name)) == MemoryPart(name)
-    assert not layout.matches(layout.hub_key(name))
+def test_way_back_of_other_parameters(naming, name):
+    assert naming.memory_part(naming.hub_key(name)) == MemoryPart(name)
+    assert not naming.matches(naming.hub_key(name))
     assert not is_expert_parameter(name)
 
 
 def test_detection_goes_by_keys():
-    for layout in (MIXTRAL, QWEN_MOE, FUSED):
-        (part,) = layout.expert_parts(f"{EXPERTS}.down_proj", [7])
-        assert detect_naming(["lm_head.weight", part.key]) is layout
+    for naming in (MIXTRAL, QWEN_MOE, FUSED):
+        (part,) = naming.expert_parts(f"{EXPERTS}.down_proj", [7])
+        assert detect_naming(["lm_head.weight", part.key]) is naming
 
 
 def test_no_experts_is_said():
@@ -86,5 +86,5 @@ def test_no_experts_is_said():
     with pytest.raises(CheckpointError) as error:
         detect_naming(keys, source="/models/x")
     known = "mixtral, qwen_moe, fused"
-    message = f"/models/x has no expert weights in a known layout ({known})"
+    message = f"/models/x has no expert weights in a known naming ({known})"
     assert str(error.value) == message

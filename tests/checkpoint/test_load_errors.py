@@ -42,9 +42,9 @@ def failure_of(action, *args, **kwargs):
 
 def check(folder, **kwargs):
     index = open_checkpoint(folder)
-    layout = detect_naming(index)
+    naming = detect_naming(index)
     model = build_model_on_meta(folder, **kwargs)
-    check_against_model(model, index, layout, **kwargs)
+    check_against_model(model, index, naming, **kwargs)
 
 
 def test_missing_expert_tensor(folder):
@@ -117,12 +117,12 @@ def test_non_finite_expert_is_named(folder):
 
     edit_tensors(folder, edit)
     index = open_checkpoint(folder)
-    layout = detect_naming(index)
+    naming = detect_naming(index)
     name = "model.layers.0.mlp.experts"
-    load_experts(index, layout, name, first=0, last=3, dtype=torch.float32)
+    load_experts(index, naming, name, first=0, last=3, dtype=torch.float32)
     options = {"first": 3, "last": 4, "dtype": torch.float32}
     file = folder / "model.safetensors"
-    message = failure_of(load_experts, index, layout, name, **options)
+    message = failure_of(load_experts, index, naming, name, **options)
     assert message == f"{key} in {file} holds 2 non-finite values"
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megablocks_utils.checkpoint.distributed_checkpoint import read_pieces
+from megablocks_utils.checkpoint.distributed_checkpoint import read_shards
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
 from megablocks_utils.checkpoint.snapshot import Snapshot, delete_beyond, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace
@@ -31,8 +31,8 @@ def _snapshot(rank, step, value):
     """Return half of a tensor of `value`, a file of this rank and one of both."""
     return Snapshot(
         step=step,
-        pieces={
-            "x": BlockPlace((2 * ROWS, 2), (rank * ROWS, 0)).piece(torch.full((ROWS, 2), value))
+        shards={
+            "x": BlockPlace((2 * ROWS, 2), (rank * ROWS, 0)).shard(torch.full((ROWS, 2), value))
         },
         rank_files={f"rng-{rank:05d}.json": b"%d" % rank},
         write_shared=lambda folder: (folder / "metrics.jsonl").write_text("metrics") and None,
@@ -62,7 +62,7 @@ def _stored_value(folder: Path) -> float:
     assert sorted(manifest["files"]) == [name for name in FILES if name != "manifest.json"]
     check_files(folder, manifest["files"], manifest["files"])
     whole = torch.zeros(2 * ROWS, 2)
-    read_pieces({"x": BlockPlace((2 * ROWS, 2), (0, 0)).piece(whole)}, folder)
+    read_shards({"x": BlockPlace((2 * ROWS, 2), (0, 0)).shard(whole)}, folder)
     assert whole.unique().tolist() == [manifest["value"]]
     return manifest["value"]
 

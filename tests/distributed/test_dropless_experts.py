@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import silu
 
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.eager import run_experts_eager
+from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
-from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import distribute_experts
 from megablocks_utils.moe.dropless_experts import DroplessExperts

@@ -29,9 +29,9 @@ def copy(checkpoint, tmp_path) -> Path:
 
 @pytest.fixture
 def refuse(pools, parity_folder, tmp_path):
-    """Try to go on, and return the error, which is the same on all ranks, and its sentence."""
+    """Try to resume; return the error, which is the same on all ranks, and its sentence."""
 
-    def try_to_go_on(checkpoint: Path, *words: str, run=RUN) -> tuple[str, str]:
+    def try_to_resume(checkpoint: Path, *words: str, run=RUN) -> tuple[str, str]:
         argv = [*parity_folder.argv(run.case), *words]
         argv += ["--output_dir", f"{tmp_path}/out", "--resume_from_checkpoint", f"{checkpoint}"]
         answers = pools[run.layout.world_size].run(_meet_error, argv)
@@ -40,58 +40,59 @@ def refuse(pools, parity_folder, tmp_path):
         assert not (tmp_path / "out").exists()
         return answers[0]
 
-    return try_to_go_on
+    return try_to_resume
 
 
 def _meet_error(rank: int, argv: list[str]) -> tuple[str, str]:
     try:
         build_run(argv)
     except (CheckpointError, ConfigurationError) as error:
-        return type(error).__name__, str(error)
-    return "none", "it went on"
+        return type(error).__name__, error.as_options()
+    return "none", "it was resumed"
 
 
 OTHER_RUNS = {
     "global batch": (
         {"accumulation": 2},
         ["--per_device_train_batch_size", "6"],
-        "2 processes x --per_device_train_batch_size 6 x --gradient_accumulation_steps 2 make "
-        "steps of 24 examples, but the checkpoint to resume has steps of 16; with 2 processes "
+        "2 processes x --per_device_train_batch_size 6 x --gradient_accumulation_steps 2 give "
+        "steps of 24 examples, but the checkpoint to resume from has steps of 16; with 2 processes "
         "their product must be 8, for example --per_device_train_batch_size 8 "
-        "--gradient_accumulation_steps 1.",
+        "and --gradient_accumulation_steps 1.",
     ),
     "ranks": (
         {"layout": Layout(4, 2)},
         ["--per_device_train_batch_size", "8"],
-        "4 processes x --per_device_train_batch_size 8 x --gradient_accumulation_steps 1 make "
-        "steps of 32 examples, but the checkpoint to resume has steps of 16; with 4 processes "
+        "4 processes x --per_device_train_batch_size 8 x --gradient_accumulation_steps 1 give "
+        "steps of 32 examples, but the checkpoint to resume from has steps of 16; with 4 processes "
         "their product must be 4, for example --per_device_train_batch_size 4 "
-        "--gradient_accumulation_steps 1.",
+        "and --gradient_accumulation_steps 1.",
     ),
-    "seed": ({}, ["--seed", "4"], "--seed is 4, but the checkpoint to resume has 3."),
+    "seed": ({}, ["--seed", "4"], "--seed is 4, but the checkpoint to resume from has 3."),
     "number of examples": (
         {"num_examples": EPOCH_BOUNDARY},
         [],
-        "the number of examples in --data_path is 37, but the checkpoint to resume has 53.",
+        "the number of examples in --data_path is 37, but the checkpoint to resume from has 53.",
     ),
     "LoRA rank": (
         {"lora_rank": 8},
         [],
-        "--use_lora, --lora_r and --lora_alpha make the adapters r 8, lora_alpha 8, "
+        "--use_lora, --lora_r and --lora_alpha give the adapters r 8, lora_alpha 8, "
         "target_modules k_proj o_proj q_proj v_proj, expert_ranks none, but the checkpoint to "
-        "resume has r 4, lora_alpha 8, target_modules k_proj o_proj q_proj v_proj, "
+        "resume from has r 4, lora_alpha 8, target_modules k_proj o_proj q_proj v_proj, "
         "expert_ranks none.",
     ),
     "precision": (
         {"precision": "bf16"},
         [],
-        "--precision makes the dtypes weights bfloat16, optim bfloat16, but the checkpoint to "
-        "resume has weights float32, optim float32.",
+        "--precision gives the dtypes weights bfloat16, optim bfloat16, but the checkpoint to "
+        "resume from has weights float32, optim float32.",
     ),
     "steps": (
         {"num_steps": 2},
         [],
-        "--max_steps or --num_train_epochs make 2 steps, but the checkpoint to resume has 3 done.",
+        "--max_steps or --num_train_epochs give 2 steps, but the checkpoint to resume from has "
+        "done 3.",
     ),
 }
 

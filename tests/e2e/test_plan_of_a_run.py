@@ -11,6 +11,7 @@ import train_accelerate_fsdp2
 from megablocks_utils.errors import ConfigurationError, PlanError
 from megablocks_utils.training import memory_check
 from megablocks_utils.training.memory_check import MemoryCheck
+from tests.support.argv import keep_last
 from tests.support.tiny_models import save_tiny_model
 
 LENGTHS = (9, 5, 30, 7)
@@ -40,7 +41,7 @@ def run(rank: int, folder: Path, *more: str, local_ranks: int = 2) -> str:
     }
     argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     try:
-        train_accelerate_fsdp2.main([*argv, *more])
+        train_accelerate_fsdp2.main(keep_last([*argv, *more]))
     except PlanError as error:
         assert error.exit_code == 3
         return str(error)

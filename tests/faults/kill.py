@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.certificate import build_certificate
+from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.files import write_json_atomically
 from tests.faults.cases import PHASES, TooLate, draw_case, play
 from tests.faults.ground import NUM_STEPS, OPTIONS, SAVE_STEPS, WORLD_SIZE, Ground
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
     settings = {"options": OPTIONS, "ranks": WORLD_SIZE, "num_steps": NUM_STEPS}
     settings |= {"save_steps": SAVE_STEPS, "seed": args.seed, "jobs": args.jobs}
     words = ["--runs", str(args.runs), "--jobs", str(args.jobs), "--seed", str(args.seed)]
-    certificate = build_certificate("tests.faults.kill", words, **settings)
+    certificate = build_provenance("tests.faults.kill", words, **settings)
     records = [build_record(row) for row in rows]
     write_json_atomically(args.output, certificate | {"summary": summary, "rows": records})
     console.print(Markdown(build_table(rows)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megablocks_utils.lora import adapter_reader
+from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from tests.support.tiny_adapters import CONFIG, WEIGHTS, edit_settings, edit_tensors
 
 LAYER = "base_model.model.model.layers.{}"
@@ -85,8 +85,8 @@ def test_a_damaged_file(refusal, fused):
 def test_tensors_without_a_place(refusal, fused, keys, count):
     add(fused, *keys)
     assert refusal(fused) == (
-        f"{fused / WEIGHTS} holds {count} without a place in this model, first {keys[0]}: adapters"
-        " can be on its experts and on k_proj, o_proj, q_proj, v_proj"
+        f"{fused / WEIGHTS} holds {count} that this model has no place for, first {keys[0]}:"
+        " adapters can be on its experts and on k_proj, o_proj, q_proj, v_proj"
     )
 
 
@@ -211,4 +211,4 @@ def test_strengths_that_differ(refusal, fused, target):
 
 def test_the_names_of_the_files_are_pefts():
     """Tests use names of their own."""
-    assert (adapter_reader.CONFIG_FILE_NAME, adapter_reader.WEIGHTS_FILE_NAME) == (CONFIG, WEIGHTS)
+    assert (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME) == (CONFIG, WEIGHTS)

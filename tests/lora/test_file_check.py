@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora
 from megablocks_utils.lora.file_check import (
@@ -15,7 +16,6 @@ from megablocks_utils.lora.file_check import (
     count_trained,
     measure_experts,
 )
-from megablocks_utils.lora.peft_format import WEIGHTS_FILE_NAME
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.shard_moe_utils import shard_moe
 from tests.support.tiny_models import build_tiny_model
@@ -66,9 +66,9 @@ def change(written, tmp_path):
     folder, measured = written
 
     def change_and_check(**changed):
-        tensors = load_file(folder / WEIGHTS_FILE_NAME) | changed.pop("tensors", {})
+        tensors = load_file(folder / ADAPTER_WEIGHTS_NAME) | changed.pop("tensors", {})
         tensors = {key: x for key, x in tensors.items() if x is not None}
-        save_file(tensors, tmp_path / WEIGHTS_FILE_NAME, metadata={"format": "pt"})
+        save_file(tensors, tmp_path / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
         config = (folder / "adapter_config.json").read_text()
         (tmp_path / "adapter_config.json").write_text(config)
         check_files(tmp_path, build_tiny_model("mixtral"), measured[0] | changed)
@@ -120,7 +120,7 @@ SCRAMBLES = {
 @pytest.mark.parametrize("name", SCRAMBLES)
 def test_a_file_that_is_not_what_was_trained_is_refused(written, change, name):
     key, scramble, found, side = SCRAMBLES[name]
-    stored = load_file(written[0] / WEIGHTS_FILE_NAME)[key]
+    stored = load_file(written[0] / ADAPTER_WEIGHTS_NAME)[key]
     with pytest.raises(AdapterCheckError) as refusal:
         change(tensors={key: scramble(stored).contiguous()})
     assert str(refusal.value) == (
@@ -158,7 +158,7 @@ def _refuse_and_keep(rank, folder, refusal_type):
     ]
 
     def refuse(written_folder):
-        assert (written_folder / WEIGHTS_FILE_NAME).is_file()
+        assert (written_folder / ADAPTER_WEIGHTS_NAME).is_file()
         raise refusal_type("it is wrong")
 
     with pytest.raises(refusal_type) as refusal:
@@ -176,4 +176,4 @@ def test_a_refused_adapter_is_kept_where_nobody_takes_it_for_a_good_one(
     assert message == f"it is wrong; the files are in {tmp_path / 'refused_adapter'}"
     assert [path.name for path in tmp_path.iterdir()] == ["refused_adapter"]
     kept = sorted(path.name for path in (tmp_path / "refused_adapter").iterdir())
-    assert kept == ["adapter_config.json", WEIGHTS_FILE_NAME]
+    assert kept == ["adapter_config.json", ADAPTER_WEIGHTS_NAME]

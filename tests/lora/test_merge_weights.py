@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megablocks_utils import merge
 from megablocks_utils.checkpoint.index import open_checkpoint
-from megablocks_utils.lora import fold
+from megablocks_utils.lora import merge_weights
 from megablocks_utils.merge import MergeOptions, merge_adapter
 from tests.support.merged import assert_same_model, merge_with_peft, save_base
 from tests.support.tiny_adapters import PEFT_WARNINGS, save_fused_adapter, save_separate_adapter
@@ -69,7 +69,7 @@ def test_blocks_of_rows_change_no_element(tmp_path, monkeypatch):
     save_fused_adapter("mixtral", tmp_path / "adapter")
     options = [str(tmp_path / "adapter"), tmp_path / "whole", str(tmp_path / "base")]
     merge_adapter(MergeOptions(*options))
-    monkeypatch.setattr(fold, "BLOCK_BYTES", 5 * 64 * 4)
+    monkeypatch.setattr(merge_weights, "BLOCK_BYTES", 5 * 64 * 4)
     options[1] = tmp_path / "blocks"
     merge_adapter(MergeOptions(*options))
     assert_same_model(tmp_path / "blocks", tmp_path / "whole")
@@ -96,7 +96,7 @@ class PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("fused", [False, True], ids=["per_expert", "fused"])
 def test_holds_one_tensor_and_a_block_of_what_is_added(tmp_path, monkeypatch, fused):
     block_bytes = 4096
-    monkeypatch.setattr(fold, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(merge_weights, "BLOCK_BYTES", block_bytes)
     save_base("mixtral", tmp_path / "base", torch.bfloat16, fused=fused, num_hidden_layers=2)
     save_fused_adapter("mixtral", tmp_path / "adapter", r=1)
     traced, write = PeakBytes(), merge._write

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megablocks_utils.kernels.eager import run_experts_eager
+from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
-from megablocks_utils.kernels.selection import ExpertBackend
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.compare import relative_error
 

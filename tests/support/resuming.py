@@ -33,7 +33,7 @@ NUM_STEPS = 8
 MID_EPOCH = 53  # examples: three full global batches and one of five, so step 3 is within an epoch
 EPOCH_BOUNDARY = 37  # an epoch of three steps
 
-Pieces = dict[str, TensorShard]
+Shards = dict[str, TensorShard]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def make_run(script: str, layout: Layout, *options: str, **case: Any) -> Run:
 class Watched:
     """What one rank held when `SAVED_STEP` was saved and when a resumed run began."""
 
-    saved: Pieces = field(default_factory=dict)
-    restored: Pieces = field(default_factory=dict)
+    saved: Shards = field(default_factory=dict)
+    restored: Shards = field(default_factory=dict)
     random_states: bytes = b""  # at the same moment
 
 
@@ -126,21 +126,21 @@ def resume(
     return ResumedRun(state, read_metrics(folder / "metrics.jsonl"), random_states)
 
 
-def assemble(ranks: Sequence[Pieces], run: Run) -> dict[str, Tensor]:
+def assemble(ranks: Sequence[Shards], run: Run) -> dict[str, Tensor]:
     """Put together whole tensors from what every rank holds.
 
     Checks that every element is there as often as the layout says, and equal each time.
     """
     wholes = {}
-    for name in sorted({name for pieces in ranks for name in pieces}):
-        pieces = [pieces[name] for pieces in ranks if name in pieces]
-        assert {piece.whole_shape for piece in pieces} == {pieces[0].whole_shape}, name
+    for name in sorted({name for shards in ranks for name in shards}):
+        shards = [shards[name] for shards in ranks if name in shards]
+        assert {shard.whole_shape for shard in shards} == {shards[0].whole_shape}, name
         blocks: dict[tuple, list[Tensor]] = {}
-        for piece in pieces:
-            for block in piece.blocks:
+        for shard in shards:
+            for block in shard.blocks:
                 key = block.offsets, tuple(block.tensor.shape)
                 blocks.setdefault(key, []).append(block.tensor)
-        wholes[name] = _put_together(name, pieces[0].whole_shape, blocks)
+        wholes[name] = _put_together(name, shards[0].whole_shape, blocks)
         if not name.endswith(".step"):  # held by every rank that holds any of the parameter
             assert {len(held) for held in blocks.values()} == {num_copies(name, run)}, name
     return wholes
@@ -242,5 +242,5 @@ class _AtTheBeginning(TrainerCallback):
         self._watched.random_states = capture_random_states()
 
 
-def _copy(state: RunState) -> Pieces:
-    return {name: piece.copied_to_cpu() for name, piece in state.pieces().items()}
+def _copy(state: RunState) -> Shards:
+    return {name: shard.copied_to_cpu() for name, shard in state.shards().items()}

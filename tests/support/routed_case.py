@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
-from megablocks_utils.kernels.selection import ExpertBackend
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.moe.reference import experts_reference
 from tests.support.compare import relative_error

@@ -10,6 +10,16 @@ from megablocks_utils.kernels.fused.device_code import round_to
 _MAX_BLOCK = 2048
 
 
+# One program sums BLOCK columns of one token's K rows, which lie side by side:
+#
+#   rows (N, H)                      out (T, H)
+#   token 0 slot 0  |    |####|      token 0  |    |####|      program (0, 1)
+#           slot 1  |    |####|
+#   token 1 slot 0  |    |    |      token 1  |    |    |
+#           slot 1  |    |    |
+#
+#   registers  the fp32 sum (BLOCK,); shared memory is not used
+#   HBM        every row is read once and every result written once: bound by bandwidth alone
 @triton.jit
 def combine_kernel(
     rows_ptr,
@@ -26,6 +36,7 @@ def combine_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_col = cols < num_cols
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    # In fp32 whatever the rows are: rounding after each slot would add K errors up.
     for slot in range(TOP_K):
         routed = token * TOP_K + slot
         row = tl.load(rows_ptr + routed * num_cols + cols, mask=is_col, other=0.0).to(tl.float32)
@@ -48,7 +59,7 @@ def combine(rows: Tensor, top_k_weights: Tensor | None, top_k: int) -> Tensor:
         (T, H); `rows` themselves where there is nothing to do.
     """
     if top_k == 1 and top_k_weights is None:
-        return rows
+        return rows  # received rows are weighted where they came from
     num_tokens, num_cols = rows.shape[0] // top_k, rows.shape[1]
     out = rows.new_empty(num_tokens, num_cols)
     if num_tokens == 0:

@@ -16,6 +16,7 @@ from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_architecture
 from megablocks_utils.kernels.fused.weight_grad import Operand
+from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
@@ -40,6 +41,7 @@ def run_experts_triton(
         *_flatten(experts.gate_up_proj, experts.gate_up_bias, experts.gate_up_lora),
         *_flatten(experts.down_proj, experts.down_bias, experts.down_lora),
     ]
+    assert isinstance(experts.gate, SwiGlu), experts.gate  # the backend refuses others
     has_gradient = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     loras = experts.gate_up_lora, experts.down_lora
     offsets = torch.zeros(
@@ -54,7 +56,7 @@ def run_experts_triton(
         layout=GateLayout(experts.gate, experts.is_interleaved),
         is_transposed=experts.is_transposed,
         scalings=tuple(lora.scaling if lora else 0.0 for lora in loras),
-        keeps_hidden=has_gradient and torch.is_grad_enabled(),
+        keeps_gate_up_out=has_gradient and torch.is_grad_enabled(),
     )
     with torch.cuda.device_of(tokens):  # Triton launches on the current device
         return _FusedExperts.apply(plan, order.order, offsets, *tensors)
@@ -71,7 +73,7 @@ class _Plan:
     layout: GateLayout
     is_transposed: bool
     scalings: tuple[float, ...]
-    keeps_hidden: bool
+    keeps_gate_up_out: bool
 
     def projections(
         self, routing: Routing, parameters: Sequence[Tensor | None]
@@ -79,7 +81,7 @@ class _Plan:
         """Put the eight parameters, in the order of `_flatten`, into their projections."""
         first, second = (
             Projection(
-                Parameters(*part),
+                Parameters.of(part),
                 scaling,
                 self.is_transposed,
                 routing,
@@ -93,17 +95,25 @@ class _Plan:
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, order, offsets, tokens, top_k_weights, *parameters):
+    def forward(
+        ctx: Any,
+        plan: _Plan,
+        order: Tensor | None,
+        offsets: Tensor,
+        tokens: Tensor,
+        top_k_weights: Tensor | None,
+        *parameters: Tensor | None,
+    ) -> Tensor:
         routing = Routing(order, offsets, plan.num_rows, plan.top_k)
         first, second = plan.projections(routing, parameters)
-        activations, hidden = gate_up(
+        activations, gate_up_out = gate_up(
             tokens,
             first.matrix,
             routing,
             plan.tiles.up,
             plan.layout,
-            keeps_hidden=plan.keeps_hidden,
-            inner=first.inner(Operand(tokens, by_token=True)),
+            keeps_gate_up_out=plan.keeps_gate_up_out,
+            lora=first.lora_rows(Operand(tokens, by_token=True)),
             bias=first.parameters.bias,
         )
         rows = row_gemm(
@@ -112,56 +122,60 @@ class _FusedExperts(torch.autograd.Function):
             routing,
             plan.tiles.linear,
             scatter=True,
-            inner=second.inner(Operand(activations)),
+            lora=second.lora_rows(Operand(activations)),
             bias=second.parameters.bias,
         )
-        if plan.keeps_hidden:
+        if plan.keeps_gate_up_out:
             needs = _Needs.of(ctx)
             kept_tokens = tokens if needs.multiplies_tokens else None
             ctx.plan = plan
-            ctx.save_for_backward(order, offsets, kept_tokens, hidden, top_k_weights, *parameters)
+            ctx.save_for_backward(
+                order, offsets, kept_tokens, gate_up_out, top_k_weights, *parameters
+            )
         return combine(rows, top_k_weights, plan.top_k)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        order, offsets, tokens, hidden, top_k_weights, *parameters = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        order, offsets, tokens, gate_up_out, top_k_weights, *parameters = ctx.saved_tensors
         plan, needs, grad = ctx.plan, _Needs.of(ctx), grad.contiguous()
         routing = Routing(order, offsets, plan.num_rows, plan.top_k)
         first, second = plan.projections(routing, parameters)
         output_grads = Operand(grad, by_token=True)
-        back = second.inner_back(output_grads)
+        lora_grads = second.lora_grads(output_grads)
         through_gate = gate_backward(
             grad,
             second.matrix.transposed,
-            hidden,
+            gate_up_out,
             top_k_weights,
             routing,
             plan.tiles.act_backward,
             plan.layout,
             wanted=needs.of_gate,
-            inner=back,
+            lora=lora_grads,
         )
         second_grads = second.gradients(
             output_grads,
-            Operand(through_gate.weighted),
-            back,
+            Operand.of(through_gate.weighted),
+            lora_grads,
             _sort_weights(top_k_weights, grad, routing) if needs.second[1] else None,
             needs.second,
         )
-        hidden_grads = Operand(through_gate.hidden)
-        back = first.inner_back(hidden_grads) if needs.tokens or needs.first[2] else None
+        gate_up_grads = Operand.of(through_gate.gate_up_out)
+        lora_grads = first.lora_grads(gate_up_grads) if needs.tokens or needs.first[2] else None
         first_grads = first.gradients(
-            hidden_grads,
-            Operand(tokens, by_token=True),
-            back,
+            gate_up_grads,
+            Operand.of(tokens, by_token=True),
+            lora_grads,
             grad.new_ones(plan.num_rows, 1) if needs.first[1] else None,
             needs.first,
         )
         token_grads = weight_grads = None
         if needs.tokens:
-            token_grads = _differentiate_tokens(through_gate.hidden, first, back)
+            assert through_gate.gate_up_out is not None
+            token_grads = _differentiate_tokens(through_gate.gate_up_out, first, lora_grads)
         if needs.top_k_weights:
+            assert through_gate.top_k_weights is not None
             weight_grads = _add_bias_part(through_gate.top_k_weights, grad, second)
             weight_grads = weight_grads.view_as(top_k_weights).to(top_k_weights.dtype)
         return None, None, None, token_grads, weight_grads, *first_grads, *second_grads
@@ -183,10 +197,10 @@ class _Needs(NamedTuple):
 
     @property
     def of_gate(self) -> Wanted:
-        """What is needed of the way back through the gate; the second bias needs nothing of it."""
+        """What is needed of the gate's backward pass; the second bias needs nothing of it."""
         weight, _, lora_a, lora_b = self.second
-        hidden = self.tokens or any(self.first)
-        return Wanted(hidden, weight or lora_a or lora_b, self.top_k_weights)
+        gate_up_out = self.tokens or any(self.first)
+        return Wanted(gate_up_out, weight or lora_a or lora_b, self.top_k_weights)
 
     @property
     def multiplies_tokens(self) -> bool:
@@ -195,15 +209,17 @@ class _Needs(NamedTuple):
         return weight or lora_a or lora_b
 
 
-def _differentiate_tokens(hidden_grads: Tensor, first: Projection, back: LoraRows | None) -> Tensor:
-    """Go back through the first projection: (T, H)."""
+def _differentiate_tokens(
+    gate_up_grads: Tensor, first: Projection, lora_grads: LoraRows | None
+) -> Tensor:
+    """Return the tokens' gradients (T, H): the first projection's backward pass."""
     rows = row_gemm(
-        hidden_grads,
+        gate_up_grads,
         first.matrix.transposed,
         first.routing,
         first.tiles.linear,
         scatter=True,
-        inner=back,
+        lora=lora_grads,
     )
     return combine(rows, None, first.routing.top_k)
 

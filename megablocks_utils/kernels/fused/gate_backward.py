@@ -1,4 +1,4 @@
-"""Go back through the down projection and the gate, to the router too: one kernel."""
+"""Backward through the down projection and the gate, to the router too: one kernel."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from megablocks_utils.kernels.fused.device_code import (
     find_rows,
     multiply,
     read_order,
-    round_to,
     swizzle,
 )
+from megablocks_utils.kernels.fused.gate_code import backward_through_gate, halve
 from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
@@ -26,87 +26,33 @@ from megablocks_utils.kernels.fused.kernel_launch import (
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
-@triton.jit
-def differentiate_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """Return `SwiGlu` of gate and up in fp32, and its derivatives by gate and by up."""
-    inside_gate = gate == gate
-    inside_up = inside_gate
-    if LIMIT > 0:
-        inside_gate = gate <= LIMIT
-        inside_up = (up >= -LIMIT) & (up <= LIMIT)
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-    sigmoid = tl.sigmoid(ALPHA * gate)
-    by_up = gate * sigmoid
-    by_gate = up * sigmoid * (1.0 + ALPHA * gate * (1.0 - sigmoid))
-    return by_up * up, tl.where(inside_gate, by_gate, 0.0), tl.where(inside_up, by_up, 0.0)
-
-
-@triton.jit
-def halve(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Cut a tile into its left and its right columns."""
-    halves = tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2))
-    return tl.split(tl.permute(halves, (0, 2, 1)))
-
-
-@triton.jit
-def go_through_gate(
-    grad,
-    first_col,
-    rows,
-    routed,
-    exists,
-    num_cols,
-    hidden_ptr,
-    weight_ptr,
-    grad_hidden_ptr,
-    weighted_ptr,
-    BLOCK_N: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    KEEP_GRAD_HIDDEN: tl.constexpr,
-    KEEP_WEIGHTED: tl.constexpr,
-    dtype: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Turn the gradient of some columns of the gate's results into that of its inputs.
-
-    Returns:
-        Each row's part of the routing weight's gradient.
-    """
-    cols = first_col + tl.arange(0, BLOCK_N)
-    mask = exists[:, None] & (cols < num_cols)[None, :]
-    gate_cols = (2 * cols if INTERLEAVED else cols)[None, :]
-    up_cols = (2 * cols + 1 if INTERLEAVED else cols + num_cols)[None, :]
-    row_starts = rows.to(tl.int64)[:, None] * num_cols
-    gate = tl.load(hidden_ptr + 2 * row_starts + gate_cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(hidden_ptr + 2 * row_starts + up_cols, mask=mask, other=0.0).to(tl.float32)
-    result, by_gate, by_up = differentiate_gate(gate, up, ALPHA, LIMIT)
-    part = tl.sum(tl.where(mask, grad * result, 0.0), 1)
-    if HAS_WEIGHTS:
-        weight = tl.load(weight_ptr + routed, mask=exists, other=0.0).to(tl.float32)[:, None]
-        grad *= weight
-        result *= weight
-    if KEEP_WEIGHTED:
-        result = round_to(result, dtype, INTERPRET)
-        tl.store(weighted_ptr + row_starts + cols[None, :], result, mask=mask)
-    if KEEP_GRAD_HIDDEN:
-        by_gate = round_to(grad * by_gate, dtype, INTERPRET)
-        by_up = round_to(grad * by_up, dtype, INTERPRET)
-        tl.store(grad_hidden_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)
-        tl.store(grad_hidden_ptr + 2 * row_starts + up_cols, by_up, mask=mask)
-    return part
-
-
+# One program computes BLOCK_N columns of I, for a row tile of one expert:
+#
+#   grad (T, H), by token        down projection transposed (H, I)
+#   +------------------+            +-----+---------+-----+
+#   | rows of the tile |  BLOCK_M @ |     | BLOCK_N |     |  + adapter  =  acc (BLOCK_M, BLOCK_N)
+#   +------------------+            +-----+---------+-----+                |
+#                                                                    left | right, one by one
+#   gate_up_out (N, 2 * I)                                                 v
+#   +---+------+---+---+------+---+                  acc = gradient of act(gate) * up
+#   |   | gate |   |   |  up  |   |  ----------->      * derivatives  -->  grad_gate_up (N, 2 * I)
+#   +---+------+---+---+------+---+                    act(gate) * up * weight --> weighted (N, I)
+#                                                      row sums of acc * act(gate) * up
+#                                                                     -->  partial (column tile, N)
+#
+#   registers  the accumulator; then, half a tile at a time, gate, up and what is made of them
+#   shared     `num_stages` steps of grad and of the weights
+#   HBM        reads gate_up_out once: each element belongs to one program. Writes what is wanted
+#   re-read    grad and the weights, as `multiply` says
+#   order      a row's partial sums are added by column tile after the kernel: no atomics, so
+#              results repeat bit for bit
 @triton.jit
 def gate_backward_kernel(
     grad_ptr,
     w,
-    hidden_ptr,
+    gate_up_out_ptr,
     weight_ptr,
-    grad_hidden_ptr,
+    grad_gate_up_ptr,
     weighted_ptr,
     partial_ptr,
     order_ptr,
@@ -132,7 +78,7 @@ def gate_backward_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
-    KEEP_GRAD_HIDDEN: tl.constexpr,
+    KEEP_GRAD_GATE_UP: tl.constexpr,
     KEEP_WEIGHTED: tl.constexpr,
     KEEP_PARTIAL: tl.constexpr,
     HAS_LORA: tl.constexpr,
@@ -146,13 +92,13 @@ def gate_backward_kernel(
 
     `grad` is the output's gradient by token; the product with the weights, and with the adapter's
     factor, is the gradient of the gate's result before the routing weight. With the result itself,
-    made again from `hidden`, it gives the routing weight's gradient: each program leaves its
+    made again from `gate_up_out`, it gives the routing weight's gradient: each program leaves its
     columns' part in `partial`.
     """
     tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
     expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
     if expert >= num_experts:
-        return
+        return  # the grid has more row tiles than these counts need
     routed = read_order(order_ptr, rows, exists, HAS_ORDER)
     source = routed // TOP_K
     first_col = tile_n * BLOCK_N
@@ -166,19 +112,37 @@ def gate_backward_kernel(
             *(acc, adapter, expert, rows, exists, cols, cols < num_cols, BLOCK_R),
             *(PRECISION, INTERPRET),
         )
-    # Half the columns after the other: what follows does not fit in registers for a whole tile.
+    # One half of the columns after the other: for a whole tile, what follows would spill registers.
     left, right = halve(acc, BLOCK_M, BLOCK_N)
     half: tl.constexpr = BLOCK_N // 2
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    part = go_through_gate(
+    part = backward_through_gate(
         *(left, first_col, rows, routed, exists, num_cols),
-        *(hidden_ptr, weight_ptr, grad_hidden_ptr, weighted_ptr, half, INTERLEAVED, ALPHA, LIMIT),
-        *(HAS_WEIGHTS, KEEP_GRAD_HIDDEN, KEEP_WEIGHTED, dtype, INTERPRET),
+        *(
+            gate_up_out_ptr,
+            weight_ptr,
+            grad_gate_up_ptr,
+            weighted_ptr,
+            half,
+            INTERLEAVED,
+            ALPHA,
+            LIMIT,
+        ),
+        *(HAS_WEIGHTS, KEEP_GRAD_GATE_UP, KEEP_WEIGHTED, dtype, INTERPRET),
     )
-    part += go_through_gate(
+    part += backward_through_gate(
         *(right, first_col + half, rows, routed, exists, num_cols),
-        *(hidden_ptr, weight_ptr, grad_hidden_ptr, weighted_ptr, half, INTERLEAVED, ALPHA, LIMIT),
-        *(HAS_WEIGHTS, KEEP_GRAD_HIDDEN, KEEP_WEIGHTED, dtype, INTERPRET),
+        *(
+            gate_up_out_ptr,
+            weight_ptr,
+            grad_gate_up_ptr,
+            weighted_ptr,
+            half,
+            INTERLEAVED,
+            ALPHA,
+            LIMIT,
+        ),
+        *(HAS_WEIGHTS, KEEP_GRAD_GATE_UP, KEEP_WEIGHTED, dtype, INTERPRET),
     )
     if KEEP_PARTIAL:
         tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + routed, part, mask=exists)
@@ -187,23 +151,23 @@ def gate_backward_kernel(
 class Wanted(NamedTuple):
     """Say which of `GateGradients` are needed."""
 
-    hidden: bool
+    gate_up_out: bool
     weighted: bool
     top_k_weights: bool
 
 
 @dataclass(frozen=True)
 class GateGradients:
-    """What comes out on the way back through the gate; None where it was not asked for.
+    """What comes out of the backward pass through the gate; None where it was not asked for.
 
     Attributes:
-        hidden: (N, 2 * I) gradient of the gate's inputs, in expert order.
+        gate_up_out: (N, 2 * I) gradient of the gate's inputs, in expert order.
         weighted: (N, I) the gate's results times their routing weights, in expert order.
         top_k_weights: (N,) fp32, gradient of the routing weights, by routed row; a bias of the down
             projection is not in it.
     """
 
-    hidden: Tensor | None
+    gate_up_out: Tensor | None
     weighted: Tensor | None
     top_k_weights: Tensor | None
 
@@ -211,39 +175,39 @@ class GateGradients:
 def gate_backward(
     grad: Tensor,
     weights: Matrix,
-    hidden: Tensor,
+    gate_up_out: Tensor,
     top_k_weights: Tensor | None,
     routing: Routing,
     tile: Tile,
     layout: GateLayout,
     *,
     wanted: Wanted,
-    inner: LoraRows | None = None,
+    lora: LoraRows | None = None,
 ) -> GateGradients:
-    """Run the first half of the way back.
+    """Run the first half of the backward pass.
 
     Args:
         grad: (T, H) gradient of the layer's output.
         weights: the experts' (H, I): the down projection, transposed.
-        hidden: (N, 2 * I) that `gate_up` kept.
+        gate_up_out: (N, 2 * I) that `gate_up` kept.
         top_k_weights: (T, K) or None for ones.
         routing: which rows go to which expert.
         tile: sizes of a program's work.
         layout: order of the 2 * I values, and the gate.
         wanted: what is needed.
-        inner: a low-rank product to add to the gradient of the gate's result.
+        lora: a low-rank product to add to the gradient of the gate's result.
     """
     num_rows, num_cols = routing.num_rows, weights.num_cols
-    launch = KernelLaunch(weights, routing, tile, inner)
+    launch = KernelLaunch(weights, routing, tile, lora)
     tiles_m, tiles_n = launch.grid(num_cols)
-    grad_hidden, weighted, partial = _allocate(grad, num_rows, num_cols, tiles_n, wanted)
+    grad_gate_up, weighted, partial = _allocate(grad, num_rows, num_cols, tiles_n, wanted)
     if num_rows:
         gate_backward_kernel[(tiles_m * tiles_n,)](
             grad,
             launch.weights_argument(),
-            hidden,
+            gate_up_out,
             top_k_weights,
-            grad_hidden,
+            grad_gate_up,
             weighted,
             partial,
             routing.order,
@@ -258,13 +222,13 @@ def gate_backward(
             grad.stride(0),
             weights.strides,
             HAS_WEIGHTS=top_k_weights is not None,
-            KEEP_GRAD_HIDDEN=wanted.hidden,
+            KEEP_GRAD_GATE_UP=wanted.gate_up_out,
             KEEP_WEIGHTED=wanted.weighted,
             KEEP_PARTIAL=wanted.top_k_weights,
             **layout.constants(),
             **launch.constants(),
         )
-    return GateGradients(grad_hidden, weighted, None if partial is None else partial.sum(dim=0))
+    return GateGradients(grad_gate_up, weighted, None if partial is None else partial.sum(dim=0))
 
 
 def _allocate(
@@ -273,8 +237,8 @@ def _allocate(
     """Make room for what is wanted; of the routing weights' gradient, a part for each tile."""
     shapes = (num_rows, 2 * num_cols), (num_rows, num_cols), (num_tiles_n, num_rows)
     dtypes = like.dtype, like.dtype, torch.float32
-    hidden, weighted, partial = (
+    gate_up_out, weighted, partial = (
         like.new_empty(shape, dtype=dtype) if is_wanted else None
         for shape, dtype, is_wanted in zip(shapes, dtypes, wanted, strict=True)
     )
-    return hidden, weighted, partial
+    return gate_up_out, weighted, partial

@@ -15,6 +15,7 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
+from megablocks_utils.kernels.fused.gate_code import apply_gate
 from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
@@ -23,15 +24,6 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     Routing,
 )
 from megablocks_utils.kernels.fused.tiles import Tile
-
-
-@triton.jit
-def apply_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """Compute `kernels.gate.SwiGlu` in fp32; a LIMIT of 0 is none."""
-    if LIMIT > 0:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-    return gate * tl.sigmoid(ALPHA * gate) * up
 
 
 @triton.jit
@@ -59,12 +51,15 @@ def multiply_both(
 ):
     """Multiply rows by the same columns of gate and of up: the rows are loaded once for both."""
     is_col = first_col + tl.arange(0, BLOCK_N) < num_cols
+    # Two accumulators and not one of twice the columns: the gate pairs their columns up, and values
+    # of one accumulator cannot meet without passing through shared memory.
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
         if USE_TMA:
+            # Two boxes, I columns apart: interleaved columns do not form boxes, and use pointers.
             all_cols = 2 * num_cols
             w_gate = load_weights_tma(w, expert, first_k, first_col, num_k, all_cols, K_IS_LAST)
             first_up = first_col + num_cols
@@ -77,12 +72,34 @@ def multiply_both(
     return gate, up
 
 
+# One program computes the same columns of gate and of up, for a row tile of one expert:
+#
+#                          one expert's weights (H, 2 * I)
+#                              |<------ I ------->|<------ I ------->|
+#                          H   +-----+------+-----+-----+------+-----+
+#      H ->                |   |     | gate |     |     |  up  |     |
+#   +------------+         v   |     | cols |     |     | cols |     |
+#   | tokens of  | BLOCK_M     +-----+------+-----+-----+------+-----+
+#   | these rows |                   BLOCK_N            BLOCK_N
+#   +------------+
+#         |                          gate                up       fp32, (BLOCK_M, BLOCK_N) each
+#    gathered by                       \                  /
+#    order // K                     + adapter, + bias, rounded  -->  gate_up_out  (N, 2 * I)
+#                                         \            /
+#                                         act(gate) * up        -->  out          (N, I)
+#
+#   registers  both accumulators, and the adapter's and bias's parts that are added to them
+#   shared     `num_stages` steps of tokens (BLOCK_M, BLOCK_K) and of both weights
+#   HBM        reads tokens where they are: no permuted copy (N, H) is made. Writes `out`, and
+#              `gate_up_out` only where a backward pass will need it
+#   re-read    a token for each of its K experts and each of the I / BLOCK_N column tiles; weights
+#              for each row tile of their expert, most of it from L2 (`swizzle`)
 @triton.jit
 def gate_up_kernel(
     x_ptr,
     w,
     out_ptr,
-    hidden_ptr,
+    gate_up_out_ptr,
     order_ptr,
     offsets_ptr,
     bias_ptr,
@@ -105,7 +122,7 @@ def gate_up_kernel(
     INTERLEAVED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
-    KEEP_HIDDEN: tl.constexpr,
+    KEEP_GATE_UP_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -114,14 +131,14 @@ def gate_up_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Compute a tile of out = gate(hidden), hidden = x @ w + inner @ factor + bias.
+    """Compute a tile of out = gate(gate_up_out), gate_up_out = x @ w + lora @ factor + bias.
 
     The program owns the same BLOCK_N columns of gate and of up. `num_cols` is I.
     """
     tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
     expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
     if expert >= num_experts:
-        return
+        return  # the grid has more row tiles than these counts need
     source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
     first_col = tile_n * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -133,6 +150,7 @@ def gate_up_kernel(
         *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
         *(PRECISION, INTERPRET),
     )
+    # Its rows x @ A, (N, r), were made by a thin `row_gemm`: every column tile needs them.
     if HAS_LORA:
         gate = add_low_rank(
             *(gate, adapter, expert, rows, exists, gate_cols, is_col, BLOCK_R),
@@ -150,9 +168,9 @@ def gate_up_kernel(
     gate, up = round_to(gate, dtype, INTERPRET), round_to(up, dtype, INTERPRET)
     mask = exists[:, None] & is_col[None, :]
     row_starts = rows.to(tl.int64)[:, None] * num_cols
-    if KEEP_HIDDEN:
-        tl.store(hidden_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)
-        tl.store(hidden_ptr + 2 * row_starts + up_cols[None, :], up, mask=mask)
+    if KEEP_GATE_UP_OUT:
+        tl.store(gate_up_out_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)
+        tl.store(gate_up_out_ptr + 2 * row_starts + up_cols[None, :], up, mask=mask)
     # From the rounded values, as the backward pass will make it again.
     out = apply_gate(gate.to(tl.float32), up.to(tl.float32), ALPHA, LIMIT)
     out = round_to(out, dtype, INTERPRET)
@@ -166,8 +184,8 @@ def gate_up(
     tile: Tile,
     layout: GateLayout,
     *,
-    keeps_hidden: bool,
-    inner: LoraRows | None = None,
+    keeps_gate_up_out: bool,
+    lora: LoraRows | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the first half of the experts.
@@ -178,8 +196,8 @@ def gate_up(
         routing: which rows go to which expert.
         tile: sizes of a program's work, its columns counted in I.
         layout: order of the 2 * I outputs, and the gate.
-        keeps_hidden: whether the outputs before the gate are wanted.
-        inner: a low-rank product to add to these.
+        keeps_gate_up_out: whether the outputs before the gate are wanted.
+        lora: a low-rank product to add to these.
         bias: (L, 2 * I), contiguous, to add to these.
 
     Returns:
@@ -187,16 +205,16 @@ def gate_up(
     """
     num_cols = weights.num_cols // 2
     out = tokens.new_empty(routing.num_rows, num_cols)
-    hidden = tokens.new_empty(routing.num_rows, 2 * num_cols) if keeps_hidden else None
+    gate_up_out = tokens.new_empty(routing.num_rows, 2 * num_cols) if keeps_gate_up_out else None
     if routing.num_rows == 0:
-        return out, hidden
-    launch = KernelLaunch(weights, routing, tile, inner, may_use_tma=not layout.is_interleaved)
+        return out, gate_up_out
+    launch = KernelLaunch(weights, routing, tile, lora, may_use_tma=not layout.is_interleaved)
     tiles_m, tiles_n = launch.grid(num_cols)
     gate_up_kernel[(tiles_m * tiles_n,)](
         tokens,
         launch.weights_argument(),
         out,
-        hidden,
+        gate_up_out,
         routing.order,
         routing.offsets,
         bias,
@@ -208,9 +226,9 @@ def gate_up(
         tiles_n,
         tokens.stride(0),
         weights.strides,
-        KEEP_HIDDEN=keeps_hidden,
+        KEEP_GATE_UP_OUT=keeps_gate_up_out,
         HAS_BIAS=bias is not None,
         **layout.constants(),
         **launch.constants(),
     )
-    return out, hidden
+    return out, gate_up_out

@@ -81,7 +81,7 @@ class Matrix:
 
     @property
     def transposed(self) -> "Matrix":
-        """The matrix for the way back: `row @ matrix.T`."""
+        """The matrix of the backward pass: `row @ matrix.T`."""
         return Matrix(self.tensor, not self.rows_are_last)
 
     def fits_descriptor(self, tile: Tile) -> bool:
@@ -132,14 +132,14 @@ class KernelLaunch:
         weights: the experts' matrices that rows are multiplied by.
         routing: which rows go to which expert.
         tile: sizes of a program's work.
-        inner: a low-rank product to add; or None.
+        lora: a low-rank product to add; or None.
         may_use_tma: False where the kernel reads the weights in a way that boxes do not have.
     """
 
     weights: Matrix
     routing: Routing
     tile: Tile
-    inner: LoraRows | None = None
+    lora: LoraRows | None = None
     may_use_tma: bool = True
 
     @property
@@ -162,10 +162,10 @@ class KernelLaunch:
 
     def adapter_argument(self) -> tuple[Any, ...]:
         """Return the tuple that `add_low_rank` takes; without an adapter, one that is not read."""
-        if self.inner is None:
+        if self.lora is None:
             return (self.weights.tensor, self.weights.tensor, 1, self.weights.strides)
-        factor = self.inner.factor
-        return (self.inner.rows, factor.tensor, factor.num_rows, factor.strides)
+        factor = self.lora.factor
+        return (self.lora.rows, factor.tensor, factor.num_rows, factor.strides)
 
     def constants(self) -> dict[str, Any]:
         """Return the constants, and how to compile."""
@@ -175,10 +175,10 @@ class KernelLaunch:
             "BLOCK_M": self.tile.block_m,
             "BLOCK_N": self.tile.block_n,
             "BLOCK_K": self.tile.block_k,
-            "BLOCK_R": block_rank(self.inner.factor.num_rows) if self.inner else 16,
+            "BLOCK_R": block_rank(self.lora.factor.num_rows) if self.lora else 16,
             "GROUP_M": GROUP_M,
             "HAS_ORDER": self.routing.order is not None,
-            "HAS_LORA": self.inner is not None,
+            "HAS_LORA": self.lora is not None,
             "EVEN_K": self.weights.num_rows % self.tile.block_k == 0,
             "USE_TMA": self.uses_tma,
             "K_IS_LAST": self.weights.rows_are_last,

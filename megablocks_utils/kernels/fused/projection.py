@@ -1,4 +1,4 @@
-"""One projection of the experts with its adapter: the low-rank ways through it, its gradients."""
+"""One projection of the experts with its adapter: low-rank products, gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +27,13 @@ class Parameters:
     lora_a: Tensor | None
     lora_b: Tensor | None
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> "Parameters":
+        """Name the four tensors of a projection, of which the first is there in any case."""
+        weight, bias, lora_a, lora_b = tensors
+        assert weight is not None
+        return cls(weight, bias, lora_a, lora_b)
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -53,34 +60,37 @@ class Projection:
         """The weights (in, out)."""
         return Matrix(self.parameters.weight, rows_are_last=not self.is_transposed)
 
-    def inner(self, inputs: Operand) -> LoraRows | None:
+    def lora_rows(self, inputs: Operand | None) -> LoraRows | None:
         """Send inputs through A; the kernel that takes the result sends it through B."""
-        if self.parameters.lora_a is None:
+        lora_a, lora_b = self.parameters.lora_a, self.parameters.lora_b
+        if lora_a is None or lora_b is None:
             return None
-        rows = self._thin(inputs, Matrix(self.parameters.lora_a, rows_are_last=True))
-        return LoraRows(rows, Matrix(self.parameters.lora_b, rows_are_last=True))
+        rows = self._thin(inputs, Matrix(lora_a, rows_are_last=True))
+        return LoraRows(rows, Matrix(lora_b, rows_are_last=True))
 
-    def inner_back(self, grads: Operand) -> LoraRows | None:
+    def lora_grads(self, grads: Operand | None) -> LoraRows | None:
         """Send the outputs' gradients back through B; the next kernel sends them through A."""
-        if self.parameters.lora_a is None:
+        lora_a, lora_b = self.parameters.lora_a, self.parameters.lora_b
+        if lora_a is None or lora_b is None:
             return None
-        rows = self._thin(grads, Matrix(self.parameters.lora_b, rows_are_last=False))
-        return LoraRows(rows, Matrix(self.parameters.lora_a, rows_are_last=False))
+        rows = self._thin(grads, Matrix(lora_b, rows_are_last=False))
+        return LoraRows(rows, Matrix(lora_a, rows_are_last=False))
 
     def gradients(
         self,
-        grads: Operand,
-        inputs: Operand,
-        back: LoraRows | None,
+        grads: Operand | None,
+        inputs: Operand | None,
+        lora_grads: LoraRows | None,
         bias_weights: Tensor | None,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """Return the gradients of weight, bias, A and B; None where `needs` says so.
 
         Args:
-            grads: the outputs' gradients.
-            inputs: what was multiplied, so that `grads^T inputs` is the weight's gradient.
-            back: what `inner_back` made of `grads`.
+            grads: the outputs' gradients; None where nothing needs them.
+            inputs: what was multiplied, so that `grads^T inputs` is the weight's gradient; None
+                where nothing needs it.
+            lora_grads: what the method of that name made of `grads`.
             bias_weights: (N, 1), in expert order, so that `grads^T bias_weights` is the bias's.
             needs: whether each is needed.
         """
@@ -92,14 +102,19 @@ class Projection:
         if weight is not None:
             results[0] = self._sum(grads, inputs, weight, is_transposed=self.is_transposed)
         if bias is not None:
+            assert bias_weights is not None
             results[1] = self._sum(grads, Operand(bias_weights), bias.unsqueeze(2)).squeeze(2)
         if lora_a is not None:
-            results[2] = self._sum(Operand(back.rows), inputs, lora_a)
+            assert lora_grads is not None
+            results[2] = self._sum(Operand(lora_grads.rows), inputs, lora_a)
         if lora_b is not None:
-            results[3] = self._sum(grads, Operand(self.inner(inputs).rows), lora_b)
+            lora_rows = self.lora_rows(inputs)
+            assert lora_rows is not None
+            results[3] = self._sum(grads, Operand(lora_rows.rows), lora_b)
         return results
 
-    def _thin(self, rows: Operand, factor: Matrix) -> Tensor:
+    def _thin(self, rows: Operand | None, factor: Matrix) -> Tensor:
+        assert rows is not None
         tile = self.tiles.skinny
         block_n = min(tile.block_n, block_rank(factor.num_cols))
         return row_gemm(
@@ -111,7 +126,10 @@ class Projection:
             scale=self.scaling,
         )
 
-    def _sum(self, x: Operand, y: Operand, like: Tensor, *, is_transposed: bool = False) -> Tensor:
+    def _sum(
+        self, x: Operand | None, y: Operand | None, like: Tensor, *, is_transposed: bool = False
+    ) -> Tensor:
+        assert x is not None and y is not None
         return weight_grad(
             x,
             y,

@@ -16,6 +16,21 @@ from megablocks_utils.kernels.fused.kernel_launch import KernelLaunch, LoraRows,
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
+# One program computes a tile of the result, for rows of one expert:
+#
+#   x (T, K) or (N, K)            weights of the expert (K, columns)         out (N, columns)
+#   +------------------+              +-----+---------+-----+              +-----+------+-----+
+#   | rows: by token   |              |     | BLOCK_N |     |              |     |      |     |
+#   | (GATHER), or in  |  BLOCK_M  @  |     |         |     |  = acc  -->  |     | tile |     |
+#   | expert order     |              |     |         |     |              |     |      |     |
+#   +------------------+              +-----+---------+-----+              +-----+------+-----+
+#                                                       in expert order, or by routed row (SCATTER)
+#
+#   registers  the accumulator; scale, adapter and bias are applied there before the one store
+#   shared     `num_stages` steps of x and of the weights
+#   HBM        SCATTER puts a token's K results side by side, where `combine` reads them in one
+#              piece. Each row has one owner, so no two programs write to the same place
+#   re-read    as `multiply` says
 @triton.jit
 def row_gemm_kernel(
     x_ptr,
@@ -51,7 +66,7 @@ def row_gemm_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Compute one tile of out[i] = scale * x[i] @ w[expert of i] + inner[i] @ factor + bias.
+    """Compute one tile of out[i] = scale * x[i] @ w[expert of i] + lora[i] @ factor + bias.
 
     `x` is read in expert order or, with GATHER, from the tokens; `out` is written in expert order
     or, with SCATTER, in the order of routed rows.
@@ -59,7 +74,7 @@ def row_gemm_kernel(
     tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
     expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
     if expert >= num_experts:
-        return
+        return  # the grid has more row tiles than these counts need
     routed = read_order(order_ptr, rows, exists, HAS_ORDER)
     source = routed // TOP_K if GATHER else rows.to(tl.int64)
     first_col = tile_n * BLOCK_N
@@ -69,6 +84,7 @@ def row_gemm_kernel(
         *(x_ptr, stride_xm, source, exists, w, strides, expert, first_col, num_k, num_cols),
         *(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST, PRECISION, INTERPRET),
     )
+    # Before the adapter, whose rows were scaled when they were made.
     acc *= scale
     if HAS_LORA:
         acc = add_low_rank(
@@ -94,7 +110,7 @@ def row_gemm(
     gather: bool = False,
     scatter: bool = False,
     scale: float = 1.0,
-    inner: LoraRows | None = None,
+    lora: LoraRows | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Multiply every routed row by its expert's matrix.
@@ -107,7 +123,7 @@ def row_gemm(
         gather: read `x` by token.
         scatter: write routed rows, token by token, instead of expert order.
         scale: factor of the product.
-        inner: a low-rank product to add, unscaled.
+        lora: a low-rank product to add, unscaled.
         bias: (L, columns), contiguous, to add, unscaled.
 
     Returns:
@@ -116,7 +132,7 @@ def row_gemm(
     out = x.new_empty(routing.num_rows, weights.num_cols)
     if routing.num_rows == 0:
         return out
-    launch = KernelLaunch(weights, routing, tile, inner)
+    launch = KernelLaunch(weights, routing, tile, lora)
     tiles_m, tiles_n = launch.grid(weights.num_cols)
     row_gemm_kernel[(tiles_m * tiles_n,)](
         x,

@@ -57,9 +57,9 @@ class TileTable:
 
     Attributes:
         up: gate and up at once, two accumulators, and the gate.
-        linear: rows by a matrix: the down projection, and the way back through the first.
+        linear: rows by a matrix: the down projection, and the backward pass through the first.
         skinny: rows by a matrix of few columns, the rank of an adapter.
-        act_backward: rows by a matrix, and the way back through the gate.
+        act_backward: rows by a matrix, and the backward pass through the gate.
         weight_grad: sum of outer products of an expert's rows.
     """
 
@@ -202,8 +202,11 @@ def choose_tile(kind: str, *, arch: str, itemsize: int, rows: int, num_experts: 
 
 def choose_tiles(*, arch: str, itemsize: int, rows: int, num_experts: int) -> TileTable:
     """Return the tile of every kind, as `choose_tile` does."""
-    sizes = {"arch": arch, "itemsize": itemsize, "rows": rows, "num_experts": num_experts}
-    return TileTable(**{kind: choose_tile(kind, **sizes) for kind in KINDS})
+    tiles = {
+        kind: choose_tile(kind, arch=arch, itemsize=itemsize, rows=rows, num_experts=num_experts)
+        for kind in KINDS
+    }
+    return TileTable(**tiles)
 
 
 def list_candidates(kind: str, *, arch: str, itemsize: int) -> tuple[Tile, ...]:

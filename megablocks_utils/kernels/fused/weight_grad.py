@@ -14,6 +14,23 @@ from megablocks_utils.kernels.fused.tiles import Tile
 _MAX_SPLITS = 16
 
 
+# One program computes a tile of one expert's sum, over all its rows or over one share of them:
+#
+#        rows of the expert ->                              columns of y (num_y)
+#   x^T +-----+-----+-----+- -       y +------------+        +---+---------+---+
+#       |step |step |step |            | step       |        |   |         |   |
+#       |     |     |     |  BLOCK_M @ | BLOCK_K    |   =    |   |  tile   |   | columns of x
+#       +-----+-----+-----+- -         | rows       |        |   |         |   | (num_x)
+#        BLOCK_K rows a step           +------------+        +---+---------+---+
+#                                      | step       |          out[split, expert]
+#
+#   grid       (tiles of out, experts, SPLITS)
+#   registers  the accumulator (BLOCK_M, BLOCK_N), over all steps
+#   shared     `num_stages` steps of x and y; x is transposed on its way into the product
+#   HBM        rows of x or y may be gathered from the tokens, so that no copy (N, H) exists
+#   re-read    x once for each column tile of y, y once for each of x
+#   SPLITS     few tiles (adapters, biases, few experts) would leave most of the GPU idle; shares of
+#              the rows give it work, each with an fp32 sum of its own that is added in order
 @triton.jit
 def weight_grad_kernel(
     x_ptr,
@@ -50,6 +67,7 @@ def weight_grad_kernel(
     start = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
     if SPLITS > 1:
+        # Whole steps: only the last share of an expert may end inside one.
         share = tl.cdiv(tl.cdiv(end - start, SPLITS), BLOCK_K) * BLOCK_K
         start += split * share
         end = tl.minimum(end, start + share)
@@ -63,9 +81,11 @@ def weight_grad_kernel(
         token = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
         in_order = rows.to(tl.int64)
         x_rows, y_rows = token if GATHER_X else in_order, token if GATHER_Y else in_order
+        # Masked rows are zero on both sides and add nothing to the sum.
         x = load_rows(x_ptr, x_rows, exists, cols_x, num_x, stride_xm, False)
         y = load_rows(y_ptr, y_rows, exists, cols_y, num_y, stride_ym, False)
         acc = dot(x.T, y, acc, PRECISION, INTERPRET)
+    # Also without a row: the gradient of an expert that got none is zero, not whatever was there.
     stride_split, stride_e, stride_x, stride_y = strides
     out_ptr += split.to(tl.int64) * stride_split + expert * stride_e
     places = cols_x[:, None].to(tl.int64) * stride_x + cols_y[None, :].to(tl.int64) * stride_y
@@ -87,6 +107,11 @@ class Operand:
 
     rows: Tensor
     by_token: bool = False
+
+    @classmethod
+    def of(cls, rows: Tensor | None, *, by_token: bool = False) -> "Operand | None":
+        """Return rows as an operand; None for rows that no gradient needs."""
+        return None if rows is None else cls(rows, by_token)
 
 
 def weight_grad(

@@ -1,27 +1,52 @@
-"""Measure a layer of some size on a device, and say what is kept of it."""
+"""Measure a layer of some size on a device with every backend that can run it there."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.kernels.available import find_unsupported_reason, load
+from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.device import DeviceFacts
-from megablocks_utils.kernels.fused.tiles import choose_tiles, list_candidates, name_architecture
+from megablocks_utils.kernels.fused.tiles import (
+    TileTable,
+    choose_tiles,
+    list_candidates,
+    name_architecture,
+)
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.tuning.measurements import Entry, build_key
 from megablocks_utils.kernels.tuning.random_layer import build_random_layer
 from megablocks_utils.kernels.tuning.tile_search import (
     KINDS_OF_MODE,
-    SearchResult,
+    TileSearch,
     TimeMs,
     Trial,
-    search_layer,
+    search_tiles,
 )
 
-__all__ = ["build_entry", "measure_layer"]
+__all__ = ["LayerTimes", "build_entry", "measure_layer"]
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What was measured of a layer, forward and backward.
+
+    Attributes:
+        times_ms: of each backend that can run it here; infinity where memory did not suffice.
+        search: for the tiles of our Triton kernels; None where they cannot run.
+    """
+
+    times_ms: Mapping[str, float]
+    search: TileSearch | None
+
+    @property
+    def fastest(self) -> str:
+        """The backend that `auto` will take."""
+        return min(self.times_ms, key=lambda name: self.times_ms[name])
 
 
 def measure_layer(
@@ -32,39 +57,61 @@ def measure_layer(
     lora_r: int,
     time_ms: TimeMs,
     on_trial: Callable[[Trial], None] = lambda _: None,
-) -> SearchResult:
-    """Measure a layer of these shapes.
+) -> LayerTimes:
+    """Search for tiles, then time all backends right after each other.
 
     Args:
         shapes: the experts, with the number of rows.
         facts: what the device is.
-        device: where the layer lies.
+        device: where the layer is put.
         lora_r: rank of adapters.
         time_ms: measures.
-        on_trial: told of each measurement.
+        on_trial: told of each measurement of the search.
 
     Raises:
-        ConfigurationError: triton or grouped_mm cannot run this layer here, or it does not fit.
+        ConfigurationError: there are no two backends to compare, or the layer does not fit.
     """
-    for kernel in ("triton", "grouped_mm"):
-        unsupported_reason = find_unsupported_reason(kernel, shapes, facts)
-        if unsupported_reason is not None:
-            raise ConfigurationError(
-                f"tune compares triton with grouped_mm, but {unsupported_reason}."
-            )
-    kind_of_gpu = {
-        "arch": name_architecture(facts.capability),
-        "itemsize": shapes.dtype.itemsize,
-    }
+    reasons = {n: b.find_unsupported_reason(shapes, facts) for n, b in BACKENDS.items()}
+    names = [name for name, reason in reasons.items() if reason is None]
+    if len(names) < 2:
+        others = "; ".join(reason for reason in reasons.values() if reason is not None)
+        raise ConfigurationError(f"only {names[0]} can run this layer here: {others}.")
     layer = build_random_layer(shapes, lora_r=lora_r, device=device)
-    return search_layer(
-        lambda tiles: layer.step(load("triton", tiles)),
-        lambda: layer.step(load("grouped_mm", None)),
-        start=choose_tiles(
-            rows=shapes.num_rows, num_experts=shapes.num_local_experts, **kind_of_gpu
-        ),
+
+    def run(name: str, tiles: TileTable | None) -> object:
+        return layer.step(BACKENDS[name].load(tiles))
+
+    search = None
+    for name in names:
+        if BACKENDS[name].takes_tiles:
+            search = _search(partial(run, name), shapes, facts, time_ms, on_trial)
+    times_ms = {}
+    for name in names:
+        tiles = search.tiles if search and BACKENDS[name].takes_tiles else None
+        times_ms[name] = time_ms(partial(run, name, tiles))
+    if all(map(math.isinf, times_ms.values())):
+        raise ConfigurationError(
+            "the layer does not fit in this GPU's memory with any backend; fewer tokens need less.",
+            parameters=("tokens",),
+        )
+    return LayerTimes(times_ms, search)
+
+
+def _search(
+    run: Callable[[TileTable], object],
+    shapes: ExpertShapes,
+    facts: DeviceFacts,
+    time_ms: TimeMs,
+    on_trial: Callable[[Trial], None],
+) -> TileSearch:
+    arch, itemsize = name_architecture(facts.capability), shapes.dtype.itemsize
+    num_experts, _, num_rows = shapes.counts
+    return search_tiles(
+        run,
+        start=choose_tiles(arch=arch, itemsize=itemsize, rows=num_rows, num_experts=num_experts),
         candidates={
-            kind: list_candidates(kind, **kind_of_gpu) for kind in KINDS_OF_MODE[shapes.mode]
+            kind: list_candidates(kind, arch=arch, itemsize=itemsize)
+            for kind in KINDS_OF_MODE[shapes.mode]
         },
         time_ms=time_ms,
         on_trial=on_trial,
@@ -72,19 +119,18 @@ def measure_layer(
 
 
 def build_entry(
-    result: SearchResult, shapes: ExpertShapes, facts: DeviceFacts, lora_r: int
+    measured: LayerTimes, shapes: ExpertShapes, facts: DeviceFacts, lora_r: int
 ) -> Entry:
     """Return what is kept of a measurement."""
-
-    def finite(time_ms: float) -> float | None:
-        return None if math.isinf(time_ms) else round(time_ms, 4)
-
+    key = build_key(shapes, facts)
+    assert key is not None, shapes
+    times_ms = {
+        name: None if math.isinf(ms) else round(ms, 4) for name, ms in measured.times_ms.items()
+    }
     return Entry(
-        key=build_key(shapes, facts),
-        winner=result.winner,
-        tiles=result.tiles,
-        triton_ms=finite(result.triton_ms),
-        grouped_mm_ms=finite(result.grouped_mm_ms),
+        key=key,
+        times_ms=times_ms,
+        tiles=None if measured.search is None else measured.search.tiles,
         date=datetime.now(UTC).date().isoformat(),
         lora_r=lora_r if shapes.has_adapters else None,
     )

@@ -1,4 +1,4 @@
-"""What was measured of the backends: entries on this machine's disk, and those that are shipped.
+"""How long each backend takes: entries on this machine's disk, and those that are shipped.
 
 A training run only reads. `python -m megablocks_utils.tune` measures and writes.
 """
@@ -16,7 +16,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.fused.tiles import TileTable, bucket_of
-from megablocks_utils.kernels.shapes import ExpertShapes
+from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 
 __all__ = [
     "CACHE_VARIABLE",
@@ -35,8 +35,7 @@ CACHE_VARIABLE = "MEGABLOCKS_UTILS_CACHE"
 SHIPPED_PATH = Path(__file__).with_name("measured.json")
 """Of the same form as a machine's own file; measured by the project's benchmarks."""
 
-_VERSION = 1
-_WINNERS = ("triton", "grouped_mm")
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class LayerKey:
         top_k: K of the backend's rows: 1 under expert parallelism.
         rows: power of two below the number of routed rows.
         dtype: of compute.
-        mode: what of the experts is trained.
+        mode: which expert parameters are trained.
     """
 
     gpu: str
@@ -82,21 +81,26 @@ class Entry:
 
     Attributes:
         key: what was measured.
-        winner: "triton" or "grouped_mm".
-        tiles: the fastest that were found for triton.
-        triton_ms: its time with them.
-        grouped_mm_ms: the other's; None where it ran out of memory.
+        times_ms: of each backend that was measured; None where it ran out of memory.
+        tiles: the fastest that were found for our Triton kernels; None where they did not run.
         date: of the measurement, 2026-01-31.
-        lora_r: rank that stood for adapters; None in the other modes.
+        lora_r: rank of the adapters that were measured; None in the other modes.
     """
 
     key: LayerKey
-    winner: str
-    tiles: TileTable
-    triton_ms: float | None
-    grouped_mm_ms: float | None
+    times_ms: Mapping[str, float | None]
+    tiles: TileTable | None
     date: str
     lora_r: int | None = None
+
+    @property
+    def ranking(self) -> list[tuple[float, str]]:
+        """Times and names of the backends that had memory enough, the fastest first.
+
+        Of equal ones the first in `times_ms` comes first.
+        """
+        timed = [(ms, name) for name, ms in self.times_ms.items() if ms is not None]
+        return sorted(timed, key=lambda pair: pair[0])
 
     def as_json(self) -> dict[str, Any]:
         """Return what JSON can hold; `from_json` takes it back."""
@@ -111,13 +115,13 @@ class Entry:
         """
         if set(payload) != {field.name for field in fields(cls)}:
             raise ValueError(f"an entry has {', '.join(payload) or 'nothing'}")
-        key = _read_key(payload["key"])
-        if payload["winner"] not in _WINNERS:
-            raise ValueError(f"a winner is {payload['winner']}")
-        for name in ("triton_ms", "grouped_mm_ms"):
-            if not (payload[name] is None or isinstance(payload[name], (int, float))):
-                raise ValueError(f"{name} is {payload[name]}")
-        return cls(**payload | {"key": key, "tiles": TileTable.from_json(payload["tiles"])})
+        tiles = payload["tiles"]
+        read = {
+            "key": _read_key(payload["key"]),
+            "times_ms": _read_times(payload["times_ms"]),
+            "tiles": None if tiles is None else TileTable.from_json(tiles),
+        }
+        return cls(**{**payload, **read})
 
 
 def _read_key(payload: Mapping[str, Any]) -> LayerKey:
@@ -127,21 +131,28 @@ def _read_key(payload: Mapping[str, Any]) -> LayerKey:
     return LayerKey(**payload)
 
 
+def _read_times(payload: Mapping[str, Any]) -> dict[str, float | None]:
+    for name, time_ms in payload.items():
+        if time_ms is not None and type(time_ms) not in (int, float):
+            raise ValueError(f"the time of {name} is {time_ms}")
+    return dict(payload)
+
+
 def build_key(shapes: ExpertShapes, device: DeviceFacts) -> LayerKey | None:
     """Return what measurements of these experts are found by, or None where too little is known."""
-    counts = (shapes.num_local_experts, shapes.top_k, shapes.num_rows)
-    if None in counts:
+    if None in (shapes.num_local_experts, shapes.top_k, shapes.num_rows):
         return None
+    num_local_experts, top_k, num_rows = shapes.counts
     return LayerKey(
         gpu=device.name,
         torch=device.torch_version,
         triton=device.triton_version or "unknown",
         hidden_size=shapes.hidden_size,
         intermediate_size=shapes.intermediate_size,
-        num_local_experts=shapes.num_local_experts,
-        top_k=shapes.top_k,
-        rows=bucket_of(shapes.num_rows),
-        dtype=str(shapes.dtype).removeprefix("torch."),
+        num_local_experts=num_local_experts,
+        top_k=top_k,
+        rows=bucket_of(num_rows),
+        dtype=name_dtype(shapes.dtype),
         mode=shapes.mode,
     )
 
@@ -201,7 +212,7 @@ def read_entries(path: Path) -> list[Entry]:
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(payload, dict) or payload.get("version") != _VERSION:
-            raise ValueError(f"it is no file of version {_VERSION}")
+            raise ValueError(f"its version is not {_VERSION}")
         return [Entry.from_json(entry) for entry in payload["entries"]]
     except FileNotFoundError:
         return []
@@ -211,8 +222,8 @@ def read_entries(path: Path) -> list[Entry]:
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(
-            f"{path} is damaged or holds something else than measurements of kernels ({error}); "
-            f"remove it, or name another folder in {CACHE_VARIABLE}."
+            f"{path} is damaged, or not a file of measurements that this version can read "
+            f"({error}); remove it, or name another folder in {CACHE_VARIABLE}."
         ) from error
 
 

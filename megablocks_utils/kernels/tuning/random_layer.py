@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
-from megablocks_utils.kernels.selection import ExpertBackend, ExpertShapes
+from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
 __all__ = ["RandomLayer", "build_random_layer"]
@@ -51,8 +52,8 @@ def build_random_layer(
         seed: of everything.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    num_experts, top_k = shapes.num_local_experts, shapes.top_k
-    num_tokens = shapes.num_rows // top_k
+    num_experts, top_k, num_rows = shapes.counts
+    num_tokens = num_rows // top_k
     hidden, intermediate = shapes.hidden_size, shapes.intermediate_size
 
     def draw(*size: int, scale: float = 1.0, is_trained: bool = True) -> Tensor:
@@ -76,8 +77,8 @@ def build_random_layer(
         down_lora=draw_lora(intermediate, hidden) if shapes.has_adapters else None,
     )
     chances = torch.rand(num_tokens, num_experts, generator=generator, device=device)
-    top_k_weights, top_k_index = chances.topk(top_k)
-    top_k_weights = top_k_weights.to(shapes.dtype).requires_grad_() if top_k > 1 else None
+    chosen, top_k_index = chances.topk(top_k)
+    top_k_weights = chosen.to(shapes.dtype).requires_grad_() if top_k > 1 else None
     tokens = draw(num_tokens, hidden)
     inputs = [tokens] if top_k_weights is None else [tokens, top_k_weights]
     trained = [tensor for tensor in experts.tensors.values() if tensor.requires_grad]

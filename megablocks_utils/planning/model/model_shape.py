@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES
 from megablocks_utils.planning.model.config_values import ConfigValues
 from megablocks_utils.planning.model.parameter_shapes import (
     AttentionShape,
@@ -18,10 +19,8 @@ from megablocks_utils.planning.model.parameter_shapes import (
     norm,
 )
 
-__all__ = ["TRAINABLE_MODEL_TYPES", "ModelShape"]
+__all__ = ["ModelShape"]
 
-TRAINABLE_MODEL_TYPES = ("mixtral", "qwen3_moe", "olmoe")
-"""What this project trains: `checkpoint.layouts.SUPPORTED_MODEL_TYPES`, as a test sees to."""
 _AUX_LOSS_DEFAULT = {"mixtral": 0.001, "qwen3_moe": 0.001, "olmoe": 0.01}
 
 
@@ -85,7 +84,7 @@ class ModelShape:
     @property
     def is_trainable(self) -> bool:
         """Whether this project trains it; others can only be planned."""
-        return self.model_type in TRAINABLE_MODEL_TYPES
+        return self.model_type in SUPPORTED_MODEL_TYPES
 
     @property
     def routes_in_fp32(self) -> bool:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GB, GIB
 from megablocks_utils.files import publish_file
 from megablocks_utils.planning.memory.verdict import WORDS
 from megablocks_utils.planning.model.prediction import COMPONENTS
-from megablocks_utils.planning.model.units import GB, GIB
 from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, choose_row
 
 if TYPE_CHECKING:

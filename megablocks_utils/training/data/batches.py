@@ -105,7 +105,7 @@ def assign_examples(
     per_device_train_batch_size: int,
     gradient_accumulation_steps: int,
 ) -> list[list[list[int]]]:
-    """Deal one global batch out to all ranks and micro-steps (how: see the module's docstring).
+    """Assign one global batch to ranks and micro-steps (how: see the module's docstring).
 
     A smaller last batch fills as few micro-steps as it can; the ones after them are empty.
 
@@ -116,7 +116,7 @@ def assign_examples(
         gradient_accumulation_steps: micro-steps.
 
     Returns:
-        ``deal[micro_step][rank]``: the examples, as indices into ``lengths``.
+        ``assigned[micro_step][rank]``: the examples, as indices into ``lengths``.
     """
     num_used_steps = -(-len(lengths) // (world_size * per_device_train_batch_size))
     bins: list[list[int]] = [[] for _ in range(world_size * num_used_steps)]
@@ -129,9 +129,9 @@ def assign_examples(
         if len(bins[lightest]) < per_device_train_batch_size:
             heapq.heappush(open_bins, (tokens[lightest], lightest))
     ordered = [bins[b] for b in sorted(range(len(bins)), key=lambda b: (-tokens[b], b))]
-    deal = [ordered[s * world_size : (s + 1) * world_size] for s in range(num_used_steps)]
+    assigned = [ordered[s * world_size : (s + 1) * world_size] for s in range(num_used_steps)]
     num_empty_steps = gradient_accumulation_steps - num_used_steps
-    return deal + [[[] for _ in range(world_size)] for _ in range(num_empty_steps)]
+    return assigned + [[[] for _ in range(world_size)] for _ in range(num_empty_steps)]
 
 
 def build_step_plan(
@@ -168,13 +168,13 @@ def build_step_plan(
         raise IndexError(f"step {step} is not one of the epoch's {num_steps}")
     batch = world_size * per_device_train_batch_size * gradient_accumulation_steps
     chosen = order[step * batch : (step + 1) * batch]
-    deal = assign_examples([int(examples.lengths[i]) for i in chosen], **sizes)
-    rows = [[chosen[i] for i in micro_step[rank]] for micro_step in deal]
+    assigned = assign_examples([int(examples.lengths[i]) for i in chosen], **sizes)
+    rows = [[chosen[i] for i in micro_step[rank]] for micro_step in assigned]
     return StepPlan(
         micro_batches=[pack_examples(examples, row) for row in rows],
         num_label_tokens=int(examples.num_label_tokens[chosen].sum()),
         num_input_tokens=int(examples.lengths[chosen].sum()),
-        num_real_micro_batches=sum(bool(row) for micro_step in deal for row in micro_step),
+        num_real_micro_batches=sum(bool(row) for micro_step in assigned for row in micro_step),
     )
 
 

@@ -1,11 +1,11 @@
 """Load training data: records in, token ids and labels out, the same on every rank.
 
 Every rank reads and tokenizes the whole source, so that all of them know every example's length and
-can plan every step without a word between them.
+can plan every step without communication.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,7 @@ __all__ = ["TokenizedExamples", "load_examples"]
 TOKENIZER_BATCH = 1000
 
 
-class TokenizedExamples(Sequence):
+class TokenizedExamples:
     """Hold token ids and labels of all examples in two flat arrays.
 
     The label of an example's first token is always -100: nothing stands before it to predict it
@@ -71,11 +71,14 @@ class TokenizedExamples(Sequence):
         place = slice(end - self.lengths[index], end)
         return self._input_ids[place], self._labels[place]
 
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return (self[index] for index in range(len(self)))
+
     def checksum(self) -> str:
         """Return the SHA-256 of all examples in order, tokens and labels."""
         digest = hashlib.sha256()
         for array in (self.lengths, self._input_ids, self._labels):
-            digest.update(array.astype("<i8", copy=False))
+            digest.update(array.astype("<i8", copy=False).data)
         return digest.hexdigest()
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -106,19 +109,15 @@ def load_examples(
     records = read_records(config.data_path)
     data_format = find_format(records[0])
     _check_records(records, data_format)
-    if tokenizer is None and data_format.needs_tokenizer:
-        raise DataError(
-            f"--data_path {config.data_path} holds text ({data_format.name}), but the model has no "
-            "tokenizer"
-        )
-    encoded = _encode(records, data_format, tokenizer)
+    encoded = _encode(records, data_format, tokenizer, config.data_path)
     limit = config.max_seq_length
     num_cut = sum(len(ids) > limit for ids, _ in encoded)
     kept = [(ids[:limit], labels[:limit]) for ids, labels in encoded if _has_target(labels[:limit])]
     if not kept:
         raise DataError(
-            f"--data_path {config.data_path} leaves nothing to learn: none of its {len(encoded)} "
-            f"examples has a label within --max_seq_length {limit} tokens"
+            f"data_path {config.data_path} leaves nothing to learn: none of its {len(encoded)} "
+            f"examples has a label within max_seq_length {limit} tokens",
+            parameters=("data_path", "max_seq_length"),
         )
     num_dropped = len(encoded) - len(kept)
     return TokenizedExamples(
@@ -138,9 +137,20 @@ def _check_records(records: Sequence[Record], data_format: DataFormat) -> None:
 
 
 def _encode(
-    records: Sequence[Record], data_format: DataFormat, tokenizer: "PreTrainedTokenizerBase | None"
+    records: Sequence[Record],
+    data_format: DataFormat,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    data_path: str,
 ) -> list[Encoded]:
-    encoded = []
+    if data_format.encode is None:
+        return [(record.columns["input_ids"], record.columns["labels"]) for record in records]
+    if tokenizer is None:
+        raise DataError(
+            f"data_path {data_path} holds text ({data_format.name}), but the model has no "
+            "tokenizer",
+            parameters=("data_path",),
+        )
+    encoded: list[Encoded] = []
     for start in range(0, len(records), TOKENIZER_BATCH):
         encoded += data_format.encode(records[start : start + TOKENIZER_BATCH], tokenizer)
     return encoded

@@ -1,12 +1,12 @@
 """Turn records of the four known formats into token ids and labels.
 
 Labels are set by position, never by comparing with a padding id: many tokenizers pad with their end
-token, and a mask by id would unlearn the end of every answer.
+token, and a mask by id would keep the end of every answer from being learned.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.chat import check_messages, encode_messages
@@ -40,18 +40,17 @@ class DataFormat:
     """Describe one way a record can be written.
 
     Attributes:
-        name: how messages call it.
+        name: what messages call it.
         columns: what every record must have.
         check: raises DataError when a record's values are unusable.
-        encode: records and tokenizer to token ids and labels, in the same order.
-        needs_tokenizer: whether ``encode`` reads its tokenizer.
+        encode: turns records into token ids and labels, in the same order, with a tokenizer; None
+            where the records hold them already.
     """
 
     name: str
     columns: tuple[str, ...]
     check: Callable[[Record], None]
-    encode: Callable[[Sequence[Record], "PreTrainedTokenizerBase"], list[Encoded]]
-    needs_tokenizer: bool = True
+    encode: Callable[[Sequence[Record], "PreTrainedTokenizerBase"], list[Encoded]] | None
 
 
 def alpaca_prompt(instruction: str, input: str | None = None) -> str:
@@ -83,7 +82,9 @@ def _check_instruction(record: Record) -> None:
         check_text(record.place, "input", record.columns["input"])
 
 
-def _encode_instruction(records: Sequence[Record], tokenizer: Any) -> list[Encoded]:
+def _encode_instruction(
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Encoded]:
     columns = [record.columns for record in records]
     prompts = [alpaca_prompt(c["instruction"], c.get("input")) for c in columns]
     return _encode_answers(prompts, [c["output"] for c in columns], tokenizer)
@@ -99,7 +100,9 @@ def _check_finished_text(record: Record) -> None:
         )
 
 
-def _encode_finished_text(records: Sequence[Record], tokenizer: Any) -> list[Encoded]:
+def _encode_finished_text(
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Encoded]:
     prompts, answers = [], []
     for record in records:
         before, marker, answer = record.columns["output"].rpartition(RESPONSE_MARKER)
@@ -108,7 +111,9 @@ def _encode_finished_text(records: Sequence[Record], tokenizer: Any) -> list[Enc
     return _encode_answers(prompts, answers, tokenizer)
 
 
-def _encode_answers(prompts: list[str], answers: list[str], tokenizer: Any) -> list[Encoded]:
+def _encode_answers(
+    prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[Encoded]:
     """Encode prompts and answers so that exactly the answer and the end token are learned.
 
     The two are tokenized apart and joined: at generation time the prompt is tokenized alone and the
@@ -131,7 +136,7 @@ def _encode_answers(prompts: list[str], answers: list[str], tokenizer: Any) -> l
     return examples
 
 
-def _start_tokens(tokenizer: Any) -> list[int]:
+def _start_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return what the tokenizer itself puts before a text: its bos token, or nothing."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -160,11 +165,6 @@ def _check_tokens(record: Record) -> None:
         )
 
 
-def _encode_tokens(records: Sequence[Record], tokenizer: Any) -> list[Encoded]:
-    del tokenizer
-    return [(record.columns["input_ids"], record.columns["labels"]) for record in records]
-
-
 FORMATS = (
     DataFormat(
         "instruction and output",
@@ -177,8 +177,7 @@ FORMATS = (
         "input_ids and labels",
         ("input_ids", "labels"),
         _check_tokens,
-        _encode_tokens,
-        needs_tokenizer=False,
+        encode=None,
     ),
     DataFormat("output alone", ("output",), _check_finished_text, _encode_finished_text),
 )

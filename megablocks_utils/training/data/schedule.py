@@ -40,7 +40,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run: `--max_steps`, or else whole and part epochs."""
+        """Optimizer steps of the run: `max_steps`, or those of all epochs, whole and in part."""
         optim = self.config.optim
         if optim.max_steps > 0:
             return optim.max_steps
@@ -53,10 +53,10 @@ class Schedule:
         for size, chosen in self._steps_by_bound():
             if size <= largest[0]:
                 break
-            deal = assign_examples(
+            assigned = assign_examples(
                 lengths[chosen].tolist(), world_size=self.world_size, **self._sizes()
             )
-            for row in (chosen[row] for micro_step in deal for row in micro_step):
+            for row in (chosen[row] for micro_step in assigned for row in micro_step):
                 labels = int(self.examples.num_label_tokens[row].sum())
                 largest = max(largest, (int(lengths[row].sum()), labels, len(row)))
         return largest

@@ -1,7 +1,7 @@
-"""Read training records from a file or a Hub dataset, each with the place it came from.
+"""Read training records from a file or a Hub dataset, each with where it came from.
 
-A record's place (``data.json:17``, or ``name, record 17`` where there are no lines) travels with it
-so that every later complaint can point at it.
+A record keeps its place (``data.json:17``, or ``name, record 17`` where there are no lines), so
+that every later error can name it.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from megablocks_utils.checkpoint.library_output import without_datasets_bars
 from megablocks_utils.errors import DataError
 
 __all__ = ["Record", "read_records"]
@@ -48,16 +49,20 @@ def read_records(data_path: str) -> list[Record]:
     """
     path = Path(data_path)
     if path.is_dir():
-        raise DataError(f"--data_path {data_path} is a folder, wanted a file ({_suffixes()})")
+        raise _source_error(f"data_path {data_path} is a folder, wanted a file ({_suffixes()})")
     if path.exists():
         records = _read_file(path)
     elif path.suffix in FILE_SUFFIXES or not HUB_NAME.fullmatch(data_path):
-        raise DataError(f"--data_path {data_path} does not exist")
+        raise _source_error(f"data_path {data_path} does not exist")
     else:
         records = _read_hub(data_path)
     if not records:
-        raise DataError(f"--data_path {data_path} holds no records")
+        raise _source_error(f"data_path {data_path} holds no records")
     return records
+
+
+def _source_error(message: str) -> DataError:
+    return DataError(message, parameters=("data_path",))
 
 
 def _suffixes() -> str:
@@ -66,12 +71,12 @@ def _suffixes() -> str:
 
 def _read_file(path: Path) -> list[Record]:
     if path.suffix not in FILE_SUFFIXES:
-        raise DataError(f"--data_path {path} must end in one of {_suffixes()}")
+        raise _source_error(f"data_path {path} must end in one of {_suffixes()}")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     text = _read_text(path)
     if not text.strip():
-        raise DataError(f"--data_path {path} is empty")
+        raise _source_error(f"data_path {path} is empty")
     is_list = path.suffix == ".json" and text.lstrip().startswith("[")
     values = _scan_list(text, path) if is_list else _scan_lines(text, path)
     return [_checked(f"{path}:{line}", value) for line, value in values]
@@ -81,11 +86,11 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"--data_path {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        raise _source_error(
+            f"data_path {path} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
     except OSError as error:
-        raise DataError(f"--data_path {path} cannot be read: {error.strerror}") from error
+        raise _source_error(f"data_path {path} cannot be read: {error.strerror}") from error
 
 
 def _scan_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -99,7 +104,7 @@ def _scan_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _scan_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the elements of a JSON list with their lines (``json.load`` would lose the lines)."""
+    """Yield the elements of a JSON list with their lines (``json.load`` would lose them)."""
     try:
         yield from _list_elements(text)
     except json.JSONDecodeError as error:
@@ -128,7 +133,8 @@ def _list_elements(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _after_blanks(text: str, position: int) -> int:
-    return JSON_WHITESPACE.match(text, position).end()
+    blanks = JSON_WHITESPACE.match(text, position)
+    return blanks.end() if blanks else position
 
 
 def _bad_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
@@ -151,14 +157,14 @@ def _read_parquet(path: Path) -> list[Record]:
     from datasets.exceptions import DatasetGenerationError
 
     if path.stat().st_size == 0:
-        raise DataError(f"--data_path {path} is empty")
+        raise _source_error(f"data_path {path} is empty")
     try:
         # Streaming reads the file itself; otherwise datasets copies it into its cache first.
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         return _numbered(str(path), rows)
     except (DatasetGenerationError, OSError, ValueError) as error:
-        raise DataError(
-            f"--data_path {path} cannot be read as parquet: {_one_line(error)}"
+        raise _source_error(
+            f"data_path {path} cannot be read as parquet: {_one_line(error)}"
         ) from error
 
 
@@ -168,10 +174,11 @@ def _read_hub(name: str) -> list[Record]:
 
     _check_hub_is_reachable(name)
     try:
-        return _numbered(name, load_dataset(name, split="train"))
+        with without_datasets_bars():
+            return _numbered(name, load_dataset(name, split="train"))
     except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"--data_path {name} is no local file and could not be loaded from the Hub: "
+        raise _source_error(
+            f"data_path {name} is no local file and could not be loaded from the Hub: "
             f"{_one_line(error)}"
         ) from error
 
@@ -186,8 +193,8 @@ def _check_hub_is_reachable(name: str) -> None:
     try:
         socket.getaddrinfo(host, None)
     except socket.gaierror as error:
-        raise DataError(
-            f"--data_path {name} is no local file and the Hub cannot be reached: {host} has no "
+        raise _source_error(
+            f"data_path {name} is no local file and the Hub cannot be reached: {host} has no "
             "address here (HF_HUB_OFFLINE=True uses what has been downloaded before)"
         ) from error
 

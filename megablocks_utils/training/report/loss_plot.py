@@ -86,7 +86,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def describe_fall(losses: Sequence[float]) -> str:
-    """Say from where to where the loss went, as the figure's title."""
+    """Describe how far the loss fell, as the figure's title."""
     if len(losses) < 2:
         return "Training loss"
     return f"Training loss: {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last"

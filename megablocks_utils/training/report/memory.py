@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["MemoryReading", "describe_memory_source", "read_available_memory", "read_memory"]
+__all__ = [
+    "MemoryReading",
+    "describe_memory_source",
+    "read_available_memory",
+    "read_memory",
+]
 
 PROCESS_STATUS = Path("/proc/self/status")
 MEMORY_INFO = Path("/proc/meminfo")
@@ -50,7 +55,7 @@ def read_available_memory(meminfo_path: Path = MEMORY_INFO) -> int:
 
 
 def describe_memory_source(device: torch.device, status_path: Path = PROCESS_STATUS) -> str:
-    """Say in words what `read_memory` measures on this machine."""
+    """Describe what `read_memory` measures on this machine."""
     if device.type == "cuda":
         return "CUDA tensors (torch.cuda.max_memory_allocated, memory_allocated)"
     status = _read_status(status_path)

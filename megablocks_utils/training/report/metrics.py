@@ -1,6 +1,7 @@
 """Numbers of each optimizer step: measured on every rank, reduced once, one JSON line each."""
 
 import json
+import math
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -223,9 +224,8 @@ def read_metrics(path: str | Path) -> list[StepMetrics]:
 
 def _parse_line(line: str) -> StepMetrics:
     record = json.loads(line)
-    known = {
+    known: dict[str, Any] = {
         field.name: record[field.name] for field in fields(StepMetrics) if field.name in record
     }
-    return StepMetrics(
-        **{name: float("nan") if value is None else value for name, value in known.items()}
-    )
+    known |= {name: math.nan for name, value in known.items() if value is None}
+    return StepMetrics(**known)

@@ -8,12 +8,12 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.training.report.metrics import StepMetrics
 
 __all__ = ["Advance", "track_loading", "track_sharding", "track_training"]
 
 PLAIN_INTERVAL_S = 5.0
-GIB = 1024**3
 
 Advance = Callable[[int], None]
 _Report = Callable[[int, str], None]  # how much is done, and a remark
@@ -47,7 +47,7 @@ def track_training(
     Args:
         console: Rank 0's console, or another rank's quiet one, on which nothing is shown.
         num_steps: The run's last step.
-        first_step: Steps done before this run began, when it goes on from a checkpoint.
+        first_step: Steps done before this run began, when it resumes from a checkpoint.
     """
     with _track(console, "training", num_steps, first_step, _describe_count("steps")) as report:
         yield lambda metrics: report(
@@ -104,7 +104,7 @@ class PlainProgress:
 
     Args:
         console: Where to write.
-        label: What goes on.
+        label: What is done.
         total: How much there is to do.
         done: How much was done before.
         describe: (done, total) in words.

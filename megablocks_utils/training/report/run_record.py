@@ -1,4 +1,4 @@
-"""The birth certificate of a run: what ran, on what, with which result (`run.json`)."""
+"""The provenance of a run: what ran, on what, with which result (`run.json`)."""
 
 import importlib.metadata
 import os
@@ -26,13 +26,13 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Hold what `run.json` says, key by key.
+    """The content of `run.json`, key by key.
 
     Attributes:
         status: "finished"; a run that did not finish leaves no `run.json`.
         command: The script and its arguments, quoted for a shell.
         options: Every option by section, as given or by default.
-        resolved: What the options came to on this machine (precision, ep_size, ...).
+        resolved: What the options resolve to on this machine (precision, ep_size, ...).
         versions: Python and libraries by name, None where not installed.
         commit: Git commit of this package, None outside a checkout.
         hardware: `cpu`, `cores`, `memory_bytes`, `gpus` (names) of this rank's machine.
@@ -86,7 +86,7 @@ def build_run_record(
     Args:
         command: The script and its arguments (`sys.argv`).
         options: The `RunConfig`, or any dataclass.
-        resolved: What the options came to on this machine; plain values only.
+        resolved: What the options resolve to on this machine; plain values only.
         mesh: Ranks along each axis, outermost first: `{"dp": 2, "ep": 4}`.
         kernel: The backend the experts ran on.
         kernel_reason: Why that one.
@@ -98,7 +98,7 @@ def build_run_record(
         adapter_check: What checking the written adapter found; None without LoRA.
         plan: Memory predicted and measured.
     """
-    peaks = {
+    peaks: dict[str, int | str] = {
         "mem_peak_bytes": totals.mem_peak_bytes,
         "mem_alloc_bytes": totals.mem_alloc_bytes,
         "measured": describe_memory_source(device),

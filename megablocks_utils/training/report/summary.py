@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from megablocks_utils.byte_units import GIB, MIB
 from megablocks_utils.training.report.mesh_table import build_mesh_table
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import ParameterCounts
@@ -29,8 +30,6 @@ __all__ = [
     "show_end_summary",
     "show_start_summary",
 ]
-
-MIB, GIB = 1024**2, 1024**3
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class RunFacts:
         plan: The predicted peak, in words.
         steps: Optimizer steps of the run.
         examples_per_step: Examples in one global batch.
-        resumed: What the run goes on from, in words; None for one that starts anew.
+        resumed: What the run resumes from, in words; None for one that starts fresh.
     """
 
     model: str
@@ -110,7 +109,7 @@ class RunResult:
 
 
 def build_console(is_main: bool) -> Console:
-    """Build the console everything for people goes to: standard error, silent unless `is_main`.
+    """Build the console for everything that people read: standard error, silent unless `is_main`.
 
     Live bars need a real terminal; colours forced on by the environment do not make one.
     """
@@ -173,7 +172,7 @@ def build_end_summary(result: RunResult) -> Group:
 
 
 def describe_precision(precision: "ResolvedPrecision") -> str:
-    """Say in words which dtype is used for what."""
+    """Describe which dtype is used for what."""
     adapters = f", {precision.adapter} adapters" if precision.adapter != precision.weights else ""
     rounding = ", updates rounded stochastically" if precision.stochastic_rounding else ""
     return (

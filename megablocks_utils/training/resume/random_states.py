@@ -12,10 +12,12 @@ __all__ = ["capture_random_states", "restore_random_states"]
 
 def capture_random_states() -> bytes:
     """Return the states of Python's, numpy's and torch's generators."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    generator = np.random.get_state(legacy=False)
+    keys, position = generator["state"]["key"].tolist(), generator["state"]["pos"]
+    gauss = [generator["has_gauss"], generator["gauss"]]
     states = {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
+        "numpy": [generator["bit_generator"], keys, position, *gauss],
         "torch": _to_text(torch.get_rng_state()),
         "cuda": _to_text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }

@@ -1,4 +1,4 @@
-"""What must be the same when a run goes on, and what may have changed."""
+"""What must be the same when a run is resumed, and what may have changed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ __all__ = [
     "describe_compatibility",
 ]
 
-# Options that say where or how a run is done, not what it learns.
+# Options that change where or how a run is done, not what it learns.
 _FREE_OPTIONS = (
     *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "debug", "saving"),
     *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
@@ -25,9 +25,29 @@ _FREE_OPTIONS = (
 )
 
 
+# Fact -> how a message begins, and the parameters in it.
+_CLAUSES = {
+    "model_type": ("model_name_or_path is a model of type", ("model_name_or_path",)),
+    "lora": (
+        "use_lora, lora_r and lora_alpha give the adapters",
+        ("use_lora", "lora_r", "lora_alpha"),
+    ),
+    "dtypes": ("precision gives the dtypes", ("precision",)),
+    "seed": ("seed is", ("seed",)),
+    "shuffle": ("shuffle is", ("shuffle",)),
+    "num_examples": ("the number of examples in data_path is", ("data_path",)),
+    "data_sha256": (
+        "data_path or max_seq_length has changed: the checksum of its tokens is",
+        ("data_path", "max_seq_length"),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class ResumeCompatibility:
-    """Hold the facts of a run that a resumed one must share, so that its steps mean the same.
+    """Hold what a resumed run must share with the run that wrote the checkpoint.
+
+    Its steps would mean something else otherwise.
 
     Attributes:
         model_type: family of the model.
@@ -50,7 +70,7 @@ class ResumeCompatibility:
     lora: dict[str, Any] | None
 
     def as_record(self) -> dict[str, Any]:
-        """Return the facts as they stand in the manifest."""
+        """Return the facts as the manifest holds them."""
         return asdict(self)
 
 
@@ -75,45 +95,39 @@ def describe_compatibility(
         num_examples=len(examples),
         data_sha256=examples.checksum(),
         dtypes={"weights": precision.adapter, "optim": precision.optim},
-        lora=lora and _describe_lora(lora),
+        lora=None if lora is None else _describe_lora(lora),
     )
 
 
 def check_compatibility(
     manifest: Mapping[str, Any], own: ResumeCompatibility, config: RunConfig, schedule: Schedule
 ) -> None:
-    """Refuse to go on from a checkpoint whose steps meant something else.
+    """Refuse to resume from a checkpoint whose steps meant something else.
 
     Args:
         manifest: of the checkpoint.
-        own: the facts of this run.
+        own: of this run.
         config: its options.
         schedule: its steps.
 
     Raises:
-        ConfigurationError: naming the option, what it says and what the checkpoint says.
+        ConfigurationError: naming the parameter, its value and that of the checkpoint.
     """
     stored, step = manifest["compatibility"], manifest["step"]
     _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
-    kinds = {
-        "model_type": "--model_name_or_path is a model of type",
-        "lora": "--use_lora, --lora_r and --lora_alpha make the adapters",
-        "dtypes": "--precision makes the dtypes",
-        "seed": "--seed is",
-        "shuffle": "--shuffle is",
-        "num_examples": "the number of examples in --data_path is",
-        "data_sha256": "--data_path or --max_seq_length has changed: the checksum of its tokens is",
-    }
-    for name, words in kinds.items():
+    for name, (clause, parameters) in _CLAUSES.items():
         found, wanted = getattr(own, name), stored[name]
         if found != wanted:
             raise ConfigurationError(
-                f"{words} {_words(found)}, but the checkpoint to resume has {_words(wanted)}."
+                f"{clause} {_describe(found)}, but the checkpoint to resume from has "
+                f"{_describe(wanted)}.",
+                parameters=parameters,
             )
     if step > schedule.num_steps:
         raise ConfigurationError(
-            f"--max_steps or --num_train_epochs make {schedule.num_steps} steps, but the "
-            f"checkpoint to resume has {step} done."
+            f"max_steps or num_train_epochs give {schedule.num_steps} steps, but the checkpoint to "
+            f"resume from has done {step}.",
+            parameters=("max_steps", "num_train_epochs"),
         )
 
 
@@ -121,20 +135,20 @@ def _check_global_batch(wanted: int, found: int, config: RunConfig, world_size: 
     if found == wanted:
         return
     optim = config.optim
-    advice = ""
     if wanted % world_size == 0:
         share = wanted // world_size
         advice = (
             f"; with {world_size} processes their product must be {share}, for example "
-            f"--per_device_train_batch_size {share} --gradient_accumulation_steps 1"
+            f"per_device_train_batch_size {share} and gradient_accumulation_steps 1"
         )
     else:
         advice = f"; {world_size} processes cannot share it evenly"
     raise ConfigurationError(
-        f"{world_size} processes x --per_device_train_batch_size "
-        f"{optim.per_device_train_batch_size} x --gradient_accumulation_steps "
-        f"{optim.gradient_accumulation_steps} make steps of {found} examples, but the checkpoint "
-        f"to resume has steps of {wanted}{advice}."
+        f"{world_size} processes x per_device_train_batch_size "
+        f"{optim.per_device_train_batch_size} x gradient_accumulation_steps "
+        f"{optim.gradient_accumulation_steps} give steps of {found} examples, but the checkpoint "
+        f"to resume from has steps of {wanted}{advice}.",
+        parameters=("per_device_train_batch_size", "gradient_accumulation_steps"),
     )
 
 
@@ -142,7 +156,7 @@ def changed_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[s
     """Describe every option that changes what is learned and differs from the checkpoint's."""
     before, now = dict(_flatten(stored)), dict(_flatten(own))
     return [
-        f"--{name} {_words(before[name])} -> {_words(value)}"
+        f"--{name} {_describe(before[name])} -> {_describe(value)}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
@@ -167,9 +181,9 @@ def _describe_lora(lora: LoraSettings) -> dict[str, Any]:
     }
 
 
-def _words(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(item)}" for name, item in value.items()) or "none"
+        return ", ".join(f"{name} {_describe(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     return str(value)[:40]

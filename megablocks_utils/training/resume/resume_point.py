@@ -1,16 +1,14 @@
-"""Find the checkpoint that a run goes on from, and check that nothing of it is damaged."""
+"""Find the checkpoint that a run resumes from, and check that none of its files is damaged."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
 from megablocks_utils.config import RunConfig
 from megablocks_utils.files import METRICS_NAME
-from megablocks_utils.processes.agreement import raise_on_all_ranks
+from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.output_folder import choose_checkpoint
 from megablocks_utils.training.resume.random_states import restore_random_states
@@ -22,7 +20,7 @@ __all__ = ["ResumePoint", "find_resume_point", "rank_file_name", "restore_run"]
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Hold a checkpoint whose files are as they were written.
+    """Hold a checkpoint whose files have been checked.
 
     Attributes:
         folder: of the checkpoint.
@@ -43,7 +41,7 @@ class ResumePoint:
         return self.folder / METRICS_NAME
 
     def describe(self, options: Mapping[str, Any]) -> str:
-        """Say in words where the run goes on, and which of its options have changed.
+        """Describe the checkpoint and the options that have changed since.
 
         Args:
             options: of this run, by section.
@@ -59,18 +57,18 @@ class ResumePoint:
         return "; ".join(parts)
 
     def restore_random_states(self, launch: LaunchEnvironment) -> None:
-        """Continue this rank's random numbers, where as many ranks have written the checkpoint.
+        """Restore this rank's random states, if as many ranks have written the checkpoint.
 
-        On another number of ranks they stay those of `--seed`; only dropout draws any.
+        On another number of ranks they stay those of the seed; only dropout draws any.
         """
         if self.manifest["world_size"] == launch.world_size:
             restore_random_states((self.folder / rank_file_name(launch.rank)).read_bytes())
 
 
 def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoint | None:
-    """Return what the run goes on from; None for one that starts anew.
+    """Return what the run resumes from; None for one that starts fresh.
 
-    Rank 0 chooses. The ranks share the reading of the files, for their checksums.
+    Rank 0 chooses. Each rank checks the checksums of some of the files.
 
     **Collective:** every rank must call.
 
@@ -78,9 +76,7 @@ def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoi
         ConfigurationError: as `choose_checkpoint`.
         CheckpointError: on every rank, for a file that is missing, truncated or altered.
     """
-    chosen = [raise_on_all_ranks(lambda: None if launch.rank else choose_checkpoint(config))]
-    dist.broadcast_object_list(chosen)
-    folder = chosen[0]
+    folder = broadcast_from_rank0(lambda: choose_checkpoint(config))
     if folder is None:
         return None
     manifest = raise_on_all_ranks(lambda: read_manifest(folder))

@@ -1,4 +1,4 @@
-"""What changes while a run trains, as pieces for a checkpoint: weights, Adam's states, schedule."""
+"""What training changes, as shards for a checkpoint: weights, Adam's states, schedule."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from megablocks_utils.checkpoint.distributed_checkpoint import (
     MODEL_PREFIX,
     OPTIMIZER_PREFIX,
-    read_pieces,
+    read_shards,
     read_stored_tensors,
 )
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace, TensorShard
@@ -43,21 +43,21 @@ class RunState:
     optimizer: Optimizer
     scheduler: LRScheduler
 
-    def pieces(self) -> dict[str, TensorShard]:
+    def shards(self) -> dict[str, TensorShard]:
         """Return what this rank holds of every weight and state: views, nothing is copied."""
-        pieces = {}
+        shards = {}
         for name, (parameter, place) in find_places(self.model).items():
-            pieces[MODEL_PREFIX + name] = place.piece(local_tensor(parameter.detach()))
+            shards[MODEL_PREFIX + name] = place.shard(local_tensor(parameter.detach()))
             state = self.optimizer.state.get(parameter, {})
             if not state:
                 continue
             for moment in _MOMENTS:
-                pieces[_state_key(name, moment)] = place.piece(local_tensor(state[moment]))
-            pieces[_state_key(name, "step")] = _STEP.piece(state["step"].detach().view(1))
-        return pieces
+                shards[_state_key(name, moment)] = place.shard(local_tensor(state[moment]))
+            shards[_state_key(name, "step")] = _STEP.shard(state["step"].detach().view(1))
+        return shards
 
     def restore(self, folder: Path, step: int) -> None:
-        """Go on from a checkpoint that any layout has written.
+        """Continue from a checkpoint written with any mesh and sharding.
 
         No communication: every rank reads what it holds.
 
@@ -69,13 +69,13 @@ class RunState:
             CheckpointError: it does not hold just the trained parameters of this run.
         """
         stored = read_stored_tensors(folder)
-        self._check_names(stored)
+        self._check_names(stored, folder)
         places = find_places(self.model)
         weights = {
-            MODEL_PREFIX + name: place.piece(local_tensor(parameter.detach()))
+            MODEL_PREFIX + name: place.shard(local_tensor(parameter.detach()))
             for name, (parameter, place) in places.items()
         }
-        read_pieces(weights, folder)
+        read_shards(weights, folder)
         self._restore_optimizer(folder, places, stored)
         # To the step before, and one on: this sets the learning rates too.
         position = {"last_epoch": step - 1, "_step_count": step + 1}
@@ -92,24 +92,24 @@ class RunState:
             )
         }
         states: dict[int, dict[str, Tensor]] = {}
-        pieces = {}
+        shards = {}
         for name, (parameter, place) in places.items():
             if _state_key(name, "step") not in stored:
                 continue
             state = states[numbers[id(parameter)]] = {"step": torch.zeros(1)}
-            pieces[_state_key(name, "step")] = _STEP.piece(state["step"])
+            shards[_state_key(name, "step")] = _STEP.shard(state["step"])
             for moment in _MOMENTS:
                 key = _state_key(name, moment)
                 _shape, dtype = stored[key]
                 state[moment] = torch.zeros_like(parameter.detach(), dtype=dtype)
-                pieces[key] = place.piece(local_tensor(state[moment]))
-        read_pieces(pieces, folder)
+                shards[key] = place.shard(local_tensor(state[moment]))
+        read_shards(shards, folder)
         for state in states.values():
             state["step"] = state["step"][0]
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
-    def _check_names(self, stored: Mapping[str, tuple]) -> None:
+    def _check_names(self, stored: Mapping[str, tuple], folder: Path) -> None:
         wanted = set(_trainable_names(self.model))
         found = {
             name.removeprefix(MODEL_PREFIX) for name in stored if name.startswith(MODEL_PREFIX)
@@ -117,7 +117,7 @@ class RunState:
         for names, cause in ((wanted - found, "lacks"), (found - wanted, "also holds")):
             if names:
                 raise CheckpointError(
-                    f"the checkpoint {cause} {min(names)}"
+                    f"the checkpoint {folder} {cause} {min(names)}"
                     f" ({len(names)} of the parameters that this run trains)"
                 )
 

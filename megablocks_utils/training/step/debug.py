@@ -1,4 +1,4 @@
-"""Checks of a `--debug` run: where every parameter lies, equal copies, finite gradients."""
+"""Checks of a `--debug` run: where every parameter lies, equal replicas, finite gradients."""
 
 from collections.abc import Iterator
 
@@ -41,13 +41,13 @@ def check_gradient_norm(norm: Tensor, step: int) -> None:
 
 
 def check_replicas(sharded: ShardedMoE, step: int) -> None:
-    """Check bit by bit that the copies of every expert on the dp axis are equal.
+    """Check bit by bit that the replicas of every expert on the dp axis are equal.
 
     **Collective:** one all-reduce (of maxima) a parameter on the `dp` axis, one at the end.
 
     Raises:
         RuntimeError: on every rank of the world, naming the step and the first parameter that
-            differs on this rank's copies.
+            differs on this rank.
     """
     group = sharded.mesh.get_group(DP_AXIS)
     world_size = dist.get_world_size()

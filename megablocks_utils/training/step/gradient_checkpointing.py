@@ -33,7 +33,9 @@ def _selective_contexts() -> Callable[[], tuple]:
     return partial(create_selective_checkpoint_contexts, _keep_routing_and_exchange)
 
 
-def _keep_routing_and_exchange(_context: Any, operator: Any, *args, **_kwargs) -> CheckpointPolicy:
+def _keep_routing_and_exchange(
+    _context: Any, operator: Any, *args: Any, **_kwargs: Any
+) -> CheckpointPolicy:
     """Keep received rows and counts, and the experts' copy of the routing.
 
     The router's own top-k cannot be kept: transformers normalises its values in place.

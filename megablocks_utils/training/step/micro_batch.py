@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.objective import label_positions, token_loss_sum
@@ -65,10 +66,10 @@ def compute_micro_batch_loss(
     return MicroBatchLoss(objective + share * outputs.aux_loss, loss_sum.detach(), aux_loss)
 
 
-def resolve_aux_loss_coef(model_config: object, given: float | None) -> float:
+def resolve_aux_loss_coef(model_config: PreTrainedConfig, given: float | None) -> float:
     """Return the weight of the load-balancing loss in this run.
 
-    What `--router_aux_loss_coef` says; without it the model's own, if the model's config turns the
+    That of `--router_aux_loss_coef`; without it the model's own, if the model's config turns the
     loss on (`output_router_logits`), as in transformers.
     """
     if given is not None:

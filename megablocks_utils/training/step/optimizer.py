@@ -49,14 +49,16 @@ def build_optimizer(
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     groups = _group_parameters(trainable, optim_config.weight_decay)
-    common = {"lr": optim_config.learning_rate, "betas": _BETAS, "eps": _EPS}
+    lr = optim_config.learning_rate
     state_dtype = getattr(torch, precision.optim)
     same_dtype = all(p.dtype == state_dtype for _, p in trainable)
     if same_dtype and not precision.stochastic_rounding:
-        return torch.optim.AdamW(groups, fused=True, **common)
+        return torch.optim.AdamW(groups, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
     return StochasticRoundingAdamW(
         groups,
-        **common,
+        lr=lr,
+        betas=_BETAS,
+        eps=_EPS,
         state_dtype=state_dtype,
         stochastic_weights=precision.stochastic_rounding,
         seed=seed,

@@ -53,6 +53,7 @@ def shard_coordinate(parameter: torch.Tensor, plain_shard: int = 0) -> tuple[int
     if not isinstance(parameter, DTensor):
         return (plain_shard,)
     coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not on the parameter's mesh"
     placed = zip(coordinate, parameter.placements, strict=True)
     return tuple(index for index, placement in placed if not placement.is_replicate())
 
@@ -184,6 +185,7 @@ def _local(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that lies here, as the parameter's part does."""
     if not isinstance(tensor, DTensor):
         return tensor
+    assert isinstance(parameter, DTensor), "a state is sharded as its parameter is"
     if tensor.placements != parameter.placements:
         tensor = tensor.redistribute(placements=parameter.placements)
     return tensor.to_local()

@@ -93,8 +93,8 @@ BUGS = (
     Bug(
         "gate and up swapped in what is kept",
         "gate_up.py",
-        "tl.store(hidden_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)",
-        "tl.store(hidden_ptr + 2 * row_starts + gate_cols[None, :], up, mask=mask)",
+        "tl.store(gate_up_out_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)",
+        "tl.store(gate_up_out_ptr + 2 * row_starts + gate_cols[None, :], up, mask=mask)",
     ),
     Bug(
         "interleaved up read as gate",
@@ -108,7 +108,7 @@ BUGS = (
         "rows, exists, up_cols, is_col, BLOCK_R)",
         "rows, exists, gate_cols, is_col, BLOCK_R)",
     ),
-    Bug("up is not clamped below", "gate_up.py", "tl.maximum(up, -LIMIT)", "up"),
+    Bug("up is not clamped below", "gate_code.py", "tl.maximum(up, -LIMIT)", "up"),
     Bug(
         "mask of columns left out of the gate's results",
         "gate_up.py",
@@ -118,8 +118,8 @@ BUGS = (
     Bug(
         "partial sum dropped: router's gradient of the left half",
         "gate_backward.py",
-        "part += go_through_gate(",
-        "part = go_through_gate(",
+        "part += backward_through_gate(",
+        "part = backward_through_gate(",
     ),
     Bug(
         "right half reads the left half's columns",
@@ -135,32 +135,32 @@ BUGS = (
     ),
     Bug(
         "gradients of gate and up swapped",
-        "gate_backward.py",
-        "tl.store(grad_hidden_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)",
-        "tl.store(grad_hidden_ptr + 2 * row_starts + gate_cols, by_up, mask=mask)",
+        "gate_code.py",
+        "tl.store(grad_gate_up_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)",
+        "tl.store(grad_gate_up_ptr + 2 * row_starts + gate_cols, by_up, mask=mask)",
     ),
     Bug(
         "alpha left out of the gate's derivative",
-        "gate_backward.py",
+        "gate_code.py",
         "(1.0 + ALPHA * gate *",
         "(1.0 + gate *",
     ),
     Bug(
         "clamped gates get a gradient",
-        "gate_backward.py",
+        "gate_code.py",
         "tl.where(inside_gate, by_gate, 0.0)",
         "by_gate",
     ),
     Bug(
         "router's gradient is weighted",
-        "gate_backward.py",
+        "gate_code.py",
         "part = tl.sum(tl.where(mask, grad * result, 0.0), 1)",
         "part = tl.sum(tl.where(mask, grad * result * tl.load(weight_ptr + routed, mask=exists, "
         "other=0.0).to(tl.float32)[:, None], 0.0), 1)",
     ),
     Bug(
         "results are not weighted for the weights' gradients",
-        "gate_backward.py",
+        "gate_code.py",
         "        result *= weight\n",
         "",
     ),

@@ -50,7 +50,7 @@ def test_row_gemm(rows_are_last, tile):
     num_k, num_cols, rank = 48, 40, 5
     routing, experts = build_routing(), expert_of_row()
     x, weights = draw(NUM_TOKENS, num_k), draw(3, num_k, num_cols, seed=1)
-    inner, factor = draw(routing.num_rows, rank, seed=2), draw(3, rank, num_cols, seed=3)
+    lora_rows, factor = draw(routing.num_rows, rank, seed=2), draw(3, rank, num_cols, seed=3)
     bias = draw(3, num_cols, seed=4)
     stored = weights.transpose(1, 2).contiguous() if rows_are_last else weights
     seen = row_gemm(
@@ -61,14 +61,14 @@ def test_row_gemm(rows_are_last, tile):
         gather=True,
         scatter=True,
         scale=0.5,
-        inner=LoraRows(inner, Matrix(factor, rows_are_last=False)),
+        lora=LoraRows(lora_rows, Matrix(factor, rows_are_last=False)),
         bias=bias,
     )
     product = torch.einsum(
         "nk,nkc->nc", x[routing.order // TOP_K].double(), weights[experts].double()
     )
     wanted = 0.5 * product + bias[experts].double()
-    wanted += torch.einsum("nr,nrc->nc", inner.double(), factor[experts].double())
+    wanted += torch.einsum("nr,nrc->nc", lora_rows.double(), factor[experts].double())
     by_row = torch.empty_like(wanted)
     by_row[routing.order] = wanted
     assert relative_error(seen, by_row) < BOUND
@@ -90,57 +90,57 @@ def test_gate_up(tile):
     weights = weights * hidden_size**-0.5
     layout = GateLayout(SwiGlu(), is_interleaved=False)
     matrix = Matrix(weights, rows_are_last=True)
-    seen, hidden = gate_up(tokens, matrix, routing, tile, layout, keeps_hidden=True)
+    seen, gate_up_out = gate_up(tokens, matrix, routing, tile, layout, keeps_gate_up_out=True)
     wanted = torch.einsum(
         "nh,noh->no", tokens[routing.order // TOP_K].double(), weights[experts].double()
     )
     gate, up = wanted.chunk(2, dim=-1)
-    assert relative_error(hidden, wanted) < BOUND
+    assert relative_error(gate_up_out, wanted) < BOUND
     assert relative_error(seen, silu(gate) * up) < BOUND
-    again, nothing = gate_up(tokens, matrix, routing, tile, layout, keeps_hidden=False)
+    again, nothing = gate_up(tokens, matrix, routing, tile, layout, keeps_gate_up_out=False)
     assert torch.equal(again, seen)
     assert nothing is None
 
 
 @pytest.mark.parametrize("tile", [TILE, TMA], ids=["pointers", "descriptors"])
 def test_gate_backward(tile):
-    """Autograd in fp64 of sum over slots of weight * gate(hidden) @ down."""
+    """Autograd in fp64 of sum over slots of weight * gate(gate_up_out) @ down."""
     hidden_size, intermediate_size = 48, 40
     routing, experts = build_routing(), expert_of_row()
     grad, weights = draw(NUM_TOKENS, hidden_size), draw(3, hidden_size, intermediate_size, seed=1)
-    hidden = draw(routing.num_rows, 2 * intermediate_size, seed=2)
+    gate_up_out = draw(routing.num_rows, 2 * intermediate_size, seed=2)
     top_k_weights = draw(NUM_TOKENS, TOP_K, seed=3).sigmoid()
     layout = GateLayout(SwiGlu(), is_interleaved=False)
     seen = gate_backward(
         grad,
         Matrix(weights, rows_are_last=False),
-        hidden,
+        gate_up_out,
         top_k_weights,
         routing,
         tile,
         layout,
-        wanted=Wanted(hidden=True, weighted=True, top_k_weights=True),
+        wanted=Wanted(gate_up_out=True, weighted=True, top_k_weights=True),
     )
-    leaf = hidden.double().requires_grad_()
+    leaf = gate_up_out.double().requires_grad_()
     by_row = top_k_weights.double().reshape(-1).requires_grad_()
     gate, up = leaf.chunk(2, dim=-1)
     weighted = silu(gate) * up * by_row[routing.order].unsqueeze(1)
     output = torch.einsum("nf,nhf->nh", weighted, weights[experts].double())
     grads = torch.autograd.grad(output, [leaf, by_row], grad[routing.order // TOP_K].double())
     assert relative_error(seen.weighted, weighted.detach()) < BOUND
-    assert relative_error(seen.hidden, grads[0]) < BOUND
+    assert relative_error(seen.gate_up_out, grads[0]) < BOUND
     assert relative_error(seen.top_k_weights, grads[1]) < BOUND
     thrifty = gate_backward(
         grad,
         Matrix(weights, rows_are_last=False),
-        hidden,
+        gate_up_out,
         top_k_weights,
         routing,
         tile,
         layout,
-        wanted=Wanted(hidden=True, weighted=False, top_k_weights=False),
+        wanted=Wanted(gate_up_out=True, weighted=False, top_k_weights=False),
     )
-    assert torch.equal(thrifty.hidden, seen.hidden)
+    assert torch.equal(thrifty.gate_up_out, seen.gate_up_out)
     assert thrifty.weighted is None
     assert thrifty.top_k_weights is None
 
@@ -190,7 +190,7 @@ def test_combine_weights_each_slot():
 
 def test_a_layer_with_weights_loaded_by_descriptors():
     """Sums of whole boxes are; the second projection's 40 columns are not, and fall to pointers."""
-    case = LayerCase(18, 48, 40, rank=4)
+    case = LayerCase(5, 32, 40, rank=4)
     tiles = TileTable(TMA, TMA, replace(TMA, block_n=16), TMA, TILE)
     assert_equals_obvious(case, lambda *args: run_experts_triton(*args, tiles=tiles), torch.float32)
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megablocks_utils.kernels.eager import run_experts_eager
-from megablocks_utils.kernels.grouped_mm import run_experts_grouped_mm
+from megablocks_utils.kernels.backends.eager import run_experts_eager
+from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.tuning.random_layer import build_random_layer
 from tests.support.compare import relative_error

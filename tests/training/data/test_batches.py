@@ -129,10 +129,10 @@ def test_a_step_waits_for_less_than_its_longest_example(layout, seed):
     world_size, batch, accumulation = layout
     lengths = np.random.RandomState(seed).lognormal(4.5, 0.8, world_size * batch * accumulation)
     lengths = [int(length) + 2 for length in lengths]
-    deal = assign_examples(lengths, **sizes_of(layout))
-    assert sorted(i for step in deal for row in step for i in row) == list(range(len(lengths)))
+    assigned = assign_examples(lengths, **sizes_of(layout))
+    assert sorted(i for step in assigned for row in step for i in row) == list(range(len(lengths)))
     waits = []
-    for micro_step in deal:
+    for micro_step in assigned:
         tokens = [sum(lengths[i] for i in row) for row in micro_step]
         waits.append(max(tokens) - min(tokens))
     assert sum(waits) < max(lengths)
@@ -140,13 +140,13 @@ def test_a_step_waits_for_less_than_its_longest_example(layout, seed):
 
 def test_the_deal_of_a_known_batch():
     sizes = sizes_of((2, 2, 2))
-    deal = assign_examples([10, 80, 20, 70, 30, 60, 40, 50], **sizes)
-    assert deal == [[[1, 0], [3, 2]], [[5, 4], [7, 6]]]
+    assigned = assign_examples([10, 80, 20, 70, 30, 60, 40, 50], **sizes)
+    assert assigned == [[[1, 0], [3, 2]], [[5, 4], [7, 6]]]
     assert assign_examples([5, 9, 7], **sizes) == [[[2, 0], [1]], [[], []]]
 
 
 @pytest.mark.parametrize("layout", [(2, 4, 4), (4, 4, 4), (8, 4, 4), (8, 16, 1)])
-def test_ranks_work_more_of_the_time_than_when_dealt_in_order(layout):
+def test_ranks_wait_less_than_when_assigned_in_order(layout):
     """Mean share of the ranks' time that is work, over 10 batches with a long tail of lengths."""
     world_size, batch, accumulation = layout
     ours, in_order = [], []
@@ -160,6 +160,6 @@ def test_ranks_work_more_of_the_time_than_when_dealt_in_order(layout):
     assert np.mean(in_order) < 0.85
 
 
-def work_share(deal, lengths):
-    slowest = [max(sum(lengths[i] for i in row) for row in step) for step in deal]
-    return sum(lengths) / (sum(slowest) * len(deal[0]))
+def work_share(assigned, lengths):
+    slowest = [max(sum(lengths[i] for i in row) for row in step) for step in assigned]
+    return sum(lengths) / (sum(slowest) * len(assigned[0]))

@@ -36,6 +36,13 @@ def test_examples_are_held_in_file_order_with_their_counts(tmp_path):
     assert examples.format_name == "input_ids and labels"
 
 
+def test_tokens_are_used_as_they_are_without_a_tokenizer(tmp_path):
+    examples = load(tmp_path, [{"input_ids": [5, 6, 7], "labels": [-100, 9, 7]}])
+    assert [[part.tolist() for part in example] for example in examples] == [
+        [[5, 6, 7], [-100, 9, 7]]
+    ]
+
+
 def test_the_first_token_is_never_learned(tmp_path):
     examples = load(tmp_path, [tokens(0, 3)])
     assert examples[0][1].tolist() == [-100, 11, 12]
@@ -61,7 +68,7 @@ def test_long_examples_are_cut_and_those_without_label_dropped(tmp_path):
 def test_nothing_left_to_learn_is_an_error(tmp_path):
     with pytest.raises(DataError) as caught:
         load(tmp_path, [tokens(4, 2), tokens(5, 1), tokens(0, 1)], max_seq_length=4)
-    assert str(caught.value) == (
+    assert caught.value.as_options() == (
         f"--data_path {tmp_path}/d.jsonl leaves nothing to learn: none of its 3 examples has a "
         "label within --max_seq_length 4 tokens"
     )
@@ -70,7 +77,7 @@ def test_nothing_left_to_learn_is_an_error(tmp_path):
 def test_a_record_of_another_format_is_named(tmp_path):
     with pytest.raises(DataError) as caught:
         load(tmp_path, [{"instruction": "a", "output": "b"}, {"output": "### Response: b"}])
-    assert str(caught.value) == (
+    assert caught.value.as_options() == (
         f"{tmp_path}/d.jsonl:2: no column instruction, but the first record has instruction and "
         "output"
     )
@@ -79,7 +86,7 @@ def test_a_record_of_another_format_is_named(tmp_path):
 def test_text_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
         load(tmp_path, [{"instruction": "a", "output": "b"}])
-    assert str(caught.value) == (
+    assert caught.value.as_options() == (
         f"--data_path {tmp_path}/d.jsonl holds text (instruction and output), but the model has "
         "no tokenizer"
     )
@@ -98,7 +105,7 @@ def test_tokens_outside_the_vocabulary_are_refused():
     examples.check_vocabulary(12)
     with pytest.raises(DataError) as caught:
         examples.check_vocabulary(11)
-    assert str(caught.value) == (
+    assert caught.value.as_options() == (
         "the data holds token 11, but the model's vocabulary has 11 tokens (0 to 10)"
     )
 

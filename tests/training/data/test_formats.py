@@ -80,11 +80,6 @@ def test_both_ways_to_write_an_alpaca_record_give_the_same_tokens():
     assert encode({"output": text}, tokenizer) == encode(columns, tokenizer)
 
 
-def test_tokens_are_used_as_they_are():
-    columns = {"input_ids": [5, 6, 7], "labels": [-100, 9, 7]}
-    assert encode(columns, None) == ([5, 6, 7], [-100, 9, 7])
-
-
 def test_the_fuller_description_wins():
     names = {
         "instruction and output": {"instruction": "", "output": "", "text": "", "input": ""},

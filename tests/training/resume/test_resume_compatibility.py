@@ -51,10 +51,10 @@ def check(own=OWN, config=None, world_size=2, step=4):
 def refusal(*args, **kwargs):
     with pytest.raises(ConfigurationError) as caught:
         check(*args, **kwargs)
-    return str(caught.value)
+    return caught.value.as_options()
 
 
-def test_same_run_goes_on_also_when_it_is_done():
+def test_same_run_is_resumed_also_when_it_is_done():
     assert OWN.global_batch == 12
     check()
     check(step=10)
@@ -63,52 +63,53 @@ def test_same_run_goes_on_also_when_it_is_done():
 @pytest.mark.parametrize(
     ("world_size", "batch", "accumulation"), [(1, 12, 1), (2, 6, 1), (3, 1, 4), (12, 1, 1)]
 )
-def test_same_global_batch_on_other_ranks_goes_on(world_size, batch, accumulation):
+def test_same_global_batch_on_other_ranks_is_resumed(world_size, batch, accumulation):
     config = parse(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     check(describe(config, world_size), config, world_size)
 
 
 def test_another_global_batch_is_refused_with_one_that_fits():
     assert refusal(describe(parse(), 4), parse(), 4) == (
-        "4 processes x --per_device_train_batch_size 2 x --gradient_accumulation_steps 3 make "
-        "steps of 24 examples, but the checkpoint to resume has steps of 12; with 4 processes "
+        "4 processes x --per_device_train_batch_size 2 x --gradient_accumulation_steps 3 give "
+        "steps of 24 examples, but the checkpoint to resume from has steps of 12; with 4 processes "
         "their product must be 3, for example --per_device_train_batch_size 3 "
-        "--gradient_accumulation_steps 1."
+        "and --gradient_accumulation_steps 1."
     )
     assert refusal(describe(parse(), 5), parse(), 5).endswith(
-        "steps of 30 examples, but the checkpoint to resume has steps of 12; 5 processes cannot "
-        "share it evenly."
+        "steps of 30 examples, but the checkpoint to resume from has steps of 12; 5 processes "
+        "cannot share it evenly."
     )
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"seed": 7}, "--seed is 7, but the checkpoint to resume has 42."),
-        ({"shuffle": False}, "--shuffle is False, but the checkpoint to resume has True."),
+        ({"seed": 7}, "--seed is 7, but the checkpoint to resume from has 42."),
+        ({"shuffle": False}, "--shuffle is False, but the checkpoint to resume from has True."),
         (
             {"num_examples": 31},
-            "the number of examples in --data_path is 31, but the checkpoint to resume has 30.",
+            "the number of examples in --data_path is 31, but the checkpoint to resume from has "
+            "30.",
         ),
         (
             {"data_sha256": "0" * 64},
             "--data_path or --max_seq_length has changed: the checksum of its tokens is "
-            f"{'0' * 40}, but the checkpoint to resume has {OWN.data_sha256[:40]}.",
+            f"{'0' * 40}, but the checkpoint to resume from has {OWN.data_sha256[:40]}.",
         ),
         (
             {"model_type": "mixtral"},
-            "--model_name_or_path is a model of type mixtral, but the checkpoint to resume has "
-            "olmoe.",
+            "--model_name_or_path is a model of type mixtral, but the checkpoint to resume from "
+            "has olmoe.",
         ),
         (
             {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
-            "--use_lora, --lora_r and --lora_alpha make the adapters r 4, target_modules q_proj "
-            "v_proj, but the checkpoint to resume has None.",
+            "--use_lora, --lora_r and --lora_alpha give the adapters r 4, target_modules q_proj "
+            "v_proj, but the checkpoint to resume from has None.",
         ),
         (
             {"dtypes": {"weights": "bfloat16", "optim": "float32"}},
-            "--precision makes the dtypes weights bfloat16, optim float32, but the checkpoint to "
-            f"resume has weights {OWN.dtypes['weights']}, optim {OWN.dtypes['optim']}.",
+            "--precision gives the dtypes weights bfloat16, optim float32, but the checkpoint to "
+            f"resume from has weights {OWN.dtypes['weights']}, optim {OWN.dtypes['optim']}.",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -125,7 +126,8 @@ def test_every_fact_is_compared(name):
 
 def test_checkpoint_beyond_the_last_step_is_refused():
     assert refusal(step=11) == (
-        "--max_steps or --num_train_epochs make 10 steps, but the checkpoint to resume has 11 done."
+        "--max_steps or --num_train_epochs give 10 steps, but the checkpoint to resume from has "
+        "done 11."
     )
 
 

@@ -1,0 +1,1 @@
+"""A training step: ours against transformers' own expert parallelism."""

@@ -1,0 +1,1 @@
+"""LoRA on experts: ours against PEFT's."""

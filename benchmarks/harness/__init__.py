@@ -1,0 +1,1 @@
+"""What every benchmark shares: cases, contenders, timing, memory, records and reports."""

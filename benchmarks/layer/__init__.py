@@ -1,1 +1,0 @@
-"""Parts of the benchmark of one MoE layer (`benchmarks.moe_layer`)."""

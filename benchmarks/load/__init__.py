@@ -1,0 +1,1 @@
+"""Loading a model: ours against transformers' own ways."""

@@ -1,0 +1,1 @@
+"""One MoE layer: our kernels against those of others."""

@@ -1,0 +1,1 @@
+"""The benchmark table: published, predicted and measured, side by side."""

@@ -1,1 +1,0 @@
-"""The parts of the benchmark table: rows, runs, predictions, report."""

@@ -1,0 +1,39 @@
+"""Which model is trained, and on which examples. Torch-free."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from megablocks_utils.config.option import Option
+
+__all__ = ["DataConfig", "ModelConfig"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Say which model is fine-tuned."""
+
+    model_name_or_path: Annotated[
+        str, Option("model to fine-tune: Hub name or local folder", metavar="MODEL")
+    ] = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+    truncate_model_for_debug: Annotated[bool, Option("keep the first two layers only")] = False
+
+    @property
+    def truncate_layers(self) -> int | None:
+        """Decoder layers that are kept, the first ones; None keeps all."""
+        return 2 if self.truncate_model_for_debug else None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Say which examples are learned, and in which order."""
+
+    data_path: Annotated[
+        str, Option("local .json, .jsonl or .parquet file, or a Hub dataset name", metavar="DATA")
+    ] = "data/alpaca_sample.json"
+    max_seq_length: Annotated[
+        int,
+        Option("tokens of an example; longer ones are cut, and counted in the log", minimum=2),
+    ] = 4096
+    shuffle: Annotated[
+        bool, Option("shuffle the examples in every epoch; False keeps the order of the file")
+    ] = True

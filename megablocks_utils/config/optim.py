@@ -1,0 +1,78 @@
+"""How a step is made and how many there are. Torch-free."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from megablocks_utils.config.option import Option
+
+__all__ = ["OptimConfig"]
+
+_SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Say how a step is made and how many there are; names and meanings are Hugging Face's.
+
+    Attributes:
+        learning_rate: Peak of the schedule.
+        lr_scheduler_type: Name for `transformers.get_scheduler`.
+        warmup_steps: Whole steps, or below 1 the share of all steps.
+        weight_decay: AdamW's, not applied to biases and norms.
+        max_grad_norm: Global norm to clip to; 0 means no clipping.
+        num_train_epochs: Passes over the data where `max_steps` is -1.
+        max_steps: Optimizer steps, or -1.
+        per_device_train_batch_size: Examples of a micro-batch of one rank.
+        gradient_accumulation_steps: Micro-batches of a step.
+        sync_each_batch: Whether gradients are reduced after every micro-batch; the parsers fill in
+            True without LoRA and False with it, None only in a config built directly.
+    """
+
+    learning_rate: Annotated[float, Option("peak learning rate of AdamW", minimum=0)] = 5e-5
+    lr_scheduler_type: Annotated[
+        str, Option("schedule of the learning rate", choices=_SCHEDULES)
+    ] = "linear"
+    warmup_steps: Annotated[
+        float,
+        Option(
+            "optimizer steps over which the learning rate rises from 0; below 1: that share of all "
+            "steps",
+            minimum=0,
+        ),
+    ] = 0
+    weight_decay: Annotated[
+        float, Option("weight decay of AdamW; biases and norms are left out", minimum=0)
+    ] = 0.0
+    max_grad_norm: Annotated[
+        float,
+        Option("global gradient norm above which gradients are scaled down; 0: never", minimum=0),
+    ] = 1.0
+    num_train_epochs: Annotated[float, Option("passes over the data", above=0)] = 3.0
+    max_steps: Annotated[
+        int,
+        Option(
+            "optimizer steps of the run, instead of --num_train_epochs; -1: not set", minimum=-1
+        ),
+    ] = -1
+    per_device_train_batch_size: Annotated[
+        int, Option("examples of a micro-batch of one process", minimum=1)
+    ] = 8
+    gradient_accumulation_steps: Annotated[
+        int, Option("micro-batches of an optimizer step", minimum=1)
+    ] = 1
+    sync_each_batch: Annotated[
+        bool | None,
+        Option(
+            "reduce gradients after every micro-batch of a step: costs communication, but waiting "
+            "keeps whole unsharded gradients in memory",
+            shown_default="True without LoRA, False with LoRA",
+        ),
+    ] = None

@@ -1,0 +1,103 @@
+"""How the experts are spread over processes, and what runs them. Torch-free."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from megablocks_utils.config.backends import AUTO, KERNEL_CHOICES
+from megablocks_utils.config.option import Option
+from megablocks_utils.config.values import join_words
+from megablocks_utils.errors import ConfigurationError
+
+__all__ = ["ParallelConfig", "check_ep_size", "legal_ep_sizes"]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Say how experts are spread and run.
+
+    Attributes:
+        use_megablocks_sharding: Whether expert parallelism is on.
+        ep_size: Ranks that one copy of the experts is split over; None: the world size.
+        expert_dp: "shard" or "replicate"; the parsers fill in the entry point's own (see
+            `RunConfig.entry_point`), None only in a config built directly.
+        kernel: Backend that runs the experts, or "auto".
+        verify_kernel: Whether it is compared with "eager" before the first step.
+    """
+
+    use_megablocks_sharding: Annotated[
+        bool,
+        Option(
+            "expert parallelism: every process holds some of the experts, and tokens are sent to "
+            "theirs"
+        ),
+    ] = False
+    ep_size: Annotated[
+        int | None,
+        Option(
+            "processes that one copy of the experts is split over; must divide the number of "
+            "processes and the number of experts",
+            aliases=("expert_degree",),
+            minimum=1,
+            shown_default="the number of processes",
+        ),
+    ] = None
+    expert_dp: Annotated[
+        str | None,
+        Option(
+            "what processes with the same experts do: shard them (memory 1/world) or replicate "
+            "them (copies whose gradients are summed; the only way of FSDP1)",
+            choices=("shard", "replicate"),
+            shown_default="shard with FSDP2, replicate with FSDP1",
+        ),
+    ] = None
+    kernel: Annotated[
+        str,
+        Option(
+            "how a process runs its experts; auto: on a GPU the fastest that was measured (see "
+            "megablocks_utils.tune), else torch's grouped_mm; triton: this project's kernels; "
+            "scattermoe and megablocks are packages to install, without adapters on experts",
+            choices=KERNEL_CHOICES,
+        ),
+    ] = AUTO
+    verify_kernel: Annotated[
+        bool,
+        Option(
+            "before the first step, compare the kernel with eager on the model's own weights, and "
+            "train nothing if it is off by more than twice what rounding explains"
+        ),
+    ] = True
+
+
+def legal_ep_sizes(world_size: int, num_experts: int | None = None) -> list[int]:
+    """List every ep_size that divides the world size and, where it is known, the experts."""
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    return [size for size in sizes if num_experts is None or num_experts % size == 0]
+
+
+def check_ep_size(
+    ep_size: int, *, world_size: int | None = None, num_experts: int | None = None, note: str = ""
+) -> None:
+    """Refuse an ep_size that does not divide the processes or the experts.
+
+    Args:
+        ep_size: Ranks that one copy of the experts is split over.
+        world_size: Processes of the run; None where there is no run.
+        num_experts: Experts of a layer of the model; None while it is not known yet.
+        note: What is said beside the value, such as where it comes from.
+
+    Raises:
+        ConfigurationError: with the numbers, and the ep sizes that would work.
+    """
+    processes = "process" if world_size == 1 else "processes"
+    counts = {
+        f"the {world_size} {processes} of this run": world_size,
+        f"the {num_experts} experts of this model": num_experts,
+    }
+    for name, count in counts.items():
+        if count is None or (ep_size >= 1 and count % ep_size == 0):
+            continue
+        would = join_words(legal_ep_sizes(world_size or count, num_experts), "and")
+        raise ConfigurationError(
+            f"ep_size is {ep_size}{note}, but it must divide {name}; {would} would work.",
+            parameters=("ep_size",),
+        )

@@ -1,0 +1,80 @@
+"""A run's options as a file that `--config` reads back. Torch-free."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megablocks_utils.config.command import Command
+from megablocks_utils.config.entry_points import SCRIPTS
+from megablocks_utils.config.given import GivenOption
+from megablocks_utils.config.run_config import OPTIONS, RunConfig
+from megablocks_utils.config.yaml_file import format_options_file
+from megablocks_utils.errors import ConfigurationError
+
+__all__ = ["format_config", "format_record", "read_recorded_options"]
+
+
+def format_config(config: RunConfig, leftovers: tuple[GivenOption, ...] = ()) -> str:
+    """Return a configuration as YAML that `--config` reads back to an equal one.
+
+    Args:
+        config: The run.
+        leftovers: Options that FSDP1 hands to TrainingArguments.
+    """
+    passed_on = {
+        given.name: given.values[0] if len(given.values) == 1 else given.values or "True"
+        for given in leftovers
+        if not given.is_null
+    }
+    return format_record(asdict(config)) + format_options_file(passed_on)
+
+
+def format_record(record: Mapping[str, Any]) -> str:
+    """Return the `options` of a run.json as YAML that `--config` reads back.
+
+    Args:
+        record: `dataclasses.asdict` of a configuration.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= value if isinstance(value, Mapping) else {name: value}
+    values = {
+        option.name: _as_given(flat[option.name], option.translation)
+        for option in OPTIONS
+        if option.name in flat
+    }
+    # Refused beside --use_megablocks_sharding False, where it means nothing.
+    if not flat.get("use_megablocks_sharding"):
+        values["expert_dp"] = None
+    script: Command = SCRIPTS[record["entry_point"]]
+    return f"# {script.usage[0].split()[0]} --config\n" + format_options_file(values)
+
+
+def read_recorded_options(path: Path) -> dict[str, Any]:
+    """Read the `options` of a run.json.
+
+    Raises:
+        ConfigurationError: a file that cannot be read or holds no options.
+    """
+    wanted = "it must be the run.json of a run"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(
+            f"--run is {path}, but it cannot be read ({error.strerror}); {wanted}."
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"--run is {path}, but that is no JSON; {wanted}.") from error
+    options = record.get("options") if isinstance(record, dict) else None
+    if not isinstance(options, dict) or options.get("entry_point") not in SCRIPTS:
+        raise ConfigurationError(f"--run is {path}, but it holds no options of a run; {wanted}.")
+    return options
+
+
+def _as_given(value: object, translation: Mapping[str, str]) -> object:
+    """Return the word that an option is given as, for a value of the configuration."""
+    if isinstance(value, list | tuple):
+        return tuple(value) or ("none",)
+    return {meaning: word for word, meaning in translation.items()}.get(str(value), value)

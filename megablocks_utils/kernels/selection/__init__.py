@@ -1,0 +1,1 @@
+"""Which backend runs the experts: by name, or `auto` by what was measured; one for all ranks."""

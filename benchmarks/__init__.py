@@ -1,1 +1,1 @@
-"""Measurements with birth certificates; run as `PYTHONPATH=. python -m benchmarks.NAME`."""
+"""Measurements with their provenance; run as `PYTHONPATH=. python -m benchmarks.NAME`."""

@@ -117,7 +117,7 @@ def measure(request: str) -> int:
         device=torch.device("cpu"),
         is_real=True,
         on_wrapped=lambda: held.update(base=_read("VmRSS")),
-        on_ready=lambda: RESET.write_text(RESET_PEAK),
+        on_ready=_reset_peak,
     )
     return _read("VmHWM") - held["base"]
 
@@ -180,6 +180,10 @@ def main(argv: Sequence[str]) -> None:
             sys.stdout.flush()
     certificate = build_provenance("benchmarks.plan_accuracy", argv, n=options.rounds)
     write_json_atomically(options.output, certificate | {"config": CONFIG, "rows": rows})
+
+
+def _reset_peak() -> None:
+    RESET.write_text(RESET_PEAK)
 
 
 def _read(field: str) -> int:

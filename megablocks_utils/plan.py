@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.config import check_world
 from megablocks_utils.config.given import CommandLine
 from megablocks_utils.config.reader import choose_model
@@ -23,7 +24,6 @@ from megablocks_utils.planning.model.config_file import (
     read_config_file,
 )
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.units import GIB
 from megablocks_utils.planning.plan_arguments import PlanArguments
 from megablocks_utils.planning.plan_options import (
     PlanOptions,

@@ -38,7 +38,7 @@ def build_contender(
         else:
             key, _ = in_peft_form(name, parameter)
             trained[key] = parameter
-            to_common[key] = lambda gradient, name=name: in_peft_form(name, gradient)[1]
+            to_common[key] = _form_of(name)
     return Contender(
         forward,
         {f"gradient of {name}": tensor for name, tensor in inputs.items()},
@@ -86,3 +86,7 @@ def build_lora_config(
         target_modules=modules or [],
         target_parameters=[f"{place}.{name}" for name in PROJECTIONS],
     )
+
+
+def _form_of(name: str) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: in_peft_form(name, tensor)[1]

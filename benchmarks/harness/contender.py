@@ -1,4 +1,4 @@
-"""One way to do the work of a case, in a form that is checked and measured whoever made it."""
+"""One way to do the work of a case, in one form for everybody's code."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -13,7 +13,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], num_le
     Args:
         columns: their heads.
         rows: of cells.
-        num_left: so many columns are aligned left, the others right.
+        num_left: number of columns that are aligned left; the others are aligned right.
     """
     marks = ["---" if place < num_left else "---:" for place in range(len(columns))]
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(marks)}|"]

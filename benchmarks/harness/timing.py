@@ -37,8 +37,8 @@ def take_turns(
         steps: of the contenders by name; each is warmed up with two.
         device: that is waited for at the ends of a turn.
         rounds: turns of each contender.
-        least_turn_s: a turn has so many steps, the same for all contenders, that the fastest takes
-            about this long.
+        least_turn_s: seconds of a turn of the fastest contender, at least; all contenders take the
+            same number of steps.
 
     Returns:
         Seconds per step, and the number of steps in a turn.

@@ -89,7 +89,7 @@ def save_data(workload: Workload, path: Path) -> None:
 
 
 def save_equal_examples(path: Path, *, vocab_size: int, tokens: int, count: int) -> None:
-    """Write tokenized examples of exactly so many tokens, all of them labels."""
+    """Write `count` examples of exactly `tokens` tokens, all of them labels."""
     _save_random_tokens(path, np.random.default_rng(0), [tokens] * count, vocab_size, 0.0)
 
 

@@ -30,8 +30,15 @@ from benchmarks.harness.report import fill_in, show
 from benchmarks.moe_layer.cases import GPU_SHAPES, MODES, ROUTINGS, TINY, order_cases
 from benchmarks.moe_layer.check import describe_check
 from benchmarks.moe_layer.contenders import CONTENDERS
-from benchmarks.moe_layer.cpu_run import CPU_PLAN, DESCRIPTION, QUICK_CPU_PLAN, measure_cpu_case
-from benchmarks.moe_layer.measure import QUICK, Effort, describe_memory
+from benchmarks.moe_layer.measure import (
+    CPU_METHOD,
+    CPU_PLAN,
+    QUICK,
+    QUICK_CPU_PLAN,
+    Effort,
+    describe_memory,
+    measure_cpu_case,
+)
 from benchmarks.moe_layer.processes import Selection, run_contenders, work
 from benchmarks.moe_layer.report import build_report
 
@@ -82,7 +89,7 @@ def _work(options: argparse.Namespace) -> None:
 
 def _measure_cpu(argv: list[str], options: argparse.Namespace, path: Path) -> None:
     plan = QUICK_CPU_PLAN if options.quick else CPU_PLAN
-    settings = {"threads": torch.get_num_threads(), "plan": asdict(plan), "method": DESCRIPTION}
+    settings = {"threads": torch.get_num_threads(), "plan": asdict(plan), "method": CPU_METHOD}
     record = Record(path, build_provenance(MODULE, argv, **settings))
     with single_process(torch.device("cpu")):
         for case in plan.cases():

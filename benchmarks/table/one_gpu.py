@@ -78,7 +78,7 @@ def main(argv: list[str], source: TextIO = sys.stdin, answer: TextIO = sys.stdou
     """
     folder, layout, run = read_request(source.read())
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    warnings.simplefilter("ignore")  # of libraries, about a process that nobody has launched
+    warnings.simplefilter("ignore")  # of libraries, about a process without a launcher
     logging.disable(logging.WARNING)
 
     import torch

@@ -27,8 +27,8 @@ class _Words:
     one_gpu: Annotated[
         bool,
         Option(
-            f"memory on one GPU: rank 0 of an imaginary {PUBLISHED_RANKS}, with real tensors and "
-            "kernels"
+            f"memory on one GPU: rank 0 of {PUBLISHED_RANKS}, the others fake, with real tensors "
+            "and kernels"
         ),
     ] = False
     cpu: Annotated[

@@ -79,7 +79,7 @@ class Row:
     notes: tuple[str, ...] = ()
 
     def ep_size(self, ranks: int) -> int:
-        """Return the ep_size on so many ranks; 1 is no expert parallelism."""
+        """Return the ep_size on this number of ranks; 1 is no expert parallelism."""
         return ranks // self.ep_share if self.ep_share else 1
 
     def title(self, ranks: int, kernel: str | None = None) -> str:

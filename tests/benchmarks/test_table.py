@@ -15,12 +15,13 @@ from benchmarks.harness.processes import as_words
 from benchmarks.harness.workload import build_config, save_equal_examples, save_model
 from benchmarks.table import __main__ as table
 from benchmarks.table import bench as bench_module
-from benchmarks.table import modes, runs
+from benchmarks.table import modes
 from benchmarks.table.bench import CPU_SIZES, build_bench, read_published_model
 from benchmarks.table.options import parse_options
 from benchmarks.table.rows import ROWS
 from benchmarks.table.runs import find_unsupported_reason, read_run, take_rounds
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.kernels.backends.backend import Backend
 from megablocks_utils.planning.model.model_shape import ModelShape
 from tests.benchmarks.table_programs import OOM as OOM_MESSAGE
 from tests.support.rank_pool import start_forkserver
@@ -116,7 +117,7 @@ def test_bad_options_are_one_sentence(words, sentence):
 
 def test_help_and_bad_options_need_no_torch():
     code = (
-        "import sys\nfrom benchmarks import table\n"
+        "import sys\nfrom benchmarks.table import __main__ as table\n"
         "from megablocks_utils.config.reader import HelpRequested\n"
         "from megablocks_utils.errors import UserError\nfor words in (['--help'], ['--no']):\n"
         "    try:\n        table.main(words)\n    except (HelpRequested, UserError):\n"
@@ -188,11 +189,11 @@ def test_a_run_without_a_message_still_has_its_exit_code():
 def test_a_missing_package_is_a_row_with_the_line_that_installs_it(monkeypatch, kernel):
     bench = build_bench(parse_options(["--plan"]))
     row = BY_NAME["attn-ep4" if kernel == "megablocks" else "attn-ep4-scattermoe"]
-    monkeypatch.setattr(runs, f"is_{kernel}_installed", lambda: False)
+    monkeypatch.setattr(Backend, "is_installed", lambda backend: backend.name != kernel)
     unsupported_reason = find_unsupported_reason(row, bench)
     assert unsupported_reason["status"] == "not installed"
     assert unsupported_reason["reason"].startswith(f"{kernel} is not installed; install it with: ")
-    monkeypatch.setattr(runs, f"is_{kernel}_installed", lambda: True)
+    monkeypatch.setattr(Backend, "is_installed", lambda backend: True)
     assert find_unsupported_reason(row, bench) is None
 
 

@@ -44,14 +44,21 @@ def test_mesh_sizes(world_size, ep_size, num_experts, wanted):
     assert compute_mesh_sizes(world_size, ep_size, num_experts) == wanted
 
 
-@pytest.mark.parametrize("ep_size", [0, 3, 8])  # nothing; not the world; the world, not the experts
-def test_sizes_that_do_not_divide_are_refused_with_those_that_do(ep_size):
+@pytest.mark.parametrize(
+    ("ep_size", "what"),
+    [
+        (0, "8 processes of this run"),
+        (3, "8 processes of this run"),
+        (8, "4 experts of this model"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(ep_size, what):
     with pytest.raises(ConfigurationError) as refusal:
         compute_mesh_sizes(world_size=8, ep_size=ep_size, num_experts=4)
-    whom = "4 experts of this model" if ep_size == 8 else "8 processes of this run"
     assert str(refusal.value) == (
-        f"ep_size is {ep_size}, but it must divide the {whom}; 1, 2 and 4 would work."
+        f"ep_size is {ep_size}, but it must divide the {what}; 1, 2 and 4 would work."
     )
+    assert refusal.value.parameters == ("ep_size",)
 
 
 @pytest.fixture(scope="module")

@@ -90,8 +90,8 @@ def test_both_numbers_come_back(tmp_path, capsys):
         "ep_size 4, expert_dp shard",
     ]
     assert [len(run["micro_step_s"]) for run in record["runs"]] == [3, 3]
-    assert record["certificate"]["runs"][0]["commit"] == "c0ffee"
-    assert record["certificate"]["runs"][1]["command"] == shlex.join(runs.commands[1][-3:])
+    assert record["provenance"]["runs"][0]["commit"] == "c0ffee"
+    assert record["provenance"]["runs"][1]["command"] == shlex.join(runs.commands[1][-3:])
     shown = capsys.readouterr().out
     assert "200 GB/s a rank and 0.25 s a micro-step besides" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["node.json"]
@@ -164,6 +164,13 @@ REFUSALS = {
 def test_refusals(line):
     runs = PlantedRuns()
     assert refusal(line.split(), runs) == REFUSALS[line]
+    assert runs.commands == []
+
+
+def test_an_installed_package_has_no_script_to_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("megablocks_utils.planning.calibrate._SCRIPT", tmp_path / "train.py")
+    runs = PlantedRuns()
+    assert "train.py, which is not installed with the package" in refusal(words(tmp_path), runs)
     assert runs.commands == []
 
 

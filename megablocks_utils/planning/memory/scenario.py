@@ -14,7 +14,6 @@ from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRu
 __all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
 
 DEFAULT_IMBALANCE = 1.25
-_TRUNCATED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def read_shape(config: RunConfig, model_config: Mapping[str, Any]) -> ModelShape
         ConfigurationError: a family that is not known, or a value with which there is no model.
     """
     settings = dict(model_config)
-    layers = settings.get("num_hidden_layers")
-    if config.model.truncate_model_for_debug and isinstance(layers, int):
-        settings["num_hidden_layers"] = min(_TRUNCATED_LAYERS, layers)
+    layers, kept = settings.get("num_hidden_layers"), config.model.truncate_layers
+    if kept is not None and isinstance(layers, int):
+        settings["num_hidden_layers"] = min(kept, layers)
     return ModelShape.from_config(settings)

@@ -23,6 +23,7 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-model
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 bench: $(VENV)/.installed-run $(VENV)/.installed-model
 	PYTHONPATH=. $(PY) -m benchmarks.end_to_end

@@ -9,7 +9,7 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_known_args
-from megablocks_utils.config.reader import GivenOption
+from megablocks_utils.config.given import GivenOption
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir

@@ -117,7 +117,7 @@ def measure(request: str) -> int:
         device=torch.device("cpu"),
         is_real=True,
         on_wrapped=lambda: held.update(base=_read("VmRSS")),
-        on_ready=lambda: RESET.write_text(RESET_PEAK),
+        on_ready=_reset_peak,
     )
     return _read("VmHWM") - held["base"]
 
@@ -153,7 +153,7 @@ def build_row(case: Case, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """Return a line of the Markdown table in docs/planning.md."""
+    """Return a line of the Markdown table in `benchmarks/results/plan_accuracy_cpu.md`."""
     measured = row["measured_bytes"]
     cells = [
         row["case"],
@@ -180,6 +180,10 @@ def main(argv: Sequence[str]) -> None:
             sys.stdout.flush()
     certificate = build_provenance("benchmarks.plan_accuracy", argv, n=options.rounds)
     write_json_atomically(options.output, certificate | {"config": CONFIG, "rows": rows})
+
+
+def _reset_peak() -> None:
+    RESET.write_text(RESET_PEAK)
 
 
 def _read(field: str) -> int:

@@ -22,6 +22,7 @@ from benchmarks.harness.outcome import explain
 from benchmarks.harness.provenance import RESULTS, ROOT, build_provenance
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.report import markdown_table, show
+from megablocks_utils.byte_units import GIB
 
 RESULT = RESULTS / "precision_cpu.json"
 PRECISIONS = ("fp32", "mixed", "bf16_sr", "bf16")
@@ -115,7 +116,7 @@ def write_table(result: dict) -> str:
     for precision in PRECISIONS:
         rows = [row for row in result["rows"] if row["precision"] == precision]
         falls = [row["fall"] for row in rows]
-        peak_gib = max(row["mem_peak_bytes"] for row in rows) / 1024**3
+        peak_gib = max(row["mem_peak_bytes"] for row in rows) / GIB
         lines.append(
             (
                 f"`{precision}`",

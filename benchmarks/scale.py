@@ -7,8 +7,8 @@ Nothing is measured: the formulas of `megablocks_utils.plan` answer in seconds.
 
 from pathlib import Path
 
+from megablocks_utils.byte_units import GB
 from megablocks_utils.plan import build_request
-from megablocks_utils.planning.model.units import GB
 from megablocks_utils.planning.plan_options import parse_plan_options
 from megablocks_utils.planning.report.scale_chart import draw_scale
 from megablocks_utils.planning.speed.layout_plan import PlanRequest

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the result depends on; saved beside it, and compared by the next run."""
+    """Return what the result depends on; saved with it, and compared by the next run."""
     chosen = {name: value for name, value in vars(options).items() if name != "output"}
     return {"recipe": RECIPE, PACKAGE: importlib.metadata.version(PACKAGE), **chosen}
 
@@ -261,7 +261,7 @@ def save(state: dict[str, "torch.Tensor"], config: "MixtralConfig", folder: Path
 def prepare(options: argparse.Namespace) -> None:
     """Build the model unless it is there.
 
-    It is written into a folder beside ``--output`` and renamed when complete, so that an
+    It is written into a folder next to ``--output`` and renamed when complete, so that an
     interrupted run leaves no half model under that name.
     """
     if not 1 <= options.top_k <= options.experts:
@@ -277,12 +277,12 @@ def prepare(options: argparse.Namespace) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         prefix=f".{options.output.name}-", dir=options.output.parent
-    ) as beside:
-        folder = Path(beside) / "model"
+    ) as workspace:
+        folder = Path(workspace) / "model"
         build_model(gguf_path, options, folder)
         (folder / MANIFEST).write_text(json.dumps(description, indent=2) + "\n")
         if options.output.exists():
-            shutil.move(options.output, Path(beside) / "replaced")
+            shutil.move(options.output, Path(workspace) / "replaced")
         folder.rename(options.output)
     say(f"{options.output}: built")
 

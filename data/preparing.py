@@ -31,11 +31,11 @@ def find_package(module: str, install: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside ``path`` and rename, so that the file is whole or absent."""
+    """Write a temporary file and rename it, so that the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def say(text: str, *, is_error: bool = False) -> None:

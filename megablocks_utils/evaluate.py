@@ -148,12 +148,14 @@ def greedy_answer(
 ) -> str:
     """Return the model's answer to an instruction in Alpaca's prompt, decoded greedily."""
     import torch
+    from transformers import GenerationMixin
 
     from megablocks_utils.training.data.formats import alpaca_prompt
 
+    assert isinstance(model, GenerationMixin)
     inputs = tokenizer(alpaca_prompt(instruction), return_tensors="pt").to(model.device)
     with torch.no_grad():
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]  # its annotated self is for another checker
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -15,6 +15,7 @@ from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
     check_output,
@@ -31,7 +32,7 @@ __all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
 
 # Files of the base that belong to the model as much as its weights do.
 COMPANIONS = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
+    *(MODEL_CONFIG_NAME, GENERATION_CONFIG_NAME, "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model"),
 )
 

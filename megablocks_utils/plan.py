@@ -10,8 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.config import check_world
-from megablocks_utils.config.reader import CommandLine, choose_model
+from megablocks_utils.config.given import CommandLine
+from megablocks_utils.config.reader import choose_model
 from megablocks_utils.config.record import format_config, format_record, read_recorded_options
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import write_json_atomically
@@ -22,9 +24,8 @@ from megablocks_utils.planning.model.config_file import (
     read_config_file,
 )
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.units import GIB
+from megablocks_utils.planning.plan_arguments import PlanArguments
 from megablocks_utils.planning.plan_options import (
-    PlanArguments,
     PlanOptions,
     build_plan_options,
     read_arguments,

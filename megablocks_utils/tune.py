@@ -16,6 +16,7 @@ from megablocks_utils.config.parallel import check_ep_size
 from megablocks_utils.config.precision import DTYPES
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
@@ -169,10 +170,12 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     from megablocks_utils.kernels.shapes import find_dtype
     from megablocks_utils.shard_moe_utils import find_expert_modules
 
-    folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=("config.json",))
+    folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=(MODEL_CONFIG_NAME,))
     model = build_model_on_meta(folder)
     experts = next(iter(find_expert_modules(model).values()))
-    check_ep_size(options.ep_size, num_experts=int(experts.num_experts))
+    num_experts = experts.num_experts
+    assert isinstance(num_experts, int)
+    check_ep_size(options.ep_size, num_experts=num_experts)
     mode = EXPERT_MODES[options.use_lora]
     use = ExpertUse("cuda", find_dtype(options.dtype), mode, options.tokens)
     return use.shapes(model, experts, options.ep_size)

@@ -1,5 +1,6 @@
 """Fixtures every test can use."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,12 @@ def pytest_configure() -> None:
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what collecting the tests has imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,17 @@
 """Held-out loss against transformers' own, and the command line on a tiny saved model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from megablocks_utils.training import evaluate
+from megablocks_utils import evaluate
+from megablocks_utils.config import DataConfig
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.training.data.examples import load_examples
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -37,13 +42,10 @@ def saved(tmp_path_factory):
 
 def test_the_loss_is_the_mean_over_all_label_tokens(saved, capsys):
     folder, path = saved
-    assert evaluate.main([str(folder), "--data_path", str(path)]) == 0
+    evaluate.main([str(folder), "--data_path", str(path)])
     result = json.loads(capsys.readouterr().out)
 
-    class Options:
-        data_path, max_seq_length = str(path), 4096
-
-    examples = load_examples(Options, tiny_tokenizer())
+    examples = load_examples(DataConfig(str(path)), tiny_tokenizer())
     model = MixtralForCausalLM.from_pretrained(folder).eval()
     total = 0.0
     with torch.no_grad():
@@ -58,10 +60,7 @@ def test_the_loss_is_the_mean_over_all_label_tokens(saved, capsys):
 def test_rows_of_any_length_give_the_same_loss(saved, monkeypatch):
     folder, path = saved
 
-    class Options:
-        data_path, max_seq_length = str(path), 4096
-
-    examples = load_examples(Options, tiny_tokenizer())
+    examples = load_examples(DataConfig(str(path)), tiny_tokenizer())
     model = evaluate.load_model(str(folder))
     losses = []
     for tokens in (1, 300, 10**6):
@@ -81,9 +80,9 @@ def test_an_adapter_changes_loss_and_answers(saved, tmp_path, capsys):
             torch.nn.init.normal_(parameter, std=2.0)
     adapted.save_pretrained(tmp_path)
     arguments = [str(folder), "--data_path", str(path), "--ask", "Say it.", "--max_new_tokens", "5"]
-    assert evaluate.main(arguments) == 0
+    evaluate.main(arguments)
     plain = json.loads(capsys.readouterr().out)
-    assert evaluate.main([*arguments, "--adapter", str(tmp_path)]) == 0
+    evaluate.main([*arguments, "--adapter", str(tmp_path)])
     changed = json.loads(capsys.readouterr().out)
     assert abs(changed["loss"] - plain["loss"]) > 1e-3
     assert plain["answers"].keys() == changed["answers"].keys() == {"Say it."}
@@ -92,5 +91,44 @@ def test_an_adapter_changes_loss_and_answers(saved, tmp_path, capsys):
 
 def test_bad_data_ends_with_exit_code_2(saved, capsys):
     folder, _ = saved
-    assert evaluate.main([str(folder), "--data_path", "none.json"]) == 2
+    with pytest.raises(SystemExit) as ended:
+        run_entry_point(evaluate.main, [str(folder), "--data_path", "none.json"])
+    assert ended.value.code == 2
     assert capsys.readouterr().err == "--data_path none.json does not exist\n"
+
+
+def test_options(tmp_path):
+    words = ["m", "--data_path", "d", "--ask", "What, really?", "--ask", "Why?", "Who?"]
+    model, options = evaluate.parse_options(words)
+    assert (model, options.data_path, options.max_new_tokens) == ("m", "d", 48)
+    assert options.ask == ("What, really?", "Why?", "Who?")
+    path = tmp_path / "evaluate.yaml"
+    path.write_text("model_name_or_path: m\ndata_path: d\nask: ['What, really?', Why?, Who?]\n")
+    same, read = evaluate.parse_options(["--config", str(path)])
+    assert (same, read.ask) == (model, options.ask)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("m", "--data_path is not given, but it must be a name or path."),
+        ("--data_path d", "MODEL is not given, but it must be a local folder or a Hub name."),
+        ("m n --data_path d", "two models given: m and n; give one, and options as --name value."),
+        ("m --dataset d", "unknown option --dataset; did you mean --data_path?"),
+        ("m --data_path d --max_new_tokens 0", "--max_new_tokens is 0, but it must be a whole "
+         "number of at least 1."),
+    ],
+)  # fmt: skip
+def test_bad_options_are_one_sentence(line, sentence):
+    with pytest.raises(ConfigurationError) as caught:
+        evaluate.parse_options(line.split())
+    assert str(caught.value) == sentence
+
+
+def test_bad_options_need_no_torch():
+    code = (
+        "import sys; from megablocks_utils import evaluate\n"
+        "try:\n    evaluate.main(['m'])\nexcept Exception as error: print(error)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

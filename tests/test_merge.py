@@ -197,11 +197,12 @@ def test_a_full_disk_is_said_and_leaves_nothing(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "--adapter is not given, but it must be a folder."),
+        ("", "--adapter is not given, but it must be a folder or Hub name."),
         ("--adapter a", "--output is not given, but it must be a folder."),
-        ("--adapter --output b", "--adapter has no value, but it must be a folder or name."),
-        ("--adapter= --output b", "--adapter has no value, but it must be a folder or name."),
-        ("--adapter a --out b", "unknown option --out; did you mean --output?"),
+        ("--adapter --output b", "--adapter has no value, but it must be a folder or Hub name."),
+        ("--adapter= --output b", "--adapter is empty, but it must be a folder or Hub name."),
+        ("--adapter a --adapter c", "--adapter is given twice, as a and as c; give it once."),
+        ("--adapter a --ouput b", "unknown option --ouput; did you mean --output?"),
         ("--model x", "unknown option --model; did you mean --model_name_or_path?"),
         ("a --output b", "a is not an option; write options as --name value."),
     ],
@@ -214,8 +215,16 @@ def test_options_that_are_wrong(words, message):
 
 def test_options_are_read():
     assert parse_options(["--adapter", "a", "--output=b"]) == MergeOptions("a", Path("b"))
-    words = ["--adapter", "a", "--adapter", "c", "--output", "b", "--model-name-or-path=d=e"]
+    words = ["--adapter", "c", "--output", "b", "--model-name-or-path=d=e"]
     assert parse_options(words) == MergeOptions("c", Path("b"), "d=e")
+
+
+def test_options_come_from_a_file_too(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text("adapter: a\noutput: 2026-11-30\n")
+    words = ["--config", str(path)]
+    assert parse_options(words) == MergeOptions("a", Path("2026-11-30"))
+    assert parse_options([*words, "--output", "b"]) == MergeOptions("a", Path("b"))
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
@@ -223,7 +232,7 @@ def test_help_names_every_option(word):
     with pytest.raises(HelpRequested) as request:
         main(["--adapter", "a", word])
     text = str(request.value)
-    for name in merge.NAMES:
+    for name in merge.COMMAND.names:
         assert f"\n  --{name} " in text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -12,7 +13,6 @@ from megablocks_utils.config import parse_args, parse_known_args
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS
-from megablocks_utils.planning.plan_help import HELP
 from megablocks_utils.planning.speed.calibration import (
     TimedRun,
     build_record,
@@ -27,6 +27,17 @@ CONTRACT = f"--gpus 8 --gpu a100-80g --use_lora none {PUBLISHED}"
 """The line of the contract, after MODEL."""
 
 
+def contract(more):
+    """Return the contract's line with some of its options replaced by others."""
+    names = set(re.findall(r"--(\w+)", more))
+    kept = [
+        option
+        for option in re.findall(r"--\w+ \S+", CONTRACT)
+        if option[2:].split()[0] not in names
+    ]
+    return " ".join([*kept, more])
+
+
 def run(line, capsys, model=MIXTRAL.parent):
     """Return exit code, standard output and standard error."""
     try:
@@ -39,7 +50,7 @@ def run(line, capsys, model=MIXTRAL.parent):
 
 
 def test_the_contracts_line_and_file(tmp_path, capsys):
-    code, out, err = run(f"{CONTRACT} --json {tmp_path / 'plan.json'}", capsys)
+    code, out, err = run(contract(f"--json {tmp_path / 'plan.json'}"), capsys)
     assert (code, err) == (0, "")
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["model"] == str(MIXTRAL.parent)
@@ -72,7 +83,7 @@ def test_the_published_rows_are_ranked_right(tmp_path, capsys):
     """871 s with ep 8, 878 with ep 4 and adapters, 3037 and 2137 without (published table)."""
     for method, fast in (("none", [(8, "shard")]), ("attn-only", [(8, "shard"), (4, "replicate")])):
         for length in (210, 256):
-            line = f"{CONTRACT} --use_lora {method} --max_seq_length {length}"
+            line = contract(f"--use_lora {method} --max_seq_length {length}")
             run(f"{line} --json {tmp_path / 'p.json'}", capsys)
             rows = json.loads((tmp_path / "p.json").read_text())["rows"]
             by_layout = {(row["ep_size"], row["expert_dp"]): row for row in rows}
@@ -85,7 +96,7 @@ def test_the_published_rows_are_ranked_right(tmp_path, capsys):
 
 def test_a_model_that_fits_nowhere_ends_with_3(tmp_path, capsys):
     path = tmp_path / "plan.json"
-    code, out, err = run(f"{CONTRACT} --gpu_mem_gib 5 --json {path}", capsys)
+    code, out, err = run(contract(f"--gpu_mem_gib 5 --json {path}"), capsys)
     assert (code, err) == (3, "")
     assert "No row fits" in out and "OOM" in out
     found = json.loads(path.read_text())
@@ -111,7 +122,7 @@ def test_a_bare_config_and_a_family_that_is_not_trained(tmp_path, capsys):
 @pytest.mark.parametrize("entry_point", ["fsdp2", "fsdp1"])
 def test_every_rows_command_is_that_row(entry_point, tmp_path, capsys):
     path = tmp_path / "plan.json"
-    line = f"{CONTRACT} --entry_point {entry_point} --ep_size 4 --seed 7 --json {path}"
+    line = contract(f"--entry_point {entry_point} --ep_size 4 --seed 7 --json {path}")
     assert run(line, capsys)[0] in (0, 3)
     (*_, row) = json.loads(path.read_text())["rows"]
     words = re.split(r"train_\w+\.py ", row["launch"])[1].split()
@@ -127,7 +138,7 @@ def test_every_rows_command_is_that_row(entry_point, tmp_path, capsys):
 @pytest.mark.parametrize("gpus", [1, 2, 3])
 def test_a_part_of_a_node(gpus, tmp_path, capsys):
     path = tmp_path / "plan.json"
-    line = f"{CONTRACT} --gpus {gpus} --json {path}"
+    line = contract(f"--gpus {gpus} --json {path}")
     assert run(line, capsys)[0] in (0, 3)
     rows = json.loads(path.read_text())["rows"]
     assert [row["ep_size"] for row in rows] == [size for size in (1, 2) if gpus % size == 0]
@@ -138,7 +149,7 @@ def test_the_imbalance_is_that_of_the_hottest_rank(tmp_path, capsys):
     """Without it, nothing but what the experts' rows take is less."""
     path, found = tmp_path / "plan.json", {}
     for imbalance in ("1", "2"):
-        line = f"{CONTRACT} --ep_size 8 --max_seq_length 4096 --imbalance {imbalance}"
+        line = contract(f"--ep_size 8 --max_seq_length 4096 --imbalance {imbalance}")
         run(f"{line} --json {path}", capsys)
         found[imbalance] = json.loads(path.read_text())["rows"][0]
     assert found["2"]["peak_bytes"] > found["1"]["peak_bytes"]
@@ -182,11 +193,11 @@ def test_seconds_for_the_measured_workload(tmp_path, capsys):
     assert (calibration.overhead_s, calibration.bytes_per_s) == (0.5, 1e11)
     node, path = tmp_path / "node.json", tmp_path / "plan.json"
     write_json_atomically(node, build_record(calibration, times, {}))
-    run(f"{CONTRACT} --calibration {node} --json {path}", capsys)
+    run(contract(f"--calibration {node} --json {path}"), capsys)
     for row in json.loads(path.read_text())["rows"]:
         sent = sum(row["sent_bytes_per_step"].values())
         assert row["step_s_estimate"] == pytest.approx(16 * 0.5 + sent / 1e11)
-    code, _, err = run(f"{CONTRACT} --calibration {node} --max_seq_length 512", capsys)
+    code, _, err = run(contract(f"--calibration {node} --max_seq_length 512"), capsys)
     assert code == 2
     assert err.startswith(f"--calibration is {node}, but it was measured with max_seq_length 256 ")
 
@@ -205,14 +216,39 @@ def test_check(tmp_path, capsys):
 
 def test_many_numbers_of_gpus(tmp_path, capsys):
     files = f"--json {tmp_path / 'p.json'} --plot {tmp_path / 'p.png'}"
-    code, out, err = run(f"{CONTRACT} --gpus 8..64 {files}", capsys)
+    code, out, err = run(contract(f"--gpus 8..64 {files}"), capsys)
     assert (code, err) == (0, "")
     found = json.loads((tmp_path / "p.json").read_text())
     assert [world["gpus"] for world in found["worlds"]] == [8, 16, 32, 64]
     assert found["dominance"] in " ".join(out.split())
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    code, *_ = run(f"{CONTRACT} --gpus 8..16 --gpu_mem_gib 3", capsys)
+    code, *_ = run(contract("--gpus 8..16 --gpu_mem_gib 3"), capsys)
     assert code == 3
+
+
+@pytest.mark.parametrize("entry_point", ["fsdp2", "fsdp1"])
+def test_printed_options_start_the_same_run(entry_point, tmp_path, capsys):
+    line = "--ep_size 2 --learning_rate 1e-5 --report_to tensorboard --shuffle False"
+    more = " --adam_beta1 0.9" if entry_point == "fsdp1" else ""
+    code, out, err = run(f"{line}{more} --entry_point {entry_point} --print_config", capsys)
+    assert (code, err) == (0, "")
+    path = tmp_path / "run.yaml"
+    path.write_text(out)
+    words = ["--model_name_or_path", str(MIXTRAL.parent), "--use_megablocks_sharding", "True"]
+    wanted, _ = parse_known_args([*words, *line.split()], entry_point=entry_point)
+    found, leftovers = parse_known_args(["--config", str(path)], entry_point=entry_point)
+    assert found == wanted
+    assert [given.words() for given in leftovers] == ([more.split()] if more else [])
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"options": asdict(wanted)}))
+    code, again, _ = run(f"--print_config --run {record}", capsys, model=None)
+    assert (code, again) == (0, out.removesuffix("adam_beta1: '0.9'\n"))
+    code, _, err = run(f"--print_config --run {record} --seed 1", capsys, model=None)
+    assert (code, err) == (2, f"--run is {record}, but options of a run are given beside it; give "
+                           "one of the two.\n")  # fmt: skip
+    path.write_text(f"learning_rate: fast\n{out}")
+    code, _, err = run(contract(f"--config {path}"), capsys, model=None)
+    assert code == 2 and err.startswith(f"{path}:")
 
 
 def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch):
@@ -221,12 +257,13 @@ def test_a_file_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(plan, "write_json_atomically", fail)
     path = tmp_path / "plan.json"
-    code, _, err = run(f"{CONTRACT} --json {path}", capsys)
+    code, _, err = run(contract(f"--json {path}"), capsys)
     assert (code, err) == (2, f"--json is {path}, but it cannot be written (Permission denied).\n")
 
 
 def test_help_and_calibrate_are_reached(capsys):
-    assert run("--help", capsys, model=None) == (0, HELP, "")
+    code, out, err = run("--help", capsys, model=None)
+    assert (code, err) == (0, "") and out.startswith("usage: python -m megablocks_utils.plan ")
     code, out, _ = run("calibrate --help", capsys, model=None)
     assert code == 0 and "--nproc N" in out
 

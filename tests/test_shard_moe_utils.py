@@ -64,18 +64,22 @@ def _refuse(rank, model, arguments):
     [
         (
             {"ep_size": 3},
-            "--ep_size is 3, but it must divide the 2 processes of this run and the 4 experts of a "
-            "layer; these would work: 1, 2.",
+            "ep_size is 3, but it must divide the 2 processes of this run; 1 and 2 would work.",
         ),
         (
             {"ep_size": 2, "kernel": "fast"},
-            "--kernel is fast, but it must be auto, eager, grouped_mm, triton, scattermoe or "
+            "kernel is fast, but it must be auto, eager, grouped_mm, triton, scattermoe or "
             "megablocks.",
         ),
         (
             {"ep_size": 2, "expert_mode": "thawed"},
             "expert_mode is thawed, but it must be full, frozen or lora.",
         ),
+        (
+            {"ep_size": 2, "expert_dp": "copy"},
+            "expert_dp is copy, but it must be shard or replicate.",
+        ),
+        ({"ep_size": 2, "device_type": "gpu"}, "device_type is gpu, but it must be cpu or cuda."),
     ],
 )
 def test_arguments_that_cannot_work(ranks2, arguments, sentence):

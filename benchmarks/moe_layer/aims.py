@@ -7,8 +7,8 @@ from benchmarks.harness.outcome import MEASURED
 from benchmarks.harness.record import Row
 from benchmarks.moe_layer.cases import FULL, GPT_OSS, LORA16, MIXTRAL, QWEN3
 from benchmarks.moe_layer.contenders import BASELINE, OURS, SCATTERMOE, TITLES
+from megablocks_utils.byte_units import GIB
 
-GIB = 2**30
 NUM_TOKENS = 16384
 LARGE = (MIXTRAL, QWEN3, GPT_OSS)
 LEAST_FLOOR_SHARE = {MIXTRAL.name: 0.60, QWEN3.name: 0.50}

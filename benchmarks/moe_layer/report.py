@@ -13,9 +13,9 @@ from benchmarks.moe_layer.aims import cpu_aims, gpu_aims
 from benchmarks.moe_layer.cases import MODES
 from benchmarks.moe_layer.contenders import OURS_GROUPED_MM, TITLES
 from benchmarks.moe_layer.measure import SKIPPED
+from megablocks_utils.byte_units import GIB, MIB
 
 NOTHING_TIMED = "No GPU was at hand: nothing was timed on one."
-_GIB, _MIB = 2**30, 2**20
 _SHAPE_COLUMNS = (
     *("trained", "side", "forward, ms", "and backward, ms", "TFLOP/s", "of peak"),
     *("of floor", "of H100's floor", "saved, GiB", "peak, GiB"),
@@ -130,8 +130,8 @@ def _measured_cells(row: Row) -> list[str]:
         format_spread(row["ms"]["forward_backward"]),
         f"{both['tflops']:.0f}",
         *(f"{share:.0%}" for share in shares),
-        f"{row['saved_bytes'] / _GIB:.2f}",
-        f"{row['peak_bytes'] / _GIB:.2f}",
+        f"{row['saved_bytes'] / GIB:.2f}",
+        f"{row['peak_bytes'] / GIB:.2f}",
     ]
 
 
@@ -161,4 +161,4 @@ def _modes_of(rows: list[Row]) -> list[str]:
 
 def _pair(memory: dict[str, dict[str, int]], key: str, other: str) -> str:
     ours, theirs = memory[OURS_GROUPED_MM][key], memory[other][key]
-    return f"{ours / _MIB:.1f} / {theirs / _MIB:.1f}"
+    return f"{ours / MIB:.1f} / {theirs / MIB:.1f}"

@@ -7,7 +7,7 @@ from benchmarks.harness.outcome import MEASURED, NOT_MEASURED
 from benchmarks.harness.provenance import describe_provenance
 from benchmarks.harness.report import format_spread, markdown_table
 from benchmarks.table.options import CPU, PLAN
-from megablocks_utils.planning.model.units import GB, GIB
+from megablocks_utils.byte_units import GB, GIB
 
 Entry = Mapping[str, Any]
 Column = tuple[str, Callable[[Entry], str]]

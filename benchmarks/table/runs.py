@@ -14,6 +14,7 @@ from benchmarks.harness.outcome import LEFT_OUT, MEASURED, NOT_INSTALLED, Ending
 from benchmarks.harness.timing import in_turn
 from benchmarks.table.bench import Bench
 from benchmarks.table.rows import TRANSFORMERS, Row
+from megablocks_utils.files import METRICS_NAME, RUN_RECORD_NAME
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.training.report.metrics import read_metrics
 
@@ -163,8 +164,8 @@ def read_run(folder: Path, *, warmup_steps: int, accumulation: int, ranks: int) 
         micro-step; `peak_bytes` since the start and `allocated_bytes` after zero_grad, of the rank
         that had most; `first_loss`; `mesh` and `kernel`, as the run had them.
     """
-    steps = read_metrics(folder / "metrics.jsonl")
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    steps = read_metrics(folder / METRICS_NAME)
+    record = json.loads((folder / RUN_RECORD_NAME).read_text(encoding="utf-8"))
     measured = steps[warmup_steps:]
     return {
         "status": MEASURED,

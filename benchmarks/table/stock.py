@@ -18,7 +18,7 @@ import torch
 from benchmarks.end_to_end.contenders import LEARNING_RATE, StockStep
 from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.config import parse_args
-from megablocks_utils.files import write_json_atomically
+from megablocks_utils.files import METRICS_NAME, RUN_RECORD_NAME, write_json_atomically
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
@@ -68,7 +68,7 @@ def _train(stock: StockStep, schedule: Schedule, device: torch.device) -> Iterat
 def _write(argv: list[str], output_dir: Path, schedule: Schedule, steps: list[StepMetrics]) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     totals = RunTotals()
-    with MetricsWriter(output_dir / "metrics.jsonl") as metrics:
+    with MetricsWriter(output_dir / METRICS_NAME) as metrics:
         for step in steps:
             metrics.write(step)
             totals = totals.plus(step)
@@ -80,7 +80,7 @@ def _write(argv: list[str], output_dir: Path, schedule: Schedule, steps: list[St
         kernel={"name": "transformers", "reason": "its own experts"},
         totals=asdict(totals),
     )
-    write_json_atomically(output_dir / "run.json", record)
+    write_json_atomically(output_dir / RUN_RECORD_NAME, record)
 
 
 if __name__ == "__main__":

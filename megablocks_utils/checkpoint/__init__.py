@@ -1,1 +1,1 @@
-"""Where weights come from and go to: safetensors folders, their layouts, load and export."""
+"""Where weights come from and go to: safetensors folders, Hub naming, checkpoints of a run."""

@@ -60,7 +60,7 @@ def without_datasets_bars() -> Iterator[None]:
 
 @contextmanager
 def filter_peft_warnings() -> Iterator[None]:
-    """Make or load PEFT adapters without a warning that is PEFT's to mend.
+    """Make or load a `PeftModel` without a warning that is PEFT's to mend.
 
     PEFT 0.21 (`peft_model.py`, `mixed_model.py`) asks models for `is_gradient_checkpointing`, a
     name that transformers 5.23 has deprecated.

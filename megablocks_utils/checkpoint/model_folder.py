@@ -40,7 +40,7 @@ def export_model(
     """Write weights, configuration and tokenizer to `output_dir`, complete or not at all.
 
     Expert tensors are split into the Hub's keys as they pass, and a tied `lm_head` is left out.
-    Before the next tensor is asked for, the last one has been let go.
+    The last tensor is freed before the next one is asked for.
 
     **Collective:** none here; but `tensors` usually gathers, so every rank must call this with an
     iterator of equal length. If writing fails, the writer still runs its iterator to the end, so
@@ -48,8 +48,8 @@ def export_model(
 
     Args:
         model_config: the model's config, of a supported `model_type`.
-        generation_config: written beside it if given.
-        tokenizer: written beside it if given.
+        generation_config: written too, if given.
+        tokenizer: written too, if given.
         specs: in-memory parameter name, whole shape and dtype to write, in the order of `tensors`.
         tensors: yields each name with its whole tensor, or with None where not `is_writer`.
         output_dir: the folder; other files in it stay, those of an earlier model are replaced.
@@ -123,7 +123,7 @@ def write_companions(
     dtype: torch.dtype,
     folder: Path,
 ) -> None:
-    """Write what stands beside weights of a dtype: configuration and tokenizer."""
+    """Write the other files of a model whose weights have a dtype: configuration and tokenizer."""
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.save_pretrained(folder)

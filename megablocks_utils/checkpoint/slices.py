@@ -1,8 +1,8 @@
 """Read the part of a parameter that a rank holds, and no other byte of its tensors.
 
-Parameters are named and cut as in memory. A part of an expert weight is put together from the Hub
-tensors that it meets. Every value goes through one stored tensor (or the wanted rows of it) at a
-time, cast while it is copied, so that a rank holds hardly more than its own part.
+Parameters are named and split as in memory. A part of an expert weight is assembled from the Hub
+tensors that overlap it. One stored tensor (or its wanted rows) is read at a time and cast while it
+is copied, so that a rank holds hardly more than its own part.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ __all__ = ["SliceReader", "check_finite", "stored_key"]
 
 
 class SliceReader:
-    """Fill parts of a model's parameters from a checkpoint that `check_against_model` let pass.
+    """Fill parts of a model's parameters from a checkpoint that `check_against_model` has passed.
 
     Args:
         index: the checkpoint.
@@ -94,7 +94,7 @@ class SliceReader:
     ) -> None:
         """Read rows of a tensor, or of element `item` of its dim 0, check them and copy a window.
 
-        The rows are let go on return, before any other tensor is read.
+        The rows are freed on return, before any other tensor is read.
 
         Args:
             target: the window; its dim 0 says how many rows.

@@ -1,4 +1,4 @@
-"""Load the tokenizer that stands beside a model's weights."""
+"""Load the tokenizer from a model's folder."""
 
 from pathlib import Path
 

@@ -49,7 +49,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             )
     if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
         raise ConfigurationError(
-            f"--report_to is {', '.join(values['report_to'])}, but none cannot stand beside others."
+            f"--report_to is {', '.join(values['report_to'])}, but none excludes all others."
         )
 
 

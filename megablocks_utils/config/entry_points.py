@@ -7,17 +7,12 @@ from typing import Any
 from megablocks_utils.config.adapter import DEFAULT_LORA_ALPHA, DEFAULT_LORA_R, AdapterConfig
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.contradictions import check_together
+from megablocks_utils.config.given import CommandLine, GivenOption
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.parallel import ParallelConfig
 from megablocks_utils.config.precision import PrecisionConfig, check_dtype
-from megablocks_utils.config.reader import (
-    CommandLine,
-    GivenOption,
-    build_section,
-    refuse_unknown,
-    scan_words,
-)
+from megablocks_utils.config.reader import build_section, refuse_unknown, scan_words
 from megablocks_utils.config.run_config import OPTIONS, RunConfig
 from megablocks_utils.config.saving import SavingConfig
 from megablocks_utils.errors import ConfigurationError

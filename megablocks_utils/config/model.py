@@ -17,6 +17,11 @@ class ModelConfig:
     ] = "mistralai/Mixtral-8x7B-Instruct-v0.1"
     truncate_model_for_debug: Annotated[bool, Option("keep the first two layers only")] = False
 
+    @property
+    def truncate_layers(self) -> int | None:
+        """Decoder layers that are kept, the first ones; None keeps all."""
+        return 2 if self.truncate_model_for_debug else None
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -6,14 +6,14 @@ value seen and the value wanted.
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megablocks_utils.config.command import CONFIG_FILE_OPTION, Command
+from megablocks_utils.config.given import CommandLine, GivenOption, option_name
 from megablocks_utils.config.help_text import format_help
 from megablocks_utils.config.hints import unknown_option
 from megablocks_utils.config.option import Option
-from megablocks_utils.config.values import describe_wanted, join_words, read_value
+from megablocks_utils.config.values import describe_wanted, join_words
 from megablocks_utils.config.yaml_file import FileEntry, read_options_file
 from megablocks_utils.errors import ConfigurationError
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
-    "CommandLine",
-    "GivenOption",
     "HelpRequested",
     "build_section",
     "check_required",
@@ -30,7 +28,6 @@ __all__ = [
     "read_command",
     "refuse_unknown",
     "scan_words",
-    "split_line",
 ]
 
 _Section = TypeVar("_Section", bound="DataclassInstance")
@@ -38,76 +35,6 @@ _Section = TypeVar("_Section", bound="DataclassInstance")
 
 class HelpRequested(Exception):
     """Ask `run_entry_point` to print this help text and end with exit code 0."""
-
-
-@dataclass(frozen=True)
-class GivenOption:
-    """Hold an option as it was given.
-
-    Attributes:
-        flag: Its name as it was written, with dashes.
-        values: The words after it.
-        option: What it is; None where the command does not know it.
-        place: File and line; empty for the command line.
-        is_null: Whether a file says null: as if it were not given.
-    """
-
-    flag: str
-    values: tuple[str, ...]
-    option: Option | None
-    place: str = ""
-    is_null: bool = False
-
-    @property
-    def name(self) -> str:
-        """The option's name; of an unknown one, as it was written."""
-        return self.option.name if self.option else _name(self.flag)
-
-    def words(self) -> list[str]:
-        """Return it as words of a command line."""
-        if self.is_null:
-            return []
-        flag = f"--{self.name}"
-        if len(self.values) == 1 and self.values[0].startswith("-"):
-            return [f"{flag}={self.values[0]}"]
-        return [flag, *self.values]
-
-    def located(self, error: ConfigurationError) -> ConfigurationError:
-        """Return an error with file and line, where it comes from a file."""
-        return ConfigurationError(f"{self.place}: {error}") if self.place else error
-
-    def read(self) -> object:
-        """Return the value.
-
-        Raises:
-            ConfigurationError: for one that cannot be used.
-        """
-        assert self.option is not None
-        if self.is_null and self.option.default is None:
-            return None
-        try:
-            return read_value(self.option, self.flag, self.values, is_null=self.is_null)
-        except ConfigurationError as error:
-            raise self.located(error) from None
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """Hold what was given, by the command line and the file of options together.
-
-    Attributes:
-        positional: Words that belong to no option.
-        given: Every option once, in the order of the command line and then of the file.
-    """
-
-    positional: tuple[str, ...]
-    given: tuple[GivenOption, ...]
-
-    def read_values(self) -> dict[str, Any]:
-        """Return the values of all known options, by name."""
-        known = [given for given in self.given if given.option is not None]
-        values = {given.name: given.read() for given in known}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -200,13 +127,6 @@ def scan_words(argv: Sequence[str], command: Command) -> CommandLine:
     )
 
 
-def split_line(line: CommandLine, own: Collection[Option]) -> tuple[CommandLine, CommandLine]:
-    """Tell a command's own options from MODEL and the options of a run."""
-    mine = tuple(given for given in line.given if given.option in own)
-    others = tuple(given for given in line.given if given.option not in own)
-    return CommandLine((), mine), CommandLine(line.positional, others)
-
-
 def refuse_unknown(given: Iterable[GivenOption], known: Collection[str]) -> None:
     """Refuse the options that a command does not know.
 
@@ -222,14 +142,10 @@ def refuse_unknown(given: Iterable[GivenOption], known: Collection[str]) -> None
             raise option.located(unknown_option(option.flag, known))
 
 
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
 def _take_option(word: str, words: list[str], command: Command) -> GivenOption:
     """Take the values of the option `word` from the front of `words`."""
     flag, has_value, inline = word.partition("=")
-    option = command.find(_name(flag))
+    option = command.find(option_name(flag))
     if has_value:
         return GivenOption(flag, (inline,), option)
     values: list[str] = []
@@ -250,7 +166,7 @@ def _read_file(given: GivenOption, command: Command) -> list[GivenOption]:
 
 
 def _from_entry(entry: FileEntry, command: Command) -> GivenOption:
-    option = command.find(_name(entry.key))
+    option = command.find(option_name(entry.key))
     given = GivenOption(
         f"--{entry.key}", entry.texts(option), option, entry.place, is_null=entry.is_null
     )
@@ -287,7 +203,7 @@ def _check_repeated(found: Iterable[GivenOption]) -> list[GivenOption]:
 
 def _describe_repetition(before: GivenOption, given: GivenOption) -> ConfigurationError:
     first, second = (" ".join(option.values) or "no value" for option in (before, given))
-    if _name(before.flag) != _name(given.flag):
+    if option_name(before.flag) != option_name(given.flag):
         return ConfigurationError(
             f"{before.flag} {first} and {given.flag} {second} are the same option given twice; "
             "leave one of the two out."

@@ -8,7 +8,7 @@ from typing import Any
 
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.entry_points import SCRIPTS
-from megablocks_utils.config.reader import GivenOption
+from megablocks_utils.config.given import GivenOption
 from megablocks_utils.config.run_config import OPTIONS, RunConfig
 from megablocks_utils.config.yaml_file import format_options_file
 from megablocks_utils.errors import ConfigurationError
@@ -24,7 +24,7 @@ def format_config(config: RunConfig, leftovers: tuple[GivenOption, ...] = ()) ->
         leftovers: Options that FSDP1 hands to TrainingArguments.
     """
     passed_on = {
-        given.name: given.values[0] if len(given.values) == 1 else given.values or True
+        given.name: given.values[0] if len(given.values) == 1 else given.values or "True"
         for given in leftovers
         if not given.is_null
     }

@@ -18,6 +18,7 @@ __all__ = ["FileEntry", "format_options_file", "read_options_file"]
 
 _BOOLEANS = {"yes": "True", "no": "False", "on": "True", "off": "False"}
 _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "timestamp")}
+_ONE_LINE = 1 << 30
 _BOOLEAN, _NULL = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"
 
 
@@ -83,15 +84,16 @@ def read_options_file(path: str) -> list[FileEntry]:
 
 def format_options_file(values: Mapping[str, object]) -> str:
     """Return options by name as YAML that `read_options_file` reads back to the same words."""
-    return "".join(
-        yaml.safe_dump(
-            {name: list(value) if isinstance(value, tuple) else value},
-            default_flow_style=None,
-            allow_unicode=True,
-            width=float("inf"),
+    return "".join(_format_line(name, value) for name, value in values.items())
+
+
+def _format_line(name: str, value: object) -> str:
+    if isinstance(value, tuple):
+        items = yaml.safe_dump(
+            list(value), default_flow_style=True, allow_unicode=True, width=_ONE_LINE
         )
-        for name, value in values.items()
-    )
+        return f"{name}: {items}"
+    return str(yaml.safe_dump({name: value}, allow_unicode=True, width=_ONE_LINE))
 
 
 def _read_entries(path: str, root: yaml.MappingNode) -> Iterator[FileEntry]:

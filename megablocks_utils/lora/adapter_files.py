@@ -42,7 +42,7 @@ def export_adapter(
 
     Args:
         settings: of the adapters.
-        tokenizer: written beside them if given.
+        tokenizer: written too, if given.
         tensors: each adapter parameter's name in the model and whole tensor (None where not
             writer).
         output_dir: the folder.

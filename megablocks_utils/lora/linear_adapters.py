@@ -8,7 +8,6 @@ from peft import inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from megablocks_utils.checkpoint.library_output import filter_peft_warnings
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 
@@ -47,7 +46,7 @@ def attach_linear_lora(
     The same seed gives every rank the same adapters, which FSDP relies on.
     """
     without_experts = LoraSettings(settings.r, settings.lora_alpha, settings.target_modules)
-    with torch.random.fork_rng(devices=[]), filter_peft_warnings(), _weights_off_meta(model):
+    with torch.random.fork_rng(devices=[]), _weights_off_meta(model):
         torch.manual_seed(seed)
         inject_adapter_in_model(build_peft_config(without_experts), model)
     for parameter in linear_lora_parameters(model):

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from megablocks_utils.kernels.probing.probe import (
@@ -19,7 +18,7 @@ from megablocks_utils.kernels.probing.probe import (
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.agreement import raise_on_all_ranks
+from megablocks_utils.processes.agreement import gather_from_all_ranks, raise_on_all_ranks
 
 __all__ = ["KernelCheck", "verify_kernel"]
 
@@ -109,9 +108,6 @@ def _gathered(module: DroplessExperts) -> Iterator[None]:
 
 def _join(found: Deviation, seconds: float) -> KernelCheck:
     """Return the worst of all ranks, on every rank."""
-    answers: list[tuple[float, str, float]] = [(found.ratio, found.tensor, seconds)]
-    if dist.is_initialized():
-        answers = answers * dist.get_world_size()
-        dist.all_gather_object(answers, (found.ratio, found.tensor, seconds))
+    answers = gather_from_all_ranks(lambda: (found.ratio, found.tensor, seconds))
     worst, tensor, _ = max(answers)
     return KernelCheck(tensor, worst, max(seconds for *_, seconds in answers))

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from megablocks_utils.config import OPTIONS, RunConfig, parse_args
 from megablocks_utils.config.command import Command
+from megablocks_utils.config.given import split_line
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.reader import (
     build_section,
@@ -19,10 +20,9 @@ from megablocks_utils.config.reader import (
     choose_model,
     refuse_unknown,
     scan_words,
-    split_line,
 )
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.files import write_json_atomically
+from megablocks_utils.files import METRICS_NAME, RUN_RECORD_NAME, write_json_atomically
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
@@ -127,6 +127,11 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
         UserError: bad options, a run that failed, or runs that cannot tell the cost of a byte.
     """
     task = _read_task(argv)
+    if not _SCRIPT.is_file():
+        raise ConfigurationError(
+            f"plan calibrate starts {_SCRIPT.name}, which is not installed with the package; "
+            "call it in a checkout of this project: python -m megablocks_utils.plan calibrate."
+        )
     shape = read_shape(task.config, read_config_file(find_config_file(task.model)))
     scenario = Scenario(
         config=task.config,
@@ -169,8 +174,8 @@ def _run(
             f"the run with {layout.describe()} ended with exit code {code}, for the reason above; "
             "nothing was written."
         )
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    record = json.loads((folder / RUN_RECORD_NAME).read_text(encoding="utf-8"))
+    text = (folder / METRICS_NAME).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()][task.warmup :]
     for path in sorted(folder.rglob("*"), reverse=True):  # room for the next run's model
         path.rmdir() if path.is_dir() else path.unlink()

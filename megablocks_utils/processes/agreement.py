@@ -50,7 +50,8 @@ def raise_on_all_ranks(
 
     For what only some ranks can see, such as a file that one machine cannot read.
 
-    **Collective:** one all-gather over `group`; the action itself must not communicate.
+    **Collective:** one all-gather over `group`. An action with collectives of its own may fail on
+    one rank only after them, or the others wait in one.
 
     Returns:
         What the action returned on this rank.

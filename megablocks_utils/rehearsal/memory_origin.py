@@ -2,6 +2,7 @@
 
 import sys
 from functools import cache
+from types import FrameType
 
 import torch
 
@@ -31,7 +32,7 @@ _EXPERT_NODES = ("GroupedMm",)
 
 def find_origin() -> str | None:
     """Return the component of what is being allocated now; None if no real run allocates it."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         place = _find_place(frame.f_code.co_filename)
         if place == _NOTHING:

@@ -20,7 +20,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megablocks_utils.config import RunConfig
+from megablocks_utils.config import (
+    AdapterConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.planning.model.prediction import (
     COLLECTIVES,
@@ -33,7 +39,6 @@ from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_counts
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import no_launches, one_example_a_row
 from megablocks_utils.rehearsal.memory_ledger import LedgerPeak, MemoryLedger
-from megablocks_utils.rehearsal.planned_config import build_config
 from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
 from megablocks_utils.training.data.batches import MicroBatch
@@ -43,6 +48,8 @@ from megablocks_utils.training.step.gradient_checkpointing import apply_gradient
 from megablocks_utils.training.step.micro_batch import LossWeights
 
 _SEED = 42
+_MICRO_STEPS = 2
+"""Micro-steps that are rehearsed at most: one that finds no gradients, one that finds some."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ def rehearse(
     Raises:
         UserError: a model or kernel that cannot be run.
     """
-    config = build_config(layout, run)
+    config = _build_config(layout, run)
     fakes = () if is_real else _fakes(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with fake_process_group(run.world_size, device.type):
@@ -114,6 +121,28 @@ def rehearse(
             step.take(config.optim.gradient_accumulation_steps)
             on_done()
             return step.report()
+
+
+def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
+    """Return the options that make the training code do what is planned."""
+    has_ep = layout.ep_size > 1 or layout.is_dmoe
+    return RunConfig(
+        entry_point=run.entry_point,
+        parallel=ParallelConfig(
+            use_megablocks_sharding=has_ep,
+            ep_size=layout.ep_size if has_ep else None,
+            expert_dp=layout.expert_dp,
+            kernel=run.kernel,
+        ),
+        adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
+        precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
+        optim=OptimConfig(
+            gradient_accumulation_steps=min(run.accumulation, _MICRO_STEPS),
+            sync_each_batch=run.sync_each_batch,
+        ),
+        gradient_checkpointing=run.gradient_checkpointing,
+        router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
+    )
 
 
 def _build(

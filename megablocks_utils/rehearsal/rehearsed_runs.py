@@ -4,7 +4,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -58,25 +59,25 @@ class Fsdp2Run:
 
     optimizer: Optimizer
 
-    def __init__(self, parts: RehearsalInputs) -> None:
-        self._parts = parts
-        model, precision = parts.model, parts.run.precision
-        classes = sorted(model._no_split_modules)
-        self._accelerator = build_accelerator(parts.config, precision, classes, parts.device.type)
+    def __init__(self, inputs: RehearsalInputs) -> None:
+        self._inputs = inputs
+        model, precision = inputs.model, inputs.run.precision
+        classes = sorted(model._no_split_modules or ())
+        self._accelerator = build_accelerator(inputs.config, precision, classes, inputs.device.type)
         self._layers = find_layers(model, self._accelerator)
-        self.model = wrap_fsdp2(self._accelerator, model, parts.sharded)
+        self.model = wrap_fsdp2(self._accelerator, model, inputs.sharded)
 
     def fill(self) -> None:
         """Give all parameters their memory, and make the optimizer."""
-        accelerator, parts = self._accelerator, self._parts
+        accelerator, inputs = self._accelerator, self._inputs
         fill_layers(self.model, self._layers, fill_at_random, accelerator.device)
         self.optimizer = build_optimizer(
-            self.model.named_parameters(), parts.config.optim, parts.run.precision, seed=_SEED
+            self.model.named_parameters(), inputs.config.optim, inputs.run.precision, seed=_SEED
         )
-        scheduler = build_lr_scheduler(self.optimizer, parts.config.optim, _NUM_STEPS)
+        scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
         prepared = accelerator.prepare_optimizer(self.optimizer)
-        self._state = TrainingState(accelerator, self.model, prepared, scheduler, parts.sharded)
-        self._finish = StepFinish(self.model, parts.sharded, _MAX_GRAD_NORM)
+        self._state = TrainingState(accelerator, self.model, prepared, scheduler, inputs.sharded)
+        self._finish = StepFinish(self.model, inputs.sharded, _MAX_GRAD_NORM)
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; Accelerate counts the micro-steps itself."""
@@ -95,34 +96,36 @@ class Fsdp2Run:
 class Fsdp1Run:
     """What `train_fsdp1.py` does; as `Fsdp2Run`, but that `fill` wraps."""
 
-    model: nn.Module
+    model: FullyShardedDataParallel
     optimizer: Optimizer
 
-    def __init__(self, parts: RehearsalInputs) -> None:
-        self._parts = parts
-        self._plugin = build_fsdp1_plugin(parts.run.precision)
+    def __init__(self, inputs: RehearsalInputs) -> None:
+        self._inputs = inputs
+        self._plugin = build_fsdp1_plugin(inputs.run.precision)
 
     def fill(self) -> None:
         """Fill and wrap layer by layer, and make the optimizer."""
-        parts = self._parts
+        inputs = self._inputs
         self.model = fill_and_wrap_fsdp1(
-            parts.model,
-            parts.sharded,
+            inputs.model,
+            inputs.sharded,
             self._plugin,
-            layer_classes=sorted(parts.model._no_split_modules),
-            device=parts.device,
+            layer_classes=sorted(inputs.model._no_split_modules or ()),
+            device=inputs.device,
             fill_local=fill_at_random,
         )
         named = ((strip_wrappers(name), p) for name, p in self.model.named_parameters())
-        self.optimizer = build_optimizer(named, parts.config.optim, parts.run.precision, seed=_SEED)
-        self._scheduler = build_lr_scheduler(self.optimizer, parts.config.optim, _NUM_STEPS)
-        self._finish = StepFinish(self.model, parts.sharded, _MAX_GRAD_NORM)
+        self.optimizer = build_optimizer(
+            named, inputs.config.optim, inputs.run.precision, seed=_SEED
+        )
+        self._scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
+        self._finish = StepFinish(self.model, inputs.sharded, _MAX_GRAD_NORM)
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; gradients wait where the options say so."""
-        waits = not (is_last or self._parts.run.sync_each_batch)
+        waits = not (is_last or self._inputs.run.sync_each_batch)
         with self.model.no_sync() if waits else nullcontext():
-            loss = compute_micro_batch_loss(self.model, batch, weights, self._parts.device)
+            loss = compute_micro_batch_loss(self.model, batch, weights, self._inputs.device)
             loss.objective.backward()
 
     def finish_gradients(self) -> None:

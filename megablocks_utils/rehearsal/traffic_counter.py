@@ -1,11 +1,13 @@
 """Count the bytes that this rank would send, by kind of collective."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["TrafficCounter"]
@@ -39,7 +41,7 @@ class TrafficCounter(TorchDispatchMode):
 
 
 def _count_all_to_all(
-    rows: Tensor, _: Any, input_sizes: list[int], group_name: str
+    rows: Tensor, _: Any, input_sizes: list[int], group_name: GroupName
 ) -> tuple[str, int]:
     group = dist.distributed_c10d._resolve_process_group(group_name)
     stay = input_sizes[group.rank()] if input_sizes else len(rows) // group.size()
@@ -50,7 +52,9 @@ def _count_all_gather(whole: Tensor, own: Tensor, *_: Any) -> tuple[str, int]:
     return "all_gather", _size(whole) - _size(own)
 
 
-def _count_all_gather_of_lists(wholes: list[list[Tensor]], owns: list[Tensor], *_: Any) -> tuple:
+def _count_all_gather_of_lists(
+    wholes: list[list[Tensor]], owns: list[Tensor], *_: Any
+) -> tuple[str, int]:
     """Count FSDP1's on a CPU: a list of the shards of all ranks."""
     return "all_gather", sum(_size(t) for whole in wholes for t in whole) - sum(map(_size, owns))
 
@@ -68,7 +72,7 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-_COUNTED = {
+_COUNTED: dict[Any, Callable[..., tuple[str, int]]] = {
     torch.ops._c10d_functional.all_to_all_single.default: _count_all_to_all,
     torch.ops.c10d._allgather_base_.default: _count_all_gather,
     torch.ops.c10d.allgather_.default: _count_all_gather_of_lists,

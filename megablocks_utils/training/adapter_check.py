@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.lora.file_check import (
     ExpertNorms,
@@ -19,7 +20,7 @@ from megablocks_utils.lora.file_check import (
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.processes.agreement import broadcast_from_rank0
-from megablocks_utils.training.report.memory import GIB, read_available_memory
+from megablocks_utils.training.report.memory import read_available_memory
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import PlanError, UserError
+from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.planning.memory.run_plan import RunPlan, plan_run
 from megablocks_utils.planning.report.prediction_check import KEPT_BYTES
+from megablocks_utils.processes.agreement import min_over_ranks
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.report.memory import read_available_memory, read_memory
 from megablocks_utils.training.report.metrics import RunTotals
@@ -111,7 +112,7 @@ def check_memory(
     try:
         run_plan = plan_run(
             config,
-            read_settings(folder / "config.json", "model"),
+            read_settings(folder / MODEL_CONFIG_NAME, "model"),
             world_size=schedule.world_size,
             device_type=device.type,
             capacity_bytes=capacity_bytes,
@@ -167,9 +168,7 @@ def _least_capacity(device: torch.device, world_size: int) -> int:
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = read_available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    least = torch.tensor(free, device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
+    return min_over_ranks(free)
 
 
 def _states(optimizer: Optimizer) -> Iterable[Tensor]:

@@ -19,22 +19,20 @@ from megablocks_utils.shard_moe_utils import (
 
 __all__ = ["ModelSource", "build_bare_model", "split_experts"]
 
-_TRUNCATED_LAYERS = 2
-
 
 class ModelSource:
     """A checked checkpoint and the model that it will fill."""
 
     def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
-        layers = _TRUNCATED_LAYERS if config.model.truncate_model_for_debug else None
+        layers = config.model.truncate_layers
         self.folder = folder
         dtype = getattr(torch, precision.weights)
         self.model = build_bare_model(folder, dtype, truncate_layers=layers)
         self.expert_names = list(find_expert_modules(self.model))
         self.index: CheckpointIndex = open_checkpoint(folder)
-        layout = detect_naming(self.index)
-        check_against_model(self.model, self.index, layout, truncate_layers=layers)
-        self.reader = SliceReader(self.index, layout)
+        naming = detect_naming(self.index)
+        check_against_model(self.model, self.index, naming, truncate_layers=layers)
+        self.reader = SliceReader(self.index, naming)
 
     @property
     def num_experts(self) -> int:

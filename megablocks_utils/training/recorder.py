@@ -20,7 +20,7 @@ from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck
-from megablocks_utils.processes.agreement import broadcast_from_rank0
+from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.processes.output_folder import claim_output_dir, find_incomplete
 from megablocks_utils.training.adapter_check import AdapterCheck, AdapterReport
 from megablocks_utils.training.report.loss_plot import plot_loss
@@ -84,11 +84,7 @@ class RunRecorder:
         if setup.config.debug:
             for line in describe_placements(setup.model):
                 setup.console.print(line, markup=False, soft_wrap=True)
-        if self._is_main:
-            with _as_sentence(self.metrics_path):
-                done = None if setup.resume is None else setup.resume.metrics_path
-                writer = MetricsWriter(self.metrics_path, after=done)
-            self._writer = self._open.enter_context(writer)
+        raise_on_all_ranks(self._open_metrics)
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
         self._started_s = time.perf_counter()
@@ -114,6 +110,14 @@ class RunRecorder:
             with _as_sentence(self.metrics_path):
                 self._writer.write(metrics)
             self._show(metrics)
+
+    def _open_metrics(self) -> None:
+        if not self._is_main:
+            return
+        with _as_sentence(self.metrics_path):
+            done = None if self._setup.resume is None else self._setup.resume.metrics_path
+            writer = MetricsWriter(self.metrics_path, after=done)
+        self._writer = self._open.enter_context(writer)
 
     def _add(self, metrics: StepMetrics) -> None:
         self._totals = self._totals.plus(metrics)

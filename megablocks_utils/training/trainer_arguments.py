@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import DataClassType
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from megablocks_utils.config import RunConfig, check_leftovers
-from megablocks_utils.config.reader import GivenOption
+from megablocks_utils.config.given import GivenOption
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["build_trainer_arguments", "parse_trainer_flags"]
@@ -73,7 +75,7 @@ def parse_trainer_flags(leftovers: Sequence[GivenOption]) -> dict[str, Any]:
         ConfigurationError: for an unknown option, a value of the wrong kind, or an option that
             contradicts the way this script trains.
     """
-    parser = _Parser(TrainingArguments, allow_abbrev=False)
+    parser = _Parser(DataClassType(TrainingArguments), allow_abbrev=False)
     defaults = vars(parser.parse_args([]))
     check_leftovers(leftovers, defaults)
     words = [word for given in leftovers for word in given.words()]
@@ -121,13 +123,16 @@ def build_trainer_arguments(
             f"mixed_precision is {arguments.mixed_precision} in Accelerate's configuration, but it "
             "must be no, since dtypes come from --precision."
         )
-    if arguments.accelerator_config.gradient_accumulation_kwargs:
+    accelerator_config = arguments.accelerator_config
+    assert isinstance(accelerator_config, AcceleratorConfig)  # as TrainingArguments leaves it
+    if accelerator_config.gradient_accumulation_kwargs:
         raise ConfigurationError(
             "gradient_accumulation_kwargs is set in --accelerator_config, but accumulation follows "
             "--gradient_accumulation_steps and --sync_each_batch."
         )
-    sync_each_batch = bool(config.optim.sync_each_batch)
-    arguments.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": sync_each_batch}
+    accelerator_config.gradient_accumulation_kwargs = {
+        "sync_each_batch": bool(config.optim.sync_each_batch)
+    }
     # One process uses one GPU: Trainer would spread it over all that are visible.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -10,7 +10,7 @@ from tests.support.parity import Layout, ParityCase, run_case
 from tests.support.trace import measure_distance, measure_drift
 
 BOUND = 1e-5  # relative; the contract's
-NUM_STEPS = 6  # two epochs, so two smaller last batches
+NUM_STEPS = 4  # into the second epoch, so a smaller last batch too
 
 TWO = Layout(2, 2, "replicate")
 FOUR_TWO = Layout(4, 2, "replicate")
@@ -32,7 +32,7 @@ CASES = [
     # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
     ParityCase(FOUR_TWO, num_steps=3, num_examples=3, accumulation=4, aux_loss_coef=0.02),
     # Our Triton kernels, in the interpreter.
-    ParityCase(FOUR_TWO, num_steps=2, num_examples=3, kernel="triton"),
+    ParityCase(TWO, num_steps=2, num_examples=3, kernel="triton"),
     # Adapters, which have their own units.
     ParityCase(TWO, "mixtral", NUM_STEPS, lora="attn-only"),
     ParityCase(FOUR_TWO, "qwen3_moe", NUM_STEPS, lora="attn-only", checkpointing="selective"),

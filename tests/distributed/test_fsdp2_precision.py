@@ -10,6 +10,13 @@ NUM_STEPS = 8
 # another order: 0.97 to 1.02 seen over 20 steps); the others exist to drift much less (0.04 to
 # 0.2 seen).
 BOUNDS = {"bf16": 2.0, "mixed": 0.5, "bf16_sr": 0.5}
+# Experts that are sharded twice in all three, every other layout in two of them.
+CASES = [
+    (layout, precision)
+    for i, layout in enumerate(LAYOUTS)
+    for j, precision in enumerate(BOUNDS)
+    if layout == LAYOUTS[2] or (i + j) % len(BOUNDS)
+]
 
 
 def _drifts(pools, parity_folder, case):
@@ -20,8 +27,7 @@ def _drifts(pools, parity_folder, case):
     return measure_drift(seen, wanted), measure_drift(stock, wanted)
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "precision"), CASES, ids=str)
 def test_drift_is_bounded_by_stock_bf16(pools, parity_folder, layout, precision):
     case = ParityCase(layout, "qwen3_moe", NUM_STEPS, precision=precision)
     ours, stock = _drifts(pools, parity_folder, case)

@@ -2,27 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import count
 
 import pytest
 import torch
 
+from tests.support import resuming
 from tests.support.parity import Layout
 from tests.support.resuming import (
     EPOCH_BOUNDARY,
     MID_EPOCH,
-    NUM_STEPS,
     SAVED_STEP,
     ResumedRun,
     Run,
     SavedRun,
-    make_run,
     resume,
     run_and_save,
 )
 
 BOUND = 1e-5  # relative; the contract's
+NUM_STEPS = 6  # as many after the checkpoint as before it, and into the second epoch
+make_run = partial(resuming.make_run, num_steps=NUM_STEPS)
 
 # Rows of experts are cut where there are fewer experts than ranks or odd sizes; FSDP1's flat shards
 # cut within rows.

@@ -24,6 +24,7 @@ from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import build_training_state
 from megablocks_utils.training.setup import Setup, build_setup
 from megablocks_utils.training.trainer import MoETrainer
+from tests.support.argv import keep_last
 from tests.support.fsdp1_run import build_setup_and_arguments
 from tests.support.parity import Layout, write_examples
 from tests.support.reads import LiveBytes, recorded_reads
@@ -163,7 +164,7 @@ def _prepare(script: str, argv: list[str]) -> tuple[Setup, Callable, Callable]:
         setup, arguments = build_setup_and_arguments(argv)
         fill = lambda: MoETrainer(setup, arguments, lambda metrics: None).model  # noqa: E731
         return setup, fill, fsdp1.full_parameters
-    config = parse_args(argv, entry_point="fsdp2")
+    config = parse_args(keep_last(argv), entry_point="fsdp2")
     launch = check_environment(config)
     setup = build_setup(config, launch, start_processes(launch))
     return setup, lambda: build_training_state(setup).model, fsdp2.full_parameters

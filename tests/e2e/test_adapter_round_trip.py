@@ -14,6 +14,7 @@ import train_fsdp1
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora import adapter_files
 from megablocks_utils.lora.file_check import AdapterCheckError
+from tests.support.argv import keep_last
 from tests.support.compare import relative_error
 from tests.support.parity import Layout, ParityCase, ParityFolder
 from tests.support.stock_reference import StockRun
@@ -31,7 +32,7 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> ParityFolder:
 
 
 def _call_main(rank, script, argv):
-    SCRIPTS[script].main(argv)
+    SCRIPTS[script].main(keep_last(argv))
 
 
 def _train(pool, folder, case, script, **options):
@@ -122,7 +123,7 @@ def test_training_goes_on_from_an_adapter_of_transformers_4(
 def _train_and_listen(rank, argv):
     """Return what the rank is told of its adapter; None if nothing is wrong."""
     try:
-        train_accelerate_fsdp2.main(argv)
+        train_accelerate_fsdp2.main(keep_last(argv))
     except (AdapterCheckError, CheckpointError) as error:
         return f"{type(error).__name__}: {error}"
     return None

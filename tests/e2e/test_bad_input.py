@@ -11,8 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import train_accelerate_fsdp2
-from megablocks_utils.errors import UserError
-from tests.support.tiny_models import save_tiny_model
+from megablocks_utils.config import OPTION_NAMES
+from megablocks_utils.errors import ConfigurationError, UserError
+from megablocks_utils.shard_moe_utils import shard_moe
+from tests.support.tiny_models import build_tiny_model, save_tiny_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,8 +25,14 @@ def _call_main(rank: int, argv: list[str]) -> str:
     try:
         train_accelerate_fsdp2.main(argv)
     except UserError as error:
-        return str(error)
+        return error.as_options(OPTION_NAMES)
     return "no error"
+
+
+def _call_library(rank: int) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        shard_moe(build_tiny_model("mixtral"), ep_size=3)
+    return str(caught.value)
 
 
 @pytest.fixture
@@ -176,6 +184,15 @@ def test_one_sentence_on_every_rank_and_nothing_written(ranks2, folder, case):
     assert wanted.format(folder=folder) in first
     assert "\n" not in first
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_library_speaks_of_parameters_and_the_script_of_options(ranks2, folder):
+    wanted = "ep_size is 3, but it must divide the 2 processes of this run; 1 and 2 would work."
+    assert ranks2.run(_call_library) == [wanted] * 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train_accelerate_fsdp2.py", *_arguments(folder, ep_size=3)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert answer.stderr.count(f"\n--{wanted}\n") + answer.stderr.startswith(f"--{wanted}\n") == 1
 
 
 def test_exit_code_two_and_no_traceback(folder):

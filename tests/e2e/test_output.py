@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import train_accelerate_fsdp2
 from megablocks_utils.training.report.metrics import StepMetrics, read_metrics
+from tests.support.argv import keep_last
 from tests.support.compare import relative_error
 from tests.support.parity import Layout, ParityCase, ParityFolder
 
@@ -36,7 +37,7 @@ def parity_folder(tmp_path_factory: pytest.TempPathFactory) -> ParityFolder:
 
 
 def _call_main(rank: int, argv: list[str]) -> None:
-    train_accelerate_fsdp2.main(argv)
+    train_accelerate_fsdp2.main(keep_last(argv))
 
 
 def _run(pool, parity_folder: ParityFolder, case: ParityCase, output_dir: Path) -> None:

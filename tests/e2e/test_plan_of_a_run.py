@@ -1,13 +1,17 @@
-"""Every run is planned: refused where it cannot fit, and compared with what it needed."""
+"""A run is planned: refused where it cannot fit, compared with what it needed, never in its way."""
 
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import train_accelerate_fsdp2
-from megablocks_utils.errors import PlanError
+from megablocks_utils.errors import ConfigurationError, PlanError
+from megablocks_utils.training import memory_check
+from megablocks_utils.training.memory_check import MemoryCheck
+from tests.support.argv import keep_last
 from tests.support.tiny_models import save_tiny_model
 
 LENGTHS = (9, 5, 30, 7)
@@ -37,7 +41,7 @@ def run(rank: int, folder: Path, *more: str, local_ranks: int = 2) -> str:
     }
     argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     try:
-        train_accelerate_fsdp2.main([*argv, *more])
+        train_accelerate_fsdp2.main(keep_last([*argv, *more]))
     except PlanError as error:
         assert error.exit_code == 3
         return str(error)
@@ -68,3 +72,21 @@ def test_the_record_holds_plan_and_measurement(ranks2, folder):
     num_parameters = 2 * 9 + 3
     assert measured["optimizer"] == predicted["optimizer"] - 4 * num_parameters
     assert plan["verdict"] == "fits"
+    assert plan["measured"]["kept_by_c_library_bytes"] >= 0
+
+
+def run_unplanned(rank: int, folder: Path) -> str:
+    """Train what the planner knows nothing of."""
+    unknown = ConfigurationError("its family is new.")
+    with mock.patch.object(memory_check, "plan_run", side_effect=unknown):
+        return run(rank, folder)
+
+
+def test_what_cannot_be_planned_is_trained(ranks2, folder):
+    assert ranks2.run(run_unplanned, folder) == ["", ""]
+    record = json.loads((folder / "out" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["plan"]["not_planned"] == "its family is new."
+    assert record["plan"]["measured"]["components"]["parameters"] > 0
+    check = MemoryCheck(None, "its family is new.", "cpu", 0)
+    assert check.describe() == "not planned: its family is new."

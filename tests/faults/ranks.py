@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megablocks_utils.processes.entry_point import run_entry_point
+from tests.support.argv import keep_last
 from tests.support.ports import free_port
 from tests.support.rank_pool import start_forkserver
 
@@ -53,7 +54,7 @@ class ScriptRun:
         self._processes = [
             context.Process(
                 target=_be_rank,
-                args=(SCRIPTS[script], list(argv), rank, world_size, port, log),
+                args=(SCRIPTS[script], keep_last(argv), rank, world_size, port, log),
                 daemon=True,
             )
             for rank, log in enumerate(self._logs)

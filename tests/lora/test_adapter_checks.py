@@ -86,7 +86,7 @@ def test_tensors_without_a_place(refusal, fused, keys, count):
     add(fused, *keys)
     assert refusal(fused) == (
         f"{fused / WEIGHTS} holds {count} that this model has no place for, first {keys[0]}:"
-        " can be on its experts and on k_proj, o_proj, q_proj, v_proj"
+        " adapters can be on its experts and on k_proj, o_proj, q_proj, v_proj"
     )
 
 

@@ -56,7 +56,20 @@ def test_options_that_contradict_the_adapter(folder, given, sentence):
         choose_adapters(
             build_tiny_model("mixtral"), AdapterConfig(**options, resume_adapter=folder)
         )
-    assert str(refusal.value) == sentence.format(folder)
+    assert refusal.value.as_options() == sentence.format(folder)
+
+
+def test_new_adapters_need_a_rank_and_a_strength():
+    with pytest.raises(ConfigurationError, match=r"^new adapters need lora_r and lora_alpha"):
+        choose_adapters(build_tiny_model("mixtral"), AdapterConfig("all", None, None))
+
+
+def test_adapters_on_experts_need_split_experts():
+    model = build_tiny_model("mixtral")
+    chosen = choose_adapters(model, AdapterConfig("mlp-only", 4, 8))
+    with pytest.raises(ConfigurationError, match=r"^sharded is None, but adapters on experts"):
+        apply_lora(model, None, chosen, dtype=torch.float32, seed=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_an_adapter_that_is_not_finite_is_refused(tmp_path):

@@ -105,8 +105,8 @@ def _refuse_adapters(rank, name):
 def test_backends_without_adapters_get_none(ranks2, name):
     """What `shard_moe` with that kernel returns, as a Python user may have it."""
     sentence = (
-        f"the experts run on {name}, which knows no adapters; shard_moe with kernel auto, triton, "
-        "grouped_mm or eager makes experts that take them."
+        f"the experts run on {name}, which has no adapters; shard_moe with kernel auto, triton, "
+        "grouped_mm or eager makes experts that have them."
     )
     assert ranks2.run(_refuse_adapters, name) == [sentence] * 2
     ranks2.run(_attach_to_backend, "triton")

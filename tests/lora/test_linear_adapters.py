@@ -55,7 +55,7 @@ def test_a_model_without_attention_of_the_usual_name_is_refused():
     model.config = type("Config", (), {"model_type": "odd"})()
     with pytest.raises(ConfigurationError) as refusal:
         find_attention_projections(model, "attn-only")
-    assert str(refusal.value) == (
-        "--use_lora attn-only needs linear layers in modules named self_attn, and model type odd "
+    assert refusal.value.as_options() == (
+        "--use_lora attn-only needs linear layers in modules named self_attn, but model type odd "
         "has none."
     )

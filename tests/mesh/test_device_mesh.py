@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.mesh.device_mesh import MeshSizes, compute_mesh_sizes, legal_ep_sizes
+from megablocks_utils.mesh.device_mesh import MeshSizes, compute_mesh_sizes
 
 # World size, ep size, number of experts and rank -> axes, place on dp, its experts, its ep group.
 COORDINATES = {
@@ -44,18 +44,21 @@ def test_mesh_sizes(world_size, ep_size, num_experts, wanted):
     assert compute_mesh_sizes(world_size, ep_size, num_experts) == wanted
 
 
-def test_legal_ep_sizes_divide_both():
-    assert legal_ep_sizes(world_size=12, num_experts=8) == [1, 2, 4]
-
-
-@pytest.mark.parametrize("ep_size", [0, 3, 8])  # nothing; not the world; the world, not the experts
-def test_sizes_that_do_not_divide_are_refused_with_those_that_do(ep_size):
+@pytest.mark.parametrize(
+    ("ep_size", "what"),
+    [
+        (0, "8 processes of this run"),
+        (3, "8 processes of this run"),
+        (8, "4 experts of this model"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(ep_size, what):
     with pytest.raises(ConfigurationError) as refusal:
         compute_mesh_sizes(world_size=8, ep_size=ep_size, num_experts=4)
     assert str(refusal.value) == (
-        f"--ep_size is {ep_size}, but it must divide the 8 processes of this run and the 4 experts "
-        "of a layer; these would work: 1, 2, 4."
+        f"ep_size is {ep_size}, but it must divide the {what}; 1, 2 and 4 would work."
     )
+    assert refusal.value.parameters == ("ep_size",)
 
 
 @pytest.fixture(scope="module")

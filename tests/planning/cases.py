@@ -8,6 +8,7 @@ from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.gpus import GPUS
 from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS, Prediction
 from megablocks_utils.planning.speed.traffic_links import Cluster
+from tests.support.argv import keep_last
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 MIXTRAL = MODELS / "mixtral-8x7b" / "config.json"
@@ -24,7 +25,7 @@ def read_model(name):
 
 
 def build_scenario(line=PUBLISHED, *, model="mixtral-8x7b", world_size=8, entry_point="fsdp2"):
-    config = parse_args(line.split(), entry_point=entry_point)
+    config = parse_args(keep_last(line.split()), entry_point=entry_point)
     tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length
     return Scenario(
         config=config,

@@ -9,8 +9,8 @@ import pytest
 from megablocks_utils.config import parse_args
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning import scenario as scenario_module
-from megablocks_utils.planning.calibrate import HELP, calibrate
+from megablocks_utils.planning.calibrate import calibrate
+from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.speed.calibration import read_calibration
 from tests.planning.cases import MIXTRAL, build_prediction
 
@@ -90,8 +90,8 @@ def test_both_numbers_come_back(tmp_path, capsys):
         "ep_size 4, expert_dp shard",
     ]
     assert [len(run["micro_step_s"]) for run in record["runs"]] == [3, 3]
-    assert record["certificate"]["runs"][0]["commit"] == "c0ffee"
-    assert record["certificate"]["runs"][1]["command"] == shlex.join(runs.commands[1][-3:])
+    assert record["provenance"]["runs"][0]["commit"] == "c0ffee"
+    assert record["provenance"]["runs"][1]["command"] == shlex.join(runs.commands[1][-3:])
     shown = capsys.readouterr().out
     assert "200 GB/s a rank and 0.25 s a micro-step besides" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["node.json"]
@@ -149,11 +149,11 @@ def test_runs_that_do_not_tell_the_bandwidth_leave_nothing(tmp_path):
 REFUSALS = {
     "m --output node.json": "--nproc is not given, but it must be a whole number of at least 2.",
     "m --nproc 4": "--output is not given, but it must be a file to write.",
-    "--nproc 4 --output node.json": "MODEL is not given, but it must be a model folder, a "
-    "config.json, or a Hub name in the local cache.",
+    "--nproc 4 --output node.json": "MODEL is not given, but it must be a local folder or a "
+    "Hub name.",
     "m --nproc 1 --output node.json": "--nproc is 1, but it must be a whole number of at least 2.",
-    "m --nproc 4 --output tests": "--output is tests, but it must be a file in a folder that is "
-    "there.",
+    "m --nproc 4 --output tests": "--output is tests, but that is a folder; it must be a file in a "
+    "folder that exists.",
     "m --nproc 4 --output node.json --step 3": "unknown option --step; did you mean --steps?",
     f"{MIXTRAL} --nproc 3 --output node.json": "--nproc is 3, but it must have a divisor above 1 "
     "that divides the 8 experts of this model too.",
@@ -167,8 +167,15 @@ def test_refusals(line):
     assert runs.commands == []
 
 
+def test_an_installed_package_has_no_script_to_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("megablocks_utils.planning.calibrate._SCRIPT", tmp_path / "train.py")
+    runs = PlantedRuns()
+    assert "train.py, which is not installed with the package" in refusal(words(tmp_path), runs)
+    assert runs.commands == []
+
+
 def test_help():
     with pytest.raises(HelpRequested) as caught:
         calibrate(["--help"])
-    assert str(caught.value) == HELP
-    assert max(map(len, HELP.splitlines())) <= 100
+    text = str(caught.value)
+    assert "--nproc N" in text and max(map(len, text.splitlines())) <= 100

@@ -1,27 +1,22 @@
 """The command line of a plan: whose word is whose, and one sentence for every slip."""
 
 import dataclasses
-import difflib
-import re
 
 import pytest
 from transformers import TrainingArguments
 
-from megablocks_utils.config.options import OPTIONS, find_option
+from megablocks_utils.config import OPTIONS
+from megablocks_utils.config.hints import find_slip
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.plan_help import HELP
-from megablocks_utils.planning.plan_options import (
-    OWN_OPTIONS,
-    parse_plan_options,
-    split_words,
-)
+from megablocks_utils.planning.plan_arguments import COMMAND
+from megablocks_utils.planning.plan_options import parse_plan_options
 
 PLAN = "m --gpu a100-80g"
 
 
 def parse(line):
-    return parse_plan_options(split_words(line.split(), help_text=HELP))
+    return parse_plan_options(line.split())
 
 
 def test_own_words_and_those_of_a_run():
@@ -30,14 +25,14 @@ def test_own_words_and_those_of_a_run():
         "79.5 --lora-r 4 --imbalance 2 --learning_rate=1e-4"
     )
     assert (options.model, options.world_sizes) == ("m", (16,))
-    assert options.own["gpu"] == "h100-80g"
-    assert (options.own["gpu_mem_gib"], options.own["imbalance"]) == (79.5, 2.0)
+    assert options.own.gpu == "h100-80g"
+    assert (options.own.gpu_mem_gib, options.own.imbalance) == (79.5, 2.0)
     assert (options.config.adapter.use_lora, options.config.adapter.lora_r) == ("all", 4)
     assert " ".join(options.words) == (
-        "--use_lora all --report_to tensorboard --shuffle --lora-r 4 --learning_rate=1e-4"
+        "--use_lora all --report_to tensorboard --shuffle --lora_r 4 --learning_rate 1e-4"
     )
     defaults = parse(PLAN)
-    assert (defaults.world_sizes, defaults.own["engine"]) == ((8,), "formula")
+    assert (defaults.world_sizes, defaults.own.entry_point) == ((8,), "fsdp2")
     assert (defaults.ep_size, defaults.expert_dp, defaults.words) == (None, None, ())
 
 
@@ -85,12 +80,10 @@ REFUSALS = {
     "m": f"--gpu is not given, but {GPU_WANTED}, or give --gpu_mem_gib.",
     "m --gpu a100": f"--gpu is a100, but {GPU_WANTED}.",
     "m --gpu": f"--gpu has no value, but {GPU_WANTED}.",
-    "--gpu a100-80g": "MODEL is not given, but it must be a model folder, a config.json, or a Hub "
-    "name in the local cache.",
-    f"{PLAN} other": "MODEL is m, but other stands beside it; give one, and options as --name "
+    "--gpu a100-80g": "MODEL is not given, but it must be a local folder or a Hub name.",
+    f"{PLAN} other": "two models given: m and other; give one, and options as --name value.",
+    f"{PLAN} --model_name_or_path n": "two models given: m and n; give one, and options as --name "
     "value.",
-    f"{PLAN} --model_name_or_path n": "MODEL is m, but n stands beside it; give one, and options "
-    "as --name value.",
     f"{PLAN} --gpus 0": f"--gpus is 0, but {GPUS_WANTED}.",
     f"{PLAN} --gpus 16..8": f"--gpus is 16..8, but {GPUS_WANTED}.",
     f"{PLAN} --gpus eight": f"--gpus is eight, but {GPUS_WANTED}.",
@@ -99,14 +92,14 @@ REFUSALS = {
     f"{PLAN} --imbalance 0.5": "--imbalance is 0.5, but it must be a number of at least 1.",
     f"{PLAN} --gpus_per_node 0": "--gpus_per_node is 0, but it must be a whole number of at least "
     "1.",
-    f"{PLAN} --engine magic": "--engine is magic, but it must be formula or fake.",
-    f"{PLAN} --engine fake --gpus 8..16": "--engine is fake, but --gpus 8..16 asks for 2 plans: "
-    "use --engine formula, or one number of GPUs.",
+    f"{PLAN} --engine fake": "unknown option --engine; --help lists all options.",
+    f"{PLAN} --gpu h100-80g": "--gpu is given twice, as a100-80g and as h100-80g; give it once.",
+    f"{PLAN} --seed 1 --seed 2": "--seed is given twice, as 1 and as 2; give it once.",
     f"{PLAN} --json": "--json has no value, but it must be a file to write.",
     f"{PLAN} --json none/p.json": "--json is none/p.json, but none is no folder; it must be a file "
-    "in a folder that is there.",
+    "in a folder that exists.",
     f"{PLAN} --plot tests": "--plot is tests, but that is a folder; it must be a file in a folder "
-    "that is there.",
+    "that exists.",
     # the run's own parser speaks
     f"{PLAN} --use_lora some": "--use_lora is some, but it must be none, attn-only, mlp-only or "
     "all.",
@@ -132,23 +125,31 @@ def test_refusals(line):
 def test_help():
     for word in ("-h", "--help"):
         with pytest.raises(HelpRequested) as caught:
-            split_words(["m", word], help_text=HELP)
-        assert str(caught.value) == HELP
-    listed = re.findall(r"^  --(\w+) ", HELP, flags=re.MULTILINE)
-    assert listed == list(OWN_OPTIONS)
-    for choices in re.findall(r"--(\w+) \{([\w|-]+)\}", HELP):
-        assert choices[1].split("|") == list(OWN_OPTIONS[choices[0]].choices)
-    assert max(map(len, HELP.splitlines())) <= 100
+            parse(f"m {word}")
+    text = str(caught.value)
+    assert "--gpu {a100-40g|a100-80g|" in text and "--use_lora {" not in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_no_own_option_hides_one_of_a_run():
-    assert [name for name in OWN_OPTIONS if find_option(name)] == []
+    assert len(set(COMMAND.names)) == len(COMMAND.names)
+
+
+def test_options_come_from_a_file_too(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "gpu: h100-80g\ngpus: 8..16\nmodel_name_or_path: m\nshuffle: no\nseed: 3\nep_size: 2\n"
+    )
+    options = parse(f"--config {path} --seed 4")
+    assert (options.model, options.own.gpu, options.world_sizes) == ("m", "h100-80g", (8, 16))
+    assert (options.ep_size, options.config.parallel.use_megablocks_sharding) == (2, True)
+    assert options.words == ("--seed", "4", "--shuffle", "False")
 
 
 def test_fsdp1_takes_all_of_training_arguments():
     """None of them is taken for a slip of one of ours."""
     names = [field.name for field in dataclasses.fields(TrainingArguments)]
-    ours = [name for option in OPTIONS for name in (option.name, *option.aliases)]
+    ours = [name for option in OPTIONS for name in option.names]
     theirs = [name for name in names if name not in ours]
     assert len(theirs) > 80
     line = f"{PLAN} --entry_point fsdp1 --logging_strategy steps --per_device_eval_batch_size 1"
@@ -158,4 +159,7 @@ def test_fsdp1_takes_all_of_training_arguments():
     for name in theirs:
         if name not in ("bf16", "fp16"):  # refused by the parser: dtypes are --precision's
             assert f"--{name}" in parse(f"{PLAN} --entry_point fsdp1 --{name} 1").passed_on
-    assert difflib.get_close_matches("gpuss", OWN_OPTIONS, cutoff=0.88) == ["gpus"]
+            assert find_slip(name, COMMAND.names, 0.88) is None
+    for line in (f"{PLAN} --entry_point fsdp1 --micro_batch_size 1", f"{PLAN} --gpuss 1"):
+        with pytest.raises(ConfigurationError, match="did you mean"):
+            parse(line)

@@ -14,6 +14,7 @@ from megablocks_utils.training.report.metrics import StepMetrics
 from megablocks_utils.training.setup import Setup, build_setup
 from megablocks_utils.training.trainer import MoETrainer
 from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags
+from tests.support.argv import keep_last
 from tests.support.trace import Trace
 
 
@@ -24,7 +25,7 @@ def build_trainer(argv: list[str], on_step=lambda metrics: None) -> MoETrainer:
 
 def build_setup_and_arguments(argv: list[str]) -> tuple[Setup, TrainingArguments]:
     """Do on a rank of a pool what the FSDP1 script does before it makes the trainer."""
-    config, leftovers = parse_known_args(argv, entry_point="fsdp1")
+    config, leftovers = parse_known_args(keep_last(argv), entry_point="fsdp1")
     launch = check_environment(config)
     flags = parse_trainer_flags(leftovers)
     device = start_processes(launch)

@@ -18,6 +18,7 @@ from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import TrainingState, build_training_state, fit
 from megablocks_utils.training.setup import Setup, build_setup
+from tests.support.argv import keep_last
 from tests.support.rank_pool import RankPool
 from tests.support.stock_reference import StockRun, train_stock
 from tests.support.tiny_adapters import attach_random_adapters
@@ -282,7 +283,7 @@ def build_run(argv: list[str]) -> tuple[Setup, TrainingState]:
 
 def build_setup_of(argv: list[str]) -> Setup:
     """Do on a rank of a pool what the FSDP2 script does before it wraps the model."""
-    config = parse_args(argv, entry_point="fsdp2")
+    config = parse_args(keep_last(argv), entry_point="fsdp2")
     launch = check_environment(config)
     return build_setup(config, launch, start_processes(launch))
 

@@ -39,6 +39,7 @@ PRELOADED = (
     "megablocks_utils.training.recorder",
     "megablocks_utils.training.trainer",
     "matplotlib.figure",
+    "tests.support.frozen_imports",  # the last one
 )
 CLEAN_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",

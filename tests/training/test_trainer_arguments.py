@@ -26,11 +26,11 @@ REFUSED = {
     "--enable_jit_checkpoint True": "--enable_jit_checkpoint is True, but SIGTERM and SIGINT save "
     "a checkpoint already.",
     "--save_only_model True": "--save_only_model is True, but a checkpoint holds all that a run "
-    "needs to go on; the final model is written by itself.",
+    "needs to resume; the final model is written by itself.",
     "--save_on_each_node True": "--save_on_each_node is True, but all machines write their parts "
     "of one checkpoint into one --output_dir.",
-    "--ignore_data_skip True": "--ignore_data_skip is True, but a run goes on at its place in the "
-    "data.",
+    "--ignore_data_skip True": "--ignore_data_skip is True, but a run resumes at its place "
+    "in the data.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
     "--adam_epsilo 1": "unknown option --adam_epsilo; did you mean --adam_epsilon?",
     "--ddp_timeout soon": "argument --ddp_timeout/--ddp-timeout: invalid int value: 'soon'.",
@@ -41,8 +41,22 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_refusals(words):
     with pytest.raises(ConfigurationError) as error:
-        parse_trainer_flags(words.split())
+        parse_trainer_flags(_leftovers(words))
     assert str(error.value) == REFUSED[words]
+
+
+def test_an_unknown_key_of_a_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("adam_epsilon: 1e-8\nadam_epsilo: 1e-8\n")
+    with pytest.raises(ConfigurationError) as error:
+        parse_trainer_flags(_leftovers(f"--config {path}"))
+    assert str(error.value) == (
+        f"{path}:2: unknown option --adam_epsilo; did you mean --adam_epsilon?"
+    )
+
+
+def _leftovers(words):
+    return parse_known_args(words.split(), entry_point="fsdp1")[1]
 
 
 def _build(words):
@@ -76,7 +90,7 @@ def test_report_to_tensorboard(tmp_path):
 
 
 def test_what_training_arguments_refuse_is_one_sentence(tmp_path):
-    flags = parse_trainer_flags(["--accelerator_config", str(tmp_path / "none.json")])
+    flags = parse_trainer_flags(_leftovers(f"--accelerator_config {tmp_path / 'none.json'}"))
     with pytest.raises(ConfigurationError) as error:
         build_trainer_arguments(flags, RunConfig(output_dir=str(tmp_path)), "cpu")
     assert str(error.value).startswith("transformers.TrainingArguments refuses these options: ")
@@ -101,6 +115,6 @@ def test_accumulation_of_accelerate_is_refused(tmp_path):
 
 
 def test_use_cpu_beside_a_gpu_is_refused(tmp_path):
-    flags = parse_trainer_flags(["--use_cpu", "True"])
+    flags = parse_trainer_flags(_leftovers("--use_cpu True"))
     with pytest.raises(ConfigurationError, match="^--use_cpu is True, but a GPU is used"):
         build_trainer_arguments(flags, RunConfig(output_dir=str(tmp_path)), "cuda")

@@ -131,7 +131,7 @@ class Backend:
         if self.dtypes is None or dtype in self.dtypes:
             return None
         known = join_words([name_dtype(known) for known in self.dtypes])
-        return f"{self.name} computes in {known}, not in {name_dtype(dtype)}"
+        return f"{self.name} computes in {known}, not {name_dtype(dtype)}"
 
     def _check_gate(self, shapes: ExpertShapes) -> str | None:
         if self.supports_any_gate or isinstance(shapes.gate, SwiGlu):

@@ -175,7 +175,7 @@ def _find_limit(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
     if not device.is_interpreter or shapes.dtype == torch.float32:
         return None
     name = name_dtype(shapes.dtype)
-    return f"scattermoe in Triton's interpreter computes in float32 only, not in {name}"
+    return f"scattermoe in Triton's interpreter computes in float32 only, not {name}"
 
 
 SCATTERMOE = Backend(

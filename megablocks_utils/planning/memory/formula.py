@@ -4,12 +4,13 @@ No number is fitted to a measurement: every byte has a name, in `units`, `fsdp2_
 of stages, and `traffic`.
 """
 
+from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.memory.fsdp2_buffers import Accumulation, Fsdp2Buffers
-from megablocks_utils.planning.memory.fsdp_units import ModelUnits, itemsize
-from megablocks_utils.planning.memory.layer_plan import plan_layers
+from megablocks_utils.planning.memory.fsdp_units import ModelUnits
 from megablocks_utils.planning.memory.ledger import Ledger
 from megablocks_utils.planning.memory.micro_step import MicroStep
+from megablocks_utils.planning.memory.model_stages import plan_layers
 from megablocks_utils.planning.memory.sizes import Sizes
 from megablocks_utils.planning.memory.traffic import count_sent_bytes
 from megablocks_utils.planning.memory.unit_builder import build_units

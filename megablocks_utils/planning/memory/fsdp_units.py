@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-__all__ = ["FsdpUnit", "LayerUnits", "ModelUnits", "ParamShard", "itemsize"]
-
-
-def itemsize(dtype: str) -> int:
-    """Return the bytes of an element."""
-    return {"float32": 4, "bfloat16": 2}[dtype]
+__all__ = ["FsdpUnit", "LayerUnits", "ModelUnits", "ParamShard"]
 
 
 @dataclass(frozen=True)

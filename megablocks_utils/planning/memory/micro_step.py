@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.memory.fsdp2_buffers import Fsdp2Buffers
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
-from megablocks_utils.planning.memory.layer_plan import LayerPlan
 from megablocks_utils.planning.memory.ledger import Ledger
-from megablocks_utils.planning.memory.model_head import HeadPlan, plan_head
+from megablocks_utils.planning.memory.model_stages import HeadPlan, LayerPlan, plan_head
 from megablocks_utils.planning.memory.sizes import Sizes
 from megablocks_utils.planning.memory.stages import ACTIVATIONS, DISPATCH, Stage
 

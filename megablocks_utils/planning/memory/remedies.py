@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from megablocks_utils.config import PrecisionConfig, resolve_precision
 from megablocks_utils.planning.memory.scenario import Scenario
@@ -12,7 +13,17 @@ from megablocks_utils.planning.model.units import format_gb
 __all__ = ["Remedy", "find_remedies", "layout_words"]
 
 _MIN_LENGTH, _MAX_GROWTH = 128, 64
-Change = Callable[[Scenario, ParallelLayout], Iterator[tuple[str, Scenario, ParallelLayout]]]
+
+
+class Attempt(NamedTuple):
+    """A changed run: its options, and what becomes of scenario and layout with them."""
+
+    words: str
+    scenario: Scenario
+    layout: ParallelLayout
+
+
+Change = Callable[[Scenario, ParallelLayout], Iterator[Attempt]]
 Chain = dict[Change, str]
 
 
@@ -62,8 +73,8 @@ def _try_change(
 ) -> Remedy | None:
     """Return the mildest attempt of a change that fits; one that is tight where none does."""
     tight = None
-    for words, *attempt in change(scenario, layout):
-        remedy = _try(words, *attempt, capacity_bytes)
+    for attempt in change(scenario, layout):
+        remedy = _try(attempt, capacity_bytes)
         if remedy.verdict.name == FITS:
             return remedy
         if remedy.verdict.name == TIGHT and tight is None:
@@ -98,10 +109,11 @@ def _strongest_chain(
     scenario: Scenario, layout: ParallelLayout, capacity_bytes: int, goal: str
 ) -> Chain:
     """Take from each change the attempt with the smallest peak, until they fit together."""
-    chain, peak = {}, scenario.predict(layout).peak_bytes
+    chain: Chain = {}
+    peak = scenario.predict(layout).peak_bytes
     for change in _CHANGES:
         attempts = list(change(scenario, layout))
-        tried = [_try(words, *attempt, capacity_bytes) for words, *attempt in attempts]
+        tried = [_try(attempt, capacity_bytes) for attempt in attempts]
         best = min(tried, key=lambda remedy: remedy.verdict.peak_bytes, default=None)
         if best is None or best.verdict.peak_bytes >= peak:
             continue
@@ -116,10 +128,10 @@ def _words_before(
     change: Change, words: str, scenario: Scenario, layout: ParallelLayout
 ) -> Iterator[str]:
     """Yield the words of the attempts of a change that are milder than the named one."""
-    for own, *_ in change(scenario, layout):
-        if own == words:
+    for attempt in change(scenario, layout):
+        if attempt.words == words:
             return
-        yield own
+        yield attempt.words
 
 
 def _apply(
@@ -127,30 +139,27 @@ def _apply(
 ) -> Remedy | None:
     """Make the named attempts one on top of the other; None where one is no longer possible."""
     for change, words in chain.items():
-        attempts = (attempt for own, *attempt in change(scenario, layout) if own == words)
+        attempts = (one for one in change(scenario, layout) if one.words == words)
         attempt = next(attempts, None)
         if attempt is None:
             return None
-        scenario, layout = attempt
-    return _try(" ".join(chain.values()), scenario, layout, capacity_bytes)
+        _, scenario, layout = attempt
+    return _try(Attempt(" ".join(chain.values()), scenario, layout), capacity_bytes)
 
 
-def _try(words: str, scenario: Scenario, layout: ParallelLayout, capacity_bytes: int) -> Remedy:
-    prediction = scenario.predict(layout)
-    return Remedy(words, judge(prediction, capacity_bytes, scenario.device_type))
+def _try(attempt: Attempt, capacity_bytes: int) -> Remedy:
+    prediction = attempt.scenario.predict(attempt.layout)
+    verdict = judge(prediction, capacity_bytes, attempt.scenario.device_type)
+    return Remedy(attempt.words, verdict)
 
 
-def _other_expert_dp(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _other_expert_dp(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     sharded = ParallelLayout(layout.ep_size, "shard")
     if layout != sharded and sharded in scenario.legal_layouts():
-        yield "--expert_dp shard", scenario, sharded
+        yield Attempt("--expert_dp shard", scenario, sharded)
 
 
-def _other_ep_size(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _other_ep_size(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     """Offer the other sizes, the nearest first."""
     others = [
         other
@@ -162,45 +171,37 @@ def _other_ep_size(
         if min(other.ep_size, layout.ep_size) > 1:
             has_own = other.expert_dp == layout.expert_dp
             words = f"--ep_size {other.ep_size}" + ("" if has_own else " --expert_dp shard")
-        yield words, scenario, other
+        yield Attempt(words, scenario, other)
 
 
 def _distance(first: int, second: int) -> float:
     return max(first, second) / min(first, second)
 
 
-def _checkpointing(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _checkpointing(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     if scenario.config.gradient_checkpointing != "full":
         config = replace(scenario.config, gradient_checkpointing="full")
-        yield "--gradient_checkpointing True", replace(scenario, config=config), layout
+        yield Attempt("--gradient_checkpointing True", replace(scenario, config=config), layout)
 
 
-def _smaller_batch(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _smaller_batch(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     optim = scenario.config.optim
     for size in _halves(optim.per_device_train_batch_size, 1):
         config = replace(scenario.config, optim=replace(optim, per_device_train_batch_size=size))
         smaller = _scale(scenario, size, optim.per_device_train_batch_size)
         smaller = replace(smaller, config=config, examples=min(scenario.examples, size))
-        yield f"--per_device_train_batch_size {size}", smaller, layout
+        yield Attempt(f"--per_device_train_batch_size {size}", smaller, layout)
 
 
-def _shorter(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _shorter(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     data = scenario.config.data
     for length in _halves(data.max_seq_length, _MIN_LENGTH):
         config = replace(scenario.config, data=replace(data, max_seq_length=length))
         smaller = _scale(scenario, length, data.max_seq_length)
-        yield f"--max_seq_length {length}", replace(smaller, config=config), layout
+        yield Attempt(f"--max_seq_length {length}", replace(smaller, config=config), layout)
 
 
-def _smaller_dtypes(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _smaller_dtypes(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     precision = resolve_precision(scenario.config, scenario.device_type)
     if precision.optim == "float32":
         given = replace(scenario.config.precision, optim_dtype="bfloat16")
@@ -209,30 +210,27 @@ def _smaller_dtypes(
         yield _with_precision("--precision bf16", scenario, PrecisionConfig("bf16"), layout)
 
 
-def _lora(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _lora(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     if scenario.config.adapter.has_lora:
         return
     adapter = replace(scenario.config.adapter, use_lora="attn-only")
     optim = replace(scenario.config.optim, sync_each_batch=False)  # the default with adapters
     config = replace(scenario.config, adapter=adapter, optim=optim)
-    yield "--use_lora attn-only", replace(scenario, config=config), layout
+    yield Attempt("--use_lora attn-only", replace(scenario, config=config), layout)
 
 
-def _more_ranks(
-    scenario: Scenario, layout: ParallelLayout
-) -> Iterator[tuple[str, Scenario, ParallelLayout]]:
+def _more_ranks(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     for power in range(1, _MAX_GROWTH.bit_length()):
         larger = replace(scenario, world_size=scenario.world_size << power)
         if layout in larger.legal_layouts():
-            yield f"--gpus {larger.world_size}", larger, layout
+            yield Attempt(f"--gpus {larger.world_size}", larger, layout)
 
 
 def _with_precision(
     words: str, scenario: Scenario, precision: PrecisionConfig, layout: ParallelLayout
-) -> tuple[str, Scenario, ParallelLayout]:
-    return words, replace(scenario, config=replace(scenario.config, precision=precision)), layout
+) -> Attempt:
+    config = replace(scenario.config, precision=precision)
+    return Attempt(words, replace(scenario, config=config), layout)
 
 
 def _scale(scenario: Scenario, new: int, old: int) -> Scenario:

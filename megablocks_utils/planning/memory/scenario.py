@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
+from megablocks_utils.config.adapter import DEFAULT_LORA_R
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
@@ -13,7 +14,6 @@ from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRu
 __all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
 
 DEFAULT_IMBALANCE = 1.25
-_TRUNCATED_LAYERS, _LORA_R = 2, 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Scenario:
             entry_point=config.entry_point,
             precision=resolve_precision(config, self.device_type),
             use_lora=config.adapter.use_lora,
-            lora_r=config.adapter.lora_r or _LORA_R,
+            lora_r=config.adapter.lora_r or DEFAULT_LORA_R,
             gradient_checkpointing=config.gradient_checkpointing,
             accumulation=config.optim.gradient_accumulation_steps,
             sync_each_batch=bool(config.optim.sync_each_batch),
@@ -107,7 +107,7 @@ def read_shape(config: RunConfig, model_config: Mapping[str, Any]) -> ModelShape
         ConfigurationError: a family that is not known, or a value with which there is no model.
     """
     settings = dict(model_config)
-    layers = settings.get("num_hidden_layers")
-    if config.model.truncate_model_for_debug and isinstance(layers, int):
-        settings["num_hidden_layers"] = min(_TRUNCATED_LAYERS, layers)
+    layers, kept = settings.get("num_hidden_layers"), config.model.truncate_layers
+    if kept is not None and isinstance(layers, int):
+        settings["num_hidden_layers"] = min(kept, layers)
     return ModelShape.from_config(settings)

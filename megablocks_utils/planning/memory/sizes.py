@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megablocks_utils.planning.memory.fsdp_units import itemsize
+from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.parameter_shapes import AttentionShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
+from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.memory.fsdp_units import (
     FsdpUnit,
     LayerUnits,
     ModelUnits,
     ParamShard,
-    itemsize,
 )
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.parameter_shapes import LayerShape, ParameterShape

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import MODEL_CONFIG_NAME
 
 __all__ = ["find_config_file", "launch_name", "read_config_file"]
-
-_FILE_NAME = "config.json"
 
 
 def find_config_file(model: str) -> Path:
@@ -22,9 +21,9 @@ def find_config_file(model: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if not (path / _FILE_NAME).is_file():
-            raise CheckpointError(f"MODEL is {model}, but that folder has no {_FILE_NAME}.")
-        return path / _FILE_NAME
+        if not (path / MODEL_CONFIG_NAME).is_file():
+            raise CheckpointError(f"MODEL is {model}, but that folder has no {MODEL_CONFIG_NAME}.")
+        return path / MODEL_CONFIG_NAME
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.endswith(".json")
     if looks_local or model.count("/") > 1:
         raise CheckpointError(f"MODEL is {model}, but there is no such file or folder.")
@@ -32,8 +31,8 @@ def find_config_file(model: str) -> Path:
     if cached is None:
         raise CheckpointError(
             f"MODEL is {model}, but it is neither a folder or file here nor a model in the local "
-            f"cache of the Hub; nothing is downloaded: run hf download {model} {_FILE_NAME}, or "
-            f"give a {_FILE_NAME}."
+            f"cache of the Hub; nothing is downloaded: run hf download {model} {MODEL_CONFIG_NAME},"
+            f" or give a {MODEL_CONFIG_NAME}."
         )
     return cached
 
@@ -57,7 +56,7 @@ def read_config_file(path: Path) -> Mapping[str, Any]:
 def launch_name(model: str) -> str:
     """Return what a run is given for MODEL: for a config.json the folder it is in."""
     path = Path(model).expanduser()
-    if path.is_file() and path.name == _FILE_NAME:
+    if path.is_file() and path.name == MODEL_CONFIG_NAME:
         return str(path.parent)
     return model
 
@@ -67,7 +66,7 @@ def _find_in_cache(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, _FILE_NAME)
+        found = try_to_load_from_cache(name, MODEL_CONFIG_NAME)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None

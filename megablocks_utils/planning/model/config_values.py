@@ -66,7 +66,6 @@ _DEFAULTS = MappingProxyType(
 # transformers reads the number of experts under any of these names, whatever the family.
 _ALIASES = MappingProxyType({"num_local_experts": ("num_experts", "n_routed_experts")})
 KNOWN_MODEL_TYPES = tuple(_DEFAULTS)
-_WORDS = MappingProxyType({bool: "True or False", list: "a list of layers"})
 
 
 class ConfigValues:
@@ -80,15 +79,16 @@ class ConfigValues:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.model_type = config.get("model_type")
-        if self.model_type not in _DEFAULTS:
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in _DEFAULTS:
             known = ", ".join(_DEFAULTS)
             raise ConfigurationError(
-                f"model_type is {self.model_type!r} in the model's config.json, but plans are made "
-                f"for {known}."
+                f"model_type is {model_type!r} in the model's config.json, but plans are made for "
+                f"{known} only."
             )
+        self.model_type = model_type
         self._config = config
-        self._defaults = _DEFAULTS[self.model_type]
+        self._defaults = _DEFAULTS[model_type]
 
     def size(self, name: str, *, at_least: int = 1) -> int:
         """Return a whole number.
@@ -97,24 +97,31 @@ class ConfigValues:
             ConfigurationError: it is absent without a default, no whole number, or too small.
         """
         value = self._get(name)
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or value < at_least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
             raise self.wrong(name, f"a whole number of at least {at_least}")
         return value
 
-    def size_or(self, name: str, otherwise: int | None, *, at_least: int = 1) -> int | None:
-        """Return a whole number, or something else where the entry is null or absent."""
-        return otherwise if self._get(name) is None else self.size(name, at_least=at_least)
+    def optional_size(self, name: str) -> int | None:
+        """Return a whole number of at least 1; None where the entry is null or absent."""
+        return None if self._get(name) is None else self.size(name)
 
     def flag(self, name: str) -> bool:
         """Return True or False; False where the entry is absent."""
         value = self._get(name)
-        return bool(value) if value is None else self._typed(name, value, bool)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise self.wrong(name, "True or False")
+        return value
 
-    def numbers(self, name: str) -> list:
-        """Return a list; an empty one where the entry is null or absent."""
+    def numbers(self, name: str) -> list[int]:
+        """Return a list of numbers; an empty one where the entry is null or absent."""
         value = self._get(name)
-        return [] if value is None else self._typed(name, value, list)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
+            raise self.wrong(name, "a list of layers")
+        return value
 
     def fraction(self, name: str, default: float) -> float:
         """Return a number of at least 0."""
@@ -135,8 +142,3 @@ class ConfigValues:
             if alias in self._config:
                 return self._config[alias]
         return self._defaults.get(name)
-
-    def _typed(self, name: str, value: Any, kind: type) -> Any:
-        if not isinstance(value, kind):
-            raise self.wrong(name, _WORDS[kind])
-        return value

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megablocks_utils.planning.model.units import GIB
+from megablocks_utils.byte_units import GIB
 
 __all__ = ["GPUS", "Gpu"]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megablocks_utils.families import SUPPORTED_MODEL_TYPES
 from megablocks_utils.planning.model.config_values import ConfigValues
 from megablocks_utils.planning.model.parameter_shapes import (
     AttentionShape,
@@ -18,10 +19,8 @@ from megablocks_utils.planning.model.parameter_shapes import (
     norm,
 )
 
-__all__ = ["TRAINABLE_MODEL_TYPES", "ModelShape"]
+__all__ = ["ModelShape"]
 
-TRAINABLE_MODEL_TYPES = ("mixtral", "qwen3_moe", "olmoe")
-"""What this project trains: `checkpoint.layouts.SUPPORTED_MODEL_TYPES`, as a test sees to."""
 _AUX_LOSS_DEFAULT = {"mixtral": 0.001, "qwen3_moe": 0.001, "olmoe": 0.01}
 
 
@@ -85,7 +84,7 @@ class ModelShape:
     @property
     def is_trainable(self) -> bool:
         """Whether this project trains it; others can only be planned."""
-        return self.model_type in TRAINABLE_MODEL_TYPES
+        return self.model_type in SUPPORTED_MODEL_TYPES
 
     @property
     def routes_in_fp32(self) -> bool:
@@ -159,15 +158,15 @@ def _read_attention(values: ConfigValues) -> AttentionShape:
             v_head_dim=values.size("v_head_dim"),
             rope_dim=rope_dim,
             has_bias=has_bias,
-            q_rank=values.size_or("q_lora_rank", 0),
+            q_rank=values.optional_size("q_lora_rank") or 0,
             kv_rank=values.size("kv_lora_rank"),
         )
-    num_kv_heads = values.size_or("num_key_value_heads", num_heads)
+    num_kv_heads = values.optional_size("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
         raise values.wrong("num_attention_heads", f"a multiple of the {num_kv_heads} key heads")
-    head_dim = values.size_or("head_dim", None)
-    if head_dim is None:
-        head_dim = values.size("hidden_size") // num_heads
+    head_dim = values.optional_size("head_dim") or values.size("hidden_size") // num_heads
+    if head_dim == 0:
+        raise values.wrong("num_attention_heads", "at most hidden_size")
     has_window = values.model_type != "qwen3_moe" or values.flag("use_sliding_window")
     return AttentionShape(
         num_heads=num_heads,
@@ -177,7 +176,7 @@ def _read_attention(values: ConfigValues) -> AttentionShape:
         rope_dim=head_dim,
         qk_norm={"qwen3_moe": "head", "olmoe": "whole"}.get(values.model_type, "none"),
         has_bias=has_bias,
-        sliding_window=values.size_or("sliding_window", None) if has_window else None,
+        sliding_window=values.optional_size("sliding_window") if has_window else None,
     )
 
 

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-__all__ = ["GB", "GIB", "Unit", "choose_unit", "format_count", "format_gb"]
+from megablocks_utils.byte_units import GB, GIB, KB, MB, MIB
 
-GB, GIB = 10**9, 1024**3
-_SMALL = ((10**6, "MB"), (10**3, "kB"))
+__all__ = ["Unit", "choose_unit", "format_count", "format_gb"]
+
+_SMALL = ((MB, "MB"), (KB, "kB"))
 
 
 def format_gb(number: float) -> str:
@@ -51,7 +52,7 @@ class Unit:
 def choose_unit(number: float) -> Unit:
     """Return GiB and GB, or MiB and MB where `number` bytes, the largest of a table, are few."""
     if number < GIB // 2:
-        return Unit("MiB", 2**20, "MB", 10**6)
+        return Unit("MiB", MIB, "MB", MB)
     return Unit("GiB", GIB, "GB", GB)
 
 

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GB, GIB
 from megablocks_utils.files import publish_file
 from megablocks_utils.planning.memory.verdict import WORDS
 from megablocks_utils.planning.model.prediction import COMPONENTS
-from megablocks_utils.planning.model.units import GB, GIB
 from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, choose_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 __all__ = ["COLOURS", "build_plan_figure", "draw_plan"]
 
@@ -134,7 +135,7 @@ def _dress(figure: "Figure", axes: "Axes", request: PlanRequest, rows: Sequence[
     axes.grid(axis="x", color=_FAINT, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    twin = axes.secondary_xaxis("top", functions=(lambda x: x * GB / GIB, lambda x: x * GIB / GB))
+    twin = axes.secondary_xaxis("top", functions=(_gb_to_gib, _gib_to_gb))
     twin.tick_params(colors=_RESERVE, labelsize=8)
     twin.set_xlabel("GiB", color=_RESERVE, fontsize=8.5)
     twin.spines["top"].set_visible(False)
@@ -151,6 +152,18 @@ def _dress(figure: "Figure", axes: "Axes", request: PlanRequest, rows: Sequence[
         x=0.01,
         ha="left",
     )
+
+
+def _gb_to_gib(sizes: "ArrayLike") -> "ArrayLike":
+    import numpy as np
+
+    return np.asarray(sizes) * GB / GIB
+
+
+def _gib_to_gb(sizes: "ArrayLike") -> "ArrayLike":
+    import numpy as np
+
+    return np.asarray(sizes) * GIB / GB
 
 
 def _label(row: PlanRow) -> str:

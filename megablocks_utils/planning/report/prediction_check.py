@@ -57,11 +57,9 @@ def read_run_plan(path: str | Path) -> Mapping[str, Any]:
         raise ConfigurationError(
             f"--check is {path}, but that run was not planned: {plan['not_planned']}"
         )
-    has_both = isinstance(plan, dict) and all(
-        isinstance(plan.get(side), dict) and isinstance(plan[side].get("components", {}), dict)
-        for side in ("predicted", "measured")
-    )
-    if not has_both:
+    if not isinstance(plan, dict) or not all(
+        _is_side(plan.get(name)) for name in ("predicted", "measured")
+    ):
         raise ConfigurationError(f"--check is {path}, but it holds no plan; {wanted}.")
     return plan
 
@@ -112,5 +110,10 @@ def build_check_table(plan: Mapping[str, Any]) -> "Table":
 
 def _bytes(side: Mapping[str, Any], name: str) -> int | None:
     value = side.get(name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return int(value) if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value)
+
+
+def _is_side(side: Any) -> bool:
+    return isinstance(side, dict) and isinstance(side.get("components", {}), dict)

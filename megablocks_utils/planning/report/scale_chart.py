@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GB
 from megablocks_utils.files import publish_file
 from megablocks_utils.planning.memory.verdict import OOM
-from megablocks_utils.planning.model.units import GB
 from megablocks_utils.planning.report.plan_chart import TEXT_COLOUR
 from megablocks_utils.planning.speed.scale import ScalePoint
 

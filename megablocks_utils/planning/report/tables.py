@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megablocks_utils.byte_units import GB
 from megablocks_utils.planning.memory.verdict import FITS, OOM, TIGHT
 from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS
-from megablocks_utils.planning.model.units import GB, choose_unit, format_count, format_gb
+from megablocks_utils.planning.model.units import choose_unit, format_count, format_gb
 from megablocks_utils.planning.speed.launch_lines import break_line
 from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, choose_row
 from megablocks_utils.planning.speed.scale import ScalePoint, build_scale_table, describe_dominance

@@ -133,11 +133,11 @@ def solve(first: TimedRun, second: TimedRun, workload: Mapping[str, Any]) -> Cal
 
 
 def build_record(
-    calibration: Calibration, runs: Sequence[TimedRun], certificate: Mapping[str, Any]
+    calibration: Calibration, runs: Sequence[TimedRun], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the file holds: the two numbers, what they came from, and their certificate."""
+    """Return what the file holds: the two numbers, what they came from, and their provenance."""
     timed = [asdict(run) | {"median_s": run.median_s, "spread_s": run.spread_s} for run in runs]
-    return {"kind": _KIND, **asdict(calibration), "runs": timed, "certificate": dict(certificate)}
+    return {"kind": _KIND, **asdict(calibration), "runs": timed, "provenance": dict(provenance)}
 
 
 def read_calibration(path: str | Path) -> Calibration:
@@ -149,9 +149,10 @@ def read_calibration(path: str | Path) -> Calibration:
     wanted = "it must be a file that python -m megablocks_utils.plan calibrate has written."
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        numbers = [float(record[name]) for name in ("bytes_per_s", "overhead_s")]
-        is_ours = record["kind"] == _KIND and all(math.isfinite(n) and n > 0 for n in numbers)
-        calibration = Calibration(*numbers, workload=dict(record["workload"]))
+        bytes_per_s, overhead_s = float(record["bytes_per_s"]), float(record["overhead_s"])
+        are_usable = all(math.isfinite(n) and n > 0 for n in (bytes_per_s, overhead_s))
+        is_ours = record["kind"] == _KIND and are_usable
+        calibration = Calibration(bytes_per_s, overhead_s, workload=dict(record["workload"]))
     except OSError as error:
         raise ConfigurationError(
             f"--calibration is {path}, but it cannot be read ({error.strerror}); {wanted}"

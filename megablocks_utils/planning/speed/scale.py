@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from megablocks_utils.planning.model.units import GB, format_gb
+from megablocks_utils.byte_units import GB
+from megablocks_utils.planning.model.units import format_gb
 from megablocks_utils.planning.speed.layout_plan import (
     PlanRequest,
     PlanRow,

@@ -9,15 +9,12 @@ from pathlib import Path
 import torch
 
 __all__ = [
-    "GIB",
-    "MIB",
     "MemoryReading",
     "describe_memory_source",
     "read_available_memory",
     "read_memory",
 ]
 
-MIB, GIB = 1024**2, 1024**3
 PROCESS_STATUS = Path("/proc/self/status")
 MEMORY_INFO = Path("/proc/meminfo")
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megablocks_utils.training.report.memory import GIB
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.training.report.metrics import StepMetrics
 
 __all__ = ["Advance", "track_loading", "track_sharding", "track_training"]

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megablocks_utils.training.report.memory import GIB, MIB
+from megablocks_utils.byte_units import GIB, MIB
 from megablocks_utils.training.report.mesh_table import build_mesh_table
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import ParameterCounts

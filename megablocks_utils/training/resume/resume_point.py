@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megablocks_utils.checkpoint.manifest import check_files, read_manifest
 from megablocks_utils.config import RunConfig
 from megablocks_utils.files import METRICS_NAME
-from megablocks_utils.processes.agreement import raise_on_all_ranks
+from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.output_folder import choose_checkpoint
 from megablocks_utils.training.resume.random_states import restore_random_states
@@ -78,9 +76,7 @@ def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoi
         ConfigurationError: as `choose_checkpoint`.
         CheckpointError: on every rank, for a file that is missing, truncated or altered.
     """
-    chosen = [raise_on_all_ranks(lambda: None if launch.rank else choose_checkpoint(config))]
-    dist.broadcast_object_list(chosen)
-    folder = chosen[0]
+    folder = broadcast_from_rank0(lambda: choose_checkpoint(config))
     if folder is None:
         return None
     manifest = raise_on_all_ranks(lambda: read_manifest(folder))

@@ -1,10 +1,10 @@
-"""The adapter to megablocks: on stand-ins everywhere, on the package where it runs.
+"""The adapter to megablocks: on the package where it runs, and on stand-ins everywhere else.
 
 On a CPU the package's gather and scatter run in Triton's interpreter and its grouped_gemm in plain
 torch, from the unpacked sources of megablocks, stanford-stk and grouped_gemm:
 
     PYTHONPATH=.:<megablocks>:<stk>:<grouped_gemm>:tests/support/stand_ins/cuda_extensions \
-        TRITON_INTERPRET=1 python -m pytest -rs tests/kernels/test_megablocks.py
+        TRITON_INTERPRET=1 python -m pytest tests/kernels/backends/test_megablocks.py
 """
 
 import os
@@ -20,12 +20,7 @@ import torch
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends import megablocks
 from megablocks_utils.kernels.backends.eager import run_experts_eager
-from megablocks_utils.kernels.backends.megablocks import (
-    MEGABLOCKS_INSTALL,
-    find_megablocks_unsupported_reason,
-    is_megablocks_installed,
-    run_experts_megablocks,
-)
+from megablocks_utils.kernels.backends.megablocks import MEGABLOCKS, run_experts_megablocks
 from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
@@ -38,7 +33,7 @@ from tests.support.routed_case import (
 )
 from tests.support.stand_ins import stand_ins
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -48,13 +43,14 @@ def stand_in():
 
 
 @pytest.fixture
-def package(monkeypatch):
-    if not is_megablocks_installed():
-        pytest.skip(f"megablocks is not installed: {MEGABLOCKS_INSTALL}")
+def source(request, monkeypatch):
+    """Device and dtype of the real package, or of the stand-ins where it cannot run."""
+    if not MEGABLOCKS.is_installed():
+        return request.getfixturevalue("stand_in")
     if torch.cuda.is_available():
         return "cuda", torch.bfloat16
     if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no CUDA device, and TRITON_INTERPRET is not 1")
+        return request.getfixturevalue("stand_in")
     from megablocks.backend import kernels
 
     for kernel in (kernels._padded_copy, kernels._padded_copy_wgrad):
@@ -63,41 +59,33 @@ def package(monkeypatch):
     return "cpu", torch.float32
 
 
-@pytest.fixture(params=["stand_in", "package"])
-def source(request):
-    return request.getfixturevalue(request.param)
-
-
 SMALL = draw_case(draw_index(7, 5, 2), 5, 24, 40)
 ONE_EACH = draw_case(draw_index(11, 5, 1), 5, 24, 40)
 NO_TOKEN = draw_case(draw_index(0, 4, 1), 4, 16, 24)
-CASES = {
-    "an expert without rows": SMALL,
-    "one token": draw_case(draw_index(1, 4, 3), 4, 16, 24),
-    "one expert for all": draw_case(torch.full((9, 1), 2), 4, 16, 24),
-    "all experts for each": draw_case(torch.arange(3).repeat(5, 1), 3, 16, 24),
-    "no token": NO_TOKEN,
-    "beyond blocks of 64": draw_case(draw_index(20, 3, 2), 3, 136, 72),
-    "rows received": as_received(ONE_EACH, is_sorted=False),
-    "rows received in order": as_received(ONE_EACH, is_sorted=True),
-    "no row received": as_received(NO_TOKEN, is_sorted=True),
-}
 WEIGHTS = ("gate_up_proj", "down_proj")
+CASES = {
+    "an expert without rows": (SMALL, ()),
+    "frozen": (SMALL, WEIGHTS),
+    "first projection frozen": (SMALL, WEIGHTS[:1]),
+    "second projection and tokens frozen": (SMALL, (*WEIGHTS[1:], "tokens")),
+    "no token": (NO_TOKEN, ()),
+    "beyond blocks of 64": (draw_case(draw_index(20, 3, 2), 3, 136, 72), ()),
+    "rows received": (as_received(ONE_EACH, is_sorted=False), ()),
+    "rows received in order, frozen": (as_received(ONE_EACH, is_sorted=True), WEIGHTS),
+    "no row received": (as_received(NO_TOKEN, is_sorted=True), ()),
+}
 
 
-@pytest.mark.parametrize("frozen", [(), WEIGHTS, WEIGHTS[:1], (*WEIGHTS[1:], "tokens")])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_reference_in_values_and_gradients(source, name, frozen):
+def test_equals_reference_in_values_and_gradients(source, name):
     device, dtype = source
-    assert_equals_reference(
-        CASES[name], run_experts_megablocks, dtype, frozen=frozen, device=device
-    )
+    case, frozen = CASES[name]
+    assert_equals_reference(case, run_experts_megablocks, dtype, frozen=frozen, device=device)
 
 
-@pytest.mark.parametrize("storage", ["is_transposed", "is_interleaved"])
-def test_storage_equals_the_loop(source, storage):
+def test_storage_equals_the_loop(source):
     device, dtype = source
-    case = with_storage(SMALL, **{storage: True})
+    case = with_storage(SMALL, is_transposed=True, is_interleaved=True)
     leaves = {name: leaf for name, leaf in case.leaves.items() if not name.endswith("_bias")}
     assert_equals_reference(
         replace(case, leaves=leaves),
@@ -171,48 +159,17 @@ def test_importing_the_adapter_imports_no_package(stand_in):
     assert not {"megablocks", "grouped_gemm", "stk"} & sys.modules.keys()
 
 
-@pytest.mark.parametrize("missing", ["megablocks", "megablocks_ops", "grouped_gemm_backend", "stk"])
-def test_whether_it_is_installed_with_its_extensions(stand_in, monkeypatch, missing):
-    assert is_megablocks_installed()
-    monkeypatch.setitem(sys.modules, missing, None)
-    assert not is_megablocks_installed()
+def test_without_its_cuda_extensions_it_is_not_installed(stand_in, monkeypatch):
+    assert MEGABLOCKS.is_installed()
+    monkeypatch.setitem(sys.modules, "grouped_gemm_backend", None)
+    assert not MEGABLOCKS.is_installed()
 
 
 def test_the_versions_are_those_of_the_requirements():
     text = (ROOT / "requirements-kernels.txt").read_text()
-    versions = [word for word in MEGABLOCKS_INSTALL.split() if "==" in word]
+    versions = [word for word in MEGABLOCKS.install.split() if "==" in word]
     assert len(versions) == 3
     assert all(version in text for version in versions)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device_type", "has_adapters", "unsupported_reason"),
-    [
-        (torch.bfloat16, "cuda", False, None),
-        (
-            torch.float32,
-            "cuda",
-            False,
-            "megablocks' grouped_gemm takes bfloat16 only, and the dtype of compute is float32",
-        ),
-        (torch.bfloat16, "cpu", False, "megablocks needs a CUDA device, and the device is cpu"),
-        (
-            torch.bfloat16,
-            "cuda",
-            True,
-            "megablocks does not support LoRA on experts; --kernel triton and grouped_mm do",
-        ),
-    ],
-)
-def test_obstacles(monkeypatch, dtype, device_type, has_adapters, unsupported_reason):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert (
-        find_megablocks_unsupported_reason(64, 96, dtype, device_type, has_adapters)
-        == unsupported_reason
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    old = unsupported_reason or "megablocks needs compute capability 8.0 or newer"
-    assert find_megablocks_unsupported_reason(64, 96, dtype, device_type, has_adapters) == old
 
 
 @pytest.mark.parametrize(
@@ -220,13 +177,13 @@ def test_obstacles(monkeypatch, dtype, device_type, has_adapters, unsupported_re
     [
         (
             {"down_lora": LowRank(torch.zeros(4, 8, 96), torch.zeros(4, 64, 8), 1.0)},
-            "--kernel is megablocks, but megablocks does not support LoRA on experts; --kernel "
-            "triton and grouped_mm do.",
+            "kernel is megablocks, but megablocks does not support LoRA on experts; kernel eager, "
+            "grouped_mm or triton does.",
         ),
         (
             {"down_bias": torch.zeros(4, 64)},
-            "--kernel is megablocks, which has no biases of experts, but these experts have them; "
-            "--kernel triton and grouped_mm add them.",
+            "kernel is megablocks, but megablocks does not support biases of experts; kernel "
+            "eager, grouped_mm, triton or scattermoe does.",
         ),
     ],
 )
@@ -244,7 +201,7 @@ def test_rows_beyond_32_bits_are_refused():
             torch.empty(262_144, 4_096, device="meta"), order, None, draw_experts()
         )
     assert str(refusal.value) == (
-        "--kernel is megablocks, which counts in 32 bits, but 524288 rows of 4096 have more than "
-        "2147483647 elements; --kernel triton counts in 64."
+        "kernel is megablocks, which counts in 32 bits, but 524288 rows of 4096 have more than "
+        "2147483647 elements; kernel triton counts in 64."
     )
     megablocks._check_can_run(2 * 262_143, 4_096, draw_experts())

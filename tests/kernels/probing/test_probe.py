@@ -255,9 +255,9 @@ def check_that_it_is_named(bug, variant, tensor, dtype):
         probe_backend("triton", bug, draw_experts(variant, dtype), dtype, is_weighted=True)
     sentence = str(refusal.value)
     assert sentence.startswith(
-        f"--kernel triton fails its check on this model's weights: its {tensor}"
+        f"kernel triton fails its check on this model's weights: its {tensor}"
     )
-    assert sentence.endswith("nothing was trained, use --kernel eager or --kernel grouped_mm.")
+    assert sentence.endswith("nothing was trained, use kernel eager or kernel grouped_mm.")
     assert ("is not finite" in sentence) == ("nan" in bug.__name__)
 
 
@@ -272,9 +272,9 @@ def test_the_sentence_has_both_figures():
             "grouped_mm", scale_weight_gradient, draw_experts("full"), FP32, is_weighted=True
         )
     assert str(refusal.value) == (
-        "--kernel grouped_mm fails its check on this model's weights: its gradient of down_proj is "
+        "kernel grouped_mm fails its check on this model's weights: its gradient of down_proj is "
         "off by 5.0e-02, more than 2 times the 4.1e-07 that rounding to float32 explains; nothing "
-        "was trained, use --kernel eager."
+        "was trained, use kernel eager."
     )
 
 
@@ -327,7 +327,7 @@ def test_weights_that_are_not_finite_are_not_blamed_on_the_backend(value):
     with pytest.raises(CheckpointError) as refusal:
         probe_backend("triton", return_nan, experts, FP32, is_weighted=True)
     assert str(refusal.value) == (
-        "down_proj of the first experts holds values that are not finite in float32, so --kernel "
+        "down_proj of the first experts holds values that are not finite in float32, so kernel "
         "triton cannot be checked and nothing can be trained: the model or checkpoint that it came "
         "from is damaged."
     )

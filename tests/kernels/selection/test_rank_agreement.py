@@ -1,4 +1,4 @@
-"""All ranks run what rank 0 has decided, whatever each has measured or has for a GPU."""
+"""All ranks run what rank 0 has selected, whatever each has measured or has for a GPU."""
 
 import json
 from dataclasses import replace
@@ -11,13 +11,14 @@ from torch import nn
 from megablocks_utils.config import parse_args
 from megablocks_utils.errors import ConfigurationError, MissingKernelError, UserError
 from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
-from megablocks_utils.kernels.selection.backend_selection import rank_agreement, select_backend
+from megablocks_utils.kernels.selection import rank_agreement
+from megablocks_utils.kernels.selection.backend_selection import select_backend
 from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
 from megablocks_utils.kernels.tuning.measurements import store_entry
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.shard_moe_utils import find_expert_modules, shard_moe
 from megablocks_utils.training.setup import build_setup
-from tests.kernels.facts import H100, V100, put_triton
+from tests.kernels.facts import H100, V100, put_packages, put_triton
 from tests.kernels.measured import SHAPES, TILES, measured
 from tests.support.tiny_models import build_tiny_model, save_tiny_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -30,13 +31,13 @@ def _choose(rank, folder, kernel="auto", devices=(H100, H100), has_triton=(True,
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEGABLOCKS_UTILS_CACHE", f"{folder}/{rank}")
         patch.setattr(rank_agreement, "read_device_facts", lambda _: devices[rank])
-        put_triton(patch, is_installed=has_triton[rank])
+        (put_triton if has_triton[rank] else put_packages)(patch)
         try:
-            choice = select_for_all_ranks(kernel, SHAPES)
+            loaded = select_for_all_ranks(kernel, SHAPES)
         except UserError as error:
             return type(error), str(error)
-        tiles = choice.run.keywords["tiles"] if isinstance(choice.run, partial) else None
-        return choice.name, choice.reason, tiles
+        tiles = loaded.run.keywords["tiles"] if isinstance(loaded.run, partial) else None
+        return loaded.name, loaded.reason, tiles
 
 
 @pytest.fixture
@@ -55,13 +56,13 @@ def test_other_ranks_measurements_do_not_count(ranks2, tmp_path, store):
     store(1, measured())
     first, second = ranks2.run(_choose, tmp_path)
     assert first == second
-    assert first[0] == "grouped_mm" and "triton was not measured here" in first[1]
+    assert first[0] == "grouped_mm" and "no kernel was measured here" in first[1]
 
 
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
 def test_all_take_rank_0s_tiles(ranks2, tmp_path, store, kernel):
     store(0, measured(tiles=TILES))
-    store(1, measured(tiles=OTHER_TILES, winner="grouped_mm"))
+    store(1, measured({"grouped_mm": 9.0, "triton": 12.0}, tiles=OTHER_TILES))
     first, second = ranks2.run(_choose, tmp_path, kernel)
     assert first == second
     assert first[0] == "triton" and first[2] == TILES
@@ -77,17 +78,15 @@ def test_a_damaged_file_of_another_rank_does_not_matter(ranks2, tmp_path, store)
 
 def test_a_rank_that_cannot_run_it_ends_all(ranks2, tmp_path, store):
     store(0, measured())
-    sentence = "rank 0 has chosen triton for all ranks, but on rank 1 {}."
+    sentence = "rank 0 has selected triton for all ranks, but on rank 1 {}."
     old = (
         ConfigurationError,
-        sentence.format(
-            "our Triton kernels need compute capability 8.0 or newer, and Tesla V100 has 7.0"
-        ),
+        sentence.format("triton needs compute capability 8.0 or newer, and Tesla V100 has 7.0"),
     )
     assert ranks2.run(_choose, tmp_path, devices=(H100, V100)) == [old] * 2
     missing = (
         ConfigurationError,
-        sentence.format("triton is not installed (pip install triton)"),
+        sentence.format("triton is not installed"),
     )
     assert ranks2.run(_choose, tmp_path, has_triton=(True, False)) == [missing] * 2
 
@@ -95,7 +94,7 @@ def test_a_rank_that_cannot_run_it_ends_all(ranks2, tmp_path, store):
 def test_what_rank_0_meets_ends_all(ranks2, tmp_path):
     missing = (
         MissingKernelError,
-        "--kernel is triton, but triton is not installed; install it with: pip install triton",
+        "kernel is triton, but triton is not installed; install it with: pip install triton",
     )
     assert ranks2.run(_choose, tmp_path, "triton", has_triton=(False, True)) == [missing] * 2
 
@@ -104,12 +103,12 @@ def _shard(rank):
     """Split a model on ranks that name different kernels; what its layers run on."""
     seen = []
 
-    def decide(kernel, shapes, device):
+    def select(kernel, shapes, device):
         seen.append(shapes)
         return select_backend(kernel, shapes, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_agreement, "select_backend", decide)
+        patch.setattr(rank_agreement, "select_backend", select)
         sharded = shard_moe(
             build_tiny_model("mixtral"),
             ep_size=2,
@@ -135,12 +134,12 @@ def _set_up(rank, folder, line):
     words = f"--model_name_or_path {folder}/model --data_path {folder}/data.json {line}".split()
     seen = []
 
-    def decide(kernel, shapes, device):
+    def select(kernel, shapes, device):
         seen.append((kernel, shapes))
         return select_backend("auto", shapes, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_agreement, "select_backend", decide)
+        patch.setattr(rank_agreement, "select_backend", select)
         config = parse_args(words, entry_point="fsdp2")
         setup = build_setup(config, LaunchEnvironment(), torch.device("cpu"))
     return seen[0], setup.schedule.examples.lengths.tolist()

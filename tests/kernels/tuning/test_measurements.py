@@ -26,12 +26,12 @@ KEY = build_key(SHAPES, H100)
 
 def test_round_trip(tmp_path):
     path = tmp_path / "cache" / "kernels.json"
-    entry = measured(grouped_mm_ms=None)
+    entry = measured({"triton": 12.0, "grouped_mm": None, "eager": 30})
     store_entry(entry, path)
     assert read_entries(path) == [entry]
-    other = measured(replace(SHAPES, mode="full"), lora_r=None, winner="grouped_mm")
+    other = measured(shapes=replace(SHAPES, mode="full"), lora_r=None, tiles=None)
     store_entry(other, path)
-    newer = replace(entry, triton_ms=11.0)
+    newer = replace(entry, times_ms={"triton": 11.0})
     store_entry(newer, path)
     assert read_entries(path) == [other, newer]
     assert {file.name for file in path.parent.iterdir()} == {"kernels.json", "kernels.json.lock"}
@@ -75,7 +75,7 @@ def test_a_measurement_counts_for_its_bucket(rows):
 
 
 def test_shipped_measurements_are_found_with_any_versions_and_come_second():
-    shipped = measured(triton_ms=1.0)
+    shipped = measured({"triton": 1.0})
     key = build_key(SHAPES, replace(H100, torch_version="2.14.0", triton_version="3.10.0"))
     assert Measurements((), (shipped,)).find(key) == shipped
     assert Measurements((measured(),), (shipped,)).find(key) == shipped
@@ -90,7 +90,7 @@ def test_what_is_shipped_can_be_read():
     assert read_entries(SHIPPED_PATH) == []
 
 
-GOOD = {"version": 1, "entries": [measured().as_json()]}
+GOOD = {"version": 2, "entries": [measured().as_json()]}
 
 
 def _spoilt(*path, value):
@@ -106,12 +106,12 @@ DAMAGED = {
     "half written": json.dumps(GOOD)[:200],
     "not text": b"\xff\xfe\x00",
     "a list": "[]",
-    "another version": _spoilt("version", value=2),
-    "no entries": '{"version": 1}',
+    "the version before": _spoilt("version", value=1),
+    "no entries": '{"version": 2}',
     "entries of another form": _spoilt("entries", value=3),
     "another field": _spoilt("entries", 0, "speed", value=3),
-    "another winner": _spoilt("entries", 0, "winner", value="fast"),
-    "a time in words": _spoilt("entries", 0, "triton_ms", value="fast"),
+    "times that are none": _spoilt("entries", 0, "times_ms", value=3),
+    "a time in words": _spoilt("entries", 0, "times_ms", "triton", value="fast"),
     "a key in words": _spoilt("entries", 0, "key", "rows", value="many"),
     "a key that is none": _spoilt("entries", 0, "key", value=[]),
     "tiles that are none": _spoilt("entries", 0, "tiles", "up", "block_m", value=-1),
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_named_and_left_alone(damage, tmp_path, monkeypatch):
     measurements = read_measurements()
     assert measurements.own == ()
     assert measurements.problem.startswith(
-        f"{path} is damaged or holds something else than measurements of kernels ("
+        f"{path} is damaged, or not a file of measurements that this version can read ("
     )
     assert measurements.problem.endswith(
         "); remove it, or name another folder in MEGABLOCKS_UTILS_CACHE"
@@ -156,7 +156,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path, monkeypatch):
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path):
     path = tmp_path / "kernels.json"
-    entries = [measured(replace(SHAPES, num_rows=2**n)) for n in range(12)]
+    entries = [measured(shapes=replace(SHAPES, num_rows=2**n)) for n in range(12)]
     at_once = threading.Barrier(len(entries))
 
     def write(entry):

@@ -2,9 +2,10 @@
 
 import pytest
 
+from megablocks_utils.byte_units import GIB
 from megablocks_utils.planning.memory.verdict import WORDS, judge
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.units import GIB, choose_unit, format_count, format_gb
+from megablocks_utils.planning.model.units import choose_unit, format_count, format_gb
 from tests.planning.cases import build_prediction
 
 PEAK = 50_000_000_000

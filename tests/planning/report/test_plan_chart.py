@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from megablocks_utils.byte_units import GB
 from megablocks_utils.planning.model.prediction import COMPONENTS
-from megablocks_utils.planning.model.units import GB
 from megablocks_utils.planning.report.plan_chart import COLOURS, build_plan_figure, draw_plan
 from megablocks_utils.planning.report.scale_chart import build_scale_figure
 from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row, plan_layouts

@@ -71,7 +71,7 @@ def test_the_file_comes_back(tmp_path):
         "median_s": 2.0,
         "spread_s": 0.0,
     }
-    assert record["certificate"] == {"date": "today"}
+    assert record["provenance"] == {"date": "today"}
 
 
 @pytest.mark.parametrize(

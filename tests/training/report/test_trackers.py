@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from megablocks_utils.config.options import OPTIONS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_accelerate_fsdp2
 import train_fsdp1
-from megablocks_utils.config.options import OPTIONS
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.training.report import trackers
 from megablocks_utils.training.report.metrics import read_metrics

@@ -1,4 +1,4 @@
-"""Put the stages of every kind of decoder layer together."""
+"""Put the stages of a model together: its decoder layers, and what is outside of them."""
 
 from dataclasses import dataclass, replace
 
@@ -9,12 +9,12 @@ from megablocks_utils.planning.memory.dense_stages import (
     router_stage,
 )
 from megablocks_utils.planning.memory.expert_stages import expert_stages
-from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, LayerUnits, ModelUnits
-from megablocks_utils.planning.memory.sizes import Sizes
+from megablocks_utils.planning.memory.fsdp_units import LayerUnits, ModelUnits
+from megablocks_utils.planning.memory.sizes import FP32, INDEX, Sizes
 from megablocks_utils.planning.memory.stages import Stage
 from megablocks_utils.planning.model.parameter_shapes import LayerShape
 
-__all__ = ["LayerPlan", "plan_layers"]
+__all__ = ["HeadPlan", "LayerPlan", "plan_head", "plan_layers"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,30 @@ class LayerPlan:
     experts: tuple[Stage, ...]
     shared: tuple[Stage, ...]
 
-    @property
-    def expert_unit(self) -> FsdpUnit | None:
-        """The experts' own unit; None where the layer's has them."""
-        return self.units.experts
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Bytes of what is not in a layer.
+
+    Attributes:
+        held: as long as a micro-step lasts: token numbers, rotary angles.
+        mask: of all tokens of a row; checkpointing keeps it for backward.
+        norm: the final norm.
+        rows: hidden states of the positions with labels.
+        saved_rows: of these, what the output head keeps for its weights' gradient.
+        logits: in the dtype of compute.
+        logits_fp32: in fp32.
+        gradient: of the output head's weights, and likewise of the embedding's; 0 if frozen.
+    """
+
+    held: int
+    mask: int
+    norm: Stage
+    rows: int
+    saved_rows: int
+    logits: int
+    logits_fp32: int
+    gradient: int
 
 
 def plan_layers(sizes: Sizes, units: ModelUnits) -> list[LayerPlan]:
@@ -70,3 +90,22 @@ def _plan_layer(sizes: Sizes, layer: LayerShape, units: LayerUnits) -> LayerPlan
         shared.append(mlp_stage(sizes, "shared experts", layer.mlp_size, owns_input=False))
     experts = expert_stages(sizes, units.experts or units.layer)
     return LayerPlan(units, tuple(dense), tuple(experts), tuple(shared))
+
+
+def plan_head(sizes: Sizes) -> HeadPlan:
+    """Return the sizes of a run."""
+    shape, run = sizes.shape, sizes.run
+    logits = run.label_tokens * shape.vocab_size
+    rows = run.label_tokens * shape.hidden_size * sizes.compute
+    gradient = shape.vocab_size * shape.hidden_size * sizes.compute * sizes.trains_all
+    angles = 2 * sizes.tokens * shape.attention.rope_dim * sizes.compute
+    return HeadPlan(
+        held=angles + 3 * sizes.tokens * INDEX,
+        mask=sizes.tokens**2 * sizes.has_mask,  # of one byte each
+        norm=norm_stage(sizes, "final norm", owns_input=True),
+        rows=rows,
+        saved_rows=rows * sizes.trains_all,
+        logits=logits * sizes.compute,
+        logits_fp32=logits * FP32,
+        gradient=gradient,
+    )

@@ -26,7 +26,8 @@ class ModelWithConfig(Protocol):
     """A transformers model; what is in its config depends on the family."""
 
     @property
-    def config(self) -> Any: ...
+    def config(self) -> Any:
+        """Its configuration."""
 
 
 @dataclass(frozen=True)

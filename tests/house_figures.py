@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
-__all__ = ["Function", "Module", "find_arrows", "find_circles", "floors", "read_modules"]
+__all__ = ["Function", "Module", "find_arrows", "find_circles", "floors"]
+__all__ += ["imported_names", "read_modules"]
 
 PACKAGE = "megablocks_utils"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -40,12 +41,9 @@ class Module:
     tree: ast.Module = field(repr=False)
 
     def imports(self) -> Iterator[str]:
-        """Yield what it imports, dotted: of a `from` import, each name behind its module."""
+        """Yield what it imports, dotted."""
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from imported_names(node)
 
     def function_lines(self) -> list[int]:
         """Return the length of each function, without its decorators."""
@@ -56,6 +54,15 @@ class Module:
         """Return how many lines have a comment."""
         tokens = tokenize.generate_tokens(StringIO(self.text).readline)
         return sum(token.type == tokenize.COMMENT for token in tokens)
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Return what a node imports, dotted: of a `from` import, each name behind its module."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
 
 
 def read_modules(folder: Path) -> list[Module]:

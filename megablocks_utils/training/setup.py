@@ -133,29 +133,25 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     """
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
-    check_world(config, launch.world_size)
+    world_size = launch.world_size
+    check_world(config, world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
-    check_world(config, launch.world_size, source.num_experts)
+    model = source.model
+    check_world(config, world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
     compatibility = describe_compatibility(
-        config,
-        precision,
-        lora,
-        examples,
-        model_type=source.model.config.model_type,
-        world_size=launch.world_size,
+        config, precision, lora, examples, model_type=model.config.model_type, world_size=world_size
     )
-    schedule = Schedule(config, examples, launch.rank, launch.world_size)
+    schedule = Schedule(config, examples, launch.rank, world_size)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
-    model = source.model
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     kernel = None if sharded is None else sharded.kernel.name

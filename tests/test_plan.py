@@ -145,7 +145,7 @@ def test_a_part_of_a_node(gpus, tmp_path, capsys):
     assert all(f"--nproc_per_node={gpus} " in row["launch"] for row in rows)
 
 
-def test_the_imbalance_is_that_of_the_hottest_rank(tmp_path, capsys):
+def test_the_imbalance_is_that_of_the_busiest_rank(tmp_path, capsys):
     """Without it, nothing but what the experts' rows take is less."""
     path, found = tmp_path / "plan.json", {}
     for imbalance in ("1", "2"):

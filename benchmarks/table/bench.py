@@ -52,7 +52,7 @@ class Bench:
         rounds: runs of each row, in turns.
         precision: as the option.
         device_type: `cuda` or `cpu`.
-        imbalance: rows that the hottest rank receives, over its fair share, as predicted.
+        imbalance: rows that the busiest rank receives, over its fair share, as predicted.
     """
 
     mode: str

@@ -46,7 +46,7 @@ class PlanArguments:
     imbalance: Annotated[
         float,
         Option(
-            "rows that the hottest rank of an ep group receives, over its fair share", minimum=1
+            "rows that the busiest rank of an ep group receives, over its fair share", minimum=1
         ),
     ] = DEFAULT_IMBALANCE
     entry_point: Annotated[

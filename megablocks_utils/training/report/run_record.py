@@ -1,5 +1,6 @@
 """The provenance of a run: what ran, on what, with which result (`run.json`)."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -17,11 +18,12 @@ from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import ParameterCounts
 
-__all__ = ["RunRecord", "build_run_record", "describe_hardware", "read_commit"]
-__all__ += ["read_versions", "write_run_json"]
+__all__ = ["CHECKOUT", "RunRecord", "build_provenance", "build_run_record", "describe_hardware"]
+__all__ += ["read_commit", "read_versions", "write_run_json"]
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors")
 CHECKOUT = Path(__file__).resolve().parents[3]
+_SPEED_VARIABLES = ("OMP_", "MKL_", "MALLOC_")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class RunRecord:
         versions: Python and libraries by name, None where not installed.
         commit: Git commit of this package, None outside a checkout.
         hardware: `cpu`, `cores`, `memory_bytes`, `gpus` (names) of this rank's machine.
+        provenance: `command`, `commit`, `versions`, `hardware`, `environment` (variables that set
+            speed) and `date` together, as results of benchmarks hold them.
         mesh: Ranks along each mesh axis, outermost first.
         kernel: `name`, `reason` and `probe`: what comparing it with eager found, see
             `moe.kernel_check.KernelCheck`; None where transformers runs the experts.
@@ -55,6 +59,7 @@ class RunRecord:
     versions: dict[str, str | None]
     commit: str | None
     hardware: dict[str, Any]
+    provenance: dict[str, Any]
     mesh: dict[str, int]
     kernel: dict[str, Any]
     parameters: dict[str, int]
@@ -108,14 +113,16 @@ def build_run_record(
         "tokens": totals.tokens,
         "input_tokens": totals.input_tokens,
     }
+    provenance = build_provenance(command)
     return RunRecord(
         status="finished",
-        command=shlex.join(command),
+        command=provenance["command"],
         options=asdict(options),
         resolved=dict(resolved),
-        versions=read_versions(),
-        commit=read_commit(CHECKOUT),
-        hardware=describe_hardware(),
+        versions=provenance["versions"],
+        commit=provenance["commit"],
+        hardware=provenance["hardware"],
+        provenance=provenance,
         mesh=dict(mesh),
         kernel={"name": kernel, "reason": kernel_reason, "probe": _plain(kernel_probe)},
         parameters=asdict(parameters),
@@ -125,6 +132,22 @@ def build_run_record(
         adapter_check=_plain(adapter_check),
         plan=_plain(plan),
     )
+
+
+def build_provenance(command: Sequence[str]) -> dict[str, Any]:
+    """Say where a number comes from: its command, on what it ran, and when.
+
+    Args:
+        command: The program and its arguments.
+    """
+    return {
+        "command": shlex.join(command),
+        "commit": read_commit(CHECKOUT),
+        "versions": read_versions(),
+        "hardware": describe_hardware(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(_SPEED_VARIABLES)},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _plain(report: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -61,6 +61,7 @@ def test_keys_and_values(tmp_path):
         "versions",
         "commit",
         "hardware",
+        "provenance",
         "mesh",
         "kernel",
         "parameters",
@@ -71,6 +72,9 @@ def test_keys_and_values(tmp_path):
         "plan",
     ]
     assert run["status"] == "finished"
+    shared = ("command", "commit", "versions", "hardware")
+    assert {key: run["provenance"][key] for key in shared} == {key: run[key] for key in shared}
+    assert set(run["provenance"]) - {*shared} == {"environment", "date"}
     assert run["command"] == "train.py --data_path 'my data.json'"
     assert run["options"] == {
         "optim": {"learning_rate": 5e-5, "ep_size": None},

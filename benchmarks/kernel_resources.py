@@ -276,8 +276,8 @@ def main(argv: Sequence[str]) -> int:
     rows: dict[Resources, None] = {}
     for variant in list_variants(options.arch, options.dtype, options.rank):
         rows |= dict.fromkeys(compile_variant(variant, once_a_tile=options.once_a_tile))
-    certificate = build_provenance("benchmarks.kernel_resources", argv, triton=triton.__version__)
-    payload = {"certificate": certificate, "kernels": [asdict(row) for row in rows]}
+    provenance = build_provenance("benchmarks.kernel_resources", argv, triton=triton.__version__)
+    payload = {"certificate": provenance, "kernels": [asdict(row) for row in rows]}
     options.json.write_text(json.dumps(payload, indent=1) + "\n")
     sys.stdout.write(format_table(list(rows)) + "\n")
     unfit = [f"{row.kernel} {row.tile} on {row.arch}: {f}" for row in rows for f in row.faults]

@@ -178,8 +178,8 @@ def main(argv: Sequence[str]) -> None:
             rows.append(build_row(case, folder, options.rounds))
             sys.stdout.write(table_line(rows[-1]) + "\n")
             sys.stdout.flush()
-    certificate = build_provenance("benchmarks.plan_accuracy", argv, n=options.rounds)
-    write_json_atomically(options.output, certificate | {"config": CONFIG, "rows": rows})
+    provenance = build_provenance("benchmarks.plan_accuracy", argv, n=options.rounds)
+    write_json_atomically(options.output, provenance | {"config": CONFIG, "rows": rows})
 
 
 def _reset_peak() -> None:

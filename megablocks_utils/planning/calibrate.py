@@ -153,14 +153,14 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
     with tempfile.TemporaryDirectory(dir=task.output.absolute().parent) as folder:
         results = [_run(task, layout, Path(folder, "run"), run) for layout in layouts]
     calibration, runs = _solve(task, scenario, layouts, results)
-    certificate = {
+    provenance = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "runs": [
             {key: record.get(key) for key in ("command", "commit", "versions", "hardware")}
             for record, _ in results
         ],
     }
-    write_json_atomically(task.output, build_record(calibration, runs, certificate))
+    write_json_atomically(task.output, build_record(calibration, runs, provenance))
     _show(calibration, runs, task.output)
 
 

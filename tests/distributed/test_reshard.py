@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint as if it had never stopped, on whatever ranks and script."""
+"""A run resumes from a checkpoint as if it had never stopped, on whatever ranks and script."""
 
 from collections.abc import Callable
 from dataclasses import replace

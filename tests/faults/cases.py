@@ -1,4 +1,4 @@
-"""One run that is killed at some moment, and the run that goes on from what it left."""
+"""One run that is killed at some moment, and the run that resumes from what it left."""
 
 import random
 import re

@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="a folder to keep, and to go on from")
+    parser.add_argument("--work", type=Path, help="a folder to keep, and to resume from")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     console = Console(soft_wrap=True)
@@ -179,9 +179,9 @@ def main(argv: list[str]) -> int:
     settings = {"options": OPTIONS, "ranks": WORLD_SIZE, "num_steps": NUM_STEPS}
     settings |= {"save_steps": SAVE_STEPS, "seed": args.seed, "jobs": args.jobs}
     words = ["--runs", str(args.runs), "--jobs", str(args.jobs), "--seed", str(args.seed)]
-    certificate = build_provenance("tests.faults.kill", words, **settings)
+    provenance = build_provenance("tests.faults.kill", words, **settings)
     records = [build_record(row) for row in rows]
-    write_json_atomically(args.output, certificate | {"summary": summary, "rows": records})
+    write_json_atomically(args.output, provenance | {"summary": summary, "rows": records})
     console.print(Markdown(build_table(rows)))
     console.print_json(data=summary)
     return int(summary["good"] < len(rows))

@@ -103,7 +103,7 @@ def test_full_disk(ground, small_disk, words):
     if words:
         shutil.rmtree(folder)
         return
-    # More room: the run goes on from what is complete.
+    # More room: the run resumes from what is complete.
     roomy = shutil.move(folder, ground.folder / "roomy")
     ground.run("fsdp2", roomy.name, "--resume_from_checkpoint", "True")
     whole = ground.reference("fsdp2")

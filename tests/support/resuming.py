@@ -1,4 +1,4 @@
-"""Runs that save checkpoints, and runs that go on from them, on the pools of ranks.
+"""Runs that save checkpoints, and runs that resume from them, on the pools of ranks.
 
 Both scripts' own path, watched from outside: what every rank holds at the moment of saving and
 right after restoring is put together here on its own, so that nothing is compared with itself.

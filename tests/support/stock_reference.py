@@ -40,7 +40,7 @@ class StockRun:
         dtype: of weights, computation and Adam's states.
         lora_rank: of new adapters on the attention; 0 for none of these.
         lora_alpha: of these.
-        adapter: folder of a PEFT adapter to go on from; with neither, all weights are trained.
+        adapter: folder of a PEFT adapter to resume from; with neither, all weights are trained.
         aux_loss_coef: weight of the load-balancing loss; 0 leaves it out.
         deal: world size, batch size and accumulation that cut a step into the micro-batches whose
             auxiliary losses are averaged; None without auxiliary loss.

@@ -33,7 +33,9 @@ def collect(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return training and held-out records, every question once."""
     import yaml
 
-    train, held_out, seen = [], [], set()
+    train: list[dict[str, str]] = []
+    held_out: list[dict[str, str]] = []
+    seen: set[str] = set()
     for path in sorted(folder.glob("*.yml")):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         for question, *answers in content["conversations"]:

@@ -23,6 +23,7 @@ LONGEST_SIGNATURE = 160
 HELD_OUT_SHARE = 10
 """One module of this many is held out."""
 
+Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 KINDS = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "coroutine", ast.ClassDef: "class"}
 
 
@@ -50,10 +51,10 @@ def module_files(root: Path) -> Iterator[tuple[str, Path]]:
     yield from sorted(named)
 
 
-def documented_objects(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
+def documented_objects(tree: ast.AST, prefix: str) -> Iterator[tuple[str, Documented]]:
     """Yield qualified name and node of all public functions, classes and methods below ``tree``."""
     for node in getattr(tree, "body", []):
-        if type(node) not in KINDS or node.name.startswith("_"):
+        if not isinstance(node, Documented) or node.name.startswith("_"):
             continue
         name = f"{prefix}.{node.name}"
         yield name, node
@@ -61,7 +62,7 @@ def documented_objects(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AS
             yield from documented_objects(node, name)
 
 
-def make_record(name: str, node: ast.AST, is_method: bool) -> dict[str, str] | None:
+def make_record(name: str, node: Documented, is_method: bool) -> dict[str, str] | None:
     """Return the record of one object, or None if it has no fitting docstring."""
     paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
     answer = " ".join(paragraph.split())
@@ -95,7 +96,9 @@ def is_held_out(module: str) -> bool:
 
 def collect(root: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return training and held-out records, no answer or question twice."""
-    train, held_out, seen = [], [], set()
+    train: list[dict[str, str]] = []
+    held_out: list[dict[str, str]] = []
+    seen: set[str] = set()
     for name, path in module_files(root):
         for record in module_records(name, path):
             if record["output"] in seen:

@@ -98,7 +98,10 @@ def mixtral_config(reader: "GGUFReader", options: argparse.Namespace) -> "Mixtra
     from transformers import MixtralConfig
 
     def value(name: str) -> Any:
-        return reader.get_field(name).contents()
+        field = reader.get_field(name)
+        if field is None:
+            raise PreparationError(f"the GGUF file has no field {name}")
+        return field.contents()
 
     rope_theta = value("llama.rope.freq_base")
     return MixtralConfig(

@@ -90,10 +90,11 @@ def export_checkpoint(options: ExportOptions) -> str:
     check_output(options.output)
     _check_is_checkpoint(options.checkpoint)
     from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX, read_stored_tensors
-    from megablocks_utils.checkpoint.manifest import check_files, read_manifest
+    from megablocks_utils.checkpoint.manifest import adapters_of, check_files, read_manifest
 
     folder = options.checkpoint.resolve()
     manifest = read_manifest(folder)
+    lora = adapters_of(manifest)
     check_files(folder, manifest["files"], manifest["files"])
     stored = {
         name.removeprefix(MODEL_PREFIX): tensor
@@ -101,15 +102,12 @@ def export_checkpoint(options: ExportOptions) -> str:
         if name.startswith(MODEL_PREFIX)
     }
     with removed_on_error(options.output):
-        if manifest["compatibility"]["lora"] is None:
+        if lora is None:
             _export_model(folder, stored, options.output)
         else:
-            _export_adapter(folder, manifest, stored, options.output)
-    return f"wrote {options.output}: the {_kind(manifest)} after step {manifest['step']}"
-
-
-def _kind(manifest: Mapping[str, Any]) -> str:
-    return "model" if manifest["compatibility"]["lora"] is None else "adapter"
+            _export_adapter(folder, manifest, lora, stored, options.output)
+    kind = "model" if lora is None else "adapter"
+    return f"wrote {options.output}: the {kind} after step {manifest['step']}"
 
 
 def _check_is_checkpoint(folder: Path) -> None:
@@ -146,16 +144,19 @@ def _export_model(folder: Path, stored: Stored, output: Path) -> None:
 
 
 def _export_adapter(
-    folder: Path, manifest: Mapping[str, Any], stored: Stored, output: Path
+    folder: Path,
+    manifest: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    stored: Stored,
+    output: Path,
 ) -> None:
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
     from megablocks_utils.lora.adapter_files import export_adapter
     from megablocks_utils.lora.settings import LoraSettings
 
-    lora = manifest["compatibility"]["lora"]
     with show_progress("exporting", sum(_count_bytes(*s) for s in stored.values())) as advance:
         export_adapter(
-            LoraSettings(**lora | {"target_modules": tuple(lora["target_modules"])}),
+            LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])}),
             load_tokenizer(folder),
             _read_tensors(folder, stored, sorted(stored), advance),
             output,

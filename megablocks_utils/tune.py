@@ -13,7 +13,7 @@ from megablocks_utils.config.adapter import DEFAULT_LORA_R, EXPERT_MODES, Adapte
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options, same_option
 from megablocks_utils.config.parallel import check_ep_size
-from megablocks_utils.config.precision import DTYPES
+from megablocks_utils.config.precision import TRAINING_DTYPES
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME
@@ -68,7 +68,8 @@ class TuneOptions:
         int, same_option(AdapterConfig, "lora_r", help="rank of adapters on the experts")
     ] = DEFAULT_LORA_R
     dtype: Annotated[
-        str, Option("dtype that the run computes in", choices=DTYPES, aliases=("torch_dtype",))
+        str,
+        Option("dtype that the run computes in", choices=TRAINING_DTYPES, aliases=("torch_dtype",)),
     ] = "bfloat16"
 
 

@@ -103,7 +103,7 @@ def test_options(tmp_path):
     assert (model, options.data_path, options.max_new_tokens) == ("m", "d", 48)
     assert options.ask == ("What, really?", "Why?", "Who?")
     path = tmp_path / "evaluate.yaml"
-    path.write_text("model_name_or_path: m\ndata_path: d\nask: ['What, really?', Why?, Who?]\n")
+    path.write_text("model_name_or_path: m\ndata_path: d\nask: ['What, really?', 'Why?', 'Who?']\n")
     same, read = evaluate.parse_options(["--config", str(path)])
     assert (same, read.ask) == (model, options.ask)
 

@@ -15,6 +15,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 
 from megablocks_utils import experts_interface, register_experts_implementation
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
+from megablocks_utils.kernels.backends import backend
 from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.gate import SwiGlu
 from tests.support.compare import relative_error
@@ -58,7 +59,7 @@ def test_logits_and_gradients_are_those_of_eager(kernel, family):
     """The bound is twice what eager in fp32 is off from eager in fp64.
 
     That of a tensor of few numbers may be small by luck: it is at least that of the logits, with
-    room for what the norm of n random numbers varies by (as in `kernels.probe`).
+    room for what the norm of n random numbers varies by (as in `kernels.probing`).
     """
     exact = run(build(family, "eager").double())
     baseline = run(build(family, "eager"))
@@ -180,12 +181,12 @@ def test_triton_needs_a_gpu_or_its_interpreter():
     module = first_experts("triton")
     facts = replace(read_device_facts("cpu"), is_interpreter=False)
     with mock.patch.object(experts_interface, "_read_device_facts", lambda _: facts):
-        assert "our Triton kernels need a CUDA GPU" in meet_refusal(module)
+        assert "triton needs a CUDA device" in meet_refusal(module)
 
 
 def test_triton_that_is_missing_is_an_error_with_its_install_line():
     with (
-        mock.patch.object(experts_interface, "is_triton_installed", return_value=False),
+        mock.patch.object(backend, "find_spec", return_value=None),
         pytest.raises(MissingKernelError) as refusal,
     ):
         build("mixtral", "triton")(TOKENS)
@@ -228,7 +229,7 @@ def test_what_is_refused_is_named():
     assert refusal(down_proj=small) == "its down_proj is int8, not float32, bfloat16 or float16."
     odd = nn.Parameter(torch.zeros(4, 64, 90)), nn.Parameter(torch.zeros(4, 180, 64))
     assert refusal(down_proj=odd[0], gate_up_proj=odd[1]) == (
-        "torch's grouped_mm needs intermediate_size (90) to be a multiple of 4 in float32."
+        "grouped_mm needs intermediate_size (90) to be a multiple of 4 in float32."
     )
 
 

@@ -173,8 +173,9 @@ def parse_options(argv: Sequence[str]) -> TableOptions:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word, name, value or combination that cannot be used.
     """
-    given, _ = read_command(argv, COMMAND)
-    modes = [mode for mode in MODES if given.pop(mode, False)]
+    words, _ = read_command(argv, COMMAND)
+    modes = [name for name, is_on in words.items() if name in MODES and is_on]
+    given = {name: value for name, value in words.items() if name not in MODES}
     if len(modes) != 1:
         seen = join_words([f"--{mode}" for mode in modes], "and") if modes else "no mode"
         wanted = join_words([f"--{mode}" for mode in MODES])

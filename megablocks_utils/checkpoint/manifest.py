@@ -15,9 +15,12 @@ from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import sync_to_disk
 from megablocks_utils.processes.output_folder import MANIFEST_NAME
 
-__all__ = ["check_files", "describe_file", "read_manifest", "write_manifest"]
+__all__ = ["COMPATIBILITY_KEY", "adapters_of", "check_files", "describe_file"]
+__all__ += ["read_manifest", "write_manifest"]
 
 FORMAT_VERSION = 1
+COMPATIBILITY_KEY = "continuity"
+"""Of what a resumed run must share with the one that wrote the manifest, in format 1."""
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -60,6 +63,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format {manifest['format']}, but this version reads {FORMAT_VERSION}"
         )
     return manifest
+
+
+def adapters_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `LoraSettings` of the run that wrote a manifest; None where all was trained."""
+    return manifest[COMPATIBILITY_KEY]["lora"]
 
 
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:

@@ -12,20 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
+    Protocol,
     Union,
     get_args,
     get_origin,
     get_type_hints,
 )
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-__all__ = ["Kind", "Option", "list_options", "same_option"]
+__all__ = ["Kind", "Option", "OptionSection", "list_options", "same_option"]
 
 Kind = Literal["text", "path", "integer", "number", "boolean", "words", "texts"]
 
@@ -39,6 +37,12 @@ _KINDS: Mapping[object, Kind] = MappingProxyType(
         tuple[str, ...]: "texts",
     }
 )
+
+
+class OptionSection(Protocol):
+    """Be any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Option:
         return self.kind == "boolean" or "True" in self.choices
 
 
-def list_options(section: "type[DataclassInstance]") -> tuple[Option, ...]:
+def list_options(section: type[OptionSection]) -> tuple[Option, ...]:
     """Return the options that a dataclass declares, those of dataclasses within it first."""
     hints = get_type_hints(section, include_extras=True)
     nested: list[Option] = []
@@ -113,7 +117,7 @@ def list_options(section: "type[DataclassInstance]") -> tuple[Option, ...]:
     return (*nested, *own)
 
 
-def same_option(section: "type[DataclassInstance]", name: str, **changes: Any) -> Option:
+def same_option(section: type[OptionSection], name: str, **changes: Any) -> Option:
     """Return an option that another dataclass declares, for one that gives it another default."""
     found = next(option for option in list_options(section) if option.name == name)
     return dataclasses.replace(found, **{"shown_default": None} | changes)

@@ -9,9 +9,15 @@ from typing import Annotated
 from megablocks_utils.config.option import Option
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["DTYPES", "PrecisionConfig", "ResolvedPrecision", "check_dtype", "resolve_preset"]
+__all__ = [
+    "TRAINING_DTYPES",
+    "PrecisionConfig",
+    "ResolvedPrecision",
+    "check_dtype",
+    "resolve_preset",
+]
 
-DTYPES = ("float32", "bfloat16")
+TRAINING_DTYPES = ("float32", "bfloat16")
 """Dtypes a run may store and compute in."""
 
 _DTYPE_OF_PRESET = {"fp32": "float32", "bf16_sr": "bfloat16", "bf16": "bfloat16"}
@@ -37,14 +43,14 @@ class PrecisionConfig:
         Option(
             "dtype of weights, gradients and compute; alone, float32 means --precision fp32 and "
             "bfloat16 means --precision bf16",
-            choices=DTYPES,
+            choices=TRAINING_DTYPES,
             aliases=("torch_dtype",),
             shown_default="from --precision",
         ),
     ] = None
     optim_dtype: Annotated[
         str | None,
-        Option("dtype of Adam's states", choices=DTYPES, shown_default="from --precision"),
+        Option("dtype of Adam's states", choices=TRAINING_DTYPES, shown_default="from --precision"),
     ] = None
 
 

@@ -6,19 +6,16 @@ value seen and the value wanted.
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from megablocks_utils.config.command import CONFIG_FILE_OPTION, Command
 from megablocks_utils.config.given import CommandLine, GivenOption, option_name
 from megablocks_utils.config.help_text import format_help
 from megablocks_utils.config.hints import unknown_option
-from megablocks_utils.config.option import Option
+from megablocks_utils.config.option import Option, OptionSection
 from megablocks_utils.config.values import describe_wanted, join_words
 from megablocks_utils.config.yaml_file import FileEntry, read_options_file
 from megablocks_utils.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = [
     "HelpRequested",
@@ -30,7 +27,7 @@ __all__ = [
     "scan_words",
 ]
 
-_Section = TypeVar("_Section", bound="DataclassInstance")
+_Section = TypeVar("_Section", bound=OptionSection)
 
 
 class HelpRequested(Exception):

@@ -9,6 +9,7 @@ from typing import Any
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.given import GivenOption
+from megablocks_utils.config.option import Option
 from megablocks_utils.config.run_config import OPTIONS, RunConfig
 from megablocks_utils.config.yaml_file import format_options_file
 from megablocks_utils.errors import ConfigurationError
@@ -41,7 +42,7 @@ def format_record(record: Mapping[str, Any]) -> str:
     for name, value in record.items():
         flat |= value if isinstance(value, Mapping) else {name: value}
     values = {
-        option.name: _as_given(flat[option.name], option.translation)
+        option.name: _as_given(option, flat[option.name])
         for option in OPTIONS
         if option.name in flat
     }
@@ -49,7 +50,8 @@ def format_record(record: Mapping[str, Any]) -> str:
     if not flat.get("use_megablocks_sharding"):
         values["expert_dp"] = None
     script: Command = SCRIPTS[record["entry_point"]]
-    return f"# {script.usage[0].split()[0]} --config\n" + format_options_file(values)
+    name = script.usage[0].split()[0]
+    return f"# Options of {name}: --config this file.\n{format_options_file(values)}"
 
 
 def read_recorded_options(path: Path) -> dict[str, Any]:
@@ -73,8 +75,9 @@ def read_recorded_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def _as_given(value: object, translation: Mapping[str, str]) -> object:
-    """Return the word that an option is given as, for a value of the configuration."""
+def _as_given(option: Option, value: object) -> object:
+    """Return what a file says of an option, for its value in a configuration."""
     if isinstance(value, list | tuple):
         return tuple(value) or ("none",)
-    return {meaning: word for word, meaning in translation.items()}.get(str(value), value)
+    word = {meaning: word for word, meaning in option.translation.items()}.get(str(value), value)
+    return word == "True" if option.is_switch and word in ("True", "False") else word

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from megablocks_utils.checkpoint.manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
@@ -176,6 +177,6 @@ class Checkpointer(StepHooks):
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
             "options": asdict(setup.config),
-            "compatibility": setup.compatibility.as_record(),
+            COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }

@@ -136,7 +136,7 @@ def test_a_bug_on_one_rank_ends_all(pools, parity_folder, script, case):
     )
     assert answers == answers[:1] * case.layout.world_size
     assert answers[0].startswith(
-        "--kernel grouped_mm fails its check on this model's weights: its gradient of down_proj is "
+        "kernel grouped_mm fails its check on this model's weights: its gradient of down_proj is "
         "off by 5.0e-02"
     )
 

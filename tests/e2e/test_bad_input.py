@@ -112,7 +112,7 @@ CASES = {
         lambda folder: save_tiny_model(
             "mixtral", folder / "model", sharded=False, vocab_size=400, intermediate_size=90
         ),
-        "--kernel is grouped_mm, but torch's grouped_mm needs intermediate_size (90) to be a "
+        "--kernel is grouped_mm, but grouped_mm needs intermediate_size (90) to be a "
         "multiple of 4 in float32; --kernel ",
     ),
     "kernel without adapters": (

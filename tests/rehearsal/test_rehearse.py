@@ -79,7 +79,7 @@ def test_own_experts_at_ep_1(ranks1, folder):
         assert fake.components["parameters"] == 4 * (NUM_DENSE // 8 + NUM_EXPERTS // share)
 
 
-def test_the_hottest_rank_needs_more(ranks1, folder):
+def test_the_busiest_rank_needs_more(ranks1, folder):
     runs = [plan(tokens=512, gradient_checkpointing="none", imbalance=i) for i in (1.0, 2.0)]
     even, hot = (ranks1.run(rehearse_alone, folder, WHOLE, run)[0] for run in runs)
     # Of its 1024 rows more, a layer keeps rows (H), gate and up (2 I) and their product (I) in

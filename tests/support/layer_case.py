@@ -204,7 +204,7 @@ def assert_equals_obvious(
 
     The bound of each is twice the error of `eager` in this dtype. That of a tensor of few numbers
     may be small by luck, so it is taken as at least that of the output, a sum like all the others,
-    with room for what the norm of n random numbers varies by (as in `kernels.probe`).
+    with room for what the norm of n random numbers varies by (as in `kernels.probing`).
     """
     exact = run_case(case, obvious_experts(case), torch.float64)
     own = run_case(case, run_experts_eager, dtype, device)

@@ -27,7 +27,7 @@ class ModelWithConfig(Protocol):
 
     @property
     def config(self) -> Any:
-        """Its configuration."""
+        """What `config.json` holds."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,6 @@ class _Builder:
         is_sharded = (
             self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"
         )
-        is_sharded = is_sharded and run.entry_point == "fsdp2"
         ranks = num_copies if is_sharded else 1
         shards = []
         for parameter in experts:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megablocks_utils.checkpoint.manifest import COMPATIBILITY_KEY
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
@@ -113,7 +114,7 @@ def check_compatibility(
     Raises:
         ConfigurationError: naming the parameter, its value and that of the checkpoint.
     """
-    stored, step = manifest["compatibility"], manifest["step"]
+    stored, step = manifest[COMPATIBILITY_KEY], manifest["step"]
     _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
     for name, (clause, parameters) in _CLAUSES.items():
         found, wanted = getattr(own, name), stored[name]

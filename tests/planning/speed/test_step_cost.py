@@ -94,7 +94,7 @@ def test_weights_hide_behind_compute_and_tokens_do_not():
     assert waits == pytest.approx(160 / (300 * 0.77))
 
 
-def test_the_hottest_rank_holds_the_others_up():
+def test_the_busiest_rank_holds_the_others_up():
     scenario = scenario_of("none")
     even = replace(scenario, imbalance=1.0)
     assert count_flops(scenario, NONE) == count_flops(even, NONE) == count_flops(even, EP8)

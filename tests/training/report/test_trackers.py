@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import pytest
-from megablocks_utils.config.options import OPTIONS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_accelerate_fsdp2
 import train_fsdp1
+from megablocks_utils.config import OPTIONS
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.training.report import trackers
 from megablocks_utils.training.report.metrics import read_metrics
+from tests.support.argv import keep_last
 from tests.support.parity import Layout, ParityCase, ParityFolder
 
 SCRIPTS = {"fsdp2": train_accelerate_fsdp2.main, "fsdp1": train_fsdp1.main}
@@ -33,7 +34,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
 
 
 def _train(rank: int, script: str, argv: list[str]) -> None:
-    SCRIPTS[script](argv)
+    SCRIPTS[script](keep_last(argv))
 
 
 def _read_events(folder: Path) -> dict[str, dict[int, float]]:

@@ -39,7 +39,7 @@ def describe(config, world_size=2, lora=None):
 
 
 OWN = describe(parse())
-MANIFEST = {"step": 4, "compatibility": OWN.as_record()}
+MANIFEST = {"step": 4, "continuity": OWN.as_record()}  # as old checkpoints name it
 
 
 def check(own=OWN, config=None, world_size=2, step=4):

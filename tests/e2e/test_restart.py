@@ -12,6 +12,7 @@ import pytest
 
 from megablocks_utils.training.report.metrics import read_metrics
 from tests.faults.ranks import ScriptRun
+from tests.support.argv import keep_last
 from tests.support.parity import write_examples
 from tests.support.ports import free_port
 from tests.support.tiny_models import save_tiny_model
@@ -54,7 +55,7 @@ class Runs:
         """Start a run under torchrun."""
         launcher = LAUNCHER.format(port=free_port())
         return subprocess.Popen(
-            [sys.executable, *launcher.split(), *self.argv(name, *words)],
+            [sys.executable, *launcher.split(), *keep_last(self.argv(name, *words))],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -172,8 +172,8 @@ def test_triton_refuses_a_gate_that_is_not_in_its_kernels():
     module = build_deepseek_experts(swiglu_limit=10.0)
     module.config._experts_implementation = "megablocks_utils_triton"
     assert meet_refusal(module) == (
-        'experts_implementation="megablocks_utils_triton" cannot run DeepseekV4Experts: our Triton '
-        "kernels know SwiGLU and its clamped form, and this model's gate is another."
+        'experts_implementation="megablocks_utils_triton" cannot run DeepseekV4Experts: triton '
+        "knows SwiGLU and its clamped form, and this model's gate is another."
     )
 
 

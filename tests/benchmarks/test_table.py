@@ -93,7 +93,7 @@ def test_copies_are_asked_for_where_the_seed_kept_them_and_sharding_elsewhere():
         ("", "no mode given, but it must be exactly one of --plan, --one_gpu, --cpu or --real."),
         (
             "--cpu --plan",
-            "--plan and --cpu given, but it must be exactly one of --plan, --one_gpu, --cpu or "
+            "--cpu and --plan given, but it must be exactly one of --plan, --one_gpu, --cpu or "
             "--real.",
         ),
         ("--plan --rows full-ep5", "--rows names full-ep5, but no row; did you mean full-ep8?"),

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import utils as hub
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from megablocks_utils.checkpoint.library_output import (
     filter_peft_warnings,
@@ -32,6 +33,8 @@ def _shown(capfd, action: Callable[[], object]) -> str:
 
 
 def test_a_model_is_loaded_without_a_bar(model_folder, capfd):
+    logging.enable_progress_bar()  # a test before this one may have switched it off
+
     def load():
         with without_transformers_bars():
             AutoModelForCausalLM.from_pretrained(model_folder)

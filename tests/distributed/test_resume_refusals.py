@@ -77,9 +77,9 @@ OTHER_RUNS = {
     "LoRA rank": (
         {"lora_rank": 8},
         [],
-        "--use_lora, --lora_r and --lora_alpha give the adapters r 8, lora_alpha 8, "
+        "--use_lora, --lora_r and --lora_alpha give the adapters r 8, alpha 8, "
         "target_modules k_proj o_proj q_proj v_proj, expert_ranks none, but the checkpoint to "
-        "resume from has r 4, lora_alpha 8, target_modules k_proj o_proj q_proj v_proj, "
+        "resume from has r 4, alpha 8, target_modules k_proj o_proj q_proj v_proj, "
         "expert_ranks none.",
     ),
     "precision": (

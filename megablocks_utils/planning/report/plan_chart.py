@@ -13,7 +13,7 @@ from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, ch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["COLOURS", "build_plan_figure", "draw_plan"]
 
@@ -154,12 +154,16 @@ def _dress(figure: "Figure", axes: "Axes", request: PlanRequest, rows: Sequence[
     )
 
 
-def _gb_to_gib(sizes: "NDArray[Any]") -> "NDArray[Any]":
-    return sizes * GB / GIB
+def _gb_to_gib(sizes: "ArrayLike") -> "NDArray[Any]":
+    import numpy as np
+
+    return np.asarray(sizes) * GB / GIB
 
 
-def _gib_to_gb(sizes: "NDArray[Any]") -> "NDArray[Any]":
-    return sizes * GIB / GB
+def _gib_to_gb(sizes: "ArrayLike") -> "NDArray[Any]":
+    import numpy as np
+
+    return np.asarray(sizes) * GIB / GB
 
 
 def _label(row: PlanRow) -> str:

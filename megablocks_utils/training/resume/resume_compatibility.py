@@ -184,7 +184,9 @@ def _describe_lora(lora: LoraSettings) -> dict[str, Any]:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_describe(item)}" for name, item in value.items()) or "none"
+        # Not `lora_alpha`: a command would show it as the option.
+        items = (f"{key.removeprefix('lora_')} {_describe(item)}" for key, item in value.items())
+        return ", ".join(items) or "none"
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     return str(value)[:40]

@@ -17,6 +17,7 @@ from megablocks_utils.config import DataConfig
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options, same_option
 from megablocks_utils.config.reader import build_section, choose_model, read_command
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
@@ -169,16 +170,23 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     """Return `loss`, `label_tokens`, `examples` and `answers` of a model.
 
     Raises:
+        CheckpointError: a model or adapter that is not there.
+        ConfigurationError: questions for a model without a tokenizer.
         DataError: examples that cannot be used.
     """
-    from transformers import AutoTokenizer
-
+    from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
+    from megablocks_utils.checkpoint.tokenizer import load_tokenizer
+    from megablocks_utils.lora.adapter_reader import resolve_adapter_folder
     from megablocks_utils.training.data.examples import load_examples
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    folder = resolve_checkpoint_folder(model_path)
+    adapter = None if options.adapter is None else str(resolve_adapter_folder(options.adapter))
+    tokenizer = load_tokenizer(folder)
     data = DataConfig(options.data_path, max_seq_length=options.max_seq_length)
     examples = load_examples(data, tokenizer)
-    model = load_model(model_path, options.adapter)
+    if options.ask and tokenizer is None:
+        raise ConfigurationError(f"--ask is given, but {folder} has no tokenizer.")
+    model = load_model(str(folder), adapter)
     result = {
         "loss": held_out_loss(model, examples),
         "label_tokens": int(examples.num_label_tokens.sum()),
@@ -187,6 +195,7 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     answers = {
         text: greedy_answer(model, tokenizer, text, max_new_tokens=options.max_new_tokens)
         for text in options.ask
+        if tokenizer is not None
     }
     return result | {"answers": answers}
 

@@ -1,5 +1,6 @@
 """Fixtures every test can use."""
 
+import atexit
 import gc
 import os
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what collecting the tests has imported."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # see `tests.support.frozen_imports`
 
 
 @pytest.fixture(scope="session")

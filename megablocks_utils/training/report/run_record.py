@@ -103,16 +103,6 @@ def build_run_record(
         adapter_check: What checking the written adapter found; None without LoRA.
         plan: Memory predicted and measured.
     """
-    peaks: dict[str, int | str] = {
-        "mem_peak_bytes": totals.mem_peak_bytes,
-        "mem_alloc_bytes": totals.mem_alloc_bytes,
-        "measured": describe_memory_source(device),
-    }
-    sums = {
-        "steps": totals.steps,
-        "tokens": totals.tokens,
-        "input_tokens": totals.input_tokens,
-    }
     provenance = build_provenance(command)
     return RunRecord(
         status="finished",
@@ -127,8 +117,12 @@ def build_run_record(
         kernel={"name": kernel, "reason": kernel_reason, "probe": _plain(kernel_probe)},
         parameters=asdict(parameters),
         train_runtime_s=train_runtime_s,
-        totals=sums,
-        peaks=peaks,
+        totals={name: getattr(totals, name) for name in ("steps", "tokens", "input_tokens")},
+        peaks={
+            "mem_peak_bytes": totals.mem_peak_bytes,
+            "mem_alloc_bytes": totals.mem_alloc_bytes,
+            "measured": describe_memory_source(device),
+        },
         adapter_check=_plain(adapter_check),
         plan=_plain(plan),
     )

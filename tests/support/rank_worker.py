@@ -16,6 +16,8 @@ import numpy
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 __all__ = ["report_ready", "serve", "stack_file"]
 
@@ -85,10 +87,16 @@ def _answer(rank: int, job: bytes) -> tuple[bytes, bytes]:
 
 
 def _leave_groups() -> None:
-    """Leave every group but the first: each keeps threads that wake up a hundred times a second."""
+    """Leave every group but the first: each keeps threads that wake up a hundred times a second.
+
+    DTensor's caches go with them: meshes of the same shape are equal to them, so that a later case
+    would be answered with a mesh whose groups are gone.
+    """
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    _clear_sharding_prop_cache()
+    _gen_transform_infos.cache_clear()
 
 
 def _reset(environment: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 # Without its compiled files, torch and transformers cost every process 4 s more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv quickstart test lint bench
+.PHONY: venv quickstart test lint style types bench
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.installed-run
@@ -20,9 +20,13 @@ quickstart: $(VENV)/.installed-run $(VENV)/.installed-model
 test: $(VENV)/.installed-dev $(VENV)/.installed-model
 	PYTHONPATH=. $(PY) -m pytest tests -n 2 --dist worksteal -rs
 
-lint: $(VENV)/.installed-dev
+lint: style types
+
+style: $(VENV)/.installed-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+
+types: $(VENV)/.installed-dev
 	$(PY) -m mypy
 
 bench: $(VENV)/.installed-run $(VENV)/.installed-model

@@ -14,12 +14,29 @@ needs_weights = pytest.mark.skipif(
 )
 
 
+TOKENIZERS = {}
+
+
+@pytest.fixture
+def prepare_model(script, monkeypatch):
+    """The script, whose tokenizer is read once for all tests: that takes seconds."""
+    module = script("prepare_model")
+    read_tokenizer = module.read_tokenizer
+
+    def read_once(*arguments):
+        if arguments not in TOKENIZERS:
+            TOKENIZERS[arguments] = read_tokenizer(*arguments)
+        return TOKENIZERS[arguments]
+
+    monkeypatch.setattr(module, "read_tokenizer", read_once)
+    return module
+
+
 @pytest.mark.slow
 @needs_weights
-def test_equal_experts_give_the_dense_models_logits(script, tmp_path):
+def test_equal_experts_give_the_dense_models_logits(prepare_model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    prepare_model = script("prepare_model")
     folder = tmp_path / "moe"
     options = ["--layers", str(LAYERS), "--noise", "0", "--dtype", "float32"]
     assert prepare_model.main([*options, "--output", str(folder)]) == 0
@@ -42,10 +59,9 @@ def test_equal_experts_give_the_dense_models_logits(script, tmp_path):
 
 @pytest.mark.slow
 @needs_weights
-def test_a_short_model_has_its_options_noise_and_digits(script, tmp_path, capsys):
+def test_a_short_model_has_its_options_noise_and_digits(prepare_model, tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    prepare_model = script("prepare_model")
     folder = tmp_path / "moe"
     options = ["--layers", "1", "--experts", "3", "--top_k", "1", "--output", str(folder)]
     assert prepare_model.main(options) == 0

@@ -139,8 +139,8 @@ class ConfigValues:
     def wrong(self, name: str, wanted: str) -> ConfigurationError:
         """Say in a sentence what an entry is and what it must be."""
         return ConfigurationError(
-            f"{name} is {repr(self._get(name))[:40]} in the {self.model_type} model's config.json, but it "
-            f"must be {wanted}."
+            f"{name} is {repr(self._get(name))[:40]} in the {self.model_type} model's config.json, "
+            f"but it must be {wanted}."
         )
 
     def _get(self, name: str) -> Any:

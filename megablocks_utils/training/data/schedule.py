@@ -56,9 +56,11 @@ class Schedule:
         """
         lengths = self.examples.lengths
         if math.ceil(self.num_steps / self.steps_per_epoch) * len(lengths) > _MAX_LOOKED_AT:
-            longest = lengths.argsort()[-self.config.optim.per_device_train_batch_size :]
-            labels = np.sort(self.examples.num_label_tokens)[-len(longest) :]
-            return int(lengths[longest].sum()), int(labels.sum()), len(longest)
+            room = self.config.optim.per_device_train_batch_size
+            longest, most_labels = (
+                np.sort(counts)[-room:] for counts in (lengths, self.examples.num_label_tokens)
+            )
+            return int(longest.sum()), int(most_labels.sum()), len(longest)
         largest = (0, 0, 0)
         for size, chosen in self._steps_by_bound():
             if size <= largest[0]:

@@ -138,7 +138,12 @@ def _train(
         norm = finish.finish_gradients()
         learning_rate = finish.update(state.optimizer, state.scheduler)
         finish.check_weights(step)
-        meter.add_nonfinite_weights(finite.count_weights())
+        meter.add_nonfinite_weights(
+            finite.count_weights(
+                is_last=step == setup.schedule.num_steps,
+                rate=learning_rate * max(1.0, optim.weight_decay),
+            )
+        )
         metrics = meter.finish_step(
             step,
             epoch,

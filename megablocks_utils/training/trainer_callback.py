@@ -84,7 +84,12 @@ class StepCallback(TrainerCallback):
         **Collective:** every rank of the world must call.
         """
         self._finish.check_weights(state.global_step)
-        self._meter.add_nonfinite_weights(self._finite.count_weights())
+        self._meter.add_nonfinite_weights(
+            self._finite.count_weights(
+                is_last=state.global_step == self._schedule.num_steps,
+                rate=self._learning_rate * max(1.0, args.weight_decay),
+            )
+        )
         self.metrics = self._meter.finish_step(
             state.global_step,
             state.global_step / self._schedule.steps_per_epoch,

@@ -43,3 +43,11 @@ def all_micro_batches(world_size, *sizes, **optim):
 def test_the_largest_micro_batch_of_all_ranks_and_steps(sizes, optim):
     largest = build_schedule(0, *sizes, **optim).largest_micro_batch()
     assert largest == max(all_micro_batches(*sizes, **optim))
+
+
+def test_a_run_without_end_is_not_looked_through():
+    """What it may see at most: the longest examples together."""
+    schedule = build_schedule(0, 2, 4, 1, max_steps=10**9)
+    lengths = np.sort(schedule.examples.lengths)
+    tokens = lengths[-4:].sum()
+    assert schedule.largest_micro_batch() == (tokens, tokens - 4, 4)  # first tokens are given

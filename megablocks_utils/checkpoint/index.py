@@ -92,6 +92,21 @@ class CheckpointIndex:
         """Return the size of all tensors together."""
         return sum(entry.num_bytes for entry in self._entries.values())
 
+    def num_bytes(self, key: str) -> int:
+        """Return the size of tensor `key` in bytes."""
+        return self._entry(key).num_bytes
+
+    def read_bytes(self, key: str, start: int, num_bytes: int) -> bytes:
+        """Read stored bytes of tensor `key`, or as many as follow `start`.
+
+        Raises:
+            CheckpointError: as in `read`.
+        """
+        entry = self._entry(key)
+        num_bytes = min(num_bytes, entry.num_bytes - start)
+        stored = TensorEntry(entry.path, entry.offset + start, torch.uint8, (num_bytes,))
+        return _read_bytes(stored, stored.offset, stored.shape).numpy().tobytes()
+
     def read(self, key: str) -> Tensor:
         """Read tensor `key` into CPU memory of its own.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
-from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.files import MODEL_CONFIG_NAME
 
 __all__ = ["fingerprint_model_folder"]

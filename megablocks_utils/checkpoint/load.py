@@ -14,13 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
+from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
     TIED_PARAMETERS,
     HubNaming,
     is_expert_parameter,
 )
-from megablocks_utils.checkpoint.settings_file import read_settings
 from megablocks_utils.checkpoint.slices import SliceReader, stored_key
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported

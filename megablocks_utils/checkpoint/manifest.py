@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import sync_to_disk
 from megablocks_utils.processes.output_folder import MANIFEST_NAME

@@ -5,7 +5,8 @@ import time
 import torch
 
 from megablocks_utils.checkpoint.fingerprint import fingerprint_model_folder
-from megablocks_utils.checkpoint.index import CheckpointIndex, TensorEntry
+from megablocks_utils.checkpoint.index import CheckpointIndex
+from megablocks_utils.checkpoint.safetensors_header import TensorEntry
 from tests.support.tiny_models import edit_config, save_tiny_model
 
 

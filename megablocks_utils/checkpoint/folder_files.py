@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from megablocks_utils.checkpoint.json_file import refuse_lfs_pointer, show_value
 from megablocks_utils.errors import CheckpointError
 
-__all__ = ["check_files_of_folder", "find_file", "refuse_link_out"]
+__all__ = ["check_files_of_folder", "find_file", "is_plain_name", "refuse_link_out"]
 
 _MAX_NAME_BYTES = 255
 _HUB_SNAPSHOTS, _HUB_BLOBS = "snapshots", "blobs"
@@ -31,7 +31,7 @@ def find_file(folder: Path, name: object, source: Path) -> Path:
         CheckpointError: the name is no relative path within the folder, there is no such file, or
             it is a link that leads out of the folder.
     """
-    if not isinstance(name, str) or not _is_plain(name):
+    if not isinstance(name, str) or not is_plain_name(name):
         raise CheckpointError(
             f"{source} names the file {show_value(name)}, wanted is a name within its folder"
         )
@@ -40,6 +40,19 @@ def find_file(folder: Path, name: object, source: Path) -> Path:
         raise CheckpointError(f"{source} names {name}, which is not in the folder")
     refuse_link_out(folder, path)
     return path
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a name is a relative path that stays within its folder."""
+    parts = PurePosixPath(name).parts
+    return (
+        bool(parts)
+        and name.isprintable()
+        and not name.startswith("/")
+        and not name.endswith("/")
+        and ".." not in parts
+        and all(len(part.encode()) <= _MAX_NAME_BYTES for part in parts)
+    )
 
 
 def refuse_link_out(folder: Path, path: Path) -> None:
@@ -78,18 +91,6 @@ def check_files_of_folder(folder: Path, patterns: Iterable[str]) -> None:
                 refuse_lfs_pointer(path, path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-
-def _is_plain(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return (
-        bool(parts)
-        and name.isprintable()
-        and not name.startswith("/")
-        and not name.endswith("/")
-        and ".." not in parts
-        and all(len(part.encode()) <= _MAX_NAME_BYTES for part in parts)
-    )
 
 
 def _own_places(folder: Path) -> list[Path]:

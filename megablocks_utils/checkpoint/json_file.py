@@ -119,12 +119,23 @@ class JsonObject:
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
 
+    def optional(self, name: str) -> Any:
+        """Return a value that may be null, but must be there."""
+        return self._value(name, "a value or null")
+
     def text(self, name: str) -> str:
         """Return a text."""
         value = self._value(name, "a text")
         if isinstance(value, str):
             return value
         raise self._fault(name, value, "a text")
+
+    def flag(self, name: str) -> bool:
+        """Return true or false."""
+        value = self._value(name, "true or false")
+        if isinstance(value, bool):
+            return value
+        raise self._fault(name, value, "true or false")
 
     def whole_number(self, name: str, *, minimum: int = 0) -> int:
         """Return a whole number, `minimum` or more."""

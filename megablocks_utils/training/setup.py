@@ -142,6 +142,8 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
     model = source.model
+    if source.ignored:
+        console.print(_describe_ignored(source), markup=False)
     check_world(config, world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
@@ -192,6 +194,11 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         resume=resume,
         plan=plan,
     )
+
+
+def _describe_ignored(source: ModelSource) -> str:
+    names = source.ignored
+    return f"{source.folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither"
 
 
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:

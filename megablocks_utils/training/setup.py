@@ -145,7 +145,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
+    examples = _load_data(config, tokenizer, model, launch, console)
     compatibility = describe_compatibility(
         config, precision, lora, examples, model_type=model.config.model_type, world_size=world_size
     )
@@ -213,10 +213,16 @@ def _apply_lora(
 
 
 def _load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    console: Console,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer)
-    examples.check_vocabulary(model.config.vocab_size)
+    examples = load_examples(config.data, tokenizer, launch)
+    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    for note in examples.notes:
+        console.print(note, markup=False, soft_wrap=True)
     return examples
 
 

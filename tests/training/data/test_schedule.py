@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megablocks_utils.config import DataConfig, OptimConfig, RunConfig
-from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
+from tests.support.tokenized import examples_of
 
 
 def build_schedule(rank, world_size, batch_size, accumulation, **optim):
@@ -19,7 +19,7 @@ def build_schedule(rank, world_size, batch_size, accumulation, **optim):
             **optim,
         ),
     )
-    return Schedule(config, TokenizedExamples(examples), rank, world_size)
+    return Schedule(config, examples_of(examples), rank, world_size)
 
 
 def all_micro_batches(world_size, *sizes, **optim):

@@ -75,7 +75,7 @@ def write_cut(kept: KeptExamples, folder: Path, limit: int) -> None:
 def read_cut(folder: Path, limit: int) -> KeptExamples | None:
     """Read the file of a limit; None where there is none, or a damaged one."""
     try:
-        with np.load(_path(folder, limit), allow_pickle=False) as stored:
+        with _path(folder, limit).open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {field.name: stored[field.name] for field in fields(KeptExamples)}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None

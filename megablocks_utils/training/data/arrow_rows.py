@@ -14,11 +14,20 @@ from megablocks_utils.training.data.json_reader import decode_json
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["JsonObject", "read_parquet", "table_rows"]
+__all__ = ["JsonObject", "as_json_objects", "read_parquet", "table_rows"]
 
 
 class JsonObject(dict[str, Any]):
     """Mark an object read from JSON text in a typed table: its nulls are its own, not padding."""
+
+
+def as_json_objects(value: Any) -> Any:
+    """Return a decoded JSON value with every object in it marked as a `JsonObject`."""
+    if isinstance(value, dict):
+        return JsonObject((key, as_json_objects(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return [as_json_objects(item) for item in value]
+    return value
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -33,7 +42,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
         if path.stat().st_size == 0:
             raise _source_error(f"data_path {path} is empty")
         return list(_file_rows(path))
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise _source_error(f"data_path {path} cannot be read as parquet: {reason}") from error
 
@@ -79,5 +88,4 @@ def _decode(value: Any, kind: "pyarrow.DataType", place: str) -> Any:
         return {f.name: _decode(value[f.name], f.type, place) for f in kind}
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return [_decode(item, kind.value_type, place) for item in value]
-    decoded = decode_json(value, place)
-    return JsonObject(decoded) if isinstance(decoded, dict) else decoded
+    return as_json_objects(decode_json(value, place))

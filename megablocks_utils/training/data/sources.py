@@ -18,6 +18,7 @@ from megablocks_utils.checkpoint.library_output import without_datasets_bars
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.arrow_rows import read_parquet, table_rows
 from megablocks_utils.training.data.json_reader import scan_json
+from megablocks_utils.training.data.text import json_type
 
 __all__ = ["Record", "read_records"]
 
@@ -113,13 +114,8 @@ def _read_file(path: Path) -> list[Record]:
 
 def _checked(place: str, value: Any) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: a record must be a JSON object, this is {_json_type(value)}")
+        raise DataError(f"{place}: a record must be a JSON object, this is {json_type(value)}")
     return Record(place, value)
-
-
-def _json_type(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _read_hub(name: str) -> list[Record]:

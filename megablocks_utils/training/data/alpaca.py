@@ -6,7 +6,6 @@ answers comes before as earlier instructions and responses, which are learned to
 LlamaFactory's `alpaca` template does with them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +118,10 @@ def write_finished_text(record: Record) -> MarkedText:
 
 def _check_history(place: str, history: Any) -> None:
     if not isinstance(history, list):
-        raise DataError(f"{place}: history must be a list of [question, answer] pairs, this is {shorten(history)}")
+        raise DataError(
+            f"{place}: history must be a list of [question, answer] pairs, this is "
+            f"{shorten(history)}"
+        )
     for number, pair in enumerate(history, start=1):
         name = f"pair {number} of history"
         if not isinstance(pair, list) or len(pair) != 2:

@@ -127,7 +127,9 @@ def _system_turn(record: Record, first: Turn) -> list[Turn]:
     if first.message["role"] not in ("system", "developer"):
         return [Turn({"role": "system", "content": text}, is_learned=False)]
     if first.message["content"] != text:
-        raise DataError(f"{record.place}: {key} differs from the first message, which is a system's")
+        raise DataError(
+            f"{record.place}: {key} differs from the first message, which is a system's"
+        )
     return []
 
 

@@ -59,7 +59,9 @@ QUALITY = """
 score scores rating ratings rank quality difficulty complexity perplexity ppl similarity confidence
 probability toxicity toxic sentiment upvotes downvotes likes votes views popularity grade redacted
 moderation flagged nsfw safety verified accuracy reward rewards rate level"""
-NOTES = "metadata meta info extra extras annotations annotation comment comments note notes embedding"
+NOTES = (
+    "metadata meta info extra extras annotations annotation comment comments note notes embedding"
+)
 SIZE = "length len size count counts turn turns round rounds chars"
 # A key with one of these words may be about training, whatever its last word.
 TRAINING = """

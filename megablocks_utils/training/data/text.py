@@ -18,7 +18,7 @@ Encoded = tuple[list[int], list[int]]
 
 def json_type(value: Any) -> str:
     """Name the type of a value as JSON's readers know it."""
-    names = {list: "a list", dict: "an object", str: "text", type(None): "null"}
+    names = {list: "a list", dict: "an object", str: "a string", type(None): "null"}
     names |= {bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 

@@ -75,7 +75,8 @@ def _labels(place: str, columns: Mapping[str, Any], input_ids: list[int]) -> lis
     wrong = [n for n in labels if n != IGNORED_LABEL and not 0 <= n <= MAX_TOKEN]
     if wrong:
         raise DataError(
-            f"{place}: labels must be tokens or {IGNORED_LABEL}, this one holds {shorten(min(wrong))}"
+            f"{place}: labels must be tokens or {IGNORED_LABEL}, this one holds "
+            f"{shorten(min(wrong))}"
         )
     if masks and marked != [label != IGNORED_LABEL for label in labels]:
         names = " and ".join(key for key in MASKS if not is_absent(columns.get(key)))

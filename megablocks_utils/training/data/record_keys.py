@@ -40,8 +40,10 @@ REFUSED_KEYS = {
     )
     for key in keys
 }
-OTHER_FORMATS = ("instruction", "input", "output", "messages", "conversations", "prompt")
-OTHER_FORMATS += ("completion", "input_ids", "labels")
+OTHER_FORMATS = frozenset(
+    ("instruction", "input", "output", "messages", "conversations", "prompt", "completion")
+    + ("input_ids", "labels")
+)
 
 # The last word of a key that tells about the example, in kinds.
 IDENTITY = "id ids idx index uuid guid hash md5 sha1 sha256 checksum"

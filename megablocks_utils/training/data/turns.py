@@ -70,7 +70,7 @@ def read_turn(place: str, name: str, value: Any, *, pads_with_nulls: bool) -> Tu
     if role == FUNCTION_CALL:
         calls = read_tool_calls(place, f"value of {name}", content, pads_with_nulls=pads_with_nulls)
         role, content = ASSISTANT, ""
-    message = {"role": role, "content": _text(place, name, content, has_calls=bool(calls))}
+    message: dict[str, Any] = {"role": role, "content": _text(place, name, content, has_calls=bool(calls))}
     message |= _extras(place, name, role, given)
     if calls:
         _check_role(place, f"tool calls in {name}", role, ASSISTANT)

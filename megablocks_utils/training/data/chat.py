@@ -11,38 +11,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.training.data.sources import Record
-from megablocks_utils.training.data.text import IGNORED_LABEL, Encoded, check_text
+from megablocks_utils.training.data.conversation import Conversation
+from megablocks_utils.training.data.text import IGNORED_LABEL, Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_messages", "encode_messages"]
+__all__ = ["encode_messages"]
 
-ASSISTANT = "assistant"
 MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
 
 
-def check_messages(record: Record) -> None:
-    """Raise DataError unless ``messages`` is a conversation with something to learn."""
-    place, messages = record.place, record.columns["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: messages must be a list of at least one role/content object")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{place}: message {number} must be an object with role and content")
-        check_text(place, f"role of message {number}", message["role"])
-        check_text(place, f"content of message {number}", message["content"])
-    roles = [message["role"] for message in messages]
-    if ASSISTANT not in roles:
-        raise DataError(f"{place}: messages has no assistant turn, so there is nothing to learn")
-    if roles[0] == ASSISTANT:
-        raise DataError(f"{place}: messages begins with an assistant turn, which answers nothing")
-
-
 def encode_messages(
-    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase"
+    records: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Encoded]:
     """Return token ids and labels of conversations, as the chat template writes them.
 
@@ -72,11 +54,11 @@ def encode_messages(
     return [(ids, _labels_in_spans(ids, offsets, spans)) for ids, offsets, (_, spans) in rows]
 
 
-def _encode_marked(record: Record, tokenizer: Any) -> Encoded:
+def _encode_marked(record: Conversation, tokenizer: Any) -> Encoded:
     encoded = _apply_template(
         record,
         tokenizer,
-        record.columns["messages"],
+        record.messages,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
@@ -86,14 +68,12 @@ def _encode_marked(record: Record, tokenizer: Any) -> Encoded:
     return encoded["input_ids"], labels
 
 
-def _render_turns(record: Record, tokenizer: Any) -> tuple[str, list[Span]]:
+def _render_turns(record: Conversation, tokenizer: Any) -> tuple[str, list[Span]]:
     """Return the rendered conversation and the character span of every assistant turn in it."""
-    messages = record.columns["messages"]
+    messages = record.messages
     text = _render(record, tokenizer, messages)
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
+    for index in [index for index, is_learned in enumerate(record.is_learned) if is_learned]:
         before = _render(record, tokenizer, messages[:index], add_generation_prompt=True)
         after = _render(record, tokenizer, messages[: index + 1])
         if not (after.startswith(before) and text.startswith(after)):
@@ -108,15 +88,19 @@ def _render_turns(record: Record, tokenizer: Any) -> tuple[str, list[Span]]:
     return text, spans
 
 
-def _render(record: Record, tokenizer: Any, messages: list[dict], **options: Any) -> str:
+def _render(record: Conversation, tokenizer: Any, messages: list[dict], **options: Any) -> str:
     return _apply_template(record, tokenizer, messages, tokenize=False, **options)
 
 
-def _apply_template(record: Record, tokenizer: Any, messages: list[dict], **options: Any) -> Any:
+def _apply_template(
+    record: Conversation, tokenizer: Any, messages: list[dict], **options: Any
+) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(
+            messages, tools=record.tools, **record.template_options, **options
+        )
     except TemplateError as error:
         raise DataError(
             f"{record.place}: the tokenizer's chat template refuses these messages: {error}"

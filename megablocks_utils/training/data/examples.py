@@ -18,11 +18,10 @@ from megablocks_utils.errors import DataError
 from megablocks_utils.processes.agreement import gather_from_all_ranks, raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.cut import KeptExamples, cut_examples, read_cut, write_cut
-from megablocks_utils.training.data.formats import DataFormat, find_format
+from megablocks_utils.training.data.formats import check_records
 from megablocks_utils.training.data.sources import Record, read_records
-from megablocks_utils.training.data.text import Encoded
 from megablocks_utils.training.data.token_cache import PreparedTokens, prepare_tokens
-from megablocks_utils.training.data.token_files import TOKEN_LIMIT, StoredTokens, TokenWriter
+from megablocks_utils.training.data.token_files import StoredTokens, TokenWriter
 from megablocks_utils.training.data.token_key import (
     FileState,
     digest_file,
@@ -50,7 +49,7 @@ class TokenizedExamples:
     Args:
         tokens: all of the data.
         kept: which examples of it, and how much of each.
-        notes: what the user should know of them, a sentence each.
+        notes: what the user should know of where they are kept, a sentence each.
 
     Attributes:
         lengths: tokens of each example, shape (examples,).
@@ -58,6 +57,7 @@ class TokenizedExamples:
         num_cut: examples that were longer than the limit.
         num_dropped: examples left out because no label was left to learn.
         format_name: the columns they were read from.
+        ignored_keys: the records' keys that have no meaning for training.
     """
 
     def __init__(self, tokens: StoredTokens, kept: KeptExamples, notes: Sequence[str] = ()) -> None:
@@ -66,6 +66,7 @@ class TokenizedExamples:
         self.num_cut = kept.num_cut
         self.num_dropped = kept.num_dropped
         self.format_name = str(tokens.contents["format_name"])
+        self.ignored_keys = tuple(tokens.contents["ignored_keys"])
         self.notes = tuple(notes)
         self._tokens = tokens
         self._kept = kept
@@ -150,11 +151,7 @@ def _open(prepared: PreparedTokens, config: "DataConfig") -> TokenizedExamples:
             f"{len(tokens.ends)} examples has a label within max_seq_length {limit} tokens",
             parameters=("data_path", "max_seq_length"),
         )
-    notes = [
-        str(note).replace(str(tokens.contents["data_path"]), config.data_path)
-        for note in tokens.contents["notes"]
-    ]
-    return TokenizedExamples(tokens, kept, (*notes, *prepared.notes))
+    return TokenizedExamples(tokens, kept, prepared.notes)
 
 
 def _prepare(config: "DataConfig", tokenizer: "PreTrainedTokenizerBase | None") -> PreparedTokens:
@@ -209,41 +206,14 @@ def _write_tokens(
     writer: TokenWriter, source: _Source, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> dict[str, Any]:
     records = source.read()
-    data_format = find_format(records[0])
-    _check_records(records, data_format)
-    if data_format.encode is not None and tokenizer is None:
+    checked = check_records(records)
+    data_format = checked.data_format
+    if data_format.needs_tokenizer and tokenizer is None:
         raise DataError(
             f"data_path {source.data_path} holds text ({data_format.name}), but the model has no "
             "tokenizer",
             parameters=("data_path",),
         )
     for start in range(0, len(records), TOKENIZER_BATCH):
-        batch = records[start : start + TOKENIZER_BATCH]
-        if data_format.encode is None or tokenizer is None:
-            writer.append([_stored_example(record) for record in batch])
-        else:
-            writer.append(data_format.encode(batch, tokenizer))
-    return {"format_name": data_format.name, "data_path": source.data_path, "notes": []}
-
-
-def _stored_example(record: Record) -> Encoded:
-    """Return a record that is tokenized already."""
-    input_ids, labels = record.columns["input_ids"], record.columns["labels"]
-    for name, values in (("input_ids", input_ids), ("labels", labels)):
-        if values and max(values) >= TOKEN_LIMIT:
-            raise DataError(
-                f"{record.place}: {name} holds token {max(values)}, but a token must be below "
-                f"{TOKEN_LIMIT}"
-            )
-    return input_ids, labels
-
-
-def _check_records(records: Sequence[Record], data_format: DataFormat) -> None:
-    for record in records:
-        for column in data_format.columns:
-            if column not in record.columns:
-                raise DataError(
-                    f"{record.place}: no column {column}, but the first record has "
-                    f"{data_format.name}"
-                )
-        data_format.check(record)
+        writer.append(data_format.encode(records[start : start + TOKENIZER_BATCH], tokenizer))
+    return {"format_name": data_format.name, "ignored_keys": checked.ignored_keys}

@@ -112,8 +112,8 @@ def test_the_second_load_reads_no_record(tmp_path, monkeypatch):
     for again in (load(path, tiny_tokenizer()), load(copy, tiny_tokenizer())):
         assert lists(again) == lists(first)
         assert (again.checksum(), again.format_name) == (first.checksum(), first.format_name)
-    shorter = load(path, tiny_tokenizer(), max_seq_length=60)
-    assert shorter.num_cut > 0 and max(shorter.lengths) == 60
+    shorter = load(path, tiny_tokenizer(), max_seq_length=30)
+    assert shorter.num_cut > 0 and max(shorter.lengths) == 30
     assert not reads
 
 
@@ -241,18 +241,6 @@ def test_data_that_changes_while_it_is_read_is_refused(tmp_path, cache, monkeypa
         f"--data_path {path} was changed while it was read; start again when it is complete"
     )
     assert not list(cache.iterdir())
-
-
-def test_a_token_that_four_bytes_cannot_hold_is_named(tmp_path):
-    for name in ("input_ids", "labels"):
-        record = {"input_ids": [1, 2], "labels": [1, 2]} | {name: [1, 10**20]}
-        path = write(tmp_path / "d.jsonl", [{"input_ids": [1, 2], "labels": [1, 2]}, record])
-        with pytest.raises(DataError) as caught:
-            load(path)
-        assert str(caught.value) == (
-            f"{path}:2: {name} holds token 100000000000000000000, but a token must be below "
-            "2147483648"
-        )
 
 
 def test_a_token_costs_less_than_eight_bytes(tmp_path, cache):

@@ -1,7 +1,7 @@
 """Turn conversations into tokens with the tokenizer's chat template.
 
 Only the assistant's turns are learned, each with its end. A conversation is rendered whole, the
-turns are found in that one text (`turns`), and the text is tokenized whole (`spans`). Where a
+turns are found in that one text (`assistant_turns`), and the text is tokenized whole (`spans`). Where a
 template marks what the assistant generates (`{% generation %}`), only what it marks is learned of
 the turns found, so that a mark that reaches further teaches no header and nobody else's text.
 
@@ -24,7 +24,7 @@ from megablocks_utils.training.data.conversation import ASSISTANT, Conversation
 from megablocks_utils.training.data.marks import THINK_TAG
 from megablocks_utils.training.data.spans import Span, encode_spans
 from megablocks_utils.training.data.text import Encoded
-from megablocks_utils.training.data.turns import Turn, TurnFinder
+from megablocks_utils.training.data.assistant_turns import Turn, TurnFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from typing import Any
 from megablocks_utils.training.data.chat_template import Message
 from megablocks_utils.training.data.conversation import ASSISTANT
 
-__all__ = ["THINK_TAG", "Block", "MarkedMessages", "MarkedText", "mark_messages"]
+__all__ = ["THINK_TAG", "Block", "MarkedMessages", "MarkedRendering", "mark_messages"]
 
 THINK_TAG = re.compile(r"(\s*</?think>\s*)")
 """What templates cut the reasoning out of an answer by."""
@@ -43,7 +43,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class MarkedText:
+class MarkedRendering:
     """Hold a rendering of marked messages.
 
     Attributes:
@@ -70,7 +70,7 @@ class MarkedMessages:
             self._mark_message(number, message) for number, message in enumerate(messages)
         ]
 
-    def read(self, rendering: str) -> MarkedText | None:
+    def read(self, rendering: str) -> MarkedRendering | None:
         """Return where the messages stand in a rendering; None where they stand in one another."""
         pieces, position, length = [], 0, 0
         found: dict[int, list[tuple[int, int]]] = {}
@@ -92,7 +92,7 @@ class MarkedMessages:
             Block(message, places[0][0], places[-1][0], tuple(code for _, code in places))
             for message, places in ((message, found[message]) for message in order)
         ]
-        return MarkedText("".join((*pieces, rendering[position:])), blocks)
+        return MarkedRendering("".join((*pieces, rendering[position:])), blocks)
 
     def _read_mark(self, mark: str) -> tuple[int, int] | None:
         code = ord(mark)

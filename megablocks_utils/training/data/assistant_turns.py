@@ -13,7 +13,7 @@ from functools import cached_property
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.chat_template import GENERATED, ChatTemplate, Message
 from megablocks_utils.training.data.conversation import ASSISTANT, Conversation
-from megablocks_utils.training.data.marks import Block, MarkedMessages, MarkedText, mark_messages
+from megablocks_utils.training.data.marks import Block, MarkedMessages, MarkedRendering, mark_messages
 from megablocks_utils.training.data.spans import Span
 
 __all__ = ["Turn", "TurnFinder"]
@@ -149,7 +149,7 @@ class TurnFinder:
 
     def _mark(
         self, messages: Sequence[Message], text: str
-    ) -> tuple[MarkedMessages, MarkedText] | None:
+    ) -> tuple[MarkedMessages, MarkedRendering] | None:
         """Return messages with marks and their rendering; None where marks change it."""
         for inside_blanks in (False, True):
             marks = mark_messages(messages, inside_blanks=inside_blanks)
@@ -171,7 +171,7 @@ class TurnFinder:
         return bool(self._messages[number].get("tool_calls"))
 
     def _form_as_last(
-        self, number: int, marks: MarkedMessages, whole: MarkedText, place: int
+        self, number: int, marks: MarkedMessages, whole: MarkedRendering, place: int
     ) -> _Form | None:
         """Return the form of a turn as the last one, if it has that form in the whole text too."""
         rendering = self._template.render(self._conversation, marks.messages[: number + 1])
@@ -204,7 +204,7 @@ class TurnFinder:
             return None
         return prompt.text[prompt.blocks[-1].end :]
 
-    def _place(self, whole: MarkedText, place: int, form: _Form, has_calls: bool) -> Span | None:
+    def _place(self, whole: MarkedRendering, place: int, form: _Form, has_calls: bool) -> Span | None:
         """Return where a turn of a form stands in the whole text; None if it has another form."""
         block, text = whole.blocks[place], whole.text
         before, after = _neighbours(whole, place)
@@ -288,7 +288,7 @@ class TurnFinder:
         return len(text) if is_content or not written else begin + len(written)
 
 
-def _neighbours(whole: MarkedText, place: int) -> Span:
+def _neighbours(whole: MarkedRendering, place: int) -> Span:
     """Return where the text before a block ends, and where the one after it begins."""
     blocks: list[Block] = whole.blocks
     before = blocks[place - 1].end if place else 0

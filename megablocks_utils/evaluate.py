@@ -151,7 +151,7 @@ def greedy_answer(
     import torch
     from transformers import GenerationMixin
 
-    from megablocks_utils.training.data.formats import alpaca_prompt
+    from megablocks_utils.training.data.alpaca import alpaca_prompt
 
     assert isinstance(model, GenerationMixin)
     inputs = tokenizer(alpaca_prompt(instruction), return_tensors="pt").to(model.device)

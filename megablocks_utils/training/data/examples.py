@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.training.data.formats import DataFormat, find_format
+from megablocks_utils.training.data.formats import DataFormat, check_records
 from megablocks_utils.training.data.sources import Record, read_records
 from megablocks_utils.training.data.text import IGNORED_LABEL, Encoded
 
@@ -36,6 +36,7 @@ class TokenizedExamples:
         num_cut: examples that were longer than the limit.
         num_dropped: examples left out because no label was left to learn.
         format_name: the columns they were read from.
+        ignored_keys: the records' keys that have no meaning for training.
 
     Attributes:
         lengths: tokens of each example, shape (examples,).
@@ -49,11 +50,13 @@ class TokenizedExamples:
         num_cut: int = 0,
         num_dropped: int = 0,
         format_name: str = "",
+        ignored_keys: tuple[str, ...] = (),
     ) -> None:
         self.lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         self.num_cut = num_cut
         self.num_dropped = num_dropped
         self.format_name = format_name
+        self.ignored_keys = ignored_keys
         self._ends = np.cumsum(self.lengths)
         self._input_ids = np.fromiter((t for ids, _ in encoded for t in ids), dtype=np.int64)
         self._labels = np.fromiter((t for _, labels in encoded for t in labels), dtype=np.int64)
@@ -107,9 +110,8 @@ def load_examples(
         DataError: the source or a record is unusable, or no example is left.
     """
     records = read_records(config.data_path)
-    data_format = find_format(records[0])
-    _check_records(records, data_format)
-    encoded = _encode(records, data_format, tokenizer, config.data_path)
+    checked = check_records(records)
+    encoded = _encode(records, checked.data_format, tokenizer, config.data_path)
     limit = config.max_seq_length
     num_cut = sum(len(ids) > limit for ids, _ in encoded)
     kept = [(ids[:limit], labels[:limit]) for ids, labels in encoded if _has_target(labels[:limit])]
@@ -121,19 +123,12 @@ def load_examples(
         )
     num_dropped = len(encoded) - len(kept)
     return TokenizedExamples(
-        kept, num_cut=num_cut, num_dropped=num_dropped, format_name=data_format.name
+        kept,
+        num_cut=num_cut,
+        num_dropped=num_dropped,
+        format_name=checked.data_format.name,
+        ignored_keys=checked.ignored_keys,
     )
-
-
-def _check_records(records: Sequence[Record], data_format: DataFormat) -> None:
-    for record in records:
-        for column in data_format.columns:
-            if column not in record.columns:
-                raise DataError(
-                    f"{record.place}: no column {column}, but the first record has "
-                    f"{data_format.name}"
-                )
-        data_format.check(record)
 
 
 def _encode(
@@ -142,9 +137,7 @@ def _encode(
     tokenizer: "PreTrainedTokenizerBase | None",
     data_path: str,
 ) -> list[Encoded]:
-    if data_format.encode is None:
-        return [(record.columns["input_ids"], record.columns["labels"]) for record in records]
-    if tokenizer is None:
+    if tokenizer is None and data_format.needs_tokenizer:
         raise DataError(
             f"data_path {data_path} holds text ({data_format.name}), but the model has no "
             "tokenizer",

@@ -13,7 +13,12 @@ from functools import cached_property
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.chat_template import GENERATED, ChatTemplate, Message
 from megablocks_utils.training.data.conversation import ASSISTANT, Conversation
-from megablocks_utils.training.data.marks import Block, MarkedMessages, MarkedRendering, mark_messages
+from megablocks_utils.training.data.marks import (
+    Block,
+    MarkedMessages,
+    MarkedRendering,
+    mark_messages,
+)
 from megablocks_utils.training.data.spans import Span
 
 __all__ = ["Turn", "TurnFinder"]
@@ -63,7 +68,6 @@ class TurnFinder:
         self._conversation = conversation
         self._template = template
         self._messages = conversation.messages
-        self._prompts: dict[int, str] = {}
 
     @cached_property
     def text(self) -> str:
@@ -133,10 +137,9 @@ class TurnFinder:
         """
         messages = self._messages[: number + 1]
         shown = self._template.render(self._conversation, messages, shows_generated=True)
-        bare, spans = "", []
-        pieces = shown.split(GENERATED[0])
-        bare = pieces[0]
-        for piece in pieces[1:]:
+        bare, *pieces = shown.split(GENERATED[0])
+        spans = []
+        for piece in pieces:
             inside, _, outside = piece.partition(GENERATED[1])
             spans.append((len(bare), len(bare) + len(inside)))
             bare += inside + outside
@@ -200,11 +203,13 @@ class TurnFinder:
             self._conversation, marks.messages[:number], add_generation_prompt=True
         )
         prompt = marks.read(rendering)
-        if prompt is None or not prompt.blocks:
+        if prompt is None:
             return None
-        return prompt.text[prompt.blocks[-1].end :]
+        return prompt.text[prompt.blocks[-1].end if prompt.blocks else 0 :]
 
-    def _place(self, whole: MarkedRendering, place: int, form: _Form, has_calls: bool) -> Span | None:
+    def _place(
+        self, whole: MarkedRendering, place: int, form: _Form, has_calls: bool
+    ) -> Span | None:
         """Return where a turn of a form stands in the whole text; None if it has another form."""
         block, text = whole.blocks[place], whole.text
         before, after = _neighbours(whole, place)
@@ -256,9 +261,19 @@ class TurnFinder:
             return None
         if gap.startswith(prompt):
             return before + len(prompt)
-        if prompt.startswith(gap):
-            return block.start
+        if prompt.startswith(gap.rstrip()):
+            return before + len(gap.rstrip())
+        if self._header and self._header in gap:
+            return before + gap.rindex(self._header) + len(self._header)
         return before if self._messages[number - 1]["role"] == ASSISTANT else None
+
+    @cached_property
+    def _header(self) -> str:
+        """What the template adds to a conversation for the model to answer."""
+        question = [{"role": "user", "content": "?"}]
+        asked = self._template.render(self._conversation, question)
+        prompt = self._template.render(self._conversation, question, add_generation_prompt=True)
+        return prompt[len(asked) :] if prompt.startswith(asked) else ""
 
     def _find_first_begin(self, text: str) -> int:
         """Return where a turn begins that opens the conversation.
@@ -273,12 +288,8 @@ class TurnFinder:
                 "assistant's, begins in the rendering of the chat template"
             )
         start = found[1].blocks[0].start
-        question = [{"role": "user", "content": "?"}]
-        asked = self._template.render(self._conversation, question)
-        prompt = self._template.render(self._conversation, question, add_generation_prompt=True)
-        header = prompt.removeprefix(asked)
-        position = text.rfind(header, 0, start) if header and header != prompt else -1
-        return start if position < 0 else position + len(header)
+        position = text.rfind(self._header, 0, start) if self._header else -1
+        return start if position < 0 else position + len(self._header)
 
     def _find_end(self, number: int, text: str, begin: int) -> int:
         message = self._messages[number]

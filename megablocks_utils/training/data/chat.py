@@ -1,9 +1,10 @@
 """Turn conversations into tokens with the tokenizer's chat template.
 
 Only the assistant's turns are learned, each with its end. A conversation is rendered whole, the
-turns are found in that one text (`assistant_turns`), and the text is tokenized whole (`spans`). Where a
-template marks what the assistant generates (`{% generation %}`), only what it marks is learned of
-the turns found, so that a mark that reaches further teaches no header and nobody else's text.
+turns are found in that one text (`assistant_turns`), and the text is tokenized whole (`spans`).
+Where a template marks what the assistant generates (`{% generation %}`), only what it marks is
+learned of the turns found, so that a mark that reaches further teaches no header and nobody else's
+text.
 
 Many templates write a turn otherwise once others follow it: they drop its reasoning, or end only
 the last turn. Training on that text would teach answers that generation never begins with. Such a
@@ -19,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from megablocks_utils.checkpoint.foreign_code import MemoryLimit
 from megablocks_utils.errors import DataError
+from megablocks_utils.training.data.assistant_turns import Turn, TurnFinder
 from megablocks_utils.training.data.chat_template import ChatTemplate, Message
 from megablocks_utils.training.data.conversation import ASSISTANT, Conversation
 from megablocks_utils.training.data.marks import THINK_TAG
 from megablocks_utils.training.data.spans import Span, encode_spans
 from megablocks_utils.training.data.text import Encoded
-from megablocks_utils.training.data.assistant_turns import Turn, TurnFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

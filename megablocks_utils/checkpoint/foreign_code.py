@@ -110,8 +110,7 @@ def _is_failure(error: BaseException | None) -> bool:
 def _describe(error: BaseException | None) -> str:
     if isinstance(error, MemoryError):
         return "it needs too much memory"
-    lines = str(error).strip().splitlines()
-    reason = lines[0][:_MESSAGE_CHARACTERS] if lines else ""
+    reason = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
     kind = type(error).__name__
     if kind in ("Exception", "TemplateError", "PanicException", "OSError", "ValueError"):
         return reason or kind

@@ -103,8 +103,15 @@ def check_records(records: Sequence[Record]) -> CheckedRecords:
                     f"{record.place}: no column {column}, but the first record has "
                     f"{data_format.name}"
                 )
-        ignored |= dict.fromkeys(sorted(data_format.check(record)))
+        ignored |= dict.fromkeys(sorted(_check(data_format, record)))
     return CheckedRecords(data_format, tuple(ignored))
+
+
+def _check(data_format: DataFormat, record: Record) -> frozenset[str]:
+    try:
+        return data_format.check(record)
+    except RecursionError as error:
+        raise DataError(f"{record.place}: lists or objects are nested too deeply") from error
 
 
 def _describe_unknown(columns: dict[str, Any]) -> str:

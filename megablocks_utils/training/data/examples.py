@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from megablocks_utils.processes.agreement import gather_from_all_ranks, raise_on
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.cut import KeptExamples, cut_examples, read_cut, write_cut
 from megablocks_utils.training.data.formats import check_records
-from megablocks_utils.training.data.sources import Record, read_records
+from megablocks_utils.training.data.sources import read_records
 from megablocks_utils.training.data.token_cache import PreparedTokens, prepare_tokens
 from megablocks_utils.training.data.token_files import StoredTokens, TokenWriter
 from megablocks_utils.training.data.token_key import (
@@ -168,7 +169,7 @@ def _prepare(config: "DataConfig", tokenizer: "PreTrainedTokenizerBase | None") 
 
 
 class _Source:
-    """The records of a data set, read when they are needed, and the checksum of what they are.
+    """A data set, of which no more than a batch of records is held, and the checksum of it.
 
     Args:
         data_path: a file or a Hub dataset.
@@ -177,36 +178,26 @@ class _Source:
     def __init__(self, data_path: str) -> None:
         self.data_path = data_path
         self._state: FileState | None = None
-        self._records: list[Record] | None = None
         try:
             self.digest, self._state = digest_file(Path(data_path))
         except (OSError, ValueError):  # no file; `read_records` knows what to say of others
-            self._records = read_records(data_path)
-            self.digest = digest_records(self._records)
+            self.digest = digest_records(read_records(data_path))
 
-    def read(self) -> list[Record]:
-        """Return all records.
-
-        Raises:
-            DataError: the source is unusable, or has changed since its checksum was taken.
-        """
-        if self._records is not None:
-            return self._records
-        records = read_records(self.data_path)
-        if file_state(Path(self.data_path)) != self._state:
+    def check_unchanged(self) -> None:
+        """Raise DataError if its file has changed since its checksum was taken."""
+        if self._state is not None and file_state(Path(self.data_path)) != self._state:
             raise DataError(
                 f"data_path {self.data_path} was changed while it was read; start again when it is "
                 "complete",
                 parameters=("data_path",),
             )
-        return records
 
 
 def _write_tokens(
     writer: TokenWriter, source: _Source, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> dict[str, Any]:
-    records = source.read()
-    checked = check_records(records)
+    """Check all records, then tokenize them: so a bad one is told at once."""
+    checked = check_records(read_records(source.data_path))
     data_format = checked.data_format
     if data_format.needs_tokenizer and tokenizer is None:
         raise DataError(
@@ -214,6 +205,8 @@ def _write_tokens(
             "tokenizer",
             parameters=("data_path",),
         )
-    for start in range(0, len(records), TOKENIZER_BATCH):
-        writer.append(data_format.encode(records[start : start + TOKENIZER_BATCH], tokenizer))
+    records = read_records(source.data_path)
+    while batch := list(islice(records, TOKENIZER_BATCH)):
+        writer.append(data_format.encode(batch, tokenizer))
+    source.check_unchanged()
     return {"format_name": data_format.name, "ignored_keys": checked.ignored_keys}

@@ -294,6 +294,7 @@ def _collect_facts(setup: Setup) -> RunFacts:
         * optim.per_device_train_batch_size
         * optim.gradient_accumulation_steps,
         resumed=None if setup.resume is None else setup.resume.describe(asdict(config)),
+        ignored_keys=examples.ignored_keys,
     )
 
 

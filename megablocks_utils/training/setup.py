@@ -148,7 +148,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
+    examples = _load_data(config, tokenizer, model, launch, console)
     base_sha256 = None
     if lora is not None:
         base_sha256 = raise_on_all_ranks(lambda: fingerprint_model_folder(folder))
@@ -230,10 +230,16 @@ def _apply_lora(
 
 
 def _load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    console: Console,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer)
-    examples.check_vocabulary(model.config.vocab_size)
+    examples = load_examples(config.data, tokenizer, launch)
+    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    for note in examples.notes:
+        console.print(note, markup=False, soft_wrap=True)
     return examples
 
 

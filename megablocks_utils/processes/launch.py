@@ -4,6 +4,7 @@ Torch-free: a bad environment is answered before torch is imported.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from megablocks_utils.errors import ConfigurationError
 __all__ = ["LaunchEnvironment", "check_environment"]
 
 _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+_MAX_DIGITS = 9  # of a number of processes
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ def check_environment(
 
 def _read_number(environ: Mapping[str, str], name: str, minimum: int) -> int:
     text = environ[name].strip()
-    if not text.isdecimal() or int(text) < minimum:
-        raise ConfigurationError(
-            f"{name} is {text or 'empty'}, but it must be a whole number of at least {minimum}."
-        )
-    return int(text)
+    wanted = f"a whole number of at least {minimum}"
+    # Not `isdecimal`, which takes the digits of every script.
+    if re.fullmatch("[0-9]+", text):
+        if len(text) <= _MAX_DIGITS and int(text) >= minimum:
+            return int(text)
+        wanted += f", of at most {_MAX_DIGITS} digits" if len(text) > _MAX_DIGITS else ""
+    raise ConfigurationError(f"{name} is {text[:40] or 'empty'}, but it must be {wanted}.")
 
 
 def _check_single_process(config: RunConfig | None) -> None:

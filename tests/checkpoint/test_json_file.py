@@ -27,6 +27,7 @@ def refusal(path):
         (b'{"a": "\\udcff"}', "its text is not UTF-8"),
         (b'{"a": NaN}', "NaN is no number of JSON"),
         (b'{"a": [1, -Infinity]}', "-Infinity is no number of JSON"),
+        (b'{"a": 1e999}', "1e999 is too large"),
         (b'{"a": 1, "a": 1}', "a is there twice"),
         (b"[" * 200_000, "it is nested too deeply"),
         (b'{"a":' * 100_000, "it is nested too deeply"),

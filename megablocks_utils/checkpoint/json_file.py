@@ -166,17 +166,17 @@ class JsonObject:
             return value
         raise self._fault(name, value, "a number of 0 or more")
 
-    def object(self, name: str) -> "JsonObject":
+    def section(self, name: str) -> "JsonObject":
         """Return an object within this one."""
         value = self._value(name, "an object")
         if isinstance(value, dict):
             return JsonObject(self.path, value, self._place_of(name))
         raise self._fault(name, value, "an object")
 
-    def objects(self) -> "Iterator[tuple[str, JsonObject]]":
+    def sections(self) -> "Iterator[tuple[str, JsonObject]]":
         """Yield every value of this object, all of them objects, with its name."""
         for name in self.values:
-            yield name, self.object(name)
+            yield name, self.section(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Return a list of texts."""

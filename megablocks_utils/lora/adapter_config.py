@@ -183,7 +183,7 @@ def _has_biases(config: JsonObject) -> bool:
 def _read_pattern(config: JsonObject, name: str) -> dict[str, float]:
     if name not in config:
         return {}
-    pattern = config.object(name)
+    pattern = config.section(name)
     for key in pattern.values:
         _check_expression(config, name, key)
     if name == "rank_pattern":

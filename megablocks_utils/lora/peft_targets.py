@@ -84,7 +84,7 @@ def find_peft_targets(
     return targets
 
 
-def _name_of(name: str, module: nn.Module) -> str:
+def _name_of(name: str, module: object) -> str:
     if isinstance(module, ParamWrapper):
         return f"{name.replace(_BASE_LAYER, '')}.{module.parameter_name}"
     return name

@@ -63,7 +63,7 @@ VALUES = {
     "text": ("x", [1, None, True, [], {}]),
     "whole_number": (2**63 - 1, [-1, 1.0, True, "1", None, 2**63, 10**30, 10**5000, [], {}]),
     "number": (0.5, [-1, True, "x", None, float("inf"), float("nan"), 10**400, [], {}]),
-    "object": ({"a": 1}, [[], "x", None, 1]),
+    "section": ({"a": 1}, [[], "x", None, 1]),
     "texts": (["a", "b"], ["ab", [1], [None], None, {"a": 1}]),
 }
 

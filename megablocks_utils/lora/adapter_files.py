@@ -101,6 +101,6 @@ def to_peft(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return linear_key(match["layer"], match["side"]), tensor
     match = _EXPERT.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name} is not a parameter of an adapter")
+        raise CheckpointError(f"{name} is not a parameter of an adapter")
     pack = pack_lora_a if match["side"] == "A" else pack_lora_b
     return expert_key(match["parameter"], match["side"]), pack(tensor).contiguous()

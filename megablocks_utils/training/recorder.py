@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from megablocks_utils.checkpoint.model_folder import export_model
 from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
+from megablocks_utils.config.secrets import redact_record, redact_text
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
@@ -272,7 +273,7 @@ def _collect_facts(setup: Setup) -> RunFacts:
     kernel, reason = _kernel(setup)
     examples = setup.schedule.examples
     return RunFacts(
-        model=config.model.model_name_or_path,
+        model=redact_text(config.model.model_name_or_path),
         family=base.config.model_type,
         parameters=setup.counts,
         precision=describe_precision(setup.precision),
@@ -293,7 +294,9 @@ def _collect_facts(setup: Setup) -> RunFacts:
         examples_per_step=setup.launch.world_size
         * optim.per_device_train_batch_size
         * optim.gradient_accumulation_steps,
-        resumed=None if setup.resume is None else setup.resume.describe(asdict(config)),
+        resumed=None
+        if setup.resume is None
+        else setup.resume.describe(redact_record(asdict(config))),
     )
 
 

@@ -24,31 +24,10 @@ SECRET = "s3cr3t-" + "x" * 20
 
 
 def test_names_of_secrets():
-    secret = [
-        "hub_token",
-        "--hub-token",
-        "HF_TOKEN",
-        "WANDB_API_KEY",
-        "AWS_SECRET_ACCESS_KEY",
-        "password",
-        "key",
-        "hubtoken",
-        "MLFLOW_TRACKING_PASSWORD",
-        "client.secret",
-    ]
-    plain = [
-        "max_tokens",
-        "tokenizer",
-        "average_tokens_across_devices",
-        "keyboard",
-        "monkey",
-        "path",
-        "author",
-        "include_num_input_tokens_seen",
-        "keys_to_ignore",
-    ]
-    assert [name for name in secret if not is_secret_name(name)] == []
-    assert [name for name in plain if is_secret_name(name)] == []
+    words = "hub_token --hub-token HF_TOKEN WANDB_API_KEY AWS_SECRET_ACCESS_KEY password hubtoken"
+    assert [name for name in words.split() if not is_secret_name(name)] == []
+    words = "max_tokens tokenizer average_tokens_across_devices keyboard monkey author path keys"
+    assert [name for name in words.split() if is_secret_name(name)] == []
 
 
 @pytest.mark.parametrize(
@@ -74,7 +53,6 @@ def test_records_and_texts():
         "hub_token": SECRET,
         "a": [{"password": SECRET, "n": 1}],
         "b": ("x", SECRET),
-        "c": None,
     }
     assert redact_record(record, [SECRET]) == {
         "hub_token": "REDACTED", "a": [{"password": "REDACTED", "n": 1}],
@@ -82,9 +60,8 @@ def test_records_and_texts():
     }  # fmt: skip
     environ = {"HF_TOKEN": SECRET, "KEY": "short", "HOME": "/home/someone"}
     secrets = find_secrets(["--password", SECRET + "2", "--api_key=" + SECRET + "3"], environ)
-    assert secrets == (SECRET + "2", SECRET + "3", SECRET) or set(secrets) == {
-        SECRET, SECRET + "2", SECRET + "3",
-    }  # fmt: skip
+    assert set(secrets) == {SECRET, SECRET + "2", SECRET + "3"}
+    assert secrets[-1] == SECRET  # the shortest last, which is part of the others
     assert redact_text(f"Bearer {SECRET} in short", secrets) == "Bearer REDACTED in short"
     untouched = asdict(parse_args(["--data_path", "user/set@main"], entry_point="fsdp2"))
     assert redact_record(untouched) == untouched

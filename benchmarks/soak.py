@@ -137,9 +137,8 @@ def build_figure(ranks: Mapping[str, Sequence[Sample]]) -> Figure:
     """Draw a panel for each thing measured, a line for each rank, over the number of saves."""
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     titles = {"memory_mib": "memory (MiB)", "handles": "open files", "threads": "threads"}
-    for panel, (name, title) in zip(
-        figure.subplots(3, 1, sharex=True), titles.items(), strict=True
-    ):
+    panels = figure.subplots(3, 1, sharex=True)
+    for panel, (name, title) in zip(panels, titles.items(), strict=True):
         for rank, samples in ranks.items():
             panel.plot([s["saves"] for s in samples], [s[name] for s in samples], label=rank)
         panel.set_ylabel(title)

@@ -294,10 +294,15 @@ def _collect_facts(setup: Setup) -> RunFacts:
         examples_per_step=setup.launch.world_size
         * optim.per_device_train_batch_size
         * optim.gradient_accumulation_steps,
-        resumed=None
-        if setup.resume is None
-        else setup.resume.describe(redact_record(asdict(config))),
+        resumed=_describe_resume(setup),
+        ignored_keys=examples.ignored_keys,
     )
+
+
+def _describe_resume(setup: Setup) -> str | None:
+    if setup.resume is None:
+        return None
+    return setup.resume.describe(redact_record(asdict(setup.config)))
 
 
 def _kernel(setup: Setup) -> tuple[str, str]:

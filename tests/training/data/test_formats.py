@@ -3,7 +3,8 @@
 import pytest
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.training.data.formats import alpaca_prompt, find_format
+from megablocks_utils.training.data.alpaca import alpaca_prompt
+from megablocks_utils.training.data.formats import find_format
 from megablocks_utils.training.data.sources import Record
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -106,26 +107,28 @@ WRONG = [
         {"prompt": "a", "text": "b"},
         (
             "d.json:3: no known columns: found prompt, text; wanted instruction and output (input "
-            "optional), output alone, messages, or input_ids and labels"
+            "optional), output alone, messages, conversations, prompt and completion, or "
+            "input_ids and labels"
         ),
     ),
     (
         {},
         (
             "d.json:3: no known columns: found none; wanted instruction and output (input "
-            "optional), output alone, messages, or input_ids and labels"
+            "optional), output alone, messages, conversations, prompt and completion, or "
+            "input_ids and labels"
         ),
     ),
     (
         {"output": "no marker"},
         "d.json:3: output has no '### Response:', so it is unknown where the answer begins",
     ),
-    ({"output": 3}, "d.json:3: output must be text, this is int"),
-    ({"instruction": None, "output": ""}, "d.json:3: instruction must be text, this is NoneType"),
-    ({"instruction": "", "output": ["a"]}, "d.json:3: output must be text, this is list"),
+    ({"output": 3}, "d.json:3: output must be text, this is a number"),
+    ({"instruction": None, "output": ""}, "d.json:3: instruction must be text, this is null"),
+    ({"instruction": "", "output": ["a"]}, "d.json:3: output must be text, this is a list"),
     (
         {"instruction": "", "output": "", "input": 5},
-        "d.json:3: input must be text, this is int",
+        "d.json:3: input must be text, this is a number",
     ),
     (
         {"instruction": "ab\ud83d", "output": ""},

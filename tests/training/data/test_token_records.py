@@ -73,6 +73,7 @@ REFUSED = [
     ({"attention_mask": [[1, 1, 1, 1]]}, "attention_mask must be a list of zeros and ones"),
     ({"attention_mask": "1111"}, "attention_mask must be a list of zeros and ones"),
     ({"position_ids": [0, 1, 0, 1]}, "position_ids must count from 0, other ones are not trained"),
+    ({"position_ids": [0, 1, 2]}, "input_ids has 4 items and position_ids has 3, they must be"),
     ({"token_type_ids": [0, 0, 1, 1]}, "token_type_ids must all be 0, other ones are not trained"),
     (
         {"seq_lengths": [2, 2]},

@@ -30,8 +30,8 @@ def as_json_objects(value: Any) -> Any:
     return value
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a parquet file.
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file.
 
     Raises:
         DataError: the file is no readable parquet, or two of its columns have one name.
@@ -41,7 +41,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size == 0:
             raise _source_error(f"data_path {path} is empty")
-        return list(_file_rows(path))
+        yield from _file_rows(path)
     except (
         pyarrow.ArrowException,
         OSError,

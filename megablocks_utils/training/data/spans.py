@@ -6,11 +6,13 @@ tokenizers of SentencePiece's kind put a word start before each.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.text import IGNORED_LABEL, Encoded
 
@@ -90,19 +92,37 @@ def _encode_with_offsets(
 ) -> list[Encoded]:
     if not texts:
         return []
-    batch = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    with ForeignCode(lambda reason: _find_refused(texts, tokenizer, places, reason)):
+        batch = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
     rows = zip(batch["input_ids"], batch["offset_mapping"], texts, spans, strict=True)
     return [
         (ids, _labels_in_spans(ids, offsets, text, text_spans))
         for ids, offsets, text, text_spans in rows
     ]
+
+
+def _find_refused(
+    texts: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    places: Sequence[str],
+    reason: str,
+) -> DataError:
+    """Return the error for texts of which the tokenizer refuses one, with its place."""
+
+    def refused(place: str, reason: str) -> DataError:
+        return DataError(f"{place}: the model's tokenizer refuses the text: {reason}")
+
+    for place, text in zip(places, texts, strict=False):
+        with ForeignCode(partial(refused, place)):
+            tokenizer(text, add_special_tokens=False)
+    return DataError(f"the model's tokenizer refuses the texts of the data: {reason}")
 
 
 def _labels_in_spans(
@@ -144,11 +164,16 @@ def _encode_prefixes(
     text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase", place: str
 ) -> Encoded:
     """Encode a text with a tokenizer without offsets, by the lengths of its parts' tokens."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode(part: str) -> list[int]:
+        with ForeignCode(lambda reason: _find_refused([part], tokenizer, [place], reason)):
+            return list(tokenizer(part, add_special_tokens=False)["input_ids"]) if part else []
+
+    ids = encode(text)
     borders = [0, *(border for span in spans for border in span), len(text)]
     cuts = []
     for border in borders:
-        part = tokenizer(text[:border], add_special_tokens=False)["input_ids"] if border else []
+        part = encode(text[:border])
         if ids[: len(part)] != part:
             raise DataError(
                 f"{place}: the model's tokenizer has no offsets and joins text over the border "

@@ -1,0 +1,307 @@
+"""Find the assistant's turns in the rendering of a whole conversation.
+
+The prompt of a turn is what generation starts from, so a turn begins where the template's
+generation prompt ends, and it ends with what the template writes at the end of a conversation that
+this turn closes, without the white space after it: generation has stopped by then. Where that is
+nothing but white space, it is the turn's end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megablocks_utils.errors import DataError
+from megablocks_utils.training.data.chat_template import GENERATED, ChatTemplate, Message
+from megablocks_utils.training.data.conversation import ASSISTANT, Conversation
+from megablocks_utils.training.data.marks import (
+    Block,
+    MarkedMessages,
+    MarkedRendering,
+    mark_messages,
+)
+from megablocks_utils.training.data.spans import Span
+
+__all__ = ["Turn", "TurnFinder"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Hold one assistant turn in a text.
+
+    Attributes:
+        span: what the model writes.
+        text: a rendering that has the turn in it.
+    """
+
+    span: Span
+    text: str
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Say how a turn of a certain shape is written when it is the conversation's last.
+
+    Attributes:
+        prompt: from the end of the text before it to where the model begins.
+        opening: from there to the first text of the turn.
+        marks: which texts of the turn are there, in order.
+        ending: from the last text of the turn to its end.
+        following: from there to the next text, in the whole conversation.
+    """
+
+    prompt: str
+    opening: str
+    marks: tuple[int, ...]
+    ending: str
+    following: str
+
+
+class TurnFinder:
+    """Find the assistant's turns of one conversation.
+
+    Args:
+        conversation: whose turns.
+        template: renders it.
+    """
+
+    def __init__(self, conversation: Conversation, template: ChatTemplate) -> None:
+        self._conversation = conversation
+        self._template = template
+        self._messages = conversation.messages
+
+    @cached_property
+    def text(self) -> str:
+        """The rendering of the whole conversation."""
+        return self._template.render(self._conversation, self._messages)
+
+    def find_in_whole(self, numbers: Sequence[int]) -> list[Span] | None:
+        """Return where assistant turns stand in the whole conversation.
+
+        Every turn must be written there as it is when it is the last one. That is seen on the
+        first turn of each shape (which texts it has, and between which roles it stands), rendered
+        as the last; all others must have the same form. So it takes few renderings, however many
+        turns there are.
+
+        Args:
+            numbers: of the messages.
+
+        Returns:
+            Their spans, or None where that does not hold or cannot be seen.
+        """
+        found = self._mark(self._messages, self.text)
+        if found is None:
+            return None
+        marked = found[1]
+        places = {block.message: index for index, block in enumerate(marked.blocks)}
+        forms: dict[tuple[object, ...], _Form | None] = {}
+        spans = []
+        for number in numbers:
+            if number == 0:
+                first = self.find_as_last(0)
+                if not self.text.startswith(first.text[: first.span[1]]):
+                    return None
+                spans.append(first.span)
+                continue
+            if number not in places:
+                return None
+            shape = self._shape(number)
+            if shape not in forms:
+                forms[shape] = self._form_as_last(number, *found, places[number])
+            form = forms[shape]
+            span = form and self._place(marked, places[number], form, self._has_calls(number))
+            if span is None:
+                return None
+            spans.append(span)
+        return spans
+
+    def find_as_last(self, number: int) -> Turn:
+        """Return an assistant turn as it is when it is the conversation's last.
+
+        Args:
+            number: of the message.
+
+        Raises:
+            DataError: it cannot be told where the turn begins.
+        """
+        messages = self._messages[: number + 1]
+        is_whole = number + 1 == len(self._messages)
+        text = self.text if is_whole else self._template.render(self._conversation, messages)
+        begin = self._find_begin(number, text)
+        return Turn((begin, self._find_end(number, text, begin)), text)
+
+    def find_generated(self, number: int, text: str) -> list[Span]:
+        """Return what the template marks as generated in a rendering up to a message.
+
+        Raises:
+            DataError: showing the marks changes the text.
+        """
+        messages = self._messages[: number + 1]
+        shown = self._template.render(self._conversation, messages, shows_generated=True)
+        bare, *pieces = shown.split(GENERATED[0])
+        spans = []
+        for piece in pieces:
+            inside, _, outside = piece.partition(GENERATED[1])
+            spans.append((len(bare), len(bare) + len(inside)))
+            bare += inside + outside
+        if bare != text:
+            raise DataError(
+                f"{self._conversation.place}: the chat template changes text that it marks as "
+                "generated, so it is unknown where that stands"
+            )
+        return spans
+
+    def _mark(
+        self, messages: Sequence[Message], text: str
+    ) -> tuple[MarkedMessages, MarkedRendering] | None:
+        """Return messages with marks and their rendering; None where marks change it."""
+        for inside_blanks in (False, True):
+            marks = mark_messages(messages, inside_blanks=inside_blanks)
+            marked = marks.read(self._template.render(self._conversation, marks.messages))
+            if marked is not None and marked.text == text:
+                return marks, marked
+        return None
+
+    def _shape(self, number: int) -> tuple[object, ...]:
+        message = self._messages[number]
+        texts = tuple(key for key, value in message.items() if value and str(value).strip())
+        calls = message.get("tool_calls") or ()
+        # What follows matters where the end is found from it.
+        until = number + 2 if calls else number + 1
+        roles = tuple(other["role"] for other in self._messages[number - 1 : until])
+        return texts, roles, len(calls)
+
+    def _has_calls(self, number: int) -> bool:
+        return bool(self._messages[number].get("tool_calls"))
+
+    def _form_as_last(
+        self, number: int, marks: MarkedMessages, whole: MarkedRendering, place: int
+    ) -> _Form | None:
+        """Return the form of a turn as the last one, if it has that form in the whole text too."""
+        rendering = self._template.render(self._conversation, marks.messages[: number + 1])
+        last = marks.read(rendering)
+        prompt = self._read_prompt(number, marks)
+        if last is None or prompt is None or last.blocks[-1].message != number:
+            return None
+        block = last.blocks[-1]
+        before = last.blocks[-2].end if len(last.blocks) > 1 else 0
+        gap = last.text[before : block.start]
+        if not (gap.startswith(prompt) or prompt.startswith(gap)):
+            return None
+        prompt = gap[: len(prompt)]
+        ending = last.text[block.end :]
+        ending = ending.rstrip() or ending
+        form = _Form(prompt, gap[len(prompt) :], block.marks, ending, "")
+        span = self._place(whole, place, form, has_calls=False)
+        if span is None:
+            return None
+        _, following = _neighbours(whole, place)
+        return _Form(form.prompt, form.opening, form.marks, ending, whole.text[span[1] : following])
+
+    def _read_prompt(self, number: int, marks: MarkedMessages) -> str | None:
+        """Return what the generation prompt has after the last text before a turn."""
+        rendering = self._template.render(
+            self._conversation, marks.messages[:number], add_generation_prompt=True
+        )
+        prompt = marks.read(rendering)
+        if prompt is None:
+            return None
+        return prompt.text[prompt.blocks[-1].end if prompt.blocks else 0 :]
+
+    def _place(
+        self, whole: MarkedRendering, place: int, form: _Form, has_calls: bool
+    ) -> Span | None:
+        """Return where a turn of a form stands in the whole text; None if it has another form."""
+        block, text = whole.blocks[place], whole.text
+        before, after = _neighbours(whole, place)
+        if block.marks != form.marks:
+            return None
+        if text[before : block.start] != form.prompt + form.opening:
+            return None
+        begin = before + len(form.prompt)
+        if not has_calls:
+            has_end = text.startswith(form.ending, block.end)
+            return (begin, block.end + len(form.ending)) if has_end else None
+        # The arguments of a call carry no marks: its end is found from what follows.
+        end = after - len(form.following)
+        is_same = form.following and text.startswith(form.following, end) and end >= block.end
+        return (begin, end) if is_same and text[end - 1 : end] == form.ending[-1:] else None
+
+    def _find_begin(self, number: int, text: str) -> int:
+        if number == 0:
+            return self._find_first_begin(text)
+        prompt = self._template.render(
+            self._conversation, self._messages[:number], add_generation_prompt=True
+        )
+        if text.startswith(prompt):
+            return len(prompt)
+        begin = self._find_begin_by_marks(number, text)
+        if begin is None:
+            raise DataError(
+                f"{self._conversation.place}: the chat template writes message {number + 1} after "
+                "another text than the one that it gives the model to answer, so it is unknown "
+                "where the answer begins; choose another template with chat_template",
+                parameters=("chat_template",),
+            )
+        return begin
+
+    def _find_begin_by_marks(self, number: int, text: str) -> int | None:
+        """Find where a turn begins whose text does not go on from its generation prompt.
+
+        Some templates prompt for reasoning that an answer without any does not have; others write
+        turns of the same role as one.
+        """
+        found = self._mark(self._messages[: number + 1], text)
+        if found is None or not found[1].blocks or found[1].blocks[-1].message != number:
+            return None
+        marks, last = found
+        block = last.blocks[-1]
+        before = last.blocks[-2].end if len(last.blocks) > 1 else 0
+        prompt, gap = self._read_prompt(number, marks), text[before : block.start]
+        if prompt is None:
+            return None
+        if gap.startswith(prompt):
+            return before + len(prompt)
+        if prompt.startswith(gap.rstrip()):
+            return before + len(gap.rstrip())
+        if self._header and self._header in gap:
+            return before + gap.rindex(self._header) + len(self._header)
+        return before if self._messages[number - 1]["role"] == ASSISTANT else None
+
+    @cached_property
+    def _header(self) -> str:
+        """What the template adds to a conversation for the model to answer."""
+        question = [{"role": "user", "content": "?"}]
+        asked = self._template.render(self._conversation, question)
+        prompt = self._template.render(self._conversation, question, add_generation_prompt=True)
+        return prompt[len(asked) :] if prompt.startswith(asked) else ""
+
+    def _find_first_begin(self, text: str) -> int:
+        """Return where a turn begins that opens the conversation.
+
+        There is no prompt to render then; its header is what the template writes for a prompt
+        after another message.
+        """
+        found = self._mark(self._messages[:1], text)
+        if found is None or not found[1].blocks:
+            raise DataError(
+                f"{self._conversation.place}: it is unknown where message 1, which is the "
+                "assistant's, begins in the rendering of the chat template"
+            )
+        start = found[1].blocks[0].start
+        position = text.rfind(self._header, 0, start) if self._header else -1
+        return start if position < 0 else position + len(self._header)
+
+    def _find_end(self, number: int, text: str, begin: int) -> int:
+        message = self._messages[number]
+        written = text[begin:].rstrip()
+        content = str(message.get("content") or "").strip()
+        is_content = bool(content) and written.endswith(content) and not message.get("tool_calls")
+        return len(text) if is_content or not written else begin + len(written)
+
+
+def _neighbours(whole: MarkedRendering, place: int) -> Span:
+    """Return where the text before a block ends, and where the one after it begins."""
+    blocks: list[Block] = whole.blocks
+    before = blocks[place - 1].end if place else 0
+    after = blocks[place + 1].start if place + 1 < len(blocks) else len(whole.text)
+    return before, after

@@ -1,4 +1,4 @@
-"""Cutting, dropping and counting, and files of all four formats from disk to tokens."""
+"""Cutting, dropping and counting, and files of all formats from disk to tokens."""
 
 import json
 from pathlib import Path
@@ -114,6 +114,8 @@ def test_tokens_outside_the_vocabulary_are_refused():
 SAMPLES = [
     ("alpaca_sample.json", "instruction and output", 36),
     ("samples/messages.jsonl", "messages", 4),
+    ("samples/conversations.jsonl", "conversations", 3),
+    ("samples/prompt_completion.jsonl", "prompt and completion", 2),
     ("samples/finished_text.jsonl", "output alone", 4),
     ("samples/tokenized.jsonl", "input_ids and labels", 3),
 ]

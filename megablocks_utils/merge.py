@@ -36,6 +36,9 @@ COMPANIONS = (
     *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model"),
 )
 
+# Files of the adapter that win over the base's: what it was trained with, and where it stops.
+TRAINED_COMPANIONS = (GENERATION_CONFIG_NAME, "chat_template.jinja")
+
 
 @dataclass(frozen=True)
 class MergeOptions:
@@ -123,7 +126,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
     try:
         with removed_on_error(options.output):
-            _write(merger, index, options.output, max_shard_bytes)
+            _write(merger, index, adapter_folder, options.output, max_shard_bytes)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {options.output}: {reason}") from error
@@ -148,7 +151,11 @@ def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
 
 
 def _write(
-    merger: "AdapterMerger", index: "CheckpointIndex", output: Path, max_shard_bytes: int | None
+    merger: "AdapterMerger",
+    index: "CheckpointIndex",
+    adapter: Path,
+    output: Path,
+    max_shard_bytes: int | None,
 ) -> None:
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
@@ -166,7 +173,8 @@ def _write(
             advance(tensor.nbytes)
             # Else it would still be held while the next one is read.
             del tensor
-        for path in sorted({path for pattern in COMPANIONS for path in index.folder.glob(pattern)}):
+        paths = [path for pattern in COMPANIONS for path in index.folder.glob(pattern)]
+        for path in (*sorted(set(paths)), *(adapter / name for name in TRAINED_COMPANIONS)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
 

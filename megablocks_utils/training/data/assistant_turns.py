@@ -105,7 +105,9 @@ class TurnFinder:
             if shape not in forms:
                 forms[shape] = self._form_as_last(number, *found, places[number])
             form = forms[shape]
-            span = form and self._place(marked, places[number], form, self._has_calls(number))
+            if form is None:
+                return None
+            span = self._place(marked, places[number], form, self._has_calls(number))
             if span is None:
                 return None
             spans.append(span)

@@ -55,6 +55,7 @@ class EvaluateOptions:
     adapter: Annotated[
         str | None, Option("folder of a PEFT adapter to put over the model", metavar="DIR")
     ] = None
+    chat_template: Annotated[str | None, same_option(DataConfig, "chat_template")] = None
     max_seq_length: Annotated[int, same_option(DataConfig, "max_seq_length")] = (
         DataConfig.max_seq_length
     )
@@ -178,12 +179,14 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
     from megablocks_utils.lora.adapter_reader import resolve_adapter_folder
     from megablocks_utils.training.data.examples import load_examples
+    from megablocks_utils.training.data.training_templates import choose_chat_template
 
     folder = resolve_checkpoint_folder(model_path)
     adapter = None if options.adapter is None else str(resolve_adapter_folder(options.adapter))
     tokenizer = load_tokenizer(folder)
     data = DataConfig(options.data_path, max_seq_length=options.max_seq_length)
-    examples = load_examples(data, tokenizer)
+    with choose_chat_template(options.chat_template, tokenizer).in_use():
+        examples = load_examples(data, tokenizer)
     if options.ask and tokenizer is None:
         raise ConfigurationError(f"--ask is given, but {folder} has no tokenizer.")
     model = load_model(str(folder), adapter)

@@ -3,6 +3,8 @@
 import atexit
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +25,9 @@ def pytest_configure() -> None:
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # Tokens that tests leave there are not for this machine's user.
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from megablocks_utils.checkpoint.fingerprint import fingerprint_model_folder
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
@@ -22,7 +23,6 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
-from megablocks_utils.training.data.training_templates import choose_chat_template
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
@@ -145,18 +145,25 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
     model = source.model
+    if source.ignored:
+        console.print(_describe_ignored(source), markup=False)
     check_world(config, world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    template = raise_on_all_ranks(
-        lambda: choose_chat_template(config.data.chat_template, tokenizer)
-    )
-    with template.in_use():
-        examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
-    answer_end = _let_generation_stop(config, examples, tokenizer, source.model)
+    examples = _load_data(config, tokenizer, model, launch, console)
+    answer_end = _let_generation_stop(config, examples, tokenizer, model)
+    base_sha256 = None
+    if lora is not None:
+        base_sha256 = raise_on_all_ranks(lambda: fingerprint_model_folder(folder))
     compatibility = describe_compatibility(
-        config, precision, lora, examples, model_type=model.config.model_type, world_size=world_size
+        config,
+        precision,
+        lora,
+        examples,
+        model_type=model.config.model_type,
+        world_size=world_size,
+        base_sha256=base_sha256,
     )
     schedule = Schedule(config, examples, launch.rank, world_size)
     if resume is not None:
@@ -194,6 +201,11 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
 
 
+def _describe_ignored(source: ModelSource) -> str:
+    names = source.ignored
+    return f"{source.folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither"
+
+
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
     """Fill nothing: all weights come from the checkpoint that the run resumes from."""
 
@@ -223,10 +235,16 @@ def _apply_lora(
 
 
 def _load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    console: Console,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer)
-    examples.check_vocabulary(model.config.vocab_size)
+    examples = load_examples(config.data, tokenizer, launch)
+    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    for note in examples.notes:
+        console.print(note, markup=False, soft_wrap=True)
     return examples
 
 

@@ -30,8 +30,8 @@ def as_json_objects(value: Any) -> Any:
     return value
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a parquet file.
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file.
 
     Raises:
         DataError: the file is no readable parquet, or two of its columns have one name.
@@ -41,15 +41,22 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size == 0:
             raise _source_error(f"data_path {path} is empty")
-        return list(_file_rows(path))
-    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, RecursionError) as error:
+        yield from _file_rows(path)
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise _source_error(f"data_path {path} cannot be read as parquet: {reason}") from error
 
 
 def table_rows(table: "pyarrow.Table | pyarrow.RecordBatch", source: str) -> list[dict[str, Any]]:
     """Return the rows of a table; ``source`` is named where its JSON text is none."""
-    rows = table.to_pylist()
+    rows = table.to_pylist(maps_as_pydicts="strict")
     for field in table.schema:
         place = f"{source}, column {field.name}"
         if _holds_json(field.type):

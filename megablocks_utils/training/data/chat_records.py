@@ -69,10 +69,12 @@ def check_template_reads(conversation: Conversation, template: str) -> None:
     Its text is searched, because a template drops what it does not know without a word.
     """
     messages = conversation.messages
-    wanted = [("tools", ("tools",))] if conversation.tools else []
+    wanted: list[tuple[str, tuple[str, ...]]] = []
+    if conversation.tools:
+        wanted.append(("tools", ("tools",)))
     if any("tool_calls" in message for message in messages):
         wanted.append(("tool_calls", ("tool_calls",)))
-    if any(REASONING[0] in message for message in messages):
+    if any(message.get(REASONING[0]) for message in messages):
         wanted.append(("reasoning", REASONING))
     wanted += [(f"chat_template_kwargs' {key}", (key,)) for key in conversation.template_options]
     for what, names in wanted:

@@ -4,8 +4,9 @@ Labels are set by position, never by comparing with a padding id: many tokenizer
 token, and a mask by id would keep the end of every answer from being learned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from megablocks_utils.errors import DataError
@@ -88,23 +89,35 @@ def find_format(record: Record) -> DataFormat:
     raise DataError(f"{record.place}: {_describe_unknown(columns)}")
 
 
-def check_records(records: Sequence[Record]) -> CheckedRecords:
+def check_records(records: Iterable[Record]) -> CheckedRecords:
     """Check every record against the format of the first.
+
+    Args:
+        records: at least one.
 
     Raises:
         DataError: no format fits, or a record cannot be used.
     """
-    data_format = find_format(records[0])
+    remaining = iter(records)
+    first = next(remaining)
+    data_format = find_format(first)
     ignored: dict[str, None] = {}
-    for record in records:
+    for record in chain([first], remaining):
         for column in data_format.columns:
             if column not in record.columns:
                 raise DataError(
                     f"{record.place}: no column {column}, but the first record has "
                     f"{data_format.name}"
                 )
-        ignored |= dict.fromkeys(sorted(data_format.check(record)))
+        ignored |= dict.fromkeys(sorted(_check(data_format, record)))
     return CheckedRecords(data_format, tuple(ignored))
+
+
+def _check(data_format: DataFormat, record: Record) -> frozenset[str]:
+    try:
+        return data_format.check(record)
+    except RecursionError as error:
+        raise DataError(f"{record.place}: lists or objects are nested too deeply") from error
 
 
 def _describe_unknown(columns: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ here, and so are numbers and nesting that Python cannot hold.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +24,28 @@ class _RefusedValueError(ValueError):
 def scan_json(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield every value of a ``.json`` or ``.jsonl`` file with its line.
 
-    A ``.json`` file is a list of values, one object or, like ``.jsonl``, a value per line.
+    A ``.json`` file is a list of values, one object or, like ``.jsonl``, a value per line. Of a
+    ``.jsonl`` file no more than a line is held in memory.
 
     Raises:
         DataError: the file cannot be read, is empty, or holds something else.
     """
+    if path.suffix == ".jsonl":
+        yield from _stream_lines(path)
+        return
     text = _read_text(path)
     start = _after_blanks(text, 0)
     if start == len(text):
         raise _source_error(f"data_path {path} is empty")
-    if path.suffix == ".json" and text[start] == "[":
+    if text[start] == "[":
         yield from _scan_list(text, path, start)
         return
-    if path.suffix == ".json":
-        line = 1 + text.count("\n", 0, start)
-        value, end = _decode_at(text, start, path, line)
-        if _after_blanks(text, end) == len(text):
-            yield line, value
-            return
-    yield from _scan_lines(text, path)
+    line = 1 + text.count("\n", 0, start)
+    value, end = _decode_at(text, start, path, line)
+    if _after_blanks(text, end) == len(text):
+        yield line, value
+    else:
+        yield from _scan_lines(text.split("\n"), path)
 
 
 def decode_json(text: str, place: str) -> Any:
@@ -65,17 +68,43 @@ def _source_error(message: str) -> DataError:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _source_error(
-            f"data_path {path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
+        return _decode_text(path.read_bytes(), path, 0)
     except OSError as error:
         raise _source_error(f"data_path {path} cannot be read: {error.strerror}") from error
 
 
-def _scan_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _decode_text(content: bytes, path: Path, position: int) -> str:
+    """Return the text of a file, or of a part of it that begins at byte `position`."""
+    try:
+        return content.decode("utf-8" if position else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _source_error(
+            f"data_path {path} is not UTF-8 text: {error.reason} at byte {position + error.start}"
+        ) from error
+
+
+def _stream_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    is_empty = True
+    for number, value in _scan_lines(_text_lines(path), path):
+        is_empty = False
+        yield number, value
+    if is_empty:
+        raise _source_error(f"data_path {path} is empty")
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    position = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                yield _decode_text(line, path, position)
+                position += len(line)
+    except OSError as error:
+        raise _source_error(f"data_path {path} cannot be read: {error.strerror}") from error
+
+
+def _scan_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, decode_json(line, f"{path}:{number}")
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megablocks_utils.errors import DataError
+from megablocks_utils.training.data.text import json_type
 
 __all__ = ["check_keys", "is_absent", "is_about_the_example", "shorten"]
 
@@ -40,8 +41,10 @@ REFUSED_KEYS = {
     )
     for key in keys
 }
-OTHER_FORMATS = ("instruction", "input", "output", "messages", "conversations", "prompt")
-OTHER_FORMATS += ("completion", "input_ids", "labels")
+OTHER_FORMATS = frozenset(
+    ("instruction", "input", "output", "messages", "conversations", "prompt", "completion")
+    + ("input_ids", "labels")
+)
 
 # The last word of a key that tells about the example, in kinds.
 IDENTITY = "id ids idx index uuid guid hash md5 sha1 sha256 checksum"
@@ -130,8 +133,10 @@ def check_keys(
 
 
 def shorten(value: Any) -> str:
-    """Return a value as a message shows it: quoted and not long."""
-    shown = repr(value)
+    """Return a value as a message shows it: never long, of a list or an object its size."""
+    if isinstance(value, list | dict):
+        return f"{json_type(value)} of {len(value)}"
+    shown = json_type(value) if value is None else repr(value)
     if len(shown) > SHOWN_CHARACTERS:
         return f"{shown[: SHOWN_CHARACTERS - 3]}..."
     return shown

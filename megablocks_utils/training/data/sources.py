@@ -7,7 +7,7 @@ that every later error can name it.
 import re
 import socket
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ class Record:
     pads_with_nulls: bool = False
 
 
-def read_records(data_path: str) -> list[Record]:
-    """Read every record of a local ``.json``/``.jsonl``/``.parquet`` file or of a Hub dataset.
+def read_records(data_path: str) -> Iterator[Record]:
+    """Yield every record of a local ``.json``/``.jsonl``/``.parquet`` file or of a Hub dataset.
 
     A ``.json`` file is a list of records or, like ``.jsonl``, an object per line. What exists on
     disk is a file; what does not, and is shaped like ``name`` or ``owner/name``, is a Hub dataset,
@@ -68,9 +68,12 @@ def read_records(data_path: str) -> list[Record]:
         raise _source_error(f"data_path {data_path} does not exist")
     else:
         records = _read_hub(data_path)
-    if not records:
+    is_empty = True
+    for record in records:
+        is_empty = False
+        yield record
+    if is_empty:
         raise _source_error(f"data_path {data_path} holds no records")
-    return records
 
 
 def _source_error(message: str) -> DataError:
@@ -99,7 +102,7 @@ def _check_kind(path: Path, mode: int) -> None:
             raise _source_error(f"data_path {path} is {name}, wanted a file ({_suffixes()})")
 
 
-def _read_file(path: Path) -> list[Record]:
+def _read_file(path: Path) -> Iterator[Record]:
     if path.suffix in COMPRESSED_SUFFIXES:
         raise _source_error(
             f"data_path {path} is compressed ({path.suffix}), wanted the file unpacked: "
@@ -109,7 +112,7 @@ def _read_file(path: Path) -> list[Record]:
         raise _source_error(f"data_path {path} must end in one of {_suffixes()}")
     if path.suffix == ".parquet":
         return _numbered(str(path), read_parquet(path))
-    return [_checked(f"{path}:{line}", value) for line, value in scan_json(path)]
+    return (_checked(f"{path}:{line}", value) for line, value in scan_json(path))
 
 
 def _checked(place: str, value: Any) -> Record:
@@ -118,7 +121,7 @@ def _checked(place: str, value: Any) -> Record:
     return Record(place, value)
 
 
-def _read_hub(name: str) -> list[Record]:
+def _read_hub(name: str) -> Iterator[Record]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from pyarrow import ArrowException
@@ -127,7 +130,7 @@ def _read_hub(name: str) -> list[Record]:
     try:
         with without_datasets_bars():
             tables = load_dataset(name, split="train").with_format("arrow").iter(1000)
-            return _numbered(name, (row for table in tables for row in table_rows(table, name)))
+        yield from _numbered(name, (row for table in tables for row in table_rows(table, name)))
     except (DatasetsError, ArrowException, OSError, ValueError, RuntimeError) as error:
         raise _source_error(
             f"data_path {name} is no local file and could not be loaded from the Hub: "
@@ -151,11 +154,9 @@ def _check_hub_is_reachable(name: str) -> None:
         ) from error
 
 
-def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> list[Record]:
-    return [
-        Record(f"{name}, record {number}", row, pads_with_nulls=True)
-        for number, row in enumerate(rows, start=1)
-    ]
+def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        yield Record(f"{name}, record {number}", row, pads_with_nulls=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -72,13 +72,14 @@ def _labels(place: str, columns: Mapping[str, Any], input_ids: list[int]) -> lis
             f"{place}: input_ids has {len(input_ids)} items and labels has {len(labels)}, they "
             "must be equally long"
         )
-    wrong = [n for n in labels if n != IGNORED_LABEL and not 0 <= n <= MAX_TOKEN]
+    wrong = [n for n in set(labels) if n != IGNORED_LABEL and not 0 <= n <= MAX_TOKEN]
     if wrong:
         raise DataError(
             f"{place}: labels must be tokens or {IGNORED_LABEL}, this one holds "
             f"{shorten(min(wrong))}"
         )
-    if masks and marked != [label != IGNORED_LABEL for label in labels]:
+    # The first token is never learned, so its label may say anything.
+    if masks and marked[1:] != [label != IGNORED_LABEL for label in labels[1:]]:
         names = " and ".join(key for key in MASKS if not is_absent(columns.get(key)))
         raise DataError(f"{place}: {names} and labels differ in what is learned; drop one")
     return labels
@@ -122,8 +123,8 @@ def _flags(place: str, name: str, values: Any, length: int) -> list[bool] | None
     """Return a list of zeros and ones as booleans; None where there is none."""
     if values is None:
         return None
-    if not isinstance(values, list) or any(
-        not isinstance(value, int) or value not in (0, 1) for value in values
+    if not isinstance(values, list) or not (
+        set(map(type, values)) <= {int, bool} and set(values) <= {0, 1}
     ):
         raise DataError(f"{place}: {name} must be a list of zeros and ones")
     if len(values) != length:
@@ -135,6 +136,6 @@ def _flags(place: str, name: str, values: Any, length: int) -> list[bool] | None
 
 
 def _whole_numbers(place: str, name: str, values: Any) -> list[int]:
-    if not isinstance(values, list) or any(type(value) is not int for value in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
         raise DataError(f"{place}: {name} must be a list of whole numbers")
     return values

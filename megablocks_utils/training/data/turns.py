@@ -70,7 +70,10 @@ def read_turn(place: str, name: str, value: Any, *, pads_with_nulls: bool) -> Tu
     if role == FUNCTION_CALL:
         calls = read_tool_calls(place, f"value of {name}", content, pads_with_nulls=pads_with_nulls)
         role, content = ASSISTANT, ""
-    message = {"role": role, "content": _text(place, name, content, has_calls=bool(calls))}
+    message: dict[str, Any] = {
+        "role": role,
+        "content": _text(place, name, content, has_calls=bool(calls)),
+    }
     message |= _extras(place, name, role, given)
     if calls:
         _check_role(place, f"tool calls in {name}", role, ASSISTANT)
@@ -150,12 +153,14 @@ def _extras(place: str, name: str, role: str, given: Mapping[str, Any]) -> dict[
     extras = {key: given[key] for key in ("name", "tool_call_id", *REASONING) if key in given}
     for key, value in extras.items():
         check_text(place, f"{key} of {name}", value)
-    extras = {key: value for key, value in extras.items() if value or key in REASONING}
+    extras = {key: value for key, value in extras.items() if value}
     if "tool_call_id" in extras:
         _check_role(place, f"tool_call_id of {name}", role, "tool")
     reasoning = {key: extras[key] for key in REASONING if key in extras}
     if not reasoning:
-        return extras
+        # Templates may look for reasoning within the content, unless it is said to be empty.
+        is_said = any(key in given for key in REASONING) and role == ASSISTANT
+        return {**extras, REASONING[0]: ""} if is_said else extras
     _check_role(place, f"{next(iter(reasoning))} of {name}", role, ASSISTANT)
     if len(set(reasoning.values())) > 1:
         raise DataError(f"{place}: {' and '.join(reasoning)} of {name} differ; drop all but one")

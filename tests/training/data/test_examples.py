@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
+from megablocks_utils.training.data.examples import load_examples
 from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tokenized import examples_of
 
 DATA = Path(__file__).parents[3] / "data"
 
@@ -101,7 +102,7 @@ def test_more_records_than_one_tokenizer_batch(tmp_path):
 
 
 def test_tokens_outside_the_vocabulary_are_refused():
-    examples = TokenizedExamples([([3, 9, 4], [-100, 9, 11])])
+    examples = examples_of([([3, 9, 4], [-100, 9, 11])])
     examples.check_vocabulary(12)
     with pytest.raises(DataError) as caught:
         examples.check_vocabulary(11)

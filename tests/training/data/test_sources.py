@@ -8,6 +8,11 @@ from megablocks_utils.errors import DataError
 from megablocks_utils.training.data import sources
 from megablocks_utils.training.data.sources import read_records
 
+
+def read_all(name):
+    return list(read_records(name))
+
+
 RECORDS = [{"output": "a"}, {"output": "b", "n": [1, 2]}, {"output": "Größe 東京"}]
 
 
@@ -43,7 +48,7 @@ def test_parquet(tmp_path):
 
     rows = [{"output": "a", "n": [1, 2]}, {"output": "b", "n": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    records = read_records(str(tmp_path / "d.parquet"))
+    records = read_all(str(tmp_path / "d.parquet"))
     assert [r.columns for r in records] == rows
     assert [r.place for r in records] == [f"{tmp_path}/d.parquet, record {n}" for n in (1, 2)]
 
@@ -111,13 +116,13 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["missing.json", "/no/such/place", "a/b/c", "./alpaca"])
 def test_a_missing_file_is_named(name):
     with pytest.raises(DataError) as caught:
-        read_records(name)
+        read_all(name)
     assert caught.value.as_options() == f"--data_path {name} does not exist"
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
-        read_records(str(tmp_path))
+        read_all(str(tmp_path))
     assert caught.value.as_options() == (
         f"--data_path {tmp_path} is a folder, wanted a file (.json, .jsonl, .parquet)"
     )
@@ -135,7 +140,7 @@ def test_a_hub_dataset_is_read_from_its_train_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources.socket, "getaddrinfo", lambda host, port: [])
-    records = read_records("owner/name")
+    records = read_all("owner/name")
     assert asked == [("owner/name", "train")]
     assert [(r.place, r.columns) for r in records] == [
         ("owner/name, record 1", {"output": "a"}),
@@ -153,7 +158,7 @@ def test_a_hub_dataset_that_does_not_come_is_named(monkeypatch, error):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources.socket, "getaddrinfo", lambda host, port: [])
     with pytest.raises(DataError) as caught:
-        read_records("owner/name")
+        read_all("owner/name")
     assert caught.value.as_options() == (
         "--data_path owner/name is no local file and could not be loaded from the Hub: no network"
     )
@@ -168,7 +173,7 @@ def test_a_hub_without_address_is_named_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.example")
     with pytest.raises(DataError) as caught:
-        read_records("owner/name")
+        read_all("owner/name")
     assert caught.value.as_options() == (
         "--data_path owner/name is no local file and the Hub cannot be reached: hub.example has "
         "no address here (HF_HUB_OFFLINE=True uses what has been downloaded before)"

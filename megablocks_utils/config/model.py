@@ -34,7 +34,7 @@ class DataConfig:
         str | None,
         Option(
             "chat template of conversations: a .jinja file, or the name of a training template "
-            "(docs/extending.md lists them)",
+            "(data/README.md lists them)",
             metavar="TEMPLATE",
             shown_default="the tokenizer's",
         ),

@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from megablocks_utils.checkpoint.fingerprint import fingerprint_model_folder
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
@@ -141,13 +142,24 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
     model = source.model
+    if source.ignored:
+        console.print(_describe_ignored(source), markup=False)
     check_world(config, world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = _load_data(config, tokenizer, model, launch, console)
+    base_sha256 = None
+    if lora is not None:
+        base_sha256 = raise_on_all_ranks(lambda: fingerprint_model_folder(folder))
     compatibility = describe_compatibility(
-        config, precision, lora, examples, model_type=model.config.model_type, world_size=world_size
+        config,
+        precision,
+        lora,
+        examples,
+        model_type=model.config.model_type,
+        world_size=world_size,
+        base_sha256=base_sha256,
     )
     schedule = Schedule(config, examples, launch.rank, world_size)
     if resume is not None:
@@ -182,6 +194,11 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         resume=resume,
         plan=plan,
     )
+
+
+def _describe_ignored(source: ModelSource) -> str:
+    names = source.ignored
+    return f"{source.folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither"
 
 
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:

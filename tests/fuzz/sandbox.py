@@ -1,5 +1,6 @@
 """Run a command in a forked process that can write nowhere but in its scratch folder."""
 
+import ctypes
 import os
 import resource
 import shutil
@@ -15,6 +16,8 @@ from typing import Never
 __all__ = ["Outcome", "close_scratch", "open_scratch", "prepare_imports", "run_command"]
 
 NOBODY = 65534
+KEEP_CAPABILITIES, CAPABILITIES_VERSION, READ_EVERYTHING = 8, 0x20080522, 1 << 2
+"""Of Linux: `PR_SET_KEEPCAPS`, `_LINUX_CAPABILITY_VERSION_3`, `CAP_DAC_READ_SEARCH`."""
 MEMORY_BYTES = 6 * 1024**3
 LARGEST_FILE_BYTES = 1024**3
 BROKEN_HARNESS = 97
@@ -208,9 +211,22 @@ def _give_up_rights(folder: Path) -> None:
     ):
         resource.setrlimit(kind, (limit, limit))
     if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        _become_nobody()
+
+
+def _become_nobody() -> None:
+    """Give up root's rights, all but reading, for Python itself may lie in root's home."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(KEEP_CAPABILITIES, 1, 0, 0, 0)
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    for rights in (READ_EVERYTHING, 0):
+        header = (ctypes.c_uint32 * 2)(CAPABILITIES_VERSION, 0)
+        sets = (ctypes.c_uint32 * 6)(rights, rights)  # effective, permitted
+        if libc.capset(header, sets) == 0:
+            return
+    raise OSError(ctypes.get_errno(), "the rights of root cannot be given up")
 
 
 def _call(command: str, words: Sequence[str]) -> None:

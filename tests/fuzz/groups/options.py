@@ -65,7 +65,7 @@ FREE_TEXT += ("chat_template",)
 
 def option_cases(generator: Random) -> Iterator[Case]:
     """Yield every option of both scripts with odd values."""
-    for option in SCRIPTS["fsdp2"].all_options:
+    for option in SCRIPTS["fsdp2"].options:
         for value, expected in _odd_values(option):
             base = generator.choice(("train", "train", "train", "fsdp1"))
             yield Case(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenizedExamples", "load_examples"]
 
-TOKENIZER_BATCH = 1000
+TOKENIZER_BATCH = 64
 _ALONE = LaunchEnvironment()
 
 

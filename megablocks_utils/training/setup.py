@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from megablocks_utils.checkpoint.fingerprint import fingerprint_model_folder
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
@@ -32,7 +33,10 @@ from megablocks_utils.training.resume.resume_compatibility import (
     describe_compatibility,
 )
 from megablocks_utils.training.resume.resume_point import ResumePoint, find_resume_point
+from megablocks_utils.training.same_run import check_same_content, fingerprint_files
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
+
+_ADAPTER_FILES = "adapter_*"
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,17 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
     model = source.model
+    name = config.model.model_name_or_path
+    check_same_content(
+        "model", "model_name_or_path", name, lambda: fingerprint_model_folder(folder)
+    )
     check_world(config, world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
+    _check_same_adapter(config)
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
+    check_same_content("data", "data_path", config.data.data_path, examples.checksum)
     compatibility = describe_compatibility(
         config, precision, lora, examples, model_type=model.config.model_type, world_size=world_size
     )
@@ -199,6 +209,15 @@ def _split_experts(
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:
     return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
+
+
+def _check_same_adapter(config: RunConfig) -> None:
+    if config.adapter.resume_adapter is None:
+        return
+    folder = Path(config.adapter.resume_adapter)
+    check_same_content(
+        "adapter", "resume_adapter", folder, lambda: fingerprint_files(folder, _ADAPTER_FILES)
+    )
 
 
 def _apply_lora(

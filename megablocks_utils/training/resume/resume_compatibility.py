@@ -22,6 +22,7 @@ __all__ = [
 _FREE_OPTIONS = (
     *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "debug", "saving"),
     *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
+    *("lost_rank_timeout_s", "hang_timeout_s"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),
 )
 

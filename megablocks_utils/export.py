@@ -90,10 +90,11 @@ def export_checkpoint(options: ExportOptions) -> str:
     check_output(options.output)
     _check_is_checkpoint(options.checkpoint)
     from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX, read_stored_tensors
-    from megablocks_utils.checkpoint.manifest import adapters_of, check_files, read_manifest
+    from megablocks_utils.checkpoint.manifest import check_files
+    from megablocks_utils.checkpoint.run_manifest import adapters_of, read_run_manifest
 
     folder = options.checkpoint.resolve()
-    manifest = read_manifest(folder)
+    manifest = read_run_manifest(folder)
     lora = adapters_of(manifest)
     check_files(folder, manifest["files"], manifest["files"])
     stored = {

@@ -110,15 +110,16 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     check_output(options.output)
     from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
     from megablocks_utils.checkpoint.layouts import detect_naming
-    from megablocks_utils.checkpoint.load import build_model_on_meta, check_against_model
+    from megablocks_utils.checkpoint.load import build_model_on_meta
+    from megablocks_utils.checkpoint.model_check import check_against_model
     from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
     adapter_folder = resolve_adapter_folder(options.adapter)
     base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
+    model = build_model_on_meta(base)
     index = open_checkpoint(base)
     layout = detect_naming(index, source=base)
-    model = build_model_on_meta(base)
     check_against_model(model, index, layout)
     merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
     try:

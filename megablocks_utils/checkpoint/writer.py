@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple, Self
 
 import torch
 
-from megablocks_utils.checkpoint.index import HEADER_LENGTH_BYTES
+from megablocks_utils.checkpoint.safetensors_header import HEADER_LENGTH_BYTES
 from megablocks_utils.dtypes import DTYPES
 from megablocks_utils.files import (
     MODEL_CONFIG_NAME,

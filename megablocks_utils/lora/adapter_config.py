@@ -10,7 +10,7 @@ from typing import TypeVar
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_CONFIG_NAME
 

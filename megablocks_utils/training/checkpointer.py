@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from megablocks_utils.checkpoint.manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.model_folder import write_companions
+from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError

@@ -6,49 +6,68 @@ have the same files in another place, so here it is their content that is compar
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.processes.agreement import gather_from_all_ranks
 
-__all__ = ["check_same_content", "fingerprint_files"]
+__all__ = ["ADAPTER_FILES", "Input", "check_same_inputs", "fingerprint_files"]
+
+ADAPTER_FILES = "adapter_*"
 
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 2**16  # files of up to 4 MiB are read whole
 
 
-def check_same_content(
-    what: str, parameter: str, place: object, fingerprint: Callable[[], str]
-) -> None:
-    """Refuse a run whose ranks read something else under the same option.
+@dataclass(frozen=True)
+class Input:
+    """Something that all ranks read.
 
-    **Collective:** every rank must call; one small gather.
-
-    Args:
+    Attributes:
         what: it is, such as "data".
         parameter: that names it.
         place: this rank's value of the parameter.
         fingerprint: returns a digest of the content.
+    """
+
+    what: str
+    parameter: str
+    place: object
+    fingerprint: Callable[[], str]
+
+
+def check_same_inputs(inputs: Sequence[Input]) -> dict[str, str]:
+    """Refuse a run whose ranks read something else under the same option.
+
+    **Collective:** every rank must call; one small gather.
+
+    Returns:
+        The fingerprints by parameter.
 
     Raises:
         ConfigurationError: on every rank, naming the first rank that differs from rank 0.
-        UserError: on every rank, what `fingerprint` raises on one.
+        UserError: on every rank, what a fingerprint raises on one.
     """
-    if dist.get_world_size() == 1:
-        return
-    found = gather_from_all_ranks(lambda: (os.uname().nodename, str(place), fingerprint()))
-    first_host, first_place, first = found[0]
-    for rank, (host, its_place, digest) in enumerate(found):
-        if digest != first:
-            raise ConfigurationError(
-                f"the {what} of {parameter} on rank {rank} on {host} ({its_place}) is not that of "
-                f"rank 0 on {first_host} ({first_place}): its fingerprint is {digest[:12]}, not "
-                f"{first[:12]}; all ranks of a run must read the same.",
-                parameters=(parameter,),
-            )
+    found = gather_from_all_ranks(lambda: (os.uname().nodename, _take_fingerprints(inputs)))
+    (first_host, first), *others = found
+    for rank, (host, theirs) in enumerate(others, start=1):
+        for it in inputs:
+            (place, digest), (first_place, first_digest) = theirs[it.parameter], first[it.parameter]
+            if digest != first_digest:
+                raise ConfigurationError(
+                    f"the {it.what} of {it.parameter} on rank {rank} on {host} ({place}) is not "
+                    f"that of rank 0 on {first_host} ({first_place}): its fingerprint is "
+                    f"{digest[:12]}, not {first_digest[:12]}; all ranks of a run must read the "
+                    "same.",
+                    parameters=(it.parameter,),
+                )
+    return {parameter: digest for parameter, (_, digest) in first.items()}
+
+
+def _take_fingerprints(inputs: Sequence[Input]) -> dict[str, tuple[str, str]]:
+    return {it.parameter: (str(it.place), it.fingerprint()) for it in inputs}
 
 
 def fingerprint_files(folder: Path, pattern: str) -> str:

@@ -1,6 +1,7 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,10 +34,13 @@ from megablocks_utils.training.resume.resume_compatibility import (
     describe_compatibility,
 )
 from megablocks_utils.training.resume.resume_point import ResumePoint, find_resume_point
-from megablocks_utils.training.same_run import check_same_content, fingerprint_files
+from megablocks_utils.training.same_run import (
+    ADAPTER_FILES,
+    Input,
+    check_same_inputs,
+    fingerprint_files,
+)
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
-
-_ADAPTER_FILES = "adapter_*"
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,22 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
     model = source.model
-    name = config.model.model_name_or_path
-    check_same_content(
-        "model", "model_name_or_path", name, lambda: fingerprint_model_folder(folder)
-    )
+    if source.ignored:
+        console.print(_describe_ignored(source), markup=False)
     check_world(config, world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
-    _check_same_adapter(config)
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
-    check_same_content("data", "data_path", config.data.data_path, examples.checksum)
+    fingerprint = _check_same_inputs(config, folder, examples)
     compatibility = describe_compatibility(
-        config, precision, lora, examples, model_type=model.config.model_type, world_size=world_size
+        config,
+        precision,
+        lora,
+        examples,
+        model_type=model.config.model_type,
+        world_size=world_size,
+        base_sha256=None if lora is None else fingerprint,
     )
     schedule = Schedule(config, examples, launch.rank, world_size)
     if resume is not None:
@@ -194,6 +201,11 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
 
 
+def _describe_ignored(source: ModelSource) -> str:
+    names = source.ignored
+    return f"{source.folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither"
+
+
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
     """Fill nothing: all weights come from the checkpoint that the run resumes from."""
 
@@ -211,13 +223,24 @@ def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapter
     return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
 
 
-def _check_same_adapter(config: RunConfig) -> None:
-    if config.adapter.resume_adapter is None:
-        return
-    folder = Path(config.adapter.resume_adapter)
-    check_same_content(
-        "adapter", "resume_adapter", folder, lambda: fingerprint_files(folder, _ADAPTER_FILES)
-    )
+def _check_same_inputs(config: RunConfig, folder: Path, examples: TokenizedExamples) -> str:
+    """Refuse ranks that read something else; return the fingerprint of the model.
+
+    **Collective:** every rank must call.
+    """
+    inputs = [
+        Input("data", "data_path", config.data.data_path, examples.checksum),
+        Input(
+            "model",
+            "model_name_or_path",
+            config.model.model_name_or_path,
+            partial(fingerprint_model_folder, folder),
+        ),
+    ]
+    if (adapter := config.adapter.resume_adapter) is not None:
+        fingerprint = partial(fingerprint_files, Path(adapter), ADAPTER_FILES)
+        inputs.append(Input("adapter", "resume_adapter", adapter, fingerprint))
+    return check_same_inputs(inputs)["model_name_or_path"]
 
 
 def _apply_lora(

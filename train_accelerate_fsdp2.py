@@ -8,6 +8,7 @@
 import sys
 
 from megablocks_utils.config import RunConfig, parse_args
+from megablocks_utils.processes.accelerate_settings import check_accelerate_settings
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> None:
     """Check the options before torch is imported, then train."""
     config = parse_args(argv, entry_point="fsdp2")
     launch = check_environment(config)
+    check_accelerate_settings(config)
     check_output_dir(config)
     train(config, launch)
 

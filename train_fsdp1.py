@@ -10,6 +10,7 @@ import sys
 
 from megablocks_utils.config import RunConfig, parse_known_args
 from megablocks_utils.config.given import GivenOption
+from megablocks_utils.processes.accelerate_settings import check_accelerate_settings
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir
@@ -19,6 +20,7 @@ def main(argv: list[str]) -> None:
     """Check the options before anything is loaded, then train."""
     config, leftovers = parse_known_args(argv, entry_point="fsdp1")
     launch = check_environment(config)
+    check_accelerate_settings(config)
     check_output_dir(config)
     train(config, launch, leftovers)
 

@@ -4,6 +4,7 @@ Torch-free: a bad environment is answered before torch is imported.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from megablocks_utils.errors import ConfigurationError
 __all__ = ["LaunchEnvironment", "check_environment", "reports_errors"]
 
 _LAUNCHER_NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+_MAX_DIGITS = 9  # of a number of processes
 _MAX_PORT = 65535
 
 
@@ -89,7 +91,7 @@ def reports_errors(environ: Mapping[str, str] = os.environ) -> bool:
     So does a process whose rank nobody can read.
     """
     rank = environ.get("RANK", "0").strip()
-    is_number = rank.isascii() and rank.isdecimal()
+    is_number = re.fullmatch("[0-9]{1,9}", rank)
     return not is_number or int(rank) == 0 or environ.get("LOCAL_RANK", "").strip() == "0"
 
 
@@ -97,14 +99,16 @@ def _read_number(
     environ: Mapping[str, str], name: str, minimum: int, maximum: int | None = None
 ) -> int:
     text = environ[name].strip()
-    # Ten digits are more than any of these numbers needs.
-    is_number = text.isascii() and text.isdecimal() and len(text) <= 10
-    if not is_number or int(text) < minimum or (maximum is not None and int(text) > maximum):
-        wanted = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ConfigurationError(
-            f"{name} is {text[:40] or 'empty'}, but it must be a whole number {wanted}."
-        )
-    return int(text)
+    wanted = f"a whole number of at least {minimum}"
+    if maximum is not None:
+        wanted = f"a whole number from {minimum} to {maximum}"
+    # Not `isdecimal`, which takes the digits of every script.
+    if re.fullmatch("[0-9]+", text):
+        if len(text) <= _MAX_DIGITS and minimum <= int(text) <= (maximum or int(text)):
+            return int(text)
+        if maximum is None and len(text) > _MAX_DIGITS:
+            wanted += f", of at most {_MAX_DIGITS} digits"
+    raise ConfigurationError(f"{name} is {text[:40] or 'empty'}, but it must be {wanted}.")
 
 
 def _read_local_world_size(environ: Mapping[str, str]) -> int | None:

@@ -1,7 +1,7 @@
 """Save checkpoints while a run trains, in both loops: when due, or when a signal stops it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,16 +16,18 @@ from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
-from megablocks_utils.errors import CheckpointError
+from megablocks_utils.errors import CheckpointError, NonFiniteError
 from megablocks_utils.files import METRICS_NAME
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
+from megablocks_utils.processes.output_folder import CHECKPOINT_PREFIX
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
 from megablocks_utils.training.resume.resume_point import rank_file_name
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step_hooks import StepHooks
+from megablocks_utils.training.value_checks import check_before_saving
 
 __all__ = ["Checkpointer"]
 
@@ -69,7 +71,8 @@ class Checkpointer(StepHooks):
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
-            if error_type is None:
+            # All ranks have met values that are not finite, so all finish the save of a good step.
+            if error_type is None or issubclass(error_type, NonFiniteError):
                 self._finish_pending()
         finally:
             # Not waiting: after an error, other ranks may never enter the save's collectives.
@@ -112,13 +115,15 @@ class Checkpointer(StepHooks):
         shards = state.shards()
         if config.async_save:
             shards = {name: shard.copied_to_cpu() for name, shard in shards.items()}
-        write = partial(
+        metrics = raise_on_all_ranks(self._read_metrics)
+        write_all = partial(
             write_checkpoint,
-            self._take_snapshot(step, shards, raise_on_all_ranks(self._read_metrics)),
+            self._take_snapshot(step, shards, metrics),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
         )
+        write = partial(self._check_and_write, step, shards, write_all)
         if config.async_save:
             self._pending = self._background.submit(write)
         else:
@@ -126,6 +131,14 @@ class Checkpointer(StepHooks):
         self._saved_step = step
         stall_s = time.perf_counter() - started_s
         self._setup.console.print(f"checkpoint-{step}: training waited {stall_s:.2f} s")
+
+    def _check_and_write(
+        self, step: int, shards: Mapping[str, TensorShard], write: Callable[[], Path]
+    ) -> Path:
+        """Write a checkpoint, unless its values are not finite: then no older one is removed."""
+        place = f"{CHECKPOINT_PREFIX}{step} is not written"
+        check_before_saving(self._setup, shards, place, self._group)
+        return write()
 
     def _finish_pending(self) -> None:
         """Wait for the save in the background, and raise its error if it had one."""

@@ -16,6 +16,9 @@ from megablocks_utils.training.data.batches import (
 )
 from megablocks_utils.training.data.examples import TokenizedExamples
 
+_MAX_LOOKED_AT = 500_000
+"""Examples, counted once an epoch, that take a second or two to look at."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -47,8 +50,15 @@ class Schedule:
         return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
 
     def largest_micro_batch(self) -> tuple[int, int, int]:
-        """Return tokens, labels and examples of the largest micro-batch that any rank will see."""
+        """Return tokens, labels and examples of the largest micro-batch that any rank will see.
+
+        Of a run of very many steps, whose orders would take long to look at, an upper bound.
+        """
         lengths = self.examples.lengths
+        if math.ceil(self.num_steps / self.steps_per_epoch) * len(lengths) > _MAX_LOOKED_AT:
+            longest = lengths.argsort()[-self.config.optim.per_device_train_batch_size :]
+            labels = np.sort(self.examples.num_label_tokens)[-len(longest) :]
+            return int(lengths[longest].sum()), int(labels.sum()), len(longest)
         largest = (0, 0, 0)
         for size, chosen in self._steps_by_bound():
             if size <= largest[0]:

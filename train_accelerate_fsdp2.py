@@ -37,14 +37,15 @@ def train(config: RunConfig, launch: LaunchEnvironment) -> None:
     recorder = RunRecorder(setup)
     checkpointer = Checkpointer(setup, recorder.metrics_path)
     training = build_training_state(setup)
-    with recorder, checkpointer:
-        for metrics in fit(training, setup, checkpointer):
-            recorder.record(metrics)
-    if checkpointer.is_interrupted:
-        return
-    state = training.run_state()
-    tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
-    recorder.finish(state, tensors, training.kernel_check)
+    with recorder:
+        with checkpointer:
+            for metrics in fit(training, setup, checkpointer):
+                recorder.record(metrics)
+        if checkpointer.is_interrupted:
+            return
+        state = training.run_state()
+        tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
+        recorder.finish(state, tensors, training.kernel_check)
 
 
 if __name__ == "__main__":

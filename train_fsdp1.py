@@ -45,13 +45,14 @@ def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOp
     recorder = RunRecorder(setup)
     checkpointer = Checkpointer(setup, recorder.metrics_path)
     trainer = MoETrainer(setup, arguments, on_step=recorder.record, hooks=checkpointer)
-    with recorder, checkpointer:
-        trainer.train()
-    if checkpointer.is_interrupted:
-        return
-    state = trainer.run_state()
-    tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
-    recorder.finish(state, tensors, trainer.kernel_check)
+    with recorder:
+        with checkpointer:
+            trainer.train()
+        if checkpointer.is_interrupted:
+            return
+        state = trainer.run_state()
+        tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
+        recorder.finish(state, tensors, trainer.kernel_check)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Write the adapters of a run as a PEFT folder that plain PEFT loads."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,9 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from megablocks_utils.checkpoint.library_errors import disk_errors_as_os_errors
 from megablocks_utils.checkpoint.writer import staged_folder
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, remove_path
 from megablocks_utils.lora.file_check import AdapterCheckError
 from megablocks_utils.lora.peft_format import (
     expert_key,
@@ -66,10 +66,11 @@ def export_adapter(
     config.inference_mode = True
     try:
         with staged_folder(Path(output_dir), last=ADAPTER_CONFIG_NAME) as folder:
-            save_file(weights, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
-            config.save_pretrained(str(folder))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            with disk_errors_as_os_errors():
+                save_file(weights, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+                config.save_pretrained(str(folder))
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
             try:
                 check(folder)
             except (AdapterCheckError, CheckpointError) as error:
@@ -83,7 +84,7 @@ def export_adapter(
 def _keep_for_inspection(folder: Path, output_dir: Path) -> Path:
     """Move a refused adapter to a folder whose name says so."""
     kept = output_dir / REFUSED_NAME
-    shutil.rmtree(kept, ignore_errors=True)
+    remove_path(kept)
     folder.rename(kept)
     return kept
 

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
 def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOption, ...]) -> None:
     """Build, fit, report."""
     from megablocks_utils.fsdp.fsdp1 import full_parameters
-    from megablocks_utils.processes.start import start_processes
+    from megablocks_utils.processes.start import start_run
     from megablocks_utils.training.checkpointer import Checkpointer
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.resume.already_done import is_already_done
@@ -44,7 +44,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOp
     )
 
     flags = parse_trainer_flags(leftovers)
-    device = start_processes(launch, config.output_dir)
+    device = start_run(config, launch, leftovers)
     if is_already_done(config, launch):
         return
     arguments = build_trainer_arguments(flags, config, device.type)
@@ -52,13 +52,14 @@ def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOp
     recorder = RunRecorder(setup)
     checkpointer = Checkpointer(setup, recorder.metrics_path)
     trainer = MoETrainer(setup, arguments, on_step=recorder.record, hooks=checkpointer)
-    with recorder, checkpointer:
-        trainer.train()
-    if checkpointer.is_interrupted:
-        return
-    state = trainer.run_state()
-    tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
-    recorder.finish(state, tensors, trainer.kernel_check)
+    with recorder:
+        with checkpointer:
+            trainer.train()
+        if checkpointer.is_interrupted:
+            return
+        state = trainer.run_state()
+        tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
+        recorder.finish(state, tensors, trainer.kernel_check)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, detect_naming
-from megablocks_utils.checkpoint.load import load_experts
+from megablocks_utils.checkpoint.load import load_experts, refuse_quantized
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
@@ -177,7 +177,9 @@ class _ExpertSource:
     def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
         self.index = self.naming = None
         if checkpoint is not None:
-            self.index = open_checkpoint(resolve_checkpoint_folder(str(checkpoint)))
+            folder = resolve_checkpoint_folder(str(checkpoint))
+            refuse_quantized(folder)
+            self.index = open_checkpoint(folder)
             self.naming = detect_naming(self.index)
         self.mesh = mesh
         self.device = device

@@ -1,6 +1,5 @@
 """Write and read the shards of all ranks with torch's distributed checkpoint (DCP)."""
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,14 +27,14 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megablocks_utils.checkpoint.dcp_index import IndexReader, read_index, stored_tensors
 from megablocks_utils.checkpoint.tensor_shards import Block, TensorShard
 from megablocks_utils.errors import CheckpointError
 
-__all__ = ["DCP_INDEX_NAME", "MODEL_PREFIX", "OPTIMIZER_PREFIX"]
+__all__ = ["MODEL_PREFIX", "OPTIMIZER_PREFIX"]
 __all__ += ["read_shards", "read_stored_tensors", "read_whole_tensor"]
 __all__ += ["write_shards"]
 
-DCP_INDEX_NAME = ".metadata"
 # A weight x is stored as model.x, its states as optimizer.x.exp_avg, .exp_avg_sq and .step.
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
@@ -79,13 +78,14 @@ def read_shards(shards: Mapping[str, TensorShard], folder: Path) -> None:
         CheckpointError: the checkpoint lacks a tensor, holds it in another shape, or cannot be
             read.
     """
+    read_index(folder)  # for its own sentence, which DCP would wrap
     try:
         with warnings.catch_warnings():
             # "torch.distributed is disabled": each rank reads for itself on purpose.
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(
                 dict(shards),
-                storage_reader=dcp.FileSystemReader(folder),
+                storage_reader=IndexReader(folder),
                 planner=_ShardLoadPlanner(**_AS_GIVEN),
                 no_dist=True,
             )
@@ -112,13 +112,9 @@ def read_stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.
     Raises:
         CheckpointError: the index cannot be read.
     """
-    try:
-        index = dcp.FileSystemReader(folder).read_metadata()
-    except (OSError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"cannot read {folder / DCP_INDEX_NAME}: {error}") from error
     return {
         name: (tuple(stored.size), stored.properties.dtype)
-        for name, stored in _stored_tensors(index).items()
+        for name, stored in stored_tensors(read_index(folder)).items()
     }
 
 
@@ -166,7 +162,7 @@ class _ShardLoadPlanner(dcp.DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None  # DCP calls `set_up_planner` first
-        stored = _stored_tensors(self.metadata)
+        stored = stored_tensors(self.metadata)
         _check_stored(self.state_dict, stored)
         return LoadPlan(
             [
@@ -194,15 +190,6 @@ def _write_item(name: str, shard: TensorShard, block: Block) -> WriteItem:
 
 def _chunk(block: Block) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(block.offsets), block.tensor.size())
-
-
-def _stored_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
-    """Return the entries of tensors; this project writes no others."""
-    return {
-        name: stored
-        for name, stored in index.state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata)
-    }
 
 
 def _check_stored(

@@ -6,23 +6,28 @@ alive, resident memory grows by what was asked for only, and a file that shrinks
 opened gives a sentence instead of a bus error.
 """
 
-import json
+import errno
 import math
 from collections.abc import Iterator, KeysView, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from megablocks_utils.dtypes import DTYPES
+from megablocks_utils.checkpoint.folder_files import (
+    check_files_of_folder,
+    find_file,
+    refuse_link_out,
+)
+from megablocks_utils.checkpoint.json_file import read_settings
+from megablocks_utils.checkpoint.safetensors_header import TensorEntry, read_header
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import MODEL_INDEX_NAME, MODEL_WEIGHTS_NAME
 
 __all__ = [
-    "HEADER_LENGTH_BYTES",
     "CheckpointIndex",
     "open_checkpoint",
     "open_safetensors_file",
@@ -32,27 +37,7 @@ __all__ = [
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "*.txt")
 # Some repositories hold their weights a second time, in their author's own naming.
 HUB_DUPLICATE_PATTERN = "consolidated*"
-HEADER_LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
-
-_TORCH_DTYPES: dict[str, torch.dtype] = {
-    dtype.safetensors_name: getattr(torch, name) for name, dtype in DTYPES.items()
-}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Say where one tensor lies: its file, its first byte there, its dtype and its shape."""
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the tensor's size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointIndex:
@@ -91,6 +76,21 @@ class CheckpointIndex:
     def total_bytes(self) -> int:
         """Return the size of all tensors together."""
         return sum(entry.num_bytes for entry in self._entries.values())
+
+    def num_bytes(self, key: str) -> int:
+        """Return the size of tensor `key` in bytes."""
+        return self._entry(key).num_bytes
+
+    def read_bytes(self, key: str, start: int, num_bytes: int) -> bytes:
+        """Read stored bytes of tensor `key`, or as many as follow `start`.
+
+        Raises:
+            CheckpointError: as in `read`.
+        """
+        entry = self._entry(key)
+        num_bytes = min(num_bytes, entry.num_bytes - start)
+        stored = TensorEntry(entry.path, entry.offset + start, torch.uint8, (num_bytes,))
+        return _read_bytes(stored, stored.offset, stored.shape).numpy().tobytes()
 
     def read(self, key: str) -> Tensor:
         """Read tensor `key` into CPU memory of its own.
@@ -141,6 +141,7 @@ def resolve_checkpoint_folder(
     article = "an" if kind[0] in "aeiou" else "a"
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
+        check_files_of_folder(folder, patterns)
         return folder
     if folder.exists():
         raise CheckpointError(f"{name_or_path} is a file, but {article} {kind} folder is wanted")
@@ -155,6 +156,12 @@ def resolve_checkpoint_folder(
             )
         )
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            raise CheckpointError(
+                f"{name_or_path!r} cannot be fetched from the Hub: its cache"
+                f" {constants.HF_HUB_CACHE} cannot be written ({error.strerror}); set HF_HOME to a"
+                " folder that can"
+            ) from error
         raise CheckpointError(
             f"{name_or_path!r} is not a local folder, and fetching {article} {kind} of that name"
             f" from the Hub failed ({type(error).__name__})"
@@ -165,16 +172,24 @@ def open_checkpoint(folder: str | Path) -> CheckpointIndex:
     """Read the headers of all safetensors files of a model folder, single-file or sharded.
 
     Raises:
-        CheckpointError: no safetensors weights, a missing or damaged file, or an index that names
-            files or tensors that are not there.
+        CheckpointError: no safetensors weights, a missing or damaged file, an index that names
+            files or tensors that are not there, or weights of two models.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"the model folder {folder} does not exist")
-    if (folder / MODEL_WEIGHTS_NAME).is_file():
-        return CheckpointIndex(folder, _read_header(folder / MODEL_WEIGHTS_NAME))
-    if (folder / MODEL_INDEX_NAME).is_file():
-        return CheckpointIndex(folder, _read_sharded(folder / MODEL_INDEX_NAME))
+    single, index = folder / MODEL_WEIGHTS_NAME, folder / MODEL_INDEX_NAME
+    if index.is_file():
+        entries = _read_sharded(index)
+        if single.is_file() and any(entry.path != single for entry in entries.values()):
+            raise CheckpointError(
+                f"{folder} holds {single.name} and also {index.name}, which names other files:"
+                " remove the weights that are not the model's"
+            )
+        return CheckpointIndex(folder, entries)
+    if single.is_file():
+        refuse_link_out(folder, single)
+        return CheckpointIndex(folder, read_header(single))
     raise CheckpointError(_describe_missing_weights(folder))
 
 
@@ -184,7 +199,8 @@ def open_safetensors_file(path: Path) -> CheckpointIndex:
     Raises:
         CheckpointError: the file is damaged.
     """
-    return CheckpointIndex(path.parent, _read_header(path))
+    refuse_link_out(path.parent, path)
+    return CheckpointIndex(path.parent, read_header(path))
 
 
 def _describe_missing_weights(folder: Path) -> str:
@@ -199,77 +215,28 @@ def _describe_missing_weights(folder: Path) -> str:
 
 
 def _read_sharded(index_path: Path) -> dict[str, TensorEntry]:
+    folder = index_path.parent
     weight_map = _read_weight_map(index_path)
     headers = {}
-    for file_name in sorted(set(weight_map.values())):
-        if not (index_path.parent / file_name).is_file():
-            raise CheckpointError(f"{index_path} names {file_name}, which is not in the folder")
-        headers[file_name] = _read_header(index_path.parent / file_name)
-    lacking = [key for key, file_name in weight_map.items() if key not in headers[file_name]]
-    if lacking:
-        raise CheckpointError(
-            f"{index_path} places {lacking[0]} in {weight_map[lacking[0]]}, which does not hold it"
-            f" ({len(lacking)} such tensors)"
-        )
-    return {key: headers[file_name][key] for key, file_name in weight_map.items()}
+    for key, file_name in weight_map.items():
+        if not isinstance(file_name, str) or file_name not in headers:
+            headers[file_name] = read_header(find_file(folder, file_name, index_path))
+        if key not in headers[file_name]:
+            raise CheckpointError(
+                f"{index_path} places {key} in {file_name}, which does not hold it"
+            )
+    # Also what a file holds and the index does not list, as transformers reads it.
+    entries = {key: entry for header in headers.values() for key, entry in header.items()}
+    return entries | {key: headers[file_name][key] for key, file_name in weight_map.items()}
 
 
-def _read_weight_map(index_path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index_path} is not JSON with a weight_map") from error
-    if not isinstance(weight_map, dict) or not weight_map:
+def _read_weight_map(index_path: Path) -> dict[str, Any]:
+    weight_map = read_settings(index_path, "model").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index_path} is not JSON with a weight_map")
+    if not weight_map:
         raise CheckpointError(f"{index_path} has a weight_map that names no tensors")
     return weight_map
-
-
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors that one safetensors file holds, after checking them against its size."""
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(HEADER_LENGTH_BYTES)
-        header_bytes = int.from_bytes(prefix, "little")
-        if len(prefix) < HEADER_LENGTH_BYTES or header_bytes > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} ({file_bytes} bytes) is not a safetensors file")
-        _check_size(path, HEADER_LENGTH_BYTES + header_bytes, file_bytes, exactly=False)
-        text = file.read(header_bytes)
-    data_start = HEADER_LENGTH_BYTES + header_bytes
-    entries, data_bytes = _parse_header(path, text, data_start)
-    _check_size(path, data_start + data_bytes, file_bytes, exactly=True)
-    return entries
-
-
-def _check_size(path: Path, wanted: int, found: int, *, exactly: bool) -> None:
-    if found < wanted or (exactly and found > wanted):
-        fault = "truncated" if found < wanted else "damaged"
-        raise CheckpointError(
-            f"{path} is {fault}: its header asks for {wanted} bytes, the file has {found}"
-        )
-
-
-def _parse_header(path: Path, text: bytes, data_start: int) -> tuple[dict[str, TensorEntry], int]:
-    """Return a header's tensors, and the bytes that they take after the header."""
-    entries: dict[str, TensorEntry] = {}
-    spans = []
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        for key, value in header.items():
-            start, stop = value["data_offsets"]
-            dtype, shape = value["dtype"], tuple(value["shape"])
-            if dtype not in _TORCH_DTYPES:
-                raise CheckpointError(f"{key} in {path} has dtype {dtype}, which is not supported")
-            entries[key] = TensorEntry(path, data_start + start, _TORCH_DTYPES[dtype], shape)
-            spans.append((start, stop, entries[key].num_bytes))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a header that cannot be read") from error
-    end = 0
-    for start, stop, num_bytes in sorted(spans):
-        if start != end or stop - start != num_bytes:
-            raise CheckpointError(f"{path} has a header whose offsets contradict its shapes")
-        end = stop
-    return entries, end
 
 
 def _read_bytes(entry: TensorEntry, offset: int, shape: tuple[int, ...]) -> Tensor:

@@ -189,7 +189,8 @@ def detect_naming(keys: Iterable[str], *, source: object = "the checkpoint") -> 
         if any(naming.matches(key) for key in keys):
             return naming
     known = ", ".join(naming.name for naming in READABLE_NAMINGS)
-    raise CheckpointError(f"{source} has no expert weights in a known naming ({known})")
+    seen = next((f"; it has {key}" for key in keys if "expert" in key), "")
+    raise CheckpointError(f"{source} has no expert weights in a known naming ({known}){seen}")
 
 
 def _split_expert_name(name: str) -> tuple[str, str]:

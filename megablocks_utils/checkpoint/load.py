@@ -1,11 +1,10 @@
-"""Build a model without weights, check a checkpoint against it, and read experts from it.
+"""Build a model without weights, and read experts from a checkpoint.
 
 The order of a load: `build_model_on_meta`, `open_checkpoint`, `detect_naming`,
-`check_against_model` (before any weight is read), then a `SliceReader` for the parts that this
-rank holds. No function here communicates.
+`check_against_model` of `model_check` (before any weight is read), then a `SliceReader` for the
+parts that this rank holds. No function here communicates.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,27 +13,25 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
+from megablocks_utils.checkpoint.json_file import read_settings, show_value
 from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
-    TIED_PARAMETERS,
     HubNaming,
-    is_expert_parameter,
 )
-from megablocks_utils.checkpoint.settings_file import read_settings
-from megablocks_utils.checkpoint.slices import SliceReader, stored_key
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
 from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 
 __all__ = [
     "build_model_on_meta",
-    "check_against_model",
     "load_experts",
+    "refuse_quantized",
 ]
 
-NUM_NAMED = 3
-# Old checkpoints store this buffer; every model computes it from its config.
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
+# What says that weights are quantized: settings of config.json, and files beside it.
+_QUANTIZATION_SETTINGS = ("quantization_config", "compression_config", "quantization")
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def build_model_on_meta(
@@ -53,12 +50,15 @@ def build_model_on_meta(
     """
     folder = Path(folder)
     _check_model_type(folder, read_settings(folder / MODEL_CONFIG_NAME, "model"))
+    refuse_quantized(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
         if truncate_layers is not None:
             config.num_hidden_layers = min(truncate_layers, config.num_hidden_layers)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
+        # As `save_pretrained` does; a config may come without.
+        model.config.architectures = [type(model).__name__]
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -67,42 +67,25 @@ def build_model_on_meta(
     return model
 
 
-def check_against_model(
-    model: PreTrainedModel,
-    index: CheckpointIndex,
-    naming: HubNaming,
-    *,
-    truncate_layers: int | None = None,
-) -> None:
-    """Compare a checkpoint's names and shapes with a model's parameters; read no weight.
-
-    Args:
-        model: the model that is to be filled, its experts still whole (or DTensors).
-        index: the checkpoint.
-        naming: how it names its experts.
-        truncate_layers: as given to `build_model_on_meta`: later layers may then be there.
+def refuse_quantized(folder: Path) -> None:
+    """Refuse a model whose weights are quantized, before its tensors' names look wrong.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape.
+        CheckpointError: its configuration says that they are.
     """
-    wanted = _wanted_shapes(model, index, naming)
-    missing = [key for key in wanted if key not in index]
-    unexpected = [
-        key
-        for key in index
-        if key not in wanted and not _may_be_left(model, key, naming, truncate_layers)
-    ]
-    misshaped = [
-        f"{key} is {index.shape(key)} instead of {shape}"
-        for key, shape in wanted.items()
-        if key in index and index.shape(key) != shape
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    faults = [_describe(kind, items) for kind, items in found.items() if items]
-    if faults:
-        raise CheckpointError(
-            f"{index.folder} does not fit its {MODEL_CONFIG_NAME}: {'; '.join(faults)}"
-        )
+    path = folder / MODEL_CONFIG_NAME
+    settings = read_settings(path, "model") if path.is_file() else {}
+    said = [f"{path} has {name}" for name in _QUANTIZATION_SETTINGS if settings.get(name)]
+    said += [f"{folder} has {name}" for name in _QUANTIZATION_FILES if (folder / name).is_file()]
+    if not said:
+        return
+    details = settings.get(_QUANTIZATION_SETTINGS[0])
+    method = details.get("quant_method") if isinstance(details, dict) else None
+    kind = "" if method is None else f" (quant_method {show_value(method)})"
+    raise CheckpointError(
+        f"{said[0]}{kind}: quantized weights are not read here; give the model that was quantized,"
+        " or one that transformers has dequantized (model.dequantize(), then save_pretrained)"
+    )
 
 
 def load_experts(
@@ -155,40 +138,3 @@ def _check_model_type(folder: Path, config: dict) -> None:
         f"model_type {model_type!r} in {folder / MODEL_CONFIG_NAME} {reason}: supported are"
         f" {describe_supported()}"
     )
-
-
-def _tied_copies(model: PreTrainedModel) -> Mapping[str, str]:
-    return TIED_PARAMETERS if model.config.tie_word_embeddings else {}
-
-
-def _wanted_shapes(
-    model: PreTrainedModel, index: CheckpointIndex, naming: HubNaming
-) -> dict[str, tuple[int, ...]]:
-    """Return the Hub names and shapes that a checkpoint of this model must have."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    copies = _tied_copies(model)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shape = tuple(parameter.shape)
-        if is_expert_parameter(name):
-            for part in naming.expert_parts(name, range(shape[0])):
-                shapes[part.key] = part.hub_shape(shape)
-        elif name not in copies:
-            shapes[stored_key(naming.hub_key(name), index, copies)] = shape
-    return shapes
-
-
-def _may_be_left(
-    model: PreTrainedModel, key: str, naming: HubNaming, truncate_layers: int | None
-) -> bool:
-    """Return whether a tensor that no parameter takes is one that does no harm."""
-    if key.endswith(IGNORED_SUFFIX) or key in _tied_copies(model):
-        return True
-    _, _, rest = naming.memory_part(key).name.partition(".layers.")
-    number = rest.partition(".")[0]
-    return truncate_layers is not None and number.isdigit() and int(number) >= truncate_layers
-
-
-def _describe(kind: str, items: list[str]) -> str:
-    noun = "tensor" if len(items) == 1 else "tensors"
-    more = ", ..." if len(items) > NUM_NAMED else ""
-    return f"{len(items)} {noun} {kind} ({', '.join(items[:NUM_NAMED])}{more})"

@@ -10,17 +10,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.checkpoint.dcp_index import DCP_INDEX_NAME
+from megablocks_utils.checkpoint.folder_files import is_plain_name, refuse_link_out
+from megablocks_utils.checkpoint.index import HUB_FILE_PATTERNS
+from megablocks_utils.checkpoint.json_file import JsonObject, read_settings, show_value
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import sync_to_disk
+from megablocks_utils.files import METRICS_NAME, sync_to_disk
 from megablocks_utils.processes.output_folder import MANIFEST_NAME
 
-__all__ = ["COMPATIBILITY_KEY", "adapters_of", "check_files", "describe_file"]
-__all__ += ["read_manifest", "write_manifest"]
+__all__ = ["check_files", "describe_file", "read_manifest", "write_manifest"]
 
 FORMAT_VERSION = 1
-COMPATIBILITY_KEY = "continuity"
-"""Of what a resumed run must share with the one that wrote the manifest, in format 1."""
+_FILES_THAT_ARE_READ = (DCP_INDEX_NAME, "*.distcp", METRICS_NAME, *HUB_FILE_PATTERNS)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -51,23 +52,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is truncated or altered, or a later version wrote it.
+        CheckpointError: there is none, it is truncated or altered, a later version wrote it, it
+            does not list every file that is read, or it lists one outside the folder.
     """
     path = folder / MANIFEST_NAME
     manifest = read_settings(path, "checkpoint")
-    checksum = manifest.get("sha256")
-    if checksum != _own_checksum(manifest):
+    refuse_link_out(folder, path)
+    if manifest.get("sha256") != _own_checksum(manifest):
         raise CheckpointError(f"{path} was altered: its content does not have its checksum")
-    if manifest["format"] != FORMAT_VERSION:
+    if manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {manifest['format']}, but this version reads {FORMAT_VERSION}"
+            f"{path} has format {show_value(manifest.get('format'))}, but this version reads"
+            f" {FORMAT_VERSION}"
         )
+    _check_listing(folder, JsonObject(path, manifest))
     return manifest
 
 
-def adapters_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the `LoraSettings` of the run that wrote a manifest; None where all was trained."""
-    return manifest[COMPATIBILITY_KEY]["lora"]
+def _check_listing(folder: Path, manifest: JsonObject) -> None:
+    """Refuse a manifest that does not list, as it should, every file that is read of its folder."""
+    manifest.whole_number("step")
+    path, files = manifest.path, manifest.section("files")
+    for name, file in files.sections():
+        file.whole_number("bytes")
+        file.text("sha256")
+        if not is_plain_name(name):
+            raise CheckpointError(
+                f"{path} names the file {show_value(name)}, wanted is a name within its folder"
+            )
+    found = {file.name for pattern in _FILES_THAT_ARE_READ for file in folder.glob(pattern)}
+    unlisted = sorted(found - {MANIFEST_NAME} - set(files.values))
+    if unlisted or not files.values:
+        raise CheckpointError(f"{path} does not list {', '.join(unlisted[:1]) or 'any file'}")
 
 
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
@@ -85,6 +101,7 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Ite
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"the checkpoint {folder} lacks its file {name}")
+        refuse_link_out(folder, path)
         found_bytes = path.stat().st_size
         if found_bytes != wanted["bytes"]:
             kind = "truncated" if found_bytes < wanted["bytes"] else "altered"
@@ -92,7 +109,10 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Ite
                 f"{path} is {kind}: it has {found_bytes} bytes, the manifest says {wanted['bytes']}"
             )
     for name in names:
-        found = describe_file(folder / name)["sha256"]
+        try:
+            found = describe_file(folder / name)["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error.strerror}") from error
         if found != files[name]["sha256"]:
             raise CheckpointError(
                 f"{folder / name} was altered: its checksum is {found[:12]}..., the manifest says "

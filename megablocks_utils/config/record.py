@@ -11,6 +11,7 @@ from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.given import GivenOption
 from megablocks_utils.config.option import Option
 from megablocks_utils.config.run_config import OPTIONS, RunConfig
+from megablocks_utils.config.secrets import is_secret_name
 from megablocks_utils.config.yaml_file import format_options_file
 from megablocks_utils.errors import ConfigurationError
 
@@ -19,6 +20,7 @@ __all__ = ["flatten_learned", "format_config", "format_record", "read_recorded_o
 _FREE_OPTIONS = (
     *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "debug", "saving"),
     *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
+    *("lost_rank_timeout_s", "hang_timeout_s"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),
 )
 """Options that change where or how a run is done, not what it learns."""
@@ -29,12 +31,12 @@ def format_config(config: RunConfig, leftovers: tuple[GivenOption, ...] = ()) ->
 
     Args:
         config: The run.
-        leftovers: Options that FSDP1 hands to TrainingArguments.
+        leftovers: Options that FSDP1 hands to TrainingArguments; secrets are left out.
     """
     passed_on = {
         given.name: given.values[0] if len(given.values) == 1 else given.values or "True"
         for given in leftovers
-        if not given.is_null
+        if not given.is_null and not is_secret_name(given.name)
     }
     return format_record(asdict(config)) + format_options_file(passed_on)
 

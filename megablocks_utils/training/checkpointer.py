@@ -12,10 +12,11 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from megablocks_utils.checkpoint.manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.model_folder import write_companions
+from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
+from megablocks_utils.config.secrets import redact_record
 from megablocks_utils.errors import CheckpointError, NonFiniteError
 from megablocks_utils.files import METRICS_NAME
 from megablocks_utils.processes.agreement import raise_on_all_ranks
@@ -204,7 +205,7 @@ class Checkpointer(StepHooks):
             "expert_dp": parallel.expert_dp if setup.sharded else None,
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
-            "options": asdict(setup.config),
+            "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }

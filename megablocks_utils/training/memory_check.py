@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import PlanError, UserError
 from megablocks_utils.files import MODEL_CONFIG_NAME

@@ -7,12 +7,14 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
-from megablocks_utils.checkpoint.layouts import detect_naming
-from megablocks_utils.checkpoint.load import build_model_on_meta, check_against_model
-from megablocks_utils.checkpoint.settings_file import read_settings
+from megablocks_utils.checkpoint.json_file import read_settings
+from megablocks_utils.checkpoint.layouts import detect_naming, is_expert_parameter
+from megablocks_utils.checkpoint.load import build_model_on_meta
+from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.model_sizes import check_model_sizes
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.shard_moe_utils import (
     ShardedMoE,
@@ -24,17 +26,23 @@ __all__ = ["ModelSource", "build_bare_model", "split_experts"]
 
 
 class ModelSource:
-    """A checked checkpoint and the model that it will fill."""
+    """A checked checkpoint and the model that it will fill.
+
+    Attributes:
+        ignored: names of stored tensors that transformers has no use for either.
+    """
 
     def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
         layers = config.model.truncate_layers
         self.folder = folder
         dtype = getattr(torch, precision.weights)
         self.model = build_bare_model(folder, dtype, truncate_layers=layers)
+        if layers is not None:
+            _refuse_no_moe_layer(self.model, layers)
         self.expert_names = list(find_expert_modules(self.model))
         self.index: CheckpointIndex = open_checkpoint(folder)
-        naming = detect_naming(self.index)
-        check_against_model(self.model, self.index, naming, truncate_layers=layers)
+        naming = detect_naming(self.index, source=folder)
+        self.ignored = check_against_model(self.model, self.index, naming, truncate_layers=layers)
         self.reader = SliceReader(self.index, naming)
 
     @property
@@ -43,6 +51,15 @@ class ModelSource:
         num_experts = self.model.get_submodule(self.expert_names[0]).num_experts
         assert isinstance(num_experts, int), "transformers' experts interface asks for it"
         return num_experts
+
+
+def _refuse_no_moe_layer(model: PreTrainedModel, num_layers: int) -> None:
+    if not any(is_expert_parameter(name) for name, _ in model.named_parameters()):
+        raise ConfigurationError(
+            f"truncate_model_for_debug keeps the first {num_layers} layers, but none of these is an"
+            " MoE layer in this model; it must be False.",
+            parameters=("truncate_model_for_debug",),
+        )
 
 
 def build_bare_model(

@@ -6,11 +6,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
 from megablocks_utils.checkpoint.layouts import detect_naming
-from megablocks_utils.checkpoint.load import (
-    build_model_on_meta,
-    check_against_model,
-    load_experts,
-)
+from megablocks_utils.checkpoint.load import build_model_on_meta, load_experts
+from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.fsdp.materialize import materialize
 from tests.support.reads import model_to_dtype, recorded_reads

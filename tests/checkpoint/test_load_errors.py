@@ -7,11 +7,8 @@ from transformers import GptOssConfig, LlamaConfig
 
 from megablocks_utils.checkpoint.index import open_checkpoint
 from megablocks_utils.checkpoint.layouts import detect_naming
-from megablocks_utils.checkpoint.load import (
-    build_model_on_meta,
-    check_against_model,
-    load_experts,
-)
+from megablocks_utils.checkpoint.load import build_model_on_meta, load_experts
+from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.fsdp.materialize import materialize
@@ -44,7 +41,7 @@ def check(folder, **kwargs):
     index = open_checkpoint(folder)
     naming = detect_naming(index)
     model = build_model_on_meta(folder, **kwargs)
-    check_against_model(model, index, naming, **kwargs)
+    return check_against_model(model, index, naming, **kwargs)
 
 
 def test_missing_expert_tensor(folder):
@@ -95,7 +92,7 @@ def test_more_experts_than_the_config_says(folder):
     shapes = ", ".join(f"{gate} is (4, 64) instead of (3, 64)" for gate in gates)
     assert message == (
         f"{folder} does not fit its config.json: 6 tensors unexpected ({extra}, ...);"
-        f" 2 tensors of another shape ({shapes})"
+        f" 2 tensors of another shape ({shapes}); num_local_experts is 3, stored are 4"
     )
 
 
@@ -103,9 +100,11 @@ def test_further_layers_are_unexpected_unless_truncated(tmp_path):
     save_tiny_model("qwen3_moe", tmp_path, num_hidden_layers=3)
     check(tmp_path, truncate_layers=2)
     edit_config(tmp_path, num_hidden_layers=2)
-    assert failure_of(check, tmp_path).startswith(
+    message = failure_of(check, tmp_path)
+    assert message.startswith(
         f"{tmp_path} does not fit its config.json: 21 tensors unexpected (model.layers.2."
     )
+    assert message.endswith("; num_hidden_layers is 2, stored are 3")
 
 
 def test_non_finite_expert_is_named(folder):

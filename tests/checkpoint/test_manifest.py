@@ -58,6 +58,8 @@ def test_every_changed_number_of_a_manifest_is_noticed(folder):
         ("[]", "its JSON is not an object"),
         ("{}", "manifest.json was altered"),
         (b"\xff\xfe", "manifest.json is not valid JSON"),
+        ('{"step": NaN}', "manifest.json is not valid JSON: NaN is no number of JSON"),
+        ("[" * 200_000, "manifest.json is not valid JSON: it is nested too deeply"),
     ],
 )
 def test_broken_manifest_is_one_sentence(folder, content, message):
@@ -73,7 +75,7 @@ def test_broken_manifest_is_one_sentence(folder, content, message):
 
 def test_later_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("megablocks_utils.checkpoint.manifest.FORMAT_VERSION", 2)
-    write_manifest(tmp_path, CONTENTS, {})
+    write_manifest(tmp_path, CONTENTS, {"b": {"bytes": 3, "sha256": ABC}})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has format 2, but this version reads 1"):
         read_manifest(tmp_path)
@@ -107,3 +109,31 @@ def test_altered_file_is_named_by_whoever_reads_it(folder):
     ):
         _checked(folder, "a", "b")
     _checked(folder, "a")
+
+
+def test_a_file_that_is_read_must_be_listed(folder):
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not list config\.json"):
+        read_manifest(folder)
+    (folder / "config.json").rename(folder / "notes.md")
+    read_manifest(folder)
+    write_manifest(folder, CONTENTS, {})
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not list any file"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../b", "/etc/passwd", "", ".", "a/../../b", "a\0", "\n"], ids=repr
+)
+def test_no_listed_name_leads_out_of_the_folder(folder, name):
+    write_manifest(folder, CONTENTS, {name: {"bytes": 3, "sha256": ABC}})
+    with pytest.raises(CheckpointError, match="names the file .* wanted is a name within its fold"):
+        read_manifest(folder)
+
+
+def test_a_listed_file_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "b"
+    (folder / "b").rename(outside)
+    (folder / "b").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="b leads out of its folder"):
+        _checked(folder, "a")

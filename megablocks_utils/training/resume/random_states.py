@@ -3,9 +3,14 @@
 import base64
 import json
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+from megablocks_utils.checkpoint.json_file import parse_json
+from megablocks_utils.errors import CheckpointError
 
 __all__ = ["capture_random_states", "restore_random_states"]
 
@@ -24,12 +29,27 @@ def capture_random_states() -> bytes:
     return json.dumps(states).encode()
 
 
-def restore_random_states(content: bytes) -> None:
+def restore_random_states(content: bytes, path: Path) -> None:
     """Continue with states that `capture_random_states` has returned.
 
     Those of the GPU are left as they are where either side has none.
+
+    Args:
+        content: the states.
+        path: the file that holds them, for messages.
+
+    Raises:
+        CheckpointError: it holds no such states.
     """
-    states = json.loads(content)
+    states = parse_json(content, path)
+    try:
+        _restore(states)
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} holds no random states: {reason}") from error
+
+
+def _restore(states: Any) -> None:
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]

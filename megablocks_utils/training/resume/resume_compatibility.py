@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megablocks_utils.checkpoint.manifest import COMPATIBILITY_KEY
+from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.record import flatten_learned
 from megablocks_utils.errors import ConfigurationError
@@ -22,6 +22,10 @@ __all__ = [
 # Fact -> how a message begins, and the parameters in it.
 _CLAUSES = {
     "model_type": ("model_name_or_path is a model of type", ("model_name_or_path",)),
+    BASE_KEY: (
+        "model_name_or_path is not the model that the adapters were trained on: its fingerprint is",
+        ("model_name_or_path",),
+    ),
     "lora": (
         "use_lora, lora_r and lora_alpha give the adapters",
         ("use_lora", "lora_r", "lora_alpha"),
@@ -52,6 +56,7 @@ class ResumeCompatibility:
         data_sha256: of its tokens and labels.
         dtypes: of trained weights and of Adam's states.
         lora: rank, strength and places of the adapters; None without.
+        base_sha256: fingerprint of the frozen model under them; None without.
     """
 
     model_type: str
@@ -62,6 +67,7 @@ class ResumeCompatibility:
     data_sha256: str
     dtypes: dict[str, str]
     lora: dict[str, Any] | None
+    base_sha256: str | None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -76,6 +82,7 @@ def describe_compatibility(
     *,
     model_type: str,
     world_size: int,
+    base_sha256: str | None,
 ) -> ResumeCompatibility:
     """Collect the facts of this run."""
     optim = config.optim
@@ -90,6 +97,7 @@ def describe_compatibility(
         data_sha256=examples.checksum(),
         dtypes={"weights": precision.adapter, "optim": precision.optim},
         lora=None if lora is None else _describe_lora(lora),
+        base_sha256=base_sha256,
     )
 
 
@@ -110,8 +118,8 @@ def check_compatibility(
     stored, step = manifest[COMPATIBILITY_KEY], manifest["step"]
     _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
     for name, (clause, parameters) in _CLAUSES.items():
-        found, wanted = getattr(own, name), stored[name]
-        if found != wanted:
+        found, wanted = getattr(own, name), stored.get(name)
+        if found != wanted and not (name == BASE_KEY and wanted is None):
             raise ConfigurationError(
                 f"{clause} {_describe(found)}, but the checkpoint to resume from has "
                 f"{_describe(wanted)}.",

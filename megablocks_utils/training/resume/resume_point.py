@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megablocks_utils.checkpoint.manifest import check_files, read_manifest
+from megablocks_utils.checkpoint.json_file import show_value
+from megablocks_utils.checkpoint.manifest import check_files
+from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY, read_run_manifest
 from megablocks_utils.config import RunConfig
+from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import METRICS_NAME
 from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.output_folder import choose_checkpoint
+from megablocks_utils.training.report.metrics import read_metrics
 from megablocks_utils.training.resume.random_states import restore_random_states
 from megablocks_utils.training.resume.resume_compatibility import changed_options
 from megablocks_utils.training.resume.run_state import RunState
@@ -52,6 +56,9 @@ class ResumePoint:
             "1 process" if before["world_size"] == 1 else f"{before['world_size']} processes"
         )
         parts = [f"{self.folder}, after step {self.step}, written by {processes} ({axes})"]
+        facts = before[COMPATIBILITY_KEY]
+        if facts["lora"] is not None and BASE_KEY not in facts:
+            parts.append("it names no fingerprint of its base model, which is not compared")
         if changed := changed_options(before["options"], options):
             parts.append(f"changed: {', '.join(changed)}")
         return "; ".join(parts)
@@ -60,9 +67,16 @@ class ResumePoint:
         """Restore this rank's random states, if as many ranks have written the checkpoint.
 
         On another number of ranks they stay those of the seed; only dropout draws any.
+
+        Raises:
+            CheckpointError: there are none of this rank, or they cannot be used.
         """
-        if self.manifest["world_size"] == launch.world_size:
-            restore_random_states((self.folder / rank_file_name(launch.rank)).read_bytes())
+        if self.manifest["world_size"] != launch.world_size:
+            return
+        path = self.folder / rank_file_name(launch.rank)
+        if path.name not in self.manifest["files"]:
+            raise CheckpointError(f"the checkpoint {self.folder} lacks its file {path.name}")
+        restore_random_states(path.read_bytes(), path)
 
 
 def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoint | None:
@@ -79,11 +93,34 @@ def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoi
     folder = broadcast_from_rank0(lambda: choose_checkpoint(config))
     if folder is None:
         return None
-    manifest = raise_on_all_ranks(lambda: read_manifest(folder))
+    manifest = raise_on_all_ranks(lambda: read_run_manifest(folder))
     files = manifest["files"]
     mine = sorted(files)[launch.rank :: launch.world_size]
     raise_on_all_ranks(lambda: check_files(folder, files, mine))
-    return ResumePoint(folder, manifest)
+    point = ResumePoint(folder, manifest)
+    broadcast_from_rank0(lambda: _check_metrics(point.metrics_path))
+    return point
+
+
+def _check_metrics(path: Path) -> None:
+    """Refuse metrics of the steps done that cannot be continued.
+
+    Raises:
+        CheckpointError: a line that is not the metrics of a step.
+    """
+    try:
+        lines = read_metrics(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} holds a line that is no metrics: {reason}") from error
+    for line in lines:
+        for name, value in line.as_record().items():
+            if not isinstance(value, int | float | None) or isinstance(value, bool):
+                raise CheckpointError(
+                    f"{path} has {name} {show_value(value)} in a line, wanted is a number"
+                )
 
 
 def rank_file_name(rank: int) -> str:
@@ -100,4 +137,4 @@ def restore_run(point: ResumePoint, state: RunState, launch: LaunchEnvironment) 
         CheckpointError: on every rank, if the checkpoint does not fit the run.
     """
     raise_on_all_ranks(lambda: state.restore(point.folder, point.step))
-    point.restore_random_states(launch)
+    raise_on_all_ranks(lambda: point.restore_random_states(launch))

@@ -8,15 +8,15 @@ import pytest
 from megablocks_utils.config import parse_args, resolve_precision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.resume.resume_compatibility import (
     changed_options,
     check_compatibility,
     describe_compatibility,
 )
+from tests.support.tokenized import examples_of
 
-EXAMPLES = TokenizedExamples([([1, 2, 3], [-100, 2, 3])] * 30)
+EXAMPLES = examples_of([([1, 2, 3], [-100, 2, 3])] * 30)
 FLAGS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 10}
 
 
@@ -35,6 +35,7 @@ def describe(config, world_size=2, lora=None):
         EXAMPLES,
         model_type="olmoe",
         world_size=world_size,
+        base_sha256="ab" * 32,
     )
 
 
@@ -102,6 +103,11 @@ def test_another_global_batch_is_refused_with_one_that_fits():
             "has olmoe.",
         ),
         (
+            {"base_sha256": "0" * 64},
+            "--model_name_or_path is not the model that the adapters were trained on: its "
+            f"fingerprint is {'0' * 40}, but the checkpoint to resume from has {'ab' * 20}.",
+        ),
+        (
             {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
             "--use_lora, --lora_r and --lora_alpha give the adapters r 4, target_modules q_proj "
             "v_proj, but the checkpoint to resume from has None.",
@@ -122,6 +128,12 @@ def test_each_fact_that_differs_is_refused_in_one_sentence(change, sentence):
 def test_every_fact_is_compared(name):
     other = 13 if name == "global_batch" else "another"
     refusal(replace(OWN, **{name: other}))
+
+
+def test_a_checkpoint_that_does_not_say_its_base_is_taken():
+    facts = {name: value for name, value in OWN.as_record().items() if name != "base_sha256"}
+    schedule = Schedule(parse(), EXAMPLES, 0, 2)
+    check_compatibility({"step": 4, "continuity": facts}, OWN, parse(), schedule)
 
 
 def test_checkpoint_beyond_the_last_step_is_refused():

@@ -1,0 +1,68 @@
+"""What the manifest of a run's checkpoint says besides its files, checked name by name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megablocks_utils.checkpoint.json_file import JsonObject
+from megablocks_utils.checkpoint.manifest import read_manifest
+from megablocks_utils.processes.output_folder import MANIFEST_NAME
+
+__all__ = ["BASE_KEY", "COMPATIBILITY_KEY", "adapters_of", "read_run_manifest"]
+
+COMPATIBILITY_KEY = "continuity"
+"""Of what a resumed run must share with the one that wrote the manifest, in format 1."""
+BASE_KEY = "base_sha256"
+"""Within it: fingerprint of the model that adapters were trained on; earlier versions had none."""
+
+_LEAST_SEED = -(2**63)
+
+
+def read_run_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint of a run, with everything in it that is read later.
+
+    Raises:
+        CheckpointError: as `read_manifest`, or it lacks something or has it in another type.
+    """
+    manifest = read_manifest(folder)
+    contents = JsonObject(folder / MANIFEST_NAME, manifest)
+    contents.whole_number("world_size", minimum=1)
+    contents.number("train_runtime_s")
+    mesh = contents.section("mesh")
+    for axis in mesh.values:
+        mesh.whole_number(axis, minimum=1)
+    options, facts = contents.section("options"), contents.section(COMPATIBILITY_KEY)
+    _check_facts(facts)
+    if "lora" in facts:
+        _check_adapters(facts.section("lora"))
+        options.section("model").text("model_name_or_path")
+    return manifest
+
+
+def adapters_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `LoraSettings` of the run that wrote a manifest; None where all was trained."""
+    return manifest[COMPATIBILITY_KEY]["lora"]
+
+
+def _check_facts(facts: JsonObject) -> None:
+    for name in ("model_type", "data_sha256"):
+        facts.text(name)
+    facts.whole_number("seed", minimum=_LEAST_SEED)
+    facts.whole_number("num_examples")
+    facts.whole_number("global_batch", minimum=1)
+    facts.flag("shuffle")
+    dtypes = facts.section("dtypes")
+    for name in dtypes.values:
+        dtypes.text(name)
+    facts.optional("lora")
+    if BASE_KEY in facts:
+        facts.text(BASE_KEY)
+
+
+def _check_adapters(lora: JsonObject) -> None:
+    lora.whole_number("r", minimum=1)
+    lora.number("lora_alpha")
+    lora.texts("target_modules")
+    ranks = lora.section("expert_ranks")
+    for name in ranks.values:
+        ranks.whole_number(name, minimum=1)

@@ -152,8 +152,8 @@ def largest_values(tensors: Sequence[Tensor]) -> Tensor:
         norms: Iterable[Tensor] = torch._foreach_norm(tensors, math.inf, dtype=torch.float32)
         return torch.stack(tuple(norms))
     # On a CPU several times as fast as a norm.
-    pairs = [torch.stack(torch.aminmax(tensor.detach())) for tensor in tensors]
-    return torch.stack([pair.abs().amax().float() for pair in pairs])
+    lowest, highest = zip(*(torch.aminmax(tensor) for tensor in tensors), strict=True)
+    return torch.maximum(-torch.stack(lowest), torch.stack(highest)).float()
 
 
 def _find_nonfinite(values: Tensor) -> list[int]:

@@ -14,7 +14,7 @@ __all__ = ["check_model_sizes", "find_size_fault"]
 
 _LIMITS = MappingProxyType(
     {
-        "num_hidden_layers": 10_000,
+        "num_hidden_layers": 512,
         "hidden_size": 2**20,
         "vocab_size": 2**27,
         "intermediate_size": 2**24,
@@ -22,10 +22,10 @@ _LIMITS = MappingProxyType(
         "num_attention_heads": 2**16,
         "num_key_value_heads": 2**16,
         "head_dim": 2**16,
-        "num_local_experts": 2**16,
-        "num_experts": 2**16,
-        "n_routed_experts": 2**16,
-        "num_experts_per_tok": 2**16,
+        "num_local_experts": 2**13,
+        "num_experts": 2**13,
+        "n_routed_experts": 2**13,
+        "num_experts_per_tok": 2**13,
     }
 )
 _LARGEST = 2**30

@@ -159,12 +159,13 @@ class JsonObject:
         raise self._fault(name, value, wanted)
 
     def number(self, name: str) -> float:
-        """Return a finite number, 0 or more."""
-        value = self._value(name, "a number of 0 or more")
+        """Return a number, 0 or more."""
+        wanted = f"a number from 0 to {MAX_NUMBER:g}"
+        value = self._value(name, wanted)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and 0 <= value <= MAX_NUMBER:
             return value
-        raise self._fault(name, value, "a number of 0 or more")
+        raise self._fault(name, value, wanted)
 
     def section(self, name: str) -> "JsonObject":
         """Return an object within this one."""

@@ -38,6 +38,9 @@ COMPANIONS = (
     *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model"),
 )
 
+# Files of the adapter that win over the base's: what it was trained with, and where it stops.
+TRAINED_COMPANIONS = (GENERATION_CONFIG_NAME, "chat_template.jinja")
+
 
 @dataclass(frozen=True)
 class MergeOptions:
@@ -127,7 +130,8 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
     try:
         with removed_on_error(options.output):
-            _write(merger, index, model.config, options.output, max_shard_bytes)
+            companions = _list_companions(index.folder, adapter_folder)
+            _write(merger, index, model.config, companions, options.output, max_shard_bytes)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {options.output}: {reason}") from error
@@ -151,14 +155,26 @@ def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
     return name
 
 
+def _list_companions(base: Path, adapter: Path) -> list[Path]:
+    """Return the files to copy, those of the adapter last; none is a link out of its folder."""
+    from megablocks_utils.checkpoint.folder_files import refuse_link_out
+
+    of_base = sorted({path for pattern in COMPANIONS for path in base.glob(pattern)})
+    paths = (*of_base, *(adapter / name for name in TRAINED_COMPANIONS))
+    found = [path for path in paths if path.is_file()]
+    for path in found:
+        refuse_link_out(path.parent, path)
+    return found
+
+
 def _write(
     merger: "AdapterMerger",
     index: "CheckpointIndex",
     config: "PreTrainedConfig",
+    companions: list[Path],
     output: Path,
     max_shard_bytes: int | None,
 ) -> None:
-    from megablocks_utils.checkpoint.folder_files import refuse_link_out
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
 
@@ -176,10 +192,8 @@ def _write(
             # Else it would still be held while the next one is read.
             del tensor
         config.save_pretrained(folder)
-        for path in sorted({path for pattern in COMPANIONS for path in index.folder.glob(pattern)}):
-            if path.is_file():
-                refuse_link_out(index.folder, path)
-                shutil.copyfile(path, folder / path.name)
+        for path in companions:
+            shutil.copyfile(path, folder / path.name)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ complete, whatever happens at whatever time.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from megablocks_utils.checkpoint.distributed_checkpoint import write_shards
 from megablocks_utils.checkpoint.manifest import describe_file, write_manifest
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import sync_to_disk
+from megablocks_utils.files import remove_path, replace_path, sync_to_disk, write_pointer
 from megablocks_utils.processes.agreement import broadcast_from_rank0, gather_from_all_ranks
 from megablocks_utils.processes.output_folder import (
     CHECKPOINT_PREFIX,
@@ -29,7 +29,7 @@ from megablocks_utils.processes.output_folder import (
     remove_checkpoint,
 )
 
-__all__ = ["Snapshot", "delete_beyond", "write_checkpoint"]
+__all__ = ["Snapshot", "delete_beyond", "describe_kept", "not_written", "write_checkpoint"]
 
 _FILE_OF_RANK = re.compile(r"(?:__|rng-)(\d+)")
 _Result = TypeVar("_Result")
@@ -86,7 +86,7 @@ def write_checkpoint(
     is_done = False
     try:
         _on_first(group, folder, lambda: _make_empty(folder))
-        write_shards(snapshot.shards, folder, group)
+        _write_shards(snapshot, folder, group)
         _on_all(group, folder, lambda: _write_small_files(snapshot, folder, is_first=rank == 0))
         names = _on_all(group, folder, lambda: sorted(path.name for path in folder.iterdir()))[0]
         mine = [name for name in names if _owner(name) == rank]
@@ -98,27 +98,60 @@ def write_checkpoint(
         is_done = True
     finally:
         if rank == 0 and not is_done:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                remove_path(folder)
     _on_first(group, folder, lambda: delete_beyond(output_dir, total_limit))
     return _final(folder)
 
 
+def not_written(path: Path, error: OSError | str, output_dir: Path) -> CheckpointError:
+    """Return the error for what cannot be written, which says what of the run is kept."""
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else error
+    return CheckpointError(f"cannot write {path}: {reason}; {describe_kept(output_dir)}")
+
+
 def delete_beyond(output_dir: Path, total_limit: int | None) -> None:
-    """Delete the oldest complete checkpoints until `total_limit` are left; None keeps all."""
+    """Delete the oldest complete checkpoints until `total_limit` are left; None keeps all.
+
+    Of a checkpoint that is linked to, the link goes.
+    """
     if total_limit is None:
         return
     for _step, path in find_checkpoints(output_dir)[:-total_limit]:
-        remove_checkpoint(path)
+        try:
+            remove_checkpoint(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot remove {path}, which --save_total_limit does not keep: "
+                f"{error.strerror}; {describe_kept(output_dir)}"
+            ) from error
 
 
 def _final(folder: Path) -> Path:
     return folder.with_name(folder.name.removesuffix(INCOMPLETE_SUFFIX))
 
 
+def describe_kept(output_dir: Path) -> str:
+    """Say which checkpoint a run can resume from after a disk has failed."""
+    try:
+        complete = find_checkpoints(output_dir)
+    except OSError:
+        complete = []
+    if not complete:
+        return f"there is no complete checkpoint in {output_dir}"
+    return f"{complete[-1][1]} is complete and kept"
+
+
 def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove_path(folder)
     folder.mkdir()
+
+
+def _write_shards(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup | None) -> None:
+    try:
+        write_shards(snapshot.shards, folder, group)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {describe_kept(folder.parent)}") from error
 
 
 def _write_small_files(snapshot: Snapshot, folder: Path, *, is_first: bool) -> None:
@@ -145,15 +178,9 @@ def _complete(
     write_manifest(folder, contents, files)
     sync_to_disk(folder)
     final = _final(folder)
-    if final.exists():
-        remove_checkpoint(final)
-    folder.rename(final)
+    replace_path(folder, final)
     sync_to_disk(final.parent)
-    pointer = final.with_name(f".{LATEST_NAME}")
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(final.name)
-    pointer.replace(final.with_name(LATEST_NAME))
-    sync_to_disk(final.parent)
+    write_pointer(final.with_name(LATEST_NAME), final.name)
 
 
 def _on_first(group: dist.ProcessGroup | None, folder: Path, action: Callable[[], None]) -> None:
@@ -178,4 +205,4 @@ def _write(folder: Path, action: Callable[[], _Result]) -> _Result:
     try:
         return action()
     except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise not_written(Path(error.filename or folder), error, folder.parent) from error

@@ -7,10 +7,9 @@ folder inside the output folder and moved up by renames when all of it is on dis
 
 import json
 import math
-import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -24,6 +23,8 @@ from megablocks_utils.files import (
     MODEL_INDEX_NAME,
     MODEL_WEIGHTS_NAME,
     STAGING_FOLDER_NAME,
+    remove_path,
+    replace_path,
     sync_to_disk,
 )
 
@@ -130,37 +131,45 @@ def staged_folder(output_dir: Path, *, last: str = MODEL_CONFIG_NAME) -> Iterato
 
     The file `last`, without which nothing loads the folder, is removed first and moved last, with
     a sync in between: a run that dies leaves the old files, or a folder that does not load. What a
-    dead run left is removed when the next one starts. An error removes the hidden folder.
+    dead run left is removed when the next one starts. An error removes the hidden folder, unless
+    all is written and only moving it fails.
 
     Args:
         output_dir: where the files end up; made if it does not exist.
         last: the file that makes the folder loadable.
     """
     staging = output_dir / STAGING_FOLDER_NAME
-    shutil.rmtree(staging, ignore_errors=True)
+    if output_dir.is_dir():
+        remove_path(staging)
     staging.mkdir(parents=True)
     try:
         yield staging
+        for path in (*staging.iterdir(), staging):
+            sync_to_disk(path)
+    except BaseException:
+        with suppress(OSError):
+            remove_path(staging)
+        raise
+    try:
         _publish(staging, output_dir, last)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        reason = f"{error.strerror}; what could not be moved is complete in {staging}"
+        raise OSError(error.errno, reason, error.filename) from error
+    with suppress(OSError):
+        remove_path(staging)
 
 
 def _publish(staging: Path, output_dir: Path, last: str) -> None:
     names = sorted(path.name for path in staging.iterdir() if path.name != last)
-    for name in (*names, last, "."):
-        sync_to_disk(staging / name)
     (output_dir / last).unlink(missing_ok=True)
     sync_to_disk(output_dir)
     for pattern in WEIGHT_FILE_PATTERNS:
         for path in output_dir.glob(pattern):
             path.unlink()
     for name in names:
-        if (output_dir / name).is_dir():
-            shutil.rmtree(output_dir / name)
-        (staging / name).replace(output_dir / name)
+        replace_path(staging / name, output_dir / name)
     sync_to_disk(output_dir)
-    (staging / last).replace(output_dir / last)
+    replace_path(staging / last, output_dir / last)
     sync_to_disk(output_dir)
 
 

@@ -4,10 +4,9 @@ Torch-free. A checkpoint is complete when `checkpoint-<step>/` holds `manifest.j
 written last; `checkpoint-latest` points to the newest complete one.
 """
 
-import json
 import os
 import re
-import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,20 @@ from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
+    LOSS_PLOT_NAME,
     METRICS_NAME,
     MODEL_INDEX_NAME,
     RUN_RECORD_NAME,
+    STAGING_FOLDER_NAME,
+    TRACKERS_FOLDER_NAME,
+    remove_path,
+)
+from megablocks_utils.processes.claim_file import (
+    CLAIM_NAME,
+    describe_holder,
+    is_held_here,
+    is_same_run,
+    read_claim,
 )
 
 __all__ = [
@@ -29,9 +39,10 @@ __all__ = [
     "MANIFEST_NAME",
     "check_output_dir",
     "choose_checkpoint",
-    "claim_output_dir",
+    "clear_output_dir",
     "find_checkpoints",
     "find_incomplete",
+    "follow_pointer",
     "remove_checkpoint",
 ]
 
@@ -39,9 +50,11 @@ CHECKPOINT_PREFIX = "checkpoint-"
 INCOMPLETE_SUFFIX = ".incomplete"
 LATEST_NAME = "checkpoint-latest"
 MANIFEST_NAME = "manifest.json"
-_CLAIM_NAME = ".claim.json"
+_MAX_NAME_BYTES = 100
 _FINISHED_FILES = (RUN_RECORD_NAME, "model*.safetensors", ADAPTER_WEIGHTS_NAME)
 _RESULT_FILES = (*_FINISHED_FILES, MODEL_INDEX_NAME)
+_OWN_FILES = (METRICS_NAME, RUN_RECORD_NAME, LOSS_PLOT_NAME, CLAIM_NAME, LATEST_NAME)
+_OWN_NAMES = (METRICS_NAME, LOSS_PLOT_NAME, TRACKERS_FOLDER_NAME, STAGING_FOLDER_NAME)
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -57,9 +70,24 @@ def find_incomplete(folder: Path) -> list[Path]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint; what an interrupted removal leaves does not look complete."""
-    (path / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    """Remove a checkpoint; what an interrupted removal leaves does not look complete.
+
+    Of one that is elsewhere, and linked to, the link alone is removed.
+    """
+    if not path.is_symlink():
+        (path / MANIFEST_NAME).unlink(missing_ok=True)
+    remove_path(path)
+
+
+def follow_pointer(path: Path) -> Path:
+    """Return the checkpoint that `path` points to, by a link or a small file; else `path`."""
+    if path.is_symlink():
+        return path.resolve()
+    if path.name == LATEST_NAME and path.is_file():
+        name = path.read_bytes()[:_MAX_NAME_BYTES].decode(errors="replace").strip()
+        if re.fullmatch(rf"{CHECKPOINT_PREFIX}[0-9]+", name):
+            return path.with_name(name)
+    return path
 
 
 def choose_checkpoint(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -74,10 +102,12 @@ def choose_checkpoint(config: RunConfig, environ: Mapping[str, str] = os.environ
     """
     folder, given = Path(config.output_dir), config.saving.resume_from_checkpoint
     complete = find_checkpoints(folder)
-    if complete and _is_restart(folder, environ):
+    if complete and is_same_run(read_claim(folder), environ):
         return complete[-1][1]
     if given.lower() == "false":
         return None
+    if given.lower() == "auto":
+        return complete[-1][1] if complete else None
     if given.lower() != "true":
         return _check_checkpoint(Path(given))
     if not complete:
@@ -96,14 +126,19 @@ def check_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
     Raises:
         ConfigurationError: for a folder that holds a finished run or checkpoints of another one
             (unless resuming), or checkpoints later than the one to resume from; both are allowed
-            with `--overwrite_output_dir True`. For a file, a place where nothing can be written,
-            and as `choose_checkpoint`.
+            with `--overwrite_output_dir True`. For a folder that another run of this machine has,
+            a file, a place where nothing can be written, and as `choose_checkpoint`.
     """
     folder = Path(config.output_dir)
     seen = f"--output_dir is {config.output_dir}, but"
+    claim = read_claim(folder)
+    is_restart = is_same_run(claim, environ)
+    if claim is not None and not is_restart and is_held_here(claim):
+        raise ConfigurationError(describe_holder(config.output_dir, claim))
     try:
         chosen = choose_checkpoint(config, environ)
-        if not (config.overwrite_output_dir or _is_restart(folder, environ)):
+        _refuse_strangers(folder, seen)
+        if not (config.overwrite_output_dir or is_restart):
             if chosen is None:
                 _refuse_earlier_run(folder, seen)
             else:
@@ -119,41 +154,38 @@ def check_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ)
     return folder
 
 
-def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path:
-    """Check the output folder, make it, and remove what an earlier run left in it.
+def clear_output_dir(config: RunConfig, chosen: Path | None) -> None:
+    """Remove what an earlier run has left in the output folder; links, but nothing they lead to.
 
-    Rank 0 calls this once data and model are known to be good, just before the first write, and
-    shares an error with all ranks. Old model files must go: transformers would load a stale
-    `model.safetensors` in place of new shards. A run that resumes keeps metrics and checkpoints;
-    one that overwrites removes old checkpoints, which must never be resumed by mistake.
+    Old model files must go: transformers would load a stale `model.safetensors` in place of new
+    shards. A run that resumes keeps metrics and checkpoints; one that overwrites removes old
+    checkpoints, which must never be resumed by mistake.
+
+    Args:
+        config: The run.
+        chosen: The checkpoint it resumes from.
 
     Raises:
-        ConfigurationError: as `check_output_dir`; then nothing is made or removed.
+        OSError: Something cannot be removed.
     """
-    folder = check_output_dir(config, environ)
-    chosen = choose_checkpoint(config, environ)
-    made = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        raise ConfigurationError(
-            f"--output_dir is {config.output_dir}, but it cannot be made ({error.strerror})."
-        ) from error
+    folder = Path(config.output_dir)
+    unused = () if config.report_to else (TRACKERS_FOLDER_NAME,)
+    for name in _OWN_NAMES:
+        if name not in unused and (folder / name).is_symlink():
+            (folder / name).unlink()
+            sys.stderr.write(
+                f"{folder / name} was a link and is written anew; what it led to is left alone.\n"
+            )
     for pattern in _RESULT_FILES if chosen else (*_RESULT_FILES, METRICS_NAME):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     if config.overwrite_output_dir:
         _remove_checkpoints(folder, chosen)
-    if launch := _describe_launch(environ):
-        (folder / _CLAIM_NAME).write_text(json.dumps(launch), encoding="utf-8")
-    return folder
 
 
 def _find_checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
     """Return every folder named as a checkpoint, complete or not, with its step."""
-    name = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)({re.escape(INCOMPLETE_SUFFIX)})?")
+    name = re.compile(rf"{CHECKPOINT_PREFIX}([0-9]+)({re.escape(INCOMPLETE_SUFFIX)})?")
     paths = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir()]
     matches = [(name.fullmatch(path.name), path) for path in paths]
     return [(int(match[1]), path) for match, path in matches if match]
@@ -165,10 +197,10 @@ def _is_complete(path: Path) -> bool:
 
 def _check_checkpoint(path: Path) -> Path:
     seen = f"--resume_from_checkpoint is {path}, but"
-    wanted = "it must be True, False or the folder of a complete checkpoint"
+    wanted = "it must be True, False, auto or the folder of a complete checkpoint"
+    path = follow_pointer(path)
     if not path.is_dir():
         raise ConfigurationError(f"{seen} that is no folder; {wanted}.")
-    path = path.resolve() if path.is_symlink() else path
     if not _is_complete(path):
         inside = find_checkpoints(path)
         hint = f", such as {inside[-1][1]}" if inside else ""
@@ -179,6 +211,16 @@ def _check_checkpoint(path: Path) -> Path:
 def _name_incomplete(folder: Path) -> str:
     names = [path.name for path in find_incomplete(folder)]
     return f" (never finished: {join_words(names, 'and')})" if names else ""
+
+
+def _refuse_strangers(folder: Path, seen: str) -> None:
+    """Refuse what bears the name of a file of ours and is none, such as a folder or a pipe."""
+    for path in (folder / name for name in _OWN_FILES):
+        if os.path.lexists(path) and not path.is_symlink() and not path.is_file():
+            raise ConfigurationError(
+                f"{seen} {path.name} in it is no regular file; move that away, or choose another "
+                "folder."
+            )
 
 
 def _refuse_earlier_run(folder: Path, seen: str) -> None:
@@ -217,35 +259,6 @@ def _remove_checkpoints(folder: Path, chosen: Path | None) -> None:
         for path in _find_later(folder, chosen):
             remove_checkpoint(path)
         return
-    (folder / LATEST_NAME).unlink(missing_ok=True)
+    remove_path(folder / LATEST_NAME)
     for _, path in _find_checkpoint_folders(folder):
         remove_checkpoint(path)
-
-
-def _is_restart(folder: Path, environ: Mapping[str, str]) -> bool:
-    """Return whether torchrun restarted a run that had already claimed `folder`.
-
-    The count alone is not enough: torchrun also restarts a run that was refused, and the second
-    try must not take the checkpoints, or the place, of the run that the first was refused for.
-    """
-    if int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) < 1:
-        return False
-    try:
-        claim = json.loads((folder / _CLAIM_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    launch = _describe_launch(environ)
-    if claim["host"] != launch.get("host"):  # each machine has an agent of its own
-        return claim["run_id"] == launch.get("run_id")
-    return claim == launch
-
-
-def _describe_launch(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what identifies this start of torchrun, and stays when it restarts processes.
-
-    The run id alone is often "none"; the error files lie in a folder that every agent makes.
-    """
-    if "TORCHELASTIC_RUN_ID" not in environ:
-        return {}
-    agent = environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
-    return {"run_id": environ["TORCHELASTIC_RUN_ID"], "agent": agent, "host": os.uname().nodename}

@@ -4,14 +4,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 from megablocks_utils.checkpoint.model_folder import export_model
-from megablocks_utils.errors import CheckpointError
+from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
+from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
+    DISK_FAULTS,
     LOSS_PLOT_NAME,
     METRICS_NAME,
     RUN_RECORD_NAME,
@@ -20,8 +22,9 @@ from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck
-from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
-from megablocks_utils.processes.output_folder import claim_output_dir, find_incomplete
+from megablocks_utils.processes.agreement import raise_on_all_ranks
+from megablocks_utils.processes.output_claim import OutputClaim, claim_output_dir
+from megablocks_utils.processes.output_folder import find_incomplete
 from megablocks_utils.training.adapter_check import AdapterCheck, AdapterReport
 from megablocks_utils.training.report.loss_plot import plot_loss
 from megablocks_utils.training.report.memory import describe_memory_source
@@ -31,17 +34,19 @@ from megablocks_utils.training.report.metrics import (
     StepMetrics,
     read_metrics,
 )
-from megablocks_utils.training.report.parameters import count_local_bytes
 from megablocks_utils.training.report.progress import track_training
 from megablocks_utils.training.report.run_record import build_run_record, write_run_json
 from megablocks_utils.training.report.summary import (
-    RunFacts,
     RunResult,
-    describe_precision,
     show_end_summary,
     show_start_summary,
 )
 from megablocks_utils.training.resume.run_state import RunState
+from megablocks_utils.training.run_facts import (
+    collect_facts,
+    describe_kernel,
+    describe_resolved,
+)
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.debug import describe_placements
 
@@ -49,7 +54,8 @@ from megablocks_utils.training.step.debug import describe_placements
 class RunRecorder:
     """Show and write what happens, on rank 0; the other ranks only keep totals.
 
-    Use it as a context around the training loop, then call `finish`.
+    Use it as a context around the training loop and, when that has come to its end, `finish`: in
+    it this run alone has the output folder.
 
     Args:
         setup: the run; its model must be wrapped by the time the context is entered.
@@ -64,6 +70,7 @@ class RunRecorder:
         self._open = ExitStack()
         self._started_s = 0.0
         self._runtime_s = 0.0
+        self._claim: OutputClaim | None = None
         self.output_dir = Path(setup.config.output_dir)
         if setup.resume is not None:
             self._runtime_s = setup.resume.manifest["train_runtime_s"]
@@ -75,11 +82,22 @@ class RunRecorder:
 
         **Collective:** every rank must enter; all raise what rank 0 raises.
         """
+        self._claim = claim_output_dir(self._setup.config)
+        try:
+            self._start()
+        except UserError as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _start(self) -> None:
         setup = self._setup
-        broadcast_from_rank0(lambda: claim_output_dir(setup.config))
-        show_start_summary(setup.console, _collect_facts(setup))
+        show_start_summary(setup.console, collect_facts(setup))
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
+            setup.console.print(line, markup=False, soft_wrap=True)
+        if setup.answer_end is not None and setup.answer_end.warning is not None:
+            line = f"warning: {setup.answer_end.warning}"
             setup.console.print(line, markup=False, soft_wrap=True)
         if setup.config.debug:
             for line in describe_placements(setup.model):
@@ -88,11 +106,21 @@ class RunRecorder:
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
         self._started_s = time.perf_counter()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._runtime_s += time.perf_counter() - self._started_s
-        self._open.close()
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._open.close()
+        finally:
+            if self._claim is not None:
+                self._claim.release(is_done=error is None)
+        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            path = Path(error.filename or self.output_dir)
+            raise not_written(path, error, self.output_dir) from error
 
     @property
     def metrics_path(self) -> Path:
@@ -106,15 +134,17 @@ class RunRecorder:
             CheckpointError: on rank 0, if they cannot be written.
         """
         self._add(metrics)
+        if self._claim is not None:
+            self._claim.check()
         if self._is_main:
-            with _as_sentence(self.metrics_path):
+            with self._as_sentence(self.metrics_path):
                 self._writer.write(metrics)
             self._show(metrics)
 
     def _open_metrics(self) -> None:
         if not self._is_main:
             return
-        with _as_sentence(self.metrics_path):
+        with self._as_sentence(self.metrics_path):
             done = None if self._setup.resume is None else self._setup.resume.metrics_path
             writer = MetricsWriter(self.metrics_path, after=done)
         self._writer = self._open.enter_context(writer)
@@ -142,23 +172,27 @@ class RunRecorder:
             AdapterCheckError: on rank 0, for an adapter that was not written as it was trained.
         """
         setup, adapter_check = self._setup, None
+        self._runtime_s += time.perf_counter() - self._started_s
+        self._open.close()
         # Before the adapter is checked: the check leaves weights gathered and memory freed.
         plan = setup.plan.as_record(state.model, state.optimizer, self._totals)
-        if setup.lora is None:
-            self._export_model(tensors)
-        else:
-            adapter_check = AdapterCheck(setup, setup.lora, state, has_learned=self._has_learned)
-            self._export_adapter(setup.lora, tensors, adapter_check)
+        with self._as_sentence(self.output_dir):
+            if setup.lora is None:
+                self._export_model(tensors)
+            else:
+                has_learned = self._has_learned
+                adapter_check = AdapterCheck(setup, setup.lora, state, has_learned=has_learned)
+                self._export_adapter(setup.lora, tensors, adapter_check)
         if not self._is_main:
             return
         adapter_report = None if adapter_check is None else adapter_check.report
-        with _as_sentence(self.output_dir / LOSS_PLOT_NAME):
+        with self._as_sentence(self.output_dir / LOSS_PLOT_NAME):
             plot_loss(self.metrics_path, self.output_dir / LOSS_PLOT_NAME)
-        kernel, reason = _kernel(setup)
+        kernel, reason = describe_kernel(setup)
         record = build_run_record(
             sys.argv,
             setup.config,
-            resolved=_describe_resolved(setup),
+            resolved=describe_resolved(setup),
             mesh=setup.mesh_sizes(),
             kernel=kernel,
             kernel_reason=reason,
@@ -169,10 +203,23 @@ class RunRecorder:
             device=setup.device,
             adapter_check=None if adapter_report is None else adapter_report.as_record(),
             plan=plan,
+            answer_end=None if setup.answer_end is None else setup.answer_end.as_record(),
         )
-        with _as_sentence(self.output_dir / RUN_RECORD_NAME):
+        with self._as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)
         show_end_summary(setup.console, self._result(kernel_check, adapter_report))
+
+    @contextmanager
+    def _as_sentence(self, path: Path) -> Iterator[None]:
+        """Turn a full disk, or a folder that has vanished, into an error that a user can act on."""
+        try:
+            yield
+        except OSError as error:
+            raise not_written(path, error, self.output_dir) from error
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            raise CheckpointError(f"{error}; {describe_kept(self.output_dir)}") from error
 
     def _export_model(self, tensors: NamedTensors) -> None:
         setup, model = self._setup, self._setup.model
@@ -194,6 +241,7 @@ class RunRecorder:
             self._setup.tokenizer,
             tensors,
             self.output_dir,
+            generation_config=self._setup.model.generation_config,
             base_model_name=self._setup.config.model.model_name_or_path,
             is_writer=self._is_main,
             check=check,
@@ -219,69 +267,3 @@ class RunRecorder:
                 (RUN_RECORD_NAME, "what ran, on what"),
             ),
         )
-
-
-@contextmanager
-def _as_sentence(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that has vanished, into an error that a user can act on."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _collect_facts(setup: Setup) -> RunFacts:
-    config, base = setup.config, setup.model
-    experts = setup.expert_parameters()
-    expert_bytes = count_local_bytes(experts.values())
-    mesh = setup.mesh_sizes()
-    optim = config.optim
-    kernel, reason = _kernel(setup)
-    examples = setup.schedule.examples
-    return RunFacts(
-        model=config.model.model_name_or_path,
-        family=base.config.model_type,
-        parameters=setup.counts,
-        precision=describe_precision(setup.precision),
-        dp_size=mesh["dp"],
-        ep_size=mesh["ep"],
-        num_experts=setup.num_experts,
-        top_k=base.config.num_experts_per_tok,
-        expert_dp=str(config.parallel.expert_dp),
-        kernel=kernel,
-        kernel_reason=reason,
-        expert_bytes=expert_bytes,
-        dense_bytes=count_local_bytes(setup.model.parameters()) - expert_bytes,
-        examples_kept=len(examples),
-        examples_cut=examples.num_cut,
-        examples_dropped=examples.num_dropped,
-        plan=setup.plan.describe(),
-        steps=setup.schedule.num_steps,
-        examples_per_step=setup.launch.world_size
-        * optim.per_device_train_batch_size
-        * optim.gradient_accumulation_steps,
-        resumed=None if setup.resume is None else setup.resume.describe(asdict(config)),
-    )
-
-
-def _kernel(setup: Setup) -> tuple[str, str]:
-    if setup.sharded is None:
-        return "transformers", "no expert parallelism: transformers runs its own experts"
-    kernel = setup.sharded.kernel
-    if not setup.config.parallel.use_megablocks_sharding:
-        return kernel.name, f"{kernel.reason}; experts with adapters are this project's at ep 1"
-    return kernel.name, kernel.reason
-
-
-def _describe_resolved(setup: Setup) -> dict[str, Any]:
-    return {
-        "world_size": setup.launch.world_size,
-        "device_type": setup.device.type,
-        "precision": setup.precision.name,
-        "weights_dtype": setup.precision.weights,
-        "compute_dtype": setup.precision.compute,
-        "optim_dtype": setup.precision.optim,
-        "ep_size": setup.mesh_sizes()["ep"],
-        "num_steps": setup.schedule.num_steps,
-        "examples": len(setup.schedule.examples),
-    }

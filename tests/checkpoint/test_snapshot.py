@@ -150,7 +150,8 @@ def test_save_that_fails_leaves_the_last_one_and_says_why(
 ):
     ranks2.run(_save, tmp_path, [2])
     answers = ranks2.run(save, rank, what, tmp_path, [4], total_limit=1)
-    assert answers == [f"cannot write {tmp_path}/checkpoint-4.incomplete: {reason}"] * 2
+    kept = f"{tmp_path}/checkpoint-2 is complete and kept"
+    assert answers == [f"cannot write {tmp_path}/checkpoint-4.incomplete: {reason}; {kept}"] * 2
     assert _names(tmp_path) == ["checkpoint-2", "checkpoint-latest"]
     assert _stored_value(tmp_path / "checkpoint-latest") == 1.0
     assert find_incomplete(tmp_path) == []
@@ -161,4 +162,6 @@ def test_save_that_fails_leaves_the_last_one_and_says_why(
 def test_folder_that_is_gone_is_named(ranks2, tmp_path):
     answers = ranks2.run(_save, tmp_path / "gone", [4])
     reason = "No such file or directory"
-    assert answers == [f"cannot write {tmp_path}/gone/checkpoint-4.incomplete: {reason}"] * 2
+    kept = f"there is no complete checkpoint in {tmp_path}/gone"
+    sentence = f"cannot write {tmp_path}/gone/checkpoint-4.incomplete: {reason}; {kept}"
+    assert answers == [sentence] * 2

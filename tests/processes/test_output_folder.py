@@ -1,16 +1,19 @@
 """The output folder: what is refused, kept and removed, and which checkpoint is taken."""
 
+import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from megablocks_utils.config import RunConfig, parse_args
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.processes.claim_file import CLAIM_NAME
+from megablocks_utils.processes.output_claim import claim_output_dir as claim
 from megablocks_utils.processes.output_folder import (
     check_output_dir,
     choose_checkpoint,
-    claim_output_dir,
     find_checkpoints,
     find_incomplete,
 )
@@ -20,9 +23,17 @@ def run_config(output_dir: Path | str, *more: str) -> RunConfig:
     return parse_args(["--output_dir", str(output_dir), *more], entry_point="fsdp2")
 
 
+def claim_output_dir(config: RunConfig, environ: Mapping[str, str] = os.environ) -> Path:
+    """Take the folder for a run that ends, in whatever way, at once."""
+    held = claim(config, environ)
+    assert held is not None
+    held.release(is_done=False)
+    return Path(config.output_dir)
+
+
 def snapshot(folder: Path) -> dict[str, str]:
-    """Return every file with its text and every folder below `folder`."""
-    paths = sorted(folder.rglob("*"))
+    """Return every file but a claim with its text, and every folder below `folder`."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != CLAIM_NAME]
     return {str(path): path.read_text() if path.is_file() else "folder" for path in paths}
 
 
@@ -168,13 +179,16 @@ def test_which_checkpoint_is_taken(unfinished):
     assert choose_checkpoint(run_config(unfinished), {}) is None
     assert [chosen(wish) for wish in ("False", "false")] == [None, None]
     assert [chosen(wish) for wish in ("True", "true")] == [newest, newest]
+    assert chosen("auto") == newest
+    empty = run_config(unfinished / "none", "--resume_from_checkpoint", "auto")
+    assert choose_checkpoint(empty, {}) is None
     assert chosen(oldest) == oldest
     assert chosen(unfinished / "checkpoint-latest") == newest.resolve()
 
 
 def test_checkpoints_that_cannot_be_taken(unfinished, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    wanted = "it must be True, False or the folder of a complete checkpoint"
+    wanted = "it must be True, False, auto or the folder of a complete checkpoint"
     cases = {
         "none": f"that is no folder; {wanted}.",
         f"{unfinished}/metrics.jsonl": f"that is no folder; {wanted}.",
@@ -216,7 +230,11 @@ def test_only_complete_checkpoints_are_worth_a_refusal(tmp_path):
 
 def test_overwriting_removes_old_checkpoints(unfinished):
     claim_output_dir(run_config(unfinished, *OVERWRITE), {})
-    assert sorted(path.name for path in unfinished.iterdir()) == ["checkpoint-x", "other"]
+    assert sorted(path.name for path in unfinished.iterdir()) == [
+        CLAIM_NAME,
+        "checkpoint-x",
+        "other",
+    ]
 
 
 @pytest.mark.parametrize("words", [RESUME, (*RESUME, *OVERWRITE)])

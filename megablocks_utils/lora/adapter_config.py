@@ -33,7 +33,7 @@ _WITHOUT_EFFECT = (
     *("lora_ga_config", "qalora_group_size", "megatron_core", "velora_config"),
 )
 # Beginnings of new adapters; and those that change the base weights as well.
-_BEGINNINGS = ("gaussian", "eva", "orthogonal")
+_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _BIASES = ("none", "all", "lora_only")
 

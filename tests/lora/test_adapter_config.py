@@ -80,7 +80,8 @@ PLAIN = "only plain LoRA is read"
         ),
         (
             {"init_lora_weights": 3},
-            "sets init_lora_weights to 3, wanted is true, false or one of gaussian, eva, orthogonal",
+            "sets init_lora_weights to 3, wanted is true, false or one of gaussian, eva,"
+            " orthogonal, mica",
         ),
         ({"r": 0}, "has r 0, wanted is a whole number of 1 or more"),
         ({"r": None}, "has r None, wanted is a whole number of 1 or more"),

@@ -226,8 +226,14 @@ def _read_sharded(index_path: Path) -> dict[str, TensorEntry]:
                 f"{index_path} places {key} in {file_name}, which does not hold it"
             )
     # Also what a file holds and the index does not list, as transformers reads it.
-    entries = {key: entry for header in headers.values() for key, entry in header.items()}
-    return entries | {key: headers[file_name][key] for key, file_name in weight_map.items()}
+    entries: dict[str, TensorEntry] = {}
+    for header in headers.values():
+        for key in entries.keys() & header.keys():
+            raise CheckpointError(
+                f"{key} is stored twice, in {entries[key].path} and {header[key].path}"
+            )
+        entries |= header
+    return entries
 
 
 def _read_weight_map(index_path: Path) -> dict[str, Any]:

@@ -210,6 +210,16 @@ def test_what_a_shard_holds_and_the_index_does_not_list_is_seen(tmp_path):
     assert set(open_checkpoint(tmp_path)) == set(keys)
 
 
+def test_a_tensor_that_is_stored_twice(tmp_path):
+    keys = single_file_as_shard(tmp_path)
+    save_file({"other": torch.zeros(2), keys[0]: torch.zeros(2)}, tmp_path / "more.safetensors")
+    write_index(tmp_path, dict.fromkeys(keys, SHARD) | {"other": "more.safetensors"})
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path)
+    files = f"{tmp_path / SHARD} and {tmp_path / 'more.safetensors'}"
+    assert_message(error, f"{keys[0]} is stored twice, in {files}")
+
+
 def test_weights_of_two_models_in_one_folder(tmp_path):
     save_tiny_model("olmoe", tmp_path)
     save_tiny_model("olmoe", tmp_path / "other", sharded=False)

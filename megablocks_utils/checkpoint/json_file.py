@@ -158,12 +158,12 @@ class JsonObject:
             return value
         raise self._fault(name, value, wanted)
 
-    def number(self, name: str) -> float:
-        """Return a number, 0 or more."""
-        wanted = f"a number from 0 to {MAX_NUMBER:g}"
+    def number(self, name: str, *, maximum: float = MAX_NUMBER) -> float:
+        """Return a number from 0 to `maximum`."""
+        wanted = f"a number from 0 to {maximum:g}"
         value = self._value(name, wanted)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and 0 <= value <= MAX_NUMBER:
+        if is_number and 0 <= value <= maximum:
             return value
         raise self._fault(name, value, wanted)
 

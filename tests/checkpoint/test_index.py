@@ -156,6 +156,8 @@ def test_index_naming_a_tensor_that_its_file_lacks(tmp_path):
         ("{}", "is not JSON with a weight_map"),
         ("[]", "holds no settings: its JSON is not an object"),
         ('{"weight_map": {}}', "has a weight_map that names no tensors"),
+        ('{"weight_map": {"a": "b"}}', "has no metadata, wanted is an object"),
+        ('{"weight_map": {"a": "b"}, "metadata": 1}', "has metadata 1, wanted is an object"),
     ],
 )
 def test_unusable_index_file(tmp_path, content, reason):
@@ -175,7 +177,7 @@ def single_file_as_shard(folder):
 
 def write_index(folder, weight_map):
     path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": weight_map}))
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
 
 

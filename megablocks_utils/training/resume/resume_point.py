@@ -122,7 +122,7 @@ def _check_metrics(point: ResumePoint) -> None:
                 raise CheckpointError(
                     f"{path} has {name} {show_value(value)} in a line, wanted is a number"
                 )
-    if [line.step for line in lines] != list(range(1, point.step + 1)):
+    if len(lines) != point.step or any(line.step != n for n, line in enumerate(lines, start=1)):
         raise CheckpointError(f"{path} does not hold each of the {point.step} steps done once")
 
 

@@ -80,7 +80,7 @@ def read_adapter_config(folder: Path) -> AdapterConfigFile:
         seen = show_value(settings.get("peft_type"))
         raise CheckpointError(f"{path} has peft_type {seen}, wanted is 'LORA'")
     config = JsonObject(path, settings)
-    version = config.text("peft_version") if "peft_version" in config else None
+    version = config.text("peft_version")[:20] if "peft_version" in config else None
     _refuse_more_than_lora(path, settings, version)
     rank = config.whole_number("r", minimum=1)
     if rank > MAX_RANK:

@@ -13,7 +13,7 @@ from megablocks_utils.config.reader import build_section, choose_model, refuse_u
 from megablocks_utils.config.secrets import redact_words
 from megablocks_utils.config.values import describe_wanted
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.plan_arguments import COMMAND, PlanArguments
+from megablocks_utils.planning.plan_arguments import COMMAND, MAX_GPUS, PlanArguments
 from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
 
 _SLIP_OF_OURS = 0.88
 """No name of TrainingArguments is as like one of ours."""
+_GPUS = re.compile(r"([0-9]{1,40})(?:\.\.([0-9]{1,40}))?")
 _OF_A_LAYOUT = (*LAYOUT_OPTIONS, "model_name_or_path")
-_GPUS = re.compile(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,8 @@ def _read_world_sizes(text: str) -> tuple[int, ...]:
     if not 1 <= first <= last:
         gpus = next(option for option in COMMAND.options if option.name == "gpus")
         raise ConfigurationError(f"--gpus is {text}, but it must be {describe_wanted(gpus)}.")
+    if last > MAX_GPUS:
+        raise ConfigurationError(f"--gpus is {text}, but it must be at most {MAX_GPUS}.")
     sizes = [first]
     while sizes[-1] * 2 <= last:
         sizes.append(sizes[-1] * 2)

@@ -96,6 +96,9 @@ class RunRecorder:
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
             setup.console.print(line, markup=False, soft_wrap=True)
+        if setup.answer_end is not None and setup.answer_end.warning is not None:
+            line = f"warning: {setup.answer_end.warning}"
+            setup.console.print(line, markup=False, soft_wrap=True)
         if setup.config.debug:
             for line in describe_placements(setup.model):
                 setup.console.print(line, markup=False, soft_wrap=True)
@@ -200,6 +203,7 @@ class RunRecorder:
             device=setup.device,
             adapter_check=None if adapter_report is None else adapter_report.as_record(),
             plan=plan,
+            answer_end=None if setup.answer_end is None else setup.answer_end.as_record(),
         )
         with self._as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)
@@ -237,6 +241,7 @@ class RunRecorder:
             self._setup.tokenizer,
             tensors,
             self.output_dir,
+            generation_config=self._setup.model.generation_config,
             base_model_name=self._setup.config.model.model_name_or_path,
             is_writer=self._is_main,
             check=check,

@@ -57,6 +57,8 @@ class RunRecord:
         adapter_check: What comparing the written adapter with the trained one found, see
             `adapter_check.AdapterReport`; None without LoRA.
         plan: Memory predicted and measured, see `memory_check.MemoryCheck`.
+        answer_end: What the data teaches as the end of an answer, see `answer_end.AnswerEnd`; None
+            without a tokenizer.
     """
 
     status: str
@@ -75,6 +77,7 @@ class RunRecord:
     peaks: dict[str, int | str]
     adapter_check: dict[str, Any] | None
     plan: dict[str, Any] | None
+    answer_end: dict[str, Any] | None
 
 
 def build_run_record(
@@ -92,6 +95,7 @@ def build_run_record(
     device: torch.device,
     adapter_check: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
+    answer_end: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Build the record of a finished run, adding versions, commit and hardware found here.
 
@@ -109,6 +113,7 @@ def build_run_record(
         device: The device memory was measured on.
         adapter_check: What checking the written adapter found; None without LoRA.
         plan: Memory predicted and measured.
+        answer_end: What the data teaches as the end of an answer.
     """
     provenance = build_provenance(command)
     return RunRecord(
@@ -132,6 +137,7 @@ def build_run_record(
         },
         adapter_check=_plain(adapter_check),
         plan=_plain(plan),
+        answer_end=_plain(answer_end),
     )
 
 

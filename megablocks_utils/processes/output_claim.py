@@ -130,9 +130,9 @@ def claim_output_dir(
 
     def claim() -> Path | None:
         folder = check_output_dir(config, environ)
-        chosen = choose_checkpoint(config, environ)  # before the earlier attempt's claim is gone
         made.extend(_make(folder))
         try:
+            chosen = choose_checkpoint(config, environ)  # while an earlier attempt's claim is there
             claims.append(OutputClaim(folder, environ))
         except OSError as error:
             raise _not_writable(folder, error) from error

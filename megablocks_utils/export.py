@@ -22,7 +22,11 @@ from megablocks_utils.processes.command_output import (
     show_progress,
 )
 from megablocks_utils.processes.entry_point import run_entry_point
-from megablocks_utils.processes.output_folder import MANIFEST_NAME, find_checkpoints
+from megablocks_utils.processes.output_folder import (
+    MANIFEST_NAME,
+    find_checkpoints,
+    follow_pointer,
+)
 
 __all__ = ["COMMAND", "ExportOptions", "export_checkpoint", "main", "parse_options"]
 
@@ -93,7 +97,7 @@ def export_checkpoint(options: ExportOptions) -> str:
     from megablocks_utils.checkpoint.manifest import check_files
     from megablocks_utils.checkpoint.run_manifest import adapters_of, read_run_manifest
 
-    folder = options.checkpoint.resolve()
+    folder = follow_pointer(options.checkpoint).resolve()
     manifest = read_run_manifest(folder)
     lora = adapters_of(manifest)
     check_files(folder, manifest["files"], manifest["files"])
@@ -113,6 +117,7 @@ def export_checkpoint(options: ExportOptions) -> str:
 
 def _check_is_checkpoint(folder: Path) -> None:
     seen = f"--checkpoint is {folder}, but"
+    folder = follow_pointer(folder)
     if not folder.is_dir():
         raise ConfigurationError(f"{seen} that is no folder; it must be a checkpoint of a run.")
     if not (folder / MANIFEST_NAME).is_file():

@@ -42,12 +42,12 @@ from megablocks_utils.training.report.summary import (
     show_start_summary,
 )
 from megablocks_utils.training.resume.run_state import RunState
-from megablocks_utils.training.run_facts import (
+from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.start_facts import (
     collect_facts,
     describe_kernel,
     describe_resolved,
 )
-from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.debug import describe_placements
 
 

@@ -58,7 +58,7 @@ def test_records_and_texts():
         "hub_token": "REDACTED", "a": [{"password": "REDACTED", "n": 1}],
         "b": ("x", "REDACTED"),
     }  # fmt: skip
-    environ = {"HF_TOKEN": SECRET, "KEY": "short", "HOME": "/home/someone"}
+    environ = {"HF_TOKEN": SECRET, "KEY": "short", "HOME": "/there"}
     secrets = find_secrets(["--password", SECRET + "2", "--api_key=" + SECRET + "3"], environ)
     assert set(secrets) == {SECRET, SECRET + "2", SECRET + "3"}
     assert secrets[-1] == SECRET  # the shortest last, which is part of the others

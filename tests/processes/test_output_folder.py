@@ -184,6 +184,9 @@ def test_which_checkpoint_is_taken(unfinished):
     assert choose_checkpoint(empty, {}) is None
     assert chosen(oldest) == oldest
     assert chosen(unfinished / "checkpoint-latest") == newest.resolve()
+    (unfinished / "checkpoint-latest").unlink()
+    (unfinished / "checkpoint-latest").write_text("checkpoint-9\n")  # where there are no links
+    assert chosen(unfinished / "checkpoint-latest") == oldest
 
 
 def test_checkpoints_that_cannot_be_taken(unfinished, tmp_path_factory):

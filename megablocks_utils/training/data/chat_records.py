@@ -84,7 +84,8 @@ def check_template_reads(conversation: Conversation, template: str) -> None:
         if not re.search(rf"\b({'|'.join(map(re.escape, names))})\b", template):
             raise DataError(
                 f"{conversation.place}: the record has {what}, which the tokenizer's chat template "
-                "never reads; drop them or give another template with --chat_template"
+                "never reads; drop them or choose another template with chat_template",
+                parameters=("chat_template",),
             )
 
 

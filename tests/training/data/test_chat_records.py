@@ -8,7 +8,7 @@ import pytest
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.chat_records import check_template_reads
 from megablocks_utils.training.data.formats import check_records, find_format, read_conversation
-from megablocks_utils.training.data.sources import Record
+from megablocks_utils.training.data.sources import Record, read_records
 from tests.support.tiny_tokenizer import CHATML, tiny_tokenizer
 
 PLACE = "chat.jsonl:4"
@@ -205,6 +205,26 @@ def test_nulls_of_a_typed_table_are_no_keys():
     conversation, _ = read(columns)
     [call] = conversation.messages[1]["tool_calls"]
     assert call["function"]["arguments"] == PADDED["arguments"]
+
+
+def test_parquet_gives_the_conversations_it_was_made_of(tmp_path):
+    import pyarrow.parquet
+
+    other = {"type": "function", "function": {"name": "say", "arguments": {"text": "a"}}}
+    parameters = {"type": "object", "properties": {"text": {"type": "string"}}}
+    say = {"type": "function", "function": {"name": "say", "parameters": parameters}}
+    rows = [
+        {"messages": [SYSTEM, USER, CALLING, RESULT, ANSWER], "tools": [TOOL]},
+        {"messages": [USER, {**CALLING, "tool_calls": [other]}], "tools": [say]},
+        {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER], "tools": None},
+    ]
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    for record, row in zip(read_records(str(path)), rows, strict=True):
+        expected, _ = read(row)
+        found = read_conversation(record)
+        assert (found.messages, found.tools) == (expected.messages, expected.tools)
+        assert found.is_learned == expected.is_learned
 
 
 def test_nulls_within_json_text_are_values():

@@ -30,6 +30,7 @@ from megablocks_utils.training.data.token_key import (
     file_state,
     token_key,
 )
+from megablocks_utils.training.data.training_templates import choose_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenizedExamples", "load_examples"]
 
-TOKENIZER_BATCH = 1000
+TOKENIZER_BATCH = 64
 _ALONE = LaunchEnvironment()
 
 
@@ -113,13 +114,23 @@ def load_examples(
     wait.
 
     Args:
-        config: ``data_path`` and ``max_seq_length`` are read.
-        tokenizer: may be None for data that is already tokenized.
+        config: ``data_path``, ``chat_template`` and ``max_seq_length`` are read.
+        tokenizer: may be None for data that is already tokenized. It is left with the chat template
+            that it is to be saved with.
         launch: which process this is.
 
     Raises:
-        DataError: on every rank: the source or a record is unusable, or no example is left.
+        ConfigurationError: on every rank: there is no such chat template.
+        DataError: likewise: the source or a record is unusable, or no example is left.
     """
+    template = raise_on_all_ranks(lambda: choose_chat_template(config.chat_template, tokenizer))
+    with template.in_use():
+        return _load_tokens(config, tokenizer, launch)
+
+
+def _load_tokens(
+    config: "DataConfig", tokenizer: "PreTrainedTokenizerBase | None", launch: LaunchEnvironment
+) -> TokenizedExamples:
     host = socket.gethostname()
     prepared = gather_from_all_ranks(
         lambda: (host, _prepare(config, tokenizer) if launch.local_rank == 0 else None)

@@ -242,6 +242,7 @@ def test_nulls_within_json_text_are_values():
 
 
 IGNORED = [
+    ({"messages": [USER, ANSWER], "problem": "Hi ", "solution": "Yo"}, ("problem", "solution")),
     ({"messages": [USER, ANSWER], "prompt": "Hi", "prompt_id": "a1"}, ("prompt", "prompt_id")),
     ({"messages": [USER, ANSWER], "prompt": [USER]}, ("prompt",)),
     ({"messages": [USER, ANSWER], "text": "<s>Hi Yo</s>", "source": "x"}, ("source", "text")),
@@ -402,6 +403,14 @@ REFUSED = [
     (
         {"messages": [USER, ANSWER], "prompt": "Ho"},
         "a record of messages has the key 'prompt': two descriptions of one example",
+    ),
+    (
+        {"messages": [USER, ANSWER], "problem": "Hi, Ann"},
+        "a record of messages has the key 'problem': it is not used here and could change",
+    ),
+    (
+        {"messages": [USER, ANSWER], "chosen": "Yo"},
+        "a record of messages has the key 'chosen': preference pairs are not trained on",
     ),
     (
         {"messages": [USER, ANSWER], "text": "Hi, Ann"},

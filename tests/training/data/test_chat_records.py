@@ -8,7 +8,7 @@ import pytest
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.chat_records import check_template_reads
 from megablocks_utils.training.data.formats import check_records, find_format, read_conversation
-from megablocks_utils.training.data.sources import Record
+from megablocks_utils.training.data.sources import Record, read_records
 from tests.support.tiny_tokenizer import CHATML, tiny_tokenizer
 
 PLACE = "chat.jsonl:4"
@@ -16,8 +16,9 @@ PLACE = "chat.jsonl:4"
 EVERYTHING = (
     "{% if tools %}{{ '<tools>' + tools | tojson + '</s>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|' + m['role'] + '|' + m.get('name', '') + '>\n' }}"
-    "{% if m.reasoning_content and not hide %}{{ '<think>' + m.reasoning_content + '</think>' }}"
-    "{% endif %}{{ m['content'] }}{% for call in m.tool_calls or [] %}"
+    "{% if m.reasoning_content is string and not hide %}"
+    "{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}"
     "{{ '<call ' + call.id | default('') + '>' + call.function.name + ' ' }}"
     "{{ call.function.arguments | tojson + '</call>' }}{% endfor %}"
     "{{ m.tool_call_id | default('') + '</s>\n' }}{% endfor %}"
@@ -117,6 +118,7 @@ SAME_AS = [
         [1],
     ),
     (with_turn(reasoning_content="Hm"), [USER, {**ANSWER, "reasoning_content": "Hm"}], None, [1]),
+    (with_turn(thinking=""), [USER, {**ANSWER, "thinking": ""}], None, [1]),
     (with_turn(thinking="Hm"), [USER, {**ANSWER, "thinking": "Hm"}], None, [1]),
     (with_turn(reasoning="Hm", thinking=""), [USER, {**ANSWER, "reasoning": "Hm"}], None, [1]),
     (with_turn(name="Ann"), [USER, {**ANSWER, "name": "Ann"}], None, [1]),
@@ -187,6 +189,7 @@ def test_variables_of_the_template_are_the_records():
     assert rendered(conversation.messages, **conversation.template_options) == expected
 
 
+NO_ARGUMENTS = {"name": "stop", "arguments": None}
 PADDED = {"name": "add", "arguments": {"a": 1, "b": None, "c": {"d": None}}}
 
 
@@ -194,17 +197,41 @@ def test_nulls_of_a_typed_table_are_no_keys():
     columns = {
         "messages": [
             {"role": "user", "content": "Hi", "tool_calls": None, "name": None, "weight": None},
-            {"role": "assistant", "content": None, "tool_calls": [PADDED], "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [PADDED, NO_ARGUMENTS]},
         ],
+        "chat_template_kwargs": {"hide": 1, "other": None},
         "tools": [{"name": "add", "parameters": {"a": {"type": "string"}, "b": None}}],
     }
     conversation, _ = read(columns, pads_with_nulls=True)
-    [call] = conversation.messages[1]["tool_calls"]
+    call, other = conversation.messages[1]["tool_calls"]
     assert call["function"]["arguments"] == {"a": 1, "c": {}}
+    assert other["function"]["arguments"] == {}
+    assert conversation.template_options == {"hide": 1}
     assert conversation.tools[0]["function"]["parameters"] == {"a": {"type": "string"}}
+    del columns["messages"][1]["tool_calls"][1]
     conversation, _ = read(columns)
     [call] = conversation.messages[1]["tool_calls"]
     assert call["function"]["arguments"] == PADDED["arguments"]
+
+
+def test_parquet_gives_the_conversations_it_was_made_of(tmp_path):
+    import pyarrow.parquet
+
+    other = {"type": "function", "function": {"name": "say", "arguments": {"text": "a"}}}
+    parameters = {"type": "object", "properties": {"text": {"type": "string"}}}
+    say = {"type": "function", "function": {"name": "say", "parameters": parameters}}
+    rows = [
+        {"messages": [SYSTEM, USER, CALLING, RESULT, ANSWER], "tools": [TOOL]},
+        {"messages": [USER, {**CALLING, "tool_calls": [other]}], "tools": [say]},
+        {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER], "tools": None},
+    ]
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    for record, row in zip(read_records(str(path)), rows, strict=True):
+        expected, _ = read(row)
+        found = read_conversation(record)
+        assert (found.messages, found.tools) == (expected.messages, expected.tools)
+        assert found.is_learned == expected.is_learned
 
 
 def test_nulls_within_json_text_are_values():
@@ -215,6 +242,7 @@ def test_nulls_within_json_text_are_values():
 
 
 IGNORED = [
+    ({"messages": [USER, ANSWER], "problem": "Hi ", "solution": "Yo"}, ("problem", "solution")),
     ({"messages": [USER, ANSWER], "prompt": "Hi", "prompt_id": "a1"}, ("prompt", "prompt_id")),
     ({"messages": [USER, ANSWER], "prompt": [USER]}, ("prompt",)),
     ({"messages": [USER, ANSWER], "text": "<s>Hi Yo</s>", "source": "x"}, ("source", "text")),
@@ -261,6 +289,10 @@ REFUSED = [
     (
         with_turn(content=[{"type": "text"}]),
         "text of part 1 of message 2 must be text, this is null",
+    ),
+    (
+        with_turn(content=[{"type": "text", "text": "Yo", "image": "x"}]),
+        "part 1 of message 2 has the key 'image': only text is trained on",
     ),
     (with_turn(content=["Yo"]), "part 1 of message 2 must be an object with type and text"),
     (
@@ -338,6 +370,10 @@ REFUSED = [
         "call 1 in tool_calls of message 2 has the key 'parameters': it is not used here",
     ),
     (
+        calling({"function": {"name": "add", "arguments": {}, "strict": True}}),
+        "function of call 1 in tool_calls of message 2 has the key 'strict': it is not used here",
+    ),
+    (
         calling({"type": "custom", "function": {"name": "a"}}),
         "call 1 in tool_calls of message 2 has type 'custom', wanted 'function'",
     ),
@@ -347,6 +383,10 @@ REFUSED = [
     ),
     ({"messages": [USER, ANSWER], "tools": "x"}, "tools as JSON text: not valid JSON: Expecting"),
     ({"messages": [USER, ANSWER], "tools": [3]}, "tool 1 must be an object, this is 3"),
+    (
+        {"messages": [USER, ANSWER], "tools": [{"name": "f", "parameters": {"a": "\ud800"}}]},
+        "tools holds half a surrogate pair at character 0",
+    ),
     ({"messages": [USER, ANSWER], "tools": 3}, "tools must be a list of objects, this is 3"),
     (
         {"messages": [USER, ANSWER], "tools": [{"type": "web_search"}]},
@@ -363,6 +403,14 @@ REFUSED = [
     (
         {"messages": [USER, ANSWER], "prompt": "Ho"},
         "a record of messages has the key 'prompt': two descriptions of one example",
+    ),
+    (
+        {"messages": [USER, ANSWER], "problem": "Hi, Ann"},
+        "a record of messages has the key 'problem': it is not used here and could change",
+    ),
+    (
+        {"messages": [USER, ANSWER], "chosen": "Yo"},
+        "a record of messages has the key 'chosen': preference pairs are not trained on",
     ),
     (
         {"messages": [USER, ANSWER], "text": "Hi, Ann"},

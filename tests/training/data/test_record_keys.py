@@ -69,6 +69,29 @@ def test_an_empty_value_is_no_key(format_name, empty):
     assert (checked.data_format.name, checked.ignored_keys) == (format_name, ())
 
 
+@pytest.mark.parametrize("format_name", RECORDS)
+def test_a_format_whose_columns_are_null_is_not_the_records(format_name):
+    columns = RECORDS[format_name]
+    nulls = {key: None for other in RECORDS.values() for key in other if key not in columns}
+    if format_name == "output alone":
+        del nulls["instruction"]  # with it, it would be Alpaca's record without an instruction
+    checked = check_records([Record("d.jsonl:1", {**nulls, **columns})])
+    assert checked.data_format.name == format_name
+
+
+def test_nesting_too_deep_to_compare_is_one_sentence():
+    def turn():
+        meta: list = []
+        for _ in range(100_000):
+            meta = [meta]
+        return {**TURNS[0], "meta": meta}
+
+    columns = {"messages": [turn(), TURNS[1]], "prompt": [turn()]}
+    with pytest.raises(DataError) as caught:
+        check_records([Record("d.jsonl:1", columns)])
+    assert str(caught.value) == "d.jsonl:1: lists or objects are nested too deeply"
+
+
 def test_two_descriptions_of_one_example_are_refused():
     for first in RECORDS.values():
         for second in RECORDS.values():
@@ -78,5 +101,5 @@ def test_two_descriptions_of_one_example_are_refused():
 
 
 def test_an_id_of_training_words_is_an_id():
-    assert is_about_the_example("system_prompt_id", "x")
+    assert is_about_the_example("template_id", "x")
     assert not is_about_the_example("train_type", "x")

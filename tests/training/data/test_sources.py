@@ -221,7 +221,7 @@ def test_what_is_no_file_is_never_opened(tmp_path, monkeypatch):
         kinds = {"fifo.jsonl": "a FIFO", "link.json": "a FIFO", "socket.json": "a socket"}
         for name, kind in (kinds | {"/dev/null": "a device"}).items():
             with pytest.raises(DataError) as caught:
-                read_records(name)
+                read_all(name)
             assert caught.value.as_options() == (
                 f"--data_path {name} is {kind}, wanted a file (.json, .jsonl, .parquet)"
             )
@@ -229,7 +229,7 @@ def test_what_is_no_file_is_never_opened(tmp_path, monkeypatch):
 
 def test_a_name_that_no_folder_can_hold_is_named():
     with pytest.raises(DataError) as caught:
-        read_records("a" * 300 + ".json")
+        read_all("a" * 300 + ".json")
     assert caught.value.as_options().endswith(" cannot be read: File name too long")
 
 

@@ -16,6 +16,8 @@ TOKENIZER_JSON_FILES = ("tokenizer.json", "tokenizer_config.json") + (
     "added_tokens.json",
 )
 LFS_POINTER = b"version https://git-lfs"
+CODE_WANTED = "contains custom code"
+"""What transformers says of a tokenizer with a class of its own."""
 PROBE = "The answer is 1, or: yes."
 
 
@@ -31,6 +33,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
 
     def unusable(reason: str) -> CheckpointError:
+        if CODE_WANTED in reason:
+            reason = "it needs code that came with it, which is never run"
         cause = _find_unreadable(folder) or reason
         return CheckpointError(f"the tokenizer in {folder} cannot be used: {cause}")
 

@@ -58,7 +58,7 @@ class AnswerEnd:
         agree = set(self.learned) <= set(self.generation_ends)
         if not self.learned or (agree and self.tokenizer_end in self.learned):
             return None
-        saved = "which stops at all of them" if agree else f"saved as {self._name(self.saved_ends)}"
+        saved = "right as it is" if agree else f"saved as {self._name(self.saved_ends)}"
         return (
             f"answers end with {self._name(self.learned)}, but the tokenizer's eos_token is "
             f"{self._name([self.tokenizer_end])} and the generation config's eos_token_id is "

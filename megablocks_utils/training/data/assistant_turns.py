@@ -276,11 +276,17 @@ class TurnFinder:
         return self._prompts.find_header_end(text, found[1].blocks[0].start)
 
     def _find_end(self, number: int, text: str, begin: int) -> int:
-        message = self._messages[number]
         written = text[begin:].rstrip()
-        content = str(message.get("content") or "").strip()
-        is_content = bool(content) and written.endswith(content) and not message.get("tool_calls")
-        return len(text) if is_content or not written else begin + len(written)
+        content = str(self._messages[number].get("content") or "").strip()
+        if written and not (content and written.endswith(content)):
+            return begin + len(written)
+        # Nothing visible seems to end the turn, unless it is what the turn says itself.
+        found = self._prompts.mark(self._messages[: number + 1], text)
+        if found is None or not found[1].blocks or found[1].blocks[-1].message != number:
+            return len(text)
+        end = found[1].blocks[-1].end
+        ending = text[end:]
+        return end + len(ending.rstrip() or ending)
 
 
 def _neighbours(whole: MarkedRendering, place: int) -> Span:

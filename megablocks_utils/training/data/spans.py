@@ -129,6 +129,7 @@ def _labels_in_spans(
     ids: list[int], offsets: list[Span], text: str, spans: Sequence[Span]
 ) -> list[int]:
     """Keep the tokens that share text with a span; the others get the ignored label."""
+    spans = [(low, high) for low, high in spans if low < high]
     if not spans or not ids:
         return [IGNORED_LABEL] * len(ids)
     starts, ends = _fill_empty(offsets)

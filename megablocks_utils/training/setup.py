@@ -1,6 +1,7 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -32,7 +33,11 @@ from megablocks_utils.training.resume.resume_compatibility import (
     check_compatibility,
     describe_compatibility,
 )
-from megablocks_utils.training.resume.resume_point import ResumePoint, find_resume_point
+from megablocks_utils.training.resume.resume_point import (
+    ResumePoint,
+    choose_template_date,
+    find_resume_point,
+)
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 
 
@@ -148,7 +153,10 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = _load_data(config, tokenizer, model, launch, console)
+    today = choose_template_date(resume)
+    examples = _load_data(config, tokenizer, model, launch, today)
+    for note in examples.notes:
+        console.print(note, markup=False, soft_wrap=True)
     base_sha256 = None
     if lora is not None:
         base_sha256 = raise_on_all_ranks(lambda: fingerprint_model_folder(folder))
@@ -234,12 +242,10 @@ def _load_data(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     launch: LaunchEnvironment,
-    console: Console,
+    today: date,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer, launch)
+    examples = load_examples(config.data, tokenizer, launch, today=today)
     raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
-    for note in examples.notes:
-        console.print(note, markup=False, soft_wrap=True)
     return examples
 
 

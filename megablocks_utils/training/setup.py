@@ -1,7 +1,7 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass
-from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
+from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
@@ -38,6 +39,12 @@ from megablocks_utils.training.resume.resume_point import (
     choose_template_date,
     find_resume_point,
 )
+from megablocks_utils.training.same_run import (
+    ADAPTER_FILES,
+    Input,
+    check_same_inputs,
+    fingerprint_files,
+)
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 
 
@@ -52,6 +59,7 @@ class Setup:
         device: where this rank computes.
         console: rank 0's console; quiet elsewhere.
         tokenizer: of the model; None if its folder has none.
+        answer_end: what the data teaches as the end of an answer; None without a tokenizer.
         schedule: which examples each step holds.
         model_folder: the local folder its weights came from.
         model: the transformers model on meta until FSDP has wrapped it; adapters, where asked for,
@@ -74,6 +82,7 @@ class Setup:
     device: torch.device
     console: Console
     tokenizer: PreTrainedTokenizerBase | None
+    answer_end: AnswerEnd | None
     schedule: Schedule
     model_folder: Path
     model: PreTrainedModel
@@ -153,13 +162,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    today = choose_template_date(resume)
-    examples = _load_data(config, tokenizer, model, launch, today)
-    for note in examples.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    base_sha256 = None
-    if lora is not None:
-        base_sha256 = raise_on_all_ranks(lambda: fingerprint_model_folder(folder))
+    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
+    answer_end = _let_generation_stop(config, examples, tokenizer, model)
+    fingerprint = _check_same_inputs(config, folder, examples)
     compatibility = describe_compatibility(
         config,
         precision,
@@ -167,7 +172,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         examples,
         model_type=model.config.model_type,
         world_size=world_size,
-        base_sha256=base_sha256,
+        base_sha256=None if lora is None else fingerprint,
     )
     schedule = Schedule(config, examples, launch.rank, world_size)
     if resume is not None:
@@ -189,6 +194,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
+        answer_end=answer_end,
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -226,6 +232,26 @@ def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapter
     return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
 
 
+def _check_same_inputs(config: RunConfig, folder: Path, examples: TokenizedExamples) -> str:
+    """Refuse ranks that read something else; return the fingerprint of the model.
+
+    **Collective:** every rank must call.
+    """
+    inputs = [
+        Input("data", "data_path", config.data.data_path, examples.checksum),
+        Input(
+            "model",
+            "model_name_or_path",
+            config.model.model_name_or_path,
+            partial(fingerprint_model_folder, folder),
+        ),
+    ]
+    if (adapter := config.adapter.resume_adapter) is not None:
+        fingerprint = partial(fingerprint_files, Path(adapter), ADAPTER_FILES)
+        inputs.append(Input("adapter", "resume_adapter", adapter, fingerprint))
+    return check_same_inputs(inputs)["model_name_or_path"]
+
+
 def _apply_lora(
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
@@ -242,11 +268,31 @@ def _load_data(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     launch: LaunchEnvironment,
-    today: date,
+    resume: ResumePoint | None,
+    *,
+    console: Console,
 ) -> TokenizedExamples:
+    today = choose_template_date(resume)
     examples = load_examples(config.data, tokenizer, launch, today=today)
     raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    for note in examples.notes:
+        console.print(note, markup=False, soft_wrap=True)
     return examples
+
+
+def _let_generation_stop(
+    config: RunConfig,
+    examples: TokenizedExamples,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+) -> AnswerEnd | None:
+    """Let the generation config, which is saved with the model, stop at what is learned."""
+    generation_config = getattr(model, "generation_config", None)
+    limit = config.data.max_seq_length
+    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
+    if end is not None:
+        end.apply_to(generation_config)
+    return end
 
 
 def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:

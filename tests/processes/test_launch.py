@@ -42,6 +42,9 @@ ENVIRONMENTS = [
      "1."),
     ({**LAUNCHED, "WORLD_SIZE": "two"}, "WORLD_SIZE is two, but it must be a whole number of at "
      "least 1."),
+    ({**LAUNCHED, "RANK": "٣"}, "RANK is ٣, but it must be a whole number of at least 0."),
+    ({**LAUNCHED, "WORLD_SIZE": "9" * 20}, f"WORLD_SIZE is {'9' * 20}, but it must be a whole "
+     "number of at least 1, of at most 9 digits."),
     ({**LAUNCHED, "RANK": "-1"}, "RANK is -1, but it must be a whole number of at least 0."),
     ({**LAUNCHED, "LOCAL_RANK": ""}, "LOCAL_RANK is empty, but it must be a whole number of at "
      "least 0."),

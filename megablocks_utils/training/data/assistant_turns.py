@@ -6,20 +6,20 @@ this turn closes, without the white space after it: generation has stopped by th
 nothing but white space, it is the turn's end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.training.data.chat_template import GENERATED, ChatTemplate, Message
-from megablocks_utils.training.data.conversation import ASSISTANT, Conversation
+from megablocks_utils.training.data.chat_template import GENERATED, ChatTemplate
+from megablocks_utils.training.data.conversation import Conversation
 from megablocks_utils.training.data.marks import (
     Block,
     MarkedMessages,
     MarkedRendering,
-    mark_messages,
 )
 from megablocks_utils.training.data.spans import Span
+from megablocks_utils.training.data.turn_prompts import TurnPrompts
 
 __all__ = ["Turn", "TurnFinder"]
 
@@ -68,6 +68,7 @@ class TurnFinder:
         self._conversation = conversation
         self._template = template
         self._messages = conversation.messages
+        self._prompts = TurnPrompts(conversation, template)
 
     @cached_property
     def text(self) -> str:
@@ -88,7 +89,7 @@ class TurnFinder:
         Returns:
             Their spans, or None where that does not hold or cannot be seen.
         """
-        found = self._mark(self._messages, self.text)
+        found = self._prompts.mark(self._messages, self.text)
         if found is None:
             return None
         marked = found[1]
@@ -96,23 +97,46 @@ class TurnFinder:
         forms: dict[tuple[object, ...], _Form | None] = {}
         spans = []
         for number in numbers:
-            if number == 0:
-                first = self.find_as_last(0)
-                if not self.text.startswith(first.text[: first.span[1]]):
-                    return None
-                spans.append(first.span)
-                continue
             if number not in places:
                 return None
+            if number == 0:
+                continue
             shape = self._shape(number)
             if shape not in forms:
                 forms[shape] = self._form_as_last(number, *found, places[number])
             form = forms[shape]
-            span = form and self._place(marked, places[number], form, self._has_calls(number))
+            if form is None:
+                return None
+            span = self._place(marked, places[number], form, self._has_calls(number))
             if span is None:
                 return None
             spans.append(span)
+        if numbers[0] == 0:
+            first = self._place_first(*found, forms)
+            if first is None:
+                return None
+            spans.insert(0, first)
         return spans
+
+    def _place_first(
+        self,
+        marks: MarkedMessages,
+        whole: MarkedRendering,
+        forms: Mapping[tuple[object, ...], _Form | None],
+    ) -> Span | None:
+        """Return where a turn stands that opens the conversation and ends as another one does.
+
+        Alone it may not be rendered: some templates want a question in every conversation.
+        """
+        block = whole.blocks[0]
+        endings = {form.ending for form in forms.values() if form is not None}
+        is_written = block.message == 0 and len(block.marks) == 2 * marks.count(0)
+        if not is_written or self._has_calls(0) or len(endings) != 1:
+            return None
+        ending = endings.pop()
+        if not whole.text.startswith(ending, block.end):
+            return None
+        return self._prompts.find_header_end(whole.text, block.start), block.end + len(ending)
 
     def find_as_last(self, number: int) -> Turn:
         """Return an assistant turn as it is when it is the conversation's last.
@@ -150,17 +174,6 @@ class TurnFinder:
             )
         return spans
 
-    def _mark(
-        self, messages: Sequence[Message], text: str
-    ) -> tuple[MarkedMessages, MarkedRendering] | None:
-        """Return messages with marks and their rendering; None where marks change it."""
-        for inside_blanks in (False, True):
-            marks = mark_messages(messages, inside_blanks=inside_blanks)
-            marked = marks.read(self._template.render(self._conversation, marks.messages))
-            if marked is not None and marked.text == text:
-                return marks, marked
-        return None
-
     def _shape(self, number: int) -> tuple[object, ...]:
         message = self._messages[number]
         texts = tuple(key for key, value in message.items() if value and str(value).strip())
@@ -179,33 +192,22 @@ class TurnFinder:
         """Return the form of a turn as the last one, if it has that form in the whole text too."""
         rendering = self._template.render(self._conversation, marks.messages[: number + 1])
         last = marks.read(rendering)
-        prompt = self._read_prompt(number, marks)
-        if last is None or prompt is None or last.blocks[-1].message != number:
+        if last is None or not last.blocks or last.blocks[-1].message != number:
             return None
         block = last.blocks[-1]
         before = last.blocks[-2].end if len(last.blocks) > 1 else 0
         gap = last.text[before : block.start]
-        if not (gap.startswith(prompt) or prompt.startswith(gap)):
+        length = self._prompts.measure(number, marks, gap)
+        if length is None:
             return None
-        prompt = gap[: len(prompt)]
         ending = last.text[block.end :]
         ending = ending.rstrip() or ending
-        form = _Form(prompt, gap[len(prompt) :], block.marks, ending, "")
+        form = _Form(gap[:length], gap[length:], block.marks, ending, "")
         span = self._place(whole, place, form, has_calls=False)
         if span is None:
             return None
         _, following = _neighbours(whole, place)
         return _Form(form.prompt, form.opening, form.marks, ending, whole.text[span[1] : following])
-
-    def _read_prompt(self, number: int, marks: MarkedMessages) -> str | None:
-        """Return what the generation prompt has after the last text before a turn."""
-        rendering = self._template.render(
-            self._conversation, marks.messages[:number], add_generation_prompt=True
-        )
-        prompt = marks.read(rendering)
-        if prompt is None:
-            return None
-        return prompt.text[prompt.blocks[-1].end if prompt.blocks else 0 :]
 
     def _place(
         self, whole: MarkedRendering, place: int, form: _Form, has_calls: bool
@@ -250,30 +252,14 @@ class TurnFinder:
         Some templates prompt for reasoning that an answer without any does not have; others write
         turns of the same role as one.
         """
-        found = self._mark(self._messages[: number + 1], text)
+        found = self._prompts.mark(self._messages[: number + 1], text)
         if found is None or not found[1].blocks or found[1].blocks[-1].message != number:
             return None
         marks, last = found
         block = last.blocks[-1]
         before = last.blocks[-2].end if len(last.blocks) > 1 else 0
-        prompt, gap = self._read_prompt(number, marks), text[before : block.start]
-        if prompt is None:
-            return None
-        if gap.startswith(prompt):
-            return before + len(prompt)
-        if prompt.startswith(gap.rstrip()):
-            return before + len(gap.rstrip())
-        if self._header and self._header in gap:
-            return before + gap.rindex(self._header) + len(self._header)
-        return before if self._messages[number - 1]["role"] == ASSISTANT else None
-
-    @cached_property
-    def _header(self) -> str:
-        """What the template adds to a conversation for the model to answer."""
-        question = [{"role": "user", "content": "?"}]
-        asked = self._template.render(self._conversation, question)
-        prompt = self._template.render(self._conversation, question, add_generation_prompt=True)
-        return prompt[len(asked) :] if prompt.startswith(asked) else ""
+        length = self._prompts.measure(number, marks, text[before : block.start])
+        return None if length is None else before + length
 
     def _find_first_begin(self, text: str) -> int:
         """Return where a turn begins that opens the conversation.
@@ -281,15 +267,13 @@ class TurnFinder:
         There is no prompt to render then; its header is what the template writes for a prompt
         after another message.
         """
-        found = self._mark(self._messages[:1], text)
+        found = self._prompts.mark(self._messages[:1], text)
         if found is None or not found[1].blocks:
             raise DataError(
                 f"{self._conversation.place}: it is unknown where message 1, which is the "
                 "assistant's, begins in the rendering of the chat template"
             )
-        start = found[1].blocks[0].start
-        position = text.rfind(self._header, 0, start) if self._header else -1
-        return start if position < 0 else position + len(self._header)
+        return self._prompts.find_header_end(text, found[1].blocks[0].start)
 
     def _find_end(self, number: int, text: str, begin: int) -> int:
         message = self._messages[number]

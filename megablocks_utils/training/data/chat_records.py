@@ -46,6 +46,7 @@ def read_chat(record: Record, column: str) -> ChatRecord:
         DataError: a key or a turn that cannot be used, or no assistant turn.
     """
     turns = _read_turns(record, column)
+    _check_has_answer(record.place, turns, column)
     repeats = _find_repeats(record, column, turns)
     return _build(record, turns, (column,), repeats, f"a record of {column}")
 
@@ -59,8 +60,10 @@ def read_chat_completion(record: Record) -> ChatRecord:
         DataError: as `read_chat`.
     """
     prompt = [Turn(t.message, False, t.ignored) for t in _read_turns(record, "prompt")]
-    turns = prompt + _read_turns(record, "completion")
-    return _build(record, turns, ("prompt", "completion"), set(), "a record of prompt, completion")
+    completion = _read_turns(record, "completion")
+    _check_has_answer(record.place, completion, "completion")
+    used, owner = ("prompt", "completion"), "a record of prompt and completion"
+    return _build(record, prompt + completion, used, set(), owner)
 
 
 def check_template_reads(conversation: Conversation, template: str) -> None:
@@ -96,12 +99,15 @@ def _read_turns(record: Record, column: str) -> list[Turn]:
     ]
 
 
+def _check_has_answer(place: str, turns: Sequence[Turn], column: str) -> None:
+    if not any(turn.message["role"] == ASSISTANT for turn in turns):
+        raise DataError(f"{place}: {column} has no assistant turn, so there is nothing to learn")
+
+
 def _build(
     record: Record, turns: list[Turn], used: tuple[str, ...], repeats: set[str], owner: str
 ) -> ChatRecord:
     place, columns = record.place, record.columns
-    if not any(turn.message["role"] == ASSISTANT for turn in turns):
-        raise DataError(f"{place}: {used[-1]} has no assistant turn, so there is nothing to learn")
     ignored = check_keys(place, columns, (*used, *BESIDE, *repeats), owner=owner)
     system = _system_turn(record, turns[0])
     turns = [*system, *turns]

@@ -12,7 +12,7 @@ from megablocks_utils.training.data.conversation import Conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GENERATED", "ChatTemplate", "Message"]
+__all__ = ["GENERATED", "GENERATION_TAG", "RENDERING_LIMIT_S", "ChatTemplate", "Message"]
 
 Message = dict[str, Any]
 
@@ -21,7 +21,7 @@ RENDERING_LIMIT_S = 10.0
 GENERATED = ("\U0010fffc", "\U0010fffd")
 """What stands before and after text that a template marks as generated, where that is asked for."""
 
-_GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
+GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 _MARKING = (
     "{% macro show_generated_text__() %}"
     f"{{{{ '{GENERATED[0]}' }}}}{{{{ caller() }}}}{{{{ '{GENERATED[1]}' }}}}"
@@ -48,7 +48,7 @@ class ChatTemplate:
 
     def marks_generated(self, conversation: Conversation) -> bool:
         """Say whether the template says itself what the assistant generates."""
-        return bool(_GENERATION_TAG.search(self._sources[conversation.tools is not None]))
+        return bool(GENERATION_TAG.search(self._sources[conversation.tools is not None]))
 
     def render(
         self,
@@ -72,12 +72,18 @@ class ChatTemplate:
         has_tools = conversation.tools is not None
         source = (self._marking if shows_generated else self._sources)[has_tools]
 
+        def refused(reason: str) -> DataError:
+            return DataError(
+                f"{conversation.place}: the tokenizer's chat template refuses these messages: "
+                f"{reason}"
+            )
+
         def apply(given: Sequence[Message]) -> str:
-            with ForeignCode(lambda reason: _refused(conversation, reason), limit_s=self.limit_s):
+            with ForeignCode(refused, limit_s=RENDERING_LIMIT_S):
                 return str(
                     self._tokenizer.apply_chat_template(
                         list(given),
-                        tools=conversation.tools,
+                        tools=None if conversation.tools is None else list(conversation.tools),
                         chat_template=source,
                         tokenize=False,
                         add_generation_prompt=add_generation_prompt,
@@ -97,8 +103,6 @@ class ChatTemplate:
             text = apply(given)
             self._text_arguments = True
             return text
-
-    limit_s = RENDERING_LIMIT_S
 
     def _find(self, has_tools: bool) -> str:
         template = self._tokenizer.chat_template
@@ -124,19 +128,13 @@ class ChatTemplate:
         return template
 
 
-def _refused(conversation: Conversation, reason: str) -> DataError:
-    return DataError(
-        f"{conversation.place}: the tokenizer's chat template refuses these messages: {reason}"
-    )
-
-
 def _show_generated(source: str) -> str:
     """Return a template that writes `GENERATED` around what it marks as generated."""
 
     def replace(match: re.Match[str]) -> str:
         return f"{{%{match[1]} {_TAGS[match[2]]} {match[3]}%}}"
 
-    return _MARKING + _GENERATION_TAG.sub(replace, source)
+    return _MARKING + GENERATION_TAG.sub(replace, source)
 
 
 def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:

@@ -6,7 +6,7 @@ communication.
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import partial
@@ -32,6 +32,7 @@ from megablocks_utils.training.data.token_key import (
     file_state,
     token_key,
 )
+from megablocks_utils.training.data.training_templates import choose_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,16 +121,26 @@ def load_examples(
     wait.
 
     Args:
-        config: ``data_path`` and ``max_seq_length`` are read.
-        tokenizer: may be None for data that is already tokenized.
+        config: ``data_path``, ``chat_template`` and ``max_seq_length`` are read.
+        tokenizer: may be None for data that is already tokenized. It is left with the chat template
+            that it is to be saved with.
         launch: which process this is.
         today: the day that a chat template which asks for the date is told; None: that of now.
 
     Raises:
-        DataError: on every rank: the source or a record is unusable, or no example is left.
+        ConfigurationError: on every rank: there is no such chat template.
+        DataError: likewise: the source or a record is unusable, or no example is left.
     """
+    template = raise_on_all_ranks(lambda: choose_chat_template(config.chat_template, tokenizer))
+    with template.in_use():
+        prepare = partial(_prepare, config, tokenizer, today or date.today())
+        return _load_tokens(config, prepare, launch)
+
+
+def _load_tokens(
+    config: "DataConfig", prepare: Callable[[], PreparedTokens], launch: LaunchEnvironment
+) -> TokenizedExamples:
     host = socket.gethostname()
-    prepare = partial(_prepare, config, tokenizer, today or date.today())
     prepared = gather_from_all_ranks(lambda: (host, prepare() if launch.local_rank == 0 else None))
     near = [tokens for name, tokens in prepared[: launch.rank + 1] if tokens and name == host]
     seen = near[-1] if near and near[-1].folder.is_dir() else None

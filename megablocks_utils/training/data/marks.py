@@ -70,6 +70,10 @@ class MarkedMessages:
             self._mark_message(number, message) for number, message in enumerate(messages)
         ]
 
+    def count(self, message: int) -> int:
+        """Return how many texts of a message are marked."""
+        return self._owners.count(message)
+
     def read(self, rendering: str) -> MarkedRendering | None:
         """Return where the messages stand in a rendering; None where they stand in one another."""
         pieces, position, length = [], 0, 0

@@ -6,11 +6,11 @@ import os
 import random
 import tracemalloc
 from datetime import date
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megablocks_utils.config import DataConfig
 from megablocks_utils.errors import DataError
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data import examples as examples_module
@@ -37,7 +37,7 @@ def write(path, records):
 
 
 def load(data_path, tokenizer=None, max_seq_length=4096):
-    config = SimpleNamespace(data_path=data_path, max_seq_length=max_seq_length)
+    config = DataConfig(data_path=data_path, max_seq_length=max_seq_length)
     return load_examples(config, tokenizer)
 
 
@@ -150,7 +150,7 @@ def test_whatever_makes_tokens_makes_new_ones(tmp_path, monkeypatch):
 
 def test_a_template_is_told_the_day_that_is_given(tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    config = SimpleNamespace(
+    config = DataConfig(
         data_path=write(tmp_path / "d.jsonl", [{"messages": turns}]), max_seq_length=4096
     )
     template = "{% if strftime_now is defined %}{{ strftime_now( '%d.%m.%Y %H:%M') }}{% endif %}"
@@ -288,7 +288,7 @@ def _load_on_a_rank(rank, path, cache):
     reads = []
     read_records = examples_module.read_records
     examples_module.read_records = lambda name: reads.append(name) or read_records(name)
-    config = SimpleNamespace(data_path=path, max_seq_length=4096)
+    config = DataConfig(data_path=path, max_seq_length=4096)
     try:
         launch = LaunchEnvironment(rank=rank, local_rank=rank, world_size=2)
         examples = load_examples(config, tiny_tokenizer(), launch)

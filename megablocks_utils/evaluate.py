@@ -223,8 +223,10 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     if options.ask and tokenizer is None:
         raise ConfigurationError(f"--ask is given, but {folder} has no tokenizer.")
     examples = load_examples(options.data, tokenizer)
-    for note in examples.notes:
-        sys.stderr.write(f"{note}\n")
+    notes = list(examples.notes)
+    if examples.ignored_keys:
+        notes.append(f"ignored: {', '.join(examples.ignored_keys)}: no meaning for training")
+    sys.stderr.writelines(f"{note}\n" for note in notes)
     examples.check_vocabulary(bare.config.vocab_size)
     model = load_model(str(folder), adapter)
     loss = held_out_loss(model, examples)

@@ -110,26 +110,25 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         CheckpointError: a file that cannot be read.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from megablocks_utils.checkpoint.foreign_code import ForeignCode
     from megablocks_utils.checkpoint.library_output import (
         filter_peft_warnings,
         without_transformers_bars,
     )
 
-    try:
-        with without_transformers_bars(), filter_peft_warnings():
-            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-            if adapter_path is not None:
-                from peft import PeftModel
+    found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
+    with (
+        ForeignCode(lambda reason: CheckpointError(f"{found} cannot be loaded: {reason}")),
+        without_transformers_bars(),
+        filter_peft_warnings(),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        if adapter_path is not None:
+            from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
-    except (OSError, ValueError, SafetensorError) as error:
-        found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
-        raise CheckpointError(
-            f"{found} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+            model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
     return model.eval()
 
 

@@ -18,8 +18,8 @@ __all__ = ["Fuzzer", "Result", "judge"]
 
 TOLERANCE = 1e-6
 SECONDS = 60.0
-NOT_A_SENTENCE = re.compile(r"Warning|^\[\w+\]|^  |^W\d{4} |^\[W")
-"""Lines of libraries, which may stand beside the sentence."""
+NOT_A_SENTENCE = re.compile(r"Warning|^\[\w+\]|^  |^W\d{4} |^\[W|^\w+: \d+/\d+ |^warning: ")
+"""Lines of libraries and of progress, which may stand beside the sentence."""
 
 
 @dataclass(frozen=True)

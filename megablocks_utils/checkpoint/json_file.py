@@ -158,13 +158,14 @@ class JsonObject:
             return value
         raise self._fault(name, value, wanted)
 
-    def number(self, name: str) -> float:
-        """Return a finite number, 0 or more."""
-        value = self._value(name, "a number of 0 or more")
+    def number(self, name: str, *, maximum: float = MAX_NUMBER) -> float:
+        """Return a number from 0 to `maximum`."""
+        wanted = f"a number from 0 to {maximum:g}"
+        value = self._value(name, wanted)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and 0 <= value <= MAX_NUMBER:
+        if is_number and 0 <= value <= maximum:
             return value
-        raise self._fault(name, value, "a number of 0 or more")
+        raise self._fault(name, value, wanted)
 
     def section(self, name: str) -> "JsonObject":
         """Return an object within this one."""

@@ -20,6 +20,7 @@ DATE_KEY = "template_date"
 """Within it: the day that a chat template was told; null for one that does not ask for it."""
 
 _LEAST_SEED = -(2**63)
+_LONGEST_RUN_S = 1e10
 
 
 def read_run_manifest(folder: Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def read_run_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     contents = JsonObject(folder / MANIFEST_NAME, manifest)
     contents.whole_number("world_size", minimum=1)
-    contents.number("train_runtime_s")
+    contents.number("train_runtime_s", maximum=_LONGEST_RUN_S)
     mesh = contents.section("mesh")
     for axis in mesh.values:
         mesh.whole_number(axis, minimum=1)

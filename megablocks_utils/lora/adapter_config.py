@@ -32,7 +32,8 @@ _WITHOUT_EFFECT = (
     *("lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "qalora_group_size", "megatron_core", "velora_config"),
 )
-# Initialisations of an adapter that change the base weights as well.
+# Beginnings of new adapters; and those that change the base weights as well.
+_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _BIASES = ("none", "all", "lora_only")
 
@@ -128,6 +129,11 @@ def _refuse_more_than_lora(path: Path, settings: Mapping[str, Any], version: str
         raise CheckpointError(
             f"{path} sets init_lora_weights to {show_value(method)}, which changes the base weights"
             " too: save it as plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if not (method is None or isinstance(method, bool) or method in _BEGINNINGS):
+        raise CheckpointError(
+            f"{path} sets init_lora_weights to {show_value(method)}, wanted is true, false or"
+            f" one of {', '.join(_BEGINNINGS)}"
         )
 
 

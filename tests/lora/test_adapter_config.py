@@ -78,17 +78,22 @@ PLAIN = "only plain LoRA is read"
             "sets init_lora_weights to 'pissa_niter_4', which changes the base weights too: save it"
             " as plain LoRA with PEFT's path_initial_model_for_weight_conversion",
         ),
+        (
+            {"init_lora_weights": 3},
+            "sets init_lora_weights to 3, wanted is true, false or one of gaussian, eva,"
+            " orthogonal, mica",
+        ),
         ({"r": 0}, "has r 0, wanted is a whole number of 1 or more"),
         ({"r": None}, "has r None, wanted is a whole number of 1 or more"),
         ({"r": 4.0}, "has r 4.0, wanted is a whole number of 1 or more"),
         ({"r": True}, "has r True, wanted is a whole number of 1 or more"),
-        ({"lora_alpha": "8"}, "has lora_alpha '8', wanted is a number of 0 or more"),
+        ({"lora_alpha": "8"}, "has lora_alpha '8', wanted is a number from 0 to 1e+300"),
         ({"lora_alpha": 0}, "has lora_alpha 0, wanted is a number above 0"),
         ({"lora_alpha": float("inf")}, "is not valid JSON: Infinity is no number of JSON"),
         ({"rank_pattern": [4]}, "has rank_pattern [4], wanted is an object"),
         (
             {"alpha_pattern": {"q_proj": -1}},
-            "has alpha_pattern q_proj -1, wanted is a number of 0 or more",
+            "has alpha_pattern q_proj -1, wanted is a number from 0 to 1e+300",
         ),
         (
             {"rank_pattern": {"q_(proj": 4}},

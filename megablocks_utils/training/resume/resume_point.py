@@ -116,7 +116,7 @@ def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoi
     mine = sorted(files)[launch.rank :: launch.world_size]
     raise_on_all_ranks(lambda: check_files(folder, files, mine))
     point = ResumePoint(folder, manifest)
-    broadcast_from_rank0(lambda: _check_metrics(point.metrics_path))
+    broadcast_from_rank0(lambda: _check_metrics(point))
     return point
 
 
@@ -129,12 +129,13 @@ def choose_template_date(resume: ResumePoint | None) -> date:
     return day or broadcast_from_rank0(date.today)
 
 
-def _check_metrics(path: Path) -> None:
-    """Refuse metrics of the steps done that cannot be continued.
+def _check_metrics(point: ResumePoint) -> None:
+    """Refuse metrics that are not those of the steps done.
 
     Raises:
-        CheckpointError: a line that is not the metrics of a step.
+        CheckpointError: a line that is not the metrics of a step, or a step too many or too few.
     """
+    path = point.metrics_path
     try:
         lines = read_metrics(path)
     except OSError as error:
@@ -148,6 +149,8 @@ def _check_metrics(path: Path) -> None:
                 raise CheckpointError(
                     f"{path} has {name} {show_value(value)} in a line, wanted is a number"
                 )
+    if len(lines) != point.step or any(line.step != n for n, line in enumerate(lines, start=1)):
+        raise CheckpointError(f"{path} does not hold each of the {point.step} steps done once")
 
 
 def rank_file_name(rank: int) -> str:

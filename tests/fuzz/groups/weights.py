@@ -253,8 +253,8 @@ def index_cases(generator: Random) -> Iterator[Case]:
     }.items():
         yield case(name, lambda _, v=value: v)
     yield case("another size", lambda index: index | {"metadata": {"total_size": 1}}, "same")
-    yield case("metadata text", lambda index: index | {"metadata": "x"}, "same")
-    yield case("a name lacking", lambda index: _dropped(index))
+    yield case("metadata text", lambda index: index | {"metadata": "x"})
+    yield case("a name lacking", lambda index: _dropped(index), "same")
     yield case("a name more", lambda i: {"weight_map": i["weight_map"] | {"zz": SHARD}})
     for name, content in RAW_JSON.items():
         yield case(f"raw: {name}", lambda _, c=content: c)

@@ -1,19 +1,23 @@
 """What the manifest of a run's checkpoint says besides its files, checked name by name."""
 
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megablocks_utils.checkpoint.json_file import JsonObject
+from megablocks_utils.checkpoint.json_file import JsonObject, show_value
 from megablocks_utils.checkpoint.manifest import read_manifest
+from megablocks_utils.errors import CheckpointError
 from megablocks_utils.processes.output_folder import MANIFEST_NAME
 
-__all__ = ["BASE_KEY", "COMPATIBILITY_KEY", "adapters_of", "read_run_manifest"]
+__all__ = ["BASE_KEY", "COMPATIBILITY_KEY", "DATE_KEY", "adapters_of", "read_run_manifest"]
 
 COMPATIBILITY_KEY = "continuity"
 """Of what a resumed run must share with the one that wrote the manifest, in format 1."""
 BASE_KEY = "base_sha256"
 """Within it: fingerprint of the model that adapters were trained on; earlier versions had none."""
+DATE_KEY = "template_date"
+"""Within it: the day that a chat template was told; null for one that does not ask for it."""
 
 _LEAST_SEED = -(2**63)
 _LONGEST_RUN_S = 1e10
@@ -58,6 +62,18 @@ def _check_facts(facts: JsonObject) -> None:
     facts.optional("lora")
     if BASE_KEY in facts:
         facts.text(BASE_KEY)
+    if DATE_KEY in facts:
+        _check_day(facts)
+
+
+def _check_day(facts: JsonObject) -> None:
+    day = facts.text(DATE_KEY)
+    try:
+        date.fromisoformat(day)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{facts.path} has {DATE_KEY} {show_value(day)}, wanted is a day as 2026-11-30"
+        ) from error
 
 
 def _check_adapters(lora: JsonObject) -> None:

@@ -54,6 +54,8 @@ def read_value(
         values = ["True"]
     if not values:
         raise ConfigurationError(f"{flag} has no value, but it must be {describe_wanted(option)}.")
+    if any("\0" in value for value in values):
+        raise ConfigurationError(f"{flag} holds a NUL character, but it must be text without one.")
     if option.kind == "texts":
         return tuple(convert_value(option, flag, value) for value in values)
     if option.kind == "words":

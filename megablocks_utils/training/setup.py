@@ -34,7 +34,11 @@ from megablocks_utils.training.resume.resume_compatibility import (
     check_compatibility,
     describe_compatibility,
 )
-from megablocks_utils.training.resume.resume_point import ResumePoint, find_resume_point
+from megablocks_utils.training.resume.resume_point import (
+    ResumePoint,
+    choose_template_date,
+    find_resume_point,
+)
 from megablocks_utils.training.same_run import (
     ADAPTER_FILES,
     Input,
@@ -158,7 +162,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = _load_data(config, tokenizer, model, launch, console)
+    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
     answer_end = _let_generation_stop(config, examples, tokenizer, model)
     fingerprint = _check_same_inputs(config, folder, examples)
     compatibility = describe_compatibility(
@@ -264,9 +268,12 @@ def _load_data(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     launch: LaunchEnvironment,
+    resume: ResumePoint | None,
+    *,
     console: Console,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer, launch)
+    today = choose_template_date(resume)
+    examples = load_examples(config.data, tokenizer, launch, today=today)
     raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)

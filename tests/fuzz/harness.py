@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from tests.fuzz.cases import Case, Verdict
 from tests.fuzz.ground import BASES, INPUTS, build_inputs, command_words, input_path
 from tests.fuzz.sandbox import Outcome, run_command
 
-__all__ = ["Fuzzer", "Result"]
+__all__ = ["Fuzzer", "Result", "judge"]
 
 TOLERANCE = 1e-6
 SECONDS = 60.0
-NOT_A_SENTENCE = re.compile(r"Warning|^\[\w+\]|^  |^W\d{4} |^\[W")
-"""Lines of libraries, which may stand beside the sentence."""
+NOT_A_SENTENCE = re.compile(r"Warning|^\[\w+\]|^  |^W\d{4} |^\[W|^\w+: \d+/\d+ |^warning: ")
+"""Lines of libraries and of progress, which may stand beside the sentence."""
 
 
 @dataclass(frozen=True)
@@ -112,28 +112,11 @@ class Fuzzer:
             case.mutations[name](place)
 
     def _judge(self, case: Case, outcome: Outcome, folder: Path) -> Result:
-        verdict = self._verdict(case, outcome, folder / "out")
+        verdict = judge(case, outcome, folder / "out", partial(self._wanted_result, case.base))
         lines = [line for line in outcome.stderr.splitlines() if line.strip()]
         said = lines[-1] if lines else ""
         shutil.rmtree(folder, ignore_errors=True)
         return Result(case, verdict, outcome.code, outcome.seconds, said)
-
-    def _verdict(self, case: Case, outcome: Outcome, out: Path) -> Verdict:
-        if outcome.is_hang:
-            return "hang"
-        if "Traceback (most recent call last)" in outcome.stderr:
-            return "traceback"
-        if outcome.code in case.codes:
-            return _judge_refusal(outcome, out)
-        if outcome.code != 0:
-            return "other"
-        if case.expected == "refused":
-            return "taken"
-        if case.expected == "same":
-            found = BASES[case.base].read_result(out, outcome.stdout)
-            if not _is_same(found, self._wanted_result(case.base)):
-                return "changed"
-        return "accepted"
 
     def _wanted_result(self, base: str) -> Any:
         if base not in self._wanted:
@@ -143,6 +126,32 @@ class Fuzzer:
                 raise RuntimeError(f"the unmutated {base} fails:\n{outcome.stderr}")
             self._wanted[base] = BASES[base].read_result(folder / "out", outcome.stdout)
         return self._wanted[base]
+
+
+def judge(case: Case, outcome: Outcome, out: Path, wanted: Callable[[], Any]) -> Verdict:
+    """Say what came of a case.
+
+    Args:
+        case: what was run.
+        outcome: how its process ended.
+        out: its output folder or file.
+        wanted: returns the result of the unmutated input.
+    """
+    if outcome.is_hang:
+        return "hang"
+    if "Traceback (most recent call last)" in outcome.stderr:
+        return "traceback"
+    if outcome.code in case.codes:
+        return _judge_refusal(outcome, out)
+    if outcome.code != 0:
+        return "other"
+    if case.expected == "refused":
+        return "taken"
+    if case.expected == "same":
+        found = BASES[case.base].read_result(out, outcome.stdout)
+        if not _is_same(found, wanted()):
+            return "changed"
+    return "accepted"
 
 
 def _judge_refusal(outcome: Outcome, out: Path) -> Verdict:

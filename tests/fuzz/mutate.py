@@ -121,7 +121,8 @@ def json_mutations(
     places = list(_places(value))
     for index in range(number):
         path = generator.choice(places)
-        odd = deepcopy(generator.choice(ODD_VALUES))
+        odd = generator.choice(ODD_VALUES)
+        odd = odd if odd is MISSING else deepcopy(odd)
         where = ".".join(map(str, path))
         shown = "missing" if odd is MISSING else repr(odd)
         yield f"{index} {where}={shown}"[:90], odd, set_value(path, odd)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY
+from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY, DATE_KEY
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.record import flatten_learned
 from megablocks_utils.errors import ConfigurationError
@@ -57,6 +57,7 @@ class ResumeCompatibility:
         dtypes: of trained weights and of Adam's states.
         lora: rank, strength and places of the adapters; None without.
         base_sha256: fingerprint of the frozen model under them; None without.
+        template_date: the day that the chat template was told; None where it does not ask for it.
     """
 
     model_type: str
@@ -68,6 +69,7 @@ class ResumeCompatibility:
     dtypes: dict[str, str]
     lora: dict[str, Any] | None
     base_sha256: str | None
+    template_date: str | None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -98,6 +100,7 @@ def describe_compatibility(
         dtypes={"weights": precision.adapter, "optim": precision.optim},
         lora=None if lora is None else _describe_lora(lora),
         base_sha256=base_sha256,
+        template_date=examples.template_date,
     )
 
 
@@ -117,6 +120,8 @@ def check_compatibility(
     """
     stored, step = manifest[COMPATIBILITY_KEY], manifest["step"]
     _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
+    if own.template_date and not stored.get(DATE_KEY):
+        _check_undated(stored, own)
     for name, (clause, parameters) in _CLAUSES.items():
         found, wanted = getattr(own, name), stored.get(name)
         if found != wanted and not (name == BASE_KEY and wanted is None):
@@ -130,6 +135,17 @@ def check_compatibility(
             f"max_steps or num_train_epochs give {schedule.num_steps} steps, but the checkpoint to "
             f"resume from has done {step}.",
             parameters=("max_steps", "num_train_epochs"),
+        )
+
+
+def _check_undated(stored: Mapping[str, Any], own: ResumeCompatibility) -> None:
+    """Name the date as what has changed in the data, where a checkpoint does not say its own."""
+    if own.data_sha256 != stored["data_sha256"] and own.num_examples == stored["num_examples"]:
+        raise ConfigurationError(
+            f"the chat template writes the date ({own.template_date}) into the examples, and the "
+            "checkpoint to resume from does not say which date it had; give a template with that "
+            "date written out as chat_template.",
+            parameters=("chat_template",),
         )
 
 

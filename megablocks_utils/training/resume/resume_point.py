@@ -2,12 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from megablocks_utils.checkpoint.json_file import show_value
 from megablocks_utils.checkpoint.manifest import check_files
-from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY, read_run_manifest
+from megablocks_utils.checkpoint.run_manifest import (
+    BASE_KEY,
+    COMPATIBILITY_KEY,
+    DATE_KEY,
+    read_run_manifest,
+)
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import METRICS_NAME
@@ -19,7 +25,13 @@ from megablocks_utils.training.resume.random_states import restore_random_states
 from megablocks_utils.training.resume.resume_compatibility import changed_options
 from megablocks_utils.training.resume.run_state import RunState
 
-__all__ = ["ResumePoint", "find_resume_point", "rank_file_name", "restore_run"]
+__all__ = [
+    "ResumePoint",
+    "choose_template_date",
+    "find_resume_point",
+    "rank_file_name",
+    "restore_run",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,12 @@ class ResumePoint:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.manifest["step"]
+
+    @property
+    def template_date(self) -> date | None:
+        """The day that its chat template was told; None where none was."""
+        day = self.manifest[COMPATIBILITY_KEY].get(DATE_KEY)
+        return None if day is None else date.fromisoformat(day)
 
     @property
     def metrics_path(self) -> Path:
@@ -100,6 +118,15 @@ def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoi
     point = ResumePoint(folder, manifest)
     broadcast_from_rank0(lambda: _check_metrics(point))
     return point
+
+
+def choose_template_date(resume: ResumePoint | None) -> date:
+    """Return the day that chat templates are told: that of the run's start, also when it resumes.
+
+    **Collective:** every rank must call.
+    """
+    day = None if resume is None else resume.template_date
+    return day or broadcast_from_rank0(date.today)
 
 
 def _check_metrics(point: ResumePoint) -> None:

@@ -108,7 +108,7 @@ def _odd_values(option: Option) -> Iterator[tuple[str, Expected]]:
         is_endless = option.name in ("max_steps", "num_train_epochs")
         yield from ((value, "refused" if is_endless else "any") for value in ENDLESS)
     else:
-        yield from ((value, "any") for value in (*NO_CHOICES, *NO_PATHS))
+        yield from ((value, "any") for value in dict.fromkeys((*NO_CHOICES, *NO_PATHS)))
 
 
 def _evaluate_cases() -> Iterator[Case]:

@@ -8,23 +8,33 @@ had no part in it.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megablocks_utils.config import DataConfig
+from megablocks_utils.config import (
+    DataConfig,
+    ModelConfig,
+    PrecisionConfig,
+    RunConfig,
+    resolve_precision,
+)
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options, same_option
 from megablocks_utils.config.reader import build_section, choose_model, read_command
-from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from megablocks_utils.training.data.batches import MicroBatch
     from megablocks_utils.training.data.examples import TokenizedExamples
+    from megablocks_utils.training.model_source import ModelSource
 
 __all__ = [
     "COMMAND",
@@ -43,21 +53,15 @@ TOKENS_PER_ROW = 1024
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Hold the options."""
+    """Hold the options; `data` has those that training shares."""
 
-    data_path: Annotated[
-        str,
-        same_option(DataConfig, "data_path", help="held-out examples, as the scripts read them"),
-    ]
+    data: DataConfig
     model_name_or_path: Annotated[
         str | None, Option("MODEL, as the scripts name it", metavar="MODEL")
     ] = None
     adapter: Annotated[
         str | None, Option("folder of a PEFT adapter to put over the model", metavar="DIR")
     ] = None
-    max_seq_length: Annotated[int, same_option(DataConfig, "max_seq_length")] = (
-        DataConfig.max_seq_length
-    )
     max_new_tokens: Annotated[int, Option("tokens of each answer at most", minimum=1)] = 48
     ask: Annotated[
         tuple[str, ...],
@@ -69,6 +73,23 @@ class EvaluateOptions:
     ] = ()
 
 
+def _options() -> tuple[Option, ...]:
+    """Return the options: those of data but for the order, which no loss depends on, and more."""
+    data_path = same_option(
+        DataConfig,
+        "data_path",
+        help="held-out examples, as the scripts read them",
+        default=None,
+        is_required=True,
+    )
+    others = [
+        option
+        for option in list_options(EvaluateOptions)
+        if option.name not in (data_path.name, "shuffle")
+    ]
+    return (data_path, *others)
+
+
 COMMAND = Command(
     usage=("python -m megablocks_utils.evaluate MODEL --data_path DATA [--option value] ...",),
     about=(
@@ -76,15 +97,20 @@ COMMAND = Command(
         "plain transformers and PEFT. The result is one JSON object: loss, label_tokens, examples, "
         "answers.",
     ),
-    options=list_options(EvaluateOptions),
+    options=_options(),
     positional="MODEL",
     positional_help="Hub name or local folder",
 )
 
 
 def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedModel":
-    """Load a model, and a PEFT adapter over it, in fp32 for evaluation."""
+    """Load a model, and a PEFT adapter over it, in fp32 for evaluation.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from megablocks_utils.checkpoint.library_output import (
@@ -92,12 +118,18 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         without_transformers_bars,
     )
 
-    with without_transformers_bars(), filter_peft_warnings():
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-        if adapter_path is not None:
-            from peft import PeftModel
+    try:
+        with without_transformers_bars(), filter_peft_warnings():
+            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+            if adapter_path is not None:
+                from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
+                model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
+    except (OSError, ValueError, SafetensorError) as error:
+        found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
+        raise CheckpointError(
+            f"{found} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     return model.eval()
 
 
@@ -151,7 +183,7 @@ def greedy_answer(
     import torch
     from transformers import GenerationMixin
 
-    from megablocks_utils.training.data.formats import alpaca_prompt
+    from megablocks_utils.training.data.alpaca import alpaca_prompt
 
     assert isinstance(model, GenerationMixin)
     inputs = tokenizer(alpaca_prompt(instruction), return_tensors="pt").to(model.device)
@@ -169,35 +201,54 @@ def greedy_answer(
 def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     """Return `loss`, `label_tokens`, `examples` and `answers` of a model.
 
+    Model, adapter and data pass the checks that a training run would make of them.
+
     Raises:
-        CheckpointError: a model or adapter that is not there.
-        ConfigurationError: questions for a model without a tokenizer.
+        CheckpointError: a model or adapter that is not there or damaged, or without a loss.
+        ConfigurationError: a model of a kind that is not supported; questions for a model without a
+            tokenizer.
         DataError: examples that cannot be used.
     """
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
-    from megablocks_utils.lora.adapter_reader import resolve_adapter_folder
+    from megablocks_utils.lora.adapter_reader import open_adapter
     from megablocks_utils.training.data.examples import load_examples
 
     folder = resolve_checkpoint_folder(model_path)
-    adapter = None if options.adapter is None else str(resolve_adapter_folder(options.adapter))
+    bare = _build_source(model_path, folder).model
+    adapter = None
+    if options.adapter is not None:
+        adapter = str(open_adapter(options.adapter, bare).index.folder)
     tokenizer = load_tokenizer(folder)
-    data = DataConfig(options.data_path, max_seq_length=options.max_seq_length)
-    examples = load_examples(data, tokenizer)
     if options.ask and tokenizer is None:
         raise ConfigurationError(f"--ask is given, but {folder} has no tokenizer.")
+    examples = load_examples(options.data, tokenizer)
+    for note in examples.notes:
+        sys.stderr.write(f"{note}\n")
+    examples.check_vocabulary(bare.config.vocab_size)
     model = load_model(str(folder), adapter)
-    result = {
-        "loss": held_out_loss(model, examples),
-        "label_tokens": int(examples.num_label_tokens.sum()),
-        "examples": len(examples),
-    }
+    loss = held_out_loss(model, examples)
+    if not math.isfinite(loss):
+        raise CheckpointError(
+            f"the loss of {folder} on {options.data.data_path} is {loss}: the model, or the "
+            "adapter over it, holds values that are not finite or too large"
+        )
     answers = {
         text: greedy_answer(model, tokenizer, text, max_new_tokens=options.max_new_tokens)
         for text in options.ask
         if tokenizer is not None
     }
-    return result | {"answers": answers}
+    label_tokens = int(examples.num_label_tokens.sum())
+    counts = {"label_tokens": label_tokens, "examples": len(examples)}
+    return {"loss": loss, **counts, "answers": answers}
+
+
+def _build_source(model_path: str, folder: "Path") -> "ModelSource":
+    """Check a model as training does, and build it without weights."""
+    from megablocks_utils.training.model_source import ModelSource
+
+    config = RunConfig(model=ModelConfig(model_path), precision=PrecisionConfig("fp32"))
+    return ModelSource(folder, config, resolve_precision(config, "cpu"))
 
 
 def parse_options(argv: Sequence[str]) -> tuple[str, EvaluateOptions]:
@@ -208,6 +259,7 @@ def parse_options(argv: Sequence[str]) -> tuple[str, EvaluateOptions]:
         ConfigurationError: for a word, name or value that cannot be used.
     """
     values, positional = read_command(argv, COMMAND)
+    values["data"] = build_section(DataConfig, values)
     options = build_section(EvaluateOptions, values)
     return choose_model(positional, options.model_name_or_path), options
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from megablocks_utils.config.adapter import DEFAULT_LORA_R, EXPERT_MODES, AdapterConfig
+from megablocks_utils.config.adapter import DEFAULT_LORA_R, EXPERT_MODE_OF, AdapterConfig
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options, same_option
 from megablocks_utils.config.parallel import check_ep_size
@@ -177,7 +177,7 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     num_experts = experts.num_experts
     assert isinstance(num_experts, int)
     check_ep_size(options.ep_size, num_experts=num_experts)
-    mode = EXPERT_MODES[options.use_lora]
+    mode = EXPERT_MODE_OF[options.use_lora]
     use = ExpertUse("cuda", find_dtype(options.dtype), mode, options.tokens)
     return use.shapes(model, experts, options.ep_size)
 

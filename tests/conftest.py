@@ -3,16 +3,20 @@
 import atexit
 import gc
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.support.rank_pool import RankPool
-
 if not torch.cuda.is_available():
-    # Triton decides once, when it is imported, and other conftests import what imports it.
+    # Triton decides once, when it is imported; what imports it must come after this.
     os.environ["TRITON_INTERPRET"] = "1"
+    assert "triton" not in sys.modules
+
+from tests.support.rank_pool import RankPool
 
 
 def pytest_configure() -> None:
@@ -23,6 +27,9 @@ def pytest_configure() -> None:
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # Tokens that tests leave there are not for this machine's user.
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

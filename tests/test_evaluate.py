@@ -1,6 +1,7 @@
 """Held-out loss against transformers' own, and the command line on a tiny saved model."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from megablocks_utils import evaluate
 from megablocks_utils.config import DataConfig
-from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.errors import CheckpointError, ConfigurationError, UserError
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.training.data.examples import load_examples
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -100,7 +101,7 @@ def test_bad_data_ends_with_exit_code_2(saved, capsys):
 def test_options(tmp_path):
     words = ["m", "--data_path", "d", "--ask", "What, really?", "--ask", "Why?", "Who?"]
     model, options = evaluate.parse_options(words)
-    assert (model, options.data_path, options.max_new_tokens) == ("m", "d", 48)
+    assert (model, options.data.data_path, options.max_new_tokens) == ("m", "d", 48)
     assert options.ask == ("What, really?", "Why?", "Who?")
     path = tmp_path / "evaluate.yaml"
     path.write_text("model_name_or_path: m\ndata_path: d\nask: ['What, really?', 'Why?', 'Who?']\n")
@@ -134,16 +135,84 @@ def test_bad_options_need_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["{folder}/none"], "the model folder {folder}/none does not exist"),
-        (["{folder}", "--adapter", "./none"], "the adapter folder ./none does not exist"),
-    ],
-)
-def test_a_model_that_is_not_there_is_named(saved, words, sentence):
-    folder, path = saved
+def _rewrite_config(**changes):
+    def apply(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return apply
+
+
+def _truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+DAMAGE = {
+    "no folder": (shutil.rmtree, ()),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ()),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ()),
+    "weights cut off": (_truncate, ()),
+    "another shape": (_rewrite_config(intermediate_size=40), ()),
+    "another layer": (_rewrite_config(num_hidden_layers=3), ()),
+    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], ()),
+    "a smaller vocabulary": (None, ("--data_path", "{folder}/large.jsonl")),
+    "nothing to learn": (None, ("--data_path", "{folder}/large.jsonl", "--max_seq_length", "2")),
+    "no data": (None, ("--data_path", "{folder}/none.jsonl")),
+    "no adapter": (None, ("--adapter", "{folder}/none")),
+    "adapter without a config": (None, ("--adapter", "{folder}")),
+}
+
+
+def _training_refusal(rank, words):
+    """The sentence with which a training run ends on the same input."""
+    import torch
+
+    from megablocks_utils.config import parse_args
+    from megablocks_utils.errors import UserError
+    from megablocks_utils.processes.launch import LaunchEnvironment
+    from megablocks_utils.training.setup import build_setup
+
+    try:
+        config = parse_args(words, entry_point="fsdp2")
+        build_setup(config, LaunchEnvironment(), torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_training_refuses_is_refused_with_its_sentence(case, saved, ranks1, tmp_path, capfd):
+    folder = shutil.copytree(saved[0], tmp_path / "model")
+    record = {"input_ids": [1, 2, 399, 400], "labels": [-100, -100, 399, 400]}
+    (folder / "large.jsonl").write_text(json.dumps(record))
+    damage, words = DAMAGE[case]
     words = [word.format(folder=folder) for word in words]
-    with pytest.raises(CheckpointError) as refusal:
-        evaluate.main([*words, "--data_path", str(path)])
-    assert str(refusal.value).rstrip(".") == sentence.format(folder=folder)
+    if "--data_path" not in words:
+        words += ["--data_path", str(saved[1])]
+    if damage is not None:
+        damage(folder)
+    with pytest.raises(UserError) as caught:
+        evaluate.main([str(folder), *words])
+    if "--adapter" in words:
+        words[words.index("--adapter")] = "--resume_adapter"
+        words += ["--use_lora", "all"]
+    words += ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "out")]
+    (trained,) = ranks1.run(_training_refusal, words)
+    assert str(caught.value) == trained
+
+
+def test_a_loss_that_is_not_finite_is_no_result(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "model")
+    model = MixtralForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[7, 3] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="is nan: the model, or the adapter over it"):
+        evaluate.main([str(folder), "--data_path", str(saved[1])])
+
+
+def test_questions_need_a_tokenizer(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigurationError, match="--ask is given, but .* has no tokenizer"):
+        evaluate.main([str(folder), "--data_path", str(saved[1]), "--ask", "Why?"])

@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
     config = parse_args(argv, entry_point="fsdp2")
     launch = check_environment(config)
     device = start_processes(launch)
-    schedule = Schedule(config, load_examples(config.data, None), launch.rank, launch.world_size)
+    examples = load_examples(config.data, None, launch)
+    schedule = Schedule(config, examples, launch.rank, launch.world_size)
     stock = StockStep(schedule, device, padded=False)
     steps = list(_train(stock, schedule, device))
     if launch.rank == 0:

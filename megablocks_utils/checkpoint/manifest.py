@@ -72,8 +72,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _check_listing(folder: Path, manifest: JsonObject) -> None:
     """Refuse a manifest that does not list, as it should, every file that is read of its folder."""
     manifest.whole_number("step")
-    path, files = manifest.path, manifest.object("files")
-    for name, file in files.objects():
+    path, files = manifest.path, manifest.section("files")
+    for name, file in files.sections():
         file.whole_number("bytes")
         file.text("sha256")
         if not is_plain_name(name):

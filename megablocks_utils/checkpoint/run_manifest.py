@@ -28,14 +28,14 @@ def read_run_manifest(folder: Path) -> dict[str, Any]:
     contents = JsonObject(folder / MANIFEST_NAME, manifest)
     contents.whole_number("world_size", minimum=1)
     contents.number("train_runtime_s")
-    mesh = contents.object("mesh")
+    mesh = contents.section("mesh")
     for axis in mesh.values:
         mesh.whole_number(axis, minimum=1)
-    options, facts = contents.object("options"), contents.object(COMPATIBILITY_KEY)
+    options, facts = contents.section("options"), contents.section(COMPATIBILITY_KEY)
     _check_facts(facts)
     if "lora" in facts:
-        _check_adapters(facts.object("lora"))
-        options.object("model").text("model_name_or_path")
+        _check_adapters(facts.section("lora"))
+        options.section("model").text("model_name_or_path")
     return manifest
 
 
@@ -51,7 +51,7 @@ def _check_facts(facts: JsonObject) -> None:
     facts.whole_number("num_examples")
     facts.whole_number("global_batch", minimum=1)
     facts.flag("shuffle")
-    dtypes = facts.object("dtypes")
+    dtypes = facts.section("dtypes")
     for name in dtypes.values:
         dtypes.text(name)
     facts.optional("lora")
@@ -63,6 +63,6 @@ def _check_adapters(lora: JsonObject) -> None:
     lora.whole_number("r", minimum=1)
     lora.number("lora_alpha")
     lora.texts("target_modules")
-    ranks = lora.object("expert_ranks")
+    ranks = lora.section("expert_ranks")
     for name in ranks.values:
         ranks.whole_number(name, minimum=1)

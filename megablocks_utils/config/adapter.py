@@ -5,10 +5,10 @@ from typing import Annotated
 
 from megablocks_utils.config.option import Option
 
-__all__ = ["DEFAULT_LORA_ALPHA", "DEFAULT_LORA_R", "EXPERT_MODES", "AdapterConfig"]
+__all__ = ["DEFAULT_LORA_ALPHA", "DEFAULT_LORA_R", "EXPERT_MODE_OF", "AdapterConfig"]
 
 DEFAULT_LORA_R = DEFAULT_LORA_ALPHA = 16
-EXPERT_MODES = {"none": "full", "attn-only": "frozen", "mlp-only": "lora", "all": "lora"}
+EXPERT_MODE_OF = {"none": "full", "attn-only": "frozen", "mlp-only": "lora", "all": "lora"}
 """Which expert parameters are trained: all ("full"), none or adapters, by `use_lora`."""
 
 
@@ -29,7 +29,7 @@ class AdapterConfig:
         Option(
             "train low-rank adapters on the attention, on the experts (mlp-only) or on both, "
             "everything else frozen; none trains all weights",
-            choices=tuple(EXPERT_MODES),
+            choices=tuple(EXPERT_MODE_OF),
         ),
     ] = "none"
     lora_r: Annotated[
@@ -84,4 +84,4 @@ class AdapterConfig:
     @property
     def expert_mode(self) -> str:
         """Which expert parameters are trained: "full", "frozen" or "lora"."""
-        return EXPERT_MODES[self.use_lora]
+        return EXPERT_MODE_OF[self.use_lora]

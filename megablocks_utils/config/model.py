@@ -30,6 +30,15 @@ class DataConfig:
     data_path: Annotated[
         str, Option("local .json, .jsonl or .parquet file, or a Hub dataset name", metavar="DATA")
     ] = "data/alpaca_sample.json"
+    chat_template: Annotated[
+        str | None,
+        Option(
+            "chat template of conversations: a .jinja file, or the name of a training template "
+            "(data/README.md lists them)",
+            metavar="TEMPLATE",
+            shown_default="the tokenizer's",
+        ),
+    ] = None
     max_seq_length: Annotated[
         int,
         Option("tokens of an example; longer ones are cut, and counted in the log", minimum=2),

@@ -17,6 +17,7 @@ _NAMES = {
     "lora_r": "lora_rank lora_dim rank r",
     "resume_adapter": "adapter_name_or_path lora_model_dir adapter_path",
     "precision": "bf16 fp16 mixed_precision amp half",
+    "chat_template": "template chat_template_path chat_template_jinja chat_template_file",
     "max_seq_length": "sequence_len seq_len seq_length sequence_length max_seq_len max_length"
     " model_max_length cutoff_len block_size context_length",
     "per_device_train_batch_size": "micro_batch_size batch_size train_batch_size bs mbs"
@@ -62,7 +63,7 @@ SYNONYMS = MappingProxyType(
 
 PLANNED = frozenset(
     (
-        *("data_weights", "dataset_config", "dataset_split", "chat_template", "packing"),
+        *("data_weights", "dataset_config", "dataset_split", "packing"),
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
         *("early_stopping_patience", "attn_implementation", "freeze_router"),
         *("router_bias_update_rate", "expert_load_steps", "dp_replicate_size", "tp_size"),

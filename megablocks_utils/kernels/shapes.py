@@ -7,11 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megablocks_utils.config.adapter import EXPERT_MODE_OF
 from megablocks_utils.kernels.gate import Gate, SwiGlu
 
 __all__ = ["EXPERT_MODES", "ExpertShapes", "ExpertsModule", "find_dtype", "name_dtype"]
 
-EXPERT_MODES = ("full", "frozen", "lora")
+EXPERT_MODES = tuple(dict.fromkeys(EXPERT_MODE_OF.values()))
 """Which expert parameters are trained: all weights, none, or adapters beside frozen weights."""
 
 

@@ -6,12 +6,17 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.library_errors import disk_errors_as_os_errors
 from megablocks_utils.checkpoint.writer import staged_folder
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, remove_path
+from megablocks_utils.files import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    GENERATION_CONFIG_NAME,
+    remove_path,
+)
 from megablocks_utils.lora.file_check import AdapterCheckError
 from megablocks_utils.lora.peft_format import (
     expert_key,
@@ -34,6 +39,7 @@ def export_adapter(
     *,
     base_model_name: str,
     is_writer: bool,
+    generation_config: GenerationConfig | None = None,
     check: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write adapter weights, their configuration and the tokenizer, complete or not at all.
@@ -48,6 +54,7 @@ def export_adapter(
         output_dir: the folder.
         base_model_name: what PEFT will load the adapter onto.
         is_writer: whether this rank writes.
+        generation_config: written too, if given: where generation with the adapter stops.
         check: called with the folder that holds the complete files, before they are moved into
             place. If it refuses them, they are kept in `refused_adapter` of the folder.
 
@@ -71,6 +78,8 @@ def export_adapter(
                 config.save_pretrained(str(folder))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
+                if generation_config is not None:
+                    generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
             try:
                 check(folder)
             except (AdapterCheckError, CheckpointError) as error:
@@ -101,6 +110,6 @@ def to_peft(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return linear_key(match["layer"], match["side"]), tensor
     match = _EXPERT.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name} is not a parameter of an adapter")
+        raise CheckpointError(f"{name} is not a parameter of an adapter")
     pack = pack_lora_a if match["side"] == "A" else pack_lora_b
     return expert_key(match["parameter"], match["side"]), pack(tensor).contiguous()

@@ -10,6 +10,7 @@ from megablocks_utils.config.entry_points import SCRIPTS, read_run_options
 from megablocks_utils.config.given import CommandLine, GivenOption, split_line
 from megablocks_utils.config.hints import find_slip, unknown_option
 from megablocks_utils.config.reader import build_section, choose_model, refuse_unknown, scan_words
+from megablocks_utils.config.secrets import redact_words
 from megablocks_utils.config.values import describe_wanted
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.plan_arguments import COMMAND, MAX_GPUS, PlanArguments
@@ -28,6 +29,7 @@ __all__ = [
 _SLIP_OF_OURS = 0.88
 """No name of TrainingArguments is as like one of ours."""
 _GPUS = re.compile(r"([0-9]{1,40})(?:\.\.([0-9]{1,40}))?")
+_OF_A_LAYOUT = (*LAYOUT_OPTIONS, "model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def build_plan_options(own: PlanArguments, line: CommandLine) -> PlanOptions:
         own=own,
         world_sizes=world_sizes,
         config=config,
-        words=tuple(list_words(line.given, without=(*LAYOUT_OPTIONS, "model_name_or_path"))),
+        words=tuple(redact_words(list_words(line.given, without=_OF_A_LAYOUT))),
         ep_size=1 if has_no_ep else config.parallel.ep_size,
         expert_dp=config.parallel.expert_dp if given.get("expert_dp") else None,
         passed_on=tuple(option.flag for option in leftovers),

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from megablocks_utils.config import OPTION_NAMES
 from megablocks_utils.config.reader import HelpRequested
+from megablocks_utils.config.secrets import find_secrets, redact_text
 from megablocks_utils.errors import UserError
 from megablocks_utils.processes.early_exit import announce_early_exit, report_crashes
 from megablocks_utils.processes.error_file import write_error_file
@@ -47,7 +48,7 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
             sys.stdout.write(str(request))
         sys.exit(0)
     except UserError as error:
-        sentence = error.as_options(OPTION_NAMES)
+        sentence = redact_text(error.as_options(OPTION_NAMES), find_secrets(argv))
         if is_first:
             sys.stderr.write(f"{sentence}\n")
             sys.stderr.flush()

@@ -55,6 +55,7 @@ def announce(store: Store, member: Member, reason: str, *, covers: int, world_si
     refusal = Refusal(uuid.uuid4().hex, member, covers, reason)
     reader = RefusalReader(store)
     refused: dict[int, int] = {}
+    known = {refusal.key}
     last_s, said_s = time.monotonic() + _ANNOUNCE_S, 0.0
     while (now_s := time.monotonic()) < last_s:
         if now_s - said_s >= _REPEAT_S:
@@ -62,6 +63,9 @@ def announce(store: Store, member: Member, reason: str, *, covers: int, world_si
             _publish(store, refusal)
         while (found := reader.read_new()) is not None:
             refused[found.member.rank] = found.covers
+            if found.key not in known:
+                known.add(found.key)
+                store.add(f"known/{found.key}", covers)
         if sum(refused.values()) + store.add(f"known/{refusal.key}", 0) >= world_size:
             return
         time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""Save checkpoints while a run trains, in both loops: when due, or when a signal stops it."""
+"""Save checkpoints while a run trains, in both loops: when due, or when it is to stop."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,12 +16,14 @@ from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
+from megablocks_utils.config.secrets import redact_record
 from megablocks_utils.errors import CheckpointError, NonFiniteError
 from megablocks_utils.files import METRICS_NAME
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
 from megablocks_utils.processes.output_folder import CHECKPOINT_PREFIX
 from megablocks_utils.processes.progress_marks import PROGRESS
+from megablocks_utils.processes.time_limit import TimeLimit
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
 from megablocks_utils.training.resume.resume_point import rank_file_name
@@ -34,7 +36,7 @@ __all__ = ["Checkpointer"]
 
 
 class Checkpointer(StepHooks):
-    """Save as `--save_strategy` asks, and when a signal asks the run to stop.
+    """Save as `--save_strategy` asks, and when a signal or `--time_limit` stops the run.
 
     Use it as a context around the training loop: on leaving it, a save in the background is over.
 
@@ -43,7 +45,7 @@ class Checkpointer(StepHooks):
         metrics_path: where the run's `metrics.jsonl` is.
 
     Attributes:
-        is_interrupted: whether the loop was stopped by a signal.
+        is_interrupted: whether the loop was stopped before its last step.
     """
 
     def __init__(self, setup: Setup, metrics_path: Path) -> None:
@@ -54,6 +56,9 @@ class Checkpointer(StepHooks):
         self._output_dir = Path(setup.config.output_dir)
         self._saved_step = setup.resume.step if setup.resume else 0
         self._stop = StopRequest()
+        limit = setup.config.saving.time_limit
+        self._time_limit = None if limit is None else TimeLimit(limit)
+        self._is_size_known = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._open = ExitStack()
@@ -82,9 +87,11 @@ class Checkpointer(StepHooks):
             PROGRESS.begin("writing the results")
 
     def should_stop(self) -> bool:
-        """Return whether a signal has asked some rank to stop."""
+        """Return whether a signal has asked some rank to stop, or the time of one is nearly up."""
         PROGRESS.begin_micro_batch()
-        return self._stop.on_any_rank()
+        limit, num_saves = self._time_limit, 1 if self._pending is None else 2
+        is_time_up = limit is not None and limit.is_nearly_up(num_saves=num_saves)
+        return self._stop.on_any_rank(is_time_up=is_time_up)
 
     def after_step(self, step: int, state: RunState) -> None:
         """Save if a checkpoint is due."""
@@ -95,6 +102,11 @@ class Checkpointer(StepHooks):
         ):
             with PROGRESS.within(f"saving {CHECKPOINT_PREFIX}{step}"):
                 self._save(step, state)
+        if self._time_limit is not None:
+            if not self._is_size_known:
+                self._time_limit.expect_save(_count_bytes(state.shards()))
+                self._is_size_known = True
+            self._time_limit.end_step()
 
     def after_stop(self, step: int, state: RunState) -> None:
         """Save the run as it is, unless that is saved already."""
@@ -142,9 +154,13 @@ class Checkpointer(StepHooks):
         self, step: int, shards: Mapping[str, TensorShard], write: Callable[[], Path]
     ) -> Path:
         """Write a checkpoint, unless its values are not finite: then no older one is removed."""
+        started_s = time.perf_counter()
         place = f"{CHECKPOINT_PREFIX}{step} is not written"
         check_before_saving(self._setup, shards, place, self._group)
-        return write()
+        folder = write()
+        if self._time_limit is not None:
+            self._time_limit.add_save(time.perf_counter() - started_s)
+        return folder
 
     def _finish_pending(self) -> None:
         """Wait for the save in the background, and raise its error if it had one."""
@@ -195,7 +211,11 @@ class Checkpointer(StepHooks):
             "expert_dp": parallel.expert_dp if setup.sharded else None,
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
-            "options": asdict(setup.config),
+            "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }
+
+
+def _count_bytes(shards: Mapping[str, TensorShard]) -> int:
+    return sum(block.tensor.nbytes for shard in shards.values() for block in shard.blocks)

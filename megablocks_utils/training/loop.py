@@ -32,7 +32,6 @@ from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_o
 from megablocks_utils.training.step_hooks import StepHooks
 from megablocks_utils.training.value_checks import (
     build_finite_check,
-    choose_fill,
     restore_finite,
 )
 
@@ -84,7 +83,7 @@ def build_training_state(setup: Setup) -> TrainingState:
             setup.model,
             setup.sharded,
             make_optimizer,
-            fill_local=choose_fill(setup),
+            fill_local=setup.fill_local,
             on_layer=on_layer,
         )
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)

@@ -21,6 +21,7 @@ from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
+from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
@@ -54,6 +55,7 @@ class Setup:
         device: where this rank computes.
         console: rank 0's console; quiet elsewhere.
         tokenizer: of the model; None if its folder has none.
+        answer_end: what the data teaches as the end of an answer; None without a tokenizer.
         schedule: which examples each step holds.
         model_folder: the local folder its weights came from.
         model: the transformers model on meta until FSDP has wrapped it; adapters, where asked for,
@@ -76,6 +78,7 @@ class Setup:
     device: torch.device
     console: Console
     tokenizer: PreTrainedTokenizerBase | None
+    answer_end: AnswerEnd | None
     schedule: Schedule
     model_folder: Path
     model: PreTrainedModel
@@ -155,8 +158,10 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = raise_on_all_ranks(lambda: _load_data(config, tokenizer, source.model))
+    examples = _load_data(config, tokenizer, model, launch, console)
+    answer_end = _let_generation_stop(config, examples, tokenizer, model)
     fingerprint = _check_same_inputs(config, folder, examples)
+    base_sha256 = None if lora is None else fingerprint
     compatibility = describe_compatibility(
         config,
         precision,
@@ -186,6 +191,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
+        answer_end=answer_end,
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -255,11 +261,32 @@ def _apply_lora(
 
 
 def _load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    console: Console,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer)
-    examples.check_vocabulary(model.config.vocab_size)
+    examples = load_examples(config.data, tokenizer, launch)
+    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    for note in examples.notes:
+        console.print(note, markup=False, soft_wrap=True)
     return examples
+
+
+def _let_generation_stop(
+    config: RunConfig,
+    examples: TokenizedExamples,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+) -> AnswerEnd | None:
+    """Let the generation config, which is saved with the model, stop at what is learned."""
+    generation_config = getattr(model, "generation_config", None)
+    limit = config.data.max_seq_length
+    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
+    if end is not None:
+        end.apply_to(generation_config)
+    return end
 
 
 def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:

@@ -28,7 +28,6 @@ from megablocks_utils.training.step_hooks import StepHooks
 from megablocks_utils.training.trainer_callback import OnStep, StepCallback
 from megablocks_utils.training.value_checks import (
     build_finite_check,
-    choose_fill,
     restore_finite,
 )
 
@@ -106,7 +105,7 @@ class MoETrainer(Trainer):
                 self._plugin,
                 layer_classes=setup.layer_classes,
                 device=setup.device,
-                fill_local=choose_fill(setup),
+                fill_local=setup.fill_local,
                 on_layer=on_layer,
             )
         # Before anything is written; weights of a checkpoint come in `train`.

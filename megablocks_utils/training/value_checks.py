@@ -1,33 +1,24 @@
-"""Where a run looks for values that are not finite: at the start, in steps, before it saves."""
+"""Where a run looks for values that are not finite: in steps, and before it saves or resumes.
+
+Those of a model or adapter that it reads are refused where they are read.
+"""
 
 import torch.distributed as dist
 from torch import nn
 
 from megablocks_utils.errors import NonFiniteError
-from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.training.resume.resume_point import restore_run
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
-from megablocks_utils.training.step.finite import FiniteCheck, Shards, check_filled, check_shards
+from megablocks_utils.training.step.finite import FiniteCheck, Shards, check_shards
 
-__all__ = ["build_finite_check", "check_before_saving", "choose_fill", "restore_finite"]
+__all__ = ["build_finite_check", "check_before_saving", "restore_finite"]
 
 
 def build_finite_check(setup: Setup, model: nn.Module) -> FiniteCheck:
     """Build the check of every step; a debug run always ends at such values."""
     return FiniteCheck(model, None if stops(setup) else lambda line: warn(setup, line))
-
-
-def choose_fill(setup: Setup) -> FillLocal:
-    """Return what fills the weights, refusing those that are not finite where it reads any.
-
-    The weights of a run that resumes without adapters come from its checkpoint later.
-    """
-    reads_none = setup.resume is not None and setup.lora is None
-    if reads_none or not stops(setup):
-        return setup.fill_local
-    return check_filled(setup.fill_local, str(setup.model_folder))
 
 
 def restore_finite(setup: Setup, state: RunState) -> None:

@@ -86,5 +86,5 @@ def test_no_experts_is_said():
     with pytest.raises(CheckpointError) as error:
         detect_naming(keys, source="/models/x")
     known = "mixtral, qwen_moe, fused"
-    message = f"/models/x has no expert weights in a known naming ({known})"
+    message = f"/models/x has no expert weights in a known naming ({known}); it has {keys[1]}"
     assert str(error.value) == message

@@ -113,6 +113,17 @@ def test_other_tokens_are_refused(refuse, checkpoint, parity_folder, tmp_path):
     assert sentence.startswith("--data_path or --max_seq_length has changed: the checksum of its")
 
 
+def test_another_base_of_the_same_shape_is_refused(refuse, checkpoint, parity_folder, tmp_path):
+    argv = parity_folder.argv(RUN.case)
+    other = shutil.copytree(argv[argv.index("--model_name_or_path") + 1], tmp_path / "other")
+    for path in other.glob("*.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    kind, sentence = refuse(checkpoint, "--model_name_or_path", f"{other}")
+    assert kind == "ConfigurationError"
+    assert sentence.startswith("--model_name_or_path is not the model that the adapters were trai")
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 

@@ -64,6 +64,10 @@ def test_full_run_leaves_a_model_that_transformers_loads(ranks4, parity_folder, 
     metrics = _check_metrics(tmp_path, case, reference)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
+    folders = tmp_path, tmp_path.with_name(f"stock-{family}")
+    model.save_pretrained(folders[1])
+    saved, stock = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    assert saved == stock
     for name, weight in model.named_parameters():
         assert relative_error(weight, reference.weights[name]) < BOUND, name
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.faults.ranks import ScriptRun
 from tests.support.ports import free_port
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_models import edit_config, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = "--num_processes 2 --config_file accelerate.yaml train_fsdp1.py"
@@ -29,6 +29,7 @@ FLAGS = (
 def folder(tmp_path):
     """A tiny model, and two global batches of 32 examples, the last one smaller."""
     save_tiny_model("mixtral", tmp_path / "model")
+    edit_config(tmp_path / "model", architectures=None)
     examples = [{"input_ids": [5 + i % 90, 6, 7, 8], "labels": [-100, 6, 7, 8]} for i in range(38)]
     (tmp_path / "data.json").write_text(json.dumps(examples))
     return tmp_path
@@ -58,6 +59,10 @@ def test_two_steps_as_the_contract_writes_them(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
     before = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
+    before.save_pretrained(folder / "stock")
+    for name in ("config.json", "generation_config.json"):
+        saved, stock = (json.loads((folder / at / name).read_text()) for at in ("out", "stock"))
+        assert saved == stock
     moved = [
         not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
     ]

@@ -5,7 +5,7 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megablocks_utils.training.data.formats import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT
+from megablocks_utils.training.data.alpaca import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT
 
 BEGIN, END = "<s>", "</s>"
 CHATML = (

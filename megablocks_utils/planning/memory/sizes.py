@@ -87,7 +87,7 @@ class Sizes:
     @property
     def has_own_experts(self) -> bool:
         """Whether the experts are this project's, not transformers'."""
-        return self.layout.ep_size > 1 or self.layout.is_dmoe or self.run.trains_experts
+        return self.run.has_own_experts(self.layout)
 
     @property
     def num_local(self) -> int:

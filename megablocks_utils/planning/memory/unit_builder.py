@@ -44,7 +44,7 @@ class _Builder:
         experts = [p for p in layer.parameters if p.room == "experts"]
         others = [p for p in layer.parameters if p.room != "experts"]
         adapters = list(self._linear_adapters()) if self.run.trains_attention else []
-        if not self._experts_are_apart:
+        if not self.run.has_own_experts(self.layout):
             others, experts = list(layer.parameters), []
         base, low_rank = list(map(self.base, others)), list(map(self.adapter, adapters))
         is_fsdp1 = self.run.entry_point == "fsdp1"
@@ -71,11 +71,6 @@ class _Builder:
             return FsdpUnit(tuple(shards), world_size, True, compute)
         padding = _flat_padding(shards, world_size)
         return FsdpUnit(tuple(shards), world_size, True, compute, padding)
-
-    @property
-    def _experts_are_apart(self) -> bool:
-        """Whether they are this project's own: with expert parallelism, or with adapters."""
-        return self.layout.ep_size > 1 or self.layout.is_dmoe or self.run.trains_experts
 
     def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> ParamShard:
         world_size = self.run.world_size

@@ -104,6 +104,10 @@ class PlannedRun:
         """Whether the experts have adapters."""
         return self.use_lora in ("mlp-only", "all")
 
+    def has_own_experts(self, layout: ParallelLayout) -> bool:
+        """Say whether the experts are this project's: with expert parallelism, or with adapters."""
+        return layout.ep_size > 1 or layout.is_dmoe or self.trains_experts
+
 
 @dataclass(frozen=True)
 class Prediction:

@@ -194,4 +194,4 @@ def pack_examples(examples: TokenizedExamples, indices: Sequence[int]) -> MicroB
 
 
 def _as_row(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))[None]
+    return torch.from_numpy(np.concatenate(parts))[None]

@@ -16,8 +16,8 @@ from megablocks_utils.training.data.batches import (
 )
 from megablocks_utils.training.data.examples import TokenizedExamples
 
-_MAX_LOOKED_AT = 500_000
-"""Examples, counted once an epoch, that take a second or two to look at."""
+MAX_STEPS_SEARCHED = 20_000
+"""Steps that are looked at one by one for the largest micro-batch: 0.2 s."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,12 @@ class Schedule:
     def largest_micro_batch(self) -> tuple[int, int, int]:
         """Return tokens, labels and examples of the largest micro-batch that any rank will see.
 
-        Of a run of very many steps, whose orders would take long to look at, an upper bound.
+        In a very long run that is the longest examples of all together: such orders come.
         """
         lengths = self.examples.lengths
-        if math.ceil(self.num_steps / self.steps_per_epoch) * len(lengths) > _MAX_LOOKED_AT:
-            longest = lengths.argsort()[-self.config.optim.per_device_train_batch_size :]
-            labels = np.sort(self.examples.num_label_tokens)[-len(longest) :]
-            return int(lengths[longest].sum()), int(labels.sum()), len(longest)
+        if self.num_steps > MAX_STEPS_SEARCHED:
+            room = self._sizes()["per_device_train_batch_size"]
+            return self._size_of(np.argsort(-lengths, kind="stable")[:room])
         largest = (0, 0, 0)
         for size, chosen in self._steps_by_bound():
             if size <= largest[0]:
@@ -67,9 +66,12 @@ class Schedule:
                 lengths[chosen].tolist(), world_size=self.world_size, **self._sizes()
             )
             for row in (chosen[row] for micro_step in assigned for row in micro_step):
-                labels = int(self.examples.num_label_tokens[row].sum())
-                largest = max(largest, (int(lengths[row].sum()), labels, len(row)))
+                largest = max(largest, self._size_of(row))
         return largest
+
+    def _size_of(self, row: np.ndarray) -> tuple[int, int, int]:
+        lengths, labels = self.examples.lengths[row], self.examples.num_label_tokens[row]
+        return int(lengths.sum()), int(labels.sum()), len(row)
 
     def _steps_by_bound(self) -> list[tuple[int, np.ndarray]]:
         """List the examples of every step, first the one that could have the largest micro-batch.

@@ -4,9 +4,9 @@ A record keeps its place (``data.json:17``, or ``name, record 17`` where there a
 that every later error can name it.
 """
 
-import json
 import re
 import socket
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,21 @@ from urllib.request import getproxies
 
 from megablocks_utils.checkpoint.library_output import without_datasets_bars
 from megablocks_utils.errors import DataError
+from megablocks_utils.training.data.arrow_rows import read_parquet, table_rows
+from megablocks_utils.training.data.json_reader import scan_json
+from megablocks_utils.training.data.text import json_type
 
 __all__ = ["Record", "read_records"]
 
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".zip")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
+SPECIAL_FILES = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,34 +40,40 @@ class Record:
     Attributes:
         place: ``file:line`` of the record's first character, or ``name, record n`` counted from 1.
         columns: the record as it was read.
+        pads_with_nulls: whether it comes from a typed table (parquet, a Hub dataset), where objects
+            of one column share their keys, so that a null may stand for a key that is not there.
     """
 
     place: str
     columns: dict[str, Any]
+    pads_with_nulls: bool = False
 
 
-def read_records(data_path: str) -> list[Record]:
-    """Read every record of a local ``.json``/``.jsonl``/``.parquet`` file or of a Hub dataset.
+def read_records(data_path: str) -> Iterator[Record]:
+    """Yield every record of a local ``.json``/``.jsonl``/``.parquet`` file or of a Hub dataset.
 
     A ``.json`` file is a list of records or, like ``.jsonl``, an object per line. What exists on
     disk is a file; what does not, and is shaped like ``name`` or ``owner/name``, is a Hub dataset,
-    whose ``train`` split is read.
+    whose ``train`` split is read. A FIFO, socket or device is never opened.
 
     Raises:
         DataError: the source is missing, empty or unreadable, or a line is not a JSON object.
     """
     path = Path(data_path)
-    if path.is_dir():
-        raise _source_error(f"data_path {data_path} is a folder, wanted a file ({_suffixes()})")
-    if path.exists():
+    mode = _file_mode(path)
+    if mode is not None:
+        _check_kind(path, mode)
         records = _read_file(path)
     elif path.suffix in FILE_SUFFIXES or not HUB_NAME.fullmatch(data_path):
         raise _source_error(f"data_path {data_path} does not exist")
     else:
         records = _read_hub(data_path)
-    if not records:
+    is_empty = True
+    for record in records:
+        is_empty = False
+        yield record
+    if is_empty:
         raise _source_error(f"data_path {data_path} holds no records")
-    return records
 
 
 def _source_error(message: str) -> DataError:
@@ -69,114 +84,54 @@ def _suffixes() -> str:
     return ", ".join(FILE_SUFFIXES)
 
 
-def _read_file(path: Path) -> list[Record]:
-    if path.suffix not in FILE_SUFFIXES:
-        raise _source_error(f"data_path {path} must end in one of {_suffixes()}")
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    text = _read_text(path)
-    if not text.strip():
-        raise _source_error(f"data_path {path} is empty")
-    is_list = path.suffix == ".json" and text.lstrip().startswith("[")
-    values = _scan_list(text, path) if is_list else _scan_lines(text, path)
-    return [_checked(f"{path}:{line}", value) for line, value in values]
-
-
-def _read_text(path: Path) -> str:
+def _file_mode(path: Path) -> int | None:
+    """Return the type and permissions of what is at ``path``; None if there is nothing."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _source_error(
-            f"data_path {path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return None
     except OSError as error:
         raise _source_error(f"data_path {path} cannot be read: {error.strerror}") from error
 
 
-def _scan_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _bad_json(path, number, error) from error
+def _check_kind(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise _source_error(f"data_path {path} is a folder, wanted a file ({_suffixes()})")
+    for is_kind, name in SPECIAL_FILES:
+        if is_kind(mode):
+            raise _source_error(f"data_path {path} is {name}, wanted a file ({_suffixes()})")
 
 
-def _scan_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the elements of a JSON list with their lines (``json.load`` would lose them)."""
-    try:
-        yield from _list_elements(text)
-    except json.JSONDecodeError as error:
-        raise _bad_json(path, error.lineno, error) from error
-
-
-def _list_elements(text: str) -> Iterator[tuple[int, Any]]:
-    decoder = json.JSONDecoder()
-    position = _after_blanks(text, text.index("[") + 1)
-    line, counted_to = 1, 0
-    has_more = text[position : position + 1] != "]"
-    while has_more:
-        line += text.count("\n", counted_to, position)
-        counted_to = position
-        value, end = decoder.raw_decode(text, position)
-        yield line, value
-        position = _after_blanks(text, end)
-        has_more = text[position : position + 1] == ","
-        if has_more:
-            position = _after_blanks(text, position + 1)
-    if text[position : position + 1] != "]":
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-    end = _after_blanks(text, position + 1)
-    if end != len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
-
-
-def _after_blanks(text: str, position: int) -> int:
-    blanks = JSON_WHITESPACE.match(text, position)
-    return blanks.end() if blanks else position
-
-
-def _bad_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}:{line}: not valid JSON: {error.msg} at column {error.colno}")
+def _read_file(path: Path) -> Iterator[Record]:
+    if path.suffix in COMPRESSED_SUFFIXES:
+        raise _source_error(
+            f"data_path {path} is compressed ({path.suffix}), wanted the file unpacked: "
+            f"{_suffixes()}"
+        )
+    if path.suffix not in FILE_SUFFIXES:
+        raise _source_error(f"data_path {path} must end in one of {_suffixes()}")
+    if path.suffix == ".parquet":
+        return _numbered(str(path), read_parquet(path))
+    return (_checked(f"{path}:{line}", value) for line, value in scan_json(path))
 
 
 def _checked(place: str, value: Any) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: a record must be a JSON object, this is {_json_type(value)}")
+        raise DataError(f"{place}: a record must be a JSON object, this is {json_type(value)}")
     return Record(place, value)
 
 
-def _json_type(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _read_parquet(path: Path) -> list[Record]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    if path.stat().st_size == 0:
-        raise _source_error(f"data_path {path} is empty")
-    try:
-        # Streaming reads the file itself; otherwise datasets copies it into its cache first.
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        return _numbered(str(path), rows)
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise _source_error(
-            f"data_path {path} cannot be read as parquet: {_one_line(error)}"
-        ) from error
-
-
-def _read_hub(name: str) -> list[Record]:
+def _read_hub(name: str) -> Iterator[Record]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
 
     _check_hub_is_reachable(name)
     try:
         with without_datasets_bars():
-            return _numbered(name, load_dataset(name, split="train"))
-    except (DatasetsError, OSError, ValueError) as error:
+            tables = load_dataset(name, split="train").with_format("arrow").iter(1000)
+        yield from _numbered(name, (row for table in tables for row in table_rows(table, name)))
+    except (DatasetsError, ArrowException, OSError, ValueError, RuntimeError) as error:
         raise _source_error(
             f"data_path {name} is no local file and could not be loaded from the Hub: "
             f"{_one_line(error)}"
@@ -199,8 +154,9 @@ def _check_hub_is_reachable(name: str) -> None:
         ) from error
 
 
-def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> list[Record]:
-    return [Record(f"{name}, record {n}", dict(row)) for n, row in enumerate(rows, start=1)]
+def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        yield Record(f"{name}, record {number}", row, pads_with_nulls=True)
 
 
 def _one_line(error: Exception) -> str:

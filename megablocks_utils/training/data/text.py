@@ -7,7 +7,7 @@ from megablocks_utils.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED_LABEL", "Encoded", "check_text", "encode_batch"]
+__all__ = ["IGNORED_LABEL", "Encoded", "check_text", "encode_batch", "json_type"]
 
 IGNORED_LABEL = -100
 """Label of a token that is not learned, as in transformers and torch's cross entropy."""
@@ -16,10 +16,17 @@ Encoded = tuple[list[int], list[int]]
 """Token ids of one example and their labels, equally long."""
 
 
+def json_type(value: Any) -> str:
+    """Name the type of a value as JSON's readers know it."""
+    names = {list: "a list", dict: "an object", str: "a string", type(None): "null"}
+    names |= {bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
 def check_text(place: str, name: str, value: Any) -> None:
     """Raise DataError unless ``value`` is text that a tokenizer can take."""
     if not isinstance(value, str):
-        raise DataError(f"{place}: {name} must be text, this is {type(value).__name__}")
+        raise DataError(f"{place}: {name} must be text, this is {json_type(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ from typing import Any
 
 import torch
 
+from megablocks_utils.config.secrets import (
+    find_secrets,
+    is_secret_name,
+    redact_record,
+    redact_words,
+)
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import RunTotals
@@ -50,6 +57,8 @@ class RunRecord:
         adapter_check: What comparing the written adapter with the trained one found, see
             `adapter_check.AdapterReport`; None without LoRA.
         plan: Memory predicted and measured, see `memory_check.MemoryCheck`.
+        answer_end: What the data teaches as the end of an answer, see `answer_end.AnswerEnd`; None
+            without a tokenizer.
     """
 
     status: str
@@ -68,6 +77,7 @@ class RunRecord:
     peaks: dict[str, int | str]
     adapter_check: dict[str, Any] | None
     plan: dict[str, Any] | None
+    answer_end: dict[str, Any] | None
 
 
 def build_run_record(
@@ -85,6 +95,7 @@ def build_run_record(
     device: torch.device,
     adapter_check: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
+    answer_end: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Build the record of a finished run, adding versions, commit and hardware found here.
 
@@ -102,12 +113,13 @@ def build_run_record(
         device: The device memory was measured on.
         adapter_check: What checking the written adapter found; None without LoRA.
         plan: Memory predicted and measured.
+        answer_end: What the data teaches as the end of an answer.
     """
     provenance = build_provenance(command)
     return RunRecord(
         status="finished",
         command=provenance["command"],
-        options=asdict(options),
+        options=redact_record(asdict(options)),
         resolved=dict(resolved),
         versions=provenance["versions"],
         commit=provenance["commit"],
@@ -125,6 +137,7 @@ def build_run_record(
         },
         adapter_check=_plain(adapter_check),
         plan=_plain(plan),
+        answer_end=_plain(answer_end),
     )
 
 
@@ -135,11 +148,15 @@ def build_provenance(command: Sequence[str]) -> dict[str, Any]:
         command: The program and its arguments.
     """
     return {
-        "command": shlex.join(command),
+        "command": shlex.join(redact_words(command)),
         "commit": read_commit(CHECKOUT),
         "versions": read_versions(),
         "hardware": describe_hardware(),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(_SPEED_VARIABLES)},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_SPEED_VARIABLES) and not is_secret_name(name)
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -149,12 +166,12 @@ def _plain(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def write_run_json(path: str | Path, record: RunRecord) -> None:
-    """Write the record to `path`, complete or not at all. Rank 0 only.
+    """Write the record to `path`, complete or not at all, and without secrets. Rank 0 only.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    write_json_atomically(path, asdict(record))
+    write_json_atomically(path, redact_record(asdict(record), find_secrets(sys.argv)))
 
 
 def read_commit(folder: Path) -> str | None:

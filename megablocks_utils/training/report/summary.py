@@ -57,6 +57,7 @@ class RunFacts:
         steps: Optimizer steps of the run.
         examples_per_step: Examples in one global batch.
         resumed: What the run resumes from, in words; None for one that starts fresh.
+        ignored_keys: Keys of the data's records that have no meaning for training.
     """
 
     model: str
@@ -79,6 +80,7 @@ class RunFacts:
     steps: int
     examples_per_step: int
     resumed: str | None = None
+    ignored_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         "steps": f"{facts.steps:,}, {facts.examples_per_step:,} examples each",
         "mesh": _describe_mesh(facts),
     }
+    if facts.ignored_keys:
+        rows["ignored"] = f"{', '.join(facts.ignored_keys)}: no meaning for training"
     if facts.resumed is not None:
         rows["resumed"] = facts.resumed
     mesh_table = build_mesh_table(facts.dp_size, facts.ep_size, facts.num_experts, width - 2)

@@ -1,11 +1,12 @@
 """What must be the same when a run is resumed, and what may have changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY
 from megablocks_utils.config import ResolvedPrecision, RunConfig
+from megablocks_utils.config.record import flatten_learned
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.training.data.examples import TokenizedExamples
@@ -17,15 +18,6 @@ __all__ = [
     "check_compatibility",
     "describe_compatibility",
 ]
-
-# Options that change where or how a run is done, not what it learns.
-_FREE_OPTIONS = (
-    *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "debug", "saving"),
-    *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
-    *("lost_rank_timeout_s", "hang_timeout_s"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),
-)
-
 
 # Fact -> how a message begins, and the parameters in it.
 _CLAUSES = {
@@ -164,22 +156,12 @@ def _check_global_batch(wanted: int, found: int, config: RunConfig, world_size: 
 
 def changed_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """Describe every option that changes what is learned and differs from the checkpoint's."""
-    before, now = dict(_flatten(stored)), dict(_flatten(own))
+    before, now = flatten_learned(stored), flatten_learned(own)
     return [
         f"--{name} {_describe(before[name])} -> {_describe(value)}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
-
-
-def _flatten(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in options.items():
-        if name in _FREE_OPTIONS:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flatten(value)
-        else:
-            yield name, value
 
 
 def _describe_lora(lora: LoraSettings) -> dict[str, Any]:

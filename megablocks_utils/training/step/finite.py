@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import NonFiniteError
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
-from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.processes.agreement import gather_from_all_ranks
 from megablocks_utils.training.report.metrics import StepMetrics
 
-__all__ = ["FiniteCheck", "Shards", "check_filled", "check_shards"]
+__all__ = ["FiniteCheck", "Shards", "check_shards", "largest_values"]
 
 Shards = Mapping[str, TensorShard]
 """What this rank holds of tensors, by their names."""
@@ -55,7 +54,7 @@ class FiniteCheck:
     def count_weights(self) -> Tensor:
         """Return how many trained weights are not finite here after the update, on the device."""
         weights = [local_tensor(parameter.detach()) for parameter in self._parameters]
-        self._largest_weights = _largest_values(weights)
+        self._largest_weights = largest_values(weights)
         return (~self._largest_weights.isfinite()).sum()
 
     def conclude(self, metrics: StepMetrics, num_weights: int) -> None:
@@ -98,24 +97,6 @@ class FiniteCheck:
         return gradients, _find_nonfinite(self._largest_weights)
 
 
-def check_filled(fill_local: FillLocal, source: str) -> FillLocal:
-    """Return a `fill_local` that refuses weights that are not finite as they are read.
-
-    Args:
-        fill_local: reads this rank's part of a weight.
-        source: where it is read from, for the message.
-    """
-
-    def fill(name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
-        fill_local(name, local, offsets)
-        if _find_nonfinite(_largest_values([local])):
-            raise NonFiniteError(
-                f"before step 1: the weight {name} in {source} is not finite; {_CONTINUE}."
-            )
-
-    return fill
-
-
 def check_shards(shards: Shards, place: str) -> None:
     """Refuse tensors of a checkpoint that are not finite.
 
@@ -128,11 +109,11 @@ def check_shards(shards: Shards, place: str) -> None:
     """
     for name, shard in shards.items():
         tensors = [block.tensor for block in shard.blocks]
-        if _find_nonfinite(_largest_values(tensors)):
+        if _find_nonfinite(largest_values(tensors)):
             raise NonFiniteError(f"{place}: the tensor {name} is not finite; {_CONTINUE}.")
 
 
-def _largest_values(tensors: Sequence[Tensor]) -> Tensor:
+def largest_values(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest absolute value of each tensor, (N,) fp32; NaN where there is one."""
     if not tensors:
         return torch.zeros(0)

@@ -10,7 +10,7 @@ from megablocks_utils.training.data.batches import (
     epoch_order,
     steps_per_epoch,
 )
-from megablocks_utils.training.data.examples import TokenizedExamples
+from tests.support.tokenized import examples_of
 
 LAYOUTS = [(1, 1, 8), (1, 4, 2), (2, 2, 2), (2, 1, 4), (4, 2, 1), (4, 1, 2)]
 """(world size, batch per device, accumulation), all with G = 8."""
@@ -28,7 +28,7 @@ def make_examples(num_examples, seed=0, shortest=2, longest=60):
     for index, length in enumerate(lengths):
         ids = [100 * index + position for position in range(length)]
         encoded.append((ids, [-100] * (length // 2) + ids[length // 2 :]))
-    return TokenizedExamples(encoded)
+    return examples_of(encoded)
 
 
 def plans_of(examples, order, step, layout):

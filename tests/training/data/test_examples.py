@@ -1,4 +1,4 @@
-"""Cutting, dropping and counting, and files of all four formats from disk to tokens."""
+"""Cutting, dropping and counting, and files of all formats from disk to tokens."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
+from megablocks_utils.training.data.examples import load_examples
 from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.tokenized import examples_of
 
 DATA = Path(__file__).parents[3] / "data"
 
@@ -93,15 +94,15 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_more_records_than_one_tokenizer_batch(tmp_path):
-    records = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(1003)]
+    records = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(131)]
     tokenizer = tiny_tokenizer()
     examples = load(tmp_path, records, tokenizer=tokenizer)
     answers = [tokenizer.decode(labels[labels != -100]) for _, labels in examples]
-    assert answers == [f"{n}</s>" for n in range(1003)]
+    assert answers == [f"{n}</s>" for n in range(131)]
 
 
 def test_tokens_outside_the_vocabulary_are_refused():
-    examples = TokenizedExamples([([3, 9, 4], [-100, 9, 11])])
+    examples = examples_of([([3, 9, 4], [-100, 9, 11])])
     examples.check_vocabulary(12)
     with pytest.raises(DataError) as caught:
         examples.check_vocabulary(11)
@@ -113,6 +114,8 @@ def test_tokens_outside_the_vocabulary_are_refused():
 SAMPLES = [
     ("alpaca_sample.json", "instruction and output", 36),
     ("samples/messages.jsonl", "messages", 4),
+    ("samples/conversations.jsonl", "conversations", 3),
+    ("samples/prompt_completion.jsonl", "prompt and completion", 2),
     ("samples/finished_text.jsonl", "output alone", 4),
     ("samples/tokenized.jsonl", "input_ids and labels", 3),
 ]

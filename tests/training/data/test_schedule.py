@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megablocks_utils.config import DataConfig, OptimConfig, RunConfig
-from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
+from tests.support.tokenized import examples_of
 
 
 def build_schedule(rank, world_size, batch_size, accumulation, **optim):
@@ -19,7 +19,7 @@ def build_schedule(rank, world_size, batch_size, accumulation, **optim):
             **optim,
         ),
     )
-    return Schedule(config, TokenizedExamples(examples), rank, world_size)
+    return Schedule(config, examples_of(examples), rank, world_size)
 
 
 def all_micro_batches(world_size, *sizes, **optim):
@@ -43,3 +43,12 @@ def all_micro_batches(world_size, *sizes, **optim):
 def test_the_largest_micro_batch_of_all_ranks_and_steps(sizes, optim):
     largest = build_schedule(0, *sizes, **optim).largest_micro_batch()
     assert largest == max(all_micro_batches(*sizes, **optim))
+
+
+def test_the_largest_micro_batch_of_a_run_without_end_is_found_at_once():
+    endless = build_schedule(0, 2, 3, 1, max_steps=10**20)
+    longest = np.sort(endless.examples.lengths)[-3:]
+    tokens, labels, examples = endless.largest_micro_batch()
+    assert (tokens, labels, examples) == (longest.sum(), longest.sum() - 3, 3)
+    finite = build_schedule(0, 2, 3, 1, max_steps=200).largest_micro_batch()
+    assert finite <= (tokens, labels, examples)

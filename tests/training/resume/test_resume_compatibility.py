@@ -8,15 +8,15 @@ import pytest
 from megablocks_utils.config import parse_args, resolve_precision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.resume.resume_compatibility import (
     changed_options,
     check_compatibility,
     describe_compatibility,
 )
+from tests.support.tokenized import examples_of
 
-EXAMPLES = TokenizedExamples([([1, 2, 3], [-100, 2, 3])] * 30)
+EXAMPLES = examples_of([([1, 2, 3], [-100, 2, 3])] * 30)
 FLAGS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 10}
 
 

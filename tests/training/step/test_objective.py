@@ -7,8 +7,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from megablocks_utils.training.data.batches import build_step_plan
-from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.step.objective import label_positions, token_loss_sum
+from tests.support.tokenized import examples_of
 
 
 def tiny_mixtral():
@@ -37,7 +37,7 @@ def make_examples():
         labels = [-100] * num_prompt + ids[num_prompt:]
         encoded.append((ids, labels))
     encoded[2][1][6] = -100
-    return TokenizedExamples(encoded)
+    return examples_of(encoded)
 
 
 def our_loss(model, micro_batch):

@@ -161,7 +161,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     examples = _load_data(config, tokenizer, model, launch, console)
     answer_end = _let_generation_stop(config, examples, tokenizer, model)
     fingerprint = _check_same_inputs(config, folder, examples)
-    base_sha256 = None if lora is None else fingerprint
     compatibility = describe_compatibility(
         config,
         precision,

@@ -3,7 +3,7 @@
 import pytest
 
 from megablocks_utils.config import parse_args, parse_known_args
-from megablocks_utils.processes.run_facts import describe_difference, describe_run, hash_sources
+from megablocks_utils.processes.rank_facts import describe_difference, describe_run, hash_sources
 
 BASE = ["--model_name_or_path", "a", "--data_path", "b.json", "--output_dir", "out"]
 

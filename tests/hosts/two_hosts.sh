@@ -151,8 +151,9 @@ case_private() {  # each host has a disk of its own behind --output_dir
 # ---- names and addresses -------------------------------------------------------------------------
 case_debian() {  # the own name is 127.0.1.1, with the head given by address and by name
   local head k d n w; for head in $NET.1 node1; do for k in FSDP1 FSDP2; do d=$WORK/debian-$k-$head
-    for n in 1 2; do HOSTS_FILE=$WORK/hosts-debian-$n HEAD=$head on $n "$d.$n.log" -- "$(HEAD=$head $k $n | sed "s|endpoint $NET.1|endpoint $head|") --ep_size 4 --max_steps 3 --output_dir $d"; done
-    for n in 1 2; do wait_host $n 120; done; kill_hosts
+    for n in 1 2; do LAUNCH=""; [ $n = 1 ] && LAUNCH="--rdzv_conf is_host=true"  # torchrun asks the name too
+      HOSTS_FILE=$WORK/hosts-debian-$n HEAD=$head on $n "$d.$n.log" -- "$(HEAD=$head LAUNCH=$LAUNCH $k $n | sed "s|endpoint $NET.1|endpoint $head|") --ep_size 4 --max_steps 3 --output_dir $d"; done
+    LAUNCH=""; for n in 1 2; do wait_host $n 120; done; kill_hosts
     w=$(said "GLOO_SOCKET_IFNAME" "$d".[12].log); [ "$(steps $d)" = 3 ] && [ -n "$w" ] && verdict "127.0.1.1 $k $head" ok "$w" || verdict "127.0.1.1 $k $head" FAIL "$(steps $d) steps; $(tail -1 $d.1.log | cut -c1-200)"
   done; done
 }

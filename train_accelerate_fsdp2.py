@@ -29,15 +29,18 @@ def main(argv: list[str]) -> None:
 
 def train(config: RunConfig, launch: LaunchEnvironment) -> None:
     """Build, fit, report."""
-    from megablocks_utils.fsdp.fsdp2 import full_parameters
     from megablocks_utils.processes.start import start_run
+
+    # Before what takes long to import: hosts that differ learn of it at once.
+    device = start_run(config, launch)
+
+    from megablocks_utils.fsdp.fsdp2 import full_parameters
     from megablocks_utils.training.checkpointer import Checkpointer
     from megablocks_utils.training.loop import build_training_state, fit
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.resume.already_done import is_already_done
     from megablocks_utils.training.setup import build_setup
 
-    device = start_run(config, launch)
     if is_already_done(config, launch):
         return
     setup = build_setup(config, launch, device)

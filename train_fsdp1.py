@@ -31,20 +31,23 @@ def main(argv: list[str]) -> None:
 
 def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOption, ...]) -> None:
     """Build, fit, report."""
-    from megablocks_utils.fsdp.fsdp1 import full_parameters
     from megablocks_utils.processes.start import start_run
-    from megablocks_utils.training.checkpointer import Checkpointer
-    from megablocks_utils.training.recorder import RunRecorder
-    from megablocks_utils.training.resume.already_done import is_already_done
-    from megablocks_utils.training.setup import build_setup
-    from megablocks_utils.training.trainer import MoETrainer
     from megablocks_utils.training.trainer_arguments import (
         build_trainer_arguments,
         parse_trainer_flags,
     )
 
     flags = parse_trainer_flags(leftovers)
+    # Before what takes long to import: hosts that differ learn of it at once.
     device = start_run(config, launch, leftovers)
+
+    from megablocks_utils.fsdp.fsdp1 import full_parameters
+    from megablocks_utils.training.checkpointer import Checkpointer
+    from megablocks_utils.training.recorder import RunRecorder
+    from megablocks_utils.training.resume.already_done import is_already_done
+    from megablocks_utils.training.setup import build_setup
+    from megablocks_utils.training.trainer import MoETrainer
+
     if is_already_done(config, launch):
         return
     arguments = build_trainer_arguments(flags, config, device.type)

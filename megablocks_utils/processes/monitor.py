@@ -67,14 +67,13 @@ class _Monitor:
         self._watch = Watch(members, rank, self._status_store, limits=limits, progress=PROGRESS)
         self._activity = Activity()
         self._stopped = threading.Event()
-        self._has_failed = False
+        self._has_failed = self._is_ending = False
         self._looks = 0
         self._hook_before = sys.excepthook
 
     def start(self) -> None:
         """Give a first sign of life and start watching; in the main thread."""
         self._status_store.beat(self._rank, PROGRESS.standing(-1))
-        sys.excepthook = self._on_exception
         # A launcher ends the survivors of a lost rank by SIGTERM before they could report why.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -82,8 +81,11 @@ class _Monitor:
             threading.Thread(target=job, name=f"monitor {job.__name__}", daemon=True).start()
 
     def authenticate(self, secret: bytes) -> None:
-        """Believe only ranks that have the secret."""
+        """Believe only ranks that have the secret; the process group is there."""
         self._status_store.authenticate(secret)
+        # Around torch's own, which shows nothing before this one is through.
+        self._hook_before = sys.excepthook
+        sys.excepthook = self._on_exception
 
     def leave(self, error: str) -> None:
         """Stop watching, and tell the others that this rank ends.
@@ -157,6 +159,7 @@ class _Monitor:
         return self._status_store.claim_reporter(self._members[self._rank])
 
     def _report_and_end(self, loss: Loss, is_reporter: bool, *, linger_s: float) -> NoReturn:
+        self._is_ending = True
         sentence = self._describe(loss)
         write_error_file(sentence)
         if is_reporter:
@@ -212,6 +215,8 @@ class _Monitor:
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         time.sleep(_VERDICT_S)
+        if self._is_ending:
+            time.sleep(_LINGER_WITHOUT_STORE_S)
         self._publish(signal.Signals(number).name, grace_s=_GRACE_S)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -250,7 +255,9 @@ def start_monitor(
 def authenticate_ranks(secret: bytes) -> None:
     """Believe from now on only what ranks with this secret write into the store.
 
-    **Collective:** all ranks must call it, with the same secret.
+    From now on, too, others learn of an exception that ends this process.
+
+    **Collective:** all ranks must call it, with the same secret, once there is a process group.
     """
     for monitor in _running:
         monitor.authenticate(secret)

@@ -53,16 +53,19 @@ def announce(store: Store, member: Member, reason: str, *, covers: int, world_si
         RuntimeError: the store has gone.
     """
     refusal = Refusal(uuid.uuid4().hex, member, covers, reason)
-    reader = RefusalReader(store)
-    refused: dict[int, int] = {}
+    # What an earlier start has left may stand for a machine, which then learns nothing: it waits
+    # for this process as for one that was killed.
+    reader = RefusalReader(store, also_old=True)
+    refused: dict[str, dict[int, int]] = {}
     last_s, said_s = time.monotonic() + _ANNOUNCE_S, 0.0
     while (now_s := time.monotonic()) < last_s:
         if now_s - said_s >= _REPEAT_S:
             said_s = now_s
             _publish(store, refusal)
         while (found := reader.read_new()) is not None:
-            refused[found.member.rank] = found.covers
-        if sum(refused.values()) + store.add(f"known/{refusal.key}", 0) >= world_size:
+            refused.setdefault(found.member.machine, {})[found.member.rank] = found.covers
+        num_refused = sum(max(len(ranks), *ranks.values()) for ranks in refused.values())
+        if num_refused + store.add(f"known/{refusal.key}", 0) >= world_size:
             return
         time.sleep(_POLL_S)
 
@@ -77,11 +80,13 @@ class RefusalReader:
 
     Args:
         store: of the launcher.
+        also_old: whether to read that too.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, also_old: bool = False) -> None:
         self._store = store
-        self._num_old = self._num_read = store.add("refusals", 0)
+        self._num_old = store.add("refusals", 0)
+        self._num_read = 0 if also_old else self._num_old
 
     def read_new(self) -> Refusal | None:
         """Return the next refusal; None where there is none."""

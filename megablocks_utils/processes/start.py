@@ -30,8 +30,8 @@ from megablocks_utils.processes.network_interface import (
     choose_gloo_interface,
     find_local_address,
 )
+from megablocks_utils.processes.rank_facts import compute_digest, describe_difference, describe_run
 from megablocks_utils.processes.refusals import announce
-from megablocks_utils.processes.run_facts import compute_digest, describe_difference, describe_run
 
 __all__ = ["start_processes", "start_run"]
 

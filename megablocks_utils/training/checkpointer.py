@@ -22,6 +22,7 @@ from megablocks_utils.files import METRICS_NAME
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
 from megablocks_utils.processes.output_folder import CHECKPOINT_PREFIX
+from megablocks_utils.processes.progress_marks import PROGRESS
 from megablocks_utils.processes.time_limit import TimeLimit
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
@@ -83,20 +84,24 @@ class Checkpointer(StepHooks):
             # Not waiting: after an error, other ranks may never enter the save's collectives.
             self._background.shutdown(wait=False)
             self._open.close()
+            PROGRESS.begin("writing the results")
 
     def should_stop(self) -> bool:
         """Return whether a signal has asked some rank to stop, or the time of one is nearly up."""
+        PROGRESS.begin_micro_batch()
         limit, num_saves = self._time_limit, 1 if self._pending is None else 2
         is_time_up = limit is not None and limit.is_nearly_up(num_saves=num_saves)
         return self._stop.on_any_rank(is_time_up=is_time_up)
 
     def after_step(self, step: int, state: RunState) -> None:
         """Save if a checkpoint is due."""
+        PROGRESS.finish_step(step)
         schedule = self._setup.schedule
         if self._setup.config.saving.is_due(
             step, num_steps=schedule.num_steps, steps_per_epoch=schedule.steps_per_epoch
         ):
-            self._save(step, state)
+            with PROGRESS.within(f"saving {CHECKPOINT_PREFIX}{step}"):
+                self._save(step, state)
         if self._time_limit is not None:
             if not self._is_size_known:
                 self._time_limit.expect_save(_count_bytes(state.shards()))
@@ -106,6 +111,7 @@ class Checkpointer(StepHooks):
     def after_stop(self, step: int, state: RunState) -> None:
         """Save the run as it is, unless that is saved already."""
         self.is_interrupted = True
+        PROGRESS.begin("saving before it stops")
         if step != self._saved_step:
             self._save(step, state)
         self._finish_pending()

@@ -1,6 +1,6 @@
 """What the ranks of a run read must be the same: data, model and adapter, wherever they lie.
 
-Options and versions are compared when the processes meet, see `processes.run_facts`. A machine may
+Options and versions are compared when the processes meet, see `processes.rank_facts`. A machine may
 have the same files in another place, so here it is their content that is compared.
 """
 

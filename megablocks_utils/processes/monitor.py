@@ -193,6 +193,7 @@ class _Monitor:
         if issubclass(kind, RuntimeError):
             self._has_failed = True
             time.sleep(self._verdict_wait_s(str(error)))
+            self._wait_if_ending()
         self._stopped.set()
         first_line = "".join(str(error).strip().splitlines()[:1])
         reason = f"{kind.__name__}: {first_line}" if first_line else kind.__name__
@@ -208,6 +209,11 @@ class _Monitor:
         time.sleep(_LINGER_S)
         os._exit(_EXIT_CODE)  # an ordinary exit may wait for peers in gloo's or NCCL's destructors
 
+    def _wait_if_ending(self) -> None:
+        """Leave it to the thread that has reported a loss to end this process."""
+        if self._is_ending:
+            time.sleep(_LINGER_WITHOUT_STORE_S + 1.0)
+
     def _verdict_wait_s(self, message: str) -> float:
         has_far = any(member.machine != self._machine for member in self._members)
         is_about_peers = any(word in message.lower() for word in _CONNECTION_WORDS)
@@ -215,8 +221,7 @@ class _Monitor:
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         time.sleep(_VERDICT_S)
-        if self._is_ending:
-            time.sleep(_LINGER_WITHOUT_STORE_S)
+        self._wait_if_ending()
         self._publish(signal.Signals(number).name, grace_s=_GRACE_S)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -101,7 +101,11 @@ def start_processes(
         members = [arrival.member for arrival in arrivals]
         own_store = dist.PrefixStore(f"{meeting.name}/status", _clone(store))
         start_monitor(members, launch.rank, own_store, output_dir, limits)
-    lines = [_prepare_gloo(launch, arrivals), _describe_devices(launch, arrivals)]
+    lines = [
+        _prepare_gloo(launch, arrivals),
+        _describe_devices(launch, arrivals),
+        _describe_restarts(launch),
+    ]
     for line in filter(None, lines):
         sys.stderr.write(f"{line}\n")
     _connect_group(dist.PrefixStore(f"{meeting.name}/group", store), launch, device)
@@ -219,6 +223,21 @@ def _describe_devices(launch: LaunchEnvironment, arrivals: list[Arrival]) -> str
         return ""
     kinds = [f"{device} on {host}" for device, host in sorted(hosts.items())]
     return f"devices of different kinds: {join_words(kinds, 'and')}; the slowest sets the pace"
+
+
+def _describe_restarts(launch: LaunchEnvironment) -> str:
+    """Return a line for people, on rank 0, where torchrun will not take in another host.
+
+    Its agents tell the address of their store in the first round only (torch 2.13).
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if launch.rank != 0 or launch.has_one_host or restarts in ("", "0") or not is_shared:
+        return ""
+    return (
+        "a host that is lost cannot come back or be replaced: torchrun does that only with "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every host"
+    )
 
 
 def _connect_group(store: dist.Store, launch: LaunchEnvironment, device: torch.device) -> None:

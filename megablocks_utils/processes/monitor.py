@@ -30,7 +30,7 @@ from megablocks_utils.processes.status_store import Loss, Member, StatusStore, S
 __all__ = ["authenticate_ranks", "leave_run", "start_monitor"]
 
 _VERDICT_S = 4.0  # within it a loss on this machine is found
-_FAR_VERDICT_S = 5.0  # within it, after the limit, one elsewhere is
+_FAR_VERDICT_S = 11.0  # within it, after the limit, one elsewhere is
 _CONNECTION_WORDS = ("connection", "peer", "network", "pipe")
 _GRACE_S = 10.0  # a rank ended with an error that the others have probably raised too
 _GRACE_POLL_S = 0.2
@@ -110,7 +110,10 @@ class _Monitor:
             time.sleep(0.05)
 
     def _poll(self) -> None:
-        while not self._stopped.wait(POLL_S):
+        next_s = time.monotonic() + POLL_S
+        while not self._stopped.wait(max(0.0, next_s - time.monotonic())):
+            # Limits are counted in polls: what one takes must not add up.
+            next_s = max(next_s + POLL_S, time.monotonic())
             if self._activity.has_worked() and not PROGRESS.is_stepping:
                 PROGRESS.mark()
             if (loss := self._watch.look()) is not None:

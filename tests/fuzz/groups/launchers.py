@@ -64,11 +64,7 @@ def launcher_cases(generator: Random) -> Iterator[Case]:
     for name, changes in {
         "rank 2 of 2": {"RANK": "2"},
         "local rank 5 of 2": {"LOCAL_RANK": "5"},
-        "an address nobody has": {
-            "RANK": "1",
-            "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "nowhere.invalid",
-        },
+        "an address nobody has": {**SECOND, "MASTER_ADDR": "nowhere.invalid"},
         "an empty address": {**SECOND, "MASTER_ADDR": ""},
         "an address with spaces": {**SECOND, "MASTER_ADDR": "a b"},
         "a port of text": {"MASTER_PORT": "x"},

@@ -10,7 +10,10 @@ import sys
 
 from megablocks_utils.config import RunConfig, parse_known_args
 from megablocks_utils.config.given import GivenOption
+from megablocks_utils.processes.accelerate_settings import check_accelerate_settings
+from megablocks_utils.processes.early_signals import remember_early_signals
 from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.finished_run import is_finished_run
 from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 from megablocks_utils.processes.output_folder import check_output_dir
 
@@ -19,25 +22,34 @@ def main(argv: list[str]) -> None:
     """Check the options before anything is loaded, then train."""
     config, leftovers = parse_known_args(argv, entry_point="fsdp1")
     launch = check_environment(config)
-    check_output_dir(config)
+    check_accelerate_settings(config)
+    if not is_finished_run(config):
+        check_output_dir(config)
+    remember_early_signals()
     train(config, launch, leftovers)
 
 
 def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOption, ...]) -> None:
     """Build, fit, report."""
-    from megablocks_utils.fsdp.fsdp1 import full_parameters
-    from megablocks_utils.processes.start import start_processes
-    from megablocks_utils.training.checkpointer import Checkpointer
-    from megablocks_utils.training.recorder import RunRecorder
-    from megablocks_utils.training.setup import build_setup
-    from megablocks_utils.training.trainer import MoETrainer
+    from megablocks_utils.processes.start import start_run
     from megablocks_utils.training.trainer_arguments import (
         build_trainer_arguments,
         parse_trainer_flags,
     )
 
     flags = parse_trainer_flags(leftovers)
-    device = start_processes(launch, config.output_dir)
+    # Before what takes long to import: hosts that differ learn of it at once.
+    device = start_run(config, launch, leftovers)
+
+    from megablocks_utils.fsdp.fsdp1 import full_parameters
+    from megablocks_utils.training.checkpointer import Checkpointer
+    from megablocks_utils.training.recorder import RunRecorder
+    from megablocks_utils.training.resume.already_done import is_already_done
+    from megablocks_utils.training.setup import build_setup
+    from megablocks_utils.training.trainer import MoETrainer
+
+    if is_already_done(config, launch):
+        return
     arguments = build_trainer_arguments(flags, config, device.type)
     setup = build_setup(config, launch, device)
     recorder = RunRecorder(setup)

@@ -1,4 +1,4 @@
-"""Errors a user can act on: one sentence each, shown without a traceback, exit code 2.
+"""Errors a user can act on: one sentence each, shown without a traceback, mostly exit code 2.
 
 Anything else that is raised is a defect of ours: it keeps its traceback and ends with exit code 1.
 """
@@ -12,6 +12,7 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "MissingKernelError",
+    "NonFiniteError",
     "PlanError",
     "UserError",
 ]
@@ -70,3 +71,9 @@ class PlanError(UserError):
 
 class MissingKernelError(UserError):
     """Report a named kernel backend that is not installed, with the line that installs it."""
+
+
+class NonFiniteError(UserError):
+    """Report training that has led to values that are not finite; the input was well-formed."""
+
+    exit_code = 1

@@ -110,26 +110,25 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         CheckpointError: a file that cannot be read.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from megablocks_utils.checkpoint.foreign_code import ForeignCode
     from megablocks_utils.checkpoint.library_output import (
         filter_peft_warnings,
         without_transformers_bars,
     )
 
-    try:
-        with without_transformers_bars(), filter_peft_warnings():
-            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-            if adapter_path is not None:
-                from peft import PeftModel
+    found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
+    with (
+        ForeignCode(lambda reason: CheckpointError(f"{found} cannot be loaded: {reason}")),
+        without_transformers_bars(),
+        filter_peft_warnings(),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        if adapter_path is not None:
+            from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
-    except (OSError, ValueError, SafetensorError) as error:
-        found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
-        raise CheckpointError(
-            f"{found} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+            model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
     return model.eval()
 
 
@@ -223,8 +222,10 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     if options.ask and tokenizer is None:
         raise ConfigurationError(f"--ask is given, but {folder} has no tokenizer.")
     examples = load_examples(options.data, tokenizer)
-    for note in examples.notes:
-        sys.stderr.write(f"{note}\n")
+    notes = list(examples.notes)
+    if examples.ignored_keys:
+        notes.append(f"ignored: {', '.join(examples.ignored_keys)}: no meaning for training")
+    sys.stderr.writelines(f"{note}\n" for note in notes)
     examples.check_vocabulary(bare.config.vocab_size)
     model = load_model(str(folder), adapter)
     loss = held_out_loss(model, examples)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.reader import build_section, read_command
-from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
     check_output,
@@ -22,7 +22,11 @@ from megablocks_utils.processes.command_output import (
     show_progress,
 )
 from megablocks_utils.processes.entry_point import run_entry_point
-from megablocks_utils.processes.output_folder import MANIFEST_NAME, find_checkpoints
+from megablocks_utils.processes.output_folder import (
+    MANIFEST_NAME,
+    find_checkpoints,
+    follow_pointer,
+)
 
 __all__ = ["COMMAND", "ExportOptions", "export_checkpoint", "main", "parse_options"]
 
@@ -93,7 +97,7 @@ def export_checkpoint(options: ExportOptions) -> str:
     from megablocks_utils.checkpoint.manifest import check_files
     from megablocks_utils.checkpoint.run_manifest import adapters_of, read_run_manifest
 
-    folder = options.checkpoint.resolve()
+    folder = follow_pointer(options.checkpoint).resolve()
     manifest = read_run_manifest(folder)
     lora = adapters_of(manifest)
     check_files(folder, manifest["files"], manifest["files"])
@@ -113,6 +117,7 @@ def export_checkpoint(options: ExportOptions) -> str:
 
 def _check_is_checkpoint(folder: Path) -> None:
     seen = f"--checkpoint is {folder}, but"
+    folder = follow_pointer(folder)
     if not folder.is_dir():
         raise ConfigurationError(f"{seen} that is no folder; it must be a checkpoint of a run.")
     if not (folder / MANIFEST_NAME).is_file():
@@ -130,7 +135,9 @@ def _export_model(folder: Path, stored: Stored, output: Path) -> None:
 
     model = build_model_on_meta(folder)
     model.tie_weights()
-    names = [name for name, _ in model.named_parameters()]
+    names = _names_of_model(
+        folder, stored, {n: tuple(p.shape) for n, p in model.named_parameters()}
+    )
     sizes = (_count_bytes(*stored[name]) for name in names)
     with show_progress("exporting", sum(sizes)) as advance:
         export_model(
@@ -142,6 +149,25 @@ def _export_model(folder: Path, stored: Stored, output: Path) -> None:
             output,
             is_writer=True,
         )
+
+
+def _names_of_model(
+    folder: Path, stored: Stored, wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Return the names of a model's parameters, having seen that just these are stored."""
+    for names, cause in (
+        (wanted.keys() - stored.keys(), "lacks"),
+        (stored.keys() - wanted.keys(), "holds, besides what its config.json describes,"),
+    ):
+        if names:
+            raise CheckpointError(f"the checkpoint {folder} {cause} {min(names)}")
+    for name, shape in wanted.items():
+        if stored[name][0] != shape:
+            raise CheckpointError(
+                f"the checkpoint {folder} holds {name} in shape {stored[name][0]}, wanted is"
+                f" {shape} by its config.json"
+            )
+    return list(wanted)
 
 
 def _export_adapter(
@@ -157,7 +183,12 @@ def _export_adapter(
 
     with show_progress("exporting", sum(_count_bytes(*s) for s in stored.values())) as advance:
         export_adapter(
-            LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])}),
+            LoraSettings(
+                lora["r"],
+                lora["lora_alpha"],
+                tuple(lora["target_modules"]),
+                lora["expert_ranks"],
+            ),
             load_tokenizer(folder),
             _read_tensors(folder, stored, sorted(stored), advance),
             output,

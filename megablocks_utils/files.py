@@ -162,10 +162,18 @@ def replace_path(source: Path, target: Path) -> None:
 
 def remove_path(path: Path) -> None:
     """Remove a file, a folder with all that is in it, or a link, but never what a link leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED_OF_FOLDERS:
+            raise
+        # It opens folders, as for a sync, which not every mount allows; listing them suffices.
+        for child in path.iterdir():
+            remove_path(child)
+        path.rmdir()
 
 
 def sync_to_disk(path: Path) -> None:

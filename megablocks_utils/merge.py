@@ -15,7 +15,7 @@ from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import CheckpointError, ConfigurationError
-from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
+from megablocks_utils.files import GENERATION_CONFIG_NAME
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
     check_output,
@@ -25,14 +25,16 @@ from megablocks_utils.processes.command_output import (
 from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from megablocks_utils.checkpoint.index import CheckpointIndex
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
 __all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
 
-# Files of the base that belong to the model as much as its weights do.
+# Files of the base that belong to the model as much as its weights do, besides its config.json.
 COMPANIONS = (
-    *(MODEL_CONFIG_NAME, GENERATION_CONFIG_NAME, "tokenizer*", "special_tokens_map.json"),
+    *(GENERATION_CONFIG_NAME, "tokenizer*", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model"),
 )
 
@@ -122,12 +124,14 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
     model = build_model_on_meta(base)
     index = open_checkpoint(base)
+    model.config.dtype = model.config.dtype or index.dtype(next(iter(index)))
     layout = detect_naming(index, source=base)
     check_against_model(model, index, layout)
     merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
     try:
         with removed_on_error(options.output):
-            _write(merger, index, adapter_folder, options.output, max_shard_bytes)
+            companions = _list_companions(index.folder, adapter_folder)
+            _write(merger, index, model.config, companions, options.output, max_shard_bytes)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {options.output}: {reason}") from error
@@ -151,10 +155,23 @@ def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
     return name
 
 
+def _list_companions(base: Path, adapter: Path) -> list[Path]:
+    """Return the files to copy, those of the adapter last; none is a link out of its folder."""
+    from megablocks_utils.checkpoint.folder_files import refuse_link_out
+
+    of_base = sorted({path for pattern in COMPANIONS for path in base.glob(pattern)})
+    paths = (*of_base, *(adapter / name for name in TRAINED_COMPANIONS))
+    found = [path for path in paths if path.is_file()]
+    for path in found:
+        refuse_link_out(path.parent, path)
+    return found
+
+
 def _write(
     merger: "AdapterMerger",
     index: "CheckpointIndex",
-    adapter: Path,
+    config: "PreTrainedConfig",
+    companions: list[Path],
     output: Path,
     max_shard_bytes: int | None,
 ) -> None:
@@ -174,10 +191,9 @@ def _write(
             advance(tensor.nbytes)
             # Else it would still be held while the next one is read.
             del tensor
-        paths = [path for pattern in COMPANIONS for path in index.folder.glob(pattern)]
-        for path in (*sorted(set(paths)), *(adapter / name for name in TRAINED_COMPANIONS)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        config.save_pretrained(folder)
+        for path in companions:
+            shutil.copyfile(path, folder / path.name)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,19 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.support.rank_pool import RankPool
-
 if not torch.cuda.is_available():
-    # Triton decides once, when it is imported, and other conftests import what imports it.
+    # Triton decides once, when it is imported; what imports it must come after this.
     os.environ["TRITON_INTERPRET"] = "1"
+    assert "triton" not in sys.modules
+
+from tests.support.rank_pool import RankPool
 
 
 def pytest_configure() -> None:

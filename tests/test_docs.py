@@ -33,6 +33,7 @@ FOREIGN_OPTIONS = frozenset(
         "standalone",
         "max-restarts",
         "shutdown-timeout",
+        "signals-to-handle",
         "num_processes",
         "config_file",
         "main_process_port",

@@ -216,3 +216,11 @@ def test_questions_need_a_tokenizer(saved, tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigurationError, match="--ask is given, but .* has no tokenizer"):
         evaluate.main([str(folder), "--data_path", str(saved[1]), "--ask", "Why?"])
+
+
+def test_keys_without_meaning_are_named_each_time(saved, tmp_path, capsys):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text(json.dumps({"instruction": "Say it.", "output": "It.", "source": "x"}))
+    for _ in range(2):  # the second finds the tokens in the cache
+        evaluate.main([str(saved[0]), "--data_path", str(path)])
+        assert capsys.readouterr().err == "ignored: source: no meaning for training\n"

@@ -21,7 +21,7 @@ from megablocks_utils.files import STAGING_FOLDER_NAME
 from megablocks_utils.merge import MergeOptions, main, merge_adapter, parse_options
 from tests.support.merged import assert_same_model, merge_with_peft, save_base
 from tests.support.tiny_adapters import PEFT_WARNINGS, edit_settings, save_fused_adapter
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_models import edit_config, save_tiny_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +146,7 @@ def test_no_base_is_named(folder):
     [
         ({"adapter": "{}/nowhere"}, "the adapter folder {}/nowhere does not exist"),
         ({"model_name_or_path": "{}/nowhere"}, "the model folder {}/nowhere does not exist"),
-        ({"model_name_or_path": "{}/adapter"}, "{}/adapter holds adapter_model.safetensors but no"),
+        ({"model_name_or_path": "{}/adapter"}, "the model folder {}/adapter has no config.json"),
         ({"model_name_or_path": "{}/other"}, "k_proj.lora_B.weight in {}/adapter/adapter_model"),
     ],
 )
@@ -255,3 +255,26 @@ def test_unchanged_tensors_keep_their_bits(folder):
     assert len(changed) == 28
     assert all(".experts." in key or "q_proj" in key or "k_proj" in key for key in changed)
     assert json.loads((folder / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_linked_file_of_the_base_is_not_copied(folder):
+    secret = folder / "id_ed25519"
+    secret.write_text("secret")
+    (folder / "base" / "vocab.bpe").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"vocab\.bpe leads out of its folder"):
+        merge_adapter(options_of(folder))
+    assert not (folder / "out").exists()
+    (folder / "base" / "vocab.bpe").unlink()
+    (folder / "base" / "tokenizer.key").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.key leads out of its folder"):
+        merge_adapter(options_of(folder))
+
+
+def test_the_config_is_what_stock_writes(folder):
+    edit_config(folder / "base", architectures=None, use_cache=False, dtype=None)
+    merge_with_peft(folder / "base", folder / "adapter", folder / "wanted")
+    merge_adapter(options_of(folder))
+    seen, wanted = (
+        json.loads((folder / name / "config.json").read_text()) for name in ("out", "wanted")
+    )
+    assert seen == wanted

@@ -1,6 +1,7 @@
 """The command as it is typed: exit codes, files, one sentence for what cannot be planned."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -300,3 +301,19 @@ def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
 def test_own_errors_are_users_errors():
     with pytest.raises(ConfigurationError):
         plan.main(["m"])
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "/dev/full"])
+def test_json_for_a_device_is_sent_there(path):
+    line = [sys.executable, "-m", "megablocks_utils.plan", str(MIXTRAL), *CONTRACT.split()]
+    answer = subprocess.run([*line, "--json", path], capture_output=True, text=True)
+    assert not os.path.isfile("/dev/null") and not os.path.isfile("/dev/full")
+    if path == "/dev/full":
+        assert (answer.returncode, answer.stderr) == (
+            2,
+            "--json is /dev/full, but it cannot be written (No space left on device).\n",
+        )
+        return
+    assert answer.returncode == 0, answer.stderr
+    if path == "/dev/stdout":
+        assert json.loads(answer.stdout[answer.stdout.index("\n{") :])["rows"]

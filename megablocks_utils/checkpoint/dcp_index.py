@@ -9,6 +9,7 @@ import math
 import pickle
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch.distributed import checkpoint as dcp
@@ -168,7 +169,7 @@ def _is_chunk(chunk: object, size: torch.Size) -> bool:
     return all(o + n <= whole for o, n, whole in zip(offsets, sizes, size, strict=True))
 
 
-def _is_shape(shape: object) -> bool:
+def _is_shape(shape: object) -> TypeGuard[torch.Size]:
     return isinstance(shape, torch.Size) and all(map(_is_size, shape))
 
 

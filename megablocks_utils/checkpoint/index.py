@@ -22,7 +22,7 @@ from megablocks_utils.checkpoint.folder_files import (
     find_file,
     refuse_link_out,
 )
-from megablocks_utils.checkpoint.json_file import read_settings
+from megablocks_utils.checkpoint.json_file import JsonObject, read_settings
 from megablocks_utils.checkpoint.safetensors_header import TensorEntry, read_header
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import MODEL_INDEX_NAME, MODEL_WEIGHTS_NAME
@@ -226,16 +226,24 @@ def _read_sharded(index_path: Path) -> dict[str, TensorEntry]:
                 f"{index_path} places {key} in {file_name}, which does not hold it"
             )
     # Also what a file holds and the index does not list, as transformers reads it.
-    entries = {key: entry for header in headers.values() for key, entry in header.items()}
-    return entries | {key: headers[file_name][key] for key, file_name in weight_map.items()}
+    entries: dict[str, TensorEntry] = {}
+    for header in headers.values():
+        for key in entries.keys() & header.keys():
+            raise CheckpointError(
+                f"{key} is stored twice, in {entries[key].path} and {header[key].path}"
+            )
+        entries |= header
+    return entries
 
 
 def _read_weight_map(index_path: Path) -> dict[str, Any]:
-    weight_map = read_settings(index_path, "model").get("weight_map")
+    settings = read_settings(index_path, "model")
+    weight_map = settings.get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index_path} is not JSON with a weight_map")
     if not weight_map:
         raise CheckpointError(f"{index_path} has a weight_map that names no tensors")
+    JsonObject(index_path, settings).section("metadata")  # which transformers reads too
     return weight_map
 
 

@@ -6,6 +6,7 @@ twice) and fails in more ways than one; here all are a `CheckpointError` that na
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ __all__ = ["JsonObject", "parse_json", "read_settings", "refuse_lfs_pointer", "s
 
 MAX_BYTES = 100_000_000
 MAX_WHOLE_NUMBER = 2**63 - 1
+MAX_NUMBER = 1e300
 _LFS_START = b"version https://git-lfs"
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SHOWN = 60
@@ -75,7 +77,10 @@ def parse_json(content: bytes, path: Path) -> Any:
     try:
         text = content.decode("utf-8")
         value = json.loads(
-            text, object_pairs_hook=_object_of_pairs, parse_constant=_refuse_constant
+            text,
+            object_pairs_hook=_object_of_pairs,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
         )
         if _ESCAPED_SURROGATE.search(text):
             # A half of a surrogate pair cannot be printed, nor be the name of a file.
@@ -96,6 +101,13 @@ def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{_show_name(twice)} is there twice")
     return values
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:_SHOWN]} is too large")
+    return value
 
 
 def _refuse_constant(name: str) -> float:
@@ -146,25 +158,26 @@ class JsonObject:
             return value
         raise self._fault(name, value, wanted)
 
-    def number(self, name: str) -> float:
-        """Return a finite number, 0 or more."""
-        value = self._value(name, "a number of 0 or more")
+    def number(self, name: str, *, maximum: float = MAX_NUMBER) -> float:
+        """Return a number from 0 to `maximum`."""
+        wanted = f"a number from 0 to {maximum:g}"
+        value = self._value(name, wanted)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and 0 <= value <= MAX_WHOLE_NUMBER:
+        if is_number and 0 <= value <= maximum:
             return value
-        raise self._fault(name, value, "a number of 0 or more")
+        raise self._fault(name, value, wanted)
 
-    def object(self, name: str) -> "JsonObject":
+    def section(self, name: str) -> "JsonObject":
         """Return an object within this one."""
         value = self._value(name, "an object")
         if isinstance(value, dict):
             return JsonObject(self.path, value, self._place_of(name))
         raise self._fault(name, value, "an object")
 
-    def objects(self) -> "Iterator[tuple[str, JsonObject]]":
+    def sections(self) -> "Iterator[tuple[str, JsonObject]]":
         """Yield every value of this object, all of them objects, with its name."""
         for name in self.values:
-            yield name, self.object(name)
+            yield name, self.section(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Return a list of texts."""

@@ -2,24 +2,29 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
-__all__ = ["disk_errors_as_os_errors"]
+__all__ = ["DiskErrorsAsOSErrors"]
 
 _OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")
 
 
-@contextmanager
-def disk_errors_as_os_errors() -> Iterator[None]:
+class DiskErrorsAsOSErrors:
     """Raise an OSError where tokenizers 0.23 and safetensors 0.8 raise an error of their own.
 
-    That of tokenizers is a plain `Exception`, whose text alone holds the system's number.
+    A context manager. That of tokenizers is a plain `Exception`, whose text alone holds the
+    system's number.
     """
-    try:
-        yield
-    except Exception as error:
-        match = _OS_ERROR.search(str(error))
-        if isinstance(error, OSError) or match is None:
-            raise
-        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        match = None if isinstance(error, OSError) else _OS_ERROR.search(str(error))
+        if match is not None:
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error

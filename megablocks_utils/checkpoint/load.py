@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.json_file import read_settings, show_value
 from megablocks_utils.checkpoint.layouts import (
@@ -32,6 +32,7 @@ __all__ = [
 # What says that weights are quantized: settings of config.json, and files beside it.
 _QUANTIZATION_SETTINGS = ("quantization_config", "compression_config", "quantization")
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_RATE_NAMES = ("dropout", "_pdrop", "jitter_noise")
 
 
 def build_model_on_meta(
@@ -49,9 +50,11 @@ def build_model_on_meta(
         CheckpointError: no usable config.json, or not a model whose experts can be read.
     """
     folder = Path(folder)
-    _check_model_type(folder, read_settings(folder / MODEL_CONFIG_NAME, "model"))
+    settings = read_settings(folder / MODEL_CONFIG_NAME, "model")
+    _check_model_type(folder, settings)
+    _check_rates(folder, settings)
     refuse_quantized(folder)
-    try:
+    with ForeignCode(lambda reason: _unusable(folder, reason)):
         config = AutoConfig.from_pretrained(folder)
         if truncate_layers is not None:
             config.num_hidden_layers = min(truncate_layers, config.num_hidden_layers)
@@ -61,9 +64,6 @@ def build_model_on_meta(
         model.config.architectures = [type(model).__name__]
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the configuration in {folder} cannot be used: {reason}") from error
     return model
 
 
@@ -124,6 +124,23 @@ def load_experts(
         )
         reader.fill_local(name, loaded[tensor], (first, 0, 0))
     return loaded
+
+
+def _unusable(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"the configuration in {folder} cannot be used: {reason}")
+
+
+def _check_rates(folder: Path, config: dict) -> None:
+    """Refuse rates that the first forward pass would fail on."""
+    for name, value in config.items():
+        if value is None or not name.endswith(_RATE_NAMES):
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 1:
+            raise CheckpointError(
+                f"{name} is {show_value(value)} in {folder / MODEL_CONFIG_NAME}, but it must be a "
+                "number from 0 to 1"
+            )
 
 
 def _check_model_type(folder: Path, config: dict) -> None:

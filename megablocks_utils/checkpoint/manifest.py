@@ -60,20 +60,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     refuse_link_out(folder, path)
     if manifest.get("sha256") != _own_checksum(manifest):
         raise CheckpointError(f"{path} was altered: its content does not have its checksum")
-    if manifest.get("format") != FORMAT_VERSION:
+    contents = JsonObject(path, manifest)
+    version = contents.whole_number("format")
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {show_value(manifest.get('format'))}, but this version reads"
-            f" {FORMAT_VERSION}"
+            f"{path} has format {version}, but this version reads {FORMAT_VERSION}"
         )
-    _check_listing(folder, JsonObject(path, manifest))
+    _check_listing(folder, contents)
     return manifest
 
 
 def _check_listing(folder: Path, manifest: JsonObject) -> None:
     """Refuse a manifest that does not list, as it should, every file that is read of its folder."""
     manifest.whole_number("step")
-    path, files = manifest.path, manifest.object("files")
-    for name, file in files.objects():
+    path, files = manifest.path, manifest.section("files")
+    for name, file in files.sections():
         file.whole_number("bytes")
         file.text("sha256")
         if not is_plain_name(name):

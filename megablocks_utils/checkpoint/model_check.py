@@ -53,8 +53,8 @@ def check_against_model(
         Names of stored tensors that the model has no use for and transformers ignores too.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape, or an output layer is
-            stored that `tie_word_embeddings` would drop.
+        CheckpointError: tensors are missing, unexpected, of another shape or no floating-point
+            numbers, or an output layer is stored that `tie_word_embeddings` would drop.
     """
     wanted = _wanted_shapes(model, index, naming)
     missing = [key for key in wanted if key not in index]
@@ -70,7 +70,17 @@ def check_against_model(
         for key, shape in wanted.items()
         if key in index and index.shape(key) != shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    no_floats = [
+        f"{key} is {str(index.dtype(key)).removeprefix('torch.')}"
+        for key in wanted
+        if key in index and not index.dtype(key).is_floating_point
+    ]
+    found = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshaped,
+        "of whole numbers": no_floats,
+    }
     faults = [_describe(kind, items) for kind, items in found.items() if items]
     if faults:
         faults += _name_settings(model, index, naming, [*missing, *unexpected], truncate_layers)

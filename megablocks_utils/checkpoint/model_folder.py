@@ -17,7 +17,7 @@ from megablocks_utils.checkpoint.layouts import (
     is_expert_parameter,
     naming_of_family,
 )
-from megablocks_utils.checkpoint.library_errors import disk_errors_as_os_errors
+from megablocks_utils.checkpoint.library_errors import DiskErrorsAsOSErrors
 from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import GENERATION_CONFIG_NAME
@@ -132,5 +132,5 @@ def write_companions(
         # `save_pretrained` refuses settings that many published models carry.
         generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     if tokenizer is not None:
-        with disk_errors_as_os_errors():
+        with DiskErrorsAsOSErrors():
             tokenizer.save_pretrained(folder)

@@ -142,14 +142,16 @@ def staged_folder(output_dir: Path, *, last: str = MODEL_CONFIG_NAME) -> Iterato
     if output_dir.is_dir():
         remove_path(staging)
     staging.mkdir(parents=True)
+    is_written = False
     try:
         yield staging
         for path in (*staging.iterdir(), staging):
             sync_to_disk(path)
-    except BaseException:
-        with suppress(OSError):
-            remove_path(staging)
-        raise
+        is_written = True
+    finally:
+        if not is_written:
+            with suppress(OSError):
+                remove_path(staging)
     try:
         _publish(staging, output_dir, last)
     except OSError as error:

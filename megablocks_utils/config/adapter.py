@@ -37,6 +37,7 @@ class AdapterConfig:
         Option(
             "rank of the adapters",
             minimum=1,
+            limit=2**16,
             shown_default=f"{DEFAULT_LORA_R}, or that of --resume_adapter",
         ),
     ] = None

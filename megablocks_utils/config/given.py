@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megablocks_utils.config.option import Option
+from megablocks_utils.config.secrets import REDACTED, is_secret_name, redact_text
 from megablocks_utils.config.values import read_value
 from megablocks_utils.errors import ConfigurationError
 
@@ -33,6 +34,12 @@ class GivenOption:
     def name(self) -> str:
         """The option's name; of an unknown one, as it was written."""
         return self.option.name if self.option else option_name(self.flag)
+
+    @property
+    def shown_values(self) -> tuple[str, ...]:
+        """The values as messages and records show them."""
+        is_secret = is_secret_name(self.name)
+        return tuple(REDACTED if is_secret else redact_text(value) for value in self.values)
 
     def words(self) -> list[str]:
         """Return it as words of a command line."""

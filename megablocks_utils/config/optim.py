@@ -46,6 +46,7 @@ class OptimConfig:
             "optimizer steps over which the learning rate rises from 0; below 1: that share of all "
             "steps",
             minimum=0,
+            limit=10**9,
         ),
     ] = 0
     weight_decay: Annotated[
@@ -55,7 +56,7 @@ class OptimConfig:
         float,
         Option("global gradient norm above which gradients are scaled down; 0: never", minimum=0),
     ] = 1.0
-    num_train_epochs: Annotated[float, Option("passes over the data", above=0)] = 3.0
+    num_train_epochs: Annotated[float, Option("passes over the data", above=0, limit=10**6)] = 3.0
     max_steps: Annotated[
         int,
         Option(
@@ -63,10 +64,10 @@ class OptimConfig:
         ),
     ] = -1
     per_device_train_batch_size: Annotated[
-        int, Option("examples of a micro-batch of one process", minimum=1)
+        int, Option("examples of a micro-batch of one process", minimum=1, limit=2**20)
     ] = 8
     gradient_accumulation_steps: Annotated[
-        int, Option("micro-batches of an optimizer step", minimum=1)
+        int, Option("micro-batches of an optimizer step", minimum=1, limit=2**16)
     ] = 1
     sync_each_batch: Annotated[
         bool | None,

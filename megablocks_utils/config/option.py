@@ -16,6 +16,7 @@ from typing import (
     Any,
     ClassVar,
     Literal,
+    NewType,
     Protocol,
     Union,
     get_args,
@@ -23,13 +24,28 @@ from typing import (
     get_type_hints,
 )
 
-__all__ = ["Kind", "Option", "OptionSection", "list_options", "same_option"]
+__all__ = [
+    "Duration",
+    "Kind",
+    "MAX_FLOAT32",
+    "Option",
+    "OptionSection",
+    "list_options",
+    "same_option",
+]
 
-Kind = Literal["text", "path", "integer", "number", "boolean", "words", "texts"]
+Kind = Literal["text", "path", "duration", "integer", "number", "boolean", "words", "texts"]
+Duration = NewType("Duration", str)
+"""A length of time as it is written, such as 3h50m; `values.parse_duration` gives its seconds."""
+
+MAX_FLOAT32 = 3e38
+"""No number of a run may be larger: what is computed in float32 would be infinite."""
+_LIMITS: Mapping[str, float] = MappingProxyType({"integer": 10**9, "number": MAX_FLOAT32})
 
 _KINDS: Mapping[object, Kind] = MappingProxyType(
     {
         str: "text",
+        Duration: "duration",
         Path: "path",
         int: "integer",
         float: "number",
@@ -56,6 +72,8 @@ class Option:
         minimum: Smallest number allowed, or None.
         maximum: Largest number allowed, or None.
         above: Number that the value must exceed, or None.
+        limit: Number that no run can sensibly exceed, where there is no `maximum`: beyond it the
+            run would end in an error of the machine, or not at all. None: that of its kind.
         shown_default: What `--help` prints as default where the default alone says too little.
         wanted: What its value must be, where kind and choices say too little.
         metavar: What stands for its value in `--help`, where the kind says too little.
@@ -76,6 +94,7 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
+    limit: float | None = None
     shown_default: str | None = None
     wanted: str | None = None
     metavar: str | None = None
@@ -91,6 +110,12 @@ class Option:
     def names(self) -> tuple[str, ...]:
         """Its name and its aliases."""
         return (self.name, *self.aliases)
+
+    @property
+    def largest(self) -> float | None:
+        """The largest number it may be; None where it is no number."""
+        bounds = (self.maximum, self.limit, _LIMITS.get(self.kind))
+        return next((bound for bound in bounds if bound is not None), None)
 
     @property
     def takes_several(self) -> bool:

@@ -67,8 +67,8 @@ PLANNED = frozenset(
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
         *("early_stopping_patience", "attn_implementation", "freeze_router"),
         *("router_bias_update_rate", "expert_load_steps", "dp_replicate_size", "tp_size"),
-        *("expert_tp_size", "sp_size", "expert_quantization", "hang_timeout_s", "time_limit"),
-        *("save_dtype", "stop_on_nonfinite", "adapter_layout", "launcher", "nodes"),
+        *("expert_tp_size", "sp_size", "expert_quantization"),
+        *("save_dtype", "adapter_layout", "launcher", "nodes"),
     )
 )
 """Options that are to come; each leaves this list when it is built."""

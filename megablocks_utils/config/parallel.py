@@ -1,5 +1,6 @@
 """How the experts are spread over processes, and what runs them. Torch-free."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -70,8 +71,9 @@ class ParallelConfig:
 
 def legal_ep_sizes(world_size: int, num_experts: int | None = None) -> list[int]:
     """List every ep_size that divides the world size and, where it is known, the experts."""
-    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    return [size for size in sizes if num_experts is None or num_experts % size == 0]
+    common = world_size if num_experts is None else math.gcd(world_size, num_experts)
+    small = [size for size in range(1, math.isqrt(common) + 1) if common % size == 0]
+    return sorted({*small, *(common // size for size in small)})
 
 
 def check_ep_size(

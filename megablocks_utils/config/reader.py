@@ -13,6 +13,7 @@ from megablocks_utils.config.given import CommandLine, GivenOption, option_name
 from megablocks_utils.config.help_text import format_help
 from megablocks_utils.config.hints import unknown_option
 from megablocks_utils.config.option import Option, OptionSection
+from megablocks_utils.config.secrets import is_secret_name
 from megablocks_utils.config.values import describe_wanted, join_words
 from megablocks_utils.config.yaml_file import FileEntry, read_options_file
 from megablocks_utils.errors import ConfigurationError
@@ -176,10 +177,10 @@ def _from_entry(entry: FileEntry, command: Command) -> GivenOption:
 
 def _check_single(given: GivenOption) -> None:
     option = given.option
-    if option is not None and not option.takes_several and len(given.values) > 1:
-        error = ConfigurationError(
-            f"{given.flag} is {join_words(given.values, 'and')}, but it takes one value."
-        )
+    takes_one = not option.takes_several if option else is_secret_name(given.name)
+    if takes_one and len(given.values) > 1:
+        seen = join_words(given.shown_values, "and")
+        error = ConfigurationError(f"{given.flag} is {seen}, but it takes one value.")
         raise given.located(error)
 
 
@@ -199,7 +200,7 @@ def _check_repeated(found: Iterable[GivenOption]) -> list[GivenOption]:
 
 
 def _describe_repetition(before: GivenOption, given: GivenOption) -> ConfigurationError:
-    first, second = (" ".join(option.values) or "no value" for option in (before, given))
+    first, second = (" ".join(option.shown_values) or "no value" for option in (before, given))
     if option_name(before.flag) != option_name(given.flag):
         return ConfigurationError(
             f"{before.flag} {first} and {given.flag} {second} are the same option given twice; "

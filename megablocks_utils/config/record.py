@@ -11,10 +11,19 @@ from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.given import GivenOption
 from megablocks_utils.config.option import Option
 from megablocks_utils.config.run_config import OPTIONS, RunConfig
+from megablocks_utils.config.secrets import is_secret_name
 from megablocks_utils.config.yaml_file import format_options_file
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["format_config", "format_record", "read_recorded_options"]
+__all__ = ["flatten_learned", "format_config", "format_record", "read_recorded_options"]
+
+_FREE_OPTIONS = (
+    *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "debug", "saving"),
+    *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
+    *("lost_rank_timeout_s", "hang_timeout_s"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),
+)
+"""Options that change where or how a run is done, not what it learns."""
 
 
 def format_config(config: RunConfig, leftovers: tuple[GivenOption, ...] = ()) -> str:
@@ -22,12 +31,12 @@ def format_config(config: RunConfig, leftovers: tuple[GivenOption, ...] = ()) ->
 
     Args:
         config: The run.
-        leftovers: Options that FSDP1 hands to TrainingArguments.
+        leftovers: Options that FSDP1 hands to TrainingArguments; secrets are left out.
     """
     passed_on = {
         given.name: given.values[0] if len(given.values) == 1 else given.values or "True"
         for given in leftovers
-        if not given.is_null
+        if not given.is_null and not is_secret_name(given.name)
     }
     return format_record(asdict(config)) + format_options_file(passed_on)
 
@@ -73,6 +82,19 @@ def read_recorded_options(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict) or options.get("entry_point") not in SCRIPTS:
         raise ConfigurationError(f"--run is {path}, but it holds no options of a run; {wanted}.")
     return options
+
+
+def flatten_learned(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that change what is learned, by name, whatever section they are in.
+
+    Args:
+        options: `dataclasses.asdict` of a configuration, or what a file has kept of it.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in _FREE_OPTIONS:
+            flat |= flatten_learned(value) if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _as_given(option: Option, value: object) -> object:

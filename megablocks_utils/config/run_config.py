@@ -56,6 +56,9 @@ class RunConfig:
         logging_steps: Steps between two log lines.
         report_to: Trackers; empty for none.
         debug: Whether placements are printed and replicas checked in every step.
+        lost_rank_timeout_s: Seconds without a sign of life after which a rank on another machine is
+            lost.
+        hang_timeout_s: Seconds without progress on any rank after which the run ends.
     """
 
     entry_point: str = "fsdp2"
@@ -121,6 +124,24 @@ class RunConfig:
             "replicas of an expert are bit-equal and gradients finite"
         ),
     ] = False
+    lost_rank_timeout_s: Annotated[
+        float,
+        Option(
+            "seconds without a sign of life after which a rank on another machine is lost and the "
+            "others end",
+            minimum=10,
+            maximum=86400,
+        ),
+    ] = 45
+    hang_timeout_s: Annotated[
+        float,
+        Option(
+            "seconds without progress on any rank, or of waiting for ranks to start, after which "
+            "the run ends",
+            minimum=10,
+            maximum=604800,
+        ),
+    ] = 600
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from megablocks_utils.config.option import Option
+from megablocks_utils.config.option import Duration, Option
 
 __all__ = ["SavingConfig"]
 
@@ -21,8 +21,10 @@ class SavingConfig:
         save_steps: Whole steps between two checkpoints, or below 1 the share of all steps.
         save_total_limit: Checkpoints that are kept; None: all.
         async_save: Whether they are written in the background.
-        resume_from_checkpoint: "True", "False" or a folder; what it comes to is said by
+        resume_from_checkpoint: "True", "False", "auto" or a folder; what it comes to is said by
             `processes.output_folder.choose_checkpoint`.
+        time_limit: Wall time after which the run has saved and ended; None: no limit.
+        stop_on_nonfinite: Whether values that are not finite end the run.
     """
 
     save_strategy: Annotated[
@@ -39,6 +41,7 @@ class SavingConfig:
             "optimizer steps between two checkpoints with --save_strategy steps; below 1: that "
             "share of all steps",
             above=0,
+            limit=10**9,
         ),
     ] = 500
     save_total_limit: Annotated[
@@ -60,9 +63,26 @@ class SavingConfig:
         str,
         Option(
             "checkpoint to resume from: True is the newest complete one in --output_dir, False is "
-            "none, anything else its folder"
+            "none, auto the newest if there is one and else none (one command for start and "
+            "requeue), anything else its folder"
         ),
     ] = "False"
+    time_limit: Annotated[
+        Duration | None,
+        Option(
+            "wall time of the run since its start, as 3h50m, 90m, HH:MM:SS or D-HH:MM:SS: early "
+            "enough before it the run saves a checkpoint and ends with exit code 0",
+            metavar="TIME",
+            shown_default="none",
+        ),
+    ] = None
+    stop_on_nonfinite: Annotated[
+        bool,
+        Option(
+            "end the run, with exit code 1, in the step whose loss, gradients or weights are not "
+            "finite, and write no such checkpoint or model; False: warn and continue"
+        ),
+    ] = True
 
     def is_due(self, step: int, *, num_steps: int, steps_per_epoch: int) -> bool:
         """Return whether a checkpoint is written after `step`, as Hugging Face's Trainer would.

@@ -11,18 +11,29 @@ from pathlib import Path
 from megablocks_utils.config.option import Option
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["convert_value", "describe_wanted", "join_words", "read_value"]
+__all__ = ["convert_value", "describe_wanted", "join_words", "parse_duration", "read_value"]
 
 _WANTED = {
     "integer": "a whole number",
     "number": "a number",
     "boolean": "True or False",
     "texts": "a text",
+    "duration": "a time of at most a year, such as 3h50m, 90m, 45s, 03:50:00 or 1-03:50:00",
 }
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_MAX_DIGITS = 18
-"""Digits of a whole number that 64 bits can hold."""
+_DURATION = re.compile(
+    r"(?:(?P<days>[0-9]{1,4})d)?(?:(?P<hours>[0-9]{1,6})h)?(?:(?P<minutes>[0-9]{1,6})m)?"
+    r"(?:(?P<seconds>[0-9]{1,9})s)?"
+)
+_CLOCK = re.compile(
+    r"(?:(?P<days>[0-9]{1,4})-)?(?P<hours>[0-9]{1,4}):(?P<minutes>[0-5]?[0-9])"
+    r":(?P<seconds>[0-5]?[0-9])"
+)
+_UNIT_S = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+_MAX_DURATION_S = 366 * 86400
+_MAX_DIGITS = 18  # what 64 bits can hold, and no option needs
+_SHOWN_DIGITS = 40
 
 
 def read_value(
@@ -43,6 +54,8 @@ def read_value(
         values = ["True"]
     if not values:
         raise ConfigurationError(f"{flag} has no value, but it must be {describe_wanted(option)}.")
+    if any("\0" in value for value in values):
+        raise ConfigurationError(f"{flag} holds a NUL character, but it must be text without one.")
     if option.kind == "texts":
         return tuple(convert_value(option, flag, value) for value in values)
     if option.kind == "words":
@@ -71,30 +84,59 @@ def convert_value(option: Option, flag: str, text: str) -> object:
             raise error
         return text.lower() == "true"
     if option.kind in ("integer", "number"):
-        return _convert_number(option, text, error)
+        return _convert_number(option, flag, text)
+    if option.kind == "duration":
+        if parse_duration(text) is None:
+            raise error
+        return text
     if not text:
         raise error
     return Path(text) if option.kind == "path" else text
 
 
-def _convert_number(option: Option, text: str, error: ConfigurationError) -> int | float:
-    number: int | float
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a time such as 3h50m or D-HH:MM:SS; None for any other text."""
+    match = _DURATION.fullmatch(text) or _CLOCK.fullmatch(text)
+    if match is None:
+        return None
+    seconds = sum(int(match[unit] or 0) * length for unit, length in _UNIT_S.items())
+    return float(seconds) if 0 < seconds <= _MAX_DURATION_S else None
+
+
+def _convert_number(option: Option, flag: str, text: str) -> int | float:
+    shown = text if len(text) <= _SHOWN_DIGITS else f"{text[:_SHOWN_DIGITS]}..."
+    error = ConfigurationError(
+        f"{flag} is {shown or 'empty'}, but it must be {describe_wanted(option)}."
+    )
+    number = _parse_number(option, text)
+    if number is None:
+        raise error
+    too_small = option.minimum is not None and number < option.minimum
+    not_above = option.above is not None and number <= option.above
+    if too_small or not_above:
+        raise error
+    largest = option.largest
+    if largest is not None and number > largest:
+        if option.maximum is not None:
+            raise error
+        raise ConfigurationError(f"{flag} is {shown}, but it must be at most {largest:.12g}.")
+    return number
+
+
+def _parse_number(option: Option, text: str) -> int | float | None:
+    """Return the number that a text is; one that is too long is infinite, not computed."""
     if option.kind == "integer":
         if not _INTEGER.fullmatch(text):
-            raise error
-        if len(text) > _MAX_DIGITS:
-            raise ConfigurationError(f"{str(error)[:-1]}, of at most {_MAX_DIGITS} digits.")
-        number = int(text)
-    else:
-        if not _NUMBER.fullmatch(text):
-            raise error
-        number = float(text)
-    too_small = option.minimum is not None and number < option.minimum
-    too_large = option.maximum is not None and number > option.maximum
-    not_above = option.above is not None and number <= option.above
-    if not math.isfinite(number) or too_small or too_large or not_above:
-        raise error
-    return number
+            return None
+        digits = text.lstrip("+-").lstrip("0") or "0"
+        sign = -1 if text.startswith("-") else 1
+        return sign * (int(digits) if len(digits) <= _MAX_DIGITS else math.inf)
+    if not _NUMBER.fullmatch(text):
+        return None
+    number = float(text)
+    # Smaller than any float, it would silently become 0.
+    vanishes = number == 0 and re.search("[1-9]", text.lower().partition("e")[0])
+    return None if vanishes else number
 
 
 def describe_wanted(option: Option) -> str:

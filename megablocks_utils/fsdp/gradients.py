@@ -33,16 +33,23 @@ def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> Non
         work.wait()
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[Tensor], max_norm: float, norms: Tensor | None = None
+) -> Tensor:
     """Scale all gradients so that their global norm is at most `max_norm`; 0 leaves them.
 
     **Collective:** see `global_grad_norm`.
+
+    Args:
+        parameters: those that are trained.
+        max_norm: of the whole gradient.
+        norms: what `shard_grad_norms` has given for them, if it is known.
 
     Returns:
         The norm before clipping, a scalar fp64 tensor, the same on every rank.
     """
     parameters = list(parameters)
-    norm = global_grad_norm(parameters)
+    norm = global_grad_norm(parameters, norms)
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's and transformers' formula
         grads = _local_grads(parameters)
@@ -51,13 +58,25 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
-def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+def shard_grad_norms(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm of this rank's shard of every gradient there is, (G,) fp32."""
+    grads = _local_grads(parameters)
+    if not grads:
+        return torch.zeros(0)
+    return torch.stack(tuple(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+
+
+def global_grad_norm(parameters: Iterable[Tensor], norms: Tensor | None = None) -> Tensor:
     """Compute the L2 norm of the whole gradient, every parameter counted once.
 
     Each rank adds the squares of the shards it holds, a shard that R ranks hold with weight 1/R.
     Plain tensors are taken as this rank's own shard (FSDP1); a gradient that is None as zero.
 
     **Collective:** one all-reduce of one number over the world.
+
+    Args:
+        parameters: those that are trained.
+        norms: what `shard_grad_norms` has given for them, if it is known.
     """
     parameters = list(parameters)
     world_size = dist.get_world_size()
@@ -65,9 +84,9 @@ def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     parameters = [p for p in parameters if p.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if parameters:
-        norms = torch._foreach_norm(_local_grads(parameters), 2, dtype=torch.float32)
+        norms = shard_grad_norms(parameters) if norms is None else norms
         replicas = [count_replicas(_grad(p), world_size) for p in parameters]
-        squares = torch.stack(norms).double().square()
+        squares = norms.double().square()
         total += (squares / torch.tensor(replicas, device=device)).sum()
     dist.all_reduce(total)
     return total.sqrt()

@@ -1,9 +1,8 @@
 """Compare the tensors of an adapter file with what adapters of a model have, before any is read."""
 
-import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import naming_of_family
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
+from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.expert_formats import (
     AdapterMatrix,
@@ -20,46 +19,71 @@ from megablocks_utils.lora.expert_formats import (
     SeparateExperts,
     Shape,
 )
-from megablocks_utils.lora.peft_format import linear_key
+from megablocks_utils.lora.peft_format import linear_key, linear_matrices
+from megablocks_utils.lora.peft_targets import PeftTarget, find_peft_targets
+from megablocks_utils.lora.replaced_weights import find_replaced
 from megablocks_utils.shard_moe_utils import PROJECTIONS, find_expert_modules
 
-__all__ = ["FoundAdapters", "Places", "check_adapter", "find_places"]
-
-# alpha_pattern holds rank * (alpha / r), which rounds.
-SCALING_TOLERANCE = 1e-9
+__all__ = ["FoundAdapter", "FoundAdapters", "Places", "check_adapter", "find_places"]
 
 
 @dataclass(frozen=True)
 class Places:
-    """Say where a model can have adapters, and how files may hold those of its experts.
+    """Say where a model can have adapters.
 
     Attributes:
         linears: linear layer -> shape (out, in) of its weight.
         experts: parameter of experts -> its shape (E, out, in).
-        expert_formats: the formats, each with tensor names of its own.
+        routers: router, whose weight is no linear layer's -> shape (E, in).
     """
 
     linears: Mapping[str, Shape]
     experts: Mapping[str, Shape]
-    expert_formats: tuple[ExpertFormat, ...]
+    routers: Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """Describe one adapter of a file.
+
+    Attributes:
+        shape: of the weight, (out, in) of a linear layer or (E, out, in) of experts.
+        rank: in memory; gate and up of separate experts lie side by side.
+        scaling: factor of B @ A.
+        is_parameter: whether PEFT adds it to a parameter, as to those of experts and routers: it
+            rounds what it adds, too.
+    """
+
+    shape: Shape
+    rank: int
+    scaling: float
+    is_parameter: bool
 
 
 @dataclass(frozen=True)
 class FoundAdapters:
-    """Say where a file has adapters in a model, and in which format it holds those of experts."""
+    """Say where a file has adapters in a model, and in which format it holds those of experts.
 
-    linears: Mapping[str, Shape]
-    experts: Mapping[str, Shape] = field(default_factory=dict)
-    expert_format: ExpertFormat | None = None
+    Attributes:
+        linears: by the name of the linear layer or router.
+        experts: by the name of the parameter.
+        expert_format: None where there are none of experts.
+        replaced: parameter of the model -> tensor of the file that replaces it whole.
+    """
+
+    linears: Mapping[str, FoundAdapter]
+    experts: Mapping[str, FoundAdapter]
+    expert_format: ExpertFormat | None
+    replaced: Mapping[str, str]
 
 
 def find_places(model: PreTrainedModel) -> Places:
-    """Find the linear layers of a model, without its output embeddings, and its experts.
+    """Find the linear layers of a model, without a tied output layer, and its experts.
 
     Raises:
         ConfigurationError: the model's family is not supported.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     return Places(
         {
             name: tuple(module.weight.shape)
@@ -71,130 +95,180 @@ def find_places(model: PreTrainedModel) -> Places:
             for name, module in find_expert_modules(model).items()
             for projection in PROJECTIONS
         },
-        (FusedExperts(), SeparateExperts(naming_of_family(model.config.model_type))),
+        {
+            name: tuple(module.weight.shape)
+            for name, module in model.named_modules()
+            if not isinstance(module, nn.Linear | nn.Embedding) and _has_matrix(module)
+        },
     )
 
 
-def check_adapter(
-    config: AdapterConfigFile, index: CheckpointIndex, places: Places
-) -> FoundAdapters:
-    """Check that a file holds exactly the tensors that adapters of a model have.
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2
 
-    A linear layer, or the experts, must have adapters in all decoder layers or in none; all of one
-    kind have the same rank in the file, and all have the same scaling.
+
+def check_adapter(
+    config: AdapterConfigFile, index: CheckpointIndex, model: PreTrainedModel
+) -> FoundAdapters:
+    """Check that a file holds what PEFT would read of it, whole, and nothing else.
+
+    A kind of linear layer, or a projection of experts, must have adapters wherever the
+    configuration targets it, or nowhere: without one, PEFT's own adapter adds zero.
 
     Raises:
         CheckpointError: naming the file, what was seen and what is wanted.
     """
     path = index.folder / ADAPTER_WEIGHTS_NAME
-    _refuse_unexpected(path, config, index, places)
-    found = _find(path, config, index, places)
-    experts = []
-    if found.expert_format:
-        experts = [*_expert_matrices(found.experts, found.expert_format, config)]
-        _refuse_some_projections(path, index, experts)
-    matrices = [*_linear_matrices(found.linears, config), *experts]
-    _refuse_missing(path, index, matrices)
-    ranks: dict[str, int] = {}
-    for matrix in matrices:
-        wanted_rank = ranks.setdefault(matrix.target, matrix.rank)
-        _check_rank_and_alpha(config, matrix, wanted_rank)
-        _check_tensor(path, index, matrix)
-    return found
-
-
-def _linear_matrices(
-    linears: Mapping[str, Shape], config: AdapterConfigFile
-) -> Iterator[AdapterMatrix]:
-    r = config.r
-    for name, (num_rows, num_columns) in linears.items():
-        yield AdapterMatrix(linear_key(name, "A"), (r, num_columns), name, r)
-        yield AdapterMatrix(linear_key(name, "B"), (num_rows, r), name, r)
-
-
-def _expert_matrices(
-    experts: Mapping[str, Shape], expert_format: ExpertFormat, config: AdapterConfigFile
-) -> Iterator[AdapterMatrix]:
-    for name, shape in experts.items():
-        yield from expert_format.matrices(name, shape, config)
-
-
-def _refuse_unexpected(
-    path: Path, config: AdapterConfigFile, index: CheckpointIndex, places: Places
-) -> None:
-    expected = {matrix.key for matrix in _linear_matrices(places.linears, config)}
-    for expert_format in places.expert_formats:
-        matrices = _expert_matrices(places.experts, expert_format, config)
-        expected |= {matrix.key for matrix in matrices}
-    unexpected = [key for key in index if key not in expected]
-    if unexpected:
-        names = ", ".join(sorted({_last_name(name) for name in places.linears}))
-        raise CheckpointError(
-            f"{path} holds {_count(unexpected)} that this model has no place for, first"
-            f" {unexpected[0]}: adapters can be on its experts and on {names}"
-        )
-
-
-def _find(
-    path: Path, config: AdapterConfigFile, index: CheckpointIndex, places: Places
-) -> FoundAdapters:
-    """Return the linear layers and the format of experts of which the file holds any tensor."""
-    targets = {m.target for m in _linear_matrices(places.linears, config) if m.key in index}
-    linears = {name: shape for name, shape in places.linears.items() if _last_name(name) in targets}
-    formats = [
-        expert_format
-        for expert_format in places.expert_formats
-        if any(m.key in index for m in _expert_matrices(places.experts, expert_format, config))
-    ]
+    places, targets = find_places(model), find_peft_targets(config, model)
+    replaced = find_replaced(config, index, model)
+    fused = FusedExperts({name: target.key for name, target in targets.items()})
+    separate = SeparateExperts(naming_of_family(model.config.model_type), config.r)
+    linears = {name: shape for name, shape in places.linears.items() if name in targets}
+    linears |= {n: shape for n, shape in places.routers.items() if _weight_of(n) in targets}
+    experts = {name: shape for name, shape in places.experts.items() if name in targets}
+    of_experts = {fused: experts, separate: _in_targeted_layers(experts, config)}
+    matrices = {
+        expert_format: [
+            matrix
+            for name, shape in shapes.items()
+            for matrix in expert_format.matrices(name, shape, targets[name].rank)
+        ]
+        for expert_format, shapes in of_experts.items()
+    }
+    formats = [f for f, found in matrices.items() if any(matrix.key in index for matrix in found)]
     if len(formats) > 1:
         labels = " and ".join(expert_format.label for expert_format in formats)
         raise CheckpointError(f"{path} holds adapters of experts in two formats, {labels}")
-    if not formats and not linears:
+    of_linears = [
+        matrix
+        for name, shape in linears.items()
+        for matrix in linear_matrices(name, shape, _target_of(targets, name).rank)
+    ]
+    used = [*of_linears, *(matrices[formats[0]] if formats else ())]
+    known = {
+        m.key for name, shape in places.experts.items() for m in separate.matrices(name, shape, 1)
+    }
+    known |= _known_keys(places)
+    unread = [key for key in index if key not in {m.key for m in used} | {*replaced.values()}]
+    _refuse_unread(config, index, unread, known, places)
+    present = _refuse_missing(index, used)
+    for matrix in used:
+        if matrix.key in index:
+            _check_tensor(index, matrix)
+    if not present and not replaced:
         raise CheckpointError(f"{path} holds no adapters")
-    return FoundAdapters(linears, places.experts, formats[0]) if formats else FoundAdapters(linears)
+    if formats == [separate]:
+        _refuse_separate_patterns(config, targets, experts)
+    return FoundAdapters(
+        _found(linears, targets, present),
+        _found(experts, targets, present),
+        formats[0] if formats else None,
+        replaced,
+    )
 
 
-def _refuse_some_projections(
-    path: Path, index: CheckpointIndex, matrices: list[AdapterMatrix]
+def _found(
+    shapes: Mapping[str, Shape], targets: Mapping[str, PeftTarget], present: Collection[str]
+) -> dict[str, FoundAdapter]:
+    return {
+        name: FoundAdapter(shape, target.rank, target.scaling, is_parameter=target.is_parameter)
+        for name, shape in shapes.items()
+        if name in present and (target := _target_of(targets, name))
+    }
+
+
+def _weight_of(module: str) -> str:
+    return f"{module}.weight"
+
+
+def _target_of(targets: Mapping[str, PeftTarget], name: str) -> PeftTarget:
+    """Return what PEFT attaches to a linear layer, to a parameter, or to a router's weight."""
+    return targets[name] if name in targets else targets[_weight_of(name)]
+
+
+def _in_targeted_layers(
+    experts: Mapping[str, Shape], config: AdapterConfigFile
+) -> Mapping[str, Shape]:
+    """Return the experts that `layers_to_transform` names, which PEFT's conversion passes over."""
+    layers = config.targeting["layers_to_transform"]
+    if layers is None:
+        return experts
+    wanted = layers if isinstance(layers, list) else [layers]
+    return {name: shape for name, shape in experts.items() if _layer_number(name) in wanted}
+
+
+def _layer_number(name: str) -> int | None:
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _refuse_unread(
+    config: AdapterConfigFile,
+    index: CheckpointIndex,
+    unread: Sequence[str],
+    known: Collection[str],
+    places: Places,
 ) -> None:
-    wanted = dict.fromkeys(matrix.target for matrix in matrices)
-    present = {matrix.target for matrix in matrices if matrix.key in index}
-    if len(present) < len(wanted):
+    """Refuse tensors that PEFT would drop: without a place in the model, or not targeted."""
+    if not unread:
+        return
+    held = f"{index.folder / ADAPTER_WEIGHTS_NAME} holds {_count(unread)}"
+    without_place = [key for key in unread if key not in known]
+    if not without_place:
         raise CheckpointError(
-            f"{path} holds adapters on {len(present)} of the {len(wanted)} projections of the"
-            f" experts, wanted are all or none: {', '.join(wanted)}"
+            f"{held} that the targets in {ADAPTER_CONFIG_NAME} leave out, first {unread[0]}"
         )
+    names = ", ".join(sorted({_last_name(name) for name in places.linears}))
+    version = "" if config.peft_version is None else f" (PEFT {config.peft_version} wrote it)"
+    raise CheckpointError(
+        f"{held} that this model has no place for, first {without_place[0]}: adapters can be on its"
+        f" experts and on {names}{version}"
+    )
 
 
-def _refuse_missing(path: Path, index: CheckpointIndex, matrices: list[AdapterMatrix]) -> None:
-    missing = [matrix for matrix in matrices if matrix.key not in index]
+def _known_keys(places: Places) -> set[str]:
+    """Return the names that tensors have if all linear layers and experts have adapters."""
+    modules = {*places.linears, *(name.rpartition(".")[0] for name in places.experts)}
+    inner = {f"{name.rpartition('.')[0]}.base_layer" for name in places.experts}
+    return {linear_key(name, side) for name in modules | inner for side in "AB"}
+
+
+def _refuse_missing(index: CheckpointIndex, matrices: Iterable[AdapterMatrix]) -> set[str]:
+    """Return the weights that have adapters in the file, having seen that none is half there."""
+    matrices = list(matrices)
+    present = {matrix.target for matrix in matrices if matrix.key in index}
+    missing = [m for m in matrices if m.target in present and m.key not in index]
     if missing:
         targets = ", ".join(sorted({matrix.target for matrix in missing}))
         raise CheckpointError(
-            f"{path} lacks {_count(missing)}, first {missing[0].key}: adapters on {targets} must be"
-            " whole and in every layer of this model"
+            f"{index.folder / ADAPTER_WEIGHTS_NAME} lacks {_count(missing)}, first"
+            f" {missing[0].key}: adapters on {targets} must be whole and in every layer that"
+            f" {ADAPTER_CONFIG_NAME} names"
         )
+    return {matrix.name for matrix in matrices if matrix.key in index}
 
 
-def _check_rank_and_alpha(
-    config: AdapterConfigFile, matrix: AdapterMatrix, wanted_rank: int
+def _refuse_separate_patterns(
+    config: AdapterConfigFile, targets: Mapping[str, PeftTarget], experts: Iterable[str]
 ) -> None:
-    """Refuse patterns that give adapters of one kind different ranks, or any another scaling."""
-    rank, alpha = config.rank(matrix.module), config.alpha(matrix.module)
-    if rank != wanted_rank:
+    """Refuse strengths of separate experts that PEFT's conversion does not keep."""
+    if config.use_rslora:
         raise CheckpointError(
-            f"{config.path} gives {matrix.module} rank {rank} by rank_pattern, wanted is"
-            f" {wanted_rank} as for the others"
+            f"{config.path} sets use_rslora for adapters of single experts, whose strength PEFT"
+            " changes where it joins gate and up"
         )
     scaling = config.lora_alpha / config.r
-    if not math.isclose(alpha / rank, scaling, rel_tol=SCALING_TOLERANCE):
-        raise CheckpointError(
-            f"{config.path} gives {matrix.module} alpha {alpha:g} and rank {rank}, wanted is the"
-            f" quotient of lora_alpha and r, {scaling:g}, for all adapters"
-        )
+    for name in experts:
+        if abs(targets[name].scaling - scaling) > 1e-9 * scaling:
+            raise CheckpointError(
+                f"{config.path} gives {name} a strength of {targets[name].scaling:g} by its"
+                f" patterns, wanted is {scaling:g} for adapters of single experts"
+            )
 
 
-def _check_tensor(path: Path, index: CheckpointIndex, matrix: AdapterMatrix) -> None:
+def _check_tensor(index: CheckpointIndex, matrix: AdapterMatrix) -> None:
+    path = index.folder / ADAPTER_WEIGHTS_NAME
     shape, dtype = index.shape(matrix.key), index.dtype(matrix.key)
     if shape != matrix.shape:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from megablocks_utils.checkpoint.library_errors import disk_errors_as_os_errors
+from megablocks_utils.checkpoint.library_errors import DiskErrorsAsOSErrors
 from megablocks_utils.checkpoint.writer import staged_folder
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import (
@@ -73,7 +73,7 @@ def export_adapter(
     config.inference_mode = True
     try:
         with staged_folder(Path(output_dir), last=ADAPTER_CONFIG_NAME) as folder:
-            with disk_errors_as_os_errors():
+            with DiskErrorsAsOSErrors():
                 save_file(weights, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
                 config.save_pretrained(str(folder))
                 if tokenizer is not None:
@@ -110,6 +110,6 @@ def to_peft(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return linear_key(match["layer"], match["side"]), tensor
     match = _EXPERT.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name} is not a parameter of an adapter")
+        raise CheckpointError(f"{name} is not a parameter of an adapter")
     pack = pack_lora_a if match["side"] == "A" else pack_lora_b
     return expert_key(match["parameter"], match["side"]), pack(tensor).contiguous()

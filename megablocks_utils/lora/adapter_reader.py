@@ -8,7 +8,6 @@ the file is silently dropped.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,11 +19,10 @@ from megablocks_utils.checkpoint.index import (
 )
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from megablocks_utils.lora.adapter_checks import check_adapter, find_places
-from megablocks_utils.lora.adapter_config import read_adapter_config
-from megablocks_utils.lora.expert_formats import ExpertFormat, Shape, read_finite
+from megablocks_utils.lora.adapter_checks import FoundAdapter, FoundAdapters, check_adapter
+from megablocks_utils.lora.adapter_config import AdapterConfigFile, read_adapter_config
+from megablocks_utils.lora.expert_formats import read_finite
 from megablocks_utils.lora.peft_format import linear_key
-from megablocks_utils.lora.settings import LoraSettings
 
 __all__ = ["AdapterReader", "open_adapter", "resolve_adapter_folder"]
 
@@ -36,18 +34,32 @@ class AdapterReader:
     """Give access to the adapters of one file by the names that the model's weights have.
 
     Attributes:
+        config: what its configuration says.
         index: the file's tensors.
-        settings: which adapters there are, with which ranks and strength.
-        linears: linear layer with an adapter -> shape (out, in) of its weight.
-        expert_shapes: parameter of experts with adapters -> its shape (E, out, in).
-        expert_format: how the file holds them; None where it holds none.
+        found: which of them are adapters of what.
     """
 
+    config: AdapterConfigFile
     index: CheckpointIndex
-    settings: LoraSettings
-    linears: Mapping[str, Shape]
-    expert_shapes: Mapping[str, Shape]
-    expert_format: ExpertFormat | None
+    found: FoundAdapters
+
+    @property
+    def linears(self) -> Mapping[str, FoundAdapter]:
+        """Linear layer -> its adapter."""
+        return self.found.linears
+
+    @property
+    def expert_parameters(self) -> Mapping[str, FoundAdapter]:
+        """Parameter of experts -> its adapters."""
+        return self.found.experts
+
+    def replaced(self, name: str) -> Tensor:
+        """Read the tensor that replaces a parameter, one of `found.replaced`, in its own dtype.
+
+        Raises:
+            CheckpointError: values that are not finite.
+        """
+        return read_finite(self.index, self.found.replaced[name])
 
     def linear(self, name: str) -> tuple[Tensor, Tensor]:
         """Read A (r, in) and B (out, r) of a linear layer, in the file's dtype.
@@ -64,19 +76,20 @@ class AdapterReader:
     def experts(self, name: str, experts: range) -> tuple[Tensor, Tensor]:
         """Read A (n, rank, in) and B (n, out, rank) of some experts, in the file's dtype.
 
-        The rank is that of `settings.expert_ranks`. Only these experts are read, except for B in
+        The rank is that of `expert_parameters`. Only these experts are read, except for B in
         PEFT's own format: there the columns of all experts alternate, so B is read whole.
 
         Args:
-            name: one of `expert_shapes`, `model.layers.0.mlp.experts.gate_up_proj`.
+            name: one of `expert_parameters`, `model.layers.0.mlp.experts.gate_up_proj`.
             experts: which ones, by global index.
 
         Raises:
             CheckpointError: values that are not finite.
         """
-        if self.expert_format is None:
+        expert_format = self.found.expert_format
+        if expert_format is None:
             raise ValueError(f"the adapter {self.index.folder} has none on {name}")
-        return self.expert_format.read(self.index, name, self.expert_shapes[name], experts)
+        return expert_format.read(self.index, name, self.found.experts[name].shape, experts)
 
 
 def resolve_adapter_folder(name_or_path: str | Path) -> Path:
@@ -107,23 +120,7 @@ def open_adapter(name_or_path: str | Path, model: PreTrainedModel) -> AdapterRea
     folder = resolve_adapter_folder(name_or_path)
     config = read_adapter_config(folder)
     index = _open_weights(folder)
-    places = find_places(model)
-    found = check_adapter(config, index, places)
-    ranks = {}
-    if found.expert_format is not None:
-        ranks = {_last_name(name): found.expert_format.rank(name, config) for name in found.experts}
-    last_names = {_last_name(name) for name in found.linears}
-    settings = LoraSettings(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        target_modules=tuple(sorted(last_names)),
-        expert_ranks=MappingProxyType(ranks),
-    )
-    return AdapterReader(index, settings, found.linears, found.experts, found.expert_format)
-
-
-def _last_name(name: str) -> str:
-    return name.rpartition(".")[2]
+    return AdapterReader(config, index, check_adapter(config, index, model))
 
 
 def _open_weights(folder: Path) -> CheckpointIndex:

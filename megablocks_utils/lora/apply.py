@@ -13,6 +13,7 @@ from megablocks_utils.lora.adapter_reader import AdapterReader, open_adapter
 from megablocks_utils.lora.expert_adapters import attach_expert_lora, lora_name
 from megablocks_utils.lora.linear_adapters import attach_linear_lora, find_attention_projections
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
+from megablocks_utils.lora.trainable import settings_of_adapter
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
@@ -43,8 +44,9 @@ def choose_adapters(model: PreTrainedModel, adapter: AdapterConfig) -> ChosenAda
     if adapter.resume_adapter is None:
         return ChosenAdapters(_new_settings(model, adapter))
     reader = open_adapter(adapter.resume_adapter, model)
-    _check_agreement(adapter, reader.settings)
-    return ChosenAdapters(reader.settings, reader)
+    settings = settings_of_adapter(reader, model)
+    _check_agreement(adapter, settings)
+    return ChosenAdapters(settings, reader)
 
 
 def _new_settings(model: PreTrainedModel, adapter: AdapterConfig) -> LoraSettings:
@@ -110,11 +112,13 @@ def apply_lora(
     if sharded is not None and settings.expert_ranks:
         attach_expert_lora(sharded, settings, dtype=dtype, seed=seed)
     if adapters.source is not None:
-        _fill(model, sharded, adapters.source)
+        _fill(model, sharded, settings, adapters.source)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, sharded: ShardedMoE | None, source: AdapterReader) -> None:
+def _fill(
+    model: nn.Module, sharded: ShardedMoE | None, settings: LoraSettings, source: AdapterReader
+) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             lora_a, lora_b = source.linear(name)
@@ -124,7 +128,7 @@ def _fill(model: nn.Module, sharded: ShardedMoE | None, source: AdapterReader) -
         return
     for name, module in sharded.expert_modules.items():
         mine = local_expert_range(module.num_experts, sharded.mesh)
-        for projection in source.settings.expert_ranks:
+        for projection in settings.expert_ranks:
             lora = getattr(module, lora_name(projection))
             lora_a, lora_b = source.experts(f"{name}.{projection}", mine)
             local_tensor(lora.lora_A.detach()).copy_(lora_a)

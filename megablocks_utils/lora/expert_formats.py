@@ -5,47 +5,24 @@ B (n, out, rank), in the order of the in-memory weights (gate rows before up row
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, ExpertPart, HubNaming
+from megablocks_utils.checkpoint.layouts import ExpertPart, HubNaming
 from megablocks_utils.checkpoint.slices import check_finite
-from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.peft_format import (
-    expert_key,
+    AdapterMatrix,
+    Shape,
     linear_key,
+    linear_matrices,
     unpack_lora_a,
     unpack_lora_b,
 )
 
-__all__ = ["AdapterMatrix", "ExpertFormat", "FusedExperts", "SeparateExperts", "read_finite"]
-
-Shape = tuple[int, ...]
-
-
-class AdapterMatrix(NamedTuple):
-    """Announce one tensor, A or B, of an adapter file.
-
-    Attributes:
-        key: the tensor's name.
-        shape: the shape it must have.
-        module: what is adapted, by the name with which patterns in the configuration find it.
-        rank: the rank of which `shape` speaks.
-    """
-
-    key: str
-    shape: Shape
-    module: str
-    rank: int
-
-    @property
-    def target(self) -> str:
-        """Return the last name of what is adapted, the same in all layers."""
-        return self.module.rpartition(".")[2]
+__all__ = ["ExpertFormat", "FusedExperts", "SeparateExperts", "read_finite"]
 
 
 class ExpertFormat(ABC):
@@ -58,14 +35,14 @@ class ExpertFormat(ABC):
     label: str
 
     @abstractmethod
-    def matrices(
-        self, name: str, shape: Shape, config: AdapterConfigFile
-    ) -> Iterator[AdapterMatrix]:
-        """Yield every tensor that the adapters of one parameter have in the file."""
+    def matrices(self, name: str, shape: Shape, rank: int) -> Iterator[AdapterMatrix]:
+        """Yield every tensor that the adapters of one parameter have in the file.
 
-    @abstractmethod
-    def rank(self, name: str, config: AdapterConfigFile) -> int:
-        """Return the rank that the adapters of one parameter have in memory."""
+        Args:
+            name: of the parameter.
+            shape: its (E, out, in).
+            rank: that of its adapters in memory.
+        """
 
     @abstractmethod
     def read(
@@ -79,25 +56,27 @@ class FusedExperts(ExpertFormat):
 
     label = "fused (gate_up_proj, down_proj)"
 
-    def matrices(
-        self, name: str, shape: Shape, config: AdapterConfigFile
-    ) -> Iterator[AdapterMatrix]:
+    def __init__(self, modules: Mapping[str, str]):
+        """`modules`: parameter -> PEFT's wrapper of it, which depends on what else is targeted."""
+        self._modules = modules
+
+    def matrices(self, name: str, shape: Shape, rank: int) -> Iterator[AdapterMatrix]:
         """See `ExpertFormat`."""
         num_experts, num_rows, num_columns = shape
-        r = config.rank(name)
-        yield AdapterMatrix(expert_key(name, "A"), (num_experts * r, num_columns), name, r)
-        yield AdapterMatrix(expert_key(name, "B"), (num_rows, r * num_experts), name, r)
+        shapes = (num_experts * rank, num_columns), (num_rows, rank * num_experts)
+        target = name.rpartition(".")[2]
+        for side, wanted in zip("AB", shapes, strict=True):
+            yield AdapterMatrix(self._key(name, side), wanted, name, target, rank)
 
-    def rank(self, name: str, config: AdapterConfigFile) -> int:
-        """See `ExpertFormat`."""
-        return config.rank(name)
+    def _key(self, name: str, side: str) -> str:
+        return linear_key(self._modules[name], side)
 
     def read(
         self, index: CheckpointIndex, name: str, shape: Shape, experts: range
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertFormat`; of A only the wanted experts' rows are read, of B everything."""
         num_experts = shape[0]
-        key_a, key_b = expert_key(name, "A"), expert_key(name, "B")
+        key_a, key_b = self._key(name, "A"), self._key(name, "B")
         r = index.shape(key_a)[0] // num_experts
         rows = index.read_rows(key_a, experts.start * r, experts.stop * r)
         columns = unpack_lora_b(index.read(key_b), num_experts)[experts.start : experts.stop]
@@ -111,24 +90,17 @@ class FusedExperts(ExpertFormat):
 class SeparateExperts(ExpertFormat):
     """That of transformers 4: one A and one B for each matrix of each expert, by its Hub name."""
 
-    def __init__(self, naming: HubNaming):
+    def __init__(self, naming: HubNaming, r: int):
         self._naming = naming
+        self._r = r
         self.label = f"per expert ({', '.join(naming.projections.values())})"
 
-    def matrices(
-        self, name: str, shape: Shape, config: AdapterConfigFile
-    ) -> Iterator[AdapterMatrix]:
-        """See `ExpertFormat`."""
-        r = config.r
+    def matrices(self, name: str, shape: Shape, rank: int) -> Iterator[AdapterMatrix]:
+        """See `ExpertFormat`; the ranks of gate and up lie side by side in memory."""
         for part in self._naming.expert_parts(name, range(shape[0])):
             module = _module(part)
-            num_rows, num_columns = part.hub_shape(shape)
-            yield AdapterMatrix(linear_key(module, "A"), (r, num_columns), module, r)
-            yield AdapterMatrix(linear_key(module, "B"), (num_rows, r), module, r)
-
-    def rank(self, name: str, config: AdapterConfigFile) -> int:
-        """See `ExpertFormat`; the ranks of gate and up lie side by side in memory."""
-        return config.r * len(EXPERT_TENSORS[name.rpartition(".")[2]])
+            for matrix in linear_matrices(module, part.hub_shape(shape), self._r):
+                yield matrix._replace(name=name, target=name.rpartition(".")[2])
 
     def read(
         self, index: CheckpointIndex, name: str, shape: Shape, experts: range

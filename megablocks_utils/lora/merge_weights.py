@@ -14,6 +14,7 @@ from torch import Tensor
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import HubNaming, MemoryPart
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.lora.adapter_checks import FoundAdapter
 from megablocks_utils.lora.adapter_reader import AdapterReader
 
 __all__ = ["AdapterMerger"]
@@ -40,8 +41,12 @@ class AdapterMerger:
 
     def is_changed(self, key: str) -> bool:
         """Return whether the adapter changes the Hub tensor `key`."""
-        name = self._naming.memory_part(key).name
-        return name in self._adapter.expert_shapes or _linear_name(name) in self._adapter.linears
+        name, adapter = self._naming.memory_part(key).name, self._adapter
+        return (
+            name in adapter.expert_parameters
+            or _linear_name(name) in adapter.linears
+            or name in adapter.found.replaced
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every Hub tensor of the checkpoint in its order, changed or not.
@@ -58,22 +63,25 @@ class AdapterMerger:
             del tensor
 
     def _merge(self, key: str, tensor: Tensor) -> None:
-        part = self._naming.memory_part(key)
-        if part.name not in self._adapter.expert_shapes:
-            lora_a, lora_b = self._adapter.linear(_linear_name(part.name))
-            self._add(key, tensor, lora_a, lora_b, rounds_twice=False)
-        else:
+        part, adapter = self._naming.memory_part(key), self._adapter
+        if part.name in adapter.found.replaced:
+            tensor.copy_(adapter.replaced(part.name))
+        if part.name in adapter.expert_parameters:
             self._merge_experts(key, part, tensor)
+        elif (name := _linear_name(part.name)) in adapter.linears:
+            lora_a, lora_b = adapter.linear(name)
+            self._add(key, tensor, lora_a, lora_b, adapter.linears[name])
 
     def _merge_experts(self, key: str, part: MemoryPart, tensor: Tensor) -> None:
         lora_a, lora_b = self._read_experts(part.name)
+        adapter = self._adapter.expert_parameters[part.name]
         if part.expert is None:
             for weight, a, b in zip(tensor, lora_a, lora_b, strict=True):
-                self._add(key, weight, a, b, rounds_twice=True)
+                self._add(key, weight, a, b, adapter)
             return
         first_row = part.share * tensor.shape[0]
         rows = lora_b[part.expert, first_row : first_row + tensor.shape[0]]
-        self._add(key, tensor, lora_a[part.expert], rows, rounds_twice=True)
+        self._add(key, tensor, lora_a[part.expert], rows, adapter)
 
     def _read_experts(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the adapters of all experts of a parameter, held until another layer's come."""
@@ -82,20 +90,20 @@ class AdapterMerger:
             self._experts.clear()
             self._experts_module = module
         if name not in self._experts:
-            num_experts = self._adapter.expert_shapes[name][0]
+            num_experts = self._adapter.expert_parameters[name].shape[0]
             self._experts[name] = self._adapter.experts(name, range(num_experts))
         return self._experts[name]
 
     def _add(
-        self, key: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *, rounds_twice: bool
+        self, key: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, adapter: FoundAdapter
     ) -> None:
         """Add scaling * B @ A to a weight (out, in), in place, as PEFT does."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         lora_a = lora_a.to(dtype)
         num_rows = max(1, BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
         for rows, b in zip(weight.split(num_rows), lora_b.split(num_rows), strict=True):
-            delta = (b.to(dtype) @ lora_a).mul_(self._adapter.settings.scaling)
-            rows += delta.to(weight.dtype) if rounds_twice else delta
+            delta = (b.to(dtype) @ lora_a).mul_(adapter.scaling)
+            rows += delta.to(weight.dtype) if adapter.is_parameter else delta
             # By blocks, because the check needs more than twice the bytes of what it checks.
             if not rows.isfinite().all():
                 raise CheckpointError(f"{key} with the adapter added is not finite")

@@ -8,11 +8,17 @@ Each parameter with adapters has a wrapper around the experts module, that of th
 inside that of the second, so the names of the two differ by `base_layer`.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 from torch import Tensor
 
 __all__ = [
+    "AdapterMatrix",
+    "Shape",
     "expert_key",
     "linear_key",
+    "linear_matrices",
     "pack_lora_a",
     "pack_lora_b",
     "unpack_lora_a",
@@ -21,6 +27,35 @@ __all__ = [
 
 PREFIX = "base_model.model."
 _WRAPPER_OF_PROJECTION = {"gate_up_proj": "base_layer.", "down_proj": ""}
+
+
+Shape = tuple[int, ...]
+
+
+class AdapterMatrix(NamedTuple):
+    """Announce one tensor, A or B, of an adapter file.
+
+    Attributes:
+        key: the tensor's name.
+        shape: the shape it must have.
+        name: the linear layer or the parameter of experts that is adapted.
+        target: last name of what is adapted, the same in all layers.
+        rank: the rank of which `shape` speaks.
+    """
+
+    key: str
+    shape: Shape
+    name: str
+    target: str
+    rank: int
+
+
+def linear_matrices(name: str, shape: Shape, rank: int) -> Iterator[AdapterMatrix]:
+    """Yield A (rank, in) and B (out, rank) of a linear layer with a weight (out, in)."""
+    num_rows, num_columns = shape
+    target = name.rpartition(".")[2]
+    yield AdapterMatrix(linear_key(name, "A"), (rank, num_columns), name, target, rank)
+    yield AdapterMatrix(linear_key(name, "B"), (num_rows, rank), name, target, rank)
 
 
 def linear_key(name: str, side: str) -> str:

@@ -47,7 +47,7 @@ __all__ = ["COMMAND", "calibrate", "run_command"]
 class CalibrateArguments:
     """Hold the options of the command itself."""
 
-    nproc: Annotated[int, Option("processes: the GPUs of this node", minimum=2)]
+    nproc: Annotated[int, Option("processes: the GPUs of this node", minimum=2, limit=1024)]
     output: Annotated[
         Path,
         Option(

@@ -10,7 +10,10 @@ from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.planning.memory.scenario import DEFAULT_IMBALANCE
 from megablocks_utils.planning.model.gpus import GPUS
 
-__all__ = ["COMMAND", "PlanArguments"]
+__all__ = ["COMMAND", "MAX_GPUS", "PlanArguments"]
+
+MAX_GPUS = 10**6
+"""GPUs of the largest run that is planned."""
 
 _FILE = "a file to write"
 
@@ -37,16 +40,23 @@ class PlanArguments:
     ] = None
     gpu_mem_gib: Annotated[
         float | None,
-        Option("memory of a GPU in GiB", above=0, shown_default="what --gpu has"),
+        Option("memory of a GPU in GiB", above=0, limit=10**6, shown_default="what --gpu has"),
     ] = None
     gpus_per_node: Annotated[
         int | None,
-        Option("GPUs that share the fast link", minimum=1, shown_default="as --gpu is sold, 8"),
+        Option(
+            "GPUs that share the fast link",
+            minimum=1,
+            limit=MAX_GPUS,
+            shown_default="as --gpu is sold, 8",
+        ),
     ] = None
     imbalance: Annotated[
         float,
         Option(
-            "rows that the busiest rank of an ep group receives, over its fair share", minimum=1
+            "rows that the busiest rank of an ep group receives, over its fair share",
+            minimum=1,
+            limit=MAX_GPUS,
         ),
     ] = DEFAULT_IMBALANCE
     entry_point: Annotated[

@@ -10,9 +10,10 @@ from megablocks_utils.config.entry_points import SCRIPTS, read_run_options
 from megablocks_utils.config.given import CommandLine, GivenOption, split_line
 from megablocks_utils.config.hints import find_slip, unknown_option
 from megablocks_utils.config.reader import build_section, choose_model, refuse_unknown, scan_words
+from megablocks_utils.config.secrets import redact_words
 from megablocks_utils.config.values import describe_wanted
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.planning.plan_arguments import COMMAND, PlanArguments
+from megablocks_utils.planning.plan_arguments import COMMAND, MAX_GPUS, PlanArguments
 from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
 __all__ = [
@@ -27,7 +28,8 @@ __all__ = [
 
 _SLIP_OF_OURS = 0.88
 """No name of TrainingArguments is as like one of ours."""
-_GPUS = re.compile(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?")
+_GPUS = re.compile(r"([0-9]{1,40})(?:\.\.([0-9]{1,40}))?")
+_OF_A_LAYOUT = (*LAYOUT_OPTIONS, "model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def build_plan_options(own: PlanArguments, line: CommandLine) -> PlanOptions:
         own=own,
         world_sizes=world_sizes,
         config=config,
-        words=tuple(list_words(line.given, without=(*LAYOUT_OPTIONS, "model_name_or_path"))),
+        words=tuple(redact_words(list_words(line.given, without=_OF_A_LAYOUT))),
         ep_size=1 if has_no_ep else config.parallel.ep_size,
         expert_dp=config.parallel.expert_dp if given.get("expert_dp") else None,
         passed_on=tuple(option.flag for option in leftovers),
@@ -168,6 +170,8 @@ def _read_world_sizes(text: str) -> tuple[int, ...]:
     if not 1 <= first <= last:
         gpus = next(option for option in COMMAND.options if option.name == "gpus")
         raise ConfigurationError(f"--gpus is {text}, but it must be {describe_wanted(gpus)}.")
+    if last > MAX_GPUS:
+        raise ConfigurationError(f"--gpus is {text}, but it must be at most {MAX_GPUS}.")
     sizes = [first]
     while sizes[-1] * 2 <= last:
         sizes.append(sizes[-1] * 2)

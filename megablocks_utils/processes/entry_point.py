@@ -11,7 +11,11 @@ from typing import NoReturn
 
 from megablocks_utils.config import OPTION_NAMES
 from megablocks_utils.config.reader import HelpRequested
+from megablocks_utils.config.secrets import find_secrets, redact_text
 from megablocks_utils.errors import UserError
+from megablocks_utils.processes.early_exit import announce_early_exit, report_crashes
+from megablocks_utils.processes.error_file import write_error_file
+from megablocks_utils.processes.launch import reports_errors
 from megablocks_utils.processes.monitor import leave_run
 
 __all__ = ["run_entry_point"]
@@ -23,15 +27,18 @@ _RANK_0_FIRST_S = 3.0
 def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> None:
     """Call `main(argv)` and end the process as the contract's exit codes say.
 
-    A UserError becomes its one sentence on standard error, written by rank 0 alone, and exit code
-    2. `--help` is written once and ends with 0. Every other exception keeps its traceback, unless
-    `monitor` finds that another rank's loss was behind it. An error that only some ranks meet must
-    be raised on all of them (see `agreement`), or rank 0 has nothing to report.
+    A UserError becomes its one sentence on standard error, written by rank 0 and by the first
+    process of every other machine, and exit code 2. `--help` is written once and ends with 0. Every
+    other exception keeps its traceback, unless `monitor` finds that another rank's loss was behind
+    it. An error that only some ranks meet must be raised on all of them (see `agreement`), or rank
+    0 has nothing to report; before the processes have met, `early_exit` sees to it.
 
     Raises:
         SystemExit: with the exit code.
     """
-    is_first = os.environ.get("RANK", "0").strip() in ("", "0")
+    is_first = reports_errors()
+    if "RANK" in os.environ:
+        report_crashes()
     try:
         main(list(argv))
         leave_run()
@@ -41,12 +48,15 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
             sys.stdout.write(str(request))
         sys.exit(0)
     except UserError as error:
-        sentence = error.as_options(OPTION_NAMES)
+        sentence = redact_text(error.as_options(OPTION_NAMES), find_secrets(argv))
         if is_first:
             sys.stderr.write(f"{sentence}\n")
+            sys.stderr.flush()
+        write_error_file(sentence)
         leave_run(sentence)
         if not is_first:
             time.sleep(_RANK_0_FIRST_S)
+        announce_early_exit(sentence)
         _end(error.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""Stopping a run by a signal: between two micro-steps, on all ranks at the same one."""
+"""Stopping a run by a signal or at its time limit: on all ranks at the same micro-step."""
 
 import os
 import signal
@@ -7,20 +7,22 @@ from types import FrameType
 from typing import Any, Self
 
 from megablocks_utils.processes.agreement import max_over_ranks
+from megablocks_utils.processes.early_signals import take_early_signal
 
 __all__ = ["StopRequest"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_TIME_IS_UP = 1000  # instead of a signal's number, which are all smaller
 # Ctrl-C under torchrun reaches a worker twice: from the terminal and from torchrun.
 _SAME_REQUEST_S = 2.0
 
 
 class StopRequest:
-    """Remember SIGTERM and SIGINT instead of dying of them.
+    """Remember SIGTERM, SIGINT and SIGUSR1 instead of dying of them.
 
-    Use it as a context in the main thread and ask `on_any_rank` after every micro-step. A signal
-    that comes at least 2 s after the first ends the process at once, with that signal's default
-    action.
+    Use it as a context in the main thread and ask `on_any_rank` after every micro-step. SIGTERM or
+    SIGINT at least 2 s after the first of them end the process at once, with the signal's default
+    action. SIGUSR1 never insists: batch systems send it minutes before SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        self._received = take_early_signal()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -39,20 +42,27 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """Name of the signal that `on_any_rank` has reported, such as SIGTERM; empty before."""
+        """What `on_any_rank` has reported, such as SIGTERM or --time_limit; empty before."""
+        if self._agreed == _TIME_IS_UP:
+            return "--time_limit"
         return signal.Signals(self._agreed).name if self._agreed else ""
 
-    def on_any_rank(self) -> bool:
-        """Return whether any rank has been asked to stop.
+    def on_any_rank(self, *, is_time_up: bool = False) -> bool:
+        """Return whether any rank has been asked to stop, or its time is up.
 
         **Collective:** as `agreement.max_over_ranks`, over the default group.
+
+        Args:
+            is_time_up: whether this rank wants to stop by itself.
         """
         # A signal that comes during the exchange counts for the next one: others do not know it.
-        self._agreed = max_over_ranks(self._received)
+        self._agreed = max_over_ranks(self._received or (_TIME_IS_UP if is_time_up else 0))
         return self._agreed != 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._received_s is None:
+        if number == signal.SIGUSR1:
+            self._received = self._received or number
+        elif self._received_s is None:
             self._received, self._received_s = number, time.monotonic()
         elif time.monotonic() - self._received_s >= _SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)

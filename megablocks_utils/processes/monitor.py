@@ -1,4 +1,4 @@
-"""What happens when a rank is lost: the others end at once, and one of them reports why.
+"""What happens when a rank is lost: the others end at once, one on each machine reports why.
 
 Torch-free. A survivor may hang in a collective that nothing interrupts, or fail in it with an error
 of its own, so a thread ends the process, whatever the main thread does.
@@ -9,32 +9,35 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from megablocks_utils.processes.error_file import write_error_file
 from megablocks_utils.processes.liveness import (
+    DEFAULT_LIMITS,
     POLL_S,
     STORE_LOSS,
-    Loss,
-    Member,
-    StatusStore,
-    Store,
     Watch,
+    WatchLimits,
 )
 from megablocks_utils.processes.output_folder import find_checkpoints
+from megablocks_utils.processes.progress_marks import PROGRESS, Activity
+from megablocks_utils.processes.status_store import Loss, Member, StatusStore, Store
 
-__all__ = ["leave_run", "start_monitor"]
+__all__ = ["authenticate_ranks", "leave_run", "start_monitor"]
 
 _VERDICT_S = 4.0  # within it a loss on this machine is found
-_FAR_VERDICT_S = 50.0  # within it one elsewhere is
+_FAR_VERDICT_S = 5.0  # within it, after the limit, one elsewhere is
 _CONNECTION_WORDS = ("connection", "peer", "network", "pipe")
-_STUCK_POLLS = 45  # a store that does not answer for so long is gone
 _GRACE_S = 10.0  # a rank ended with an error that the others have probably raised too
 _GRACE_POLL_S = 0.2
 _REPORTER_S = 1.5  # how long others wait for the lowest survivor to report
 _LINGER_S = 2.0  # until all have seen the verdict: this process may host the store
+# Without the store ranks find out one after the other, and one that has gone looks like the cause.
+_LINGER_WITHOUT_STORE_S = 4.0
 _OTHERS_LEAVE_S = 10.0  # how long the host of the store waits for the others to leave
 _EXIT_CODE = 1
 
@@ -47,28 +50,42 @@ class _Monitor:
         rank: this one.
         store: for the `StatusStore`.
         output_dir: where the newest checkpoint is looked for.
+        limits: how long to wait.
     """
 
     def __init__(
-        self, members: Sequence[Member], rank: int, store: Store, output_dir: str | Path
+        self,
+        members: Sequence[Member],
+        rank: int,
+        store: Store,
+        output_dir: str | Path,
+        limits: WatchLimits,
     ) -> None:
         self._members, self._rank, self._output_dir = members, rank, Path(output_dir)
+        self._limits = limits
         self._status_store = StatusStore(store)
-        self._watch = Watch(members, rank, self._status_store)
+        self._watch = Watch(members, rank, self._status_store, limits=limits, progress=PROGRESS)
+        self._activity = Activity()
         self._stopped = threading.Event()
-        self._has_failed = False
+        self._has_failed = self._is_ending = False
         self._looks = 0
         self._hook_before = sys.excepthook
 
     def start(self) -> None:
         """Give a first sign of life and start watching; in the main thread."""
-        self._status_store.beat(self._rank, -1)
-        sys.excepthook = self._on_exception
+        self._status_store.beat(self._rank, PROGRESS.standing(-1))
         # A launcher ends the survivors of a lost rank by SIGTERM before they could report why.
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._on_sigterm)
         for job in (self._poll, self._guard):
             threading.Thread(target=job, name=f"monitor {job.__name__}", daemon=True).start()
+
+    def authenticate(self, secret: bytes) -> None:
+        """Believe only ranks that have the secret; the process group is there."""
+        self._status_store.authenticate(secret)
+        # Around torch's own, which shows nothing before this one is through.
+        self._hook_before = sys.excepthook
+        sys.excepthook = self._on_exception
 
     def leave(self, error: str) -> None:
         """Stop watching, and tell the others that this rank ends.
@@ -94,6 +111,8 @@ class _Monitor:
 
     def _poll(self) -> None:
         while not self._stopped.wait(POLL_S):
+            if self._activity.has_worked() and not PROGRESS.is_stepping:
+                PROGRESS.mark()
             if (loss := self._watch.look()) is not None:
                 self._conclude(loss)
             self._looks += 1
@@ -104,19 +123,21 @@ class _Monitor:
         while not self._stopped.wait(POLL_S):
             ticks = ticks + 1 if self._looks == looks else 0
             looks = self._looks
-            if ticks >= _STUCK_POLLS:
+            if ticks * POLL_S >= self._limits.lost_s:
                 is_first = self._watch.is_first_reporter(STORE_LOSS)
-                self._report_and_end(STORE_LOSS, is_reporter=is_first)
+                self._report_and_end(STORE_LOSS, is_first, linger_s=_LINGER_WITHOUT_STORE_S)
 
     def _conclude(self, loss: Loss) -> None:
-        is_first = loss.rank != self._rank and self._watch.is_first_reporter(loss)
+        is_other = loss.is_hang or loss.rank != self._rank
+        is_first = is_other and self._watch.is_first_reporter(loss)
         try:
             if self._leaves_within(loss.grace_s):
                 return
             is_reporter = self._claims_report(is_first)
+            linger_s = _LINGER_S if is_reporter else 0.0
         except RuntimeError:
-            is_reporter = is_first
-        self._report_and_end(loss, is_reporter=is_reporter)
+            is_reporter, linger_s = is_first, _LINGER_WITHOUT_STORE_S
+        self._report_and_end(loss, is_reporter, linger_s=linger_s)
 
     def _leaves_within(self, grace_s: float) -> bool:
         """Return whether this rank leaves the run in its own way before the loss is reported."""
@@ -124,7 +145,7 @@ class _Monitor:
         while time.monotonic() < last_s:
             if self._stopped.wait(_GRACE_POLL_S):
                 return True
-            if self._has_failed or self._status_store.has_reporter():
+            if self._has_failed or self._status_store.has_reporter(self._machine):
                 break
         return False
 
@@ -132,19 +153,28 @@ class _Monitor:
         """Return whether this rank reports the loss: the first one, or another if it does not."""
         last_s = time.monotonic() + (0.0 if is_first else _REPORTER_S)
         while time.monotonic() < last_s:
-            if self._status_store.has_reporter():
+            if self._status_store.has_reporter(self._machine):
                 return False
             time.sleep(0.1)
-        return self._status_store.claim_reporter()
+        return self._status_store.claim_reporter(self._members[self._rank])
 
-    def _report_and_end(self, loss: Loss, *, is_reporter: bool) -> NoReturn:
+    def _report_and_end(self, loss: Loss, is_reporter: bool, *, linger_s: float) -> NoReturn:
+        self._is_ending = True
+        sentence = self._describe(loss)
+        write_error_file(sentence)
         if is_reporter:
-            sys.stderr.write(f"{self._describe(loss)}\n")
+            sys.stderr.write(f"{sentence}\n")
             sys.stderr.flush()
-            time.sleep(_LINGER_S)
+        time.sleep(linger_s)
         os._exit(_EXIT_CODE)
 
+    @property
+    def _machine(self) -> str:
+        return self._members[self._rank].machine
+
     def _describe(self, loss: Loss) -> str:
+        if loss.is_hang:
+            return f"this run hangs: {loss.reason}. {_advise(self._output_dir)}"
         lost = self._members[loss.rank or 0]
         who = f"the store of this run (on {lost.host})" if loss.rank is None else str(lost)
         reason = loss.reason.removesuffix(".")
@@ -171,6 +201,7 @@ class _Monitor:
             self._hook_before(kind, error, trace)
             return
         self._publish(reason)
+        write_error_file("".join(traceback.format_exception(kind, error, trace)))
         self._hook_before(kind, error, trace)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -178,12 +209,14 @@ class _Monitor:
         os._exit(_EXIT_CODE)  # an ordinary exit may wait for peers in gloo's or NCCL's destructors
 
     def _verdict_wait_s(self, message: str) -> float:
-        has_far = any(m.machine != self._members[self._rank].machine for m in self._members)
+        has_far = any(member.machine != self._machine for member in self._members)
         is_about_peers = any(word in message.lower() for word in _CONNECTION_WORDS)
-        return _FAR_VERDICT_S if has_far and is_about_peers else _VERDICT_S
+        return self._limits.lost_s + _FAR_VERDICT_S if has_far and is_about_peers else _VERDICT_S
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         time.sleep(_VERDICT_S)
+        if self._is_ending:
+            time.sleep(_LINGER_WITHOUT_STORE_S)
         self._publish(signal.Signals(number).name, grace_s=_GRACE_S)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -193,12 +226,17 @@ _running: list[_Monitor] = []
 
 
 def start_monitor(
-    members: Sequence[Member], rank: int, store: Store, output_dir: str | Path
+    members: Sequence[Member],
+    rank: int,
+    store: Store,
+    output_dir: str | Path,
+    limits: WatchLimits = DEFAULT_LIMITS,
 ) -> None:
     """Watch the other ranks until `leave_run`; in the main thread.
 
-    From now on a lost rank ends this process with exit code 1, and the lowest surviving rank writes
-    one sentence to standard error: who was lost, and what to resume from.
+    From now on a lost rank, or a run in which no rank makes progress (see `PROGRESS`), ends this
+    process with exit code 1. The lowest surviving rank of each machine writes one sentence to
+    standard error: what happened, and what to resume from.
 
     **Collective:** all ranks must call it.
 
@@ -207,10 +245,22 @@ def start_monitor(
         rank: this one.
         store: a `torch.distributed` store with a client of its own, empty at the start.
         output_dir: where the newest complete checkpoint is looked for.
+        limits: how long to wait.
     """
-    monitor = _Monitor(members, rank, store, output_dir)
+    monitor = _Monitor(members, rank, store, output_dir, limits)
     monitor.start()
     _running.append(monitor)
+
+
+def authenticate_ranks(secret: bytes) -> None:
+    """Believe from now on only what ranks with this secret write into the store.
+
+    From now on, too, others learn of an exception that ends this process.
+
+    **Collective:** all ranks must call it, with the same secret, once there is a process group.
+    """
+    for monitor in _running:
+        monitor.authenticate(secret)
 
 
 def leave_run(error: str = "") -> None:

@@ -32,6 +32,7 @@ from megablocks_utils.processes.output_folder import (
 __all__ = ["OutputClaim", "claim_output_dir"]
 
 _BEAT_S = 5.0
+_JOIN_S = 5.0
 _TRIES = 20
 _SHARED_S = 10.0  # how long a host may take to see what another has written
 _POLL_S = 0.2
@@ -84,7 +85,7 @@ class OutputClaim:
                 file must tell from a run that is new.
         """
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_JOIN_S)  # it may wait for a server that is gone
         with suppress(OSError):  # nothing but the claim is lost with the folder
             if is_done:
                 remove_claim(self._folder, self._claim)
@@ -129,9 +130,9 @@ def claim_output_dir(
 
     def claim() -> Path | None:
         folder = check_output_dir(config, environ)
-        chosen = choose_checkpoint(config, environ)  # before the earlier attempt's claim is gone
         made.extend(_make(folder))
         try:
+            chosen = choose_checkpoint(config, environ)  # while an earlier attempt's claim is there
             claims.append(OutputClaim(folder, environ))
         except OSError as error:
             raise _not_writable(folder, error) from error

@@ -106,6 +106,8 @@ def choose_checkpoint(config: RunConfig, environ: Mapping[str, str] = os.environ
         return complete[-1][1]
     if given.lower() == "false":
         return None
+    if given.lower() == "auto":
+        return complete[-1][1] if complete else None
     if given.lower() != "true":
         return _check_checkpoint(Path(given))
     if not complete:
@@ -195,7 +197,7 @@ def _is_complete(path: Path) -> bool:
 
 def _check_checkpoint(path: Path) -> Path:
     seen = f"--resume_from_checkpoint is {path}, but"
-    wanted = "it must be True, False or the folder of a complete checkpoint"
+    wanted = "it must be True, False, auto or the folder of a complete checkpoint"
     path = follow_pointer(path)
     if not path.is_dir():
         raise ConfigurationError(f"{seen} that is no folder; {wanted}.")

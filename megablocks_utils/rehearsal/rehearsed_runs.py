@@ -86,7 +86,7 @@ class Fsdp2Run:
 
     def finish_gradients(self) -> None:
         """Sum over copies, and clip."""
-        self._finish.finish_gradients(step=1)
+        self._finish.finish_gradients()
 
     def update(self) -> None:
         """Update the weights and drop the gradients."""
@@ -130,7 +130,7 @@ class Fsdp1Run:
 
     def finish_gradients(self) -> None:
         """Sum over copies, and clip."""
-        self._finish.finish_gradients(step=1)
+        self._finish.finish_gradients()
 
     def update(self) -> None:
         """Update the weights and drop the gradients."""

@@ -1,7 +1,7 @@
-"""Save checkpoints while a run trains, in both loops: when due, or when a signal stops it."""
+"""Save checkpoints while a run trains, in both loops: when due, or when it is to stop."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,22 +16,27 @@ from megablocks_utils.checkpoint.model_folder import write_companions
 from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
-from megablocks_utils.errors import CheckpointError
+from megablocks_utils.config.secrets import redact_record
+from megablocks_utils.errors import CheckpointError, NonFiniteError
 from megablocks_utils.files import METRICS_NAME
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
+from megablocks_utils.processes.output_folder import CHECKPOINT_PREFIX
+from megablocks_utils.processes.progress_marks import PROGRESS
+from megablocks_utils.processes.time_limit import TimeLimit
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
 from megablocks_utils.training.resume.resume_point import rank_file_name
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step_hooks import StepHooks
+from megablocks_utils.training.value_checks import check_before_saving
 
 __all__ = ["Checkpointer"]
 
 
 class Checkpointer(StepHooks):
-    """Save as `--save_strategy` asks, and when a signal asks the run to stop.
+    """Save as `--save_strategy` asks, and when a signal or `--time_limit` stops the run.
 
     Use it as a context around the training loop: on leaving it, a save in the background is over.
 
@@ -40,7 +45,7 @@ class Checkpointer(StepHooks):
         metrics_path: where the run's `metrics.jsonl` is.
 
     Attributes:
-        is_interrupted: whether the loop was stopped by a signal.
+        is_interrupted: whether the loop was stopped before its last step.
     """
 
     def __init__(self, setup: Setup, metrics_path: Path) -> None:
@@ -51,6 +56,9 @@ class Checkpointer(StepHooks):
         self._output_dir = Path(setup.config.output_dir)
         self._saved_step = setup.resume.step if setup.resume else 0
         self._stop = StopRequest()
+        limit = setup.config.saving.time_limit
+        self._time_limit = None if limit is None else TimeLimit(limit)
+        self._is_size_known = False
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._open = ExitStack()
@@ -69,28 +77,41 @@ class Checkpointer(StepHooks):
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
-            if error_type is None:
+            # All ranks have met values that are not finite, so all finish the save of a good step.
+            if error_type is None or issubclass(error_type, NonFiniteError):
                 self._finish_pending()
         finally:
             # Not waiting: after an error, other ranks may never enter the save's collectives.
             self._background.shutdown(wait=False)
             self._open.close()
+            PROGRESS.begin("writing the results")
 
     def should_stop(self) -> bool:
-        """Return whether a signal has asked some rank to stop."""
-        return self._stop.on_any_rank()
+        """Return whether a signal has asked some rank to stop, or the time of one is nearly up."""
+        PROGRESS.begin_micro_batch()
+        limit, num_saves = self._time_limit, 1 if self._pending is None else 2
+        is_time_up = limit is not None and limit.is_nearly_up(num_saves=num_saves)
+        return self._stop.on_any_rank(is_time_up=is_time_up)
 
     def after_step(self, step: int, state: RunState) -> None:
         """Save if a checkpoint is due."""
+        PROGRESS.finish_step(step)
         schedule = self._setup.schedule
         if self._setup.config.saving.is_due(
             step, num_steps=schedule.num_steps, steps_per_epoch=schedule.steps_per_epoch
         ):
-            self._save(step, state)
+            with PROGRESS.within(f"saving {CHECKPOINT_PREFIX}{step}"):
+                self._save(step, state)
+        if self._time_limit is not None:
+            if not self._is_size_known:
+                self._time_limit.expect_save(_count_bytes(state.shards()))
+                self._is_size_known = True
+            self._time_limit.end_step()
 
     def after_stop(self, step: int, state: RunState) -> None:
         """Save the run as it is, unless that is saved already."""
         self.is_interrupted = True
+        PROGRESS.begin("saving before it stops")
         if step != self._saved_step:
             self._save(step, state)
         self._finish_pending()
@@ -112,13 +133,15 @@ class Checkpointer(StepHooks):
         shards = state.shards()
         if config.async_save:
             shards = {name: shard.copied_to_cpu() for name, shard in shards.items()}
-        write = partial(
+        metrics = raise_on_all_ranks(self._read_metrics)
+        write_all = partial(
             write_checkpoint,
-            self._take_snapshot(step, shards, raise_on_all_ranks(self._read_metrics)),
+            self._take_snapshot(step, shards, metrics),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
         )
+        write = partial(self._check_and_write, step, shards, write_all)
         if config.async_save:
             self._pending = self._background.submit(write)
         else:
@@ -126,6 +149,18 @@ class Checkpointer(StepHooks):
         self._saved_step = step
         stall_s = time.perf_counter() - started_s
         self._setup.console.print(f"checkpoint-{step}: training waited {stall_s:.2f} s")
+
+    def _check_and_write(
+        self, step: int, shards: Mapping[str, TensorShard], write: Callable[[], Path]
+    ) -> Path:
+        """Write a checkpoint, unless its values are not finite: then no older one is removed."""
+        started_s = time.perf_counter()
+        place = f"{CHECKPOINT_PREFIX}{step} is not written"
+        check_before_saving(self._setup, shards, place, self._group)
+        folder = write()
+        if self._time_limit is not None:
+            self._time_limit.add_save(time.perf_counter() - started_s)
+        return folder
 
     def _finish_pending(self) -> None:
         """Wait for the save in the background, and raise its error if it had one."""
@@ -176,7 +211,11 @@ class Checkpointer(StepHooks):
             "expert_dp": parallel.expert_dp if setup.sharded else None,
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
-            "options": asdict(setup.config),
+            "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }
+
+
+def _count_bytes(shards: Mapping[str, TensorShard]) -> int:
+    return sum(block.tensor.nbytes for shard in shards.values() for block in shard.blocks)

@@ -13,14 +13,15 @@ from transformers.integrations.integration_utils import rewrite_logs
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.processes.accelerate_settings import check_layer_classes
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.report.progress import track_sharding
 from megablocks_utils.training.report.trackers import PROJECT_NAME, tracked_values
-from megablocks_utils.training.resume.resume_point import restore_run
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.finish import StepFinish
+from megablocks_utils.training.step.finite import FiniteCheck
 from megablocks_utils.training.step.micro_batch import (
     LossWeights,
     MicroBatchLoss,
@@ -29,6 +30,10 @@ from megablocks_utils.training.step.micro_batch import (
 )
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 from megablocks_utils.training.step_hooks import StepHooks
+from megablocks_utils.training.value_checks import (
+    build_finite_check,
+    restore_finite,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ def build_training_state(setup: Setup) -> TrainingState:
     **Collective:** every rank of the world must call.
     """
     config = setup.config
+    check_layer_classes(setup.layer_classes)
     accelerator = build_accelerator(config, setup.precision, setup.layer_classes, setup.device.type)
     make_optimizer = partial(
         build_optimizer,
@@ -83,7 +89,7 @@ def build_training_state(setup: Setup) -> TrainingState:
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
     state = TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
     if setup.resume is not None:
-        restore_run(setup.resume, state.run_state(), setup.launch)
+        restore_finite(setup, state.run_state())
     return replace(state, kernel_check=setup.verify_kernel())
 
 
@@ -102,8 +108,11 @@ def fit(
     hooks = hooks or StepHooks()
     config = setup.config
     state.accelerator.init_trackers(PROJECT_NAME)
-    for metrics in _train(state, setup, hooks):
+    finite = build_finite_check(setup, state.model)
+    for metrics, num_nonfinite_weights in _train(state, setup, hooks, finite):
         yield metrics
+        # Before anything of the step is saved.
+        finite.conclude(metrics, num_nonfinite_weights)
         if metrics.step % config.logging_steps == 0:
             state.accelerator.log(rewrite_logs(tracked_values(metrics)), metrics.step)
         hooks.after_step(metrics.step, state.run_state())
@@ -111,11 +120,14 @@ def fit(
         tracker.finish()
 
 
-def _train(state: TrainingState, setup: Setup, hooks: StepHooks) -> Iterator[StepMetrics]:
+def _train(
+    state: TrainingState, setup: Setup, hooks: StepHooks, finite: FiniteCheck
+) -> Iterator[tuple[StepMetrics, int]]:
+    """Train and yield the metrics of each step, and how many weights it left not finite."""
     state.model.train()
     optim = setup.config.optim
     aux_loss_coef = resolve_aux_loss_coef(setup.model.config, setup.config.router_aux_loss_coef)
-    finish = StepFinish(state.model, state.sharded, optim.max_grad_norm, setup.config.debug)
+    finish = StepFinish(state.model, state.sharded, optim.max_grad_norm, setup.config.debug, finite)
     meter = StepMeter(state.accelerator.device)
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
@@ -123,10 +135,16 @@ def _train(state: TrainingState, setup: Setup, hooks: StepHooks) -> Iterator[Ste
         if not _accumulate_gradients(state, plan, aux_loss_coef, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())
             return
-        norm = finish.finish_gradients(step)
+        norm = finish.finish_gradients()
         learning_rate = finish.update(state.optimizer, state.scheduler)
         finish.check_weights(step)
-        yield meter.finish_step(
+        meter.add_nonfinite_weights(
+            finite.count_weights(
+                is_last=step == setup.schedule.num_steps,
+                rate=learning_rate * max(1.0, optim.weight_decay),
+            )
+        )
+        metrics = meter.finish_step(
             step,
             epoch,
             num_label_tokens=plan.num_label_tokens,
@@ -134,6 +152,7 @@ def _train(state: TrainingState, setup: Setup, hooks: StepHooks) -> Iterator[Ste
             grad_norm=norm,
             learning_rate=learning_rate,
         )
+        yield metrics, meter.num_nonfinite_weights
 
 
 def _accumulate_gradients(

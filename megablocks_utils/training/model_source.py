@@ -7,12 +7,15 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
+from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.checkpoint.layouts import detect_naming, is_expert_parameter
 from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config import ResolvedPrecision, RunConfig
+from megablocks_utils.config.model_sizes import check_model_sizes
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.shard_moe_utils import (
     ShardedMoE,
     find_expert_modules,
@@ -63,6 +66,8 @@ def build_bare_model(
     folder: Path, dtype: torch.dtype, *, truncate_layers: int | None = None
 ) -> PreTrainedModel:
     """Build the model of a folder on meta, in the dtype that its weights will be kept in."""
+    path = folder / MODEL_CONFIG_NAME
+    check_model_sizes(read_settings(path, "model"), path)
     model = build_model_on_meta(folder, truncate_layers=truncate_layers)
     model.tie_weights()
     model.config.dtype = dtype

@@ -4,10 +4,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from megablocks_utils.checkpoint.model_folder import export_model
 from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
@@ -35,18 +34,20 @@ from megablocks_utils.training.report.metrics import (
     StepMetrics,
     read_metrics,
 )
-from megablocks_utils.training.report.parameters import count_local_bytes
 from megablocks_utils.training.report.progress import track_training
 from megablocks_utils.training.report.run_record import build_run_record, write_run_json
 from megablocks_utils.training.report.summary import (
-    RunFacts,
     RunResult,
-    describe_precision,
     show_end_summary,
     show_start_summary,
 )
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.start_facts import (
+    collect_facts,
+    describe_kernel,
+    describe_resolved,
+)
 from megablocks_utils.training.step.debug import describe_placements
 
 
@@ -91,7 +92,7 @@ class RunRecorder:
 
     def _start(self) -> None:
         setup = self._setup
-        show_start_summary(setup.console, _collect_facts(setup))
+        show_start_summary(setup.console, collect_facts(setup))
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
             setup.console.print(line, markup=False, soft_wrap=True)
@@ -187,11 +188,11 @@ class RunRecorder:
         adapter_report = None if adapter_check is None else adapter_check.report
         with self._as_sentence(self.output_dir / LOSS_PLOT_NAME):
             plot_loss(self.metrics_path, self.output_dir / LOSS_PLOT_NAME)
-        kernel, reason = _kernel(setup)
+        kernel, reason = describe_kernel(setup)
         record = build_run_record(
             sys.argv,
             setup.config,
-            resolved=_describe_resolved(setup),
+            resolved=describe_resolved(setup),
             mesh=setup.mesh_sizes(),
             kernel=kernel,
             kernel_reason=reason,
@@ -266,61 +267,3 @@ class RunRecorder:
                 (RUN_RECORD_NAME, "what ran, on what"),
             ),
         )
-
-
-def _collect_facts(setup: Setup) -> RunFacts:
-    config, base = setup.config, setup.model
-    experts = setup.expert_parameters()
-    expert_bytes = count_local_bytes(experts.values())
-    mesh = setup.mesh_sizes()
-    optim = config.optim
-    kernel, reason = _kernel(setup)
-    examples = setup.schedule.examples
-    return RunFacts(
-        model=config.model.model_name_or_path,
-        family=base.config.model_type,
-        parameters=setup.counts,
-        precision=describe_precision(setup.precision),
-        dp_size=mesh["dp"],
-        ep_size=mesh["ep"],
-        num_experts=setup.num_experts,
-        top_k=base.config.num_experts_per_tok,
-        expert_dp=str(config.parallel.expert_dp),
-        kernel=kernel,
-        kernel_reason=reason,
-        expert_bytes=expert_bytes,
-        dense_bytes=count_local_bytes(setup.model.parameters()) - expert_bytes,
-        examples_kept=len(examples),
-        examples_cut=examples.num_cut,
-        examples_dropped=examples.num_dropped,
-        plan=setup.plan.describe(),
-        steps=setup.schedule.num_steps,
-        examples_per_step=setup.launch.world_size
-        * optim.per_device_train_batch_size
-        * optim.gradient_accumulation_steps,
-        resumed=None if setup.resume is None else setup.resume.describe(asdict(config)),
-        ignored_keys=examples.ignored_keys,
-    )
-
-
-def _kernel(setup: Setup) -> tuple[str, str]:
-    if setup.sharded is None:
-        return "transformers", "no expert parallelism: transformers runs its own experts"
-    kernel = setup.sharded.kernel
-    if not setup.config.parallel.use_megablocks_sharding:
-        return kernel.name, f"{kernel.reason}; experts with adapters are this project's at ep 1"
-    return kernel.name, kernel.reason
-
-
-def _describe_resolved(setup: Setup) -> dict[str, Any]:
-    return {
-        "world_size": setup.launch.world_size,
-        "device_type": setup.device.type,
-        "precision": setup.precision.name,
-        "weights_dtype": setup.precision.weights,
-        "compute_dtype": setup.precision.compute,
-        "optim_dtype": setup.precision.optim,
-        "ep_size": setup.mesh_sizes()["ep"],
-        "num_steps": setup.schedule.num_steps,
-        "examples": len(setup.schedule.examples),
-    }

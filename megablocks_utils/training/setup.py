@@ -1,6 +1,7 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,17 @@ from megablocks_utils.training.resume.resume_compatibility import (
     check_compatibility,
     describe_compatibility,
 )
-from megablocks_utils.training.resume.resume_point import ResumePoint, find_resume_point
+from megablocks_utils.training.resume.resume_point import (
+    ResumePoint,
+    choose_template_date,
+    find_resume_point,
+)
+from megablocks_utils.training.same_run import (
+    ADAPTER_FILES,
+    Input,
+    check_same_inputs,
+    fingerprint_files,
+)
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 
 
@@ -151,11 +162,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = _load_data(config, tokenizer, model, launch, console)
+    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
     answer_end = _let_generation_stop(config, examples, tokenizer, model)
-    base_sha256 = None
-    if lora is not None:
-        base_sha256 = raise_on_all_ranks(lambda: fingerprint_model_folder(folder))
+    fingerprint = _check_same_inputs(config, folder, examples)
     compatibility = describe_compatibility(
         config,
         precision,
@@ -163,7 +172,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         examples,
         model_type=model.config.model_type,
         world_size=world_size,
-        base_sha256=base_sha256,
+        base_sha256=None if lora is None else fingerprint,
     )
     schedule = Schedule(config, examples, launch.rank, world_size)
     if resume is not None:
@@ -223,6 +232,26 @@ def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapter
     return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
 
 
+def _check_same_inputs(config: RunConfig, folder: Path, examples: TokenizedExamples) -> str:
+    """Refuse ranks that read something else; return the fingerprint of the model.
+
+    **Collective:** every rank must call.
+    """
+    inputs = [
+        Input("data", "data_path", config.data.data_path, examples.checksum),
+        Input(
+            "model",
+            "model_name_or_path",
+            config.model.model_name_or_path,
+            partial(fingerprint_model_folder, folder),
+        ),
+    ]
+    if (adapter := config.adapter.resume_adapter) is not None:
+        fingerprint = partial(fingerprint_files, Path(adapter), ADAPTER_FILES)
+        inputs.append(Input("adapter", "resume_adapter", adapter, fingerprint))
+    return check_same_inputs(inputs)["model_name_or_path"]
+
+
 def _apply_lora(
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
@@ -239,9 +268,12 @@ def _load_data(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     launch: LaunchEnvironment,
+    resume: ResumePoint | None,
+    *,
     console: Console,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer, launch)
+    today = choose_template_date(resume)
+    examples = load_examples(config.data, tokenizer, launch, today=today)
     raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)

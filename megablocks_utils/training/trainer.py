@@ -10,11 +10,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, wrap_fsdp1
+from megablocks_utils.processes.accelerate_settings import check_layer_classes
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.report.progress import track_sharding
 from megablocks_utils.training.report.trackers import tracked_values
-from megablocks_utils.training.resume.resume_point import restore_run
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.finish import StepFinish
@@ -26,6 +26,10 @@ from megablocks_utils.training.step.micro_batch import (
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 from megablocks_utils.training.step_hooks import StepHooks
 from megablocks_utils.training.trainer_callback import OnStep, StepCallback
+from megablocks_utils.training.value_checks import (
+    build_finite_check,
+    restore_finite,
+)
 
 __all__ = ["MicroBatchLoader", "MoETrainer"]
 
@@ -82,6 +86,7 @@ class MoETrainer(Trainer):
         on_step: OnStep,
         hooks: StepHooks | None = None,
     ) -> None:
+        check_layer_classes(setup.layer_classes)
         # Trainer's constructor builds the accelerator, which needs these.
         self._setup = setup
         self._plugin = build_fsdp1_plugin(setup.precision)
@@ -106,11 +111,17 @@ class MoETrainer(Trainer):
         # Before anything is written; weights of a checkpoint come in `train`.
         self.kernel_check = None if setup.resume else setup.verify_kernel()
         config = setup.config
+        finite = build_finite_check(setup, self._wrapped)
         self._finish = StepFinish(
-            self._wrapped, setup.sharded, config.optim.max_grad_norm, config.debug
+            self._wrapped, setup.sharded, config.optim.max_grad_norm, config.debug, finite
         )
         self._callback = StepCallback(
-            setup, on_step, hooks or StepHooks(), finish=self._finish, get_state=self.run_state
+            setup,
+            on_step,
+            hooks or StepHooks(),
+            finish=self._finish,
+            finite=finite,
+            get_state=self.run_state,
         )
         self.add_callback(self._callback)
         self.remove_callback(PrinterCallback)
@@ -170,7 +181,7 @@ class MoETrainer(Trainer):
         """
         prepared = super()._prepare_for_training(*args)
         if self._setup.resume is not None:
-            restore_run(self._setup.resume, self.run_state(), self._setup.launch)
+            restore_finite(self._setup, self.run_state())
             self.kernel_check = self._setup.verify_kernel()
         return prepared
 
@@ -227,6 +238,6 @@ class MoETrainer(Trainer):
         return self._finish_gradients() if grad_norm is None else grad_norm
 
     def _finish_gradients(self) -> Tensor:
-        norm = self._finish.finish_gradients(self.state.global_step + 1)
+        norm = self._finish.finish_gradients()
         self._callback.grad_norm = norm
         return norm

@@ -1,6 +1,7 @@
 """Hugging Face's TrainingArguments for the FSDP1 script: all pass, except contradictions."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -9,6 +10,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from megablocks_utils.config import RunConfig, check_leftovers
 from megablocks_utils.config.given import GivenOption
+from megablocks_utils.config.option import Kind, Option
+from megablocks_utils.config.values import join_words, read_value
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["build_trainer_arguments", "parse_trainer_flags"]
@@ -62,6 +65,21 @@ _FIXED = {
 }
 """Options of TrainingArguments that must keep their default, and why."""
 
+_ACCELERATOR_SETTINGS = {
+    "split_batches": ((False,), "--per_device_train_batch_size is that of one process"),
+    "dispatch_batches": ((None, False), "every process reads its own examples"),
+    # No example is repeated to fill a batch: true and false come to the same.
+    "even_batches": ((True, False), "the last batch of an epoch may be smaller"),
+    "use_seedable_sampler": ((True,), _OWN_ORDER),
+    "non_blocking": ((False,), "micro-batches are moved when they are needed"),
+    "gradient_accumulation_kwargs": (
+        (None,),
+        "accumulation follows --gradient_accumulation_steps and --sync_each_batch",
+    ),
+    "use_configured_state": ((False, None), "this script makes Accelerate's state"),
+}
+"""Settings of `--accelerator_config`: what they may be, and why nothing else."""
+
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -78,6 +96,7 @@ def parse_trainer_flags(leftovers: Sequence[GivenOption]) -> dict[str, Any]:
     parser = _Parser(DataClassType(TrainingArguments), allow_abbrev=False)
     defaults = vars(parser.parse_args([]))
     check_leftovers(leftovers, defaults)
+    _check_numbers(parser, leftovers)
     words = [word for given in leftovers for word in given.words()]
     values = vars(parser.parse_args(words))
     if values["optim"] not in _ADAMW:
@@ -101,8 +120,8 @@ def build_trainer_arguments(
         device_type: `cpu` or `cuda`.
 
     Raises:
-        ConfigurationError: for what TrainingArguments itself refuses, and for mixed precision in
-            Accelerate's configuration.
+        ConfigurationError: for what TrainingArguments itself refuses, and for a setting of
+            `--accelerator_config` that contradicts the way this script trains.
     """
     if flags["use_cpu"] and device_type != "cpu":
         raise ConfigurationError(
@@ -118,24 +137,46 @@ def build_trainer_arguments(
         raise ConfigurationError(
             f"transformers.TrainingArguments refuses these options: {first_line}"
         ) from error
-    if arguments.mixed_precision != "no":
-        raise ConfigurationError(
-            f"mixed_precision is {arguments.mixed_precision} in Accelerate's configuration, but it "
-            "must be no, since dtypes come from --precision."
-        )
     accelerator_config = arguments.accelerator_config
     assert isinstance(accelerator_config, AcceleratorConfig)  # as TrainingArguments leaves it
-    if accelerator_config.gradient_accumulation_kwargs:
-        raise ConfigurationError(
-            "gradient_accumulation_kwargs is set in --accelerator_config, but accumulation follows "
-            "--gradient_accumulation_steps and --sync_each_batch."
-        )
+    _check_accelerator_config(accelerator_config)
     accelerator_config.gradient_accumulation_kwargs = {
         "sync_each_batch": bool(config.optim.sync_each_batch)
     }
     # One process uses one GPU: Trainer would spread it over all that are visible.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _check_numbers(parser: HfArgumentParser, leftovers: Sequence[GivenOption]) -> None:
+    """Refuse numbers that Python reads and this project's own options do not take.
+
+    Such as 1_000, digits of other scripts, inf, or more digits than anything holds.
+    """
+    types = {action.dest: action.type for action in parser._actions}
+    for given in leftovers:
+        type_ = types.get(given.name)
+        if type_ not in (int, float) or given.is_null or len(given.values) != 1:
+            continue
+        kind: Kind = "integer" if type_ is int else "number"
+        try:
+            read_value(Option("", kind=kind), given.flag, given.values)
+        except ConfigurationError as error:
+            raise given.located(error) from None
+
+
+def _check_accelerator_config(settings: AcceleratorConfig) -> None:
+    """Refuse what `--accelerator_config` asks of a data loader that this script does not have."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        allowed, reason = _ACCELERATOR_SETTINGS.get(field.name, ((field.default,), _OWN_LAUNCH))
+        # Not by `in`: 1 equals True, but it is no value for a switch.
+        if not any(value is word for word in allowed):
+            wanted = join_words([str(word).lower() for word in allowed]).replace("none", "null")
+            raise ConfigurationError(
+                f"{field.name} is {str(value).lower()} in --accelerator_config, but it must be "
+                f"{wanted}, since {reason}."
+            )
 
 
 class _Parser(HfArgumentParser):

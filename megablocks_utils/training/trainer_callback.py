@@ -11,6 +11,7 @@ from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.finish import StepFinish
+from megablocks_utils.training.step.finite import FiniteCheck
 from megablocks_utils.training.step.micro_batch import MicroBatchLoss
 from megablocks_utils.training.step_hooks import StepHooks
 
@@ -27,6 +28,7 @@ class StepCallback(TrainerCallback):
         on_step: called with every step's metrics, on every rank.
         hooks: saves and stops.
         finish: finishes a step.
+        finite: ends the run where a step leaves values that are not finite.
         get_state: returns the run's weights, optimizer and schedule.
 
     Attributes:
@@ -47,11 +49,12 @@ class StepCallback(TrainerCallback):
         hooks: StepHooks,
         *,
         finish: StepFinish,
+        finite: FiniteCheck,
         get_state: Callable[[], RunState],
     ) -> None:
         self._schedule = setup.schedule
         self._on_step, self._hooks = on_step, hooks
-        self._finish, self._get_state = finish, get_state
+        self._finish, self._finite, self._get_state = finish, finite, get_state
         self._meter = StepMeter(setup.device)
         self._learning_rate = 0.0
 
@@ -81,6 +84,12 @@ class StepCallback(TrainerCallback):
         **Collective:** every rank of the world must call.
         """
         self._finish.check_weights(state.global_step)
+        self._meter.add_nonfinite_weights(
+            self._finite.count_weights(
+                is_last=state.global_step == self._schedule.num_steps,
+                rate=self._learning_rate * max(1.0, args.weight_decay),
+            )
+        )
         self.metrics = self._meter.finish_step(
             state.global_step,
             state.global_step / self._schedule.steps_per_epoch,
@@ -90,6 +99,8 @@ class StepCallback(TrainerCallback):
             learning_rate=self._learning_rate,
         )
         self._on_step(self.metrics)
+        # Before anything of the step is saved.
+        self._finite.conclude(self.metrics, self._meter.num_nonfinite_weights)
         self._hooks.after_step(state.global_step, self._get_state())
         if state.global_step < self._schedule.num_steps:
             self._stop_if_asked(state, control)

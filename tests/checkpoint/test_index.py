@@ -156,6 +156,8 @@ def test_index_naming_a_tensor_that_its_file_lacks(tmp_path):
         ("{}", "is not JSON with a weight_map"),
         ("[]", "holds no settings: its JSON is not an object"),
         ('{"weight_map": {}}', "has a weight_map that names no tensors"),
+        ('{"weight_map": {"a": "b"}}', "has no metadata, wanted is an object"),
+        ('{"weight_map": {"a": "b"}, "metadata": 1}', "has metadata 1, wanted is an object"),
     ],
 )
 def test_unusable_index_file(tmp_path, content, reason):
@@ -175,7 +177,7 @@ def single_file_as_shard(folder):
 
 def write_index(folder, weight_map):
     path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": weight_map}))
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
 
 
@@ -208,6 +210,16 @@ def test_what_a_shard_holds_and_the_index_does_not_list_is_seen(tmp_path):
     keys = single_file_as_shard(tmp_path)
     write_index(tmp_path, dict.fromkeys(keys[1:], SHARD))
     assert set(open_checkpoint(tmp_path)) == set(keys)
+
+
+def test_a_tensor_that_is_stored_twice(tmp_path):
+    keys = single_file_as_shard(tmp_path)
+    save_file({"other": torch.zeros(2), keys[0]: torch.zeros(2)}, tmp_path / "more.safetensors")
+    write_index(tmp_path, dict.fromkeys(keys, SHARD) | {"other": "more.safetensors"})
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path)
+    files = f"{tmp_path / SHARD} and {tmp_path / 'more.safetensors'}"
+    assert_message(error, f"{keys[0]} is stored twice, in {files}")
 
 
 def test_weights_of_two_models_in_one_folder(tmp_path):

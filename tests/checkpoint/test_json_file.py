@@ -27,6 +27,7 @@ def refusal(path):
         (b'{"a": "\\udcff"}', "its text is not UTF-8"),
         (b'{"a": NaN}', "NaN is no number of JSON"),
         (b'{"a": [1, -Infinity]}', "-Infinity is no number of JSON"),
+        (b'{"a": 1e999}', "1e999 is too large"),
         (b'{"a": 1, "a": 1}', "a is there twice"),
         (b"[" * 200_000, "it is nested too deeply"),
         (b'{"a":' * 100_000, "it is nested too deeply"),
@@ -62,7 +63,7 @@ VALUES = {
     "text": ("x", [1, None, True, [], {}]),
     "whole_number": (2**63 - 1, [-1, 1.0, True, "1", None, 2**63, 10**30, 10**5000, [], {}]),
     "number": (0.5, [-1, True, "x", None, float("inf"), float("nan"), 10**400, [], {}]),
-    "object": ({"a": 1}, [[], "x", None, 1]),
+    "section": ({"a": 1}, [[], "x", None, 1]),
     "texts": (["a", "b"], ["ab", [1], [None], None, {"a": 1}]),
 }
 

@@ -165,6 +165,34 @@ def test_config_with_an_impossible_value(folder):
     assert "hidden_size" in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"_attn_implementation": "somebody/kernel"},
+            "the configuration in {folder} cannot be used",
+        ),
+        ({"pad_token_id": 10**30}, "the configuration in {folder} cannot be used: "),
+        (
+            {"attention_dropout": 2},
+            "attention_dropout is 2 in {folder}/config.json, but it must be",
+        ),
+        ({"attention_dropout": "x"}, "attention_dropout is 'x' in {folder}/config.json, but it "),
+    ],
+)
+def test_a_config_that_a_library_fails_on(folder, changes, sentence):
+    edit_config(folder, **changes)
+    message = failure_of(build_model_on_meta, folder)
+    assert message.startswith(sentence.format(folder=folder))
+    assert "\n" not in message
+
+
+def test_a_generation_config_that_is_nested_too_deeply(folder):
+    (folder / "generation_config.json").write_text("[" * 100_000)
+    message = failure_of(build_model_on_meta, folder)
+    assert message.startswith(f"the configuration in {folder} cannot be used: maximum recursion")
+
+
 SUPPORTED = "supported are mixtral, qwen3_moe, olmoe"
 
 

@@ -97,6 +97,14 @@ def test_what_transformers_ignores_is_named_and_nothing_else(tmp_path, monkeypat
     assert check(tmp_path) == [rotary, "mtp.norm"]
 
 
+def test_weights_of_whole_numbers(tmp_path):
+    save_tiny_model("mixtral", tmp_path, sharded=False)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({HEAD: tensors[HEAD].view(torch.int32)}))
+    assert refusal(check, tmp_path) == (
+        f"{tmp_path} does not fit its config.json: 1 tensor of whole numbers ({HEAD} is int32)"
+    )
+
+
 METHODS = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8", "hqq", "mxfp4")
 
 

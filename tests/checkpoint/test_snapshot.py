@@ -106,6 +106,45 @@ def test_delete_beyond_keeps_the_newest_and_what_is_not_a_checkpoint(tmp_path):
     ]
 
 
+def test_a_linked_checkpoint_is_never_written_or_deleted_through_its_link(ranks2, tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    folder.mkdir()
+    ranks2.run(_save, elsewhere, [2, 4, 6])
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-latest"):
+        (folder / name).symlink_to(elsewhere / name)
+    (folder / "checkpoint-4.incomplete").symlink_to(elsewhere / "checkpoint-6")
+    ranks2.run(_save, folder, [4, 8], value=5.0, total_limit=2)
+    assert _names(folder) == ["checkpoint-4", "checkpoint-8", "checkpoint-latest"]
+    assert _stored_value(folder / "checkpoint-4") == 5.0
+    for step in (2, 4, 6):
+        assert _stored_value(elsewhere / f"checkpoint-{step}") == 1.0
+
+
+def _save_without_renaming(rank, failing_rank, name, *args, **kwargs):
+    rename = os.rename
+
+    def fail(source, target, **options):
+        if Path(source).name == name:
+            raise OSError(5, "Input/output error")
+        rename(source, target, **options)
+
+    with mock.patch("os.rename", fail), mock.patch("os.replace", fail):
+        return _save(rank, *args, **kwargs)
+
+
+def test_a_checkpoint_that_is_saved_again_outlives_a_disk_that_fails(ranks2, tmp_path):
+    ranks2.run(_save, tmp_path, [4])
+    answers = ranks2.run(
+        _save_without_renaming, 0, "checkpoint-4.incomplete", tmp_path, [4], value=2.0
+    )
+    kept = f"{tmp_path}/checkpoint-4 is complete and kept"
+    where = f"{tmp_path}/checkpoint-4.incomplete"
+    assert answers == [f"cannot write {where}: Input/output error; {kept}"] * 2
+    assert _stored_value(tmp_path / "checkpoint-4") == 1.0
+    assert _names(tmp_path) == ["checkpoint-4", "checkpoint-latest"]
+
+
 def _save_with_small_files(rank, failing_rank, limit, *args, **kwargs):
     """Save while one rank can write no file larger than `limit` bytes: the kernel refuses it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

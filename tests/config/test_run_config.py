@@ -200,9 +200,16 @@ REFUSALS = {
     "--seed 1_000": "--seed is 1_000, but it must be a whole number from 0 to 4294967295.",
     "--seed ٣": "--seed is ٣, but it must be a whole number from 0 to 4294967295.",
     "--learning_rate 1_0e-5": "--learning_rate is 1_0e-5, but it must be a number of at least 0.",
-    "--learning_rate 1e999": "--learning_rate is 1e999, but it must be a number of at least 0.",
-    f"--max_steps {10**18}": f"--max_steps is {10**18}, but it must be a whole number of at least "
-    "-1, of at most 18 digits.",
+    "--learning_rate 1e999": "--learning_rate is 1e999, but it must be at most 3e+38.",
+    "--learning_rate 1e-400": "--learning_rate is 1e-400, but it must be a number of at least 0.",
+    f"--max_steps {10**9 + 1}": f"--max_steps is {10**9 + 1}, but it must be at most 1000000000.",
+    f"--max_steps {10**60}": f"--max_steps is 1{39 * '0'}..., but it must be at most 1000000000.",
+    f"--max_steps -{10**20}": f"--max_steps is -{10**20}, but it must be a whole number of at "
+    "least -1.",
+    "--num_train_epochs 1e300": "--num_train_epochs is 1e300, but it must be at most 1000000.",
+    "--lora_r 65537": "--lora_r is 65537, but it must be at most 65536.",
+    "--time_limit 90": "--time_limit is 90, but it must be a time of at most a year, such as "
+    "3h50m, 90m, 45s, 03:50:00 or 1-03:50:00.",
     "--data_path": "--data_path has no value, but it must be a name or path.",
     "--data_path=": "--data_path is empty, but it must be a name or path.",
     "--seed --debug True": "--seed has no value, but it must be a whole number from 0 to "

@@ -2,11 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from megablocks_utils.checkpoint.distributed_checkpoint import (
+    read_stored_tensors,
+    read_whole_tensor,
+    write_shards,
+)
+from megablocks_utils.checkpoint.manifest import describe_file, write_manifest
+from megablocks_utils.checkpoint.tensor_shards import BlockPlace
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from tests.support.parity import Layout, build_run
 from tests.support.resuming import EPOCH_BOUNDARY, SAVED_STEP, make_run, run_and_save
@@ -113,6 +123,17 @@ def test_other_tokens_are_refused(refuse, checkpoint, parity_folder, tmp_path):
     assert sentence.startswith("--data_path or --max_seq_length has changed: the checksum of its")
 
 
+def test_another_base_of_the_same_shape_is_refused(refuse, checkpoint, parity_folder, tmp_path):
+    argv = parity_folder.argv(RUN.case)
+    other = shutil.copytree(argv[argv.index("--model_name_or_path") + 1], tmp_path / "other")
+    for path in other.glob("*.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    kind, sentence = refuse(checkpoint, "--model_name_or_path", f"{other}")
+    assert kind == "ConfigurationError"
+    assert sentence.startswith("--model_name_or_path is not the model that the adapters were trai")
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
 
@@ -147,6 +168,41 @@ def test_damaged_checkpoint_is_refused(refuse, copy, name, damage, words):
     assert kind == "CheckpointError"
     assert words in sentence
     assert str(copy) in sentence
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint, and its manifest with them."""
+    tensors = {
+        name: read_whole_tensor(name, *stored, folder)
+        for name, stored in read_stored_tensors(folder).items()
+    }
+    change(tensors)
+    for path in [*folder.glob("*.distcp"), folder / ".metadata"]:
+        path.unlink()
+    shards = {name: BlockPlace(t.shape, (0,) * t.dim()).shard(t) for name, t in tensors.items()}
+    write_shards(shards, folder, None)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
+    contents = {k: v for k, v in manifest.items() if k not in ("format", "files", "sha256")}
+    write_manifest(folder, contents, {name: describe_file(folder / name) for name in names})
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+CHANGES = [
+    (lambda tensors: tensors.pop(f"model.{Q_PROJ}"), f"lacks {Q_PROJ} (1 of the parameters"),
+    (lambda tensors: tensors.pop(f"optimizer.{Q_PROJ}.exp_avg"), f"lacks optimizer.{Q_PROJ}.exp"),
+    (
+        lambda tensors: tensors.update({f"optimizer.{Q_PROJ}.max_exp_avg_sq": torch.zeros(1)}),
+        f"also holds optimizer.{Q_PROJ}.max_exp_avg_sq (1 of Adam's states)",
+    ),
+    (lambda tensors: tensors.update({"ema.x": torch.zeros(1)}), "also holds ema.x (1 of Adam's"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES)
+def test_nothing_in_a_checkpoint_is_left_unread(refuse, copy, change, words):
+    _rewrite(copy, change)
+    assert words in refuse(copy)[1]
 
 
 def test_checkpoint_without_a_manifest_is_not_complete(refuse, copy):

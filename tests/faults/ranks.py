@@ -13,10 +13,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from megablocks_utils.processes.entry_point import run_entry_point
 from tests.support.argv import keep_last
@@ -41,10 +41,19 @@ class ScriptRun:
         argv: its options.
         logs: a folder that is made.
         world_size: number of ranks.
+        own_words: what single ranks are given besides.
+        are_hosts: whether each rank is told that it is alone on its host.
     """
 
     def __init__(
-        self, script: str, argv: Sequence[str], logs: Path, *, world_size: int = 4
+        self,
+        script: str,
+        argv: Sequence[str],
+        logs: Path,
+        *,
+        world_size: int = 4,
+        own_words: Mapping[int, Sequence[str]] = MappingProxyType({}),
+        are_hosts: bool = False,
     ) -> None:
         start_forkserver()
         context = multiprocessing.get_context("forkserver")
@@ -54,7 +63,12 @@ class ScriptRun:
         self._processes = [
             context.Process(
                 target=_be_rank,
-                args=(SCRIPTS[script], keep_last(argv), rank, world_size, port, log),
+                args=(
+                    SCRIPTS[script],
+                    keep_last([*argv, *own_words.get(rank, ())]),
+                    _describe_launch(rank, world_size, port, are_hosts=are_hosts),
+                    log,
+                ),
                 daemon=True,
             )
             for rank, log in enumerate(self._logs)
@@ -155,6 +169,10 @@ class ScriptRun:
         """Return what all ranks have said."""
         return "".join(log.read_text(errors="replace") for log in self._logs if log.is_file())
 
+    def outputs(self) -> list[str]:
+        """Return what each rank has said."""
+        return [log.read_text(errors="replace") for log in self._logs]
+
     def losses(self) -> list[str]:
         """Return every sentence about a lost rank."""
         return _LOST.findall(self.output())
@@ -167,9 +185,19 @@ def _read_state(pid: int) -> str:
         raise ProcessLookupError(f"process {pid} has ended") from error
 
 
-def _be_rank(
-    module: str, argv: list[str], rank: int, world_size: int, port: int, log: Path
-) -> None:
+def _describe_launch(rank: int, world_size: int, port: int, *, are_hosts: bool) -> dict[str, str]:
+    """Return what a launcher sets."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0" if are_hosts else str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": "1" if are_hosts else str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _be_rank(module: str, argv: list[str], launch: Mapping[str, str], log: Path) -> None:
     """Do what `python <script> <argv>` does under a launcher."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with log.open("wb", buffering=0) as file:
@@ -178,14 +206,7 @@ def _be_rank(
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [f"{module}.py", *argv]
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(launch)
     try:
         run_entry_point(importlib.import_module(module).main, argv)
     except SystemExit:

@@ -61,21 +61,24 @@ def test_a_killed_run_goes_on_bit_by_bit(ground, case):
     assert summarize([row])["equal"] == 1
 
 
-@pytest.mark.parametrize("script", ["fsdp2", "fsdp1"])
-def test_a_signal_to_one_rank_saves_and_the_run_goes_on_bit_by_bit(ground, script):
+@pytest.mark.parametrize(
+    ("script", "asked", "resume"),
+    [("fsdp2", signal.SIGUSR1, "auto"), ("fsdp1", signal.SIGTERM, "True")],
+)
+def test_a_signal_to_one_rank_saves_and_the_run_goes_on_bit_by_bit(ground, script, asked, resume):
     folder, whole = ground.folder / f"stopped-{script}", ground.reference(script)
     with ground.start(script, folder.name, "--save_strategy", "no") as run:
         wait_for(lambda: count_steps(folder) >= 2, run)
         run.freeze()
-        os.kill(run.pids[1], signal.SIGTERM)
+        os.kill(run.pids[1], asked)
         run.thaw()
         run.finish(END_S)  # every rank ends with 0
         said = run.output()
     ((step, _),) = find_checkpoints(folder)
     assert 2 <= step < ground.num_steps
-    assert f"Stopped by SIGTERM after step {step} of {ground.num_steps}; " in said
+    assert f"Stopped by {asked.name} after step {step} of {ground.num_steps}; " in said
     assert not (folder / "run.json").exists() and not (folder / "model.safetensors").exists()
-    ground.run(script, folder.name, "--resume_from_checkpoint", "True")
+    ground.run(script, folder.name, "--resume_from_checkpoint", resume)
     assert _series(folder) == _series(whole)
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 

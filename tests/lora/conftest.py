@@ -6,6 +6,7 @@ import pytest
 
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_reader import open_adapter
+from megablocks_utils.lora.trainable import settings_of_adapter
 from tests.support.tiny_adapters import save_fused_adapter, save_separate_adapter
 from tests.support.tiny_models import build_tiny_model
 
@@ -44,7 +45,7 @@ def refusal(model, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr("megablocks_utils.checkpoint.index.CheckpointIndex.read", read)
             with pytest.raises(CheckpointError) as error:
-                open_adapter(folder, model)
+                settings_of_adapter(open_adapter(folder, model), model)
         return str(error.value)
 
     return refuse

@@ -13,6 +13,7 @@ from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora import adapter_reader
 from megablocks_utils.lora.adapter_reader import open_adapter
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
+from megablocks_utils.lora.trainable import settings_of_adapter
 from tests.support.tiny_adapters import (
     ATTENTION,
     PEFT_WARNINGS,
@@ -31,15 +32,21 @@ SEPARATE = LoraSettings(4, 8, ATTENTION, {"gate_up_proj": 8, "down_proj": 4})
 FUSED = LoraSettings(4, 8, ATTENTION, {"gate_up_proj": 4, "down_proj": 4})
 
 
+def settings_of(folder, family="mixtral"):
+    model = build_tiny_model(family)
+    return settings_of_adapter(open_adapter(folder, model), model)
+
+
 def load_with_peft(family, folder):
     return PeftModel.from_pretrained(build_tiny_model(family), folder)
 
 
 def deltas_of(reader, ranges):
     """Return scaling * B @ A of every parameter of experts, read range by range."""
-    scaling, deltas = reader.settings.scaling, {}
-    for name in reader.expert_shapes:
+    deltas = {}
+    for name in reader.expert_parameters:
         pairs = [reader.experts(name, experts) for experts in ranges]
+        scaling = reader.expert_parameters[name].scaling
         deltas[name] = torch.cat([scaling * (b @ a) for a, b in pairs])
     return deltas
 
@@ -59,7 +66,7 @@ def assert_same(seen, wanted):
 def test_hands_out_what_peft_adds(tmp_path, family, save, settings):
     save(family, tmp_path)
     reader = open_adapter(tmp_path, build_tiny_model(family))
-    assert reader.settings == settings
+    assert settings_of(tmp_path, family) == settings
     peft_model = load_with_peft(family, tmp_path)
     wanted = expert_deltas(peft_model)
     for ranges in ([range(4)], [range(0, 1), range(1, 3), range(3, 4)]):
@@ -107,7 +114,7 @@ def test_reads_back_a_separate_adapter_that_was_saved_again(tmp_path, family, sa
     save_again(family, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
     reader = open_adapter(tmp_path, build_tiny_model(family))
-    assert reader.settings == SEPARATE
+    assert settings_of(tmp_path, family) == SEPARATE
     assert_same(deltas_of(reader, [range(4)]), expert_deltas(load_with_peft(family, tmp_path)))
 
 
@@ -123,7 +130,7 @@ def test_a_rank_by_pattern_whose_strength_is_rounded(tmp_path):
     )
     reader = open_adapter(tmp_path, build_tiny_model("mixtral"))
     ranks = {"gate_up_proj": 25, "down_proj": 3}
-    assert reader.settings == LoraSettings(3, 1, ATTENTION, ranks)
+    assert settings_of(tmp_path) == LoraSettings(3, 1, ATTENTION, ranks)
     wanted = expert_deltas(load_with_peft("mixtral", tmp_path))
     assert_same(deltas_of(reader, [range(4)]), wanted)
 
@@ -146,22 +153,22 @@ def test_adapters_on_attention_or_experts_alone(tmp_path, kind):
     )
     reader = open_adapter(tmp_path, build_tiny_model("mixtral"))
     assert bool(reader.linears) == (kind == "attention")
-    assert bool(reader.expert_shapes) == bool(reader.settings.expert_ranks) == (kind == "experts")
-    assert reader.settings.target_modules == (ATTENTION if kind == "attention" else ())
+    settings = settings_of(tmp_path)
+    assert bool(reader.expert_parameters) == bool(settings.expert_ranks) == (kind == "experts")
+    assert settings.target_modules == (ATTENTION if kind == "attention" else ())
 
 
 def test_target_modules_are_sorted(tmp_path):
     names = ["v_proj", "q_proj", "o_proj", "k_proj"]
     save_fused_adapter("mixtral", tmp_path, target_modules=names)
-    reader = open_adapter(tmp_path, build_tiny_model("mixtral"))
-    assert reader.settings.target_modules == tuple(sorted(names))
+    assert settings_of(tmp_path).target_modules == tuple(sorted(names))
 
 
 def test_a_model_on_meta_will_do(tmp_path):
     save_tiny_model("qwen3_moe", tmp_path / "base")
     save_fused_adapter("qwen3_moe", tmp_path / "adapter")
     model = build_model_on_meta(tmp_path / "base")
-    assert open_adapter(tmp_path / "adapter", model).settings == FUSED
+    assert settings_of_adapter(open_adapter(tmp_path / "adapter", model), model) == FUSED
 
 
 class CountingIndex(CheckpointIndex):

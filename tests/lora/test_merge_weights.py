@@ -64,6 +64,54 @@ def test_fused_base_with_tied_embeddings(tmp_path, kind, dtype):
     assert_same_model(tmp_path / "out", tmp_path / "wanted")
 
 
+EVERYWHERE = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+MERGES = {
+    "rank of a linear layer": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 5}},
+    "rank in one layer": {"rank_pattern": {"layers.1.self_attn.q_proj": 7}},
+    "rank of experts": {"rank_pattern": {"gate_up_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    "rslora": {"use_rslora": True, "rank_pattern": {"q_proj": 9}},
+    "only up": {"target_parameters": EVERYWHERE[:1]},
+    "only down": {"target_parameters": EVERYWHERE[1:]},
+    "only experts": {"target_modules": []},
+    "one layer": {"layers_to_transform": [1]},
+    "one layer by pattern": {"layers_to_transform": 0, "layers_pattern": "layers"},
+    "one layer's experts": {"target_parameters": [f"layers.1.{name}" for name in EVERYWHERE]},
+    "without a layer": {"exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+    "by expression": {"target_modules": r".*self_attn\.[vo]_proj"},
+    "all linear layers": {"target_modules": "all-linear", "target_parameters": None},
+    "router": {"target_parameters": ["gate.weight", *EVERYWHERE]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "saved head": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "saved router and norm": {"modules_to_save": ["gate", "norm"]},
+    "biases": {"bias": "all"},
+    "biases of adapted layers": {"bias": "lora_only"},
+}
+
+
+def _randomise(peft_model):
+    """Change the weights that PEFT saves besides adapters."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_whatever_peft_merges_is_merged_alike(tmp_path, name):
+    family, overrides = "olmoe", {"attention_bias": "bias" in name}
+    save_base(family, tmp_path / "base", torch.bfloat16, **overrides)
+    peft_model = save_fused_adapter(
+        family, tmp_path / "adapter", overrides=overrides, **MERGES[name]
+    )
+    _randomise(peft_model)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    merge_with_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "wanted")
+    merge_adapter(MergeOptions(str(tmp_path / "adapter"), tmp_path / "out", str(tmp_path / "base")))
+    assert_same_model(tmp_path / "out", tmp_path / "wanted")
+    base, wanted = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "wanted")
+    assert any(not torch.equal(base.read(key), wanted.read(key)) for key in base)
+
+
 def test_blocks_of_rows_change_no_element(tmp_path, monkeypatch):
     save_base("mixtral", tmp_path / "base", torch.bfloat16)
     save_fused_adapter("mixtral", tmp_path / "adapter")

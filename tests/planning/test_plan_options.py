@@ -77,6 +77,11 @@ def test_layouts_that_are_asked_for(line, ep_size, expert_dp, has_ep):
 GPU_WANTED = "it must be a100-40g, a100-80g, h100-80g, h200-141g, b200-180g or l40s-48g"
 GPUS_WANTED = "it must be a whole number of at least 1, or two of them as in 8..4096"
 REFUSALS = {
+    f"{PLAN} --gpus 8..1000001": "--gpus is 8..1000001, but it must be at most 1000000.",
+    f"{PLAN} --gpus {10**20}": f"--gpus is {10**20}, but it must be at most 1000000.",
+    f"{PLAN} --gpu_mem_gib 1e300": "--gpu_mem_gib is 1e300, but it must be at most 1000000.",
+    f"{PLAN} --gpus_per_node 1_0": "--gpus_per_node is 1_0, but it must be a whole number of at "
+    "least 1.",
     "m": f"--gpu is not given, but {GPU_WANTED}, or give --gpu_mem_gib.",
     "m --gpu a100": f"--gpu is a100, but {GPU_WANTED}.",
     "m --gpu": f"--gpu has no value, but {GPU_WANTED}.",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megablocks_utils.processes.early_signals import remember_early_signals
 from megablocks_utils.processes.interruption import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,8 +57,37 @@ def test_only_a_later_signal_ends_the_process(alone, first, second):
     assert alone.wait(5) == -second
 
 
+def test_a_warning_before_the_end_is_no_first_signal(alone):
+    """A batch system sends SIGUSR1, and SIGTERM when the time is up: the save must not be cut."""
+    alone.send_signal(signal.SIGUSR1)
+    assert alone.stdout.readline() == "SIGUSR1\n"
+    time.sleep(2.1)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        alone.send_signal(number)
+        time.sleep(0.2)
+        assert alone.poll() is None
+    time.sleep(2.1)
+    alone.send_signal(signal.SIGTERM)
+    assert alone.wait(5) == -signal.SIGTERM
+
+
+def test_a_warning_while_the_run_starts_up():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        remember_early_signals()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopRequest() as stop:
+            assert stop.on_any_rank()
+            assert stop.name == "SIGUSR1"
+        with StopRequest() as stop:
+            assert not stop.on_any_rank()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_handlers_are_as_before():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     with StopRequest() as stop:
         assert not stop.on_any_rank()
         assert stop.name == ""
@@ -65,7 +95,7 @@ def test_handlers_are_as_before():
         assert stop.on_any_rank()
         assert stop.name == "SIGTERM"
         assert signal.getsignal(signal.SIGINT) != before[1]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def _stop_at(rank: int, asked_rank: int, is_during_exchange: bool) -> tuple[int, str]:

@@ -12,14 +12,15 @@ import pytest
 import torch.distributed as dist
 
 from megablocks_utils.processes.liveness import (
+    DEFAULT_LIMITS,
     STORE_LOSS,
-    Loss,
-    Member,
-    StatusStore,
     Watch,
+    WatchLimits,
     describe_self,
     is_alive,
 )
+from megablocks_utils.processes.progress_marks import Activity, ProgressMarks
+from megablocks_utils.processes.status_store import Loss, Member, Standing, StatusStore
 
 POLLS_UNTIL_SILENT = 45  # beats are read every third poll: fifteen without change
 
@@ -35,20 +36,23 @@ class Run:
     `dead` holds the ranks whose process is gone.
     """
 
-    def __init__(self, *machines: str) -> None:
-        self.status_store, self.dead, self.members = (
-            StatusStore(dist.HashStore()),
-            set(),
-            members(*machines),
-        )
+    def __init__(self, *machines: str, limits: WatchLimits = DEFAULT_LIMITS) -> None:
+        self.status_store, self.dead = StatusStore(dist.HashStore()), set()
+        self.members = members(*machines)
+        self.progress = [ProgressMarks() for _ in machines]
         self.watches = [
             Watch(
-                self.members, rank, self.status_store, lambda member: member.rank not in self.dead
+                self.members,
+                rank,
+                self.status_store,
+                lambda member: member.rank not in self.dead,
+                limits=limits,
+                progress=self.progress[rank],
             )
             for rank in range(len(machines))
         ]
         for rank in range(len(machines)):
-            self.status_store.beat(rank, -1)
+            self.status_store.beat(rank, Standing(-1))
 
     def look(self, *silent: int) -> list[Loss | None]:
         """Poll on all ranks but the silent ones."""
@@ -101,7 +105,7 @@ def test_silence_is_counted_in_polls():
     run = Run("a", "b")
     run.look()
     for count in range(POLLS_UNTIL_SILENT * 2):
-        run.status_store.beat(1, count)
+        run.status_store.beat(1, Standing(count))
         assert run.watches[0].look() is None
 
 
@@ -144,26 +148,76 @@ def test_one_failure_of_the_store_is_forgotten():
 
 
 @pytest.mark.parametrize(
-    ("machines", "dead", "loss", "speaker"),
+    ("machines", "dead", "loss", "reporters"),
     [
-        ("aaaa", {1}, Loss(1, ""), 0),
-        ("aaaa", {0}, Loss(0, ""), 1),
-        ("aaaa", {0, 1}, Loss(1, ""), 2),
-        ("aaaa", set(), Loss(0, ""), 1),  # it has published its own end and is about to go
-        ("aabb", {0, 1}, STORE_LOSS, 2),
-        ("aabb", set(), STORE_LOSS, 0),
-        ("abab", {0, 2}, STORE_LOSS, 1),
+        ("aaaa", {1}, Loss(1, ""), [0]),
+        ("aaaa", {0}, Loss(0, ""), [1]),
+        ("aaaa", {0, 1}, Loss(1, ""), [2]),
+        ("aaaa", set(), Loss(0, ""), [1]),  # it has published its own end and is about to go
+        ("aabb", {0, 1}, STORE_LOSS, [2]),
+        ("aabb", set(), STORE_LOSS, [0, 2]),
+        ("abab", {0, 2}, STORE_LOSS, [1]),
+        ("aabb", set(), Loss(2, ""), [0, 3]),  # a log for each machine
+        ("aabb", set(), Loss(2, "", is_hang=True), [0, 2]),
     ],
 )
-def test_who_speaks(machines, dead, loss, speaker):
-    """The lowest rank that is left; a machine that is lost is only known by its store."""
+def test_who_reports(machines, dead, loss, reporters):
+    """The lowest rank that is left on each machine."""
     run = Run(*machines)
     run.dead = dead
-    ranks = [rank for rank in range(4) if rank not in {*dead, loss.rank}]
-    first = [rank for rank in ranks if run.watches[rank].is_first_reporter(loss)]
-    assert speaker in first
-    if not (loss is STORE_LOSS and not dead):  # machine b takes a for lost, and both speak
-        assert first == [speaker]
+    lost = None if loss.is_hang else loss.rank
+    ranks = [rank for rank in range(4) if rank not in {*dead, lost}]
+    assert [rank for rank in ranks if run.watches[rank].is_first_reporter(loss)] == reporters
+
+
+def test_a_run_in_which_no_rank_makes_progress():
+    """Every rank gives signs of life; the one furthest behind is named with where it is."""
+    run = Run("a", "a", "b", limits=WatchLimits(hang_s=60))
+    for progress in run.progress:
+        progress.finish_step(7)
+        progress.begin_micro_batch()
+    run.progress[0].begin_micro_batch()
+    run.progress[2].begin_micro_batch()
+    assert [run.look() for _ in range(57)] == [[None] * 3] * 57
+    run.progress[2].mark()  # progress of any kind, on any rank, is enough
+    assert [run.look() for _ in range(60)] == [[None] * 3] * 60
+    assert any(any(run.look()) for _ in range(6))
+    (loss,) = set(run.look())
+    assert loss == Loss(
+        1,
+        "no rank has made progress for 60 s (--hang_timeout_s); rank 1 (process 101 on host-a) is "
+        "training, after step 7 and 1 micro-batches",
+        is_hang=True,
+    )
+
+
+def test_only_ranks_of_the_run_are_believed():
+    run = Run("a", "a", "b")
+    store = run.status_store._store
+    run.status_store.authenticate(b"secret")
+    for rank, progress in enumerate(run.progress):
+        run.status_store.beat(rank, progress.standing(0))
+    stranger = StatusStore(store)
+    stranger.publish(Loss(1, "run this command"))
+    stranger.leave(2)
+    assert run.look() == [None] * 3
+    assert not run.status_store.has_left(2)
+    run.dead = {1}
+    run.look()
+    assert set(run.look()) == {Loss(1, "its process is gone")}
+    # Nor does another rank's word count as this one's, or a stranger's beat as a sign of life.
+    store.set("left/2", store.get("left/1") if store.check(["left/1"]) else "x")
+    stranger.beat(2, Standing(10**6))
+    assert not run.status_store.has_left(2)
+    assert run.status_store.read_beats([2]) == [None]
+
+
+def test_work_of_a_child_is_seen_and_waiting_is_not():
+    activity = Activity()
+    time.sleep(0.5)
+    assert not activity.has_worked()
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert activity.has_worked()
 
 
 def test_own_process_and_one_whose_id_is_reused():

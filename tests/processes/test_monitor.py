@@ -1,5 +1,6 @@
 """What real processes do when one of them is killed, fails, or ends as it should."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from megablocks_utils.errors import DataError
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.launch import LaunchEnvironment
+from megablocks_utils.processes.liveness import WatchLimits
+from megablocks_utils.processes.progress_marks import PROGRESS
 from megablocks_utils.processes.start import start_processes
 from tests.support.ports import free_port
 from tests.support.rank_pool import start_forkserver
@@ -50,13 +53,15 @@ def _serve(rank: int, environ: dict, folder: str, job, arguments: list) -> None:
     """Be one rank as plain Python would: an exception goes to the hook."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", **environ)
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/error-{rank}"
+    limits = WatchLimits(hang_s=float(environ.get("HANG_S", 600)))
     with open(f"{folder}/stderr-{rank}", "w") as errors:
         os.dup2(errors.fileno(), 2)
     sys.stderr = os.fdopen(2, "w")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def main(argv: list[str]) -> None:
-        start_processes(LaunchEnvironment(rank, rank, WORLD), f"{folder}/out")
+        start_processes(LaunchEnvironment(rank, rank, WORLD), f"{folder}/out", limits=limits)
         dist.all_reduce(torch.zeros(1))
         Path(folder, f"ready-{rank}").touch()
         job(*arguments)
@@ -98,6 +103,13 @@ def end_of(ranks, within_s: float) -> list[int]:
     for process in ranks:
         process.join(max(0.0, limit_s - time.monotonic()))
     return [process.exitcode for process in ranks]
+
+
+def reason(folder: Path, rank: int) -> str:
+    """Return what the launcher's report shows of a rank."""
+    return json.loads((folder / f"error-{rank}").read_text())["message"]["extraInfo"][
+        "py_callstack"
+    ]
 
 
 def said(folder: Path) -> list[str]:
@@ -154,6 +166,34 @@ def test_a_failing_rank_is_named_with_its_error(tmp_path):
     assert lines[0].endswith(
         f" was lost: ValueError: bad data. There is no complete checkpoint in {tmp_path}/out."
     )
+    assert reason(tmp_path, 1).endswith("ValueError: bad data\nand more\n")
+    assert {reason(tmp_path, rank) for rank in (0, 2, 3)} == {lines[0]}
+
+
+def _stand_still() -> None:
+    PROGRESS.finish_step(3)
+    time.sleep(60)
+
+
+def _work() -> None:
+    """Compute for longer than a hang may last, before the first step; then do as the others."""
+    last_s = time.monotonic() + 12
+    while time.monotonic() < last_s:
+        sum(range(10**6))
+    _stand_still()
+
+
+def test_a_run_that_hangs_as_a_whole_is_ended(tmp_path):
+    """Not while one rank still works: loading and compiling have no steps."""
+    started_s = time.monotonic()
+    with started(tmp_path, _work, _stand_still, _stand_still, _sleep, HANG_S="6") as ranks:
+        assert end_of(ranks, within_s=45) == [1] * WORLD
+    assert time.monotonic() - started_s > 12 + 6
+    sentence = "this run hangs: no rank has made progress for 6 s (--hang_timeout_s); rank 3 "
+    text = (tmp_path / "stderr-0").read_text()
+    assert text.startswith(sentence)
+    assert " is starting, before its first step. There is no complete checkpoint in " in text
+    assert {reason(tmp_path, rank) for rank in range(WORLD)} == {text.strip()}
 
 
 def test_an_error_that_the_others_do_not_meet_ends_them_too(tmp_path):

@@ -179,13 +179,19 @@ def test_which_checkpoint_is_taken(unfinished):
     assert choose_checkpoint(run_config(unfinished), {}) is None
     assert [chosen(wish) for wish in ("False", "false")] == [None, None]
     assert [chosen(wish) for wish in ("True", "true")] == [newest, newest]
+    assert chosen("auto") == newest
+    empty = run_config(unfinished / "none", "--resume_from_checkpoint", "auto")
+    assert choose_checkpoint(empty, {}) is None
     assert chosen(oldest) == oldest
     assert chosen(unfinished / "checkpoint-latest") == newest.resolve()
+    (unfinished / "checkpoint-latest").unlink()
+    (unfinished / "checkpoint-latest").write_text("checkpoint-9\n")  # where there are no links
+    assert chosen(unfinished / "checkpoint-latest") == oldest
 
 
 def test_checkpoints_that_cannot_be_taken(unfinished, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    wanted = "it must be True, False or the folder of a complete checkpoint"
+    wanted = "it must be True, False, auto or the folder of a complete checkpoint"
     cases = {
         "none": f"that is no folder; {wanted}.",
         f"{unfinished}/metrics.jsonl": f"that is no folder; {wanted}.",

@@ -2,8 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -57,11 +58,13 @@ def save_fused_adapter(
     r: int = 4,
     lora_alpha: int = 8,
     dtype: torch.dtype = torch.float32,
+    overrides: Mapping[str, object] = MappingProxyType({}),
     **options: object,
 ) -> PeftModel:
     """Write an adapter on attention and experts with PEFT, and return its model.
 
-    `options` are more of LoraConfig, or others than `ATTENTION` and both experts' projections.
+    `overrides` are options of the model's config; `options` are more of LoraConfig, or others than
+    `ATTENTION` and both experts' projections.
     """
     targets = {
         "target_modules": list(ATTENTION),
@@ -70,7 +73,7 @@ def save_fused_adapter(
     config = LoraConfig(
         task_type="CAUSAL_LM", r=r, lora_alpha=lora_alpha, lora_dropout=0.0, **targets | options
     )
-    peft_model = attach_random_adapters(build_tiny_model(family), config, dtype)
+    peft_model = attach_random_adapters(build_tiny_model(family, **overrides), config, dtype)
     peft_model.save_pretrained(folder)
     return peft_model
 

@@ -17,5 +17,6 @@ def examples_of(encoded: Sequence[Encoded]) -> TokenizedExamples:
     ends = np.cumsum(lengths)
     labels[ends - lengths] = -100
     input_ids = np.concatenate([np.array(ids, np.int32) for ids, _ in encoded])
-    tokens = StoredTokens(input_ids, None, labels, ends, {"format_name": "", "ignored_keys": ()})
+    contents = {"format_name": "", "ignored_keys": (), "template_date": None}
+    tokens = StoredTokens(input_ids, None, labels, ends, contents)
     return TokenizedExamples(tokens, cut_examples(tokens, TOKEN_LIMIT))

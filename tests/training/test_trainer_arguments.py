@@ -1,5 +1,7 @@
 """Which of Trainer's options pass, which are this project's, which are refused and how."""
 
+import json
+
 import pytest
 
 from megablocks_utils.config import RunConfig, parse_known_args
@@ -33,7 +35,7 @@ REFUSED = {
     "in the data.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
     "--adam_epsilo 1": "unknown option --adam_epsilo; did you mean --adam_epsilon?",
-    "--ddp_timeout soon": "argument --ddp_timeout/--ddp-timeout: invalid int value: 'soon'.",
+    "--ddp_timeout soon": "--ddp_timeout is soon, but it must be a whole number.",
 }
 """Words of the command line -> the sentence they are answered with."""
 
@@ -98,20 +100,36 @@ def test_what_training_arguments_refuse_is_one_sentence(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_accelerates_own_mixed_precision_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ConfigurationError) as error:
-        _build(f"--output_dir {tmp_path}")
-    assert str(error.value) == (
-        "mixed_precision is bf16 in Accelerate's configuration, but it must be no, since dtypes "
-        "come from --precision."
-    )
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"split_batches": True}, "split_batches is true in --accelerator_config, but it must be "),
+        ({"split_batches": "yes"}, "split_batches is yes in "),
+        ({"dispatch_batches": True}, "dispatch_batches is true .* must be null or false, since"),
+        ({"use_seedable_sampler": False}, "use_seedable_sampler is false .* must be true, since"),
+        ({"non_blocking": True}, "non_blocking is true in "),
+        ({"even_batches": 1}, "even_batches is 1 in "),
+        (
+            {"gradient_accumulation_kwargs": {"num_steps": 2}},
+            "gradient_accumulation_kwargs is .* must be null, since accumulation follows "
+            "--gradient_accumulation_steps",
+        ),
+    ],
+)
+def test_settings_of_a_data_loader_are_refused(settings, sentence, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ConfigurationError, match=f"^{sentence}"):
+        _build(f"--output_dir {tmp_path} --accelerator_config {path}")
 
 
-def test_accumulation_of_accelerate_is_refused(tmp_path):
-    config = '{"gradient_accumulation_kwargs":{"num_steps":2}}'
-    with pytest.raises(ConfigurationError, match="follows --gradient_accumulation_steps"):
-        _build(f"--output_dir {tmp_path} --accelerator_config {config}")
+@pytest.mark.parametrize("text", ["1_0", "9" * 20, "٣", "1e400"])
+@pytest.mark.parametrize("name", ["dataloader_num_workers", "adam_epsilon"])
+def test_numbers_are_read_as_those_of_our_own_options(name, text):
+    if (name, text) == ("adam_epsilon", "9" * 20):
+        text = "inf"
+    with pytest.raises(ConfigurationError, match=f"^--{name} is .*, but it must be "):
+        parse_trainer_flags(_leftovers(f"--{name} {text}"))
 
 
 def test_use_cpu_beside_a_gpu_is_refused(tmp_path):

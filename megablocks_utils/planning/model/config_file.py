@@ -45,7 +45,7 @@ def read_config_file(path: Path) -> Mapping[str, Any]:
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is not valid JSON"
         raise CheckpointError(f"MODEL is {path}, but it cannot be read: {reason}.") from error
     if not isinstance(settings, dict):

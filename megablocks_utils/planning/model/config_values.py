@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from megablocks_utils.config.model_sizes import find_size_fault
+from megablocks_utils.config.option import MAX_FLOAT32
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["KNOWN_MODEL_TYPES", "ConfigValues"]
@@ -94,12 +96,13 @@ class ConfigValues:
         """Return a whole number.
 
         Raises:
-            ConfigurationError: it is absent without a default, no whole number, or too small.
+            ConfigurationError: it is absent without a default, no whole number, or out of bounds.
         """
         value = self._get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-            raise self.wrong(name, f"a whole number of at least {at_least}")
-        return value
+        wanted = find_size_fault(value, name, at_least=at_least)
+        if wanted is not None:
+            raise self.wrong(name, wanted)
+        return int(value)
 
     def optional_size(self, name: str) -> int | None:
         """Return a whole number of at least 1; None where the entry is null or absent."""
@@ -119,22 +122,25 @@ class ConfigValues:
         value = self._get(name)
         if value is None:
             return []
-        if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
+        is_list = isinstance(value, list)
+        if not is_list or any(find_size_fault(item, name, at_least=0) for item in value):
             raise self.wrong(name, "a list of layers")
         return value
 
     def fraction(self, name: str, default: float) -> float:
         """Return a number of at least 0."""
         value = self._config.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # Not `value < 0`, which NaN is not either.
+        if not is_number or not 0 <= value <= MAX_FLOAT32:
             raise self.wrong(name, "a number of at least 0")
         return float(value)
 
     def wrong(self, name: str, wanted: str) -> ConfigurationError:
         """Say in a sentence what an entry is and what it must be."""
         return ConfigurationError(
-            f"{name} is {self._get(name)!r} in the {self.model_type} model's config.json, but it "
-            f"must be {wanted}."
+            f"{name} is {repr(self._get(name))[:40]} in the {self.model_type} model's config.json, "
+            f"but it must be {wanted}."
         )
 
     def _get(self, name: str) -> Any:

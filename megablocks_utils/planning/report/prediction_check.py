@@ -48,7 +48,7 @@ def read_run_plan(path: str | Path) -> Mapping[str, Any]:
         raise ConfigurationError(
             f"--check is {path}, but it cannot be read ({error.strerror}); {wanted}."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"--check is {path}, but that is no valid JSON; {wanted}."
         ) from error

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megablocks_utils.errors import DataError
-from megablocks_utils.training.data.record_keys import check_keys, is_absent, shorten
+from megablocks_utils.training.data.record_keys import (
+    check_keys,
+    find_repeats,
+    is_absent,
+    shorten,
+)
 from megablocks_utils.training.data.sources import Record
 from megablocks_utils.training.data.text import check_text
 
@@ -33,7 +38,6 @@ ALPACA_PROMPT = PREAMBLE + QUESTION
 ALPACA_PROMPT_WITH_INPUT = PREAMBLE_WITH_INPUT + QUESTION_WITH_INPUT
 BETWEEN_TURNS = "\n\n"
 SYSTEM_KEYS = ("system", "system_prompt")
-REPEATS = ("text", "prompt")
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,11 @@ def check_alpaca(record: Record) -> frozenset[str]:
         raise DataError(f"{place}: system and system_prompt differ; drop one")
     if not is_absent(columns.get("history")):
         _check_history(place, columns["history"])
-    repeats = {key for key in REPEATS if _is_rendering(columns.get(key), columns)}
-    used = ("instruction", "input", "output", "history", *SYSTEM_KEYS, *repeats)
-    ignored = check_keys(place, columns, used, owner="a record of instruction and output")
+    used = ("instruction", "input", "output", "history", *SYSTEM_KEYS)
+    texts = (columns["instruction"], columns.get("input") or "", columns["output"])
+    repeats = find_repeats(columns, used, texts)
+    owner = "a record of instruction and output"
+    ignored = check_keys(place, columns, (*used, *repeats), owner=owner)
     return frozenset(ignored | repeats)
 
 
@@ -128,11 +134,3 @@ def _check_history(place: str, history: Any) -> None:
             raise DataError(f"{place}: {name} must be [question, answer], this is {shorten(pair)}")
         check_text(place, f"the question in {name}", pair[0])
         check_text(place, f"the answer in {name}", pair[1])
-
-
-def _is_rendering(value: Any, columns: dict[str, Any]) -> bool:
-    """Say whether a text holds the record's own texts, as the `text` of tatsu-lab/alpaca does."""
-    if not isinstance(value, str) or not value:
-        return False
-    texts = (columns["instruction"], columns.get("input") or "", columns["output"])
-    return all(text.strip() in value for text in texts)

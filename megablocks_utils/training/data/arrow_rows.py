@@ -72,7 +72,7 @@ def _source_error(message: str) -> DataError:
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
-    with ParquetFile(path) as file:
+    with ParquetFile(path, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)

@@ -12,7 +12,12 @@ from typing import Any
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.conversation import ASSISTANT, Conversation
 from megablocks_utils.training.data.nested_values import check_value, decode_text, without_nulls
-from megablocks_utils.training.data.record_keys import check_keys, is_absent, shorten
+from megablocks_utils.training.data.record_keys import (
+    check_keys,
+    find_repeats,
+    is_absent,
+    shorten,
+)
 from megablocks_utils.training.data.sources import Record
 from megablocks_utils.training.data.text import check_text
 from megablocks_utils.training.data.tool_calls import read_tools
@@ -46,6 +51,7 @@ def read_chat(record: Record, column: str) -> ChatRecord:
         DataError: a key or a turn that cannot be used, or no assistant turn.
     """
     turns = _read_turns(record, column)
+    _check_has_answer(record.place, turns, column)
     repeats = _find_repeats(record, column, turns)
     return _build(record, turns, (column,), repeats, f"a record of {column}")
 
@@ -59,8 +65,10 @@ def read_chat_completion(record: Record) -> ChatRecord:
         DataError: as `read_chat`.
     """
     prompt = [Turn(t.message, False, t.ignored) for t in _read_turns(record, "prompt")]
-    turns = prompt + _read_turns(record, "completion")
-    return _build(record, turns, ("prompt", "completion"), set(), "a record of prompt, completion")
+    completion = _read_turns(record, "completion")
+    _check_has_answer(record.place, completion, "completion")
+    used, owner = ("prompt", "completion"), "a record of prompt and completion"
+    return _build(record, prompt + completion, used, set(), owner)
 
 
 def check_template_reads(conversation: Conversation, template: str) -> None:
@@ -76,12 +84,14 @@ def check_template_reads(conversation: Conversation, template: str) -> None:
         wanted.append(("tool_calls", ("tool_calls",)))
     if any(message.get(REASONING[0]) for message in messages):
         wanted.append(("reasoning", REASONING))
-    wanted += [(f"chat_template_kwargs' {key}", (key,)) for key in conversation.template_options]
+    options = {k: v for k, v in conversation.template_options.items() if not is_absent(v)}
+    wanted += [(f"chat_template_kwargs' {key}", (key,)) for key in options]
     for what, names in wanted:
         if not re.search(rf"\b({'|'.join(map(re.escape, names))})\b", template):
             raise DataError(
                 f"{conversation.place}: the record has {what}, which the tokenizer's chat template "
-                "never reads; drop them or give another template with --chat_template"
+                "never reads; drop them or choose another template with chat_template",
+                parameters=("chat_template",),
             )
 
 
@@ -96,12 +106,15 @@ def _read_turns(record: Record, column: str) -> list[Turn]:
     ]
 
 
+def _check_has_answer(place: str, turns: Sequence[Turn], column: str) -> None:
+    if not any(turn.message["role"] == ASSISTANT for turn in turns):
+        raise DataError(f"{place}: {column} has no assistant turn, so there is nothing to learn")
+
+
 def _build(
     record: Record, turns: list[Turn], used: tuple[str, ...], repeats: set[str], owner: str
 ) -> ChatRecord:
     place, columns = record.place, record.columns
-    if not any(turn.message["role"] == ASSISTANT for turn in turns):
-        raise DataError(f"{place}: {used[-1]} has no assistant turn, so there is nothing to learn")
     ignored = check_keys(place, columns, (*used, *BESIDE, *repeats), owner=owner)
     system = _system_turn(record, turns[0])
     turns = [*system, *turns]
@@ -150,20 +163,10 @@ def _template_options(record: Record) -> dict[str, Any]:
 
 
 def _find_repeats(record: Record, column: str, turns: Sequence[Turn]) -> set[str]:
-    """Return the keys that hold again what the turns hold.
-
-    Those are `prompt`, if it is the first user turn or the first turns, and `text` or `prompt`, if
-    it holds the text of every turn: their rendering.
-    """
-    columns = record.columns
-    texts = [turn.message["content"].strip() for turn in turns]
-    first = next((t.message["content"] for t in turns if t.message["role"] == "user"), None)
-    repeats = set()
-    for key in ("prompt", "text"):
-        value = columns.get(key)
-        if isinstance(value, str) and value:
-            if value == first or all(text in value for text in texts):
-                repeats.add(key)
-        elif isinstance(value, list) and value and value == columns[column][: len(value)]:
-            repeats.add(key)
+    """Return the keys that hold again what the turns say, or as `prompt` the first of them."""
+    texts = [turn.message["content"] for turn in turns]
+    repeats = find_repeats(record.columns, (column, *BESIDE), texts)
+    prompt = record.columns.get("prompt")
+    if isinstance(prompt, list) and prompt and prompt == record.columns[column][: len(prompt)]:
+        repeats.add("prompt")
     return repeats

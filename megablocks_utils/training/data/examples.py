@@ -6,9 +6,10 @@ communication.
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.cut import KeptExamples, cut_examples, read_cut, write_cut
 from megablocks_utils.training.data.formats import check_records
 from megablocks_utils.training.data.sources import read_records
+from megablocks_utils.training.data.template_date import date_written_out, writes_date
 from megablocks_utils.training.data.token_cache import PreparedTokens, prepare_tokens
 from megablocks_utils.training.data.token_files import StoredTokens, TokenWriter
 from megablocks_utils.training.data.token_key import (
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenizedExamples", "load_examples"]
 
-TOKENIZER_BATCH = 1000
+TOKENIZER_BATCH = 64
 _ALONE = LaunchEnvironment()
 
 
@@ -60,6 +62,8 @@ class TokenizedExamples:
         num_dropped: examples left out because no label was left to learn.
         format_name: the columns they were read from.
         ignored_keys: the records' keys that have no meaning for training.
+        template_date: the day that the chat template was told, as ISO text; None where it does not
+            ask for it.
     """
 
     def __init__(self, tokens: StoredTokens, kept: KeptExamples, notes: Sequence[str] = ()) -> None:
@@ -69,6 +73,7 @@ class TokenizedExamples:
         self.num_dropped = kept.num_dropped
         self.format_name = str(tokens.contents["format_name"])
         self.ignored_keys = tuple(tokens.contents["ignored_keys"])
+        self.template_date: str | None = tokens.contents["template_date"]
         self.notes = tuple(notes)
         self._tokens = tokens
         self._kept = kept
@@ -104,6 +109,8 @@ def load_examples(
     config: "DataConfig",
     tokenizer: "PreTrainedTokenizerBase | None",
     launch: LaunchEnvironment = _ALONE,
+    *,
+    today: date | None = None,
 ) -> TokenizedExamples:
     """Read, check and tokenize the data of a run, in file order.
 
@@ -118,6 +125,7 @@ def load_examples(
         tokenizer: may be None for data that is already tokenized. It is left with the chat template
             that it is to be saved with.
         launch: which process this is.
+        today: the day that a chat template which asks for the date is told; None: that of now.
 
     Raises:
         ConfigurationError: on every rank: there is no such chat template.
@@ -125,20 +133,19 @@ def load_examples(
     """
     template = raise_on_all_ranks(lambda: choose_chat_template(config.chat_template, tokenizer))
     with template.in_use():
-        return _load_tokens(config, tokenizer, launch)
+        prepare = partial(_prepare, config, tokenizer, today or date.today())
+        return _load_tokens(config, prepare, launch)
 
 
 def _load_tokens(
-    config: "DataConfig", tokenizer: "PreTrainedTokenizerBase | None", launch: LaunchEnvironment
+    config: "DataConfig", prepare: Callable[[], PreparedTokens], launch: LaunchEnvironment
 ) -> TokenizedExamples:
     host = socket.gethostname()
-    prepared = gather_from_all_ranks(
-        lambda: (host, _prepare(config, tokenizer) if launch.local_rank == 0 else None)
-    )
+    prepared = gather_from_all_ranks(lambda: (host, prepare() if launch.local_rank == 0 else None))
     near = [tokens for name, tokens in prepared[: launch.rank + 1] if tokens and name == host]
     seen = near[-1] if near and near[-1].folder.is_dir() else None
     # A container a rank, or another order of ranks: this rank is on its own.
-    own = raise_on_all_ranks(lambda: seen or _prepare(config, tokenizer))
+    own = raise_on_all_ranks(lambda: seen or prepare())
     try:
         return raise_on_all_ranks(lambda: _open(own, config))
     finally:
@@ -166,11 +173,13 @@ def _open(prepared: PreparedTokens, config: "DataConfig") -> TokenizedExamples:
     return TokenizedExamples(tokens, kept, prepared.notes)
 
 
-def _prepare(config: "DataConfig", tokenizer: "PreTrainedTokenizerBase | None") -> PreparedTokens:
+def _prepare(
+    config: "DataConfig", tokenizer: "PreTrainedTokenizerBase | None", today: date
+) -> PreparedTokens:
     """Tokenize the data, or find its tokens, and cut them to the limit."""
     source = _Source(config.data_path)
-    key = token_key(source.digest, tokenizer, date.today())
-    prepared = prepare_tokens(key, lambda writer: _write_tokens(writer, source, tokenizer))
+    key = token_key(source.digest, tokenizer, today)
+    prepared = prepare_tokens(key, partial(_write_tokens, source, tokenizer, today))
     folder, limit = prepared.folder, config.max_seq_length
     # Where another user's cache cannot be written, every rank cuts for itself.
     with suppress(OSError):
@@ -205,7 +214,10 @@ class _Source:
 
 
 def _write_tokens(
-    writer: TokenWriter, source: _Source, tokenizer: "PreTrainedTokenizerBase | None"
+    source: _Source,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    today: date,
+    writer: TokenWriter,
 ) -> dict[str, Any]:
     """Check all records, then tokenize them: so a bad one is told at once."""
     checked = check_records(read_records(source.data_path))
@@ -217,7 +229,12 @@ def _write_tokens(
             parameters=("data_path",),
         )
     records = read_records(source.data_path)
-    while batch := list(islice(records, TOKENIZER_BATCH)):
-        writer.append(data_format.encode(batch, tokenizer))
+    with date_written_out(tokenizer, today):
+        while batch := list(islice(records, TOKENIZER_BATCH)):
+            writer.append(data_format.encode(batch, tokenizer))
     source.check_unchanged()
-    return {"format_name": data_format.name, "ignored_keys": checked.ignored_keys}
+    return {
+        "format_name": data_format.name,
+        "ignored_keys": checked.ignored_keys,
+        "template_date": today.isoformat() if writes_date(tokenizer) else None,
+    }

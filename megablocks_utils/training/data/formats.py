@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["FORMATS", "CheckedRecords", "DataFormat", "check_records", "find_format"]
+__all__ += ["read_conversation"]
 
 WANTED_COLUMNS = (
     "instruction and output (input optional), output alone, messages, conversations, prompt and "
@@ -210,7 +211,7 @@ def _encode_chat(
     records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> list[Encoded]:
     assert tokenizer is not None
-    conversations = [_read_conversation(record) for record in records]
+    conversations = [read_conversation(record) for record in records]
     template = tokenizer.chat_template
     if template:
         text = template if isinstance(template, str) else "\n".join(template.values())
@@ -219,7 +220,12 @@ def _encode_chat(
     return encode_messages(conversations, tokenizer)
 
 
-def _read_conversation(record: Record) -> Conversation:
+def read_conversation(record: Record) -> Conversation:
+    """Return the conversation of a chat record, whichever its format.
+
+    Raises:
+        DataError: the record cannot be used.
+    """
     for column in ("messages", "conversations"):
         if not is_absent(record.columns.get(column)):
             return read_chat(record, column).conversation

@@ -151,7 +151,8 @@ def _bad_text(message: str, text: str, position: int, path: Path) -> DataError:
 
 
 def _bad_json(place: str, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{place}: not valid JSON: {error.msg} at column {error.colno}")
+    what = error.msg.removesuffix(" at")
+    return DataError(f"{place}: not valid JSON: {what} at column {error.colno}")
 
 
 def _reason(error: ValueError | RecursionError) -> str:

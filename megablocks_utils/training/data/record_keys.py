@@ -13,7 +13,7 @@ from typing import Any
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.text import json_type
 
-__all__ = ["check_keys", "is_absent", "is_about_the_example", "shorten"]
+__all__ = ["check_keys", "find_repeats", "is_absent", "is_about_the_example", "shorten"]
 
 REFUSED_KEYS = {
     key: reason
@@ -75,7 +75,10 @@ IDENTITY_WORDS = frozenset(IDENTITY.split())
 SIZE_WORDS = frozenset(SIZE.split())
 COUNT_WORDS = frozenset(("num", "n", "number", "nb", "total"))
 TRAINING_WORDS = frozenset(TRAINING.split())
-ABOUT_KEYS = frozenset(("parallel_tool_calls", "cache_control", "embeddings", "unnamed: 0"))
+ABOUT_KEYS = frozenset(
+    ("parallel_tool_calls", "cache_control", "embeddings", "unnamed: 0")
+    + ("skip_prompt_formatting", "custom_instruction")  # of how OpenHermes 2.5 was made
+)
 WORD = re.compile(r"[A-Z]?[a-z]+[0-9]*|[A-Z]+(?![a-z])|[0-9]+")
 SHOWN_CHARACTERS = 60
 
@@ -130,6 +133,21 @@ def check_keys(
         if key not in ignored:
             raise DataError(f"{place}: {owner} has the key {shorten(key)}: {_reason(key)}")
     return ignored
+
+
+def find_repeats(columns: Mapping[str, Any], used: Iterable[str], texts: Iterable[str]) -> set[str]:
+    """Return the keys that hold again what is used: one of the texts, or all (their rendering)."""
+    own = [text.strip() for text in texts]
+    named = (REFUSED_KEYS.keys() | OTHER_FORMATS) - {"text", "prompt"}
+    return {
+        key
+        for key, value in columns.items()
+        if isinstance(value, str)
+        and value
+        and key not in used
+        and key not in named
+        and (value.strip() in own or all(text in value for text in own))
+    }
 
 
 def shorten(value: Any) -> str:

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megablocks_utils.training.data.sources import Record
+from megablocks_utils.training.data.template_date import writes_date
 from megablocks_utils.training.data.token_files import digest_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["FileState", "digest_file", "digest_records", "file_state"]
-__all__ += ["token_key", "writes_date"]
+__all__ += ["token_key"]
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets")
-_DATE_FUNCTION = "strftime_now"
 FileState = tuple[int, int, int]
 
 
@@ -51,12 +51,6 @@ def token_key(
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
     return digest_json(made_of)
-
-
-def writes_date(tokenizer: "PreTrainedTokenizerBase | None") -> bool:
-    """Say whether the tokenizer's chat template asks for the date."""
-    template = getattr(tokenizer, "chat_template", None)
-    return _DATE_FUNCTION in json.dumps(template, default=str)
 
 
 def digest_file(path: Path) -> tuple[str, FileState]:

@@ -67,11 +67,7 @@ def _labels(place: str, columns: Mapping[str, Any], input_ids: list[int]) -> lis
             )
         return [t if is_l else IGNORED_LABEL for t, is_l in zip(input_ids, marked, strict=True)]
     labels = _whole_numbers(place, "labels", columns["labels"])
-    if len(input_ids) != len(labels):
-        raise DataError(
-            f"{place}: input_ids has {len(input_ids)} items and labels has {len(labels)}, they "
-            "must be equally long"
-        )
+    _check_length(place, "labels", labels, len(input_ids))
     wrong = [n for n in set(labels) if n != IGNORED_LABEL and not 0 <= n <= MAX_TOKEN]
     if wrong:
         raise DataError(
@@ -107,9 +103,10 @@ def _check_rest(place: str, columns: Mapping[str, Any], start: int, end: int) ->
     for key in ("position_ids", "token_type_ids"):
         if is_absent(columns.get(key)):
             continue
-        values = _whole_numbers(place, key, columns[key])[start:end]
+        values = _whole_numbers(place, key, columns[key])
+        _check_length(place, key, values, len(columns["input_ids"]))
         wanted = list(range(end - start)) if key == "position_ids" else [0] * (end - start)
-        if values != wanted:
+        if values[start:end] != wanted:
             what = "count from 0" if key == "position_ids" else "all be 0"
             raise DataError(f"{place}: {key} must {what}, other ones are not trained on; drop it")
     lengths = columns.get("seq_lengths")
@@ -127,12 +124,16 @@ def _flags(place: str, name: str, values: Any, length: int) -> list[bool] | None
         set(map(type, values)) <= {int, bool} and set(values) <= {0, 1}
     ):
         raise DataError(f"{place}: {name} must be a list of zeros and ones")
+    _check_length(place, name, values, length)
+    return [bool(value) for value in values]
+
+
+def _check_length(place: str, name: str, values: list[int], length: int) -> None:
     if len(values) != length:
         raise DataError(
             f"{place}: input_ids has {length} items and {name} has {len(values)}, they must be "
             "equally long"
         )
-    return [bool(value) for value in values]
 
 
 def _whole_numbers(place: str, name: str, values: Any) -> list[int]:

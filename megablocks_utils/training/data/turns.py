@@ -76,7 +76,7 @@ def read_turn(place: str, name: str, value: Any, *, pads_with_nulls: bool) -> Tu
     }
     message |= _extras(place, name, role, given)
     if calls:
-        _check_role(place, f"tool calls in {name}", role, ASSISTANT)
+        _check_role(place, f"tool_calls of {name}", role, ASSISTANT)
         message["tool_calls"] = calls
     return Turn(message, _is_learned(place, name, role, given), ignored)
 
@@ -169,7 +169,7 @@ def _extras(place: str, name: str, role: str, given: Mapping[str, Any]) -> dict[
 
 def _check_role(place: str, what: str, role: str, wanted: str) -> None:
     if role != wanted and not (wanted == "tool" and role in TEMPLATE_ROLES):
-        raise DataError(f"{place}: {what} belong to the role {wanted}, this one is {role}")
+        raise DataError(f"{place}: {what}: only for the role {wanted}, this one is {role}")
 
 
 def _is_learned(place: str, name: str, role: str, given: Mapping[str, Any]) -> bool:

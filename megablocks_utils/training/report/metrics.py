@@ -68,12 +68,16 @@ class StepMeter:
     Args:
         device: Where this rank computes.
         group: Ranks of the run; None for all of them, or for a run without processes.
+
+    Attributes:
+        num_nonfinite_weights: Of the last step: counts of `add_nonfinite_weights`, all ranks.
     """
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self._device = device
         self._group = group
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.num_nonfinite_weights = 0
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._started_s: float | None = None
 
     def start_step(self) -> None:
@@ -93,6 +97,10 @@ class StepMeter:
         if aux is not None:
             self._sums[1].add_(aux.detach())
             self._sums[2].add_(1)
+
+    def add_nonfinite_weights(self, count: Tensor) -> None:
+        """Add how many weights of this rank are not finite, without waiting for the device."""
+        self._sums[3].add_(count)
 
     def finish_step(
         self,
@@ -121,7 +129,8 @@ class StepMeter:
         """
         if self._started_s is None:
             raise RuntimeError("finish_step was called without start_step")
-        loss_sum, aux_sum, num_aux = self._reduce(self._sums, dist.ReduceOp.SUM)
+        loss_sum, aux_sum, num_aux, num_bad = self._reduce(self._sums, dist.ReduceOp.SUM)
+        self.num_nonfinite_weights = int(num_bad)
         # Reading the sums waited for the device: only now is the step over.
         elapsed_s, self._started_s = time.perf_counter() - self._started_s, None
         memory = read_memory(self._device)

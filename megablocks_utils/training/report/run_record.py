@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ from typing import Any
 
 import torch
 
+from megablocks_utils.config.secrets import (
+    find_secrets,
+    is_secret_name,
+    redact_record,
+    redact_words,
+)
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import RunTotals
@@ -112,7 +119,7 @@ def build_run_record(
     return RunRecord(
         status="finished",
         command=provenance["command"],
-        options=asdict(options),
+        options=redact_record(asdict(options)),
         resolved=dict(resolved),
         versions=provenance["versions"],
         commit=provenance["commit"],
@@ -141,11 +148,15 @@ def build_provenance(command: Sequence[str]) -> dict[str, Any]:
         command: The program and its arguments.
     """
     return {
-        "command": shlex.join(command),
+        "command": shlex.join(redact_words(command)),
         "commit": read_commit(CHECKOUT),
         "versions": read_versions(),
         "hardware": describe_hardware(),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(_SPEED_VARIABLES)},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(_SPEED_VARIABLES) and not is_secret_name(name)
+        },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -155,12 +166,12 @@ def _plain(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def write_run_json(path: str | Path, record: RunRecord) -> None:
-    """Write the record to `path`, complete or not at all. Rank 0 only.
+    """Write the record to `path`, complete or not at all, and without secrets. Rank 0 only.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    write_json_atomically(path, asdict(record))
+    write_json_atomically(path, redact_record(asdict(record), find_secrets(sys.argv)))
 
 
 def read_commit(folder: Path) -> str | None:

@@ -1,11 +1,12 @@
 """What must be the same when a run is resumed, and what may have changed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY
+from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY, DATE_KEY
 from megablocks_utils.config import ResolvedPrecision, RunConfig
+from megablocks_utils.config.record import flatten_learned
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.training.data.examples import TokenizedExamples
@@ -17,14 +18,6 @@ __all__ = [
     "check_compatibility",
     "describe_compatibility",
 ]
-
-# Options that change where or how a run is done, not what it learns.
-_FREE_OPTIONS = (
-    *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "debug", "saving"),
-    *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),
-)
-
 
 # Fact -> how a message begins, and the parameters in it.
 _CLAUSES = {
@@ -64,6 +57,7 @@ class ResumeCompatibility:
         dtypes: of trained weights and of Adam's states.
         lora: rank, strength and places of the adapters; None without.
         base_sha256: fingerprint of the frozen model under them; None without.
+        template_date: the day that the chat template was told; None where it does not ask for it.
     """
 
     model_type: str
@@ -75,6 +69,7 @@ class ResumeCompatibility:
     dtypes: dict[str, str]
     lora: dict[str, Any] | None
     base_sha256: str | None
+    template_date: str | None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -105,6 +100,7 @@ def describe_compatibility(
         dtypes={"weights": precision.adapter, "optim": precision.optim},
         lora=None if lora is None else _describe_lora(lora),
         base_sha256=base_sha256,
+        template_date=examples.template_date,
     )
 
 
@@ -124,6 +120,8 @@ def check_compatibility(
     """
     stored, step = manifest[COMPATIBILITY_KEY], manifest["step"]
     _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
+    if own.template_date and not stored.get(DATE_KEY):
+        _check_undated(stored, own)
     for name, (clause, parameters) in _CLAUSES.items():
         found, wanted = getattr(own, name), stored.get(name)
         if found != wanted and not (name == BASE_KEY and wanted is None):
@@ -137,6 +135,17 @@ def check_compatibility(
             f"max_steps or num_train_epochs give {schedule.num_steps} steps, but the checkpoint to "
             f"resume from has done {step}.",
             parameters=("max_steps", "num_train_epochs"),
+        )
+
+
+def _check_undated(stored: Mapping[str, Any], own: ResumeCompatibility) -> None:
+    """Name the date as what has changed in the data, where a checkpoint does not say its own."""
+    if own.data_sha256 != stored["data_sha256"] and own.num_examples == stored["num_examples"]:
+        raise ConfigurationError(
+            f"the chat template writes the date ({own.template_date}) into the examples, and the "
+            "checkpoint to resume from does not say which date it had; give a template with that "
+            "date written out as chat_template.",
+            parameters=("chat_template",),
         )
 
 
@@ -163,22 +172,12 @@ def _check_global_batch(wanted: int, found: int, config: RunConfig, world_size: 
 
 def changed_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """Describe every option that changes what is learned and differs from the checkpoint's."""
-    before, now = dict(_flatten(stored)), dict(_flatten(own))
+    before, now = flatten_learned(stored), flatten_learned(own)
     return [
         f"--{name} {_describe(before[name])} -> {_describe(value)}"
         for name, value in now.items()
         if name in before and before[name] != value
     ]
-
-
-def _flatten(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in options.items():
-        if name in _FREE_OPTIONS:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flatten(value)
-        else:
-            yield name, value
 
 
 def _describe_lora(lora: LoraSettings) -> dict[str, Any]:

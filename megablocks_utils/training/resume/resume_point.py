@@ -2,12 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from megablocks_utils.checkpoint.json_file import show_value
 from megablocks_utils.checkpoint.manifest import check_files
-from megablocks_utils.checkpoint.run_manifest import BASE_KEY, COMPATIBILITY_KEY, read_run_manifest
+from megablocks_utils.checkpoint.run_manifest import (
+    BASE_KEY,
+    COMPATIBILITY_KEY,
+    DATE_KEY,
+    read_run_manifest,
+)
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import METRICS_NAME
@@ -19,7 +25,13 @@ from megablocks_utils.training.resume.random_states import restore_random_states
 from megablocks_utils.training.resume.resume_compatibility import changed_options
 from megablocks_utils.training.resume.run_state import RunState
 
-__all__ = ["ResumePoint", "find_resume_point", "rank_file_name", "restore_run"]
+__all__ = [
+    "ResumePoint",
+    "choose_template_date",
+    "find_resume_point",
+    "rank_file_name",
+    "restore_run",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,12 @@ class ResumePoint:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.manifest["step"]
+
+    @property
+    def template_date(self) -> date | None:
+        """The day that its chat template was told; None where none was."""
+        day = self.manifest[COMPATIBILITY_KEY].get(DATE_KEY)
+        return None if day is None else date.fromisoformat(day)
 
     @property
     def metrics_path(self) -> Path:
@@ -98,16 +116,26 @@ def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoi
     mine = sorted(files)[launch.rank :: launch.world_size]
     raise_on_all_ranks(lambda: check_files(folder, files, mine))
     point = ResumePoint(folder, manifest)
-    broadcast_from_rank0(lambda: _check_metrics(point.metrics_path))
+    broadcast_from_rank0(lambda: _check_metrics(point))
     return point
 
 
-def _check_metrics(path: Path) -> None:
-    """Refuse metrics of the steps done that cannot be continued.
+def choose_template_date(resume: ResumePoint | None) -> date:
+    """Return the day that chat templates are told: that of the run's start, also when it resumes.
+
+    **Collective:** every rank must call.
+    """
+    day = None if resume is None else resume.template_date
+    return day or broadcast_from_rank0(date.today)
+
+
+def _check_metrics(point: ResumePoint) -> None:
+    """Refuse metrics that are not those of the steps done.
 
     Raises:
-        CheckpointError: a line that is not the metrics of a step.
+        CheckpointError: a line that is not the metrics of a step, or a step too many or too few.
     """
+    path = point.metrics_path
     try:
         lines = read_metrics(path)
     except OSError as error:
@@ -121,6 +149,8 @@ def _check_metrics(path: Path) -> None:
                 raise CheckpointError(
                     f"{path} has {name} {show_value(value)} in a line, wanted is a number"
                 )
+    if len(lines) != point.step or any(line.step != n for n, line in enumerate(lines, start=1)):
+        raise CheckpointError(f"{path} does not hold each of the {point.step} steps done once")
 
 
 def rank_file_name(rank: int) -> str:

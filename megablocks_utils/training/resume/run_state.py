@@ -24,6 +24,7 @@ from megablocks_utils.mesh.placement import local_tensor
 __all__ = ["RunState"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATES = (*_MOMENTS, "step")
 _STEP = BlockPlace((1,), (0,))
 
 
@@ -110,6 +111,7 @@ class RunState:
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     def _check_names(self, stored: Mapping[str, tuple], folder: Path) -> None:
+        """Refuse a checkpoint that lacks something, or holds something that nobody reads."""
         wanted = set(_trainable_names(self.model))
         found = {
             name.removeprefix(MODEL_PREFIX) for name in stored if name.startswith(MODEL_PREFIX)
@@ -119,6 +121,15 @@ class RunState:
                 raise CheckpointError(
                     f"the checkpoint {folder} {cause} {min(names)}"
                     f" ({len(names)} of the parameters that this run trains)"
+                )
+        # A parameter without a gradient so far has no states.
+        states = {name: {_state_key(name, state) for state in _STATES} for name in wanted}
+        begun = {key for keys in states.values() if not keys.isdisjoint(stored) for key in keys}
+        others = {name for name in stored if not name.startswith(MODEL_PREFIX)}
+        for names, cause in ((begun - others, "lacks"), (others - begun, "also holds")):
+            if names:
+                raise CheckpointError(
+                    f"the checkpoint {folder} {cause} {min(names)} ({len(names)} of Adam's states)"
                 )
 
 

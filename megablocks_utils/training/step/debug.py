@@ -1,10 +1,10 @@
-"""Checks of a `--debug` run: where every parameter lies, equal replicas, finite gradients."""
+"""Checks of a `--debug` run: where every parameter lies, and equal replicas."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.mesh.device_mesh import DP_AXIS
@@ -28,16 +28,6 @@ def describe_placements(model: nn.Module) -> Iterator[str]:
             )
         num_bytes = local.numel() * local.element_size()
         yield f"{name} {tuple(parameter.shape)} on {where}, {num_bytes:,} bytes here"
-
-
-def check_gradient_norm(norm: Tensor, step: int) -> None:
-    """Refuse a gradient that is not finite.
-
-    Raises:
-        RuntimeError: naming the step.
-    """
-    if not torch.isfinite(norm):
-        raise RuntimeError(f"the gradient norm of step {step} is {norm.item()}")
 
 
 def check_replicas(sharded: ShardedMoE, step: int) -> None:

@@ -7,9 +7,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from megablocks_utils.fsdp.fsdp2 import shards_over_dp
-from megablocks_utils.fsdp.gradients import clip_gradients, sum_replica_gradients
+from megablocks_utils.fsdp.gradients import (
+    clip_gradients,
+    shard_grad_norms,
+    sum_replica_gradients,
+)
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.training.step.debug import check_gradient_norm, check_replicas
+from megablocks_utils.training.step.debug import check_replicas
+from megablocks_utils.training.step.finite import FiniteCheck
 
 __all__ = ["StepFinish"]
 
@@ -25,32 +30,29 @@ class StepFinish:
         model: wrapped by FSDP1 or FSDP2.
         sharded: how its experts are split; None where transformers runs them.
         max_grad_norm: global norm that gradients are clipped to; 0 means no clipping.
-        is_debug_run: whether every step is checked.
+        is_debug_run: whether every step checks that replicas are equal.
+        finite: told of the gradients; None: nobody looks at them.
     """
 
     model: nn.Module
     sharded: ShardedMoE | None
     max_grad_norm: float
     is_debug_run: bool = False
+    finite: FiniteCheck | None = None
 
-    def finish_gradients(self, step: int) -> Tensor:
+    def finish_gradients(self) -> Tensor:
         """Sum the gradients of expert replicas, clip all, and return the norm before clipping.
 
         **Collective:** every rank of the world must call; see `fsdp.gradients`.
-
-        Args:
-            step: the one that ends, from 1.
-
-        Raises:
-            RuntimeError: in a debug run, for a norm that is not finite.
         """
         # FSDP2 has summed over dp what it shards over dp.
         if self.sharded is not None and not shards_over_dp(self.sharded):
             sum_replica_gradients(self.sharded.expert_parameters.values(), self.sharded.mesh)
-        norm = clip_gradients(self._trainable(), self.max_grad_norm)
-        if self.is_debug_run:
-            check_gradient_norm(norm, step)
-        return norm
+        trainable = self._trainable()
+        norms = shard_grad_norms(trainable)
+        if self.finite is not None:
+            self.finite.take_gradients(trainable, norms)
+        return clip_gradients(trainable, self.max_grad_norm, norms)
 
     def update(self, optimizer: Optimizer, scheduler: LRScheduler) -> float:
         """Update the weights, set the next learning rate and drop the gradients.

@@ -108,6 +108,18 @@ def test_which_families_are_trained():
         ({}, ["model_type is None"]),
         ({"model_type": "mixtral", "hidden_size": "big"}, ["hidden_size is 'big'", "at least 1"]),
         ({"model_type": "mixtral", "hidden_size": True}, ["hidden_size is True"]),
+        ({"model_type": "mixtral", "num_hidden_layers": 10**12}, ["is 1000000000000", "at most"]),
+        ({"model_type": "mixtral", "num_local_experts": 1e30}, ["is 1e+30", "a whole number"]),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [True]}, ["is [True]", "a list"]),
+        ({"model_type": "mixtral", "sliding_window": -1}, ["sliding_window is -1", "at least 1"]),
+        (
+            {
+                "model_type": "olmoe",
+                "output_router_logits": True,
+                "router_aux_loss_coef": float("nan"),
+            },
+            ["router_aux_loss_coef is nan", "at least 0"],
+        ),
         ({"model_type": "mixtral", "vocab_size": 0}, ["vocab_size is 0", "at least 1"]),
         ({"model_type": "olmoe", "num_experts_per_tok": 65}, ["is 65", "at most num_experts, 64"]),
         ({"model_type": "mixtral", "num_key_value_heads": 5}, ["is 32", "multiple of the 5"]),

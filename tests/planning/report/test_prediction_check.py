@@ -72,6 +72,7 @@ def test_the_table(tmp_path):
     ("record", "words"),
     [
         ("{", "but that is no valid JSON"),
+        ("[" * 100_000, "but that is no valid JSON"),
         ({}, "but it holds no plan"),
         ([], "but it holds no plan"),
         ({"plan": None}, "but it holds no plan"),

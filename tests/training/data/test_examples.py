@@ -1,11 +1,11 @@
-"""Cutting, dropping and counting, and files of all four formats from disk to tokens."""
+"""Cutting, dropping and counting, and files of all formats from disk to tokens."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from megablocks_utils.config import DataConfig
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.examples import load_examples
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[3] / "data"
 def load(folder, records, *, max_seq_length=4096, tokenizer=None):
     path = folder / "d.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records))
-    config = SimpleNamespace(data_path=str(path), max_seq_length=max_seq_length)
+    config = DataConfig(data_path=str(path), max_seq_length=max_seq_length)
     return load_examples(config, tokenizer)
 
 
@@ -94,11 +94,11 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_more_records_than_one_tokenizer_batch(tmp_path):
-    records = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(1003)]
+    records = [{"instruction": f"Say {n}.", "output": str(n)} for n in range(131)]
     tokenizer = tiny_tokenizer()
     examples = load(tmp_path, records, tokenizer=tokenizer)
     answers = [tokenizer.decode(labels[labels != -100]) for _, labels in examples]
-    assert answers == [f"{n}</s>" for n in range(1003)]
+    assert answers == [f"{n}</s>" for n in range(131)]
 
 
 def test_tokens_outside_the_vocabulary_are_refused():
@@ -114,6 +114,8 @@ def test_tokens_outside_the_vocabulary_are_refused():
 SAMPLES = [
     ("alpaca_sample.json", "instruction and output", 36),
     ("samples/messages.jsonl", "messages", 4),
+    ("samples/conversations.jsonl", "conversations", 3),
+    ("samples/prompt_completion.jsonl", "prompt and completion", 2),
     ("samples/finished_text.jsonl", "output alone", 4),
     ("samples/tokenized.jsonl", "input_ids and labels", 3),
 ]
@@ -121,7 +123,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize(("name", "format_name", "count"), SAMPLES)
 def test_the_samples_of_the_repository_load(name, format_name, count):
-    config = SimpleNamespace(data_path=str(DATA / name), max_seq_length=4096)
+    config = DataConfig(data_path=str(DATA / name), max_seq_length=4096)
     examples = load_examples(config, tiny_tokenizer())
     assert (examples.format_name, len(examples)) == (format_name, count)
     assert (examples.num_cut, examples.num_dropped) == (0, 0)

@@ -4,7 +4,7 @@ import pytest
 
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data.alpaca import alpaca_prompt
-from megablocks_utils.training.data.formats import find_format
+from megablocks_utils.training.data.formats import check_records, find_format
 from megablocks_utils.training.data.sources import Record
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -81,6 +81,55 @@ def test_both_ways_to_write_an_alpaca_record_give_the_same_tokens():
     assert encode({"output": text}, tokenizer) == encode(columns, tokenizer)
 
 
+HISTORY = [["Add 1.", "One"], ["Add 2.", "Three"]]
+ALPACA_TEXTS = [
+    # what LlamaFactory's `alpaca` template writes (its prompts end in a line break, ours do not)
+    (
+        {"system": "Be brief."},
+        "Be brief.\n\n### Instruction:\nAdd.\n\n### Response:Six</s>",
+        ["Six</s>"],
+    ),
+    (
+        {"history": HISTORY},
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd 1.\n\n### Response:One</s>\n\n"
+        "### Instruction:\nAdd 2.\n\n### Response:Three</s>\n\n"
+        "### Instruction:\nAdd.\n\n### Response:Six</s>",
+        ["One</s>", "Three</s>", "Six</s>"],
+    ),
+    (
+        {"system_prompt": "Be brief.", "history": HISTORY[:1], "input": "{3}"},
+        "Be brief.\n\n### Instruction:\nAdd 1.\n\n### Response:One</s>\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n{3}\n\n### Response:Six</s>",
+        ["One</s>", "Six</s>"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("extra", "text", "learned"), ALPACA_TEXTS)
+def test_system_and_history_are_written_in_alpacas_form(extra, text, learned):
+    tokenizer = tiny_tokenizer()
+    ids, labels = encode({"instruction": "Add.", "output": "Six", **extra}, tokenizer)
+    assert tokenizer.decode(ids) == text
+    assert ids == plain(tokenizer, text)
+    answers = "".join(tokenizer.decode([t]) if t != -100 else "|" for t in labels)
+    assert [answer for answer in answers.split("|") if answer] == learned
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_completion_is_learned_after_its_prompt(adds_bos):
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    ids, labels = encode({"prompt": "One and two is", "completion": " three."}, tokenizer)
+    assert ids == [BOS] * adds_bos + [*plain(tokenizer, "One and two is three."), EOS]
+    assert [label for label in labels if label != -100] == [*plain(tokenizer, " three."), EOS]
+
+
+def test_the_rendering_beside_an_alpaca_record_is_ignored_by_name():
+    text = alpaca_prompt("Add.", "1") + " Two"
+    columns = {"instruction": "Add.", "input": "1", "output": "Two", "text": text, "prompt": text}
+    assert check_records([Record("x:1", columns)]).ignored_keys == ("prompt", "text")
+
+
 def test_the_fuller_description_wins():
     names = {
         "instruction and output": {"instruction": "", "output": "", "text": "", "input": ""},
@@ -118,6 +167,37 @@ WRONG = [
             "optional), output alone, messages, conversations, prompt and completion, or "
             "input_ids and labels"
         ),
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "d.json:3: a record with chosen and rejected: preference pairs are not trained on: give "
+        "the wanted answer alone",
+    ),
+    (
+        {"data": [{"output": "a"}]},
+        "d.json:3: one object that holds records under 'data'; wanted the list alone",
+    ),
+    ({"prompt": "a", "completion": None}, "d.json:3: completion must be text, this is null"),
+    (
+        {"instruction": "", "output": "", "history": [["a"]]},
+        "d.json:3: pair 1 of history must be [question, answer], this is a list of 1",
+    ),
+    (
+        {"instruction": "", "output": "", "history": [["a", None]]},
+        "d.json:3: the answer in pair 1 of history must be text, this is null",
+    ),
+    (
+        {"instruction": "", "output": "", "history": "a"},
+        "d.json:3: history must be a list of [question, answer] pairs, this is 'a'",
+    ),
+    (
+        {"instruction": "", "output": "", "system": "a", "system_prompt": "b"},
+        "d.json:3: system and system_prompt differ; drop one",
+    ),
+    (
+        {"instruction": "Add.", "output": "Two", "text": "Add. Three"},
+        "d.json:3: a record of instruction and output has the key 'text': it is not a rendering of "
+        "the rest; drop it",
     ),
     (
         {"output": "no marker"},

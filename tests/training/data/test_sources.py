@@ -1,6 +1,9 @@
 """Reading files: records with their lines, and one sentence for everything that can be wrong."""
 
+import io
 import json
+import os
+import socket
 
 import pytest
 
@@ -53,6 +56,52 @@ def test_parquet(tmp_path):
     assert [r.place for r in records] == [f"{tmp_path}/d.parquet, record {n}" for n in (1, 2)]
 
 
+def test_a_json_file_may_be_one_object(tmp_path):
+    text = '\n{\n "output": "a"\n}\n'
+    assert read(tmp_path, "d.json", text) == [("d.json:2", {"output": "a"})]
+
+
+def write_parquet(folder, columns):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "d[1]*.parquet")
+    return [record.columns for record in read_records(str(folder / "d[1]*.parquet"))]
+
+
+def test_parquet_types_become_what_json_has(tmp_path):
+    import pyarrow
+
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": ["x"]}]
+    columns = {
+        "text": pyarrow.array(["a", None]).dictionary_encode(),
+        "large": pyarrow.array(["a", "b"], pyarrow.large_string()),
+        "ids": pyarrow.array([[1, 2], [3]], pyarrow.large_list(pyarrow.int32())),
+        "messages": [turns, []],
+        "map": pyarrow.array([{"a": 1}, {}], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+    }
+    padded = [{"role": "user", "content": "Hi", "tool_calls": None}]
+    padded += [{"role": "assistant", "content": None, "tool_calls": ["x"]}]
+    assert write_parquet(tmp_path, columns) == [
+        {"text": "a", "large": "a", "ids": [1, 2], "messages": padded, "map": {"a": 1}},
+        {"text": None, "large": "b", "ids": [3], "messages": [], "map": {}},
+    ]
+
+
+def test_parquet_of_datasets_needs_no_decoder_and_decodes_its_json(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "calls": datasets.List(datasets.Json()),
+        }
+    )
+    media = {"bytes": b"no image", "path": None}
+    rows = [{"image": media, "calls": [{"a": None}, {"b": [1]}]}]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    assert [record.columns for record in read_records(str(tmp_path / "d.parquet"))] == rows
+
+
 BAD_CONTENT = [
     ("d.json", "", "--data_path {}/d.json is empty"),
     ("d.jsonl", "\n \n", "--data_path {}/d.jsonl is empty"),
@@ -90,6 +139,46 @@ BAD_CONTENT = [
     ("d.jsonl", "1.5", "{}/d.jsonl:1: a record must be a JSON object, this is a number"),
     ("d.jsonl", "true", "{}/d.jsonl:1: a record must be a JSON object, this is true or false"),
     (
+        "d.jsonl",
+        '{"a": 1, "b": {"c": 1, "c": 2}}',
+        "{}/d.jsonl:1: the key 'c' is given twice in one object",
+    ),
+    ("d.json", '[{"a": 1},\n{"a": NaN}]', "{}/d.json:2: NaN is not a JSON number"),
+    ("d.jsonl", '{"a": 1}\n{"a": -Infinity}', "{}/d.jsonl:2: -Infinity is not a JSON number"),
+    (
+        "d.json",
+        '[{},\n{"a": ' + "1" * 5000 + "}]",
+        "{}/d.json:2: holds a whole number with more digits than can be read",
+    ),
+    (
+        "d.jsonl",
+        '{"a": ' + "1" * 5000 + "}",
+        "{}/d.jsonl:1: holds a whole number with more digits than can be read",
+    ),
+    ("d.json", "[" * 100_000, "{}/d.json:1: lists or objects are nested too deeply to be read"),
+    (
+        "d.jsonl",
+        '{"a": ' * 100_000,
+        "{}/d.jsonl:1: lists or objects are nested too deeply to be read",
+    ),
+    (
+        "d.jsonl",
+        '{"a": "\0"}',
+        "{}/d.jsonl:1: not valid JSON: Invalid control character at column 8",
+    ),
+    (
+        "d.json",
+        '{\n "data": [\n{"a": }]}',
+        "{}/d.json:3: not valid JSON: Expecting value at column 7",
+    ),
+    ("d.json", '{"a": 1}\n{"a": 2}{}', "{}/d.json:2: not valid JSON: Extra data at column 9"),
+    (
+        "d.jsonl.gz",
+        b"\x1f\x8b",
+        "--data_path {}/d.jsonl.gz is compressed (.gz), wanted the file "
+        "unpacked: .json, .jsonl, .parquet",
+    ),
+    (
         "d.json",
         b'{"output": "\xff"}',
         "--data_path {}/d.json is not UTF-8 text: invalid start byte at byte 12",
@@ -105,12 +194,43 @@ def test_a_bad_file_is_named_with_the_line(tmp_path, name, content, message):
     assert caught.value.as_options() == message.format(tmp_path)
 
 
-def test_a_broken_parquet_file_is_named(tmp_path):
+def truncated_parquet():
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"output": ["abc"] * 50}), file)
+    return file.getvalue()[:40] + bytes(20) + file.getvalue()[60:]
+
+
+@pytest.mark.parametrize("content", [b"this is no parquet file", truncated_parquet()])
+def test_a_broken_parquet_file_is_named(tmp_path, content):
     with pytest.raises(DataError) as caught:
-        read(tmp_path, "d.parquet", "this is no parquet file")
+        read(tmp_path, "d.parquet", content)
     start = f"--data_path {tmp_path}/d.parquet cannot be read as parquet: "
     assert caught.value.as_options().startswith(start)
     assert "\n" not in caught.value.as_options()
+
+
+def test_what_is_no_file_is_never_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    monkeypatch.delattr("pathlib.Path.read_bytes")  # a FIFO without a writer would never end
+    os.mkfifo("fifo.jsonl")
+    (tmp_path / "link.json").symlink_to("fifo.jsonl")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.json")
+        kinds = {"fifo.jsonl": "a FIFO", "link.json": "a FIFO", "socket.json": "a socket"}
+        for name, kind in (kinds | {"/dev/null": "a device"}).items():
+            with pytest.raises(DataError) as caught:
+                read_all(name)
+            assert caught.value.as_options() == (
+                f"--data_path {name} is {kind}, wanted a file (.json, .jsonl, .parquet)"
+            )
+
+
+def test_a_name_that_no_folder_can_hold_is_named():
+    with pytest.raises(DataError) as caught:
+        read_all("a" * 300 + ".json")
+    assert caught.value.as_options().endswith(" cannot be read: File name too long")
 
 
 @pytest.mark.parametrize("name", ["missing.json", "/no/such/place", "a/b/c", "./alpaca"])

@@ -6,11 +6,11 @@ import os
 import random
 import tracemalloc
 from datetime import date
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megablocks_utils.config import DataConfig
 from megablocks_utils.errors import DataError
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data import examples as examples_module
@@ -37,7 +37,7 @@ def write(path, records):
 
 
 def load(data_path, tokenizer=None, max_seq_length=4096):
-    config = SimpleNamespace(data_path=data_path, max_seq_length=max_seq_length)
+    config = DataConfig(data_path=data_path, max_seq_length=max_seq_length)
     return load_examples(config, tokenizer)
 
 
@@ -148,12 +148,23 @@ def test_whatever_makes_tokens_makes_new_ones(tmp_path, monkeypatch):
     assert is_read_again(tiny_tokenizer())
 
 
-def test_a_template_that_writes_the_date_is_rendered_anew_the_next_day():
-    dated = tiny_tokenizer(chat_template="{{ strftime_now('%d %B') }}" + CHATML)
-    days = [date(2026, 11, day) for day in (29, 30, 30)]
-    keys = [token_key.token_key("data", dated, day) for day in days]
-    assert keys[0] != keys[1] == keys[2]
-    assert len({token_key.token_key("data", tiny_tokenizer(), day) for day in days}) == 1
+def test_a_template_is_told_the_day_that_is_given(tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    config = DataConfig(
+        data_path=write(tmp_path / "d.jsonl", [{"messages": turns}]), max_seq_length=4096
+    )
+    template = "{% if strftime_now is defined %}{{ strftime_now( '%d.%m.%Y %H:%M') }}{% endif %}"
+    dated = tiny_tokenizer(chat_template=template + '{{ strftime_now("") }}' + CHATML)
+    reads = count_reads(monkeypatch)
+    for today in (date(2021, 3, 4), date(2026, 11, 30), date(2021, 3, 4)):
+        examples = load_examples(config, dated, today=today)
+        text = dated.decode(examples[0][0])
+        assert text.startswith(f"{today:%d.%m.%Y} 00:00<|user|>")
+        assert examples.template_date == today.isoformat()
+    assert len(reads) == 4  # two days, each read to check it and to tokenize it
+    for today in (date(2021, 3, 4), date(2026, 11, 30)):
+        assert load_examples(config, tiny_tokenizer(), today=today).template_date is None
+    assert len(reads) == 6
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "empty", "text"])
@@ -277,7 +288,7 @@ def _load_on_a_rank(rank, path, cache):
     reads = []
     read_records = examples_module.read_records
     examples_module.read_records = lambda name: reads.append(name) or read_records(name)
-    config = SimpleNamespace(data_path=path, max_seq_length=4096)
+    config = DataConfig(data_path=path, max_seq_length=4096)
     try:
         launch = LaunchEnvironment(rank=rank, local_rank=rank, world_size=2)
         examples = load_examples(config, tiny_tokenizer(), launch)

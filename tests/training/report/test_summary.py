@@ -171,3 +171,9 @@ def test_precision_in_words():
         "bf16_sr: bfloat16 weights, float32 adapters, bfloat16 compute, bfloat16 optimizer states, "
         "updates rounded stochastically"
     )
+
+
+def test_ignored_keys_are_named_in_one_line():
+    console = build_text_console()
+    show_start_summary(console, replace(FACTS, ignored_keys=("id", "messages.source")))
+    assert "  ignored     id, messages.source: no meaning for training" in lines_of(console)

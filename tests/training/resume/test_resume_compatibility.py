@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from megablocks_utils.training.resume.resume_compatibility import (
     check_compatibility,
     describe_compatibility,
 )
+from megablocks_utils.training.resume.resume_point import ResumePoint, choose_template_date
 from tests.support.tokenized import examples_of
 
 EXAMPLES = examples_of([([1, 2, 3], [-100, 2, 3])] * 30)
@@ -124,7 +127,7 @@ def test_each_fact_that_differs_is_refused_in_one_sentence(change, sentence):
     assert refusal(replace(OWN, **change)) == sentence
 
 
-@pytest.mark.parametrize("name", OWN.as_record())
+@pytest.mark.parametrize("name", OWN.as_record().keys() - {"template_date"})  # that is taken over
 def test_every_fact_is_compared(name):
     other = 13 if name == "global_batch" else "another"
     refusal(replace(OWN, **{name: other}))
@@ -171,3 +174,21 @@ def test_changed_options_are_those_that_change_what_is_learned():
         "--max_grad_norm",
     ]
     assert f"--max_grad_norm {parse().optim.max_grad_norm} -> 0.5" in found
+
+
+def test_a_resumed_run_tells_the_template_the_day_of_the_first_start():
+    facts = MANIFEST["continuity"] | {"template_date": "2021-03-04"}
+    point = ResumePoint(Path("checkpoint-4"), MANIFEST | {"continuity": facts})
+    assert choose_template_date(point) == date(2021, 3, 4)
+    undated = ResumePoint(Path("checkpoint-4"), MANIFEST)
+    assert choose_template_date(undated) == choose_template_date(None) == date.today()
+
+
+def test_a_date_that_no_checkpoint_tells_is_named_where_it_changes_the_data():
+    dated = replace(OWN, template_date="2026-11-30")
+    check(dated)
+    assert refusal(replace(dated, data_sha256="0" * 64)) == (
+        "the chat template writes the date (2026-11-30) into the examples, and the checkpoint to "
+        "resume from does not say which date it had; give a template with that date written out as "
+        "--chat_template."
+    )

@@ -22,22 +22,17 @@ def _finish_two_steps(rank):
 
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter.detach(), 1.0 + rank)
-    finish.finish_gradients(step=1)
+    finish.finish_gradients()
     rate = finish.update(optimizer, scheduler)
     finish.check_weights(step=1)
     moved = before - local_tensor(parameters[0].detach())
     is_cleared = all(parameter.grad is None for parameter in parameters)
 
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter.detach(), float("nan") if rank else 1.0)
-    with pytest.raises(RuntimeError, match="^the gradient norm of step 2 is nan$"):
-        finish.finish_gradients(step=2)
     if rank:
         local_tensor(parameters[0].detach()).view(-1)[0] += 1.0
     with pytest.raises(RuntimeError, match="^after step 2 the copies of "):
         finish.check_weights(step=2)
     quiet = StepFinish(sharded.model, sharded, max_grad_norm=0.0)
-    quiet.finish_gradients(step=2)
     quiet.check_weights(step=2)
     return rate, moved.mean().item(), is_cleared, scheduler.get_last_lr()
 

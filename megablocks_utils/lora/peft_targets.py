@@ -1,0 +1,100 @@
+"""Ask PEFT which modules of a model an adapter's configuration targets, and with what strength.
+
+PEFT's rules are many (patterns, layers, exclusions, names of transformers 4) and change with it, so
+they are not written down a second time here: PEFT attaches adapters to a copy of the model without
+memory, and what it has attached is read off.
+"""
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.lora.adapter_config import AdapterConfigFile
+
+__all__ = ["PeftTarget", "find_peft_targets"]
+
+_ADAPTER_NAME = "default"
+_BASE_LAYER = ".base_layer"
+# What PEFT and torch raise for configurations that contradict themselves or the model.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    re.error,
+)
+
+
+class PeftTarget(NamedTuple):
+    """Say what PEFT attaches to one linear layer, or to one parameter of an experts module.
+
+    Attributes:
+        key: what the names of its tensors in a file begin with.
+        rank: of the adapter.
+        scaling: factor of B @ A.
+        is_parameter: whether it is on a parameter, not on a linear layer.
+    """
+
+    key: str
+    rank: int
+    scaling: float
+    is_parameter: bool
+
+
+def find_peft_targets(
+    config: AdapterConfigFile, model: PreTrainedModel
+) -> Mapping[str, PeftTarget]:
+    """Return what PEFT attaches, by the name of the linear layer or the parameter in the model.
+
+    Args:
+        config: of the adapter.
+        model: as transformers builds it, on meta or not; it stays as it is.
+
+    Raises:
+        CheckpointError: PEFT refuses the configuration.
+    """
+    bare = _copy_on_meta(model)
+    try:
+        with warnings.catch_warnings():
+            # Of patterns that match nothing: they have no effect.
+            warnings.simplefilter("ignore")
+            peft_config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config.targeting)
+            inject_adapter_in_model(peft_config, bare, _ADAPTER_NAME)
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{config.path} cannot be used with this model: {reason}") from error
+    targets = {}
+    for name, module in bare.named_modules():
+        if isinstance(module, LoraLayer) and _ADAPTER_NAME in module.r:
+            rank, scaling = module.r[_ADAPTER_NAME], float(module.scaling[_ADAPTER_NAME])
+            is_parameter = isinstance(module, ParamWrapper)
+            targets[_name_of(name, module)] = PeftTarget(name, rank, scaling, is_parameter)
+    return targets
+
+
+def _name_of(name: str, module: object) -> str:
+    if isinstance(module, ParamWrapper):
+        return f"{name.replace(_BASE_LAYER, '')}.{module.parameter_name}"
+    return name
+
+
+def _copy_on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the structure of a model; a parameter that is tied stays tied."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=False
+        )
+    return copy.deepcopy(model, memo)

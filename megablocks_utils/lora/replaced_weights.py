@@ -1,0 +1,77 @@
+"""Weights that an adapter file holds whole, and that replace the model's.
+
+Those of `modules_to_save`, biases that were trained, and embeddings, which PEFT stores where they
+have been resized or have adapters.
+"""
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from megablocks_utils.checkpoint.index import CheckpointIndex
+from megablocks_utils.checkpoint.layouts import TIED_PARAMETERS, is_expert_parameter
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
+from megablocks_utils.lora.adapter_config import AdapterConfigFile
+from megablocks_utils.lora.peft_format import PREFIX
+
+__all__ = ["find_replaced"]
+
+
+def find_replaced(
+    config: AdapterConfigFile, index: CheckpointIndex, model: PreTrainedModel
+) -> Mapping[str, str]:
+    """Return the tensors of a file that replace parameters of the model, by these.
+
+    Raises:
+        CheckpointError: one of `modules_to_save` is missing in the file, has another shape, or is
+            tied to another weight.
+    """
+    path = index.folder / ADAPTER_WEIGHTS_NAME
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if module in ends}
+    replaced = {}
+    for name, parameter in parameters.items():
+        key = _find_key(name, config, index, is_embedding=name in embeddings)
+        if key is None:
+            continue
+        if is_expert_parameter(name):
+            raise CheckpointError(
+                f"{config.path} has modules_to_save {', '.join(config.modules_to_save)}, which"
+                f" covers {name}: whole experts are not read from an adapter"
+            )
+        if key not in index:
+            raise CheckpointError(
+                f"{path} has no {key}, though {config.path.name} has"
+                f" modules_to_save {', '.join(config.modules_to_save)}"
+            )
+        if index.shape(key) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{key} in {path} has shape {index.shape(key)}, wanted is"
+                f" {tuple(parameter.shape)} by the model's sizes"
+            )
+        if not index.dtype(key).is_floating_point:
+            raise CheckpointError(
+                f"{key} in {path} has dtype {index.dtype(key)}, wanted is one of floating point"
+            )
+        replaced[name] = key
+    tied = {*TIED_PARAMETERS, *TIED_PARAMETERS.values()} & set(replaced)
+    if tied and model.config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{path} replaces {min(tied)}, which is tied to another weight in this model"
+        )
+    return replaced
+
+
+def _find_key(
+    name: str, config: AdapterConfigFile, index: CheckpointIndex, *, is_embedding: bool
+) -> str | None:
+    """Return the tensor that replaces a parameter; None for one that stays."""
+    module, _, last = name.rpartition(".")
+    if any(module.endswith(saved) for saved in config.modules_to_save):  # PEFT's own rule
+        return f"{PREFIX}{name}"
+    if is_embedding or (config.has_biases and last == "bias"):
+        keys = (f"{PREFIX}{module}.base_layer.{last}", f"{PREFIX}{name}")
+        return next((key for key in keys if key in index), None)
+    return None

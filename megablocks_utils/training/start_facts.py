@@ -1,0 +1,78 @@
+"""What is known of a run when it starts, for its summary and its record."""
+
+from dataclasses import asdict
+from typing import Any
+
+from megablocks_utils.config.secrets import redact_record, redact_text
+from megablocks_utils.training.report.parameters import count_local_bytes
+from megablocks_utils.training.report.summary import RunFacts, describe_precision
+from megablocks_utils.training.setup import Setup
+
+__all__ = ["collect_facts", "describe_kernel", "describe_resolved"]
+
+
+def collect_facts(setup: Setup) -> RunFacts:
+    """Return what is known when training starts."""
+    config, base = setup.config, setup.model
+    experts = setup.expert_parameters()
+    expert_bytes = count_local_bytes(experts.values())
+    mesh = setup.mesh_sizes()
+    optim = config.optim
+    kernel, reason = describe_kernel(setup)
+    examples = setup.schedule.examples
+    return RunFacts(
+        model=redact_text(config.model.model_name_or_path),
+        family=base.config.model_type,
+        parameters=setup.counts,
+        precision=describe_precision(setup.precision),
+        dp_size=mesh["dp"],
+        ep_size=mesh["ep"],
+        num_experts=setup.num_experts,
+        top_k=base.config.num_experts_per_tok,
+        expert_dp=str(config.parallel.expert_dp),
+        kernel=kernel,
+        kernel_reason=reason,
+        expert_bytes=expert_bytes,
+        dense_bytes=count_local_bytes(setup.model.parameters()) - expert_bytes,
+        examples_kept=len(examples),
+        examples_cut=examples.num_cut,
+        examples_dropped=examples.num_dropped,
+        plan=setup.plan.describe(),
+        steps=setup.schedule.num_steps,
+        examples_per_step=setup.launch.world_size
+        * optim.per_device_train_batch_size
+        * optim.gradient_accumulation_steps,
+        resumed=_describe_resume(setup),
+        ignored_keys=examples.ignored_keys,
+    )
+
+
+def _describe_resume(setup: Setup) -> str | None:
+    if setup.resume is None:
+        return None
+    return setup.resume.describe(redact_record(asdict(setup.config)))
+
+
+def describe_kernel(setup: Setup) -> tuple[str, str]:
+    """Return what the experts run on, and why."""
+    if setup.sharded is None:
+        return "transformers", "no expert parallelism: transformers runs its own experts"
+    kernel = setup.sharded.kernel
+    if not setup.config.parallel.use_megablocks_sharding:
+        return kernel.name, f"{kernel.reason}; experts with adapters are this project's at ep 1"
+    return kernel.name, kernel.reason
+
+
+def describe_resolved(setup: Setup) -> dict[str, Any]:
+    """Return what the options have come to on this machine, for `run.json`."""
+    return {
+        "world_size": setup.launch.world_size,
+        "device_type": setup.device.type,
+        "precision": setup.precision.name,
+        "weights_dtype": setup.precision.weights,
+        "compute_dtype": setup.precision.compute,
+        "optim_dtype": setup.precision.optim,
+        "ep_size": setup.mesh_sizes()["ep"],
+        "num_steps": setup.schedule.num_steps,
+        "examples": len(setup.schedule.examples),
+    }

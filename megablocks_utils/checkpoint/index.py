@@ -8,6 +8,7 @@ opened gives a sentence instead of a bus error.
 
 import errno
 import math
+import os
 from collections.abc import Iterator, KeysView, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def resolve_checkpoint_folder(
         CheckpointError: no such folder, and no such model on the Hub or no way to reach it.
     """
     article = "an" if kind[0] in "aeiou" else "a"
-    folder = Path(name_or_path).expanduser()
+    # `Path.expanduser` raises for the home of a user that there is not.
+    folder = Path(os.path.expanduser(name_or_path))
     if folder.is_dir():
         check_files_of_folder(folder, patterns)
         return folder

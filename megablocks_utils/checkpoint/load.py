@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.json_file import read_settings, show_value
+from megablocks_utils.checkpoint.json_file import MAX_WHOLE_NUMBER, read_settings, show_value
 from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
     HubNaming,
@@ -52,7 +52,7 @@ def build_model_on_meta(
     folder = Path(folder)
     settings = read_settings(folder / MODEL_CONFIG_NAME, "model")
     _check_model_type(folder, settings)
-    _check_rates(folder, settings)
+    _check_numbers(folder, settings)
     refuse_quantized(folder)
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         config = AutoConfig.from_pretrained(folder)
@@ -130,9 +130,14 @@ def _unusable(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"the configuration in {folder} cannot be used: {reason}")
 
 
-def _check_rates(folder: Path, config: dict) -> None:
-    """Refuse rates that the first forward pass would fail on."""
+def _check_numbers(folder: Path, config: dict) -> None:
+    """Refuse numbers that the first forward pass would fail on."""
     for name, value in config.items():
+        if isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
+            raise CheckpointError(
+                f"{name} is {show_value(value)} in {folder / MODEL_CONFIG_NAME}, but it must be at "
+                f"most {MAX_WHOLE_NUMBER}"
+            )
         if value is None or not name.endswith(_RATE_NAMES):
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

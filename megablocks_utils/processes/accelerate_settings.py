@@ -149,10 +149,9 @@ def check_accelerate_settings(
         ConfigurationError: naming the setting, its value and what it must be.
     """
     _check_mpi(environ)
-    settings = dict(_SETTINGS)
-    if environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES:
-        settings |= _FSDP_SETTINGS | _OF_ENTRY_POINT[config.entry_point]
-        _check_checkpointing(config, environ)
+    # Also without `ACCELERATE_USE_FSDP`: Accelerate's FSDP plugin reads them wherever they are set.
+    settings = _SETTINGS | _FSDP_SETTINGS | _OF_ENTRY_POINT[config.entry_point]
+    _check_checkpointing(config, environ)
     for name, setting in settings.items():
         if environ.get(name, "").strip():
             setting.check(environ[name])
@@ -172,8 +171,7 @@ def check_layer_classes(
     """
     text = environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").strip()
     given = {name.strip() for name in text.split(",")}
-    is_read = environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES
-    if is_read and text and given != set(layer_classes):
+    if text and given != set(layer_classes):
         raise ConfigurationError(
             f"fsdp_transformer_layer_cls_to_wrap is {text} in Accelerate's configuration, but it "
             f"must be {','.join(layer_classes)} or not be set, since {_LAYERS}."

@@ -32,6 +32,7 @@ __all__ = [
 # What says that weights are quantized: settings of config.json, and files beside it.
 _QUANTIZATION_SETTINGS = ("quantization_config", "compression_config", "quantization")
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _RATE_NAMES = ("dropout", "_pdrop", "jitter_noise")
 
 
@@ -53,6 +54,7 @@ def build_model_on_meta(
     settings = read_settings(folder / MODEL_CONFIG_NAME, "model")
     _check_model_type(folder, settings)
     _check_numbers(folder, settings)
+    _check_top_k(folder, settings)
     refuse_quantized(folder)
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         config = AutoConfig.from_pretrained(folder)
@@ -145,6 +147,18 @@ def _check_numbers(folder: Path, config: dict) -> None:
             raise CheckpointError(
                 f"{name} is {show_value(value)} in {folder / MODEL_CONFIG_NAME}, but it must be a "
                 "number from 0 to 1"
+            )
+
+
+def _check_top_k(folder: Path, config: dict) -> None:
+    """Refuse more experts a token than there are."""
+    top_k = config.get("num_experts_per_tok")
+    for name in _EXPERT_COUNTS:
+        num_experts = config.get(name)
+        if isinstance(top_k, int) and isinstance(num_experts, int) and top_k > num_experts:
+            raise CheckpointError(
+                f"num_experts_per_tok is {top_k} in {folder / MODEL_CONFIG_NAME}, but it must be "
+                f"at most {name}, which is {num_experts}"
             )
 
 

@@ -47,9 +47,10 @@ class _Setting:
             wanted = f"be {self.allowed[0]}"
         elif self.allowed:
             wanted = f"be {join_words(self.allowed)}"
+        seen = value.strip() or "empty"
         raise ConfigurationError(
-            f"{self.name} is {value.strip()} in Accelerate's configuration, but it must {wanted}, "
-            f"since {self.reason}."
+            f"{self.name} is {seen} in Accelerate's configuration, but it must {wanted}, since "
+            f"{self.reason}."
         )
 
 
@@ -136,6 +137,8 @@ _OF_ENTRY_POINT = {
         ),
     },
 }
+_READ_WHERE_EMPTY = "ACCELERATE_MIXED_PRECISION"
+"""Accelerate takes it for a dtype even when it is empty."""
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -154,7 +157,7 @@ def check_accelerate_settings(
     settings = _SETTINGS | _FSDP_SETTINGS | _OF_ENTRY_POINT[config.entry_point]
     _check_checkpointing(config, environ)
     for name, setting in settings.items():
-        if environ.get(name, "").strip():
+        if name in environ and (environ[name].strip() or name == _READ_WHERE_EMPTY):
             setting.check(environ[name])
     _check_number(environ, "gradient_accumulation_steps", config.optim.gradient_accumulation_steps)
     _check_number(environ, "gradient_clipping", config.optim.max_grad_norm)

@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from megablocks_utils.checkpoint.fingerprint import fingerprint_model_folder
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
@@ -21,11 +20,10 @@ from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
-from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
+from megablocks_utils.training.data.answer_end import AnswerEnd
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
-from megablocks_utils.training.model_source import ModelSource, split_experts
+from megablocks_utils.training.model_source import split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
 from megablocks_utils.training.report.summary import build_console
 from megablocks_utils.training.report.trackers import check_trackers
@@ -36,14 +34,13 @@ from megablocks_utils.training.resume.resume_compatibility import (
 )
 from megablocks_utils.training.resume.resume_point import (
     ResumePoint,
-    choose_template_date,
     find_resume_point,
 )
-from megablocks_utils.training.same_run import (
-    ADAPTER_FILES,
-    Input,
-    check_same_inputs,
-    fingerprint_files,
+from megablocks_utils.training.run_inputs import (
+    compare_inputs,
+    let_generation_stop,
+    load_data,
+    open_source,
 )
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 
@@ -148,45 +145,35 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     """
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
-    world_size = launch.world_size
-    check_world(config, world_size)
+    check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
-    source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
+    source = open_source(config, folder, precision, launch.world_size, console)
     model = source.model
-    if source.ignored:
-        console.print(_describe_ignored(source), markup=False)
-    check_world(config, world_size, source.num_experts)
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
-    answer_end = _let_generation_stop(config, examples, tokenizer, model)
-    fingerprint = _check_same_inputs(config, folder, examples)
+    examples = load_data(config, tokenizer, model, launch, resume, console=console)
+    answer_end = let_generation_stop(config, examples, tokenizer, model)
+    fingerprint = compare_inputs(config, folder, examples)
     compatibility = describe_compatibility(
         config,
         precision,
         lora,
         examples,
         model_type=model.config.model_type,
-        world_size=world_size,
+        world_size=launch.world_size,
         base_sha256=None if lora is None else fingerprint,
     )
-    schedule = Schedule(config, examples, launch.rank, world_size)
+    schedule = Schedule(config, examples, launch.rank, launch.world_size)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    kernel = None if sharded is None else sharded.kernel.name
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
-    if adapters is not None:
-        raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
-    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
-    # which only reentrant checkpointing needs.
-    apply_gradient_checkpointing(model, config.gradient_checkpointing)
+    plan = _check_plan(schedule, folder, model, sharded, device)
+    _attach_adapters(model, sharded, adapters, config, precision)
     return Setup(
         config=config,
         launch=launch,
@@ -210,11 +197,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
 
 
-def _describe_ignored(source: ModelSource) -> str:
-    names = source.ignored
-    return f"{source.folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither"
-
-
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
     """Fill nothing: all weights come from the checkpoint that the run resumes from."""
 
@@ -232,67 +214,35 @@ def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapter
     return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
 
 
-def _check_same_inputs(config: RunConfig, folder: Path, examples: TokenizedExamples) -> str:
-    """Refuse ranks that read something else; return the fingerprint of the model.
-
-    **Collective:** every rank must call.
-    """
-    inputs = [
-        Input("data", "data_path", config.data.data_path, examples.checksum),
-        Input(
-            "model",
-            "model_name_or_path",
-            config.model.model_name_or_path,
-            partial(fingerprint_model_folder, folder),
-        ),
-    ]
-    if (adapter := config.adapter.resume_adapter) is not None:
-        fingerprint = partial(fingerprint_files, Path(adapter), ADAPTER_FILES)
-        inputs.append(Input("adapter", "resume_adapter", adapter, fingerprint))
-    return check_same_inputs(inputs)["model_name_or_path"]
-
-
-def _apply_lora(
+def _check_plan(
+    schedule: Schedule,
+    folder: Path,
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
-    adapters: ChosenAdapters,
+    device: torch.device,
+) -> MemoryCheck:
+    kernel = None if sharded is None else sharded.kernel.name
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return check_memory(
+        schedule.config, folder, schedule, device, kernel, num_parameters=num_parameters
+    )
+
+
+def _attach_adapters(
+    model: PreTrainedModel,
+    sharded: ShardedMoE | None,
+    adapters: ChosenAdapters | None,
     config: RunConfig,
     precision: ResolvedPrecision,
 ) -> None:
-    dtype = getattr(torch, precision.adapter)
-    apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
-
-
-def _load_data(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-    launch: LaunchEnvironment,
-    resume: ResumePoint | None,
-    *,
-    console: Console,
-) -> TokenizedExamples:
-    today = choose_template_date(resume)
-    examples = load_examples(config.data, tokenizer, launch, today=today)
-    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
-    for note in examples.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    return examples
-
-
-def _let_generation_stop(
-    config: RunConfig,
-    examples: TokenizedExamples,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-) -> AnswerEnd | None:
-    """Let the generation config, which is saved with the model, stop at what is learned."""
-    generation_config = getattr(model, "generation_config", None)
-    limit = config.data.max_seq_length
-    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
-    if end is not None:
-        end.apply_to(generation_config)
-    return end
+    """Attach adapters, if any, and have the model checkpoint activations."""
+    if adapters is not None:
+        apply = partial(apply_lora, model, sharded, adapters)
+        dtype = getattr(torch, precision.adapter)
+        raise_on_all_ranks(lambda: apply(dtype=dtype, seed=config.seed))
+    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
+    # which only reentrant checkpointing needs.
+    apply_gradient_checkpointing(model, config.gradient_checkpointing)
 
 
 def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:

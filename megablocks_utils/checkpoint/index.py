@@ -35,6 +35,8 @@ __all__ = [
     "resolve_checkpoint_folder",
 ]
 
+MAX_NAME_BYTES = 255
+"""Of a file or folder, on nearly every file system."""
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "*.txt")
 # Some repositories hold their weights a second time, in their author's own naming.
 HUB_DUPLICATE_PATTERN = "consolidated*"
@@ -142,6 +144,8 @@ def resolve_checkpoint_folder(
     article = "an" if kind[0] in "aeiou" else "a"
     # `Path.expanduser` raises for the home of a user that there is not.
     folder = Path(os.path.expanduser(name_or_path))
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in folder.parts):
+        raise CheckpointError(f"no {kind} has a name as long as {name_or_path[:40]}...")
     if folder.is_dir():
         check_files_of_folder(folder, patterns)
         return folder

@@ -74,6 +74,7 @@ def option_cases(generator: Random) -> Iterator[Case]:
                 base,
                 words=(*CONTEXT.get(option.name, ()), f"--{option.name}", value),
                 expected=expected,
+                codes=(1, 2) if value in ENDLESS else (2, 3),  # 1: values that are not finite
             )
     yield from _evaluate_cases()
 

@@ -1,4 +1,4 @@
-"""Number and bytes of a step's collectives equal the formulas of benchmarks/results/step_traffic.md."""
+"""Calls and bytes of a step's collectives equal benchmarks/results/step_traffic.md."""
 
 from dataclasses import dataclass, field
 

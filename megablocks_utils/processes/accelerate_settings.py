@@ -71,6 +71,7 @@ _SETTINGS = {
     "ACCELERATE_USE_SAGEMAKER": _Setting(
         "ACCELERATE_USE_SAGEMAKER", _NO, "compute_environment must be LOCAL_MACHINE"
     ),
+    "ACCELERATE_USE_CPU": _Setting("use_cpu", (*_YES, *_NO), "it is one or the other"),
     "ACCELERATE_USE_IPEX": _Setting("ipex", _NO, "IPEX is not used"),
     "ACCELERATE_USE_XPU": _Setting("use_xpu", _NO, "runs are made on CUDA devices or CPUs"),
     "ACCELERATE_TORCH_DEVICE": _Setting(

@@ -93,6 +93,7 @@ def test_what_is_refused(changes, named, tmp_path, monkeypatch):
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4"),
         # Read by Accelerate's plugin also where nobody asks for FSDP.
         ({"FSDP_SHARDING_STRATEGY": "9"}, "fsdp_sharding_strategy is 9"),
+        ({"ACCELERATE_USE_CPU": "x"}, "use_cpu is x"),
         ({"FSDP_STATE_DICT_TYPE": "x"}, "fsdp_state_dict_type is x"),
     ],
 )

@@ -14,7 +14,7 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 
 __all__ = ["connect_to_store"]
 
-CONNECT_S = 15.0
+CONNECT_S = 12.0
 _ANSWER_S = 6.0  # of a store that is reached
 _RETRY_S = 0.5
 _PREFIX = "megablocks_utils"  # the launcher keeps its own keys there

@@ -76,6 +76,7 @@ class Checkpointer(StepHooks):
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        PROGRESS.begin("writing what it has learned")
         try:
             # All ranks have met values that are not finite, so all finish the save of a good step.
             if error_type is None or issubclass(error_type, NonFiniteError):
@@ -84,7 +85,6 @@ class Checkpointer(StepHooks):
             # Not waiting: after an error, other ranks may never enter the save's collectives.
             self._background.shutdown(wait=False)
             self._open.close()
-            PROGRESS.begin("writing the results")
 
     def should_stop(self) -> bool:
         """Return whether a signal has asked some rank to stop, or the time of one is nearly up."""

@@ -1,7 +1,6 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +19,11 @@ from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.training.data.answer_end import AnswerEnd
+from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
+from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
-from megablocks_utils.training.model_source import split_experts
+from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
 from megablocks_utils.training.report.summary import build_console
 from megablocks_utils.training.report.trackers import check_trackers
@@ -34,14 +34,10 @@ from megablocks_utils.training.resume.resume_compatibility import (
 )
 from megablocks_utils.training.resume.resume_point import (
     ResumePoint,
+    choose_template_date,
     find_resume_point,
 )
-from megablocks_utils.training.run_inputs import (
-    compare_inputs,
-    let_generation_stop,
-    load_data,
-    open_source,
-)
+from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 
 
@@ -145,35 +141,33 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     """
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
-    check_world(config, launch.world_size)
+    world_size = launch.world_size
+    check_world(config, world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
-    source = open_source(config, folder, precision, launch.world_size, console)
-    model = source.model
+    source = _open_model(config, precision, world_size, console)
+    folder, model = source.folder, source.model
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = load_data(config, tokenizer, model, launch, resume, console=console)
-    answer_end = let_generation_stop(config, examples, tokenizer, model)
-    fingerprint = compare_inputs(config, folder, examples)
-    compatibility = describe_compatibility(
-        config,
-        precision,
-        lora,
-        examples,
-        model_type=model.config.model_type,
-        world_size=launch.world_size,
-        base_sha256=None if lora is None else fingerprint,
-    )
-    schedule = Schedule(config, examples, launch.rank, launch.world_size)
+    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
+    answer_end = _let_generation_stop(config, examples, tokenizer, model)
+    fingerprint = check_run_inputs(config, folder, examples)
+    schedule = Schedule(config, examples, launch.rank, world_size)
+    compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = _check_plan(schedule, folder, model, sharded, device)
-    _attach_adapters(model, sharded, adapters, config, precision)
+    kernel = None if sharded is None else sharded.kernel.name
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
+    if adapters is not None:
+        raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
+    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
+    # which only reentrant checkpointing needs.
+    apply_gradient_checkpointing(model, config.gradient_checkpointing)
     return Setup(
         config=config,
         launch=launch,
@@ -197,6 +191,39 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
 
 
+def _open_model(
+    config: RunConfig, precision: ResolvedPrecision, world_size: int, console: Console
+) -> ModelSource:
+    name = config.model.model_name_or_path
+    folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
+    source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
+    if names := source.ignored:
+        console.print(
+            f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",
+            markup=False,
+        )
+    check_world(config, world_size, source.num_experts)
+    return source
+
+
+def _describe_compatibility(
+    schedule: Schedule,
+    precision: ResolvedPrecision,
+    lora: LoraSettings | None,
+    model: PreTrainedModel,
+    fingerprint: str,
+) -> ResumeCompatibility:
+    return describe_compatibility(
+        schedule.config,
+        precision,
+        lora,
+        schedule.examples,
+        model_type=model.config.model_type,
+        world_size=schedule.world_size,
+        base_sha256=None if lora is None else fingerprint,
+    )
+
+
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
     """Fill nothing: all weights come from the checkpoint that the run resumes from."""
 
@@ -214,35 +241,47 @@ def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapter
     return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
 
 
-def _check_plan(
-    schedule: Schedule,
-    folder: Path,
+def _apply_lora(
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
-    device: torch.device,
-) -> MemoryCheck:
-    kernel = None if sharded is None else sharded.kernel.name
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return check_memory(
-        schedule.config, folder, schedule, device, kernel, num_parameters=num_parameters
-    )
-
-
-def _attach_adapters(
-    model: PreTrainedModel,
-    sharded: ShardedMoE | None,
-    adapters: ChosenAdapters | None,
+    adapters: ChosenAdapters,
     config: RunConfig,
     precision: ResolvedPrecision,
 ) -> None:
-    """Attach adapters, if any, and have the model checkpoint activations."""
-    if adapters is not None:
-        apply = partial(apply_lora, model, sharded, adapters)
-        dtype = getattr(torch, precision.adapter)
-        raise_on_all_ranks(lambda: apply(dtype=dtype, seed=config.seed))
-    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
-    # which only reentrant checkpointing needs.
-    apply_gradient_checkpointing(model, config.gradient_checkpointing)
+    dtype = getattr(torch, precision.adapter)
+    apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
+
+
+def _load_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    resume: ResumePoint | None,
+    *,
+    console: Console,
+) -> TokenizedExamples:
+    today = choose_template_date(resume)
+    examples = load_examples(config.data, tokenizer, launch, today=today)
+    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    for note in examples.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    return examples
+
+
+def _let_generation_stop(
+    config: RunConfig,
+    examples: TokenizedExamples,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+) -> AnswerEnd | None:
+    """Let the generation config, which is saved with the model, stop at what is learned."""
+    generation_config = getattr(model, "generation_config", None)
+    limit = config.data.max_seq_length
+    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
+    if end is not None:
+        end.apply_to(generation_config)
+    return end
 
 
 def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:

@@ -45,9 +45,9 @@ def read_run_plan(path: str | Path) -> Mapping[str, Any]:
         ConfigurationError: no such file, or one without a plan.
     """
     wanted = "it must be the run.json of a finished run that was planned"
-    if Path(path).exists() and not Path(path).is_file():
-        raise ConfigurationError(f"--check is {path}, but that is no file; {wanted}.")
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ConfigurationError(f"--check is {path}, but that is no file; {wanted}.")
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(

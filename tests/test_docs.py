@@ -37,6 +37,7 @@ FOREIGN_OPTIONS = frozenset(
         "num_processes",
         "config_file",
         "main_process_port",
+        "accelerator_config",
         "dist",
         "no-deps",
         "help",

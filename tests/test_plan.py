@@ -1,7 +1,6 @@
 """The command as it is typed: exit codes, files, one sentence for what cannot be planned."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -303,17 +302,19 @@ def test_own_errors_are_users_errors():
         plan.main(["m"])
 
 
-@pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "/dev/full"])
-def test_json_for_a_device_is_sent_there(path):
+@pytest.mark.parametrize("device", ["/dev/null", "/proc/self/fd/1", "/dev/full"])
+def test_json_for_a_device_is_sent_there(tmp_path, device):
+    path = tmp_path / "device"  # a link: code that is broken must not replace the device itself
+    path.symlink_to(device)
     line = [sys.executable, "-m", "megablocks_utils.plan", str(MIXTRAL), *CONTRACT.split()]
-    answer = subprocess.run([*line, "--json", path], capture_output=True, text=True)
-    assert not os.path.isfile("/dev/null") and not os.path.isfile("/dev/full")
-    if path == "/dev/full":
+    answer = subprocess.run([*line, "--json", str(path)], capture_output=True, text=True)
+    assert path.is_symlink()
+    if device == "/dev/full":
         assert (answer.returncode, answer.stderr) == (
             2,
-            "--json is /dev/full, but it cannot be written (No space left on device).\n",
+            f"--json is {path}, but it cannot be written (No space left on device).\n",
         )
         return
     assert answer.returncode == 0, answer.stderr
-    if path == "/dev/stdout":
+    if device == "/proc/self/fd/1":
         assert json.loads(answer.stdout[answer.stdout.index("\n{") :])["rows"]

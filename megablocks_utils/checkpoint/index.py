@@ -8,6 +8,7 @@ opened gives a sentence instead of a bus error.
 
 import errno
 import math
+import os
 from collections.abc import Iterator, KeysView, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ __all__ = [
     "resolve_checkpoint_folder",
 ]
 
+MAX_NAME_BYTES = 255
+"""Of a file or folder, on nearly every file system."""
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*", "*.txt")
 # Some repositories hold their weights a second time, in their author's own naming.
 HUB_DUPLICATE_PATTERN = "consolidated*"
@@ -139,7 +142,10 @@ def resolve_checkpoint_folder(
         CheckpointError: no such folder, and no such model on the Hub or no way to reach it.
     """
     article = "an" if kind[0] in "aeiou" else "a"
-    folder = Path(name_or_path).expanduser()
+    # `Path.expanduser` raises for the home of a user that there is not.
+    folder = Path(os.path.expanduser(name_or_path))
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in folder.parts):
+        raise CheckpointError(f"no {kind} has a name as long as {name_or_path[:40]}...")
     if folder.is_dir():
         check_files_of_folder(folder, patterns)
         return folder

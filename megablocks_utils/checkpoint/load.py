@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.json_file import read_settings, show_value
+from megablocks_utils.checkpoint.json_file import MAX_WHOLE_NUMBER, read_settings, show_value
 from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
     HubNaming,
@@ -32,6 +32,7 @@ __all__ = [
 # What says that weights are quantized: settings of config.json, and files beside it.
 _QUANTIZATION_SETTINGS = ("quantization_config", "compression_config", "quantization")
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _RATE_NAMES = ("dropout", "_pdrop", "jitter_noise")
 
 
@@ -52,7 +53,8 @@ def build_model_on_meta(
     folder = Path(folder)
     settings = read_settings(folder / MODEL_CONFIG_NAME, "model")
     _check_model_type(folder, settings)
-    _check_rates(folder, settings)
+    _check_numbers(folder, settings)
+    _check_top_k(folder, settings)
     refuse_quantized(folder)
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         config = AutoConfig.from_pretrained(folder)
@@ -130,9 +132,14 @@ def _unusable(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"the configuration in {folder} cannot be used: {reason}")
 
 
-def _check_rates(folder: Path, config: dict) -> None:
-    """Refuse rates that the first forward pass would fail on."""
+def _check_numbers(folder: Path, config: dict) -> None:
+    """Refuse numbers that the first forward pass would fail on."""
     for name, value in config.items():
+        if isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
+            raise CheckpointError(
+                f"{name} is {show_value(value)} in {folder / MODEL_CONFIG_NAME}, but it must be at "
+                f"most {MAX_WHOLE_NUMBER}"
+            )
         if value is None or not name.endswith(_RATE_NAMES):
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -140,6 +147,18 @@ def _check_rates(folder: Path, config: dict) -> None:
             raise CheckpointError(
                 f"{name} is {show_value(value)} in {folder / MODEL_CONFIG_NAME}, but it must be a "
                 "number from 0 to 1"
+            )
+
+
+def _check_top_k(folder: Path, config: dict) -> None:
+    """Refuse more experts a token than there are."""
+    top_k = config.get("num_experts_per_tok")
+    for name in _EXPERT_COUNTS:
+        num_experts = config.get(name)
+        if isinstance(top_k, int) and isinstance(num_experts, int) and top_k > num_experts:
+            raise CheckpointError(
+                f"num_experts_per_tok is {top_k} in {folder / MODEL_CONFIG_NAME}, but it must be "
+                f"at most {name}, which is {num_experts}"
             )
 
 

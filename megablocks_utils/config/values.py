@@ -56,12 +56,19 @@ def read_value(
         raise ConfigurationError(f"{flag} has no value, but it must be {describe_wanted(option)}.")
     if any("\0" in value for value in values):
         raise ConfigurationError(f"{flag} holds a NUL character, but it must be text without one.")
+    if not all(_is_text(value) for value in values):
+        raise ConfigurationError(f"{flag} holds bytes that are not UTF-8, but it must be text.")
     if option.kind == "texts":
         return tuple(convert_value(option, flag, value) for value in values)
     if option.kind == "words":
         parts = [part for value in values for part in value.replace(",", " ").split()]
         return tuple(convert_value(option, flag, part) for part in parts or [""])
     return convert_value(option, flag, values[0])
+
+
+def _is_text(value: str) -> bool:
+    """Say whether a word is text; Python keeps other bytes of a command line as surrogates."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def convert_value(option: Option, flag: str, text: str) -> object:

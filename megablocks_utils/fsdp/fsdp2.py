@@ -53,6 +53,7 @@ def build_accelerator(
         mixed_precision_policy=build_mixed_precision_policy(precision),
         cpu_ram_efficient_loading=False,  # it takes every parameter for a full tensor of rank 0
         reshard_after_forward=True,
+        activation_checkpointing=False,  # that is --gradient_checkpointing, whatever says it
     )
     accumulation = GradientAccumulationPlugin(
         num_steps=config.optim.gradient_accumulation_steps,

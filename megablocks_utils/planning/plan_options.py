@@ -1,5 +1,6 @@
 """What `python -m megablocks_utils.plan` is asked: its own options, MODEL, and those of a run."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def check_output_file(name: str, path: Path) -> None:
         ConfigurationError: naming the option.
     """
     wanted = "it must be a file in a folder that exists"
-    if path.is_dir():
+    if os.path.isdir(path):  # `Path.is_dir` raises for a name that is too long
         raise ConfigurationError(f"--{name} is {path}, but that is a folder; {wanted}.")
     if not path.absolute().parent.is_dir():
         raise ConfigurationError(f"--{name} is {path}, but {path.parent} is no folder; {wanted}.")

@@ -47,9 +47,10 @@ class _Setting:
             wanted = f"be {self.allowed[0]}"
         elif self.allowed:
             wanted = f"be {join_words(self.allowed)}"
+        seen = value.strip() or "empty"
         raise ConfigurationError(
-            f"{self.name} is {value.strip()} in Accelerate's configuration, but it must {wanted}, "
-            f"since {self.reason}."
+            f"{self.name} is {seen} in Accelerate's configuration, but it must {wanted}, since "
+            f"{self.reason}."
         )
 
 
@@ -71,6 +72,7 @@ _SETTINGS = {
     "ACCELERATE_USE_SAGEMAKER": _Setting(
         "ACCELERATE_USE_SAGEMAKER", _NO, "compute_environment must be LOCAL_MACHINE"
     ),
+    "ACCELERATE_USE_CPU": _Setting("use_cpu", (*_YES, *_NO), "it is one or the other"),
     "ACCELERATE_USE_IPEX": _Setting("ipex", _NO, "IPEX is not used"),
     "ACCELERATE_USE_XPU": _Setting("use_xpu", _NO, "runs are made on CUDA devices or CPUs"),
     "ACCELERATE_TORCH_DEVICE": _Setting(
@@ -135,6 +137,8 @@ _OF_ENTRY_POINT = {
         ),
     },
 }
+_READ_WHERE_EMPTY = "ACCELERATE_MIXED_PRECISION"
+"""Accelerate takes it for a dtype even when it is empty."""
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -149,12 +153,11 @@ def check_accelerate_settings(
         ConfigurationError: naming the setting, its value and what it must be.
     """
     _check_mpi(environ)
-    settings = dict(_SETTINGS)
-    if environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES:
-        settings |= _FSDP_SETTINGS | _OF_ENTRY_POINT[config.entry_point]
-        _check_checkpointing(config, environ)
+    # Also without `ACCELERATE_USE_FSDP`: Accelerate's FSDP plugin reads them wherever they are set.
+    settings = _SETTINGS | _FSDP_SETTINGS | _OF_ENTRY_POINT[config.entry_point]
+    _check_checkpointing(config, environ)
     for name, setting in settings.items():
-        if environ.get(name, "").strip():
+        if name in environ and (environ[name].strip() or name == _READ_WHERE_EMPTY):
             setting.check(environ[name])
     _check_number(environ, "gradient_accumulation_steps", config.optim.gradient_accumulation_steps)
     _check_number(environ, "gradient_clipping", config.optim.max_grad_norm)
@@ -172,8 +175,7 @@ def check_layer_classes(
     """
     text = environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").strip()
     given = {name.strip() for name in text.split(",")}
-    is_read = environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES
-    if is_read and text and given != set(layer_classes):
+    if text and given != set(layer_classes):
         raise ConfigurationError(
             f"fsdp_transformer_layer_cls_to_wrap is {text} in Accelerate's configuration, but it "
             f"must be {','.join(layer_classes)} or not be set, since {_LAYERS}."

@@ -8,14 +8,18 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from megablocks_utils.checkpoint.fingerprint import fingerprint_model_folder
+from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.processes.agreement import gather_from_all_ranks
+from megablocks_utils.training.data.examples import TokenizedExamples
 
-__all__ = ["ADAPTER_FILES", "Input", "check_same_inputs", "fingerprint_files"]
+__all__ = ["Input", "check_run_inputs", "check_same_inputs", "fingerprint_files"]
 
-ADAPTER_FILES = "adapter_*"
+_ADAPTER_FILES = "adapter_*"
 
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 2**16  # files of up to 4 MiB are read whole
@@ -36,6 +40,28 @@ class Input:
     parameter: str
     place: object
     fingerprint: Callable[[], str]
+
+
+def check_run_inputs(config: RunConfig, folder: Path, examples: TokenizedExamples) -> str:
+    """Refuse ranks that read another data, model or adapter; return the model's fingerprint.
+
+    **Collective:** as `check_same_inputs`, which raises what this raises.
+
+    Args:
+        config: of the run, for what the options name.
+        folder: where this rank reads the model.
+        examples: the data.
+    """
+    name = config.model.model_name_or_path
+    of_model = partial(fingerprint_model_folder, folder)
+    inputs = [
+        Input("data", "data_path", config.data.data_path, examples.checksum),
+        Input("model", "model_name_or_path", name, of_model),
+    ]
+    if (adapter := config.adapter.resume_adapter) is not None:
+        of_adapter = partial(fingerprint_files, Path(adapter), _ADAPTER_FILES)
+        inputs.append(Input("adapter", "resume_adapter", adapter, of_adapter))
+    return check_same_inputs(inputs)["model_name_or_path"]
 
 
 def check_same_inputs(inputs: Sequence[Input]) -> dict[str, str]:

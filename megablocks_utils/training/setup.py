@@ -1,7 +1,6 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +8,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from megablocks_utils.checkpoint.fingerprint import fingerprint_model_folder
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
@@ -39,12 +37,7 @@ from megablocks_utils.training.resume.resume_point import (
     choose_template_date,
     find_resume_point,
 )
-from megablocks_utils.training.same_run import (
-    ADAPTER_FILES,
-    Input,
-    check_same_inputs,
-    fingerprint_files,
-)
+from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 
 
@@ -153,28 +146,16 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(config.model.model_name_or_path))
-    source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
-    model = source.model
-    if source.ignored:
-        console.print(_describe_ignored(source), markup=False)
-    check_world(config, world_size, source.num_experts)
+    source = _open_model(config, precision, world_size, console)
+    folder, model = source.folder, source.model
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
     answer_end = _let_generation_stop(config, examples, tokenizer, model)
-    fingerprint = _check_same_inputs(config, folder, examples)
-    compatibility = describe_compatibility(
-        config,
-        precision,
-        lora,
-        examples,
-        model_type=model.config.model_type,
-        world_size=world_size,
-        base_sha256=None if lora is None else fingerprint,
-    )
+    fingerprint = check_run_inputs(config, folder, examples)
     schedule = Schedule(config, examples, launch.rank, world_size)
+    compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
@@ -210,9 +191,37 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
 
 
-def _describe_ignored(source: ModelSource) -> str:
-    names = source.ignored
-    return f"{source.folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither"
+def _open_model(
+    config: RunConfig, precision: ResolvedPrecision, world_size: int, console: Console
+) -> ModelSource:
+    name = config.model.model_name_or_path
+    folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
+    source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
+    if names := source.ignored:
+        console.print(
+            f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",
+            markup=False,
+        )
+    check_world(config, world_size, source.num_experts)
+    return source
+
+
+def _describe_compatibility(
+    schedule: Schedule,
+    precision: ResolvedPrecision,
+    lora: LoraSettings | None,
+    model: PreTrainedModel,
+    fingerprint: str,
+) -> ResumeCompatibility:
+    return describe_compatibility(
+        schedule.config,
+        precision,
+        lora,
+        schedule.examples,
+        model_type=model.config.model_type,
+        world_size=schedule.world_size,
+        base_sha256=None if lora is None else fingerprint,
+    )
 
 
 def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
@@ -230,26 +239,6 @@ def _split_experts(
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:
     return choose_adapters(model, config.adapter) if config.adapter.has_lora else None
-
-
-def _check_same_inputs(config: RunConfig, folder: Path, examples: TokenizedExamples) -> str:
-    """Refuse ranks that read something else; return the fingerprint of the model.
-
-    **Collective:** every rank must call.
-    """
-    inputs = [
-        Input("data", "data_path", config.data.data_path, examples.checksum),
-        Input(
-            "model",
-            "model_name_or_path",
-            config.model.model_name_or_path,
-            partial(fingerprint_model_folder, folder),
-        ),
-    ]
-    if (adapter := config.adapter.resume_adapter) is not None:
-        fingerprint = partial(fingerprint_files, Path(adapter), ADAPTER_FILES)
-        inputs.append(Input("adapter", "resume_adapter", adapter, fingerprint))
-    return check_same_inputs(inputs)["model_name_or_path"]
 
 
 def _apply_lora(

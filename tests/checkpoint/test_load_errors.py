@@ -172,11 +172,16 @@ def test_config_with_an_impossible_value(folder):
             {"_attn_implementation": "somebody/kernel"},
             "the configuration in {folder} cannot be used",
         ),
-        ({"pad_token_id": 10**30}, "the configuration in {folder} cannot be used: "),
+        ({"pad_token_id": 10**12}, "the configuration in {folder} cannot be used: "),
         (
             {"attention_dropout": 2},
             "attention_dropout is 2 in {folder}/config.json, but it must be",
         ),
+        (
+            {"num_experts_per_tok": 9},
+            "num_experts_per_tok is 9 in {folder}/config.json, but",
+        ),
+        ({"sliding_window": 10**30}, "sliding_window is 10"),
         ({"attention_dropout": "x"}, "attention_dropout is 'x' in {folder}/config.json, but it "),
     ],
 )

@@ -1,4 +1,4 @@
-"""Number and bytes of a step's collectives equal the formulas of docs/expert-parallelism.md."""
+"""Calls and bytes of a step's collectives equal benchmarks/results/step_traffic.md."""
 
 from dataclasses import dataclass, field
 

@@ -1,6 +1,7 @@
 """Run the fuzzers: `python -m tests.fuzz --help`."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"no group {unknown[0]}; there are {', '.join(GROUPS)}")
     cases = choose_cases(arguments.groups or GROUPS, arguments.seed, arguments.cases)
     cases = [case for case in cases if arguments.only in case.name]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the scratch folder goes
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         open_scratch(scratch)

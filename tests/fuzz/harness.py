@@ -17,6 +17,7 @@ from tests.fuzz.sandbox import Outcome, run_command
 __all__ = ["Fuzzer", "Result", "judge"]
 
 TOLERANCE = 1e-6
+DOES_NOT_FIT = 3
 SECONDS = 60.0
 NOT_A_SENTENCE = re.compile(r"Warning|^\[\w+\]|^  |^W\d{4} |^\[W|^\w+: \d+/\d+ |^warning: ")
 """Lines of libraries and of progress, which may stand beside the sentence."""
@@ -155,6 +156,8 @@ def judge(case: Case, outcome: Outcome, out: Path, wanted: Callable[[], Any]) ->
 
 
 def _judge_refusal(outcome: Outcome, out: Path) -> Verdict:
+    if outcome.code == DOES_NOT_FIT and outcome.stdout.strip():
+        return "refused"  # a plan is a table
     lines = [line for line in outcome.stderr.splitlines() if line.strip()]
     sentences = [line for line in lines if not NOT_A_SENTENCE.search(line)]
     if len(sentences) != 1:

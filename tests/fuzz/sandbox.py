@@ -179,6 +179,7 @@ def _be_child(
     environ: Mapping[str, str | None],
 ) -> Never:
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for number, log in enumerate(logs, start=1):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), number)
     code = BROKEN_HARNESS

@@ -13,7 +13,7 @@ from tests.fuzz.harness import Fuzzer, judge
 from tests.fuzz.sandbox import Outcome, close_scratch, open_scratch
 from tests.support.rank_pool import start_forkserver
 
-SEED, CASES_OF_A_GROUP = 20261130, 2
+SEED, CASES_OF_A_GROUP = 20261130, 1
 SENTENCE = "--max_steps is x, but it must be a whole number.\n"
 TRACEBACK = "Traceback (most recent call last):\n  File\nKeyError: 'step'\n"
 

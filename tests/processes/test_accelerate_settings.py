@@ -91,6 +91,11 @@ def test_what_is_refused(changes, named, tmp_path, monkeypatch):
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps is 4 .* 1;"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "gradient_clipping is 0.5 .* --max_grad_norm is"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4"),
+        # Read by Accelerate's plugin also where nobody asks for FSDP.
+        ({"FSDP_SHARDING_STRATEGY": "9"}, "fsdp_sharding_strategy is 9"),
+        ({"ACCELERATE_MIXED_PRECISION": ""}, "mixed_precision is empty"),
+        ({"ACCELERATE_USE_CPU": "x"}, "use_cpu is x"),
+        ({"FSDP_STATE_DICT_TYPE": "x"}, "fsdp_state_dict_type is x"),
     ],
 )
 def test_what_is_refused_wherever_it_comes_from(environ, named):

@@ -1,7 +1,7 @@
 """Bytes that leave a rank in one optimizer step, by kind of collective.
 
-Counted as in docs/expert-parallelism.md, "What a step sends". Reductions of metrics, a few dozen
-bytes a step, are left out.
+Counted as in benchmarks/results/step_traffic.md. Reductions of metrics, a few dozen bytes a step,
+are left out.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,7 @@
 """Find the config.json of MODEL, on this machine only."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def find_config_file(model: str) -> Path:
     Raises:
         CheckpointError: it is not there; nothing is downloaded.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_file():
         return path
     if path.is_dir():
@@ -55,7 +56,7 @@ def read_config_file(path: Path) -> Mapping[str, Any]:
 
 def launch_name(model: str) -> str:
     """Return what a run is given for MODEL: for a config.json the folder it is in."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_file() and path.name == MODEL_CONFIG_NAME:
         return str(path.parent)
     return model

@@ -18,6 +18,9 @@ __all__ = ["KEPT_BYTES", "Comparison", "build_check_table", "compare", "read_run
 KEPT_BYTES = "kept_by_c_library_bytes"
 """Key of what the C library of a run on a CPU kept of freed memory, among what was measured."""
 
+LARGEST_BYTES = 2**63
+"""No figure is as large; one that is says nothing."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,6 +46,8 @@ def read_run_plan(path: str | Path) -> Mapping[str, Any]:
     """
     wanted = "it must be the run.json of a finished run that was planned"
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ConfigurationError(f"--check is {path}, but that is no file; {wanted}.")
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(
@@ -112,7 +117,7 @@ def _bytes(side: Mapping[str, Any], name: str) -> int | None:
     value = side.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value)
+    return int(value) if abs(value) < LARGEST_BYTES else None
 
 
 def _is_side(side: Any) -> bool:

@@ -49,7 +49,7 @@ def cache_folder() -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     hf_home = os.environ.get("HF_HOME", f"{cache_home}/huggingface")
     root = os.environ.get("HF_DATASETS_CACHE", f"{hf_home}/datasets")
-    return Path(root).expanduser() / "megablocks_utils"
+    return Path(os.path.expanduser(root)) / "megablocks_utils"
 
 
 def prepare_tokens(key: str | None, write: WriteTokens) -> PreparedTokens:

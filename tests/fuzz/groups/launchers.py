@@ -16,6 +16,8 @@ ONE = {
     "MASTER_PORT": "29999",
 }
 """Of one process that a launcher started."""
+SECOND = {"RANK": "1", "LOCAL_WORLD_SIZE": "1"}
+"""The first process of a second machine."""
 NUMBERS = ("", "x", "-1", "1.5", "٣", "9" * 20, "1", " 0 ", "0x0", "True")
 VALUES: dict[str, tuple[tuple[str, ...], Expected]] = {
     **dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), (NUMBERS, "any")),
@@ -62,9 +64,9 @@ def launcher_cases(generator: Random) -> Iterator[Case]:
     for name, changes in {
         "rank 2 of 2": {"RANK": "2"},
         "local rank 5 of 2": {"LOCAL_RANK": "5"},
-        "an address nobody has": {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "nowhere.invalid"},
-        "an empty address": {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": ""},
-        "an address with spaces": {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a b"},
+        "an address nobody has": {**SECOND, "MASTER_ADDR": "nowhere.invalid"},
+        "an empty address": {**SECOND, "MASTER_ADDR": ""},
+        "an address with spaces": {**SECOND, "MASTER_ADDR": "a b"},
         "a port of text": {"MASTER_PORT": "x"},
         "a port too large": {"MASTER_PORT": "99999"},
         "a port of others": {"MASTER_PORT": "1"},

@@ -15,10 +15,10 @@ NO_NUMBERS = (
     *("", " ", "abc", "nan", "inf", "1e400", "٣", "1_0", "0x10", "½", "\udcff", "1,5", "True"),
     *("--", "1 2", "[1]", "1e", "−1"),
 )
-NUMBERS = ("-1", "0", "-0", "+1", "1.5", "1e-320", "1e5", "007")
+NUMBERS = ("-1", "0", "-0", "+1", "1.5", "1e-320", "007")
 ENDLESS = ("99999999999999999999", "1e300", "9" * 400)
 NO_BOOLEANS = ("", "yes", "1", "none", "\udcff", "Tru", "True,False")
-NO_CHOICES = ("", "zzz", "1", "\udcff", "none none", "a" * 300)
+NO_CHOICES = ("", "zzz", "1", "\udcff", "zzz none", "a" * 300)
 NO_PATHS = ("", "\x00", "/dev/null", "/", "a" * 300, "../../../etc/passwd", "~nouser/x", "a/b/c")
 NO_PATHS += ("http://x/y", ".", "\udcff", "hf://x", "C:\\x", "*", "$HOME", "-x")
 NO_FOLDERS = ("", "\x00", "/proc/x", "a" * 300, "/dev/null", "/dev/null/x", "\udcff", "/")
@@ -74,6 +74,7 @@ def option_cases(generator: Random) -> Iterator[Case]:
                 base,
                 words=(*CONTEXT.get(option.name, ()), f"--{option.name}", value),
                 expected=expected,
+                codes=(1, 2) if value in ENDLESS else (2, 3),  # 1: values that are not finite
             )
     yield from _evaluate_cases()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
@@ -101,6 +102,10 @@ def test_what_the_c_library_keeps_is_told_apart():
 
 
 def test_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(ConfigurationError, match="that is no file; it must be"):
+            read_run_plan(path)
     with pytest.raises(ConfigurationError, match=r"cannot be read \(No such file or directory\)"):
         read_run_plan(tmp_path / "none.json")
 

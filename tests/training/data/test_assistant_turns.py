@@ -237,6 +237,11 @@ def test_marks_teach_nothing_but_the_assistants_turns(template):
     assert read_turns(template, TALK) == [["Hello, you</s>", "So long</s>"]]
 
 
+def test_marks_of_a_rewriting_template_teach_nothing_else_either():
+    template = "{% generation %}" + like.ENDS_ONLY_LAST + "{% endgeneration %}"
+    assert read_turns(template, TALK) == [[" Hello, you</s>"], [" So long</s>"]]
+
+
 def test_marks_may_leave_parts_of_a_turn_out():
     template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"

@@ -15,6 +15,7 @@ from megablocks_utils.checkpoint.index import open_checkpoint
 from megablocks_utils.checkpoint.model_folder import export_model
 from megablocks_utils.checkpoint.writer import SafetensorsWriter
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.files import STAGING_FOLDER_NAME
 from tests.support.tiny_models import FAMILIES, build_tiny_model, save_tiny_model
 
 
@@ -154,7 +155,12 @@ def test_an_interrupted_export_does_not_load(tmp_path, monkeypatch):
         patched.setattr(Path, "replace", failing_replace)
         with pytest.raises(CheckpointError) as error:
             export(model, tmp_path)
-    assert str(error.value) == f"cannot write the model to {tmp_path}: Input/output error"
+    staging = tmp_path / STAGING_FOLDER_NAME
+    assert str(error.value) == (
+        f"cannot write the model to {tmp_path}: Input/output error; what could not be moved is "
+        f"complete in {staging}"
+    )
+    assert [path.name for path in staging.iterdir()] == ["config.json"]
     with pytest.raises(ValueError, match=r"^Unrecognized model in .* `model_type` key"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     export(model, tmp_path)

@@ -1,7 +1,6 @@
 """A run is planned: refused where it cannot fit, compared with what it needed, never in its way."""
 
 import json
-import os
 from pathlib import Path
 from unittest import mock
 
@@ -15,8 +14,8 @@ from tests.support.argv import keep_last
 from tests.support.tiny_models import save_tiny_model
 
 LENGTHS = (9, 5, 30, 7)
-# No machine has so much memory that a share of it would hold the tiny model's 100 kB.
-RANKS_OF_A_CROWDED_MACHINE = 10**9
+BYTES_OF_A_FULL_MACHINE = 20_000
+"""A rank's half of it does not hold the tiny model's 100 kB."""
 
 
 @pytest.fixture
@@ -28,9 +27,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(rank: int, folder: Path, *more: str, local_ranks: int = 2) -> str:
+def run_without_memory(rank: int, folder: Path, *more: str) -> str:
+    """Train one step on a machine that has hardly any memory left."""
+    with mock.patch.object(memory_check, "read_available_memory", lambda: BYTES_OF_A_FULL_MACHINE):
+        return run(rank, folder, *more)
+
+
+def run(rank: int, folder: Path, *more: str) -> str:
     """Train one step; returns what was refused."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
     options = {
         "model_name_or_path": folder / "model",
         "data_path": folder / "data.jsonl",
@@ -49,7 +53,7 @@ def run(rank: int, folder: Path, *more: str, local_ranks: int = 2) -> str:
 
 
 def test_what_cannot_fit_is_refused_and_nothing_is_written(ranks2, folder):
-    refusals = ranks2.run(run, folder, local_ranks=RANKS_OF_A_CROWDED_MACHINE)
+    refusals = ranks2.run(run_without_memory, folder)
     assert refusals[0] == refusals[1]
     assert refusals[0].startswith("the plan's peak is ")
     assert refusals[0].endswith("--ignore_plan True starts all the same.")
@@ -58,7 +62,7 @@ def test_what_cannot_fit_is_refused_and_nothing_is_written(ranks2, folder):
 
 def test_it_can_be_ignored(ranks2, folder):
     more = ("--ignore_plan", "True")
-    assert ranks2.run(run, folder, *more, local_ranks=RANKS_OF_A_CROWDED_MACHINE) == ["", ""]
+    assert ranks2.run(run_without_memory, folder, *more) == ["", ""]
     assert json.loads((folder / "out" / "run.json").read_text())["plan"]["verdict"] == "oom"
 
 

@@ -70,6 +70,7 @@ def test_keys_and_values(tmp_path):
         "peaks",
         "adapter_check",
         "plan",
+        "answer_end",
     ]
     assert run["status"] == "finished"
     shared = ("command", "commit", "versions", "hardware")

@@ -32,8 +32,8 @@ make_hosts() {
 kill_host() {  # everything in the network namespace of a host: found by namespace, never by name
   local pids; pids=$(ip netns pids $ID$1 2>/dev/null); [ -z "$pids" ] || kill -9 $pids 2>/dev/null
   [ -z "${HOST_PID[$1]:-}" ] || wait "${HOST_PID[$1]}" 2>/dev/null; }
-kill_hosts() { for n in 1 2 3 4; do kill_host $n; done; }
-remove_hosts() { kill_hosts; sleep 0.3; for n in 1 2 3 4 s; do ip netns del $ID$n 2>/dev/null; done; }
+kill_hosts() { local n; for n in 1 2 3 4; do kill_host $n; done; }
+remove_hosts() { local n; kill_hosts; sleep 0.3; for n in 1 2 3 4 s; do ip netns del $ID$n 2>/dev/null; done; }
 trap 'remove_hosts; [ -n "${KEEP:-}" ] || rm -rf "$WORK"' EXIT; trap 'exit 130' INT TERM
 link() { ip -n ${ID}s link set p$1 "$2"; }
 

@@ -1,4 +1,4 @@
-"""The benchmark of loading loads with every contender, and its bound is the one it says."""
+"""The benchmark of loading: a row says what was within its bound, and what failed."""
 
 from benchmarks.load.__main__ import build_row, format_table
 from benchmarks.load.contenders import CONTENDERS, OURS

@@ -45,6 +45,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
             # As transformers makes one of a class whose files are missing.
             raise unusable("it has no tokens for text; are all of its files there?")
+        # Half a surrogate pair in a setting could not be saved with the trained model.
+        settings = [tokenizer.init_kwargs, tokenizer.special_tokens_map, tokenizer.chat_template]
+        json.dumps(settings, ensure_ascii=False, default=str).encode()
     return tokenizer
 
 

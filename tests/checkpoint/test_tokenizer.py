@@ -56,6 +56,7 @@ UNUSABLE = [
     (edit(SETTINGS, eos_token=3), "Special token eos_token"),
     (edit(SETTINGS, model_max_length="long"), "TypeError"),
     (write("special_tokens_map.json", b'{"eos_token": 5}'), "Special token eos_token"),
+    (write("special_tokens_map.json", b'{"\\ud800": "\\udfff"}'), "surrogates not allowed"),
     (write("added_tokens.json", b"[1]"), "added_tokens.json holds no JSON object"),
     (write("chat_template.jinja", b"\xff\xfe"), "codec can't decode"),
     (without(BACKEND), "Couldn't instantiate the backend tokenizer"),

@@ -268,4 +268,6 @@ def test_the_other_rules_are_seen():
     assert [*oversized(module(kernel + " a\n" * 61))] == ["f: 61"]
     code = "import torch.nn\nif TYPE_CHECKING:\n import numpy\ndef f():\n from peft import x"
     assert imported_tops(module(code)) == {"torch", "peft"}
-    assert MACHINE_PATH.search("cd /" + "work/x") and not MACHINE_PATH.search("network/work/x")
+    below_root, inside = "cd /{}/x", "network/{}/x"
+    assert MACHINE_PATH.search(below_root.format("home"))
+    assert not MACHINE_PATH.search(inside.format("home"))

@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, MutableMapping
+from contextlib import suppress
 
 from megablocks_utils.errors import ConfigurationError
 
@@ -94,12 +95,10 @@ def _find_interface(address: str) -> str:
 def _list_addresses(name: str) -> list[str]:
     request = struct.pack("256s", name.encode()[:15])
     found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            found.append(socket.inet_ntoa(answer[20:24]))
-        except OSError:
-            pass  # it has no IPv4 address
+    # An interface without an IPv4 address has no answer.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+        found.append(socket.inet_ntoa(answer[20:24]))
     return found + _list_inet6_addresses(name)
 
 

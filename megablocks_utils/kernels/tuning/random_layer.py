@@ -65,16 +65,27 @@ def build_random_layer(
         lora_b = draw(num_experts, num_out, lora_r, scale=1 / math.sqrt(lora_r))
         return LowRank(lora_a, lora_b, scaling=1.0)
 
-    def draw_weights(num_out: int, num_in: int) -> Tensor:
-        scale, is_trained = 1 / math.sqrt(num_in), shapes.mode == "full"
-        return draw(num_experts, num_out, num_in, scale=scale, is_trained=is_trained)
+    is_trained = shapes.mode == "full"
 
+    def draw_weights(num_out: int, num_in: int) -> Tensor:
+        sides = (num_in, num_out) if shapes.is_transposed else (num_out, num_in)
+        return draw(num_experts, *sides, scale=1 / math.sqrt(num_in), is_trained=is_trained)
+
+    def draw_bias(num_out: int) -> Tensor | None:
+        return draw(num_experts, num_out, is_trained=is_trained) if shapes.has_bias else None
+
+    outputs = 2 * intermediate if shapes.has_gate else intermediate
     experts = ExpertWeights(
-        draw_weights(2 * intermediate, hidden),
+        draw_weights(outputs, hidden),
         draw_weights(hidden, intermediate),
         shapes.gate,
-        gate_up_lora=draw_lora(hidden, 2 * intermediate) if shapes.has_adapters else None,
+        gate_up_lora=draw_lora(hidden, outputs) if shapes.has_adapters else None,
         down_lora=draw_lora(intermediate, hidden) if shapes.has_adapters else None,
+        gate_up_bias=draw_bias(outputs),
+        down_bias=draw_bias(hidden),
+        is_transposed=shapes.is_transposed,
+        is_interleaved=shapes.is_interleaved,
+        has_gate=shapes.has_gate,
     )
     chances = torch.rand(num_tokens, num_experts, generator=generator, device=device)
     chosen, top_k_index = chances.topk(top_k)

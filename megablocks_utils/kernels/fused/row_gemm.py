@@ -129,7 +129,7 @@ def row_gemm(
     activation: Activation | None = None,
     activation_input: Tensor | None = None,
 ) -> Tensor:
-    """Multiply every routed row by its expert's matrix.
+    """Multiply every routed row by its expert's matrix: (N, columns).
 
     Args:
         x: (N, K) in expert order, or with `gather` (T, K) by token.
@@ -143,9 +143,6 @@ def row_gemm(
         bias: (L, columns), contiguous, to add, unscaled.
         activation: of the sum of all these; None leaves it as it is.
         activation_input: (N, columns), filled with what the activation is given; or None.
-
-    Returns:
-        (N, columns).
     """
     out = x.new_empty(routing.num_rows, weights.num_cols)
     if routing.num_rows == 0:

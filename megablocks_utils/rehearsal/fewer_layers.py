@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.model_facts import text_config
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.rehearsal.memory_ledger import LedgerPeak
 from megablocks_utils.rehearsal.rehearse import Rehearsal, rehearse
+from megablocks_utils.training.describe_model import layers_path
 
 __all__ = ["find_layers", "keep_layers", "rehearse_few_layers"]
 
@@ -51,10 +51,10 @@ def rehearse_few_layers(
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers: the first list of modules on the way to the experts."""
-    path = next(iter(find_expert_modules(model))).split(".")
-    parts = (model.get_submodule(".".join(path[:n])) for n in range(1, len(path)))
-    return next(part for part in parts if isinstance(part, nn.ModuleList))
+    """Return the decoder layers of the text model."""
+    layers = model.get_submodule(layers_path(model))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedModel:
@@ -127,9 +127,7 @@ def _at(rehearsal: Rehearsal, moment: str) -> Mapping[str, int]:
     return next(peak.components for peak in rehearsal.peaks if peak.moment == moment)
 
 
-def _add(
-    first: Mapping[str, int], more: Sequence[tuple[int, Mapping[str, int]]]
-) -> dict[str, int]:
+def _add(first: Mapping[str, int], more: Sequence[tuple[int, Mapping[str, int]]]) -> dict[str, int]:
     total = Counter(first)
     for count, one_more in more:
         for name in {*first, *one_more}:

@@ -22,6 +22,7 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
@@ -158,11 +159,11 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
+    description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     kernel = None if sharded is None else sharded.kernel.name
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
+    plan = check_memory(config, description, schedule, device, kernel)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,

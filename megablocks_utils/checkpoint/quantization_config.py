@@ -25,6 +25,7 @@ __all__ = [
     "Quantization",
     "build_quantizer",
     "drop_quantization",
+    "load_dequantized",
     "read_quantization",
     "without_quantization",
 ]
@@ -108,6 +109,20 @@ def build_quantizer(quantization: Quantization) -> HfQuantizer:
             dict(quantization.settings), pre_quantized=True
         )
     return quantizer
+
+
+def load_dequantized(folder: Path) -> dict[str, Any]:
+    """Return the arguments with which `from_pretrained` dequantizes a folder, on any device.
+
+    Raises:
+        CheckpointError: as `read_quantization`.
+    """
+    quantization = read_quantization(folder)
+    if quantization is None:
+        return {}
+    config = build_quantizer(quantization).quantization_config
+    config.dequantize = True
+    return {"quantization_config": config}
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

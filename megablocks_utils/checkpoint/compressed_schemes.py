@@ -10,6 +10,7 @@ from transformers.integrations.compressed_tensors import (
     get_experts_scheme,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from megablocks_utils.checkpoint.compressed_weights import CompressedWeight, Scheme
 from megablocks_utils.checkpoint.packed_weights import StoredPart
@@ -35,6 +36,7 @@ class CompressedSchemes:
     def __init__(
         self, quantization: Quantization, quantizer: HfQuantizer, dtype: torch.dtype
     ) -> None:
+        assert isinstance(quantizer, CompressedTensorsHfQuantizer), "it is of that method"
         self._path = quantization.path
         self._dtype = dtype
         self._quantizer = quantizer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from megablocks_utils.checkpoint.compressed_schemes import CompressedSchemes
 from megablocks_utils.checkpoint.compressed_weights import COMPRESSED_PARTS
@@ -82,7 +83,7 @@ def dequantize_entries(
         raise CheckpointError(f"{key} in {left[key].path} is stored a second time, quantized")
     refuse_unscaled(left, "and has no scale")
     _refuse_lone_scales(left)
-    return left | by_key, [_describe(folder, quantization, len(found), len(dropped), dtype)]
+    return {**left, **by_key}, [_describe(folder, quantization, len(found), len(dropped), dtype)]
 
 
 def refuse_unscaled(entries: Entries, reason: str) -> None:
@@ -121,6 +122,7 @@ def _find_weights(
     elif quantization.method == COMPRESSED_TENSORS:
         yield from _find_compressed(entries, CompressedSchemes(quantization, quantizer, dtype))
     else:
+        assert isinstance(quantizer, FineGrainedFP8HfQuantizer), "of the methods that are left"
         size = quantizer.quantization_config.weight_block_size
         yield from _find_fp8(entries, dtype, None if size is None else (size[0], size[1]))
 

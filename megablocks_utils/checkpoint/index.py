@@ -177,7 +177,7 @@ def resolve_checkpoint_folder(
         ) from error
 
 
-def open_checkpoint(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> CheckpointIndex:
+def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> CheckpointIndex:
     """Read the headers of all safetensors files of a model folder, single-file or sharded.
 
     A weight that its publisher has quantized is given as one floating-point tensor under its plain
@@ -185,7 +185,8 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) 
 
     Args:
         folder: the model folder.
-        dtype: of quantized weights when they are read; others have that in which they are stored.
+        dtype: of quantized weights when they are read, None: bfloat16; others have that in which
+            they are stored.
 
     Raises:
         CheckpointError: no safetensors weights, a missing or damaged file, an index that names
@@ -193,7 +194,8 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16) 
             cannot be read.
     """
     folder = Path(folder)
-    return CheckpointIndex(folder, *dequantize_entries(folder, _read_folder(folder), dtype))
+    entries = dequantize_entries(folder, _read_folder(folder), dtype or torch.bfloat16)
+    return CheckpointIndex(folder, *entries)
 
 
 def open_stored_checkpoint(folder: str | Path) -> CheckpointIndex:

@@ -10,6 +10,11 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import is_compressed_tensors_available
+from transformers.utils.quantization_config import (
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+)
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.checkpoint.json_file import read_settings, show_value
@@ -33,6 +38,7 @@ __all__ = [
 MXFP4 = "mxfp4"
 FP8_METHODS = ("fp8", "mxfp8")
 COMPRESSED_TENSORS = "compressed-tensors"
+_CONFIGS = (CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config)
 _METHODS = (COMPRESSED_TENSORS, *FP8_METHODS, MXFP4)
 COMPRESSED_FORMATS = MappingProxyType(
     {
@@ -121,6 +127,7 @@ def load_dequantized(folder: Path) -> dict[str, Any]:
     if quantization is None:
         return {}
     config = build_quantizer(quantization).quantization_config
+    assert isinstance(config, _CONFIGS), "of the methods that are read"
     config.dequantize = True
     return {"quantization_config": config}
 

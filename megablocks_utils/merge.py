@@ -73,8 +73,7 @@ class MergeOptions:
 
 COMMAND = Command(
     usage=(
-        "python -m megablocks_utils.merge --adapter DIR --output DIR [--model_name_or_path BASE] "
-        "[--save_dtype DTYPE]",
+        "python -m megablocks_utils.merge --adapter DIR --output DIR [--model_name_or_path BASE]",
     ),
     about=(
         "Merges a PEFT LoRA adapter into its base model and writes an ordinary Hugging Face model "

@@ -1,5 +1,6 @@
 """What the final model's tensors are written as, once their values are known."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -53,12 +54,9 @@ def _find_beyond(model: nn.Module, limit: float) -> tuple[int, str, float] | Non
 
     One that is not finite is left to the checks for that.
     """
-    named = [
-        (strip_wrappers(name), local_tensor(p.detach())) for name, p in model.named_parameters()
-    ]
-    limit = torch.finfo(dtype).max
-    values = largest_values([tensor for _, tensor in named]).tolist()
-    for number, ((name, _), value) in enumerate(zip(named, values, strict=True)):
-        if limit < value < float("inf"):
-            return number, name, value
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    values = largest_values([local_tensor(parameter.detach()) for parameter in parameters])
+    for number, value in enumerate(values.tolist()):
+        if limit < value < math.inf:
+            return number, strip_wrappers(names[number]), value
     return None

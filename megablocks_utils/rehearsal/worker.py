@@ -181,9 +181,13 @@ def _answer(
 def _build(folder: str, dtype: str, truncate_layers: int | None) -> "PreTrainedModel":
     import torch
 
+    from megablocks_utils.rehearsal.library_patches import large_on_meta
     from megablocks_utils.training.model_source import build_bare_model
 
-    return build_bare_model(Path(folder), getattr(torch, dtype), truncate_layers=truncate_layers)
+    with large_on_meta():
+        return build_bare_model(
+            Path(folder), getattr(torch, dtype), truncate_layers=truncate_layers
+        )
 
 
 if __name__ == "__main__":

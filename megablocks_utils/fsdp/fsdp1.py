@@ -25,6 +25,7 @@ from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks, sum_over_ranks
 
@@ -140,7 +141,9 @@ def fill_and_wrap_fsdp1(
     """Do what `wrap_fsdp1` does up to the sums; nothing communicates, so that a rank may fail."""
     experts = list(sharded.expert_modules.values()) if sharded else None
 
-    def wrap(module: nn.Module) -> FullyShardedDataParallel:
+    def wrap(
+        module: nn.Module, ignored: list[DroplessExperts] | None = experts
+    ) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(
             module,
             sharding_strategy=plugin.sharding_strategy,
@@ -149,13 +152,17 @@ def fill_and_wrap_fsdp1(
             forward_prefetch=plugin.forward_prefetch,
             limit_all_gathers=plugin.limit_all_gathers,
             use_orig_params=True,
-            ignored_modules=experts,
+            ignored_modules=ignored,
             device_id=device,
         )
 
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
+    norms = sharded.post_expert_norms if sharded else {}  # dense modules inside ignored ones
     for name, layer in layers:
         materialize(layer, fill_local, device, prefix=f"{name}.")
+        for norm_name, norm in norms.items():
+            if norm_name.startswith(f"{name}."):
+                model.set_submodule(norm_name, wrap(norm, None))
         model.set_submodule(name, _wrap_layer(layer, wrap))
         on_layer(1)
     materialize(model, fill_local, device)

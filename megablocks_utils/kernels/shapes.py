@@ -1,28 +1,16 @@
 """What decides which backends can run, and which measurement of them counts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from megablocks_utils.config.adapter import EXPERT_MODE_OF
 from megablocks_utils.kernels.gate import SWIGLU, Gate
 
-__all__ = ["EXPERT_MODES", "ExpertShapes", "ExpertsModule", "find_dtype", "name_dtype"]
+__all__ = ["EXPERT_MODES", "ExpertShapes", "find_dtype", "name_dtype"]
 
 EXPERT_MODES = tuple(dict.fromkeys(EXPERT_MODE_OF.values()))
 """Which expert parameters are trained: all weights, none, or adapters beside frozen weights."""
-
-
-class ExpertsModule(Protocol):
-    """What a transformers module of all experts of a layer has: (E, 2 * I, H) and (E, H, I)."""
-
-    gate_up_proj: Tensor
-    down_proj: Tensor
-    num_experts: int
-    act_fn: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,10 +23,14 @@ class ExpertShapes:
         dtype: of compute.
         device_type: `cpu` or `cuda`.
         mode: one of `EXPERT_MODES`.
-        gate: what makes one value of a gate and an up value.
+        gate: what makes one value of a gate and an up value, or of up alone.
         num_local_experts: L; None where it is not known, and so no measurement can be looked up.
         top_k: K of what the backend is given: 1 where rows come from other ranks; or None.
         num_rows: about how many routed rows there are, N; or None.
+        has_gate: whether the first projection has a gate beside up.
+        has_bias: whether both projections have a bias.
+        is_transposed: whether weights are stored (in, out).
+        is_interleaved: whether outputs of the first projection are gate, up, gate, up, ...
     """
 
     hidden_size: int
@@ -50,6 +42,10 @@ class ExpertShapes:
     num_local_experts: int | None = None
     top_k: int | None = None
     num_rows: int | None = None
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_interleaved: bool = False
 
     @property
     def has_adapters(self) -> bool:

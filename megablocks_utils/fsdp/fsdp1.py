@@ -34,6 +34,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _SHARDED_STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+Experts = list[DroplessExperts] | None
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.")
 
 
@@ -139,11 +140,9 @@ def fill_and_wrap_fsdp1(
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> FullyShardedDataParallel:
     """Do what `wrap_fsdp1` does up to the sums; nothing communicates, so that a rank may fail."""
-    experts = list(sharded.expert_modules.values()) if sharded else None
+    experts: Experts = list(sharded.expert_modules.values()) if sharded else None
 
-    def wrap(
-        module: nn.Module, ignored: list[DroplessExperts] | None = experts
-    ) -> FullyShardedDataParallel:
+    def wrap(module: nn.Module, ignored: Experts = experts) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(
             module,
             sharding_strategy=plugin.sharding_strategy,
@@ -157,12 +156,11 @@ def fill_and_wrap_fsdp1(
         )
 
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
-    norms = sharded.post_expert_norms if sharded else {}  # dense modules inside ignored ones
+    norms = sharded.post_expert_norms if sharded else {}
     for name, layer in layers:
         materialize(layer, fill_local, device, prefix=f"{name}.")
-        for norm_name, norm in norms.items():
-            if norm_name.startswith(f"{name}."):
-                model.set_submodule(norm_name, wrap(norm, None))
+        for norm_name in [other for other in norms if other.startswith(f"{name}.")]:
+            model.set_submodule(norm_name, wrap(norms[norm_name], None))
         model.set_submodule(name, _wrap_layer(layer, wrap))
         on_layer(1)
     materialize(model, fill_local, device)

@@ -1,24 +1,15 @@
 """What the experts of a layer are: read off transformers' module, once, and true of ours too."""
 
-import copy
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import UNMARKED_EXPERTS, UnmarkedExperts
-from megablocks_utils.kernels.gate import (
-    SWIGLU,
-    ActivationGate,
-    Gate,
-    KnownFunction,
-    list_activations,
-    list_gates,
-    recognise_gate,
-)
+from megablocks_utils.kernels.gate import SWIGLU, Gate, KnownFunction
 from megablocks_utils.kernels.weights import ExpertWeights
+from megablocks_utils.moe.own_gate import ADAPTED_PART, POST_NORM, Recognised, find_gate
 
 __all__ = [
     "ExpertSpec",
@@ -29,13 +20,8 @@ __all__ = [
     "read_parameter_names",
 ]
 
-# What gate the kernels know for modules of a kind; None where it is the module's own.
-_Recognised = dict[Hashable, KnownFunction | None]
 # What transformers' experts interface sets in every module that it serves.
 _MARK = "_is_expert_parallel"
-_POST_NORM = "post_expert_norm"
-# Where torch keeps the weights of a module while PEFT adapts them.
-_ADAPTED = "parametrizations"
 
 
 @dataclass(frozen=True)
@@ -154,14 +140,14 @@ def read_expert_specs(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSpec]
     Raises:
         ConfigurationError: as `read_expert_spec`.
     """
-    recognised: _Recognised = {}
+    recognised: Recognised = {}
     return {name: _read_spec(module, recognised) for name, module in modules.items()}
 
 
-def _read_spec(module: nn.Module, recognised: _Recognised) -> ExpertSpec:
+def _read_spec(module: nn.Module, recognised: Recognised) -> ExpertSpec:
     if isinstance(spec := getattr(module, "spec", None), ExpertSpec):
         return spec
-    spec = _read_storage(module, _find_gate(module, recognised))
+    spec = _read_storage(module, find_gate(module, recognised))
     _refuse_unknown_parameters(module, spec)
     return spec
 
@@ -222,82 +208,9 @@ def _refuse_unknown_parameters(module: nn.Module, spec: ExpertSpec) -> None:
     """Refuse what would be left behind when the module's weights are taken."""
     for name, _ in module.named_parameters():
         part = name.partition(".")[0]
-        is_known = part == _ADAPTED or (part == _POST_NORM and spec.has_post_norm)
+        is_known = part == ADAPTED_PART or (part == POST_NORM and spec.has_post_norm)
         if name not in spec.parameter_names and not is_known:
             raise ConfigurationError(
                 f"{type(module).__name__} has a parameter {name}, and transformers' experts "
                 "interface does not say what it does."
             )
-
-
-def _find_gate(module: nn.Module, recognised: _Recognised) -> Gate:
-    """Return the module's gate: one that the kernels know where its values are the same."""
-    shell = _strip_weights(module)
-    own = _own_gate(module, shell)
-    kind = type(module), repr(shell), tuple(_settings(shell))
-    if kind not in recognised:
-        has_gate = getattr(module, "has_gate", True)
-        candidates = list_gates(_numbers(shell)) if has_gate else list_activations()
-        device = next((tensor.device for tensor in _tensors(shell)), torch.device("cpu"))
-        gate = recognise_gate(own, candidates, device)
-        recognised[kind] = gate if isinstance(gate, KnownFunction) else None
-    return recognised[kind] or own
-
-
-def _own_gate(module: nn.Module, shell: nn.Module) -> Gate:
-    has_gate = getattr(module, "has_gate", True)
-    if has_gate and hasattr(module, "_apply_gate"):
-        return OwnGate(shell, not getattr(module, "is_concatenated", True))
-    activation = getattr(module, "act_fn", None)
-    if not callable(activation):
-        raise ConfigurationError(f"{type(module).__name__} has no act_fn between its projections.")
-    return ActivationGate(activation) if has_gate else activation
-
-
-@dataclass(frozen=True)
-class OwnGate:
-    """Call a module's own `_apply_gate`, which splits what it is given.
-
-    Attributes:
-        shell: the module without its weights.
-        is_interleaved: how it splits.
-    """
-
-    shell: nn.Module
-    is_interleaved: bool
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Apply it to gate and up (R, I) each."""
-        if self.is_interleaved:
-            joined = torch.stack([gate, up], dim=-1).flatten(-2)
-        else:
-            joined = torch.cat([gate, up], dim=-1)
-        return self.shell._apply_gate(joined)
-
-
-def _strip_weights(module: nn.Module) -> nn.Module:
-    """Return a copy of a module without its parameters, so that its gate keeps none alive."""
-    shell = copy.copy(module)
-    shell._parameters = {}
-    heavy = (_POST_NORM, _ADAPTED)
-    shell._modules = {name: part for name, part in module._modules.items() if name not in heavy}
-    return shell
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _numbers(module: nn.Module) -> Iterator[float]:
-    """Yield every number that a module holds, under whatever name: its gate's are among them."""
-    for value in _settings(module):
-        if isinstance(value, float | int) and not isinstance(value, bool):
-            yield float(value)
-
-
-def _settings(module: nn.Module) -> Iterator[float | str]:
-    """Yield every number, flag and word that a module and its parts hold."""
-    for value in (value for part in module.modules() for value in vars(part).values()):
-        if isinstance(value, float | int | str):
-            yield value

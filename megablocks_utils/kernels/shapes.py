@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megablocks_utils.config.adapter import EXPERT_MODE_OF
-from megablocks_utils.kernels.gate import SWIGLU, Gate
+from megablocks_utils.kernels.gate import SWIGLU, Clamp, Gate, KnownActivation, KnownGate
 
 __all__ = ["EXPERT_MODES", "ExpertShapes", "find_dtype", "name_dtype"]
 
@@ -51,6 +51,22 @@ class ExpertShapes:
     def has_adapters(self) -> bool:
         """Whether a projection has an adapter."""
         return self.mode == "lora"
+
+    @property
+    def form(self) -> str:
+        """What decides the speed besides sizes: the gate's operations, and how weights lie."""
+        gate, words = self.gate, ["own"]
+        if isinstance(gate, KnownGate | KnownActivation):
+            words = [gate.activation.value]
+        if isinstance(gate, KnownGate) and gate.clamp is not Clamp.NONE:
+            words.append(f"clamp {gate.clamp}")
+        flags = {
+            "no gate": not self.has_gate,
+            "bias": self.has_bias,
+            "transposed": self.is_transposed,
+            "interleaved": self.is_interleaved,
+        }
+        return ", ".join([*words, *(name for name, is_so in flags.items() if is_so)])
 
     @property
     def counts(self) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """The gate of a module of experts: one that the kernels know, or the module's own code."""
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,8 +50,9 @@ def find_gate(module: nn.Module, recognised: Recognised) -> Gate:
 
 def _own_gate(module: nn.Module, shell: nn.Module) -> Gate:
     has_gate = getattr(module, "has_gate", True)
-    if has_gate and hasattr(module, "_apply_gate"):
-        return OwnGate(shell, not getattr(module, "is_concatenated", True))
+    apply = getattr(shell, "_apply_gate", None)
+    if has_gate and callable(apply):
+        return OwnGate(apply, not getattr(module, "is_concatenated", True))
     activation = getattr(module, "act_fn", None)
     if not callable(activation):
         raise ConfigurationError(f"{type(module).__name__} has no act_fn between its projections.")
@@ -63,11 +64,11 @@ class OwnGate:
     """Call a module's own `_apply_gate`, which splits what it is given.
 
     Attributes:
-        shell: the module without its weights.
+        apply: that method, of a copy of the module without its weights.
         is_interleaved: how it splits.
     """
 
-    shell: nn.Module
+    apply: Callable[[Tensor], Tensor]
     is_interleaved: bool
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class OwnGate:
             joined = torch.stack([gate, up], dim=-1).flatten(-2)
         else:
             joined = torch.cat([gate, up], dim=-1)
-        return self.shell._apply_gate(joined)
+        return self.apply(joined)
 
 
 def _strip_weights(module: nn.Module) -> nn.Module:

@@ -18,8 +18,9 @@ from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends import backend
 from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.gate import SWIGLU, Clamp, KnownGate
-from megablocks_utils.moe.expert_spec import read_expert_spec
+from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_spec
 from tests.support.compare import relative_error
+from tests.support.tiny_families import build_tiny
 from tests.support.tiny_models import build_tiny_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"]
@@ -169,12 +170,28 @@ def test_another_gate_runs_as_the_module_computes_it():
 
 
 def test_triton_refuses_a_gate_that_is_not_in_its_kernels():
-    module = build_deepseek_experts(swiglu_limit=10.0)
+    module = next(iter(find_expert_modules(build_tiny("inkling2_text")).values()))
     module.config._experts_implementation = "megablocks_utils_triton"
     assert meet_refusal(module) == (
-        'experts_implementation="megablocks_utils_triton" cannot run DeepseekV4Experts: triton '
-        "knows SwiGLU and its clamped form, and this model's gate is another."
+        'experts_implementation="megablocks_utils_triton" cannot run Inkling2Experts: triton knows '
+        "gates and activations with silu, gelu_tanh or relu_squared, and this model's is another."
     )
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "muse_spark"])
+def test_experts_without_a_gate_or_with_a_norm_behind_them(family):
+    module = next(iter(find_expert_modules(build_tiny(family)).values()))
+    torch.manual_seed(0)
+    tokens, weights = torch.randn(33, 32, requires_grad=True), torch.rand(33, 2)
+    index = torch.randint(8, (33, 2))
+    results = []
+    for implementation in ("megablocks_utils_grouped_mm", "eager"):
+        module.config._experts_implementation = implementation
+        output = module(tokens, index, weights)
+        leaves = [tokens, *module.parameters()]
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for seen, wanted in zip(*results, strict=True):
+        assert relative_error(seen, wanted) < 1e-5
 
 
 def test_triton_needs_a_gpu_or_its_interpreter():

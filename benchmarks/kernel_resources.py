@@ -33,7 +33,7 @@ from megablocks_utils.kernels.fused.tiles import (
     TileTable,
     list_candidates,
 )
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
@@ -186,7 +186,7 @@ def _run_layer(variant: Variant) -> None:
     experts = ExpertWeights(
         make(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN),
         make(NUM_EXPERTS, HIDDEN, INTERMEDIATE),
-        SwiGlu(),
+        SWIGLU,
         gate_up_lora=loras[0],
         down_lora=loras[1],
     )

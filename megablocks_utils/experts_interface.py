@@ -17,7 +17,7 @@ from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends.backend import Backend, ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
-from megablocks_utils.kernels.gate import Gate, SwiGlu, gates_agree
+from megablocks_utils.kernels.gate import Gate, list_activations, list_gates, recognise_gate
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
@@ -28,9 +28,7 @@ _PREFIX = "megablocks_utils_"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GATE_ATTRIBUTE = "_megablocks_utils_gate"
 # What transformers' decorator says of a module, and what only one value of is supported.
-_FLAGS = {"has_gate": True, "has_post_expert_norm": False}
-# Names of the numbers in GPT-OSS's gate, in the modules that have it.
-_CLAMPS = (("alpha", "limit"), ("swiglu_alpha", "swiglu_limit"))
+_FLAGS = {"has_post_expert_norm": False}
 
 
 def register_experts_implementation() -> None:
@@ -44,8 +42,8 @@ def register_experts_implementation() -> None:
 
     - It runs in one process and on whole weights. Experts that are split over processes, by
       transformers or as DTensors, are refused: that is what `shard_moe` is for.
-    - Biases, transposed and interleaved weights are understood. Experts without a gate, with a norm
-      behind them, or quantized are refused.
+    - Biases, transposed and interleaved weights, and experts without a gate are understood. Experts
+      with a norm behind them, or quantized, are refused.
     - The module's gate is recognised by its values, once, at its first call. One that is neither
       SwiGLU nor GPT-OSS's clamped form runs as the module computes it with `grouped_mm`, and is
       refused by `triton`, which has it inside its kernels.
@@ -98,9 +96,10 @@ def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWei
     for flag, wanted in _FLAGS.items():
         if getattr(module, flag, wanted) != wanted:
             refuse(f"it has {flag}={not wanted}, and only {wanted} is supported")
-    names = ["gate_up_proj", "down_proj"]
+    has_gate = getattr(module, "has_gate", True)
+    names = ["gate_up_proj" if has_gate else "up_proj", "down_proj"]
     if getattr(module, "has_bias", False):
-        names += ["gate_up_proj_bias", "down_proj_bias"]
+        names += [f"{name}_bias" for name in names]
     tensors = {name: getattr(module, name) for name in names}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
@@ -108,13 +107,14 @@ def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWei
         if tensor.dtype not in _DTYPES:
             refuse(f"its {name} is {name_dtype(tensor.dtype)}, not float32, bfloat16 or float16")
     return ExpertWeights(
-        tensors["gate_up_proj"],
+        tensors[names[0]],
         tensors["down_proj"],
         _find_gate(module),
-        gate_up_bias=tensors.get("gate_up_proj_bias"),
+        gate_up_bias=tensors.get(f"{names[0]}_bias"),
         down_bias=tensors.get("down_proj_bias"),
         is_transposed=getattr(module, "is_transposed", False),
         is_interleaved=not getattr(module, "is_concatenated", True),
+        has_gate=has_gate,
     )
 
 
@@ -127,25 +127,31 @@ def _find_gate(module: nn.Module) -> Gate:
     return gate
 
 
-@torch.no_grad()
 def _recognise_gate(module: nn.Module) -> Gate:
+    if not getattr(module, "has_gate", True):
+        return recognise_gate(_find_activation(module), list_activations())
     if not isinstance(module, _HasGate):
         raise ConfigurationError(
             f"{type(module).__name__} has no _apply_gate: its gate cannot be recognised."
         )
-    own, device = _OwnGate(module), next(module.parameters()).device
-    for candidate in _gate_candidates(module):
-        if gates_agree(own, candidate, device):
-            return candidate
-    return own
+    device = next(module.parameters()).device
+    return recognise_gate(_OwnGate(module), list_gates(_list_numbers(module)), device)
 
 
-def _gate_candidates(module: nn.Module) -> Iterator[SwiGlu]:
-    yield SwiGlu()
-    for names in _CLAMPS:
-        alpha, limit = (getattr(module, name, None) for name in names)
-        if isinstance(alpha, float | int) and isinstance(limit, float | int):
-            yield SwiGlu(float(alpha), float(limit))
+def _find_activation(module: nn.Module) -> Gate:
+    activation = getattr(module, "act_fn", None)
+    if not callable(activation):
+        raise ConfigurationError(
+            f"{type(module).__name__} has no act_fn: its activation cannot be recognised."
+        )
+    return activation
+
+
+def _list_numbers(module: nn.Module) -> Iterator[float]:
+    """Yield every number that a module holds, under whatever name: its gate's are among them."""
+    for value in (value for part in module.modules() for value in vars(part).values()):
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            yield float(value)
 
 
 @runtime_checkable

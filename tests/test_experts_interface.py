@@ -17,7 +17,7 @@ from megablocks_utils import experts_interface, register_experts_implementation
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends import backend
 from megablocks_utils.kernels.device import read_device_facts
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU, Clamp, KnownGate
 from tests.support.compare import relative_error
 from tests.support.tiny_models import build_tiny_model
 
@@ -28,7 +28,7 @@ CASES = [
     *(("triton", family) for family in ("mixtral", "gpt_oss")),
 ]
 TOKENS = torch.arange(3, 23).view(2, 10)
-GPT_OSS_GATE = SwiGlu(alpha=1.702, limit=7.0)
+GPT_OSS_GATE = KnownGate(clamp=Clamp.GPT_OSS, limit=7.0, alpha=1.702)
 
 
 @pytest.fixture(autouse=True)
@@ -102,18 +102,17 @@ def test_autocast_is_that_of_a_linear_layer():
 
 @pytest.mark.parametrize(
     ("family", "gate"),
-    [("mixtral", SwiGlu()), ("gpt_oss", GPT_OSS_GATE)],
+    [("mixtral", SWIGLU), ("gpt_oss", GPT_OSS_GATE)],
 )
 def test_gate_is_recognised_once_by_its_values(family, gate):
     model = build(family, "grouped_mm")
     with mock.patch.object(
-        experts_interface, "gates_agree", wraps=experts_interface.gates_agree
-    ) as compare:
+        experts_interface, "recognise_gate", wraps=experts_interface.recognise_gate
+    ) as recognise:
         model(TOKENS)
-        compared = compare.call_count
-        assert compared == 2 * (1 if family == "mixtral" else 2)  # layers, candidates
+        assert recognise.call_count == 2  # layers
         model(TOKENS)
-        assert compare.call_count == compared
+        assert recognise.call_count == 2
     for layer in model.model.layers:
         assert experts_interface._find_gate(layer.mlp.experts) == gate
 
@@ -130,10 +129,10 @@ def test_another_gate_is_never_taken_for_one_that_is_known():
         return result
 
     with mock.patch.object(type(module), "_apply_gate", changed):
-        assert not isinstance(experts_interface._recognise_gate(module), SwiGlu)
+        assert not isinstance(experts_interface._recognise_gate(module), KnownGate)
     assert experts_interface._recognise_gate(module) == GPT_OSS_GATE
     far = build_deepseek_experts(swiglu_limit=150.0)
-    assert not isinstance(experts_interface._recognise_gate(far), SwiGlu)
+    assert experts_interface._recognise_gate(far) == KnownGate(clamp=Clamp.BEFORE, limit=150.0)
 
 
 def build_deepseek_experts(**options):
@@ -222,7 +221,6 @@ def test_what_is_refused_is_named():
     assert refusal(_is_expert_parallel=True) == (
         "its experts are split over processes: use shard_moe for that."
     )
-    assert refusal(has_gate=False) == "it has has_gate=False, and only True is supported."
     assert refusal(has_post_expert_norm=True) == (
         "it has has_post_expert_norm=True, and only False is supported."
     )

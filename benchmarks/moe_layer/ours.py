@@ -11,7 +11,7 @@ from benchmarks.harness.contender import Contender, SkippedError
 from benchmarks.moe_layer.cases import Case
 from benchmarks.moe_layer.inputs import ADAPTERS, PROJECTIONS, LayerInputs, LayerWeights
 from megablocks_utils.errors import UserError
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.selection.backend_selection import (
     LoadedBackend,
@@ -136,6 +136,6 @@ def low_rank_factors(tensors: dict[str, Tensor], scaling: float) -> dict[str, Lo
 
 def _experts_of(weights: LayerWeights, trained: dict[str, Tensor]) -> ExpertWeights:
     tensors = weights.named() | trained
-    experts = ExpertWeights(tensors["gate_up_proj"], tensors["down_proj"], SwiGlu())
+    experts = ExpertWeights(tensors["gate_up_proj"], tensors["down_proj"], SWIGLU)
     lora = low_rank_factors(tensors, weights.scaling)
     return replace(experts, gate_up_lora=lora.get("gate_up_proj"), down_lora=lora.get("down_proj"))

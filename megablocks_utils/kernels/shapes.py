@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.config.adapter import EXPERT_MODE_OF
-from megablocks_utils.kernels.gate import Gate, SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU, Gate
 
 __all__ = ["EXPERT_MODES", "ExpertShapes", "ExpertsModule", "find_dtype", "name_dtype"]
 
@@ -46,7 +46,7 @@ class ExpertShapes:
     dtype: torch.dtype
     device_type: str
     mode: str = "full"
-    gate: Gate = SwiGlu()
+    gate: Gate = SWIGLU
     num_local_experts: int | None = None
     top_k: int | None = None
     num_rows: int | None = None

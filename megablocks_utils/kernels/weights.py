@@ -33,17 +33,20 @@ class LowRank:
 class ExpertWeights:
     """The L experts of a rank, in the dtype of compute; what needs a gradient may be any of them.
 
+    The first projection has F outputs: 2 * I with a gate, I without.
+
     Attributes:
-        gate_up_proj: (L, 2 * I, H); (L, H, 2 * I) where `is_transposed`.
+        gate_up_proj: (L, F, H); (L, H, F) where `is_transposed`.
         down_proj: (L, H, I); (L, I, H) where `is_transposed`.
-        gate: makes (R, I) of gate and up, (R, I) each.
+        gate: makes (R, I) of gate and up, (R, I) each; of up alone without a gate.
         gate_up_lora: adapter of the first projection, in the order of its outputs; or None.
         down_lora: adapter of the second; or None.
-        gate_up_bias: (L, 2 * I) or None.
+        gate_up_bias: (L, F) or None.
         down_bias: (L, H) or None.
         is_transposed: whether the weights are stored (in, out), as GPT-OSS does.
         is_interleaved: whether outputs of the first projection are gate, up, gate, up, ... instead
             of all gates, then all ups.
+        has_gate: whether the first projection has a gate beside up.
     """
 
     gate_up_proj: Tensor
@@ -55,6 +58,12 @@ class ExpertWeights:
     down_bias: Tensor | None = None
     is_transposed: bool = False
     is_interleaved: bool = False
+    has_gate: bool = True
+
+    @property
+    def first_projection(self) -> str:
+        """The first projection's name, as transformers has it."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
 
     @property
     def projections(self) -> tuple[Tensor, Tensor]:
@@ -76,13 +85,14 @@ class ExpertWeights:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Everything that may have a gradient, by the name a person would call it."""
+        first = self.first_projection
         named = {
-            "gate_up_proj": self.gate_up_proj,
+            first: self.gate_up_proj,
             "down_proj": self.down_proj,
-            "gate_up_proj_bias": self.gate_up_bias,
+            f"{first}_bias": self.gate_up_bias,
             "down_proj_bias": self.down_bias,
         }
-        for name, lora in (("gate_up_proj", self.gate_up_lora), ("down_proj", self.down_lora)):
+        for name, lora in ((first, self.gate_up_lora), ("down_proj", self.down_lora)):
             if lora is not None:
                 named |= {f"{name}.lora_A": lora.lora_a, f"{name}.lora_B": lora.lora_b}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -100,7 +110,9 @@ class ExpertWeights:
         )
 
     def apply_gate(self, gate_up: Tensor) -> Tensor:
-        """Apply the gate to outputs (R, 2 * I) of the first projection: (R, I)."""
+        """Apply the gate to outputs (R, F) of the first projection: (R, I)."""
+        if not self.has_gate:
+            return self.gate(gate_up)
         if self.is_interleaved:
             return self.gate(gate_up[..., ::2], gate_up[..., 1::2])
         return self.gate(*gate_up.chunk(2, dim=-1))

@@ -8,7 +8,7 @@ from torch import Tensor
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU, Clamp, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.compare import relative_error
@@ -51,8 +51,10 @@ class LayerCase:
     frozen: tuple[str, ...] = ()
 
     @property
-    def gate(self) -> SwiGlu:
-        return SwiGlu() if self.limit is None else SwiGlu(alpha=1.702, limit=self.limit)
+    def gate(self) -> KnownGate:
+        if self.limit is None:
+            return SWIGLU
+        return KnownGate(clamp=Clamp.GPT_OSS, limit=self.limit, alpha=1.702)
 
     def draw_index(self) -> Tensor:
         """Return the experts (T, K) of every token."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megablocks_utils.kernels.backends.backend import ExpertBackend
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.moe.reference import experts_reference
@@ -100,7 +100,7 @@ def run_case(
         for name, leaf in case.leaves.items()
     }
     weights = {k: v for k, v in leaves.items() if k not in ("tokens", "top_k_weights")}
-    experts = ExpertWeights(**weights, gate=SwiGlu(), **case.storage)
+    experts = ExpertWeights(**weights, gate=SWIGLU, **case.storage)
     order = sort_by_expert(case.index.to(device), case.num_experts)
     if case.is_sorted:
         order = ExpertOrder(None, None, order.tokens_per_expert, top_k=1)

@@ -13,7 +13,6 @@ from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.fused.tiles import TileTable
-from megablocks_utils.kernels.gate import SwiGlu
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
@@ -54,7 +53,6 @@ class Backend:
         dtypes: of compute; None is any.
         on_cpu: whether it runs on a CPU; "interpreted" is in Triton's interpreter, for tests.
         oldest_capability: CUDA's, that it needs; None is any.
-        supports_any_gate: whether it runs other gates than SwiGLU and its clamped form.
         find_limit: says in a clause which limit of its own these experts exceed, or returns None.
         serves_transformers: whether `register_experts_implementation` offers it.
     """
@@ -67,7 +65,6 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     on_cpu: Literal["yes", "interpreted", "no"] = "yes"
     oldest_capability: tuple[int, int] | None = None
-    supports_any_gate: bool = True
     find_limit: Callable[[ExpertShapes, DeviceFacts], str | None] = lambda _shapes, _device: None
     serves_transformers: bool = False
 
@@ -89,7 +86,6 @@ class Backend:
         return (
             self._check_device(shapes.device_type, device)
             or self._check_dtype(shapes.dtype)
-            or self._check_gate(shapes)
             or self.find_limit(shapes, device)
         )
 
@@ -132,11 +128,6 @@ class Backend:
             return None
         known = join_words([name_dtype(known) for known in self.dtypes])
         return f"{self.name} computes in {known}, not {name_dtype(dtype)}"
-
-    def _check_gate(self, shapes: ExpertShapes) -> str | None:
-        if self.supports_any_gate or isinstance(shapes.gate, SwiGlu):
-            return None
-        return f"{self.name} knows SwiGLU and its clamped form, and this model's gate is another"
 
 
 def _dotted(capability: tuple[int, int]) -> str:

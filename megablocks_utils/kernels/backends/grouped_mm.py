@@ -10,7 +10,7 @@ from torch.nn.functional import grouped_mm, pad, silu
 from megablocks_utils.config import backends
 from megablocks_utils.kernels.backends.backend import Backend
 from megablocks_utils.kernels.device import DeviceFacts
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
 from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
@@ -61,12 +61,12 @@ def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tenso
 
 
 def _apply_gate(gate_up: Tensor, experts: ExpertWeights) -> Tensor:
-    if experts.gate == SwiGlu() and not experts.is_interleaved:
-        return _LeanSwiGlu.apply(gate_up)
+    if experts.gate == SWIGLU and not experts.is_interleaved:
+        return _LeanSwiglu.apply(gate_up)
     return experts.apply_gate(gate_up)
 
 
-class _LeanSwiGlu(torch.autograd.Function):
+class _LeanSwiglu(torch.autograd.Function):
     """`silu(gate) * up` that saves only its input (R, 2 * I): a third less than autograd would.
 
     The same operations in the same order, so the same results bit by bit.

@@ -16,7 +16,7 @@ from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_architecture
 from megablocks_utils.kernels.fused.weight_grad import Operand
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
@@ -41,7 +41,7 @@ def run_experts_triton(
         *_flatten(experts.gate_up_proj, experts.gate_up_bias, experts.gate_up_lora),
         *_flatten(experts.down_proj, experts.down_bias, experts.down_lora),
     ]
-    assert isinstance(experts.gate, SwiGlu), experts.gate  # the backend refuses others
+    assert isinstance(experts.gate, KnownGate), experts.gate  # the backend refuses others
     has_gradient = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     loras = experts.gate_up_lora, experts.down_lora
     offsets = torch.zeros(

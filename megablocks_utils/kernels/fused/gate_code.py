@@ -14,7 +14,7 @@ def clamp(gate, up, LIMIT: tl.constexpr):
 
 @triton.jit
 def apply_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """Compute `kernels.gate.SwiGlu` in fp32; a LIMIT of 0 is none."""
+    """Compute `kernels.gate.KnownGate` in fp32; a LIMIT of 0 is none."""
     if LIMIT > 0:
         gate, up = clamp(gate, up, LIMIT)
     return gate * tl.sigmoid(ALPHA * gate) * up
@@ -22,7 +22,7 @@ def apply_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
 
 @triton.jit
 def differentiate_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """Return `SwiGlu` of gate and up in fp32, and its derivatives by gate and by up."""
+    """Return the gate of gate and up in fp32, and its derivatives by gate and by up."""
     # Beyond the limit a value is constant and has no gradient; without one, NaN alone is outside.
     inside_gate = gate == gate
     inside_up = inside_gate

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megablocks_utils.kernels.device import is_interpreted
 from megablocks_utils.kernels.fused.tiles import Tile
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import Clamp, KnownGate
 
 GROUP_M = 8
 """Row tiles that share a column tile's weights while these are in L2."""
@@ -112,7 +112,7 @@ class LoraRows:
 class GateLayout:
     """Say how the first projection's 2 * I outputs lie, and what the gate makes of them."""
 
-    gate: SwiGlu
+    gate: KnownGate
     is_interleaved: bool
 
     def constants(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class GateLayout:
         return {
             "INTERLEAVED": self.is_interleaved,
             "ALPHA": self.gate.alpha,
-            "LIMIT": self.gate.limit or 0.0,
+            "LIMIT": 0.0 if self.gate.clamp is Clamp.NONE else self.gate.limit,
         }
 
 

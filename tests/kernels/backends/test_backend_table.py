@@ -11,7 +11,7 @@ from megablocks_utils.config import backends as facts
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends.backend_table import BACKENDS, check_backend
 from megablocks_utils.kernels.fused.tiles import choose_tiles
-from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
+from megablocks_utils.kernels.gate import ActivationGate, Clamp, KnownGate
 from megablocks_utils.kernels.shapes import ExpertShapes
 from tests.kernels.facts import CPU, H100, INTERPRETER, V100, put_packages, put_triton
 
@@ -53,7 +53,7 @@ RUNS_HERE = [
     ("grouped_mm", GELU, H100),
     ("triton", ON_CPU, INTERPRETER),
     ("triton", replace(LORA, hidden_size=63, dtype=torch.float16), H100),
-    ("triton", replace(ON_CUDA, gate=SwiGlu(1.702, 7.0)), H100),
+    ("triton", replace(ON_CUDA, gate=KnownGate(clamp=Clamp.GPT_OSS, limit=7.0, alpha=1.702)), H100),
     ("scattermoe", FP32, H100),
     ("scattermoe", ON_CPU, INTERPRETER),
     ("megablocks", ON_CUDA, H100),

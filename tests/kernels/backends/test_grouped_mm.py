@@ -5,7 +5,7 @@ import torch
 
 from megablocks_utils.kernels.backends import grouped_mm
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
-from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU, ActivationGate, Clamp, KnownGate
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights
 
@@ -18,8 +18,8 @@ def test_lean_gate_is_the_gate_bit_by_bit(dtype):
     torch.manual_seed(0)
     gate_up = torch.randn(ROWS, 2 * INNER, requires_grad=True, dtype=dtype)
     upstream = torch.randn(ROWS, INNER, dtype=dtype)
-    lean = grouped_mm._LeanSwiGlu.apply(gate_up)
-    plain = SwiGlu()(*gate_up.chunk(2, dim=-1))
+    lean = grouped_mm._LeanSwiglu.apply(gate_up)
+    plain = SWIGLU(*gate_up.chunk(2, dim=-1))
     assert torch.equal(lean, plain)
     seen, wanted = (torch.autograd.grad(result, gate_up, upstream)[0] for result in (lean, plain))
     assert torch.equal(seen, wanted)
@@ -27,7 +27,7 @@ def test_lean_gate_is_the_gate_bit_by_bit(dtype):
 
 def test_lean_gate_has_the_gradient_of_its_values():
     gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(grouped_mm._LeanSwiGlu.apply, gate_up)
+    assert torch.autograd.gradcheck(grouped_mm._LeanSwiglu.apply, gate_up)
 
 
 def saved_elements(gate, *, train, interleaved=False):
@@ -56,15 +56,19 @@ def saved_elements(gate, *, train, interleaved=False):
 
 def test_saves_rows_gate_and_up_the_products_and_the_results_and_nothing_else():
     results, wide, narrow = ROWS * HIDDEN, 2 * ROWS * INNER, ROWS * INNER
-    assert saved_elements(SwiGlu(), train=True) == 2 * results + wide + narrow
+    assert saved_elements(SWIGLU, train=True) == 2 * results + wide + narrow
     # Frozen: neither the rows nor the products, which only the weights' gradients need.
-    assert saved_elements(SwiGlu(), train=False) == results + wide
+    assert saved_elements(SWIGLU, train=False) == results + wide
 
 
 @pytest.mark.parametrize(
     ("gate", "interleaved"),
-    [(ActivationGate(torch.tanh), False), (SwiGlu(1.7, 7.0), False), (SwiGlu(), True)],
+    [
+        (ActivationGate(torch.tanh), False),
+        (KnownGate(clamp=Clamp.GPT_OSS, limit=7.0, alpha=1.7), False),
+        (SWIGLU, True),
+    ],
 )
 def test_other_gates_are_left_to_autograd(gate, interleaved):
-    lean = saved_elements(SwiGlu(), train=False)
+    lean = saved_elements(SWIGLU, train=False)
     assert saved_elements(gate, train=False, interleaved=interleaved) > lean

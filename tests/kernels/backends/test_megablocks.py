@@ -21,7 +21,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends import megablocks
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.megablocks import MEGABLOCKS, run_experts_megablocks
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.routed_case import (
@@ -132,7 +132,7 @@ def test_strides_of_what_a_gate_returns(stand_in):
 def draw_experts(device="cpu", dtype=torch.bfloat16):
     """Return 4 trained experts of sizes 64 and 96."""
     make = partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
-    return ExpertWeights(make(4, 192, 64), make(4, 64, 96), SwiGlu())
+    return ExpertWeights(make(4, 192, 64), make(4, 64, 96), SWIGLU)
 
 
 def run(experts, top_k_weights=None):

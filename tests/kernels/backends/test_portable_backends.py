@@ -6,7 +6,7 @@ from torch.nn.functional import silu
 
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.moe.reference import experts_reference
@@ -46,7 +46,7 @@ def test_backend_equals_reference_in_values_and_gradients(kernel, dtype, counts)
         return [output, *grads]
 
     rows, gate_up, down = (leaf.to(dtype).requires_grad_() for leaf in leaves)
-    weights = ExpertWeights(gate_up, down, SwiGlu())
+    weights = ExpertWeights(gate_up, down, SWIGLU)
     output = RUNS[kernel](rows, sorted_rows(counts), None, weights)
     seen = [output, *torch.autograd.grad(output, [rows, gate_up, down], upstream.to(dtype))]
     exact, baseline = run_reference(torch.float64), run_reference(dtype)
@@ -85,7 +85,7 @@ def _run_lora(run, weights, leaves, counts, dtype, upstream):
     experts = ExpertWeights(
         gate_up,
         down,
-        SwiGlu(),
+        SWIGLU,
         gate_up_lora=LowRank(gate_up_a, gate_up_b, SCALING),
         down_lora=LowRank(down_a, down_b, SCALING),
     )

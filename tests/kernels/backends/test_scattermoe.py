@@ -20,7 +20,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends import scattermoe
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.scattermoe import SCATTERMOE, run_experts_scattermoe
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.allocations import LargestResult
@@ -99,7 +99,7 @@ def test_strides_of_tokens_and_gradient(source):
 def draw_experts(device="cpu", dtype=torch.float32, is_trained=True):
     """Return 4 experts of sizes 64 and 96."""
     make = partial(torch.randn, device=device, dtype=dtype, requires_grad=is_trained)
-    return ExpertWeights(make(4, 192, 64), make(4, 64, 96), SwiGlu())
+    return ExpertWeights(make(4, 192, 64), make(4, 64, 96), SWIGLU)
 
 
 def run(experts, top_k_weights=None):
@@ -173,7 +173,7 @@ def test_adapters_that_come_after_the_choice_are_refused():
 def test_tensors_beyond_32_bits_are_refused(num_experts, num_tokens, most):
     """Mixtral's sizes; a token less, or an expert less, and the check is passed."""
     shapes = (num_experts, 28_672, 4_096), (num_experts, 4_096, 14_336)
-    experts = ExpertWeights(*(torch.empty(shape, device="meta") for shape in shapes), SwiGlu())
+    experts = ExpertWeights(*(torch.empty(shape, device="meta") for shape in shapes), SWIGLU)
     order = ExpertOrder(None, None, torch.empty(num_experts), top_k=2)
     with pytest.raises(ConfigurationError) as refusal:
         run_experts_scattermoe(torch.empty(num_tokens, 0), order, None, experts)

@@ -14,7 +14,7 @@ from megablocks_utils.kernels.fused.kernel_launch import GateLayout, LoraRows, M
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
-from megablocks_utils.kernels.gate import SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU
 from tests.support.compare import relative_error
 from tests.support.layer_case import LayerCase, assert_equals_obvious
 
@@ -88,7 +88,7 @@ def test_gate_up(tile):
     routing, experts = build_routing(), expert_of_row()
     tokens, weights = draw(NUM_TOKENS, hidden_size), draw(3, 2 * intermediate_size, hidden_size)
     weights = weights * hidden_size**-0.5
-    layout = GateLayout(SwiGlu(), is_interleaved=False)
+    layout = GateLayout(SWIGLU, is_interleaved=False)
     matrix = Matrix(weights, rows_are_last=True)
     seen, gate_up_out = gate_up(tokens, matrix, routing, tile, layout, keeps_gate_up_out=True)
     wanted = torch.einsum(
@@ -110,7 +110,7 @@ def test_gate_backward(tile):
     grad, weights = draw(NUM_TOKENS, hidden_size), draw(3, hidden_size, intermediate_size, seed=1)
     gate_up_out = draw(routing.num_rows, 2 * intermediate_size, seed=2)
     top_k_weights = draw(NUM_TOKENS, TOP_K, seed=3).sigmoid()
-    layout = GateLayout(SwiGlu(), is_interleaved=False)
+    layout = GateLayout(SWIGLU, is_interleaved=False)
     seen = gate_backward(
         grad,
         Matrix(weights, rows_are_last=False),

@@ -14,7 +14,7 @@ import torch
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
-from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU, ActivationGate, Clamp, KnownGate
 from megablocks_utils.kernels.probing.probe import find_unprobed_reason, probe_backend
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.reads import LiveBytes
@@ -37,7 +37,7 @@ def draw_experts(variant, dtype=FP32, num_experts=4, hidden_size=64, intermediat
 
     gate_up = draw(num_experts, 2 * intermediate_size, hidden_size, scale=hidden_size**-0.5)
     down = draw(num_experts, hidden_size, intermediate_size, scale=intermediate_size**-0.5)
-    experts = ExpertWeights(gate_up, down, SwiGlu())
+    experts = ExpertWeights(gate_up, down, SWIGLU)
     if "lora" in variant:
         experts = replace(
             experts,
@@ -48,7 +48,7 @@ def draw_experts(variant, dtype=FP32, num_experts=4, hidden_size=64, intermediat
         experts = ExpertWeights(
             gate_up.detach().transpose(1, 2).contiguous().requires_grad_(),
             down.detach().transpose(1, 2).contiguous().requires_grad_(),
-            SwiGlu(alpha=1.702, limit=2.0),
+            KnownGate(clamp=Clamp.GPT_OSS, limit=2.0, alpha=1.702),
             gate_up_bias=draw(num_experts, 2 * intermediate_size, scale=0.3),
             down_bias=draw(num_experts, hidden_size, scale=0.3),
             is_transposed=True,
@@ -78,7 +78,7 @@ def test_a_right_backend_passes_by_a_wide_margin(limit):
     """What varies most: biases added after a rounding of their own, and values at the limit."""
     for seed in range(16):
         experts = draw_experts("like gpt-oss", BF16, num_experts=2, seed=seed)
-        experts = replace(experts, gate=SwiGlu(1.702, limit))
+        experts = replace(experts, gate=KnownGate(clamp=Clamp.GPT_OSS, limit=limit, alpha=1.702))
         found = probe_backend(
             "grouped_mm", run_experts_grouped_mm, experts, BF16, is_weighted=bool(seed % 2)
         )
@@ -143,7 +143,7 @@ def swap_gate_and_up(tokens, order, weights, experts):
 
 
 def compute_plain_swiglu(tokens, order, weights, experts):
-    return run_experts_eager(tokens, order, weights, replace(experts, gate=SwiGlu()))
+    return run_experts_eager(tokens, order, weights, replace(experts, gate=SWIGLU))
 
 
 def drop_routing_weights(tokens, order, weights, experts):

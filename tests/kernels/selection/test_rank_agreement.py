@@ -10,7 +10,7 @@ from torch import nn
 
 from megablocks_utils.config import parse_args
 from megablocks_utils.errors import ConfigurationError, MissingKernelError, UserError
-from megablocks_utils.kernels.gate import ActivationGate, SwiGlu
+from megablocks_utils.kernels.gate import SWIGLU, ActivationGate
 from megablocks_utils.kernels.selection import rank_agreement
 from megablocks_utils.kernels.selection.backend_selection import select_backend
 from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
@@ -126,7 +126,7 @@ def test_shard_moe_asks_rank_0(ranks2):
     assert second[2] == []
     (shapes,) = first[2]
     assert (shapes.mode, shapes.num_local_experts, shapes.top_k) == ("lora", 2, 1)
-    assert (shapes.num_rows, shapes.gate) == (200, SwiGlu())
+    assert (shapes.num_rows, shapes.gate) == (200, SWIGLU)
 
 
 def _set_up(rank, folder, line):

@@ -94,7 +94,7 @@ def build_small_model(model: PreTrainedModel, device: torch.device) -> PreTraine
             reasons.append(str(error))
             continue
         if small is not None:
-            return small.to(device).eval()
+            return small.to(device)
     raise ConfigurationError(
         f"no small model of {type(model).__name__} can be built to try what its forward does: "
         f"{reasons[-1] if reasons else 'it has too many parameters'}."
@@ -132,6 +132,8 @@ def _build(model: PreTrainedModel, reduction: _Reduction) -> PreTrainedModel | N
     small.config._experts_implementation = "eager"
     small.config.get_text_config()._experts_implementation = "eager"
     _fill(small)
+    with torch.no_grad():
+        small.eval()(input_ids=torch.arange(4)[None], use_cache=False)
     return small
 
 
@@ -165,6 +167,9 @@ def _reduce(
                 reduced[name] = min(value, 8)
         elif isinstance(value, list | tuple | str) and len(value) == num_layers > 1:
             reduced[name] = value[: reduction.num_layers]
+        elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+            kept = min(reduction.num_layers, num_layers)
+            reduced[name] = {key: v for key, v in value.items() if int(key) < kept}
         elif isinstance(value, list) and _FEED_FORWARD.fullmatch(name):
             reduced[name] = [small(name, item) for item in value]
     return reduced

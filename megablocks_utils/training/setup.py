@@ -177,8 +177,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
-    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
-    # which only reentrant checkpointing needs.
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     return Setup(
         config=config,

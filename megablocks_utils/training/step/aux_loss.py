@@ -24,6 +24,7 @@ __all__ = ["AuxLoss", "choose_aux_loss", "resolve_aux_loss_coef"]
 
 _SCORES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
+        "none": lambda probabilities: probabilities,
         "softmax": lambda logits: torch.softmax(logits, dim=-1),
         "sigmoid": torch.sigmoid,
         "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
@@ -92,7 +93,7 @@ def choose_aux_loss(small: PreTrainedModel) -> AuxLoss:
         logits = small(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
     called = next(iter(routed.values()))
     for name, score in _SCORES.items():
-        if _is_score(score(logits[0].float()), called):
+        if called.top_k_index is not None and _is_score(score(logits[0].float()), called):
             return AuxLoss(name, called.top_k_index.shape[-1])
     raise _refusal(model_type)("how it makes weights of its router logits is not known")
 
@@ -106,6 +107,7 @@ def _refusal(model_type: str) -> Callable[[str], ConfigurationError]:
 
 def _is_score(scores: Tensor, routed: Routed) -> bool:
     """Say whether the experts' weights are these scores, up to a factor for each token."""
+    assert routed.top_k_index is not None
     chosen = scores.gather(1, routed.top_k_index)
     ratio = routed.top_k_weights.detach() / chosen
     spread = ratio / ratio.mean(-1, keepdim=True) if ratio.shape[-1] > 1 else ratio / ratio.mean()

@@ -46,6 +46,7 @@ class RouterBalance:
         def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._is_counting:
                 index, _ = routing_of(args, kwargs)
+                assert index is not None, "a bias was found by what it chooses"
                 chosen = index if self._is_real is None else index[self._is_real]
                 counts.add_(torch.bincount(chosen.flatten(), minlength=len(counts)))
 

@@ -28,12 +28,12 @@ class Routed:
     """What an experts module was called with.
 
     Attributes:
-        top_k_index: (T, K) experts of each token.
-        top_k_weights: (T, K) their weights.
+        top_k_index: (T, K) experts of each token; None if they are not told.
+        top_k_weights: (T, K) their weights; the weighted tokens where these are not told.
         called_before: names of the modules beside it that were called before, in order.
     """
 
-    top_k_index: Tensor
+    top_k_index: Tensor | None
     top_k_weights: Tensor
     called_before: tuple[str, ...]
 
@@ -195,11 +195,13 @@ def record_routing(model: PreTrainedModel) -> dict[str, Routed]:
     return routed
 
 
-def routing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def routing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
     """Return index and weights, (T, K) each, from the arguments of an experts module."""
     values = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
     values |= kwargs
-    return values["top_k_index"], values["top_k_weights"]
+    # Experts that are given nothing but tokens are given weighted ones.
+    weights = values.get("top_k_weights", values["hidden_states"])
+    return values.get("top_k_index"), weights
 
 
 def _block_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -260,5 +262,7 @@ def _decides(small: PreTrainedModel, name: str, tensor: Tensor) -> bool:
         after = record_routing(small)[name]
     finally:
         flat[expert] = value
+    if after.top_k_index is None:
+        return False
     is_chosen = bool((after.top_k_index == expert).any(-1).all())
     return is_chosen and bool(after.top_k_weights.abs().max() < _LARGE / 100)

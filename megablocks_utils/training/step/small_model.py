@@ -5,6 +5,7 @@ else. What is small is chosen by the names of the config's fields; a choice with
 cannot be built is given up for one nearer to the real config.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -105,8 +106,8 @@ def _unusable(reason: str) -> UserError:
     return ConfigurationError(reason)
 
 
-def _reductions(model: PreTrainedModel) -> Iterator[_Reduction]:
-    """Yield what is tried, the smallest first."""
+def _reductions(model: PreTrainedModel) -> Iterator[_Reduction | None]:
+    """Yield what is tried, the smallest first, and last the config as it is."""
     config = model.config.get_text_config()
     layers = _find_layers(model)
     num_kinds = _count_needed(layers, config)
@@ -115,13 +116,14 @@ def _reductions(model: PreTrainedModel) -> Iterator[_Reduction]:
         for scale in fitting:
             yield _Reduction(scale, num_layers)
         yield _Reduction(1, num_layers, has_all_experts=True)
+    yield None
 
 
-def _build(model: PreTrainedModel, reduction: _Reduction) -> PreTrainedModel | None:
+def _build(model: PreTrainedModel, reduction: _Reduction | None) -> PreTrainedModel | None:
     """Build one; None if it would be too large."""
     config = _reduce_config(model.config, reduction, len(_find_layers(model)))
     kinds: dict[str, Any] = {
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": _attention_of(model.config),
         "dtype": torch.float32,
     }
     with torch.device("meta"):
@@ -137,9 +139,19 @@ def _build(model: PreTrainedModel, reduction: _Reduction) -> PreTrainedModel | N
     return small
 
 
+def _attention_of(config: PreTrainedConfig) -> dict[str, str]:
+    """Return the attention implementation of a model, and of the models within it by name."""
+    inner = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {"": config._attn_implementation} | {
+        name: sub._attn_implementation for name, sub in inner.items() if sub is not None
+    }
+
+
 def _reduce_config(
-    config: PreTrainedConfig, reduction: _Reduction, num_layers: int
+    config: PreTrainedConfig, reduction: _Reduction | None, num_layers: int
 ) -> PreTrainedConfig:
+    if reduction is None:
+        return copy.deepcopy(config)
     values = config.to_dict()
     for name in ("quantization_config", "dtype", "torch_dtype"):
         values.pop(name, None)
@@ -167,7 +179,7 @@ def _reduce(
                 reduced[name] = min(value, 8)
         elif isinstance(value, list | tuple | str) and len(value) == num_layers > 1:
             reduced[name] = value[: reduction.num_layers]
-        elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+        elif isinstance(value, dict) and "per_layer" in name:
             kept = min(reduction.num_layers, num_layers)
             reduced[name] = {key: v for key, v in value.items() if int(key) < kept}
         elif isinstance(value, list) and _FEED_FORWARD.fullmatch(name):

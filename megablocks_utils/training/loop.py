@@ -61,8 +61,7 @@ class TrainingState:
 
     def run_state(self) -> RunState:
         """Return what a checkpoint holds of it."""
-        biases = {} if self.balance is None else self.balance.tensors
-        return RunState(self.model, self.optimizer.optimizer, self.scheduler, biases)
+        return RunState(self.model, self.optimizer.optimizer, self.scheduler)
 
 
 def build_training_state(setup: Setup) -> TrainingState:

@@ -170,7 +170,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
-    balance = apply_router_options(config, model, probe, device)
+    balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     kernel = None if sharded is None else sharded.kernel.name
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -168,10 +168,7 @@ class MoETrainer(Trainer):
         """Return what a checkpoint holds of the run, once `train` has begun."""
         optimizer, scheduler = self.optimizer, self.lr_scheduler
         assert optimizer is not None and scheduler is not None, "train has not begun"
-        biases = {} if self._setup.balance is None else self._setup.balance.tensors
-        return RunState(
-            self._wrapped, getattr(optimizer, "optimizer", optimizer), scheduler, biases
-        )
+        return RunState(self._wrapped, getattr(optimizer, "optimizer", optimizer), scheduler)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         """Begin at the step to resume from; `MicroBatchLoader` leaves out what is done."""

@@ -1,7 +1,7 @@
 """What training changes, as shards for a checkpoint: weights, Adam's states, schedule."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,13 +38,11 @@ class RunState:
         model: wrapped by FSDP1 or FSDP2.
         optimizer: AdamW over its trainable parameters, not in Accelerate's wrapper.
         scheduler: of the learning rate, a function of the step alone.
-        biases: buffers that training changes, by name, whole on every rank.
     """
 
     model: nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def shards(self) -> dict[str, TensorShard]:
         """Return what this rank holds of every weight and state: views, nothing is copied."""
@@ -57,13 +55,7 @@ class RunState:
             for moment in _MOMENTS:
                 shards[_state_key(name, moment)] = place.shard(local_tensor(state[moment]))
             shards[_state_key(name, "step")] = _STEP.shard(state["step"].detach().view(1))
-        return shards | self._bias_shards()
-
-    def _bias_shards(self) -> dict[str, TensorShard]:
-        return {
-            MODEL_PREFIX + name: BlockPlace(tuple(bias.shape), (0,) * bias.dim()).shard(bias)
-            for name, bias in self.biases.items()
-        }
+        return shards
 
     def restore(self, folder: Path, step: int) -> None:
         """Continue from a checkpoint written with any mesh and sharding.
@@ -84,7 +76,7 @@ class RunState:
             MODEL_PREFIX + name: place.shard(local_tensor(parameter.detach()))
             for name, (parameter, place) in places.items()
         }
-        read_shards(weights | self._bias_shards(), folder)
+        read_shards(weights, folder)
         self._restore_optimizer(folder, places, stored)
         # To the step before, and one on: this sets the learning rates too.
         position = {"last_epoch": step - 1, "_step_count": step + 1}
@@ -120,8 +112,7 @@ class RunState:
 
     def _check_names(self, stored: Mapping[str, tuple], folder: Path) -> None:
         """Refuse a checkpoint that lacks something, or holds something that nobody reads."""
-        trained = set(_trainable_names(self.model))
-        wanted = trained | set(self.biases)
+        wanted = set(_trainable_names(self.model))
         found = {
             name.removeprefix(MODEL_PREFIX) for name in stored if name.startswith(MODEL_PREFIX)
         }
@@ -132,7 +123,7 @@ class RunState:
                     f" ({len(names)} of the parameters that this run trains)"
                 )
         # A parameter without a gradient so far has no states.
-        states = {name: {_state_key(name, state) for state in _STATES} for name in trained}
+        states = {name: {_state_key(name, state) for state in _STATES} for name in wanted}
         begun = {key for keys in states.values() if not keys.isdisjoint(stored) for key in keys}
         others = {name for name in stored if not name.startswith(MODEL_PREFIX)}
         for names, cause in ((begun - others, "lacks"), (others - begun, "also holds")):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import ConfigurationError, UserError
+from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.processes.agreement import broadcast_from_rank0
 from megablocks_utils.training.step.aux_loss import (
@@ -107,11 +108,22 @@ def _refuse_no_bias(routers: list[BlockRouter], rate: float, model_type: str) ->
 
 
 def apply_router_options(
-    config: RunConfig, model: PreTrainedModel, probe: ModelProbe, device: torch.device
+    config: RunConfig,
+    model: PreTrainedModel,
+    probe: ModelProbe,
+    device: torch.device,
+    fill_local: FillLocal,
 ) -> RouterBalance | None:
     """Freeze the routers, or prepare to move their biases, as the options say.
 
     Call it when the experts are split, and before FSDP wraps the model.
+
+    Args:
+        config: the run.
+        model: whose routers.
+        probe: what was found of them.
+        device: where this rank computes.
+        fill_local: reads the biases that are on meta.
 
     Returns:
         What counts tokens and moves the biases; None where they stay.
@@ -123,6 +135,6 @@ def apply_router_options(
         return None
     biases = find_correction_biases(model, routers)
     for bias in biases:
-        as_buffer(bias)
+        as_buffer(bias, fill_local)
     experts = find_expert_modules(model)
     return RouterBalance(biases, experts, optim.router_bias_update_rate, device)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.routers import CorrectionBias, routing_of
 
@@ -90,9 +91,15 @@ class RouterBalance:
         self._counts.zero_()
 
 
-def as_buffer(bias: CorrectionBias) -> None:
+@torch.no_grad()
+def as_buffer(bias: CorrectionBias, fill_local: FillLocal) -> None:
     """Keep a bias that is a frozen parameter as a persistent buffer: FSDP shards parameters."""
-    tensor = bias.tensor
-    if isinstance(tensor, nn.Parameter):
-        delattr(bias.owner, bias.attribute)
-        bias.owner.register_buffer(bias.attribute, tensor.detach(), persistent=True)
+    parameter = bias.tensor
+    if not isinstance(parameter, nn.Parameter):
+        return
+    values = parameter.detach()
+    if values.is_meta:
+        values = torch.empty_like(values, device="cpu")
+        fill_local(bias.name, values, (0,) * values.dim())
+    delattr(bias.owner, bias.attribute)
+    bias.owner.register_buffer(bias.attribute, values, persistent=True)

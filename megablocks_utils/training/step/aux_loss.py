@@ -51,9 +51,11 @@ class AuxLoss:
             return outputs.aux_loss
         scores = [_SCORES[self.score](logits.float()) for logits in outputs.router_logits]
         # Logits whose softmax are the scores, over their sum.
-        logits = tuple(torch.log(s.clamp_min(torch.finfo(s.dtype).tiny)) for s in scores)
+        logits: Any = tuple(torch.log(s.clamp_min(torch.finfo(s.dtype).tiny)) for s in scores)
         mask = None if batch.attention_mask is None else batch.attention_mask.to(logits[0].device)
-        return load_balancing_loss_func(logits, logits[0].shape[-1], self.top_k, mask)
+        loss = load_balancing_loss_func(logits, logits[0].shape[-1], self.top_k, mask)
+        assert isinstance(loss, Tensor), "there are router logits"
+        return loss
 
 
 def resolve_aux_loss_coef(model_config: PreTrainedConfig, given: float | None) -> float:
@@ -70,39 +72,37 @@ def resolve_aux_loss_coef(model_config: PreTrainedConfig, given: float | None) -
     return 0.0
 
 
-def choose_aux_loss(small: PreTrainedModel) -> AuxLoss:
+def choose_aux_loss(small: PreTrainedModel, coef: float) -> AuxLoss:
     """Find out what a model gives, on a small one of its class.
+
+    Args:
+        small: the small model.
+        coef: weight of the loss.
 
     Raises:
         ConfigurationError: it gives no auxiliary loss, and no router logits that are understood.
     """
-    model_type = small.config.model_type
-    tokens = torch.arange(8, device=next(small.parameters()).device)[None]
-    with torch.no_grad(), ForeignCode(_refusal(model_type)):
-        outputs = small(input_ids=tokens, use_cache=False, output_router_logits=True)
+
+    def refusal(reason: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"router_aux_loss_coef is {coef:g}, but it must be 0 for a model of type "
+            f"{small.config.model_type}: {reason}.",
+            parameters=("router_aux_loss_coef",),
+        )
+
+    with ForeignCode(refusal):
+        routed, outputs = record_routing(small, output_router_logits=True)
     if getattr(outputs, "aux_loss", None) is not None:
         return AuxLoss()
     logits = getattr(outputs, "router_logits", None)
     if not logits:
-        raise _refusal(model_type)("it gives neither an auxiliary loss nor router logits")
-    routed = record_routing(small)
-    with torch.no_grad():
-        tokens = (
-            torch.arange(48, device=tokens.device)[None] % small.config.get_text_config().vocab_size
-        )
-        logits = small(input_ids=tokens, use_cache=False, output_router_logits=True).router_logits
-    called = next(iter(routed.values()))
-    for name, score in _SCORES.items():
-        if called.top_k_index is not None and _is_score(score(logits[0].float()), called):
-            return AuxLoss(name, called.top_k_index.shape[-1])
-    raise _refusal(model_type)("how it makes weights of its router logits is not known")
-
-
-def _refusal(model_type: str) -> Callable[[str], ConfigurationError]:
-    return lambda reason: ConfigurationError(
-        f"router_aux_loss_coef must be 0 for a model of type {model_type}: {reason}.",
-        parameters=("router_aux_loss_coef",),
-    )
+        raise refusal("it gives neither an auxiliary loss nor router logits")
+    called = next(iter(routed.values()), None)
+    if called is not None and called.top_k_index is not None:
+        for name, score in _SCORES.items():
+            if _is_score(score(logits[0].detach().float()), called):
+                return AuxLoss(name, called.top_k_index.shape[-1])
+    raise refusal("how it makes weights of its router logits is not known")
 
 
 def _is_score(scores: Tensor, routed: Routed) -> bool:

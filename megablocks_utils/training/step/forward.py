@@ -32,9 +32,11 @@ def run_forward(
         The model's outputs, (1, P, V) logits and (P,) target tokens.
     """
     positions = label_positions(batch.labels)
+    config = model.config
+    assert isinstance(config, PreTrainedConfig), "a transformers model has one"
     with _keep_positions(model, positions, batch.labels.shape, device):
         outputs = model(
-            **_model_inputs(model.config, batch, device),
+            **_model_inputs(config, batch, device),
             use_cache=False,
             output_router_logits=router_logits,
         )

@@ -65,17 +65,17 @@ def probe_model(
 def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> ModelProbe:
     optim = config.optim
     small = cache(partial(build_small_model, model, device))
-    has_aux_loss = resolve_aux_loss_coef(model.config, config.router_aux_loss_coef) > 0
+    coef = resolve_aux_loss_coef(model.config, config.router_aux_loss_coef)
     packing = choose_packing(
         small,
         packing=optim.packing,
         batch_size=optim.per_device_train_batch_size,
         device=device,
-        has_aux_loss=has_aux_loss,
+        has_aux_loss=coef > 0,
     )
     aux_loss = AuxLoss()
-    if has_aux_loss:
-        aux_loss = choose_aux_loss(_asked_by("router_aux_loss_coef", 0, small))
+    if coef > 0:
+        aux_loss = choose_aux_loss(_asked_by("router_aux_loss_coef", 0, small), coef)
     routers: list[BlockRouter] = []
     if optim.router_bias_update_rate:
         routers = recognize_routers(_asked_by("router_bias_update_rate", 0, small))

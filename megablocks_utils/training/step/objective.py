@@ -4,7 +4,7 @@ The output head (for a vocabulary of 50k the widest matmul there is, and the lar
 runs only where a label is, see `forward`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,12 @@ class LabelPositions:
 
     def to(self, device: torch.device) -> "LabelPositions":
         """Return the same on a device."""
-        moved = (tensor.to(device) for tensor in (self.rows, self.columns, self.targets))
-        return LabelPositions(*moved, num_rows=self.num_rows)
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            columns=self.columns.to(device),
+            targets=self.targets.to(device),
+        )
 
 
 def label_positions(labels: torch.Tensor) -> LabelPositions:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError, UserError
+from megablocks_utils.moe.model_facts import vocab_size
 from megablocks_utils.training.data.batches import MicroBatch, Packing, collate_encoded
 from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.step.forward import run_forward
@@ -119,8 +120,8 @@ class _Probe:
     ) -> None:
         self._model, self._device, self._has_aux_loss = model, device, has_aux_loss
         generator = np.random.RandomState(0)
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        rows = [generator.randint(min(3, vocab_size - 1), vocab_size, n) for n in _LENGTHS]
+        tokens = vocab_size(model)
+        rows = [generator.randint(min(3, tokens - 1), tokens, n) for n in _LENGTHS]
         self._examples = [(ids, np.concatenate(([IGNORED_LABEL], ids[1:]))) for ids in rows]
         with ForeignCode(ConfigurationError):
             alone = [self._logits(collate_encoded([e], Packing.ALONE)) for e in self._examples]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.moe.expert_spec import find_expert_modules
+from megablocks_utils.moe.model_facts import vocab_size
 
 __all__ = ["BlockRouter", "CorrectionBias", "Routed", "find_correction_biases", "find_routers"]
 __all__ += ["freeze_routers", "record_routing", "recognize_routers"]
@@ -98,7 +99,7 @@ def recognize_routers(small: PreTrainedModel) -> list[BlockRouter]:
     Raises:
         ConfigurationError: weights of experts depend on no module beside them.
     """
-    routed = record_routing(small)
+    routed, _ = record_routing(small)
     found: dict[tuple[str, str, str], BlockRouter] = {}
     for name, experts in find_expert_modules(small).items():
         if name not in routed:
@@ -114,7 +115,7 @@ def recognize_routers(small: PreTrainedModel) -> list[BlockRouter]:
         own = tuple(n for n in parameters if "." not in n or n.startswith(f"{router}."))
         kind = type(block).__name__, attribute, type(block.get_submodule(router)).__name__
         if kind not in found:
-            bias, reason = _find_bias(small, name, experts.down_proj.shape[0])
+            bias, reason = _find_bias(small, name, experts.get_parameter("down_proj").shape[0])
             found[kind] = BlockRouter(kind[0], attribute, router, kind[2], own, bias, reason)
     return list(found.values())
 
@@ -160,8 +161,16 @@ def find_correction_biases(
     return biases
 
 
-def record_routing(model: PreTrainedModel) -> dict[str, Routed]:
-    """Run a small model on a few tokens; return what its experts modules were called with."""
+def record_routing(model: PreTrainedModel, **inputs: Any) -> tuple[dict[str, Routed], Any]:
+    """Run a small model on a few tokens.
+
+    Args:
+        model: the small model.
+        inputs: what its forward is given besides.
+
+    Returns:
+        What its experts modules were called with by name, and its outputs.
+    """
     routed: dict[str, Routed] = {}
     handles = []
     called: list[nn.Module] = []
@@ -185,14 +194,13 @@ def record_routing(model: PreTrainedModel) -> dict[str, Routed]:
         for child in block.children():
             handles.append(child.register_forward_hook(lambda module, *_: called.append(module)))
     try:
-        vocab_size = model.get_input_embeddings().weight.shape[0]
         device = next(model.parameters()).device
-        tokens = torch.arange(min(48, vocab_size), device=device)[None]
-        model(input_ids=tokens, use_cache=False)
+        tokens = torch.arange(min(48, vocab_size(model)), device=device)[None]
+        outputs = model(input_ids=tokens, use_cache=False, **inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return routed
+    return routed, outputs
 
 
 def routing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor]:
@@ -259,7 +267,8 @@ def _decides(small: PreTrainedModel, name: str, tensor: Tensor) -> bool:
     value = flat[expert].item()
     flat[expert] = value + _LARGE
     try:
-        after = record_routing(small)[name]
+        routed, _ = record_routing(small)
+        after = routed[name]
     finally:
         flat[expert] = value
     if after.top_k_index is None:

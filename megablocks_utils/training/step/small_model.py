@@ -8,9 +8,9 @@ cannot be built is given up for one nearer to the real config.
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ __all__ = ["build_small_model"]
 _SEED = 0
 _MAX_PARAMETERS = 24_000_000
 """Of a small model: 0.2 s to fill."""
-_SCALES = (64, 48, 40, 32, 24, 16, 8, 4, 2, 1)
+_SCALES = (64, 32, 16, 4, 1)
 _MIN_HIDDEN = 64
 _MAX_KINDS = 12
 """Kinds of layers; more are no kinds but some number that each layer has."""
@@ -51,11 +51,13 @@ class _Reduction:
         scale: what the hidden size and the numbers of heads are divided by.
         num_layers: first layers that are kept.
         has_all_experts: whether there are as many experts as in the real model.
+        has_small_windows: whether windows and chunks are shorter than the examples of a probe.
     """
 
     scale: int
     num_layers: int
     has_all_experts: bool = False
+    has_small_windows: bool = True
 
     def value(self, name: str, value: int) -> int:
         """Return the small value of a field."""
@@ -65,7 +67,7 @@ class _Reduction:
             return min(value, 256)
         if _FEED_FORWARD.fullmatch(name):
             return min(value, 32)
-        if _WINDOWS.fullmatch(name):
+        if _WINDOWS.fullmatch(name) and self.has_small_windows:
             return min(value, 16 if "chunk" in name else 8)
         if _EXPERTS.fullmatch(name) and not self.has_all_experts:
             return min(value, 32)
@@ -95,7 +97,8 @@ def build_small_model(model: PreTrainedModel, device: torch.device) -> PreTraine
             reasons.append(str(error))
             continue
         if small is not None:
-            return small.to(device)
+            nn.Module.to(small, device)  # transformers' own has another signature
+            return small
     raise ConfigurationError(
         f"no small model of {type(model).__name__} can be built to try what its forward does: "
         f"{reasons[-1] if reasons else 'it has too many parameters'}."
@@ -115,7 +118,8 @@ def _reductions(model: PreTrainedModel) -> Iterator[_Reduction | None]:
     for num_layers in dict.fromkeys((num_kinds, len(layers))):
         for scale in fitting:
             yield _Reduction(scale, num_layers)
-        yield _Reduction(1, num_layers, has_all_experts=True)
+        for scale in (fitting[0], 1):
+            yield _Reduction(scale, num_layers, has_all_experts=True, has_small_windows=False)
     yield None
 
 
@@ -155,36 +159,43 @@ def _reduce_config(
     values = config.to_dict()
     for name in ("quantization_config", "dtype", "torch_dtype"):
         values.pop(name, None)
-    return type(config).from_dict(_reduce(config, values, reduction.value, num_layers, reduction))
+    return type(config).from_dict(_reduce(config, values, num_layers, reduction))
 
 
 def _reduce(
     config: PreTrainedConfig,
     values: Mapping[str, Any],
-    small: Callable[[str, int], int],
     num_layers: int,
     reduction: _Reduction,
 ) -> dict[str, Any]:
     """Return a config's values made small, those of configs within it too."""
     reduced = dict(values)
+    own = [v for n, v in values.items() if _NUM_LAYERS.fullmatch(n) and type(v) is int]
+    lengths = {num_layers, *own} - {1}
     index_heads = [v for n, v in values.items() if _INDEX_HEADS.fullmatch(n)]
     for name, value in values.items():
         inner = getattr(config, name, None) if name in config.sub_configs else None
         if isinstance(inner, PreTrainedConfig):
-            reduced[name] = _reduce(inner, value, small, num_layers, reduction)
+            reduced[name] = _reduce(inner, value, num_layers, reduction)
         elif isinstance(value, int) and not isinstance(value, bool):
-            reduced[name] = small(name, value)
+            reduced[name] = reduction.value(name, value)
             # Scores of a few heads are often equal, and then any of them may be chosen.
-            if name == "index_topk" and min(index_heads, default=0) >= 8:
+            is_small = reduction.has_small_windows and min(index_heads, default=0) >= 8
+            if name == "index_topk" and is_small:
                 reduced[name] = min(value, 8)
-        elif isinstance(value, list | tuple | str) and len(value) == num_layers > 1:
+        elif _is_per_layer(name, value) and len(value) in lengths:
             reduced[name] = value[: reduction.num_layers]
         elif isinstance(value, dict) and "per_layer" in name:
             kept = min(reduction.num_layers, num_layers)
             reduced[name] = {key: v for key, v in value.items() if int(key) < kept}
         elif isinstance(value, list) and _FEED_FORWARD.fullmatch(name):
-            reduced[name] = [small(name, item) for item in value]
+            reduced[name] = [reduction.value(name, item) for item in value]
     return reduced
+
+
+def _is_per_layer(name: str, value: object) -> TypeGuard[Sequence[object]]:
+    """Say whether a value may tell something of each layer: a list, or a word of letters."""
+    return isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in name)
 
 
 def _divide(number: int, scale: int) -> int:
@@ -204,9 +215,10 @@ def _count_needed(layers: nn.ModuleList, config: PreTrainedConfig) -> int:
     """Return how many first layers have every kind of layer among them."""
     listed = [
         value
-        for value in config.to_dict().values()
-        if isinstance(value, list | tuple | str) and len(value) == len(layers)
+        for name, value in config.to_dict().items()
+        if _is_per_layer(name, value) and len(value) == len(layers)
     ]
+    listed = [value for value in listed if len(set(map(str, value))) <= _MAX_KINDS]
     kinds = [(_describe(layer), tuple(str(v[i]) for v in listed)) for i, layer in enumerate(layers)]
     if len(set(kinds)) > _MAX_KINDS:
         kinds = [

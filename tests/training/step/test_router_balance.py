@@ -131,7 +131,7 @@ def test_frozen_routers_are_all_routers_and_nothing_else(model_type):
 def test_router_logits_alone_give_the_loss_of_the_scores():
     """Sigmoid scores over their sum take the place of the softmax in transformers' formula."""
     model = build_tiny("deepseek_v3")
-    found = choose_aux_loss(build_small_model(model, CPU))
+    found = choose_aux_loss(build_small_model(model, CPU), 0.5)
     assert found == AuxLoss("sigmoid", 2)
     batch = collate_examples(make_examples(), (0, 1), Packing.PADDED)
     weights = LossWeights(1, 1, 0.5, found)
@@ -155,5 +155,7 @@ def aux_by_hand(model, rows):
 
 
 def test_a_model_without_router_logits_is_refused():
-    with pytest.raises(ConfigurationError, match="router_aux_loss_coef must be 0 for .*kimi_k25"):
-        choose_aux_loss(build_small_model(build_tiny("kimi_k25"), CPU))
+    with pytest.raises(
+        ConfigurationError, match="router_aux_loss_coef is 0.5, but it must be 0 for .*kimi_k25"
+    ):
+        choose_aux_loss(build_small_model(build_tiny("kimi_k25"), CPU), 0.5)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megablocks_utils.config import (
@@ -118,6 +119,7 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         filter_peft_warnings,
         without_transformers_bars,
     )
+    from megablocks_utils.checkpoint.quantization_config import load_dequantized
 
     found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
     with (
@@ -125,7 +127,9 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         without_transformers_bars(),
         filter_peft_warnings(),
     ):
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, **load_dequantized(Path(model_path))
+        )
         if adapter_path is not None:
             from peft import PeftModel
 

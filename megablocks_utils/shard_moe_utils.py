@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, detect_naming
-from megablocks_utils.checkpoint.load import load_experts, refuse_quantized
+from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
@@ -178,8 +178,8 @@ class _ExpertSource:
         self.index = self.naming = None
         if checkpoint is not None:
             folder = resolve_checkpoint_folder(str(checkpoint))
-            refuse_quantized(folder)
-            self.index = open_checkpoint(folder)
+            # Rounded once, to the dtype of each parameter, as transformers does it.
+            self.index = open_checkpoint(folder, dtype=torch.float32)
             self.naming = detect_naming(self.index)
         self.mesh = mesh
         self.device = device

@@ -18,6 +18,7 @@ from megablocks_utils.checkpoint.layouts import (
     EXPERT_TENSORS,
     HubNaming,
 )
+from megablocks_utils.checkpoint.quantization_config import drop_quantization, read_quantization
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
@@ -26,12 +27,8 @@ from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 __all__ = [
     "build_model_on_meta",
     "load_experts",
-    "refuse_quantized",
 ]
 
-# What says that weights are quantized: settings of config.json, and files beside it.
-_QUANTIZATION_SETTINGS = ("quantization_config", "compression_config", "quantization")
-_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _RATE_NAMES = ("dropout", "_pdrop", "jitter_noise")
 
@@ -55,9 +52,10 @@ def build_model_on_meta(
     _check_model_type(folder, settings)
     _check_numbers(folder, settings)
     _check_top_k(folder, settings)
-    refuse_quantized(folder)
+    read_quantization(folder)  # refuses what is not read here, before names look wrong
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         config = AutoConfig.from_pretrained(folder)
+        drop_quantization(config)  # the model has floating-point weights, and is saved with them
         if truncate_layers is not None:
             config.num_hidden_layers = min(truncate_layers, config.num_hidden_layers)
         with init_empty_weights(include_buffers=False):
@@ -67,27 +65,6 @@ def build_model_on_meta(
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
-
-
-def refuse_quantized(folder: Path) -> None:
-    """Refuse a model whose weights are quantized, before its tensors' names look wrong.
-
-    Raises:
-        CheckpointError: its configuration says that they are.
-    """
-    path = folder / MODEL_CONFIG_NAME
-    settings = read_settings(path, "model") if path.is_file() else {}
-    said = [f"{path} has {name}" for name in _QUANTIZATION_SETTINGS if settings.get(name)]
-    said += [f"{folder} has {name}" for name in _QUANTIZATION_FILES if (folder / name).is_file()]
-    if not said:
-        return
-    details = settings.get(_QUANTIZATION_SETTINGS[0])
-    method = details.get("quant_method") if isinstance(details, dict) else None
-    kind = "" if method is None else f" (quant_method {show_value(method)})"
-    raise CheckpointError(
-        f"{said[0]}{kind}: quantized weights are not read here; give the model that was quantized,"
-        " or one that transformers has dequantized (model.dequantize(), then save_pretrained)"
-    )
 
 
 def load_experts(

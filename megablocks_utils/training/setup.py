@@ -209,6 +209,8 @@ def _open_model(
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
+    for note in source.index.notes:
+        console.print(note, markup=False)
     if names := source.ignored:
         console.print(
             f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",

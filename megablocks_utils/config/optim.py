@@ -84,9 +84,8 @@ class OptimConfig:
     packing: Annotated[
         str,
         Option(
-            "examples of a micro-batch one after the other in one row (True), or a padded batch "
-            "with a mask (False); auto: packed if a probe at the start shows that this model keeps "
-            "them apart",
+            "examples of a micro-batch in one row (True) or in a padded batch (False); auto: in one "
+            "row if a probe shows that the model keeps them apart",
             choices=("auto", "True", "False"),
         ),
     ] = "auto"
@@ -100,9 +99,8 @@ class OptimConfig:
     router_bias_update_rate: Annotated[
         float,
         Option(
-            "balance experts without a loss, in models whose routers have a correction bias: after "
-            "every step it moves by this much towards experts with fewer tokens than the mean; 0: "
-            "biases stay",
+            "what the routers' correction biases move by after a step, towards experts with fewer "
+            "tokens; 0: they stay",
             minimum=0,
         ),
     ] = 0.0

@@ -84,8 +84,8 @@ class OptimConfig:
     packing: Annotated[
         str,
         Option(
-            "examples of a micro-batch in one row (True) or in a padded batch (False); auto: in one "
-            "row if a probe shows that the model keeps them apart",
+            "examples of a micro-batch in one row (True) or a padded batch (False); auto: one row "
+            "if a probe shows that the model keeps them apart",
             choices=("auto", "True", "False"),
         ),
     ] = "auto"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
@@ -16,6 +17,7 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.model_sizes import check_model_sizes
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME
+from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.shard_moe_utils import require_experts, split_experts_on_meta
@@ -48,6 +50,19 @@ class ModelSource:
     def num_experts(self) -> int:
         """Experts of a layer; of the first where layers differ."""
         return next(iter(self.expert_specs.values())).num_experts
+
+    def fill_untrained(self) -> FillLocal:
+        """Return what fills parameters that are not trained, as the model is now, and no others.
+
+        Those come from the checkpoint that a run resumes from.
+        """
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+        def fill(name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
+            if name not in trained:
+                self.reader.fill_local(name, local, offsets)
+
+        return fill
 
 
 def _refuse_no_moe_layer(model: PreTrainedModel, num_layers: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
@@ -40,6 +40,12 @@ from megablocks_utils.training.resume.resume_point import (
 )
 from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.step.model_probe import (
+    ModelProbe,
+    apply_router_options,
+    probe_model,
+)
+from megablocks_utils.training.step.router_balance import RouterBalance
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Setup:
         compatibility: what a run that resumes from this one's checkpoints must share with it.
         resume: the checkpoint to resume from; None for a run that starts fresh.
         plan: the memory that was predicted, or why it was not.
+        probe: what was found out of the model's forward pass.
+        balance: moves the routers' correction biases; None where they stay.
     """
 
     config: RunConfig
@@ -91,6 +99,8 @@ class Setup:
     compatibility: ResumeCompatibility
     resume: ResumePoint | None
     plan: MemoryCheck
+    probe: ModelProbe
+    balance: RouterBalance | None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -155,19 +165,19 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
     answer_end = _let_generation_stop(config, examples, tokenizer, model)
     fingerprint = check_run_inputs(config, folder, examples)
-    schedule = Schedule(config, examples, launch.rank, world_size)
+    probe = probe_model(config, model, device, console)
+    schedule = Schedule(config, examples, launch.rank, world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
+    balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     kernel = None if sharded is None else sharded.kernel.name
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
-    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
-    # which only reentrant checkpointing needs.
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     return Setup(
         config=config,
@@ -186,10 +196,12 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         num_experts=source.num_experts,
         top_k=find_top_k(model),
         parameter_specs=specs,
-        fill_local=_leave_empty if resume and adapters is None else source.reader.fill_local,
+        fill_local=source.fill_untrained() if resume else source.reader.fill_local,
         compatibility=compatibility,
         resume=resume,
         plan=plan,
+        probe=probe,
+        balance=balance,
     )
 
 
@@ -225,11 +237,8 @@ def _describe_compatibility(
         model_type=model.config.model_type,
         world_size=schedule.world_size,
         base_sha256=None if lora is None else fingerprint,
+        packing=schedule.packing,
     )
-
-
-def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
-    """Fill nothing: all weights come from the checkpoint that the run resumes from."""
 
 
 def _split_experts(

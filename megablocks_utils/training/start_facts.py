@@ -75,4 +75,5 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "ep_size": setup.mesh_sizes()["ep"],
         "num_steps": setup.schedule.num_steps,
         "examples": len(setup.schedule.examples),
+        "packing": setup.probe.packing.as_record(),
     }

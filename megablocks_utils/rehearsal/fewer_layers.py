@@ -68,7 +68,7 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedMod
         layers.append(layer)
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
-                part.layer_idx = index
+                vars(part)["layer_idx"] = index
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == number:
             setattr(config, name, [value[index] for index in indices])

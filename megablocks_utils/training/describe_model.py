@@ -24,7 +24,7 @@ def describe_model(model: PreTrainedModel) -> ModelDescription:
     config = text_config(model)
     specs = {name: read_expert_spec(module) for name, module in find_expert_modules(model).items()}
     first = next(iter(specs.values()))
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().get_parameter("weight")
     names = {parameter: name for name, parameter in reversed([*model.named_parameters()])}
     num_heads = _size(config, "num_attention_heads")
     return ModelDescription(

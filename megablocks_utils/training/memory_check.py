@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import PlanError, UserError
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.memory.run_plan import RunPlan, plan_run
 from megablocks_utils.planning.model.described_shape import shape_of
 from megablocks_utils.planning.model.model_description import ModelDescription
@@ -86,7 +87,7 @@ def check_memory(
     model: ModelDescription,
     schedule: Schedule,
     device: torch.device,
-    kernel: str | None,
+    sharded: ShardedMoE | None,
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -97,7 +98,7 @@ def check_memory(
         model: what is trained, without adapters.
         schedule: its micro-batches.
         device: where this rank computes; its free memory is what a rank may take.
-        kernel: the backend that runs the experts; None: transformers does.
+        sharded: experts and the kernel that runs them; None: transformers does.
 
     Raises:
         PlanError: on every rank, for a plan that cannot fit, unless `ignore_plan` is True.
@@ -115,7 +116,7 @@ def check_memory(
             tokens=tokens,
             label_tokens=label_tokens,
             examples=examples,
-            kernel=kernel or "transformers",
+            kernel="transformers" if sharded is None else sharded.kernel.name,
         )
     except UserError as error:
         return MemoryCheck(None, str(error), device.type, base_bytes)

@@ -135,7 +135,8 @@ def _read_attention(model: ModelDescription, layer: Shapes) -> AttentionShape:
 
 def _read_plain(model: ModelDescription, weights: Shapes, *, has_bias: bool) -> AttentionShape:
     head_dim = weights["k_proj"][0] // model.num_kv_heads
-    sizes = {(head_dim,): "head", (model.num_heads * head_dim,): "whole"}
+    whole = model.num_heads * head_dim
+    sizes: dict[tuple[int, ...], str] = {(head_dim,): "head", (whole,): "whole"}
     norm = weights.get("q_norm")
     return AttentionShape(
         num_heads=model.num_heads,
@@ -150,8 +151,9 @@ def _read_plain(model: ModelDescription, weights: Shapes, *, has_bias: bool) -> 
 
 
 def _read_latent(model: ModelDescription, weights: Shapes) -> AttentionShape:
-    kv_rank = weights.get("kv_a_layernorm", (0,))[0]
-    queries = weights.get("q_b_proj") or weights.get("q_proj") or (0,)
+    none: tuple[int, ...] = (0,)
+    kv_rank = weights.get("kv_a_layernorm", none)[0]
+    queries = weights.get("q_b_proj") or weights.get("q_proj") or none
     return AttentionShape(
         num_heads=model.num_heads,
         num_kv_heads=model.num_heads,  # keys and values are made for every head
@@ -159,7 +161,7 @@ def _read_latent(model: ModelDescription, weights: Shapes) -> AttentionShape:
         v_head_dim=weights["o_proj"][1] // model.num_heads,
         rope_dim=weights["kv_a_proj_with_mqa"][0] - kv_rank,
         has_bias=False,
-        q_rank=weights.get("q_a_layernorm", (0,))[0],
+        q_rank=weights.get("q_a_layernorm", none)[0],
         kv_rank=kv_rank,
         sliding_window=model.sliding_window,
     )

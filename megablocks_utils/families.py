@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["FAMILIES", "SUPPORTED_MODEL_TYPES", "ModelFamily", "describe_supported"]
+__all__ = [
+    "FAMILIES",
+    "SUPPORTED_MODEL_TYPES",
+    "UNMARKED_EXPERTS",
+    "ModelFamily",
+    "UnmarkedExperts",
+    "describe_supported",
+]
 
 
 @dataclass(frozen=True)
@@ -54,3 +61,27 @@ SUPPORTED_MODEL_TYPES = tuple(FAMILIES)
 def describe_supported() -> str:
     """Return the supported model types as messages list them."""
     return ", ".join(SUPPORTED_MODEL_TYPES)
+
+
+@dataclass(frozen=True)
+class UnmarkedExperts:
+    """Say of a class of experts what transformers' mark would have said.
+
+    Attributes:
+        is_transposed: whether its weights are stored (in, out).
+        is_weighted_before: whether its block weights the tokens before the experts instead of the
+            experts' results, and gives all tokens to all experts.
+    """
+
+    is_transposed: bool = False
+    is_weighted_before: bool = False
+
+
+UNMARKED_EXPERTS: Mapping[str, UnmarkedExperts] = MappingProxyType(
+    {
+        "Llama4TextExperts": UnmarkedExperts(is_transposed=True, is_weighted_before=True),
+        "LongcatFlashExperts": UnmarkedExperts(),
+        "Step3p7Experts": UnmarkedExperts(),
+    }
+)
+"""Experts without the mark, by the name of their class."""

@@ -8,18 +8,17 @@ layer; no weight is read.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["ExpertPart", "Span", "UnreadableFormError", "trace_parts"]
+from megablocks_utils.errors import CheckpointError
+
+__all__ = ["ExpertPart", "Span", "trace_parts"]
 
 _ROWS, _COLUMNS = 4, 6
 """Of a stand-in's matrix: different, so that a turned one shows; even, so that halves do."""
-
-
-class UnreadableFormError(Exception):
-    """Say that stored tensors do not become rows and columns of experts."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def trace_parts(
         shape: of the parameter in memory, (E, rows, columns) or a bias (E, rows).
 
     Raises:
-        UnreadableFormError: an element of the parameter has no place in what is stored, or the
+        CheckpointError: an element of the parameter has no place in what is stored, or the
             conversion does more than to put rows and columns in place.
     """
     stand_ins, first = {}, 0
@@ -130,7 +129,7 @@ def _parts_of_matrix(
         row, column, real = row.T, column.T, (real[1], real[0])
     separable = (row == row[:, :1]).all() and (column == column[:1]).all()
     if (place < 0).any() or (expert != expert[0, 0]).any() or not separable:
-        raise UnreadableFormError(f"{key} holds more than whole rows of one expert")
+        raise CheckpointError(f"{key} holds more than whole rows of one expert")
     for rows in _spans(row[:, 0].tolist(), real[0]):
         for columns in _spans(column[0].tolist(), real[1]):
             yield ExpertPart(key, item, int(expert[0, 0]), rows, columns, is_turned)
@@ -147,7 +146,9 @@ def _spans(places: list[int], real: int) -> Iterator[Span]:
         return
     for stride in (1, 2):
         runs = [places[start::stride] for start in range(stride)]
-        steps = {after - before for run in runs for before, after in zip(run, run[1:], strict=False)}
+        steps = {
+            after - before for run in runs for before, after in zip(run, run[1:], strict=False)
+        }
         if len(steps) != 1 or not steps <= {1, 2} or real % stride:
             continue
         (step,) = steps
@@ -160,7 +161,7 @@ def _spans(places: list[int], real: int) -> Iterator[Span]:
             yield Span(range(start, real, stride), range(base, base + count * step, step))
         else:
             return
-    raise UnreadableFormError(f"its rows go to {places}")
+    raise CheckpointError(f"its rows go to {places}")
 
 
 def _check_cover(parts: Sequence[ExpertPart], shape: tuple[int, ...]) -> None:
@@ -170,11 +171,11 @@ def _check_cover(parts: Sequence[ExpertPart], shape: tuple[int, ...]) -> None:
     for part in parts:
         is_inside = part.rows.memory[-1] < num_rows and part.columns.memory[-1] < num_columns
         if part.expert >= shape[0] or not is_inside:
-            raise UnreadableFormError(f"{part.key} goes beyond the shape {shape} in memory")
+            raise CheckpointError(f"{part.key} goes beyond the shape {shape} in memory")
         sizes[part.expert] += len(part.rows.memory) * len(part.columns.memory)
     for expert, size in enumerate(sizes):
         if size != num_rows * num_columns:
-            raise UnreadableFormError(f"expert {expert} of {shape[0]} is not all there")
+            raise CheckpointError(f"expert {expert} of {shape[0]} is not all there")
 
 
 def _as_slice(span: range) -> slice:

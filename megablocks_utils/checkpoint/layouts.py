@@ -8,34 +8,26 @@ own operations. The same places serve reading, checking and writing.
 
 import math
 from collections.abc import Callable, Iterator, KeysView, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.conversion import Conversion, ModelShapes, revert, saved_transforms
 from megablocks_utils.checkpoint.expert_trace import (
     ExpertPart,
     Span,
-    UnreadableFormError,
     trace_parts,
 )
-from megablocks_utils.checkpoint.stored_names import NameMapping
+from megablocks_utils.checkpoint.stored_names import NameMapping, last_number
+from megablocks_utils.errors import CheckpointError
+from megablocks_utils.moe.expert_spec import find_expert_parameters
 
 __all__ = ["ModelLayout", "StoredTensors"]
-
-
-def find_expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """TEMPORARY until moe/expert_spec lands."""
-    return {
-        f"{n}.{p}": q
-        for n, m in model.named_modules()
-        if hasattr(m, "_is_expert_parallel") or type(m).__name__ in ("LongcatFlashExperts", "Step3p7Experts", "Llama4TextExperts", "DroplessExperts")
-        for p, q in m.named_parameters(recurse=False)
-    }
 
 
 class StoredTensors(Protocol):
@@ -62,7 +54,7 @@ class ModelLayout:
         buffers: names of the persistent buffers.
         tied: parameters that are the same tensor as another one, by whose name they go.
         missing: names of which nothing is stored.
-        unused: stored tensors that no parameter or buffer takes.
+        unused: stored tensors that no parameter or buffer takes, with what they are renamed to.
         used_transforms: which of transformers' transforms have renamed or converted something.
     """
 
@@ -93,7 +85,7 @@ class ModelLayout:
             if name not in self._plain:
                 conversion = Conversion(mapping.converter(sources[0][1]), name, tuple(sources))
                 self._conversions |= dict.fromkeys(conversion.names, conversion)
-        self.unused = tuple(key for key, target in targets.items() if target.name not in state)
+        self.unused = {key: t.name for key, t in targets.items() if t.name not in state}
         self.missing = tuple(name for name in state if not self.sources(name))
         # Where a form has been traced before, only the keys differ from layer to layer.
         self._held: dict[str, Tensor] = {}
@@ -137,7 +129,7 @@ class ModelLayout:
         """Yield what is stored of some experts of an expert weight, expert by expert.
 
         Raises:
-            UnreadableFormError: what is stored is not all of the weight, or is no rows and columns.
+            CheckpointError: what is stored is not all of the weight, or is no rows and columns.
         """
         if self.is_plain(name):
             (key,) = self.sources(name)
@@ -150,6 +142,14 @@ class ModelLayout:
             for part in self._trace(name)[expert]:
                 yield replace(part, key=keys[int(part.key)])
 
+    def count_stored_experts(self, name: str) -> int:
+        """Return how many experts are stored of an expert weight."""
+        if self.is_plain(name):
+            shapes = [self._stored.shape(key) for key in self.sources(name)]
+            return max((shape[0] for shape in shapes), default=0)
+        patterns = [pattern for _, pattern in self._conversions[name].sources]
+        return max(patterns.count(pattern) for pattern in patterns)
+
     def convert(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Return a parameter that transformers converts, whole.
 
@@ -159,6 +159,34 @@ class ModelLayout:
         """
         conversion = self._conversions[name]
         return conversion.run({key: read(key) for key, _ in conversion.sources}, self._model)[name]
+
+    def check(self, name: str) -> None:
+        """Check that a parameter which transformers converts can be made of what is stored.
+
+        Raises:
+            CheckpointError: it cannot.
+        """
+        if self.is_expert(name):
+            self._trace(name)
+            return
+        shapes = self.stored_shapes(name)
+        stand_ins = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        with _as_checkpoint_error(name):
+            made = self.convert(name, stand_ins.__getitem__)
+        if tuple(made.shape) != self.shapes[name]:
+            raise CheckpointError(
+                f"{name} would be {tuple(made.shape)} instead of {self.shapes[name]}"
+            )
+
+    def stored_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is stored of a parameter or buffer."""
+        return {key: self._stored.shape(key) for key in self.sources(name)}
+
+    def tied_pairs(self) -> Iterator[tuple[str, str]]:
+        """Yield the stored tensors of each tied parameter that is stored twice: copy, source."""
+        for copy, source in self.tied.items():
+            if copy in self._plain and source in self._plain:
+                yield self._plain[copy], self._plain[source]
 
     def hub_tensors(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield what is written for a parameter or buffer: each stored name with its tensor.
@@ -208,13 +236,15 @@ class ModelLayout:
     def _trace(self, name: str) -> dict[int, list[ExpertPart]]:
         """Return the parts of an expert weight by expert; their keys are numbers of its sources."""
         conversion = self._conversions[name]
-        stored = {key: self._stored.shape(key) for key, _ in conversion.sources}
+        stored = self.stored_shapes(name)
         number = conversion.names.index(name)
         patterns = tuple(pattern for _, pattern in conversion.sources)
-        form = (id(conversion.converter), number, patterns, tuple(stored.values()))
+        numbers = tuple(last_number(key) for key in stored)
+        form = (id(conversion.converter), number, patterns, numbers, tuple(stored.values()))
         if (form, self.shapes[name]) not in self._traces:
             keys = {key: str(number) for number, key in enumerate(stored)}
             by_expert: dict[int, list[ExpertPart]] = {}
+            _check_numbers(conversion, numbers)
             for part in self._trace_now(name, conversion, stored):
                 by_expert.setdefault(part.expert, []).append(replace(part, key=keys[part.key]))
             self._traces[form, self.shapes[name]] = by_expert
@@ -230,11 +260,18 @@ class ModelLayout:
             model = ModelShapes(dict.fromkeys(self.shapes, form), self._model.config)
             return conversion.run(stand_ins, model)[name]
 
-        try:
+        with _as_checkpoint_error(name):
             return trace_parts(convert, stored, self.shapes[name])
-        except (RuntimeError, ValueError, IndexError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UnreadableFormError(f"{name} cannot be made of what is stored: {reason}") from error
+
+
+@contextmanager
+def _as_checkpoint_error(name: str) -> Iterator[None]:
+    """Turn what transformers' operations raise for tensors that do not fit into a sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{name} cannot be made of what is stored: {reason}") from error
 
 
 class _Shapes(dict[str, tuple[int, ...]]):
@@ -243,6 +280,18 @@ class _Shapes(dict[str, tuple[int, ...]]):
     def shape(self, key: str) -> tuple[int, ...]:
         """Return one of them."""
         return self[key]
+
+
+def _check_numbers(conversion: Conversion, numbers: tuple[int, ...]) -> None:
+    """Refuse experts with a gap between them, which would all be taken for one before theirs."""
+    places: dict[str, list[int]] = {}
+    for (_, pattern), number in zip(conversion.sources, numbers, strict=True):
+        if "*" in pattern:
+            places.setdefault(pattern, []).append(number)
+    for seen in places.values():
+        if seen != list(range(len(seen))):
+            missing = next(number for number in range(len(seen)) if number not in seen)
+            raise CheckpointError(f"expert {missing} of {conversion.first} is not stored")
 
 
 def _assemble(parts: list[ExpertPart], tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -30,7 +30,7 @@ class SliceReader:
 
     def __init__(self, index: CheckpointIndex, layout: ModelLayout) -> None:
         self._index = index
-        self._layout = layout
+        self.layout = layout
 
     def fill_local(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
         """Read a part of a parameter or persistent buffer into `local`, in its dtype and device.
@@ -45,16 +45,19 @@ class SliceReader:
         """
         if local.numel() == 0:
             return
-        if self._layout.is_expert(name):
+        if name in self.layout.buffers:
+            # Whole on every rank; infinite ones (limits of a clamp) are meant.
+            local.copy_(self._index.read(self.layout.sources(name)[0]))
+        elif self.layout.is_expert(name):
             self._fill_experts(name, local, offsets)
-        elif self._layout.is_plain(name):
+        elif self.layout.is_plain(name):
             self._fill_plain(name, local, offsets)
         else:
-            whole = self._layout.convert(name, self._read_finite)
+            whole = self.layout.convert(name, self._read_finite)
             local.copy_(_window(whole, offsets, tuple(local.shape)))
 
     def _fill_plain(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
-        sources = self._layout.sources(name)
+        sources = self.layout.sources(name)
         if not sources:
             raise CheckpointError(f"{self._index.folder} has no tensor for {name}")
         (key,) = sources
@@ -71,7 +74,7 @@ class SliceReader:
         window = local if local.dim() == 3 else local[:, :, None]
         rows = range(first_row, first_row + window.shape[1])
         columns = range(first_column, first_column + window.shape[2])
-        parts = self._layout.expert_parts(name, range(first, first + len(local)))
+        parts = self.layout.expert_parts(name, range(first, first + len(local)))
         for (key, item, expert), group in groupby(parts, lambda p: (p.key, p.item, p.expert)):
             wanted = [cut for part in group for cut in _cut(part, rows, columns)]
             if wanted:

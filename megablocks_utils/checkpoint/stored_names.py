@@ -1,4 +1,4 @@
-"""Which parameter or buffer each stored tensor belongs to, by transformers' own mapping of names."""
+"""Which parameter or buffer each stored tensor belongs to, by transformers' mapping of names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,9 +15,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-__all__ = ["NameMapping", "Target"]
+__all__ = ["NameMapping", "Target", "last_number"]
 
-_LAST_NUMBER = re.compile(r"^(.*\.)\d+(\..*)$")
+_LAST_NUMBER = re.compile(r"^(.*\.)(\d+)(\..*)$")
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class NameMapping:
         ordered = sorted(keys, key=dot_natural_key)
         alike: dict[str, list[str]] = {}
         for key in ordered:
-            alike.setdefault(_LAST_NUMBER.sub(r"\1*\2", key), []).append(key)
+            alike.setdefault(_LAST_NUMBER.sub(r"\1*\3", key), []).append(key)
         found: dict[str, Target] = {}
         for key in ordered:
             if key in found:
                 continue
             target = self._rename(key)
             found[key] = target
-            group = alike[_LAST_NUMBER.sub(r"\1*\2", key)]
+            group = alike[_LAST_NUMBER.sub(r"\1*\3", key)]
             if len(group) > 1 and key == group[0] and self._rename(group[-1]) == target:
                 found |= dict.fromkeys(group, target)
         return {key: found[key] for key in ordered}
@@ -85,3 +85,9 @@ class NameMapping:
         if renamed not in self._state and key in self._state:
             renamed, pattern = rename_source_key(key, [], [], self._prefix, self._state)
         return Target(renamed, pattern)
+
+
+def last_number(key: str) -> int:
+    """Return the last number that is a part of a name; -1 where there is none."""
+    match = _LAST_NUMBER.match(key)
+    return int(match[2]) if match else -1

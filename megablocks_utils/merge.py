@@ -114,7 +114,8 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     """
     check_output(options.output)
     from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-    from megablocks_utils.checkpoint.layouts import detect_naming
+    from megablocks_utils.checkpoint.hub_naming import detect_naming
+    from megablocks_utils.checkpoint.layouts import ModelLayout
     from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.checkpoint.model_check import check_against_model
     from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
@@ -125,9 +126,9 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     model = build_model_on_meta(base)
     index = open_checkpoint(base)
     model.config.dtype = model.config.dtype or index.dtype(next(iter(index)))
-    layout = detect_naming(index, source=base)
-    check_against_model(model, index, layout)
-    merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
+    check_against_model(model, index, ModelLayout(model, index))
+    naming = detect_naming(index, source=base)
+    merger = AdapterMerger(open_adapter(adapter_folder, model), index, naming)
     try:
         with removed_on_error(options.output):
             companions = _list_companions(index.folder, adapter_folder)

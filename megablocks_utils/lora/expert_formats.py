@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import ExpertPart, HubNaming
+from megablocks_utils.checkpoint.hub_naming import ExpertPart, HubNaming
 from megablocks_utils.checkpoint.slices import check_finite
 from megablocks_utils.lora.peft_format import (
     AdapterMatrix,

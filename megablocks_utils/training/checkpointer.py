@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from megablocks_utils.checkpoint.model_folder import write_companions
-from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
+from megablocks_utils.checkpoint.companions import write_companions
+from megablocks_utils.checkpoint.run_manifest import BASE_FOLDER_KEY, COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.config.secrets import redact_record
@@ -182,6 +182,7 @@ class Checkpointer(StepHooks):
                 setup.tokenizer,
                 getattr(torch, setup.precision.weights),
                 folder,
+                base=setup.model_folder if setup.is_whole else None,
             )
 
         return Snapshot(
@@ -211,6 +212,7 @@ class Checkpointer(StepHooks):
             "expert_dp": parallel.expert_dp if setup.sharded else None,
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
+            BASE_FOLDER_KEY: setup.describe_base(),
             "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,

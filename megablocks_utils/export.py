@@ -137,9 +137,8 @@ def _export_model(folder: Path, manifest: Mapping[str, Any], stored: Stored, out
     model = build_model_on_meta(folder)
     model.tie_weights()
     source = StoredModel(folder, stored, model, manifest.get("base"))
-    with show_progress(
-        "exporting", sum(_count_bytes(*spec[1:]) for spec in source.specs)
-    ) as advance:
+    num_bytes = sum(_count_bytes(*spec[1:]) for spec in source.specs)
+    with show_progress("exporting", num_bytes) as advance:
         export_model(
             WrittenModel(
                 source.layout,

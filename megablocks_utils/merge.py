@@ -113,8 +113,8 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         CheckpointError: an adapter or base that cannot be used, or a disk that is full.
     """
     check_output(options.output)
-    from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
     from megablocks_utils.checkpoint.hub_naming import detect_naming
+    from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
     from megablocks_utils.checkpoint.layouts import ModelLayout
     from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.checkpoint.model_check import check_against_model

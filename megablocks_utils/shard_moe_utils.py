@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
 from megablocks_utils.checkpoint.hub_naming import EXPERT_TENSORS
+from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.load import load_experts, refuse_quantized
 from megablocks_utils.checkpoint.slices import SliceReader

@@ -146,9 +146,7 @@ def _spans(places: list[int], real: int) -> Iterator[Span]:
         return
     for stride in (1, 2):
         runs = [places[start::stride] for start in range(stride)]
-        steps = {
-            after - before for run in runs for before, after in zip(run, run[1:], strict=False)
-        }
+        steps = {after - before for run in runs for before, after in pairwise(run)}
         if len(steps) != 1 or not steps <= {1, 2} or real % stride:
             continue
         (step,) = steps

@@ -244,8 +244,10 @@ class ModelLayout:
         if (form, self.shapes[name]) not in self._traces:
             keys = {key: str(number) for number, key in enumerate(stored)}
             by_expert: dict[int, list[ExpertPart]] = {}
-            _check_numbers(conversion, numbers)
-            for part in self._trace_now(name, conversion, stored):
+            with _as_checkpoint_error(name):
+                _check_numbers(conversion, numbers)
+                parts = self._trace_now(name, conversion, stored)
+            for part in parts:
                 by_expert.setdefault(part.expert, []).append(replace(part, key=keys[part.key]))
             self._traces[form, self.shapes[name]] = by_expert
         return self._traces[form, self.shapes[name]]
@@ -260,8 +262,7 @@ class ModelLayout:
             model = ModelShapes(dict.fromkeys(self.shapes, form), self._model.config)
             return conversion.run(stand_ins, model)[name]
 
-        with _as_checkpoint_error(name):
-            return trace_parts(convert, stored, self.shapes[name])
+        return trace_parts(convert, stored, self.shapes[name])
 
 
 @contextmanager
@@ -269,7 +270,7 @@ def _as_checkpoint_error(name: str) -> Iterator[None]:
     """Turn what transformers' operations raise for tensors that do not fit into a sentence."""
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+    except (CheckpointError, RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be made of what is stored: {reason}") from error
 
@@ -291,7 +292,7 @@ def _check_numbers(conversion: Conversion, numbers: tuple[int, ...]) -> None:
     for seen in places.values():
         if seen != list(range(len(seen))):
             missing = next(number for number in range(len(seen)) if number not in seen)
-            raise CheckpointError(f"expert {missing} of {conversion.first} is not stored")
+            raise CheckpointError(f"expert {missing} is not stored")
 
 
 def _assemble(parts: list[ExpertPart], tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -111,15 +111,18 @@ def _write_weights(
     ) as writer:
         for name, tensor in tensors:
             if tensor is not None:
-                for key, hub_tensor in model.layout.hub_tensors(
-                    name, _complete(model, name, tensor)
-                ):
-                    writer.append(key, hub_tensor)
+                _append(writer, model, name, tensor)
             # Else it would still be held while the next one is gathered.
             del tensor
         for key in model.passed_through:
             assert model.base is not None, "nothing is passed through without a base"
             writer.append(key, model.base.index.read(key))
+
+
+def _append(writer: SafetensorsWriter, model: WrittenModel, name: str, tensor: Tensor) -> None:
+    """Write one in-memory tensor, in the order of `_hub_specs`."""
+    for key, hub_tensor in model.layout.hub_tensors(name, _complete(model, name, tensor)):
+        writer.append(key, hub_tensor)
 
 
 def _hub_specs(layout: ModelLayout, spec: TensorSpec) -> Iterator[TensorSpec]:

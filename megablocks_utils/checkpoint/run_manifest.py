@@ -61,11 +61,7 @@ def adapters_of(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 def _check_facts(facts: JsonObject) -> None:
     for name in ("model_type", "data_sha256"):
         facts.text(name)
-    facts.whole_number("seed", minimum=BASE_FOLDER_KEY = "base"
-"""Of the folder of the model that was trained, and of how many of its tensors are not in the
-checkpoint and belong to the model; earlier versions did not say it."""
-
-_LEAST_SEED)
+    facts.whole_number("seed", minimum=_LEAST_SEED)
     facts.whole_number("num_examples")
     facts.whole_number("global_batch", minimum=1)
     facts.flag("shuffle")

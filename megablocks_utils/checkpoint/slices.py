@@ -65,6 +65,12 @@ class SliceReader:
             local.copy_(self._read_finite(key))
             return
         rows = self._read_rows(key, range(offsets[0], offsets[0] + len(local)))
+        beyond = (o + n > m for o, n, m in zip(offsets, local.shape, rows.shape, strict=True))
+        if any([*beyond][1:]):
+            raise CheckpointError(
+                f"{key} in {self.index.path(key)} has rows of shape {tuple(rows.shape[1:])}, wanted"
+                f" is {tuple(local.shape[1:])} at {offsets[1:]}"
+            )
         local.copy_(_window(rows, (0, *offsets[1:]), tuple(local.shape)))
 
     def _fill_experts(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:

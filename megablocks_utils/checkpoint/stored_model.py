@@ -116,7 +116,7 @@ class StoredModel:
     def _open_base(
         self, folder: Path, model: PreTrainedModel, left: list[str], num_passed_through: int
     ) -> SliceReader | None:
-        """Open the base; None if it is gone, or no more what it was, and nothing of it is needed."""
+        """Open the base; None if it is gone, or another by now, and nothing of it is needed."""
         is_needed = bool(left) or num_passed_through > 0
         try:
             index = open_checkpoint(folder)
@@ -125,9 +125,7 @@ class StoredModel:
         except CheckpointError as error:
             if not is_needed:
                 return None
-            needed = (
-                f"its {left[0]}" if left else f"{num_passed_through} tensors that nobody trains"
-            )
+            needed = left[0] if left else f"{num_passed_through} tensors that nobody trains"
             raise CheckpointError(
                 f"the checkpoint {self._folder} leaves {needed} to its base: {error}"
             ) from error

@@ -292,4 +292,5 @@ def _count_local_dense(model: nn.Module) -> int:
 
 
 def is_adapter(name: str) -> bool:
+    """Return whether a parameter is of an adapter."""
     return any(part in name for part in _ADAPTER_PARTS)

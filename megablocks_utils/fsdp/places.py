@@ -44,7 +44,7 @@ def find_places(model: nn.Module) -> PlacedParameters:
 
 
 def find_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return every persistent buffer, which each rank holds whole, by its name in the bare model."""
+    """Return the persistent buffers, which each rank holds whole, by name in the bare model."""
     return {
         strip_wrappers(f"{path}.{name}".removeprefix(".")): buffer
         for path, module in model.named_modules()

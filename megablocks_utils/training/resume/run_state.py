@@ -88,9 +88,8 @@ class RunState:
         if any(is_adapter(name) for name, _ in self.model.named_parameters()):
             return {}
         # One without dims is stored with one.
-        buffers = {
-            name: b if b.dim() else b.view(1) for name, b in find_buffers(self.model).items()
-        }
+        found = find_buffers(self.model)
+        buffers = {name: b if b.dim() else b.view(1) for name, b in found.items()}
         return {
             MODEL_PREFIX + name: BlockPlace(tuple(b.shape), (0,) * b.dim()).shard(b)
             for name, b in buffers.items()

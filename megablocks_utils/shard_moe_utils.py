@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from megablocks_utils.checkpoint.hub_naming import EXPERT_TENSORS
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
 from megablocks_utils.checkpoint.layouts import ModelLayout
-from megablocks_utils.checkpoint.load import load_experts, refuse_quantized
+from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
@@ -187,8 +187,8 @@ class _ExpertSource:
         self.reader: SliceReader | None = None
         if checkpoint is not None:
             folder = resolve_checkpoint_folder(str(checkpoint))
-            refuse_quantized(folder)
-            index = open_checkpoint(folder)
+            # Rounded once, to the dtype of each parameter, as transformers does it.
+            index = open_checkpoint(folder, dtype=torch.float32)
             self.reader = SliceReader(index, ModelLayout(model, index))
         self.mesh = mesh
         self.device = device

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from megablocks_utils.checkpoint.folder_files import refuse_link_out
 from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.checkpoint.library_errors import DiskErrorsAsOSErrors
+from megablocks_utils.checkpoint.quantization_config import without_quantization
 from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 
 __all__ = ["COMPANIONS", "find_companions", "write_companions"]
@@ -24,7 +25,6 @@ COMPANIONS = (
 )
 """Files of a model that belong to it as much as its weights do, besides its config.json."""
 _DTYPES = ("dtype", "torch_dtype")
-_QUANTIZATION = "quantization_config"
 
 
 def find_companions(folder: Path, patterns: Iterable[str] = COMPANIONS) -> list[Path]:
@@ -67,7 +67,8 @@ def write_companions(
         config.dtype = dtype
         config.save_pretrained(folder)
     else:
-        text = json.dumps(_with_dtype(settings, dtype), indent=2, ensure_ascii=False)
+        kept = _with_dtype(without_quantization(settings), dtype)
+        text = json.dumps(kept, indent=2, ensure_ascii=False)
         (folder / MODEL_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
     if base is not None:
         for path in find_companions(base, _PROCESSORS):
@@ -86,8 +87,8 @@ def _is_composite(settings: dict[str, Any], config: PreTrainedConfig) -> bool:
 
 
 def _with_dtype(settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a config with another dtype, of the whole and of its text model; not quantized."""
-    changed = {name: value for name, value in settings.items() if name != _QUANTIZATION}
+    """Return a config with another dtype, of the whole and of its text model."""
+    changed = dict(settings)
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in _DTYPES if key in settings] or [_DTYPES[0]]
     changed |= dict.fromkeys(keys, name)

@@ -6,7 +6,6 @@ transformers converts (dense weights that are joined, split or permuted) is conv
 own operations. The same places serve reading, checking and writing.
 """
 
-import math
 from collections.abc import Callable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from megablocks_utils.checkpoint.conversion import Conversion, ModelShapes, reve
 from megablocks_utils.checkpoint.expert_trace import (
     ExpertPart,
     Span,
+    assemble,
     trace_parts,
 )
 from megablocks_utils.checkpoint.stored_names import NameMapping, last_number
@@ -203,7 +203,7 @@ class ModelLayout:
                 yield from ((key, tensor) for key in self.sources(name) or (name,))
         elif self.is_expert(name):
             for key, parts in self._parts_by_key(name).items():
-                yield key, _assemble(parts, tensor, self._stored.shape(key))
+                yield key, assemble(parts, tensor, self._stored.shape(key))
         else:
             conversion = self._conversions[name]
             self._held[name] = tensor
@@ -293,18 +293,3 @@ def _check_numbers(conversion: Conversion, numbers: tuple[int, ...]) -> None:
         if seen != list(range(len(seen))):
             missing = next(number for number in range(len(seen)) if number not in seen)
             raise CheckpointError(f"expert {missing} is not stored")
-
-
-def _assemble(parts: list[ExpertPart], tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a stored tensor made of the parts that an expert weight holds of it."""
-    first = parts[0]
-    if len(parts) == 1 and first.item is None:
-        block = first.memory_block(tensor[first.expert])
-        block = block.T if first.is_turned else block
-        if block.numel() == math.prod(shape):
-            return block.reshape(shape)
-    whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    for part in parts:
-        matrix = whole if part.item is None else whole[part.item]
-        part.stored_block(matrix).copy_(part.memory_block(tensor[part.expert]))
-    return whole

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.checkpoint.json_file import MAX_WHOLE_NUMBER, read_settings, show_value
+from megablocks_utils.checkpoint.quantization_config import drop_quantization, read_quantization
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.text_model import build_text_model, cut_layers
 from megablocks_utils.errors import CheckpointError
@@ -24,12 +25,8 @@ __all__ = [
     "build_model_on_meta",
     "fill_buffers",
     "load_experts",
-    "refuse_quantized",
 ]
 
-# What says that weights are quantized: settings of config.json, and files beside it.
-_QUANTIZATION_SETTINGS = ("quantization_config", "compression_config", "quantization")
-_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _RATE_NAMES = ("dropout", "_pdrop", "jitter_noise")
 
@@ -55,7 +52,7 @@ def build_model_on_meta(
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         _check_numbers(folder, part)
         _check_top_k(folder, part)
-    refuse_quantized(folder)
+    read_quantization(folder)  # refuses what is not read here, before names look wrong
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         model = build_text_model(_read_config(folder, truncate_layers))
         # As `save_pretrained` does; a config may come without.
@@ -72,28 +69,8 @@ def build_model_on_meta(
 
 def _read_config(folder: Path, truncate_layers: int | None) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder)
+    drop_quantization(config)  # the model has floating-point weights, and is saved with them
     return config if truncate_layers is None else cut_layers(config, truncate_layers)
-
-
-def refuse_quantized(folder: Path) -> None:
-    """Refuse a model whose weights are quantized, before its tensors' names look wrong.
-
-    Raises:
-        CheckpointError: its configuration says that they are.
-    """
-    path = folder / MODEL_CONFIG_NAME
-    settings = read_settings(path, "model") if path.is_file() else {}
-    said = [f"{path} has {name}" for name in _QUANTIZATION_SETTINGS if settings.get(name)]
-    said += [f"{folder} has {name}" for name in _QUANTIZATION_FILES if (folder / name).is_file()]
-    if not said:
-        return
-    details = settings.get(_QUANTIZATION_SETTINGS[0])
-    method = details.get("quant_method") if isinstance(details, dict) else None
-    kind = "" if method is None else f" (quant_method {show_value(method)})"
-    raise CheckpointError(
-        f"{said[0]}{kind}: quantized weights are not read here; give the model that was quantized,"
-        " or one that transformers has dequantized (model.dequantize(), then save_pretrained)"
-    )
 
 
 def load_experts(

@@ -182,7 +182,7 @@ class Checkpointer(StepHooks):
                 setup.tokenizer,
                 getattr(torch, setup.precision.weights),
                 folder,
-                base=setup.model_folder if setup.is_whole else None,
+                base=setup.model_folder if _has_all_layers(setup) else None,
             )
 
         return Snapshot(
@@ -212,11 +212,21 @@ class Checkpointer(StepHooks):
             "expert_dp": parallel.expert_dp if setup.sharded else None,
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
-            BASE_FOLDER_KEY: setup.describe_base(),
+            BASE_FOLDER_KEY: _describe_base(setup),
             "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }
+
+
+def _describe_base(setup: Setup) -> dict[str, str | int]:
+    """Say where the base is, for a later export, and how many tensors that will copy of it."""
+    unused = setup.reader.layout.unused if _has_all_layers(setup) else ()
+    return {"folder": str(setup.model_folder.resolve()), "num_passed_through": len(unused)}
+
+
+def _has_all_layers(setup: Setup) -> bool:
+    return setup.config.model.truncate_layers is None
 
 
 def _count_bytes(shards: Mapping[str, TensorShard]) -> int:

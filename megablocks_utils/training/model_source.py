@@ -40,7 +40,7 @@ class ModelSource:
         if layers is not None:
             _refuse_no_moe_layer(self.model, layers)
         self.expert_names = list(find_expert_modules(self.model))
-        self.index: CheckpointIndex = open_checkpoint(folder)
+        self.index: CheckpointIndex = open_checkpoint(folder, dtype=dtype)
         layout = ModelLayout(self.model, self.index)
         self.ignored = check_against_model(self.model, self.index, layout, truncate_layers=layers)
         self.reader = SliceReader(self.index, layout)

@@ -44,6 +44,7 @@ from megablocks_utils.training.report.summary import (
     show_start_summary,
 )
 from megablocks_utils.training.resume.run_state import RunState
+from megablocks_utils.training.saved_specs import choose_saved_specs
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.start_facts import (
     collect_facts,
@@ -180,7 +181,7 @@ class RunRecorder:
         plan = setup.plan.as_record(state.model, state.optimizer, self._totals)
         with self._as_sentence(self.output_dir):
             if setup.lora is None:
-                self._export_model(tensors)
+                self._export_model(state, tensors)
             else:
                 has_learned = self._has_learned
                 adapter_check = AdapterCheck(setup, setup.lora, state, has_learned=has_learned)
@@ -223,7 +224,7 @@ class RunRecorder:
                 raise
             raise CheckpointError(f"{error}; {describe_kept(self.output_dir)}") from error
 
-    def _export_model(self, tensors: NamedTensors) -> None:
+    def _export_model(self, state: RunState, tensors: NamedTensors) -> None:
         setup, model = self._setup, self._setup.model
         buffers = find_buffers(model)
         specs = [(name, tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()]
@@ -233,9 +234,9 @@ class RunRecorder:
                 model.config,
                 model.generation_config,
                 setup.tokenizer,
-                base=setup.reader if setup.is_whole else None,
+                base=setup.reader if setup.config.model.truncate_layers is None else None,
             ),
-            [*setup.parameter_specs, *specs],
+            choose_saved_specs(setup, state.model, [*setup.parameter_specs, *specs]),
             chain(tensors, buffers.items()),
             self.output_dir,
             is_writer=self._is_main,

@@ -115,17 +115,6 @@ class Setup:
         return verify_kernel(self.sharded, getattr(torch, self.precision.compute))
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all layers of the base are in the model."""
-        return self.config.model.truncate_layers is None
-
-    def describe_base(self) -> dict[str, str | int]:
-        """Say where the base is, for a later export, and how many tensors that will copy of it."""
-        num_passed_through = len(self.reader.layout.unused) if self.is_whole else 0
-        folder = str(self.model_folder.resolve())
-        return {"folder": folder, "num_passed_through": num_passed_through}
-
-    @property
     def first_step(self) -> int:
         """Optimizer steps that earlier processes of this run have done."""
         return self.resume.step if self.resume else 0
@@ -208,6 +197,8 @@ def _open_model(
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
+    for note in source.index.notes:
+        console.print(note, markup=False)
     if names := source.ignored:
         console.print(
             f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",

@@ -106,17 +106,12 @@ def test_weights_of_whole_numbers(tmp_path):
     )
 
 
-METHODS = ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8", "hqq", "mxfp4")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_quantized_model_is_named_before_its_tensors(tmp_path, method):
+def test_a_quantized_model_that_is_not_read_is_named_before_its_tensors(tmp_path):
     save_tiny_model("mixtral", tmp_path, sharded=False)
-    edit_config(tmp_path, quantization_config={"quant_method": method, "bits": 4})
-    assert refusal(build_model_on_meta, tmp_path) == (
-        f"{tmp_path / 'config.json'} has quantization_config (quant_method '{method}'): quantized"
-        " weights are not read here; give the model that was quantized, or one that transformers"
-        " has dequantized (model.dequantize(), then save_pretrained)"
+    edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    path = tmp_path / "config.json"
+    assert refusal(build_model_on_meta, tmp_path).startswith(
+        f"{path} has quantization_config (quant_method 'gptq'): quantized weights are not read"
     )
 
 

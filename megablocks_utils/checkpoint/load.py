@@ -5,7 +5,7 @@ of `model_check` (before any weight is read), then `fill_buffers` and a `SliceRe
 that this rank holds. No function here communicates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.checkpoint.json_file import MAX_WHOLE_NUMBER, read_settings, show_value
 from megablocks_utils.checkpoint.quantization_config import drop_quantization, read_quantization
 from megablocks_utils.checkpoint.slices import SliceReader
-from megablocks_utils.checkpoint.text_model import build_text_model, cut_layers
+from megablocks_utils.checkpoint.stored_names import NameMapping
+from megablocks_utils.checkpoint.text_model import build_text_model, build_whole_model, cut_layers
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 from megablocks_utils.moe.expert_spec import find_expert_modules
@@ -24,6 +25,7 @@ from megablocks_utils.moe.expert_spec import find_expert_modules
 __all__ = [
     "build_model_on_meta",
     "fill_buffers",
+    "find_other_parts",
     "load_experts",
 ]
 
@@ -55,6 +57,7 @@ def build_model_on_meta(
     read_quantization(folder)  # refuses what is not read here, before names look wrong
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         model = build_text_model(_read_config(folder, truncate_layers))
+        model.tie_weights()
         # As `save_pretrained` does; a config may come without.
         model.config.architectures = [type(model).__name__]
         if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -65,6 +68,17 @@ def build_model_on_meta(
             " that transformers' experts interface serves"
         )
     return model
+
+
+def find_other_parts(folder: Path, keys: Iterable[str]) -> set[str]:
+    """Return which stored tensors are of parts of a whole (vision, audio) beside its text model."""
+    with ForeignCode(lambda reason: _unusable(folder, reason)):
+        whole = build_whole_model(_read_config(folder, None))
+    if whole is None:
+        return set()
+    state = whole.state_dict()
+    targets = NameMapping(whole, state).targets(keys)
+    return {key for key, target in targets.items() if target.name in state}
 
 
 def _read_config(folder: Path, truncate_layers: int | None) -> PreTrainedConfig:

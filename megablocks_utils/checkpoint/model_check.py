@@ -15,6 +15,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.load import find_other_parts
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.moe.model_facts import text_config
@@ -64,6 +65,10 @@ def check_against_model(
         for key, name in layout.unused.items()
         if key not in ignored and not _is_cut_off(name, truncate_layers)
     ]
+    if unexpected:
+        others = find_other_parts(index.folder, unexpected)
+        ignored |= {key: None for key in unexpected if key in others}
+        unexpected = [key for key in unexpected if key not in others]
     faults = _Faults(unexpected=unexpected)
     for name in layout.shapes:
         _compare(name, model, index, layout, faults)

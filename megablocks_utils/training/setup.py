@@ -200,9 +200,9 @@ def _open_model(
     for note in source.index.notes:
         console.print(note, markup=False)
     if names := source.ignored:
+        use = "copied into the saved model" if config.model.truncate_layers is None else "left out"
         console.print(
-            f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",
-            markup=False,
+            f"{folder}: {names[0]} ({len(names)} in all) is not trained; {use}", markup=False
         )
     check_world(config, world_size, source.num_experts)
     return source

@@ -6,11 +6,11 @@ transformers converts (dense weights that are joined, split or permuted) is conv
 own operations. The same places serve reading, checking and writing.
 """
 
-from collections.abc import Callable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,21 +23,16 @@ from megablocks_utils.checkpoint.expert_trace import (
     assemble,
     trace_parts,
 )
-from megablocks_utils.checkpoint.stored_names import NameMapping, last_number
+from megablocks_utils.checkpoint.stored_names import (
+    NameMapping,
+    StoredShapes,
+    StoredTensors,
+    last_number,
+)
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 
-__all__ = ["ModelLayout", "StoredTensors"]
-
-
-class StoredTensors(Protocol):
-    """Name stored tensors and their shapes; a `CheckpointIndex` does."""
-
-    def keys(self) -> KeysView[str]:
-        """Return every tensor's name."""
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of tensor `key`."""
+__all__ = ["ModelLayout"]
 
 
 class ModelLayout:
@@ -101,7 +96,7 @@ class ModelLayout:
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         saved = revert(state, shapes, model.config, saved_transforms(model))
-        return cls(model, _Shapes({key: tuple(tensor.shape) for key, tensor in saved.items()}))
+        return cls(model, StoredShapes({key: tuple(tensor.shape) for key, tensor in saved.items()}))
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Return the stored tensors that a parameter or persistent buffer is made of."""
@@ -196,7 +191,7 @@ class ModelLayout:
 
         Args:
             name: in memory.
-            tensor: whole; on meta to learn names and shapes alone.
+            tensor: whole.
         """
         if self.is_plain(name):
             if name not in self.tied:
@@ -205,12 +200,31 @@ class ModelLayout:
             for key, parts in self._parts_by_key(name).items():
                 yield key, assemble(parts, tensor, self._stored.shape(key))
         else:
-            conversion = self._conversions[name]
+            names = self._conversions[name].names
             self._held[name] = tensor
-            if all(other in self._held for other in conversion.names):
-                group = {other: self._held.pop(other) for other in conversion.names}
+            if name == self._last_of_group(name):
+                group = {other: self._held.pop(other) for other in names}
                 made = revert(group, self.shapes, self._model.config, self._transforms)
                 yield from sorted(made.items())
+
+    def hub_shapes(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield names and shapes of what `hub_tensors` yields, in its order."""
+        if self.is_plain(name):
+            if name not in self.tied:
+                yield from ((key, self.shapes[name]) for key in self.sources(name) or (name,))
+        elif self.is_expert(name):
+            keys, held = (
+                self.sources(name),
+                {int(p.key) for p in chain(*self._trace(name).values())},
+            )
+            yield from ((key, self._stored.shape(key)) for n, key in enumerate(keys) if n in held)
+        elif name == self._conversions[name].names[-1]:
+            yield from sorted(self.stored_shapes(name).items())
+
+    def _last_of_group(self, name: str) -> str:
+        """Return which of the parameters that are converted together comes last in the model."""
+        names = self._conversions[name].names
+        return [other for other in self.shapes if other in names][-1]
 
     def _same_tensor(self, name: str) -> Iterator[str]:
         """Yield the names of a parameter, its own first."""
@@ -273,14 +287,6 @@ def _as_checkpoint_error(name: str) -> Iterator[None]:
     except (CheckpointError, RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be made of what is stored: {reason}") from error
-
-
-class _Shapes(dict[str, tuple[int, ...]]):
-    """Hold shapes by name."""
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return one of them."""
-        return self[key]
 
 
 def _check_numbers(conversion: Conversion, numbers: tuple[int, ...]) -> None:

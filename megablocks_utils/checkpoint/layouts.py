@@ -49,8 +49,8 @@ class ModelLayout:
         buffers: names of the persistent buffers.
         tied: parameters that are the same tensor as another one, by whose name they go.
         missing: names of which nothing is stored.
-        unused: stored tensors that no parameter or buffer takes, with what they are renamed to.
-        used_transforms: which of transformers' transforms have renamed or converted something.
+        unused: stored tensors that no parameter or buffer takes, with what they are renamed to;
+            also what is stored of one that is stored already, under another name.
     """
 
     def __init__(self, model: PreTrainedModel, stored: StoredTensors):
@@ -64,23 +64,25 @@ class ModelLayout:
         self._stored = stored
         mapping = NameMapping(model, state)
         targets = mapping.targets(stored.keys())
-        self.used_transforms = mapping.used()
-        self._transforms = [mapping.transforms[number] for number in self.used_transforms]
+        self._transforms = [t for t in mapping.transforms if t.was_used()]
         self._plain: dict[str, str] = {}
-        self._conversions: dict[str, Conversion] = {}
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for key, target in targets.items():
-            if target.name not in state:
-                continue
-            if target.pattern is None:
-                self._plain.setdefault(target.name, key)
+        self.unused: dict[str, str] = {}
+        groups: dict[str, dict[str, str]] = {}
+        for key, (name, pattern) in targets.items():
+            if name in state and pattern is not None:
+                groups.setdefault(name, {})[key] = pattern
+            elif name in state and name not in self._plain:
+                self._plain[name] = key
             else:
-                groups.setdefault(target.name, []).append((key, target.pattern))
-        for name, sources in groups.items():
-            if name not in self._plain:
-                conversion = Conversion(mapping.converter(sources[0][1]), name, tuple(sources))
-                self._conversions |= dict.fromkeys(conversion.names, conversion)
-        self.unused = {key: t.name for key, t in targets.items() if t.name not in state}
+                self.unused[key] = name
+        self._conversions: dict[str, Conversion] = {}
+        for name, patterns in groups.items():
+            if name in self._plain:  # stored twice, in two forms
+                self.unused |= dict.fromkeys(patterns, name)
+                continue
+            sources = tuple(patterns.items())
+            conversion = Conversion(mapping.converter(sources[0][1]), name, sources)
+            self._conversions |= dict.fromkeys(conversion.names, conversion)
         self.missing = tuple(name for name in state if not self.sources(name))
         # Where a form has been traced before, only the keys differ from layer to layer.
         self._held: dict[str, Tensor] = {}
@@ -152,8 +154,8 @@ class ModelLayout:
             name: of a parameter that is not plain.
             read: returns a stored tensor.
         """
-        conversion = self._conversions[name]
-        return conversion.run({key: read(key) for key, _ in conversion.sources}, self._model)[name]
+        tensors = {key: read(key) for key in self.sources(name)}
+        return self._conversions[name].run(tensors, self._model)[name]
 
     def check(self, name: str) -> None:
         """Check that a parameter which transformers converts can be made of what is stored.
@@ -259,7 +261,7 @@ class ModelLayout:
             keys = {key: str(number) for number, key in enumerate(stored)}
             by_expert: dict[int, list[ExpertPart]] = {}
             with _as_checkpoint_error(name):
-                _check_numbers(conversion, numbers)
+                conversion.check_numbers()
                 parts = self._trace_now(name, conversion, stored)
             for part in parts:
                 by_expert.setdefault(part.expert, []).append(replace(part, key=keys[part.key]))
@@ -287,15 +289,3 @@ def _as_checkpoint_error(name: str) -> Iterator[None]:
     except (CheckpointError, RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be made of what is stored: {reason}") from error
-
-
-def _check_numbers(conversion: Conversion, numbers: tuple[int, ...]) -> None:
-    """Refuse experts with a gap between them, which would all be taken for one before theirs."""
-    places: dict[str, list[int]] = {}
-    for (_, pattern), number in zip(conversion.sources, numbers, strict=True):
-        if "*" in pattern:
-            places.setdefault(pattern, []).append(number)
-    for seen in places.values():
-        if seen != list(range(len(seen))):
-            missing = next(number for number in range(len(seen)) if number not in seen)
-            raise CheckpointError(f"expert {missing} is not stored")

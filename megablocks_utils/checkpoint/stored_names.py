@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Iterable, KeysView, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -39,8 +38,7 @@ class StoredShapes(dict[str, tuple[int, ...]]):
         return self[key]
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Say where a stored tensor goes.
 
     Attributes:
@@ -71,10 +69,6 @@ class NameMapping:
         """Return what converts the tensors that it calls `pattern`."""
         # The last one, as in transformers.
         return next(c for c in reversed(self._converters) if pattern in c.source_patterns)
-
-    def used(self) -> tuple[int, ...]:
-        """Return which of the transforms have renamed or converted something, by number."""
-        return tuple(n for n, transform in enumerate(self.transforms) if transform.was_used())
 
     def targets(self, keys: Iterable[str]) -> dict[str, Target]:
         """Return where each stored tensor goes, in the order in which they are collected.

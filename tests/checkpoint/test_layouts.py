@@ -166,3 +166,15 @@ def test_what_nobody_takes_is_named(tmp_path):
         tensors["model.layers.9.eh_proj.weight"] = torch.ones(2)
     layout = ModelLayout(model, open_checkpoint(tmp_path))
     assert list(layout.unused) == ["model.layers.9.eh_proj.weight"]
+
+
+def test_what_is_stored_twice_is_named(tmp_path):
+    """In two forms, or with and without the prefix of the base model: one of them would be lost."""
+    model = save_tiny("qwen3_moe", tmp_path)
+    fused = "model.layers.0.mlp.experts.down_proj"
+    with edited(tmp_path) as tensors:
+        tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+        tensors[fused] = torch.zeros(model.state_dict()[fused].shape)
+    layout = ModelLayout(model, open_checkpoint(tmp_path))
+    assert len(layout.unused) == 1 + 8
+    assert set(layout.unused.values()) == {"model.norm.weight", fused}

@@ -30,7 +30,7 @@ class ModelSource:
 
     Attributes:
         expert_specs: what the experts of each MoE layer are, by the name of their module.
-        ignored: names of stored tensors that transformers has no use for either.
+        notes: what a user should know of how the checkpoint is read, one line each.
     """
 
     def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
@@ -43,7 +43,12 @@ class ModelSource:
         self.expert_specs = require_experts(self.model)
         self.index: CheckpointIndex = open_checkpoint(folder, dtype=dtype)
         layout = ModelLayout(self.model, self.index)
-        self.ignored = check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        ignored = check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        self.notes = list(self.index.notes)
+        if ignored:
+            use = "copied into the saved model" if layers is None else "left out"
+            count = f"{ignored[0]} ({len(ignored)} in all)"
+            self.notes.append(f"{folder}: {count} is not trained; {use}")
         self.reader = SliceReader(self.index, layout)
         fill_buffers(self.model, self.reader)
 

@@ -9,20 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
-<<<<<<< HEAD
 from megablocks_utils.checkpoint.slices import SliceReader
-=======
->>>>>>> main
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
-<<<<<<< HEAD
-from megablocks_utils.moe.expert_spec import find_expert_modules, find_expert_parameters
-=======
 from megablocks_utils.moe.expert_spec import find_expert_parameters
->>>>>>> main
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.model_facts import find_top_k, vocab_size
 from megablocks_utils.moe.sharded_moe import ShardedMoE
@@ -206,12 +199,8 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         num_experts=source.num_experts,
         top_k=find_top_k(model),
         parameter_specs=specs,
-<<<<<<< HEAD
         reader=source.reader,
-        fill_local=_leave_empty if resume and adapters is None else source.reader.fill_local,
-=======
         fill_local=source.fill_untrained() if resume else source.reader.fill_local,
->>>>>>> main
         compatibility=compatibility,
         resume=resume,
         plan=plan,
@@ -226,13 +215,8 @@ def _open_model(
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
-    for note in source.index.notes:
+    for note in source.notes:
         console.print(note, markup=False)
-    if names := source.ignored:
-        use = "copied into the saved model" if config.model.truncate_layers is None else "left out"
-        console.print(
-            f"{folder}: {names[0]} ({len(names)} in all) is not trained; {use}", markup=False
-        )
     check_world(config, world_size, source.num_experts)
     return source
 
@@ -312,16 +296,6 @@ def _let_generation_stop(
     return end
 
 
-<<<<<<< HEAD
-def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:
-    experts = {
-        f"{module_name}.{name}": parameter
-        for module_name, module in find_expert_modules(model).items()
-        for name, parameter in module.named_parameters()
-    }
-    return count_parameters(model, experts, model.config.num_experts_per_tok, num_experts)
-=======
 def _count(model: PreTrainedModel, sharded: ShardedMoE | None) -> ParameterCounts:
     experts = find_expert_parameters(model) if sharded is None else sharded.expert_parameters
     return count_parameters(model, experts, find_top_k(model))
->>>>>>> main

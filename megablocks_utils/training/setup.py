@@ -155,21 +155,19 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     """
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
-    world_size = launch.world_size
-    check_world(config, world_size)
+    check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    source = _open_model(config, precision, world_size, console)
+    source = _open_model(config, precision, launch.world_size, console)
     folder, model = source.folder, source.model
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
-    answer_end = _let_generation_stop(config, examples, tokenizer, model)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
-    schedule = Schedule(config, examples, launch.rank, world_size, probe.packing.packing)
+    schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
@@ -189,7 +187,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=answer_end,
+        answer_end=_let_generation_stop(config, examples, tokenizer, model),
         schedule=schedule,
         model_folder=folder,
         model=model,

@@ -108,4 +108,5 @@ def _experts_of(model: nn.Module) -> str:
 
 
 def _batches_of(setup: Setup) -> str:
-    return "packed"
+    """Say how examples share a micro-batch: in a row, kept apart by what, or padded."""
+    return str(setup.probe.packing.packing)

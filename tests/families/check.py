@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +84,23 @@ class Ground:
     output: Path
 
 
-def check_family(pool: RankPool, family: str, folder: Path, *, with_lora: bool = True) -> Row:
-    """Train a step of a tiny model on the ranks of a pool, compare it, and say how it went."""
+def check_family(
+    pool: RankPool,
+    family: str,
+    folder: Path,
+    *,
+    with_lora: bool = True,
+    train: Callable[..., Seen] = train_family,
+) -> Row:
+    """Train a step of a tiny model on the ranks of a pool, compare it, and say how it went.
+
+    Args:
+        pool: of two ranks.
+        family: by transformers' name.
+        folder: where models and runs are kept.
+        with_lora: whether an adapter is trained, too.
+        train: what the ranks run.
+    """
     ground = Ground(folder / family, folder / "data.json", folder / f"{family}-trained")
     if not ground.data.exists():
         write_examples(ground.data)
@@ -98,7 +113,7 @@ def check_family(pool: RankPool, family: str, folder: Path, *, with_lora: bool =
     except Exception as error:  # noqa: BLE001 - whatever transformers raises: it is not our run
         return Row(family, Verdict.NOT_BUILT, f"transformers alone: {_one_line(error)}")
     try:
-        seen = pool.run(train_family, train_options(ground), draws=draws, timeout=240)[0]
+        seen = pool.run(train, train_options(ground), draws=draws, timeout=240)[0]
     except RankError as error:
         return Row(family, Verdict.FAILS, _last_line(error))
     if seen.refusal:

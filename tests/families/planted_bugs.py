@@ -1,13 +1,14 @@
 """Plant one bug after the other in the ranks, and see the check of a family find it.
 
-    python -m tests.families.planted_bugs
+python -m tests.families.planted_bugs
 """
 
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.kernels.gate import Clamp, KnownGate
 from megablocks_utils.moe.dropless_experts import DroplessExperts
-from megablocks_utils.training.step import micro_batch
-from tests.families import check
+from megablocks_utils.training.report.metrics import StepMetrics
+from tests.families import check, run
 from tests.families.run import Seen, train_family
 from tests.support.rank_pool import RankPool
 
@@ -72,12 +73,19 @@ def swap_interleaving() -> Any:
 
 
 def drop_masks() -> Any:
-    """Pack a row without the masks that keep its examples apart."""
-    return mock.patch.object(micro_batch, "create_masks_for_generate", lambda **_: None)
+    """Pack rows without the masks that keep their examples apart; only once the probe is over."""
+    own = run.fit
+
+    def fit(*args: Any) -> Iterator[StepMetrics]:
+        masks = "megablocks_utils.training.step.forward.create_masks_for_generate"
+        with mock.patch(masks, lambda *_, **__: None):
+            yield from own(*args)
+
+    return mock.patch.object(run, "fit", fit)
 
 
-def lose_buffers() -> Any:
-    """Read no stored buffer."""
+def leave_buffers() -> Any:
+    """Read no stored buffer, so that none is saved as it was."""
     return mock.patch("megablocks_utils.training.model_source.fill_buffers", lambda *_: None)
 
 
@@ -88,7 +96,7 @@ BUGS: Mapping[str, tuple[str, Callable[[], Any]]] = MappingProxyType(
         "interleaving swapped": ("gpt_oss", swap_interleaving),
         "weights applied twice": ("mixtral", weigh_twice),
         "packed mask dropped": ("afmoe", drop_masks),
-        "buffer not saved": ("deepseek_v3", lose_buffers),
+        "buffer not read and saved": ("deepseek_v3", leave_buffers),
     }
 )
 """By name: a family that must show it, and what plants it."""
@@ -107,7 +115,9 @@ def main() -> int:
         for bug, (family, _) in BUGS.items():
             place = Path(folder, bug.replace(" ", "-"))
             place.mkdir()
-            row = check.check_family(pool, family, place, with_lora=False, bug=bug)
+            row = check.check_family(
+                pool, family, place, with_lora=False, train=partial(train_with_bug, bug=bug)
+            )
             sys.stdout.write(f"{bug} | {family} | {row.verdict} | {row.why}\n")
             sys.stdout.flush()
             if row.verdict in (check.Verdict.WORKS, check.Verdict.NOT_BUILT):

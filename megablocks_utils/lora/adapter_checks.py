@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import naming_of_family
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
@@ -17,12 +16,17 @@ from megablocks_utils.lora.expert_formats import (
     ExpertFormat,
     FusedExperts,
     SeparateExperts,
-    Shape,
 )
-from megablocks_utils.lora.peft_format import linear_key, linear_matrices
+from megablocks_utils.lora.peft_format import (
+    ExpertPlace,
+    Shape,
+    find_expert_places,
+    linear_key,
+    linear_matrices,
+)
 from megablocks_utils.lora.peft_targets import PeftTarget, find_peft_targets
 from megablocks_utils.lora.replaced_weights import find_replaced
-from megablocks_utils.shard_moe_utils import PROJECTIONS, find_expert_modules
+from megablocks_utils.lora.single_experts import SingleExpertNames
 
 __all__ = ["FoundAdapter", "FoundAdapters", "Places", "check_adapter", "find_places"]
 
@@ -33,12 +37,12 @@ class Places:
 
     Attributes:
         linears: linear layer -> shape (out, in) of its weight.
-        experts: parameter of experts -> its shape (E, out, in).
+        experts: parameter of experts -> its adapters' shapes.
         routers: router, whose weight is no linear layer's -> shape (E, in).
     """
 
     linears: Mapping[str, Shape]
-    experts: Mapping[str, Shape]
+    experts: Mapping[str, ExpertPlace]
     routers: Mapping[str, Shape]
 
 
@@ -52,12 +56,14 @@ class FoundAdapter:
         scaling: factor of B @ A.
         is_parameter: whether PEFT adds it to a parameter, as to those of experts and routers: it
             rounds what it adds, too.
+        is_transposed: whether it is one of experts that are stored (E, in, out).
     """
 
     shape: Shape
     rank: int
     scaling: float
     is_parameter: bool
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,23 +84,15 @@ class FoundAdapters:
 
 
 def find_places(model: PreTrainedModel) -> Places:
-    """Find the linear layers of a model, without a tied output layer, and its experts.
-
-    Raises:
-        ConfigurationError: the model's family is not supported.
-    """
-    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    """Find the linear layers of a model, without a tied output layer, and its experts."""
+    tied = model.all_tied_weights_keys
     return Places(
         {
             name: tuple(module.weight.shape)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if isinstance(module, nn.Linear) and _weight_of(name) not in tied
         },
-        {
-            f"{name}.{projection}": tuple(getattr(module, projection).shape)
-            for name, module in find_expert_modules(model).items()
-            for projection in PROJECTIONS
-        },
+        find_expert_places(model),
         {
             name: tuple(module.weight.shape)
             for name, module in model.named_modules()
@@ -122,34 +120,29 @@ def check_adapter(
     path = index.folder / ADAPTER_WEIGHTS_NAME
     places, targets = find_places(model), find_peft_targets(config, model)
     replaced = find_replaced(config, index, model)
-    fused = FusedExperts({name: target.key for name, target in targets.items()})
-    separate = SeparateExperts(naming_of_family(model.config.model_type), config.r)
-    linears = {name: shape for name, shape in places.linears.items() if name in targets}
+    linears = {n: x for n, x in places.linears.items() if {n, _weight_of(n)} & targets.keys()}
     linears |= {n: shape for n, shape in places.routers.items() if _weight_of(n) in targets}
-    experts = {name: shape for name, shape in places.experts.items() if name in targets}
-    of_experts = {fused: experts, separate: _in_targeted_layers(experts, config)}
-    matrices = {
-        expert_format: [
-            matrix
-            for name, shape in shapes.items()
-            for matrix in expert_format.matrices(name, shape, targets[name].rank)
-        ]
-        for expert_format, shapes in of_experts.items()
-    }
-    formats = [f for f, found in matrices.items() if any(matrix.key in index for matrix in found)]
-    if len(formats) > 1:
-        labels = " and ".join(expert_format.label for expert_format in formats)
-        raise CheckpointError(f"{path} holds adapters of experts in two formats, {labels}")
+    experts = {name: place for name, place in places.experts.items() if name in targets}
     of_linears = [
         matrix
         for name, shape in linears.items()
         for matrix in linear_matrices(name, shape, _target_of(targets, name).rank)
     ]
-    used = [*of_linears, *(matrices[formats[0]] if formats else ())]
-    known = {
-        m.key for name, shape in places.experts.items() for m in separate.matrices(name, shape, 1)
+    fused = FusedExperts({name: target.key for name, target in targets.items()}, places.experts)
+    matrices: dict[ExpertFormat, list[AdapterMatrix]] = {
+        fused: _matrices(fused, experts, targets)
     }
-    known |= _known_keys(places)
+    known = _known_keys(places)
+    separate = None
+    if index.keys() - {m.key for m in (*of_linears, *matrices[fused])} - {*replaced.values()}:
+        separate = SeparateExperts(SingleExpertNames(model), config.r)
+        matrices[separate] = _matrices(separate, _in_targeted_layers(experts, config), targets)
+        known |= {m.key for name in places.experts for m in separate.matrices(name, 1)}
+    formats = [f for f, found in matrices.items() if any(matrix.key in index for matrix in found)]
+    if len(formats) > 1:
+        labels = " and ".join(expert_format.label for expert_format in formats)
+        raise CheckpointError(f"{path} holds adapters of experts in two formats, {labels}")
+    used = [*of_linears, *(matrices[formats[0]] if formats else ())]
     unread = [key for key in index if key not in {m.key for m in used} | {*replaced.values()}]
     _refuse_unread(config, index, unread, known, places)
     present = _refuse_missing(index, used)
@@ -158,14 +151,20 @@ def check_adapter(
             _check_tensor(index, matrix)
     if not present and not replaced:
         raise CheckpointError(f"{path} holds no adapters")
-    if formats == [separate]:
+    if separate is not None and formats == [separate]:
         _refuse_separate_patterns(config, targets, experts)
     return FoundAdapters(
         _found(linears, targets, present),
-        _found(experts, targets, present),
+        _found_experts(experts, targets, present),
         formats[0] if formats else None,
         replaced,
     )
+
+
+def _matrices(
+    expert_format: ExpertFormat, experts: Iterable[str], targets: Mapping[str, PeftTarget]
+) -> list[AdapterMatrix]:
+    return [m for name in experts for m in expert_format.matrices(name, targets[name].rank)]
 
 
 def _found(
@@ -178,6 +177,13 @@ def _found(
     }
 
 
+def _found_experts(
+    places: Mapping[str, ExpertPlace], targets: Mapping[str, PeftTarget], present: Collection[str]
+) -> dict[str, FoundAdapter]:
+    found = _found({name: place.shape for name, place in places.items()}, targets, present)
+    return {n: replace(a, is_transposed=places[n].is_transposed) for n, a in found.items()}
+
+
 def _weight_of(module: str) -> str:
     return f"{module}.weight"
 
@@ -188,14 +194,14 @@ def _target_of(targets: Mapping[str, PeftTarget], name: str) -> PeftTarget:
 
 
 def _in_targeted_layers(
-    experts: Mapping[str, Shape], config: AdapterConfigFile
-) -> Mapping[str, Shape]:
+    experts: Mapping[str, ExpertPlace], config: AdapterConfigFile
+) -> Mapping[str, ExpertPlace]:
     """Return the experts that `layers_to_transform` names, which PEFT's conversion passes over."""
     layers = config.targeting["layers_to_transform"]
     if layers is None:
         return experts
     wanted = layers if isinstance(layers, list) else [layers]
-    return {name: shape for name, shape in experts.items() if _layer_number(name) in wanted}
+    return {name: place for name, place in experts.items() if _layer_number(name) in wanted}
 
 
 def _layer_number(name: str) -> int | None:

@@ -57,6 +57,8 @@ class FoundAdapter:
         is_parameter: whether PEFT adds it to a parameter, as to those of experts and routers: it
             rounds what it adds, too.
         is_transposed: whether it is one of experts that are stored (E, in, out).
+        num_stored: experts that the file has it for: E, or more where a parameter has rows for
+            experts that compute nothing.
     """
 
     shape: Shape
@@ -64,6 +66,7 @@ class FoundAdapter:
     scaling: float
     is_parameter: bool
     is_transposed: bool = False
+    num_stored: int = 1
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,14 @@ def _found_experts(
     places: Mapping[str, ExpertPlace], targets: Mapping[str, PeftTarget], present: Collection[str]
 ) -> dict[str, FoundAdapter]:
     found = _found({name: place.shape for name, place in places.items()}, targets, present)
-    return {n: replace(a, is_transposed=places[n].is_transposed) for n, a in found.items()}
+    return {
+        name: replace(
+            adapter,
+            is_transposed=places[name].is_transposed,
+            num_stored=places[name].num_stored,
+        )
+        for name, adapter in found.items()
+    }
 
 
 def _weight_of(module: str) -> str:

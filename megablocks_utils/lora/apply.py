@@ -13,7 +13,7 @@ from megablocks_utils.lora.adapter_reader import AdapterReader, open_adapter
 from megablocks_utils.lora.expert_adapters import attach_expert_lora, lora_name
 from megablocks_utils.lora.linear_adapters import attach_linear_lora
 from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_linears
-from megablocks_utils.lora.peft_targets import split_by_reach
+from megablocks_utils.lora.peft_targets import find_loadable, split_by_reach
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.lora.trainable import settings_of_adapter
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
@@ -72,7 +72,8 @@ def _choose_linears(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]
             f"{model.config.model_type} has none that adapters could be on.",
             parameters=("use_lora",),
         )
-    return [*linears, *(find_dense_linears(model) if adapter.trains_experts else ())]
+    dense = find_dense_linears(model) if adapter.trains_experts else ()
+    return find_loadable(model, [*linears, *dense])
 
 
 def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from megablocks_utils.checkpoint.library_output import (
     filter_peft_warnings,
@@ -65,7 +65,7 @@ def check_logits(
     logits: Tensor,
     *,
     compute: torch.dtype,
-    num_layers: int,
+    config: PreTrainedConfig | None,
 ) -> LogitsCheck:
     """Load the adapter with plain PEFT, in this process on the CPU, and compare logits.
 
@@ -75,7 +75,7 @@ def check_logits(
         input_ids: (1, T) tokens.
         logits: (1, T, V) of the trained model for them.
         compute: the run's dtype of compute. The reference is computed in the next higher one.
-        num_layers: of the trained model, which may be a truncated one.
+        config: of the trained model, if that is a truncated one; None takes the base model's.
 
     Raises:
         AdapterCheckError: they differ by more than rounding explains.
@@ -85,7 +85,7 @@ def check_logits(
             base_dir,
             dtype=_HIGHER[compute],
             experts_implementation="eager",  # fp64 has no grouped product
-            num_hidden_layers=num_layers,
+            **({} if config is None else {"config": config}),
         )
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
     with torch.no_grad():

@@ -114,7 +114,7 @@ class AdapterMerger:
     def _parts_of(self, name: str) -> dict[str, list[ExpertPart]]:
         """Return what the stored tensors hold of a parameter's experts, by stored tensor."""
         if name not in self._parts:
-            num_experts = self._adapter.expert_parameters[name].shape[0]
+            num_experts = self._adapter.expert_parameters[name].num_stored
             found: dict[str, list[ExpertPart]] = {}
             for part in self._layout.expert_parts(name, range(num_experts)):
                 found.setdefault(part.key, []).append(part)
@@ -129,7 +129,7 @@ class AdapterMerger:
             self._parts.clear()
             self._experts_module = module
         if name not in self._experts:
-            num_experts = self._adapter.expert_parameters[name].shape[0]
+            num_experts = self._adapter.expert_parameters[name].num_stored
             self._experts[name] = self._adapter.experts(name, range(num_experts))
         return self._experts[name]
 

@@ -8,22 +8,32 @@ memory, and what it has attached is read off.
 import copy
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.linear_choice import shortest_ends
+from megablocks_utils.lora.peft_format import linear_key
 
-__all__ = ["PeftTarget", "attach_on_meta", "find_peft_targets", "split_by_reach"]
+__all__ = [
+    "PeftTarget",
+    "attach_on_meta",
+    "find_loadable",
+    "find_peft_targets",
+    "split_by_reach",
+]
 
 _ADAPTER_NAME = "default"
 _BASE_LAYER = ".base_layer"
@@ -89,6 +99,18 @@ def attach_on_meta(peft_config: LoraConfig, model: PreTrainedModel) -> Mapping[s
             is_parameter = isinstance(module, ParamWrapper)
             targets[_name_of(name, module)] = PeftTarget(name, rank, scaling, is_parameter)
     return targets
+
+
+def find_loadable(model: PreTrainedModel, linears: Iterable[str]) -> list[str]:
+    """Return the linear layers whose adapters PEFT finds again when it loads them.
+
+    It renames the tensors of a file as transformers renames those of a checkpoint of old, which
+    can break names that are right already.
+    """
+    names = {linear_key(name, "A"): name for name in linears}
+    tensors = {key: torch.empty(0, device="meta") for key in names}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return [name for key, name in names.items() if key in loaded]
 
 
 def split_by_reach(

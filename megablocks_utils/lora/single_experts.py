@@ -50,7 +50,7 @@ class SingleExpertNames:
 
     def num_experts(self, name: str) -> int:
         """Return the experts of a parameter."""
-        return self._places[name].shape[0]
+        return self._places[name].num_stored
 
     def layers(self, name: str, expert: int) -> tuple[SingleExpertLayer, ...]:
         """Return the layers of one expert of a parameter, in the order of its rows.

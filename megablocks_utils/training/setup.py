@@ -164,6 +164,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
     if adapters is not None:
+        console.print(adapters.settings.describe(), markup=False, soft_wrap=True)
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
     # which only reentrant checkpointing needs.

@@ -1,7 +1,9 @@
 """LoRA: freeze the model and attach adapters to attention, experts, or all linear layers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -17,6 +19,7 @@ from megablocks_utils.lora.peft_targets import find_loadable, split_by_reach
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.lora.trainable import settings_of_adapter
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
+from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 _ADAPTER_NAME = "default"
@@ -57,23 +60,39 @@ def _new_settings(model: PreTrainedModel, adapter: AdapterConfig) -> LoraSetting
             "new adapters need lora_r and lora_alpha, but the config has None.",
             parameters=("lora_r", "lora_alpha"),
         )
-    ranks = same_rank_everywhere(adapter.lora_r, model) if adapter.trains_experts else {}
+    ranks: Mapping[str, int] = {}
+    if adapter.trains_experts:
+        _check_experts_are_loadable(model, adapter)
+        ranks = same_rank_everywhere(adapter.lora_r, model)
     modules, weights = split_by_reach(model, _choose_linears(model, adapter))
     return LoraSettings(adapter.lora_r, adapter.lora_alpha, modules, ranks, weights)
+
+
+def _check_experts_are_loadable(model: PreTrainedModel, adapter: AdapterConfig) -> None:
+    modules = find_expert_modules(model)
+    lost = modules.keys() - find_loadable(model, modules)
+    if lost:
+        others = "none or attn-only" if find_loadable(model, find_mixer_linears(model)) else "none"
+        raise ConfigurationError(
+            f"use_lora is {adapter.use_lora}, but PEFT {peft.__version__} would not find adapters "
+            f"on {min(lost)} again when it loads them; it must be {others} for model type "
+            f"{model.config.model_type}.",
+            parameters=("use_lora",),
+        )
 
 
 def _choose_linears(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
     if not adapter.trains_attention:
         return []
-    linears = find_mixer_linears(model)
+    linears = find_loadable(model, find_mixer_linears(model))
     if not linears:
         raise ConfigurationError(
-            f"use_lora {adapter.use_lora} needs linear layers in the attention, but model type "
-            f"{model.config.model_type} has none that adapters could be on.",
+            f"use_lora {adapter.use_lora} needs linear layers in the attention whose adapters PEFT "
+            f"can load, but model type {model.config.model_type} has none.",
             parameters=("use_lora",),
         )
     dense = find_dense_linears(model) if adapter.trains_experts else ()
-    return find_loadable(model, [*linears, *dense])
+    return [*linears, *find_loadable(model, dense)]
 
 
 def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:

@@ -45,7 +45,7 @@ class AdapterMerger:
 
     def is_changed(self, key: str) -> bool:
         """Return whether the adapter changes the Hub tensor `key`."""
-        return any(map(self._changes, self._layout.names(key)))
+        return any(self._changes(name, key) for name in self._layout.names(key))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every Hub tensor of the checkpoint in its order, changed or not.
@@ -59,33 +59,34 @@ class AdapterMerger:
             # Else it would still be held while the next one is read.
             del tensor
 
-    def _changes(self, name: str) -> bool:
+    def _changes(self, name: str, key: str) -> bool:
+        """Return whether the adapter changes what the parameter `name` has of a Hub tensor."""
         adapter = self._adapter
-        return (
-            name in adapter.expert_parameters
-            or _linear_name(name) in adapter.linears
-            or name in adapter.found.replaced
-        )
+        if name in adapter.expert_parameters:
+            # A list of experts can be that of two layers, the first ones of one of them.
+            return key in self._parts_of(name)
+        return _linear_name(name) in adapter.linears or name in adapter.found.replaced
 
     def _read_merged(self, key: str) -> Tensor:
         if key in self._converted:
             return self._converted.pop(key)
         names = self._layout.names(key)
         tensor = self._index.read(key)
-        if not any(map(self._changes, names)):
+        if not self.is_changed(key):
             return tensor
         if any(not (self._layout.is_plain(n) or self._layout.is_expert(n)) for n in names):
             self._convert(names)
             return self._converted.pop(key)
-        for name in filter(self._changes, names):
-            self._merge(key, name, tensor)
+        for name in names:
+            if self._changes(name, key):
+                self._merge(key, name, tensor)
         return tensor
 
     def _convert(self, names: tuple[str, ...]) -> None:
         """Merge into weights as they are in memory, and keep what is stored of them."""
         for name in names:
             weight = self._layout.convert(name, self._index.read).contiguous()
-            if self._changes(name):
+            if self._changes(name, name):
                 self._merge(name, name, weight)
             for key, tensor in self._layout.hub_tensors(name, weight):
                 self._converted[key] = tensor.contiguous()

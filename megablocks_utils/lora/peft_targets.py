@@ -101,13 +101,13 @@ def attach_on_meta(peft_config: LoraConfig, model: PreTrainedModel) -> Mapping[s
     return targets
 
 
-def find_loadable(model: PreTrainedModel, linears: Iterable[str]) -> list[str]:
-    """Return the linear layers whose adapters PEFT finds again when it loads them.
+def find_loadable(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:
+    """Return the modules whose adapters PEFT finds again when it loads them.
 
     It renames the tensors of a file as transformers renames those of a checkpoint of old, which
     can break names that are right already.
     """
-    names = {linear_key(name, "A"): name for name in linears}
+    names = {linear_key(name, "A"): name for name in modules}
     tensors = {key: torch.empty(0, device="meta") for key in names}
     loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
     return [name for key, name in names.items() if key in loaded]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.config.adapter import EXPERT_MODE_OF
-from megablocks_utils.kernels.gate import SWIGLU, Gate
+from megablocks_utils.kernels.gate import SWIGLU, Clamp, Gate, KnownActivation, KnownGate
 
 __all__ = ["EXPERT_MODES", "ExpertShapes", "ExpertsModule", "find_dtype", "name_dtype"]
 
@@ -35,10 +35,14 @@ class ExpertShapes:
         dtype: of compute.
         device_type: `cpu` or `cuda`.
         mode: one of `EXPERT_MODES`.
-        gate: what makes one value of a gate and an up value.
+        gate: what makes one value of a gate and an up value, or of up alone.
         num_local_experts: L; None where it is not known, and so no measurement can be looked up.
         top_k: K of what the backend is given: 1 where rows come from other ranks; or None.
         num_rows: about how many routed rows there are, N; or None.
+        has_gate: whether the first projection has a gate beside up.
+        has_bias: whether both projections have a bias.
+        is_transposed: whether weights are stored (in, out).
+        is_interleaved: whether outputs of the first projection are gate, up, gate, up, ...
     """
 
     hidden_size: int
@@ -50,11 +54,31 @@ class ExpertShapes:
     num_local_experts: int | None = None
     top_k: int | None = None
     num_rows: int | None = None
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_interleaved: bool = False
 
     @property
     def has_adapters(self) -> bool:
         """Whether a projection has an adapter."""
         return self.mode == "lora"
+
+    @property
+    def form(self) -> str:
+        """What decides the speed besides sizes: the gate's operations, and how weights lie."""
+        gate, words = self.gate, ["own"]
+        if isinstance(gate, KnownGate | KnownActivation):
+            words = [gate.activation.value]
+        if isinstance(gate, KnownGate) and gate.clamp is not Clamp.NONE:
+            words.append(f"clamp {gate.clamp}")
+        flags = {
+            "no gate": not self.has_gate,
+            "bias": self.has_bias,
+            "transposed": self.is_transposed,
+            "interleaved": self.is_interleaved,
+        }
+        return ", ".join([*words, *(name for name, is_so in flags.items() if is_so)])
 
     @property
     def counts(self) -> tuple[int, int, int]:

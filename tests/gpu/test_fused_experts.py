@@ -17,6 +17,7 @@ from megablocks_utils.kernels.fused.tiles import (
     list_candidates,
     name_architecture,
 )
+from megablocks_utils.kernels.gate import Activation, Clamp, KnownActivation, KnownGate
 from tests.support.compare import relative_error
 from tests.support.layer_case import PROJECTIONS, LayerCase, assert_equals_obvious, prepare
 
@@ -25,6 +26,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
+GPT_OSS = KnownGate(clamp=Clamp.GPT_OSS, limit=0.7, alpha=1.702)
+UNGATED = KnownActivation(Activation.RELU_SQUARED)
 # Tiles are at most 128 x 256 x 64: 700 rows, 320 and 456 columns cross them and end inside one.
 WIDE = LayerCase(400, 320, 456, num_experts=5)
 LORA = replace(WIDE, rank=16, frozen=PROJECTIONS)
@@ -41,8 +44,13 @@ CASES = {
     "received rows": replace(LORA, top_k=1, is_received=True),
     "many small experts": LayerCase(300, 128, 96, num_experts=128, top_k=8, rank=16),
     "as GPT-OSS": replace(
-        WIDE, has_bias=True, is_interleaved=True, is_transposed=True, limit=0.7, rank=8
+        WIDE, has_bias=True, is_interleaved=True, is_transposed=True, gate=GPT_OSS, rank=8
     ),
+    "gelu, clamped before": replace(LORA, gate=KnownGate(Activation.GELU_TANH, Clamp.BEFORE, 0.7)),
+    "silu, clamped after": replace(WIDE, gate=KnownGate(clamp=Clamp.AFTER, limit=0.7)),
+    "relu squared": replace(WIDE, gate=KnownGate(Activation.RELU_SQUARED)),
+    "without a gate": replace(WIDE, rank=8, has_bias=True, gate=UNGATED),
+    "without a gate, whole boxes": LayerCase(400, 256, 512, rank=16, gate=UNGATED),
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
-from megablocks_utils.kernels.gate import SWIGLU, Clamp, KnownGate
+from megablocks_utils.kernels.gate import SWIGLU, KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from tests.support.compare import relative_error
@@ -32,6 +32,7 @@ class LayerCase:
         rank: of adapters on both projections; 0 is none.
         routing: `skewed` leaves the last expert without rows and gives the first more than others;
             `one expert`; `same twice` sends every token to one expert with all its slots.
+        gate: of the experts; `KnownActivation` is experts without one.
         is_received: rows of other ranks, as under expert parallelism: K = 1, no weights, sorted.
         frozen: names of what has no gradient.
     """
@@ -46,15 +47,14 @@ class LayerCase:
     has_bias: bool = False
     is_transposed: bool = False
     is_interleaved: bool = False
-    limit: float | None = None
+    gate: KnownGate | KnownActivation = SWIGLU
     is_received: bool = False
     frozen: tuple[str, ...] = ()
 
     @property
-    def gate(self) -> KnownGate:
-        if self.limit is None:
-            return SWIGLU
-        return KnownGate(clamp=Clamp.GPT_OSS, limit=self.limit, alpha=1.702)
+    def num_outputs(self) -> int:
+        """F: of the first projection."""
+        return self.intermediate_size * (2 if isinstance(self.gate, KnownGate) else 1)
 
     def draw_index(self) -> Tensor:
         """Return the experts (T, K) of every token."""
@@ -82,11 +82,8 @@ class LayerCase:
         if not self.is_received:
             leaves["top_k_weights"] = draw(self.num_tokens, self.top_k).softmax(dim=-1)
         sizes = (
-            (2 * self.intermediate_size, self.hidden_size),
-            (
-                self.hidden_size,
-                self.intermediate_size,
-            ),
+            (self.num_outputs, self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
         )
         for name, (num_out, num_in) in zip(PROJECTIONS, sizes, strict=True):
             weight = draw(self.num_experts, num_out, num_in, scale=num_in**-0.5)
@@ -115,6 +112,7 @@ class LayerCase:
             leaves.get("down_proj_bias"),
             self.is_transposed,
             self.is_interleaved,
+            has_gate=isinstance(self.gate, KnownGate),
         )
 
     def build_order(self, device: str = "cpu") -> ExpertOrder:

@@ -83,6 +83,8 @@ class Backend:
             return f"{self.name} is not installed"
         if shapes.has_adapters and not self.facts.supports_adapters:
             return f"{self.name} does not support LoRA on experts"
+        if shapes.has_bias and not self.facts.supports_biases:
+            return f"{self.name} does not support biases of experts"
         return (
             self._check_device(shapes.device_type, device)
             or self._check_dtype(shapes.dtype)

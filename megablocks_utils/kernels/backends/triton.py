@@ -5,10 +5,11 @@ from functools import partial
 import torch
 
 from megablocks_utils.config import backends
+from megablocks_utils.config.values import join_words
 from megablocks_utils.kernels.backends.backend import Backend, ExpertBackend
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.fused.tiles import TileTable
-from megablocks_utils.kernels.gate import Activation, Clamp, KnownGate
+from megablocks_utils.kernels.gate import Activation, KnownActivation, KnownGate
 from megablocks_utils.kernels.shapes import ExpertShapes
 
 __all__ = ["TRITON"]
@@ -22,14 +23,10 @@ def _load(tiles: TileTable | None) -> ExpertBackend:
 
 def _find_limit(shapes: ExpertShapes, _device: DeviceFacts) -> str | None:
     """Say that the gate is none that the kernels have inside, where it is not."""
-    gate = shapes.gate
-    if (
-        isinstance(gate, KnownGate)
-        and gate.activation is Activation.SILU
-        and gate.clamp in (Clamp.NONE, Clamp.GPT_OSS)
-    ):
+    if isinstance(shapes.gate, KnownGate | KnownActivation):
         return None
-    return "triton knows SwiGLU and its clamped form, and this model's gate is another"
+    known = join_words([activation.value for activation in Activation])
+    return f"triton knows gates and activations with {known}, and this model's is another"
 
 
 TRITON = Backend(

@@ -16,7 +16,7 @@ from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_architecture
 from megablocks_utils.kernels.fused.weight_grad import Operand
-from megablocks_utils.kernels.gate import KnownGate
+from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
@@ -32,8 +32,8 @@ def run_experts_triton(
     """Run the experts in fused kernels; see `ExpertBackend`. Nothing is read back to the host.
 
     Autograd keeps the tokens (where the first projection or its adapter is trained), the gate's
-    inputs (N, 2 * I), the routing and the parameters. What nothing needs is not computed. A
-    backward pass through the backward pass raises.
+    inputs (N, 2 * I), without a gate the activation's (N, I), the routing and the parameters. What
+    nothing needs is not computed. A backward pass through the backward pass raises.
     """
     tensors = [
         tokens.contiguous(),
@@ -41,7 +41,8 @@ def run_experts_triton(
         *_flatten(experts.gate_up_proj, experts.gate_up_bias, experts.gate_up_lora),
         *_flatten(experts.down_proj, experts.down_bias, experts.down_lora),
     ]
-    assert isinstance(experts.gate, KnownGate), experts.gate  # the backend refuses others
+    # The backend refuses others.
+    assert isinstance(experts.gate, KnownGate if experts.has_gate else KnownActivation), experts
     has_gradient = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     loras = experts.gate_up_lora, experts.down_lora
     offsets = torch.zeros(
@@ -106,16 +107,7 @@ class _FusedExperts(torch.autograd.Function):
     ) -> Tensor:
         routing = Routing(order, offsets, plan.num_rows, plan.top_k)
         first, second = plan.projections(routing, parameters)
-        activations, gate_up_out = gate_up(
-            tokens,
-            first.matrix,
-            routing,
-            plan.tiles.up,
-            plan.layout,
-            keeps_gate_up_out=plan.keeps_gate_up_out,
-            lora=first.lora_rows(Operand(tokens, by_token=True)),
-            bias=first.parameters.bias,
-        )
+        activations, gate_up_out = _run_first_half(tokens, first, plan)
         rows = row_gemm(
             activations,
             second.matrix,
@@ -207,6 +199,38 @@ class _Needs(NamedTuple):
         """Whether a gradient is made of the tokens: that of the first weight, of A or of B."""
         weight, _, lora_a, lora_b = self.first
         return weight or lora_a or lora_b
+
+
+def _run_first_half(tokens: Tensor, first: Projection, plan: _Plan) -> tuple[Tensor, Tensor | None]:
+    """Return the gate's results (N, I), and where they are kept its inputs, in expert order."""
+    routing = first.routing
+    lora, bias = first.lora_rows(Operand(tokens, by_token=True)), first.parameters.bias
+    if isinstance(plan.layout.gate, KnownGate):
+        return gate_up(
+            tokens,
+            first.matrix,
+            routing,
+            plan.tiles.up,
+            plan.layout,
+            keeps_gate_up_out=plan.keeps_gate_up_out,
+            lora=lora,
+            bias=bias,
+        )
+    up_out = None
+    if plan.keeps_gate_up_out:
+        up_out = tokens.new_empty(routing.num_rows, first.matrix.num_cols)
+    activations = row_gemm(
+        tokens,
+        first.matrix,
+        routing,
+        plan.tiles.linear,
+        gather=True,
+        lora=lora,
+        bias=bias,
+        activation=plan.layout.gate.activation,
+        activation_input=up_out,
+    )
+    return activations, up_out
 
 
 def _differentiate_tokens(

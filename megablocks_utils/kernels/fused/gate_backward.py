@@ -1,5 +1,6 @@
 """Backward through the down projection and the gate, to the router too: one kernel."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ from megablocks_utils.kernels.fused.tiles import Tile
 #   shared     `num_stages` steps of grad and of the weights
 #   HBM        reads gate_up_out once: each element belongs to one program. Writes what is wanted
 #   re-read    grad and the weights, as `multiply` says
+#   no gate    gate_up_out and grad_gate_up are (N, I), of up alone
 #   order      a row's partial sums are added by column tile after the kernel: no atomics, so
 #              results repeat bit for bit
 @triton.jit
@@ -74,7 +76,10 @@ def gate_backward_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     HAS_ORDER: tl.constexpr,
+    GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -118,30 +123,14 @@ def gate_backward_kernel(
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     part = backward_through_gate(
         *(left, first_col, rows, routed, exists, num_cols),
-        *(
-            gate_up_out_ptr,
-            weight_ptr,
-            grad_gate_up_ptr,
-            weighted_ptr,
-            half,
-            INTERLEAVED,
-            ALPHA,
-            LIMIT,
-        ),
+        *(gate_up_out_ptr, weight_ptr, grad_gate_up_ptr, weighted_ptr, half),
+        *(GATED, INTERLEAVED, ACTIVATION, CLAMP, ALPHA, LIMIT),
         *(HAS_WEIGHTS, KEEP_GRAD_GATE_UP, KEEP_WEIGHTED, dtype, INTERPRET),
     )
     part += backward_through_gate(
         *(right, first_col + half, rows, routed, exists, num_cols),
-        *(
-            gate_up_out_ptr,
-            weight_ptr,
-            grad_gate_up_ptr,
-            weighted_ptr,
-            half,
-            INTERLEAVED,
-            ALPHA,
-            LIMIT,
-        ),
+        *(gate_up_out_ptr, weight_ptr, grad_gate_up_ptr, weighted_ptr, half),
+        *(GATED, INTERLEAVED, ACTIVATION, CLAMP, ALPHA, LIMIT),
         *(HAS_WEIGHTS, KEEP_GRAD_GATE_UP, KEEP_WEIGHTED, dtype, INTERPRET),
     )
     if KEEP_PARTIAL:
@@ -161,7 +150,7 @@ class GateGradients:
     """What comes out of the backward pass through the gate; None where it was not asked for.
 
     Attributes:
-        gate_up_out: (N, 2 * I) gradient of the gate's inputs, in expert order.
+        gate_up_out: (N, F) gradient of the gate's inputs, in expert order.
         weighted: (N, I) the gate's results times their routing weights, in expert order.
         top_k_weights: (N,) fp32, gradient of the routing weights, by routed row; a bias of the down
             projection is not in it.
@@ -189,18 +178,19 @@ def gate_backward(
     Args:
         grad: (T, H) gradient of the layer's output.
         weights: the experts' (H, I): the down projection, transposed.
-        gate_up_out: (N, 2 * I) that `gate_up` kept.
+        gate_up_out: (N, F) that the first projection kept: F is 2 * I, or I without a gate.
         top_k_weights: (T, K) or None for ones.
         routing: which rows go to which expert.
         tile: sizes of a program's work.
-        layout: order of the 2 * I values, and the gate.
+        layout: order of the F values, and the gate.
         wanted: what is needed.
         lora: a low-rank product to add to the gradient of the gate's result.
     """
     num_rows, num_cols = routing.num_rows, weights.num_cols
     launch = KernelLaunch(weights, routing, tile, lora)
     tiles_m, tiles_n = launch.grid(num_cols)
-    grad_gate_up, weighted, partial = _allocate(grad, num_rows, num_cols, tiles_n, wanted)
+    shapes = (num_rows, gate_up_out.shape[1]), (num_rows, num_cols), (tiles_n, num_rows)
+    grad_gate_up, weighted, partial = _allocate(grad, shapes, wanted)
     if num_rows:
         gate_backward_kernel[(tiles_m * tiles_n,)](
             grad,
@@ -222,6 +212,7 @@ def gate_backward(
             grad.stride(0),
             weights.strides,
             HAS_WEIGHTS=top_k_weights is not None,
+            GATED=layout.has_gate,
             KEEP_GRAD_GATE_UP=wanted.gate_up_out,
             KEEP_WEIGHTED=wanted.weighted,
             KEEP_PARTIAL=wanted.top_k_weights,
@@ -232,10 +223,9 @@ def gate_backward(
 
 
 def _allocate(
-    like: Tensor, num_rows: int, num_cols: int, num_tiles_n: int, wanted: Wanted
+    like: Tensor, shapes: Sequence[tuple[int, int]], wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Make room for what is wanted; of the routing weights' gradient, a part for each tile."""
-    shapes = (num_rows, 2 * num_cols), (num_rows, num_cols), (num_tiles_n, num_rows)
     dtypes = like.dtype, like.dtype, torch.float32
     gate_up_out, weighted, partial = (
         like.new_empty(shape, dtype=dtype) if is_wanted else None

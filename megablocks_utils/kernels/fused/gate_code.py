@@ -1,40 +1,122 @@
-"""The gate inside the kernels: its value, its derivatives, and its backward pass on a tile."""
+"""The gate inside the kernels: its value, its derivatives, and its backward pass on a tile.
+
+Which gate it is are three constants: ACTIVATION and CLAMP, by the names in `kernels.gate`, and
+GATED, which is False for experts that have an activation alone. What a kernel does not need is not
+in its code.
+"""
 
 import triton
 import triton.language as tl
 
 from megablocks_utils.kernels.fused.device_code import round_to
 
-
-@triton.jit
-def clamp(gate, up, LIMIT: tl.constexpr):
-    """Cut gate and up off where GPT-OSS does, and add the one that it adds to up."""
-    return tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+# gelu(x) is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)): tanh(y) = 2 * sigmoid(2 * y) - 1.
+_GELU_LINEAR = tl.constexpr(1.5957691216057308)
+_GELU_CUBIC = tl.constexpr(0.07135481282655572)
 
 
 @triton.jit
-def apply_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """Compute `kernels.gate.KnownGate` in fp32; a LIMIT of 0 is none."""
-    if LIMIT > 0:
-        gate, up = clamp(gate, up, LIMIT)
-    return gate * tl.sigmoid(ALPHA * gate) * up
+def sigmoid_argument(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """Return the z of an activation x * sigmoid(z), and x times z's derivative by x."""
+    if ACTIVATION == "gelu_tanh":
+        cubic = _GELU_CUBIC * x * x
+        z = x * (_GELU_LINEAR + cubic)
+        x_slope = x * (_GELU_LINEAR + 3.0 * cubic)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        z = ALPHA * x
+        x_slope = ALPHA * x
+    return z, x_slope
 
 
 @triton.jit
-def differentiate_gate(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """Compute a `kernels.gate.Activation` in fp32; SiLU is x * sigmoid(ALPHA * x)."""
+    if ACTIVATION == "relu_squared":
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        result = positive * positive
+    else:
+        z, _ = sigmoid_argument(x, ACTIVATION, ALPHA)
+        result = x * tl.sigmoid(z)
+    return result
+
+
+@triton.jit
+def differentiate_activation(x, factor, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """Return an activation, and `factor` times its derivative."""
+    if ACTIVATION == "relu_squared":
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        result = positive * positive
+        slope = factor * (2.0 * positive)
+    else:
+        z, x_slope = sigmoid_argument(x, ACTIVATION, ALPHA)
+        sigmoid = tl.sigmoid(z)
+        result = x * sigmoid
+        slope = factor * sigmoid * (1.0 + x_slope * (1.0 - sigmoid))
+    return result, slope
+
+
+@triton.jit
+def limit_above(x, LIMIT: tl.constexpr):
+    """Cut values off at LIMIT; NaN stays, as torch's clamp has it."""
+    return tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def limit_up(up, CLAMP: tl.constexpr, LIMIT: tl.constexpr):
+    """Cut up off on both sides, and add the one that GPT-OSS adds."""
+    up = limit_above(tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL), LIMIT)
+    if CLAMP == "gpt_oss":
+        up += 1.0
+    return up
+
+
+@triton.jit
+def apply_gate(
+    gate,
+    up,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """Compute a `kernels.gate.KnownGate` in fp32."""
+    if CLAMP == "before" or CLAMP == "gpt_oss":
+        gate = limit_above(gate, LIMIT)
+    result = activate(gate, ACTIVATION, ALPHA)
+    if CLAMP == "after":
+        result = limit_above(result, LIMIT)
+    if CLAMP != "none":
+        up = limit_up(up, CLAMP, LIMIT)
+    return result * up
+
+
+@triton.jit
+def differentiate_gate(
+    gate,
+    up,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
     """Return the gate of gate and up in fp32, and its derivatives by gate and by up."""
-    # Beyond the limit a value is constant and has no gradient; without one, NaN alone is outside.
-    inside_gate = gate == gate
-    inside_up = inside_gate
-    if LIMIT > 0:
-        inside_gate = gate <= LIMIT
+    # Beyond its limit a value is constant and has no gradient; at the limit it has, as in torch.
+    if CLAMP != "none":
         inside_up = (up >= -LIMIT) & (up <= LIMIT)
-        gate, up = clamp(gate, up, LIMIT)
-    # by_gate is the derivative of gate * sigmoid(ALPHA * gate), times up.
-    sigmoid = tl.sigmoid(ALPHA * gate)
-    by_up = gate * sigmoid
-    by_gate = up * sigmoid * (1.0 + ALPHA * gate * (1.0 - sigmoid))
-    return by_up * up, tl.where(inside_gate, by_gate, 0.0), tl.where(inside_up, by_up, 0.0)
+        up = limit_up(up, CLAMP, LIMIT)
+    if CLAMP == "before" or CLAMP == "gpt_oss":
+        inside_gate = gate <= LIMIT
+        gate = limit_above(gate, LIMIT)
+    by_up, by_gate = differentiate_activation(gate, up, ACTIVATION, ALPHA)
+    if CLAMP == "after":
+        inside_gate = by_up <= LIMIT
+        by_up = limit_above(by_up, LIMIT)
+    result = by_up * up
+    if CLAMP != "none":
+        by_gate = tl.where(inside_gate, by_gate, 0.0)
+        by_up = tl.where(inside_up, by_up, 0.0)
+    return result, by_gate, by_up
 
 
 @triton.jit
@@ -58,7 +140,10 @@ def backward_through_gate(
     grad_gate_up_ptr,
     weighted_ptr,
     BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -74,14 +159,22 @@ def backward_through_gate(
     """
     cols = first_col + tl.arange(0, BLOCK_N)
     mask = exists[:, None] & (cols < num_cols)[None, :]
-    gate_cols = (2 * cols if INTERLEAVED else cols)[None, :]
-    up_cols = (2 * cols + 1 if INTERLEAVED else cols + num_cols)[None, :]
     row_starts = rows.to(tl.int64)[:, None] * num_cols
-    gate = tl.load(gate_up_out_ptr + 2 * row_starts + gate_cols, mask=mask, other=0.0).to(
-        tl.float32
-    )
-    up = tl.load(gate_up_out_ptr + 2 * row_starts + up_cols, mask=mask, other=0.0).to(tl.float32)
-    result, by_gate, by_up = differentiate_gate(gate, up, ALPHA, LIMIT)
+    if GATED:
+        gate_cols = (2 * cols if INTERLEAVED else cols)[None, :]
+        up_cols = (2 * cols + 1 if INTERLEAVED else cols + num_cols)[None, :]
+        gate = tl.load(gate_up_out_ptr + 2 * row_starts + gate_cols, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        up = tl.load(gate_up_out_ptr + 2 * row_starts + up_cols, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        result, by_gate, by_up = differentiate_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT)
+    else:
+        up = tl.load(gate_up_out_ptr + row_starts + cols[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        result, by_up = differentiate_activation(up, 1.0, ACTIVATION, ALPHA)
     # Before `grad` and `result` are weighted: the routing weight's gradient is their product.
     part = tl.sum(tl.where(mask, grad * result, 0.0), 1)
     if HAS_WEIGHTS:
@@ -93,8 +186,11 @@ def backward_through_gate(
         result = round_to(result, dtype, INTERPRET)
         tl.store(weighted_ptr + row_starts + cols[None, :], result, mask=mask)
     if KEEP_GRAD_GATE_UP:
-        by_gate = round_to(grad * by_gate, dtype, INTERPRET)
         by_up = round_to(grad * by_up, dtype, INTERPRET)
-        tl.store(grad_gate_up_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)
-        tl.store(grad_gate_up_ptr + 2 * row_starts + up_cols, by_up, mask=mask)
+        if GATED:
+            by_gate = round_to(grad * by_gate, dtype, INTERPRET)
+            tl.store(grad_gate_up_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)
+            tl.store(grad_gate_up_ptr + 2 * row_starts + up_cols, by_up, mask=mask)
+        else:
+            tl.store(grad_gate_up_ptr + row_starts + cols[None, :], by_up, mask=mask)
     return part

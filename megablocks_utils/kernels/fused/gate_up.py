@@ -120,6 +120,8 @@ def gate_up_kernel(
     GROUP_M: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     KEEP_GATE_UP_OUT: tl.constexpr,
@@ -172,7 +174,8 @@ def gate_up_kernel(
         tl.store(gate_up_out_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)
         tl.store(gate_up_out_ptr + 2 * row_starts + up_cols[None, :], up, mask=mask)
     # From the rounded values, as the backward pass will make it again.
-    out = apply_gate(gate.to(tl.float32), up.to(tl.float32), ALPHA, LIMIT)
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    out = apply_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT)
     out = round_to(out, dtype, INTERPRET)
     tl.store(out_ptr + row_starts + cols[None, :], out, mask=mask)
 

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megablocks_utils.kernels.device import is_interpreted
 from megablocks_utils.kernels.fused.tiles import Tile
-from megablocks_utils.kernels.gate import Clamp, KnownGate
+from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 
 GROUP_M = 8
 """Row tiles that share a column tile's weights while these are in L2."""
@@ -110,17 +110,25 @@ class LoraRows:
 
 @dataclass(frozen=True)
 class GateLayout:
-    """Say how the first projection's 2 * I outputs lie, and what the gate makes of them."""
+    """Say how the first projection's outputs lie, and what the gate or activation makes of them."""
 
-    gate: KnownGate
+    gate: KnownGate | KnownActivation
     is_interleaved: bool
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether there are 2 * I outputs of gate and up, not I of up alone."""
+        return isinstance(self.gate, KnownGate)
+
     def constants(self) -> dict[str, Any]:
-        """Return what kernels with a gate are compiled for; a limit of 0 is none."""
+        """Return what kernels with a gate are compiled for."""
+        known = self.gate if isinstance(self.gate, KnownGate) else KnownGate(self.gate.activation)
         return {
             "INTERLEAVED": self.is_interleaved,
-            "ALPHA": self.gate.alpha,
-            "LIMIT": 0.0 if self.gate.clamp is Clamp.NONE else self.gate.limit,
+            "ACTIVATION": known.activation.value,
+            "CLAMP": known.clamp.value,
+            "ALPHA": known.alpha,
+            "LIMIT": known.limit,
         }
 
 

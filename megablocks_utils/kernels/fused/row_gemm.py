@@ -1,4 +1,7 @@
-"""Multiply rows by their experts' matrices: the down projection, input gradients, adapters."""
+"""Multiply rows by their experts' matrices: the down projection, input gradients, adapters.
+
+The first projection of experts without a gate, too: with an activation of the results.
+"""
 
 import triton
 import triton.language as tl
@@ -12,8 +15,10 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
+from megablocks_utils.kernels.fused.gate_code import activate
 from megablocks_utils.kernels.fused.kernel_launch import KernelLaunch, LoraRows, Matrix, Routing
 from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.gate import Activation
 
 
 # One program computes a tile of the result, for rows of one expert:
@@ -26,7 +31,8 @@ from megablocks_utils.kernels.fused.tiles import Tile
 #   +------------------+              +-----+---------+-----+              +-----+------+-----+
 #                                                       in expert order, or by routed row (SCATTER)
 #
-#   registers  the accumulator; scale, adapter and bias are applied there before the one store
+#   registers  the accumulator; scale, adapter, bias and activation are applied there. One store,
+#              or two where a backward pass will need what the activation was given
 #   shared     `num_stages` steps of x and of the weights
 #   HBM        SCATTER puts a token's K results side by side, where `combine` reads them in one
 #              piece. Each row has one owner, so no two programs write to the same place
@@ -36,6 +42,7 @@ def row_gemm_kernel(
     x_ptr,
     w,
     out_ptr,
+    activation_input_ptr,
     order_ptr,
     offsets_ptr,
     bias_ptr,
@@ -58,6 +65,8 @@ def row_gemm_kernel(
     HAS_ORDER: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP_ACTIVATION_INPUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -69,7 +78,7 @@ def row_gemm_kernel(
     """Compute one tile of out[i] = scale * x[i] @ w[expert of i] + lora[i] @ factor + bias.
 
     `x` is read in expert order or, with GATHER, from the tokens; `out` is written in expert order
-    or, with SCATTER, in the order of routed rows.
+    or, with SCATTER, in the order of routed rows. An ACTIVATION other than "none" comes last.
     """
     tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
     expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
@@ -94,11 +103,16 @@ def row_gemm_kernel(
         bias = tl.load(bias_ptr + expert.to(tl.int64) * num_cols + cols, mask=is_col, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     target = routed if SCATTER else rows.to(tl.int64)
-    tl.store(
-        out_ptr + target[:, None] * num_cols + cols[None, :],
-        round_to(acc, out_ptr.dtype.element_ty, INTERPRET),
-        mask=exists[:, None] & is_col[None, :],
-    )
+    places = target[:, None] * num_cols + cols[None, :]
+    mask = exists[:, None] & is_col[None, :]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    out = round_to(acc, dtype, INTERPRET)
+    if KEEP_ACTIVATION_INPUT:
+        tl.store(activation_input_ptr + places, out, mask=mask)
+    if ACTIVATION != "none":
+        # From the rounded values, as the backward pass will make it again.
+        out = round_to(activate(out.to(tl.float32), ACTIVATION, 1.0), dtype, INTERPRET)
+    tl.store(out_ptr + places, out, mask=mask)
 
 
 def row_gemm(
@@ -112,8 +126,10 @@ def row_gemm(
     scale: float = 1.0,
     lora: LoraRows | None = None,
     bias: Tensor | None = None,
+    activation: Activation | None = None,
+    activation_input: Tensor | None = None,
 ) -> Tensor:
-    """Multiply every routed row by its expert's matrix.
+    """Multiply every routed row by its expert's matrix: (N, columns).
 
     Args:
         x: (N, K) in expert order, or with `gather` (T, K) by token.
@@ -125,9 +141,8 @@ def row_gemm(
         scale: factor of the product.
         lora: a low-rank product to add, unscaled.
         bias: (L, columns), contiguous, to add, unscaled.
-
-    Returns:
-        (N, columns).
+        activation: of the sum of all these; None leaves it as it is.
+        activation_input: (N, columns), filled with what the activation is given; or None.
     """
     out = x.new_empty(routing.num_rows, weights.num_cols)
     if routing.num_rows == 0:
@@ -138,6 +153,7 @@ def row_gemm(
         x,
         launch.weights_argument(),
         out,
+        activation_input,
         routing.order,
         routing.offsets,
         bias,
@@ -152,6 +168,8 @@ def row_gemm(
         weights.strides,
         GATHER=gather,
         SCATTER=scatter,
+        ACTIVATION="none" if activation is None else activation.value,
+        KEEP_ACTIVATION_INPUT=activation_input is not None,
         HAS_BIAS=bias is not None,
         **launch.constants(),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.eager import run_experts_eager
-from megablocks_utils.kernels.gate import KnownGate
+from megablocks_utils.kernels.gate import Clamp, KnownGate
 from megablocks_utils.kernels.probing.probe_sample import (
     Sample,
     as_leaf,
@@ -144,7 +144,7 @@ def _move_limit(experts: ExpertWeights, dtype: torch.dtype) -> Iterator[ExpertWe
     as the other.
     """
     gate = experts.gate
-    if isinstance(gate, KnownGate) and math.isfinite(gate.limit):
+    if isinstance(gate, KnownGate) and gate.clamp is not Clamp.NONE:
         for shift in (-1, 1):
             limit = gate.limit * (1 + shift * torch.finfo(dtype).eps)
             yield replace(experts, gate=replace(gate, limit=limit))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megablocks_utils.kernels.gate import Clamp, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
@@ -78,7 +79,11 @@ def _draw(
 def draw_samples(
     experts: ExpertWeights, generator: torch.Generator, *, is_weighted: bool
 ) -> Iterator[Sample]:
-    """Yield tokens spread over the experts, then the same tokens all on the last one."""
+    """Yield tokens spread over the experts, then the same tokens all on the last one.
+
+    With a clamped gate the second time so large that a good share of the values is beyond the
+    limit, which few of a model's own are.
+    """
     num_experts, like = experts.down_proj.shape[0], experts.down_proj
     hidden_size = experts.projections[1].shape[1]
     tokens, upstream = (_draw((NUM_TOKENS, hidden_size), like, generator) for _ in range(2))
@@ -86,12 +91,24 @@ def draw_samples(
     weights = None
     if is_weighted:
         weights = torch.rand(spread.shape, generator=generator).to(like.device) + 0.1
-    routings = [spread] if num_experts == 1 else [spread, torch.full_like(spread, num_experts - 1)]
-    for index in routings:
+    scale = _scale_beyond_limit(experts)
+    samples = [(spread, tokens)]
+    if num_experts > 1 or scale != 1:
+        samples.append((torch.full_like(spread, num_experts - 1), tokens * scale))
+    for index, tokens in samples:
         order = sort_by_expert(index.to(like.device), num_experts)
         if not is_weighted and num_experts == 1:
             order = replace(order, order=None, inverse=None)  # rows arrive sorted
         yield Sample(tokens, order, weights, upstream)
+
+
+def _scale_beyond_limit(experts: ExpertWeights) -> float:
+    """Return a factor of random tokens that makes a gate's inputs about as large as its limit."""
+    gate, weights = experts.gate, experts.projections[0]
+    if not isinstance(gate, KnownGate) or gate.clamp is Clamp.NONE:
+        return 1.0
+    size = torch.linalg.vector_norm(weights.detach(), dtype=torch.float32).item()
+    return gate.limit / (size / math.sqrt(weights.numel() / weights.shape[2]) or 1.0)
 
 
 def _draw_routing(num_experts: int, top_k: int, generator: torch.Generator) -> Tensor:

@@ -36,6 +36,8 @@ SHIPPED_PATH = Path(__file__).with_name("measured.json")
 """Of the same form as a machine's own file; measured by the project's benchmarks."""
 
 _VERSION = 2
+# Of entries that were written when nothing but SwiGLU was measured, and so do not say it.
+_FIRST_FORM = "silu"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class LayerKey:
         rows: power of two below the number of routed rows.
         dtype: of compute.
         mode: which expert parameters are trained.
+        form: `ExpertShapes.form`.
     """
 
     gpu: str
@@ -65,6 +68,7 @@ class LayerKey:
     rows: int
     dtype: str
     mode: str
+    form: str
 
     @property
     def without_versions(self) -> tuple[object, ...]:
@@ -125,6 +129,7 @@ class Entry:
 
 
 def _read_key(payload: Mapping[str, Any]) -> LayerKey:
+    payload = {"form": _FIRST_FORM, **payload}
     wanted = {field.name: field.type for field in fields(LayerKey)}
     if {name: type(value) for name, value in payload.items()} != wanted:
         raise ValueError(f"a key is {dict(payload)}")
@@ -154,6 +159,7 @@ def build_key(shapes: ExpertShapes, device: DeviceFacts) -> LayerKey | None:
         rows=bucket_of(num_rows),
         dtype=name_dtype(shapes.dtype),
         mode=shapes.mode,
+        form=shapes.form,
     )
 
 

@@ -11,10 +11,17 @@ from megablocks_utils.config import backends as facts
 from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends.backend_table import BACKENDS, check_backend
 from megablocks_utils.kernels.fused.tiles import choose_tiles
-from megablocks_utils.kernels.gate import ActivationGate, Clamp, KnownGate
+from megablocks_utils.kernels.gate import (
+    Activation,
+    ActivationGate,
+    Clamp,
+    KnownActivation,
+    KnownGate,
+)
 from megablocks_utils.kernels.shapes import ExpertShapes
 from tests.kernels.facts import CPU, H100, INTERPRETER, V100, put_packages, put_triton
 
+RELU_SQUARED = Activation.RELU_SQUARED
 ON_CPU = ExpertShapes(64, 96, torch.float32, "cpu")
 ON_CUDA = ExpertShapes(64, 96, torch.bfloat16, "cuda")
 FP64, FP32 = replace(ON_CUDA, dtype=torch.float64), replace(ON_CUDA, dtype=torch.float32)
@@ -53,12 +60,23 @@ RUNS_HERE = [
     ("grouped_mm", GELU, H100),
     ("triton", ON_CPU, INTERPRETER),
     ("triton", replace(LORA, hidden_size=63, dtype=torch.float16), H100),
-    ("triton", replace(ON_CUDA, gate=KnownGate(clamp=Clamp.GPT_OSS, limit=7.0, alpha=1.702)), H100),
+    (
+        "triton",
+        replace(
+            ON_CUDA, gate=KnownGate(clamp=Clamp.GPT_OSS, limit=7.0, alpha=1.702), has_bias=True
+        ),
+        H100,
+    ),
+    ("triton", replace(ON_CUDA, gate=KnownActivation(RELU_SQUARED), has_gate=False), H100),
     ("scattermoe", FP32, H100),
+    ("scattermoe", replace(GELU, has_bias=True), H100),
     ("scattermoe", ON_CPU, INTERPRETER),
     ("megablocks", ON_CUDA, H100),
 ]
 NEEDS_GPU = "needs a CUDA device (or TRITON_INTERPRET=1, Triton's interpreter, for tests)"
+KNOWN_GATES = (
+    "knows gates and activations with silu, gelu_tanh or relu_squared, and this model's is another"
+)
 CANNOT_RUN = [
     ("grouped_mm", FP64, H100, "grouped_mm computes in bfloat16, float16 or float32, not float64"),
     (
@@ -79,7 +97,7 @@ CANNOT_RUN = [
         "triton",
         GELU,
         H100,
-        "triton knows SwiGLU and its clamped form, and this model's gate is another",
+        f"triton {KNOWN_GATES}",
     ),
     ("scattermoe", LORA, H100, "scattermoe does not support LoRA on experts"),
     ("scattermoe", ON_CPU, CPU, f"scattermoe {NEEDS_GPU}"),
@@ -90,6 +108,12 @@ CANNOT_RUN = [
         "scattermoe in Triton's interpreter computes in float32 only, not bfloat16",
     ),
     ("megablocks", LORA, H100, "megablocks does not support LoRA on experts"),
+    (
+        "megablocks",
+        replace(ON_CUDA, has_bias=True),
+        H100,
+        "megablocks does not support biases of experts",
+    ),
     ("megablocks", FP32, H100, "megablocks computes in bfloat16, not float32"),
     ("megablocks", ON_CPU, CPU, "megablocks needs a CUDA device, and the device is cpu"),
 ]
@@ -115,8 +139,8 @@ def test_an_unknown_name():
 
 def test_a_refusal_says_what_works_instead():
     assert refusal("triton", GELU, H100) == (
-        "kernel is triton, but triton knows SwiGLU and its clamped form, and this model's gate is "
-        "another; kernel eager, grouped_mm, scattermoe or megablocks works."
+        f"kernel is triton, but triton {KNOWN_GATES}; "
+        "kernel eager, grouped_mm, scattermoe or megablocks works."
     )
     assert refusal("grouped_mm", ON_CUDA, V100).endswith("has 7.0; kernel eager works.")
 

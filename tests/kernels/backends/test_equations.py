@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megablocks_utils.kernels.backends.eager import run_experts_eager
+from megablocks_utils.kernels.gate import SWIGLU, Clamp, KnownGate
 from tests.support.layer_case import SCALING, LayerCase, prepare
 
 CASE = LayerCase(6, 5, 4, num_experts=3, rank=2, has_bias=True)
@@ -67,9 +68,13 @@ def test_equations_are_autograds():
         assert (gradient - wanted[name]).norm() < 1e-13 * wanted[name].norm(), name
 
 
-@pytest.mark.parametrize("limit", [None, 0.7], ids=["silu", "clamped"])
-def test_the_reference_has_the_gradients_of_differences(limit):
-    case = LayerCase(3, 3, 2, num_experts=3, rank=1, has_bias=True, limit=limit)
+@pytest.mark.parametrize(
+    "gate",
+    [SWIGLU, KnownGate(clamp=Clamp.GPT_OSS, limit=0.7, alpha=1.702)],
+    ids=["silu", "clamped"],
+)
+def test_the_reference_has_the_gradients_of_differences(gate):
+    case = LayerCase(3, 3, 2, num_experts=3, rank=1, has_bias=True, gate=gate)
     run = prepare(case, torch.float64)
 
     def forward(*leaves):

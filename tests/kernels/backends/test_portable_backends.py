@@ -6,12 +6,13 @@ from torch.nn.functional import silu
 
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
-from megablocks_utils.kernels.gate import SWIGLU
+from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.moe.reference import experts_reference
 from tests.support.allocations import LargestResult
 from tests.support.compare import relative_error
+from tests.support.layer_case import LayerCase, assert_equals_obvious
 
 RUNS = {"eager": run_experts_eager, "grouped_mm": run_experts_grouped_mm}
 
@@ -53,6 +54,21 @@ def test_backend_equals_reference_in_values_and_gradients(kernel, dtype, counts)
     for ours, wanted, own in zip(seen, exact, baseline, strict=True):
         assert ours.shape == wanted.shape
         assert relative_error(ours, wanted) <= 2 * relative_error(own, wanted)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        KnownGate(Activation.GELU_TANH, Clamp.BEFORE, limit=0.7),
+        KnownGate(in_fp32=True),
+        KnownActivation(Activation.RELU_SQUARED),
+    ],
+    ids=["clamped", "in fp32", "no gate"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_gate_and_none_with_biases_and_adapters(gate, dtype):
+    case = LayerCase(9, 16, 24, rank=4, has_bias=True, is_transposed=True, gate=gate)
+    assert_equals_obvious(case, run_experts_grouped_mm, dtype)
 
 
 SCALING = 0.5

@@ -5,6 +5,7 @@ cross tiles in every dim and end inside one.
 """
 
 import inspect
+import math
 import pkgutil
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from megablocks_utils.kernels import fused
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.fused import fused_experts
+from megablocks_utils.kernels.gate import Activation, Clamp, KnownActivation, KnownGate
 from tests.support.allocations import LargestResult
 from tests.support.compare import relative_error
 from tests.support.layer_case import (
@@ -32,6 +34,14 @@ from tests.support.layer_case import (
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 run_experts_triton = partial(fused_experts.run_experts_triton, tiles=SMALL_TILES)
 FP32, BF16 = torch.float32, torch.bfloat16
+SILU, GELU, RELU_SQUARED = Activation
+GPT_OSS = KnownGate(clamp=Clamp.GPT_OSS, limit=0.7, alpha=1.702)
+
+
+def _gate(activation: Activation, clamp: Clamp) -> KnownGate:
+    return KnownGate(activation, clamp, math.inf if clamp is Clamp.NONE else 0.7)
+
+
 WIDE = LayerCase(18, 40, 36)  # tiles are crossed in rows, columns and sums
 PLAIN = LayerCase(5, 24, 36)
 LORA = replace(PLAIN, rank=4)
@@ -61,10 +71,48 @@ CASES = {
     "bias": (replace(PLAIN, has_bias=True), FP32),
     "interleaved": (replace(LORA, is_interleaved=True), FP32),
     "transposed": (replace(PLAIN, is_transposed=True), FP32),
-    "clamped": (replace(PLAIN, limit=0.7), FP32),
+    "clamped": (replace(PLAIN, gate=GPT_OSS), FP32),
     "as GPT-OSS": (
-        replace(LORA, has_bias=True, is_interleaved=True, is_transposed=True, limit=0.7),
+        replace(LORA, has_bias=True, is_interleaved=True, is_transposed=True, gate=GPT_OSS),
         BF16,
+    ),
+    **{
+        f"{activation}, clamp {clamp}": (
+            replace(PLAIN, is_interleaved=activation is GELU, gate=_gate(activation, clamp)),
+            FP32,
+        )
+        for activation in Activation
+        for clamp in (Clamp.NONE, Clamp.BEFORE, Clamp.AFTER)
+    },
+    **{
+        f"{activation} without a gate": (
+            replace(PLAIN, gate=KnownActivation(activation)),
+            FP32,
+        )
+        for activation in Activation
+    },
+    "without a gate, tiles are crossed": (
+        replace(WIDE, rank=4, has_bias=True, gate=KnownActivation(RELU_SQUARED)),
+        FP32,
+    ),
+    "without a gate, received rows": (
+        replace(
+            LORA,
+            num_tokens=18,
+            top_k=1,
+            is_received=True,
+            is_transposed=True,
+            gate=KnownActivation(GELU),
+        ),
+        BF16,
+    ),
+    "without a gate, no token": (
+        replace(LORA, num_tokens=0, gate=KnownActivation(RELU_SQUARED)),
+        FP32,
+    ),
+    "without a gate, frozen": (
+        replace(LORA, frozen=PROJECTIONS, gate=KnownActivation(RELU_SQUARED)),
+        FP32,
     ),
 }
 

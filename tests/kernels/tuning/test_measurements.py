@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.kernels.gate import Clamp, KnownGate
 from megablocks_utils.kernels.tuning.measurements import (
     SHIPPED_PATH,
     Measurements,
@@ -58,6 +59,11 @@ OTHERS = {
             "top_k": 1,
             "dtype": torch.float32,
             "mode": "frozen",
+            "gate": KnownGate(clamp=Clamp.BEFORE, limit=7.0),
+            "has_gate": False,
+            "has_bias": True,
+            "is_transposed": True,
+            "is_interleaved": True,
         }.items()
     },
 }
@@ -72,6 +78,15 @@ def test_nothing_else_is_believed(other):
 def test_a_measurement_counts_for_its_bucket(rows):
     key = build_key(replace(SHAPES, num_rows=rows), H100)
     assert Measurements((measured(),)).find(key) == measured()
+
+
+def test_entries_that_do_not_say_the_form_are_of_swiglu(tmp_path):
+    """Written before there were others."""
+    payload = json.loads(json.dumps(GOOD))
+    assert payload["entries"][0]["key"].pop("form") == "silu"
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(payload))
+    assert read_entries(path) == [measured()]
 
 
 def test_shipped_measurements_are_found_with_any_versions_and_come_second():

@@ -7,6 +7,7 @@ import torch
 
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
+from megablocks_utils.kernels.gate import SWIGLU, Activation, KnownActivation
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.tuning.random_layer import build_random_layer
 from tests.support.compare import relative_error
@@ -24,6 +25,19 @@ def test_what_gets_gradients(mode, trained):
     assert [tuple(leaf.shape) for leaf in layer.leaves] == [(33, 16), (33, 2), *trained]
     one, other = layer.step(run_experts_eager), layer.step(run_experts_grouped_mm)
     # Both in fp32; sums of 16 to 66 numbers: some units of its last place.
+    for ours, wanted in zip(one, other, strict=True):
+        assert wanted.norm() > 0 and relative_error(ours, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_experts_are_stored_as_the_models_are(has_gate):
+    gate = SWIGLU if has_gate else KnownActivation(Activation.RELU_SQUARED)
+    shapes = replace(SHAPES, gate=gate, has_gate=has_gate, has_bias=True, is_transposed=True)
+    layer = build_random_layer(shapes, lora_r=4, device="cpu")
+    outputs = 48 if has_gate else 24
+    shapes = [(33, 16), (33, 2), (4, 16, outputs), (4, 24, 16), (4, outputs), (4, 16)]
+    assert [tuple(leaf.shape) for leaf in layer.leaves] == shapes
+    one, other = layer.step(run_experts_eager), layer.step(run_experts_grouped_mm)
     for ours, wanted in zip(one, other, strict=True):
         assert wanted.norm() > 0 and relative_error(ours, wanted) < 1e-5
 

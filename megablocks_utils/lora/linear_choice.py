@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.model_facts import text_config
@@ -72,8 +73,11 @@ def _ends(name: str) -> Iterator[str]:
 
 
 def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers of each list in which some layer has experts: name and module."""
-    stems = {re.split(r"\.\d+(?:\.|$)", name)[0] for name in find_expert_modules(model)}
+    """Yield the layers of each list of the text model that has experts: name and module."""
+    text = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    prefix = next((name for name, module in model.named_modules() if module is text), "")
+    names = [name for name in find_expert_modules(model) if name.startswith(prefix)]
+    stems = {re.split(r"\.\d+(?:\.|$)", name)[0] for name in names}
     for stem in sorted(stems):
         layers = model.get_submodule(stem)
         if isinstance(layers, nn.ModuleList):

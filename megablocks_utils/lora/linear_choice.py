@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.model_facts import text_config
 
-__all__ = ["find_dense_linears", "find_mixer_linears", "shortest_ends"]
+__all__ = ["find_dense_linears", "find_mixer_linears", "has_end", "target_ends"]
 
 # What only a module that mixes tokens is given: which ones may see each other, or what it kept.
 _MIXER_ARGUMENTS = {"attention_mask", "past_key_values", "cache_params"}
@@ -54,16 +54,30 @@ def find_dense_linears(model: nn.Module) -> list[str]:
     return found
 
 
-def shortest_ends(chosen: Collection[str], names: Iterable[str]) -> tuple[str, ...]:
+def target_ends(
+    model: nn.Module, chosen: Collection[str], names: Iterable[str]
+) -> tuple[str, ...]:
     """Return the shortest ends of names, in whole parts, that the chosen ones have and no other.
 
+    In a model that can also see or hear they are whole names: its other parts, which may not be
+    built here, can have layers of the same names.
+
     Args:
+        model: whose names they are.
         chosen: some of `names`.
-        names: all of them.
+        names: all of its modules or parameters.
     """
     chosen = set(chosen)
+    config = getattr(model, "config", None)
+    if config is not None and text_config(config) is not config:
+        return tuple(sorted(chosen))
     taken = {end for name in names if name not in chosen for end in _ends(name)}
     return tuple(sorted({next(e for e in _ends(name) if e not in taken) for name in chosen}))
+
+
+def has_end(name: str, ends: Iterable[str]) -> bool:
+    """Return whether a name is one of `ends` or ends with one, in whole parts."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def _ends(name: str) -> Iterator[str]:
@@ -118,6 +132,8 @@ def _only_selects(module: nn.Module) -> bool:
     """Say whether a module returns positions, or anything without a gradient."""
     forward = type(module).forward
     annotation = str(inspect.signature(forward).return_annotation)
+    if "Indexer" in type(module).__name__:  # some are not marked
+        return True
     return "LongTensor" in annotation or "@torch.no_grad()" in _source(forward)
 
 

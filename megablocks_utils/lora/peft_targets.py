@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
-from megablocks_utils.lora.linear_choice import shortest_ends
+from megablocks_utils.lora.linear_choice import has_end, target_ends
 from megablocks_utils.lora.peft_format import linear_key
 
 __all__ = [
@@ -124,17 +124,13 @@ def split_by_reach(
     Returns:
         ends for `target_modules`, and others that followed by `.weight` are `target_parameters`.
     """
-    ends = shortest_ends(linears, [name for name, _ in model.named_modules()])
+    ends = target_ends(model, linears, [name for name, _ in model.named_modules()])
     modules = tuple(end for end in ends if not _is_taken_for_expert(model, end))
     others = [end for end in ends if end not in modules]
-    by_weight = [name for name in linears if _has_end(name, others)]
+    by_weight = [name for name in linears if has_end(name, others)]
     parameters = model.named_parameters(remove_duplicate=False)
     weights = [name.removesuffix(".weight") for name, _ in parameters if name.endswith(".weight")]
-    return modules, shortest_ends(by_weight, weights)
-
-
-def _has_end(name: str, ends: Collection[str]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+    return modules, target_ends(model, by_weight, weights)
 
 
 def _is_taken_for_expert(model: PreTrainedModel, end: str) -> bool:

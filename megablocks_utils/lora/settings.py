@@ -1,12 +1,12 @@
 """What adapters a run has: which modules, which ranks, which scaling; and the same for PEFT."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
 from torch import nn
 
-from megablocks_utils.lora.linear_choice import shortest_ends
+from megablocks_utils.lora.linear_choice import has_end, target_ends
 from megablocks_utils.moe.expert_spec import find_expert_modules, read_parameter_names
 
 __all__ = ["LoraSettings", "build_peft_config", "same_rank_everywhere"]
@@ -45,8 +45,8 @@ class LoraSettings:
     def describe(self) -> str:
         """Say which modules have adapters, and how strong they are."""
         experts = [f"experts.{projection}" for projection in self.expert_ranks]
-        names = ", ".join((*self.linear_ends, *experts))
-        return f"LoRA of rank {self.r}, alpha {self.lora_alpha:g}, on {names}"
+        names = dict.fromkeys(map(_path_in_layer, (*self.linear_ends, *experts)))
+        return f"LoRA of rank {self.r}, alpha {self.lora_alpha:g}, on {', '.join(names)}"
 
 
 def same_rank_everywhere(r: int, model: nn.Module) -> Mapping[str, int]:
@@ -90,8 +90,9 @@ def _rank_of_targets(settings: LoraSettings, model: nn.Module) -> dict[str, int]
     for projection, rank in settings.expert_ranks.items():
         chosen = {f"{name}.{projection}" for name in modules}
         wanted = [f"{block}.{projection}" for block in sorted(blocks)]
-        if any(_has_end(name, wanted) for name in names if name not in chosen):
-            wanted = list(shortest_ends(chosen, names))
+        exact = target_ends(model, chosen, names)
+        if set(exact) == chosen or any(has_end(n, wanted) for n in names if n not in chosen):
+            wanted = list(exact)
         ranks |= dict.fromkeys(wanted, rank)
     return ranks
 
@@ -101,7 +102,3 @@ def _path_in_layer(name: str) -> str:
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
-
-
-def _has_end(name: str, ends: Iterable[str]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megablocks_utils.config import (
@@ -117,6 +118,7 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         filter_peft_warnings,
         without_transformers_bars,
     )
+    from megablocks_utils.checkpoint.quantization_config import load_dequantized
 
     found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
     with (
@@ -124,7 +126,9 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         without_transformers_bars(),
         filter_peft_warnings(),
     ):
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, **load_dequantized(Path(model_path))
+        )
         if adapter_path is not None:
             from peft import PeftModel
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.checkpoint.hub_naming import EXPERT_TENSORS
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, detect_naming
-from megablocks_utils.checkpoint.load import load_experts, refuse_quantized
+from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.load import load_experts
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
@@ -107,7 +109,8 @@ def shard_moe(
     _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     sharded = _plan(model, ep_size, kernel, expert_dp, use)
-    source = _ExpertSource(checkpoint_name_or_path, sharded.mesh, _local_device(device_type))
+    device = _local_device(device_type)
+    source = _ExpertSource(model, checkpoint_name_or_path, sharded.mesh, device)
     for name, module in find_expert_modules(model).items():
         _swap(sharded, name, module, source.take(name, module))
         on_layer(1)
@@ -174,30 +177,33 @@ def _swap(
 class _ExpertSource:
     """Where the experts' weights come from: the model itself, or slices of a checkpoint."""
 
-    def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
-        self.index = self.naming = None
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        checkpoint: str | Path | None,
+        mesh: DeviceMesh,
+        device: torch.device,
+    ):
+        self.reader: SliceReader | None = None
         if checkpoint is not None:
             folder = resolve_checkpoint_folder(str(checkpoint))
-            refuse_quantized(folder)
-            self.index = open_checkpoint(folder)
-            self.naming = detect_naming(self.index)
+            # Rounded once, to the dtype of each parameter, as transformers does it.
+            index = open_checkpoint(folder, dtype=torch.float32)
+            self.reader = SliceReader(index, ModelLayout(model, index))
         self.mesh = mesh
         self.device = device
 
     def take(self, name: str, module: ExpertsModule) -> dict[str, DTensor]:
         """Return the DTensors of one experts module, this rank's part on its device."""
-        if self.index is None or self.naming is None:
+        if self.reader is None:
             return {p: self._split(getattr(module, p).detach(), name) for p in PROJECTIONS}
         mine = local_expert_range(module.num_experts, self.mesh)
-        weights = load_experts(
-            self.index,
-            self.naming,
-            name,
-            first=mine.start,
-            last=mine.stop,
-            dtype=module.gate_up_proj.dtype,
-        )
-        return {p: wrap_local_experts(weights[p].to(self.device), self.mesh) for p in PROJECTIONS}
+        shapes = {f"{name}.{p}": tuple(getattr(module, p).shape) for p in PROJECTIONS}
+        weights = load_experts(self.reader, shapes, mine, module.gate_up_proj.dtype)
+        return {
+            p: wrap_local_experts(weights[f"{name}.{p}"].to(self.device), self.mesh)
+            for p in PROJECTIONS
+        }
 
     def _split(self, weights: Tensor, name: str) -> DTensor:
         if weights.is_meta:

@@ -124,7 +124,7 @@ def test_options():
         "unknown option --chekpoint; did you mean --checkpoint?"
     )
     assert refusal(parse_options, ["--checkpoint", "a"]).startswith("--output is not given")
-    assert export.COMMAND.names == ("checkpoint", "output", "config")
+    assert export.COMMAND.names == ("checkpoint", "output", "save_dtype", "config")
 
 
 def test_help_needs_no_torch():

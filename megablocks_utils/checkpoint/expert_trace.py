@@ -6,6 +6,7 @@ whether the stored matrix is turned or interleaved. Done once for each distinct 
 layer; no weight is read.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megablocks_utils.errors import CheckpointError
 
-__all__ = ["ExpertPart", "Span", "trace_parts"]
+__all__ = ["ExpertPart", "Span", "assemble", "trace_parts"]
 
 _ROWS, _COLUMNS = 4, 6
 """Of a stand-in's matrix: different, so that a turned one shows; even, so that halves do."""
@@ -99,6 +100,21 @@ def trace_parts(
     return sorted(parts, key=lambda part: part.expert)
 
 
+def assemble(parts: Sequence[ExpertPart], tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a stored tensor made of the parts that an expert weight holds of it."""
+    first = parts[0]
+    if len(parts) == 1 and first.item is None:
+        block = first.memory_block(tensor[first.expert])
+        block = block.T if first.is_turned else block
+        if block.numel() == math.prod(shape):
+            return block.reshape(shape)
+    whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    for part in parts:
+        matrix = whole if part.item is None else whole[part.item]
+        part.stored_block(matrix).copy_(part.memory_block(tensor[part.expert]))
+    return whole
+
+
 def _stand_in_form(shape: tuple[int, ...]) -> torch.Size:
     forms = {1: (_ROWS,), 2: (_ROWS, _COLUMNS)}
     return torch.Size(forms.get(len(shape), (shape[0], _ROWS, _COLUMNS)))
@@ -146,9 +162,7 @@ def _spans(places: list[int], real: int) -> Iterator[Span]:
         return
     for stride in (1, 2):
         runs = [places[start::stride] for start in range(stride)]
-        steps = {
-            after - before for run in runs for before, after in zip(run, run[1:], strict=False)
-        }
+        steps = {after - before for run in runs for before, after in pairwise(run)}
         if len(steps) != 1 or not steps <= {1, 2} or real % stride:
             continue
         (step,) = steps

@@ -6,7 +6,6 @@ transformers converts (dense weights that are joined, split or permuted) is conv
 own operations. The same places serve reading, checking and writing.
 """
 
-import math
 from collections.abc import Callable, Iterator, KeysView, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from megablocks_utils.checkpoint.conversion import Conversion, ModelShapes, reve
 from megablocks_utils.checkpoint.expert_trace import (
     ExpertPart,
     Span,
+    assemble,
     trace_parts,
 )
 from megablocks_utils.checkpoint.stored_names import NameMapping, last_number
@@ -203,7 +203,7 @@ class ModelLayout:
                 yield from ((key, tensor) for key in self.sources(name) or (name,))
         elif self.is_expert(name):
             for key, parts in self._parts_by_key(name).items():
-                yield key, _assemble(parts, tensor, self._stored.shape(key))
+                yield key, assemble(parts, tensor, self._stored.shape(key))
         else:
             conversion = self._conversions[name]
             self._held[name] = tensor
@@ -244,8 +244,10 @@ class ModelLayout:
         if (form, self.shapes[name]) not in self._traces:
             keys = {key: str(number) for number, key in enumerate(stored)}
             by_expert: dict[int, list[ExpertPart]] = {}
-            _check_numbers(conversion, numbers)
-            for part in self._trace_now(name, conversion, stored):
+            with _as_checkpoint_error(name):
+                _check_numbers(conversion, numbers)
+                parts = self._trace_now(name, conversion, stored)
+            for part in parts:
                 by_expert.setdefault(part.expert, []).append(replace(part, key=keys[part.key]))
             self._traces[form, self.shapes[name]] = by_expert
         return self._traces[form, self.shapes[name]]
@@ -260,8 +262,7 @@ class ModelLayout:
             model = ModelShapes(dict.fromkeys(self.shapes, form), self._model.config)
             return conversion.run(stand_ins, model)[name]
 
-        with _as_checkpoint_error(name):
-            return trace_parts(convert, stored, self.shapes[name])
+        return trace_parts(convert, stored, self.shapes[name])
 
 
 @contextmanager
@@ -269,7 +270,7 @@ def _as_checkpoint_error(name: str) -> Iterator[None]:
     """Turn what transformers' operations raise for tensors that do not fit into a sentence."""
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+    except (CheckpointError, RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be made of what is stored: {reason}") from error
 
@@ -291,19 +292,4 @@ def _check_numbers(conversion: Conversion, numbers: tuple[int, ...]) -> None:
     for seen in places.values():
         if seen != list(range(len(seen))):
             missing = next(number for number in range(len(seen)) if number not in seen)
-            raise CheckpointError(f"expert {missing} of {conversion.first} is not stored")
-
-
-def _assemble(parts: list[ExpertPart], tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a stored tensor made of the parts that an expert weight holds of it."""
-    first = parts[0]
-    if len(parts) == 1 and first.item is None:
-        block = first.memory_block(tensor[first.expert])
-        block = block.T if first.is_turned else block
-        if block.numel() == math.prod(shape):
-            return block.reshape(shape)
-    whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    for part in parts:
-        matrix = whole if part.item is None else whole[part.item]
-        part.stored_block(matrix).copy_(part.memory_block(tensor[part.expert]))
-    return whole
+            raise CheckpointError(f"expert {missing} is not stored")

@@ -5,7 +5,7 @@ of `model_check` (before any weight is read), then `fill_buffers` and a `SliceRe
 that this rank holds. No function here communicates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,8 +14,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.checkpoint.json_file import MAX_WHOLE_NUMBER, read_settings, show_value
+from megablocks_utils.checkpoint.quantization_config import drop_quantization, read_quantization
 from megablocks_utils.checkpoint.slices import SliceReader
-from megablocks_utils.checkpoint.text_model import build_text_model, cut_layers
+from megablocks_utils.checkpoint.stored_names import NameMapping
+from megablocks_utils.checkpoint.text_model import build_text_model, build_whole_model, cut_layers
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
 from megablocks_utils.moe.expert_spec import find_expert_modules
@@ -23,13 +25,10 @@ from megablocks_utils.moe.expert_spec import find_expert_modules
 __all__ = [
     "build_model_on_meta",
     "fill_buffers",
+    "find_other_parts",
     "load_experts",
-    "refuse_quantized",
 ]
 
-# What says that weights are quantized: settings of config.json, and files beside it.
-_QUANTIZATION_SETTINGS = ("quantization_config", "compression_config", "quantization")
-_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _RATE_NAMES = ("dropout", "_pdrop", "jitter_noise")
 
@@ -55,9 +54,10 @@ def build_model_on_meta(
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         _check_numbers(folder, part)
         _check_top_k(folder, part)
-    refuse_quantized(folder)
+    read_quantization(folder)  # refuses what is not read here, before names look wrong
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         model = build_text_model(_read_config(folder, truncate_layers))
+        model.tie_weights()
         # As `save_pretrained` does; a config may come without.
         model.config.architectures = [type(model).__name__]
         if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -70,30 +70,21 @@ def build_model_on_meta(
     return model
 
 
+def find_other_parts(folder: Path, keys: Iterable[str]) -> set[str]:
+    """Return which stored tensors are of parts of a whole (vision, audio) beside its text model."""
+    with ForeignCode(lambda reason: _unusable(folder, reason)):
+        whole = build_whole_model(_read_config(folder, None))
+    if whole is None:
+        return set()
+    state = whole.state_dict()
+    targets = NameMapping(whole, state).targets(keys)
+    return {key for key, target in targets.items() if target.name in state}
+
+
 def _read_config(folder: Path, truncate_layers: int | None) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder)
+    drop_quantization(config)  # the model has floating-point weights, and is saved with them
     return config if truncate_layers is None else cut_layers(config, truncate_layers)
-
-
-def refuse_quantized(folder: Path) -> None:
-    """Refuse a model whose weights are quantized, before its tensors' names look wrong.
-
-    Raises:
-        CheckpointError: its configuration says that they are.
-    """
-    path = folder / MODEL_CONFIG_NAME
-    settings = read_settings(path, "model") if path.is_file() else {}
-    said = [f"{path} has {name}" for name in _QUANTIZATION_SETTINGS if settings.get(name)]
-    said += [f"{folder} has {name}" for name in _QUANTIZATION_FILES if (folder / name).is_file()]
-    if not said:
-        return
-    details = settings.get(_QUANTIZATION_SETTINGS[0])
-    method = details.get("quant_method") if isinstance(details, dict) else None
-    kind = "" if method is None else f" (quant_method {show_value(method)})"
-    raise CheckpointError(
-        f"{said[0]}{kind}: quantized weights are not read here; give the model that was quantized,"
-        " or one that transformers has dequantized (model.dequantize(), then save_pretrained)"
-    )
 
 
 def load_experts(

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.load import find_other_parts
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import MODEL_CONFIG_NAME
 from megablocks_utils.moe.model_facts import text_config
@@ -57,13 +59,17 @@ def check_against_model(
         CheckpointError: tensors are missing, unexpected, of another shape or of another kind of
             numbers, or an output layer is stored that `tie_word_embeddings` would drop.
     """
-    ignored = [key for key in layout.unused if _is_ignored(model, layout, key)]
+    ignored = {key: None for key in layout.unused if _is_ignored(model, layout, key)}
     unexpected = [
         key
-        for key in layout.unused.keys() - ignored
-        if not _is_cut_off(layout.unused[key], truncate_layers)
+        for key, name in layout.unused.items()
+        if key not in ignored and not _is_cut_off(name, truncate_layers)
     ]
-    faults = _Faults(unexpected=sorted(unexpected, key=list(layout.unused).index))
+    if unexpected:
+        others = find_other_parts(index.folder, unexpected)
+        ignored |= {key: None for key in unexpected if key in others}
+        unexpected = [key for key in unexpected if key not in others]
+    faults = _Faults(unexpected=unexpected)
     for name in layout.shapes:
         _compare(name, model, index, layout, faults)
     if faults.broken:
@@ -75,7 +81,7 @@ def check_against_model(
             f"{index.folder} does not fit its {MODEL_CONFIG_NAME}: {'; '.join(clauses)}"
         )
     _check_tied_copies(index, layout)
-    return ignored
+    return list(ignored)
 
 
 @dataclass
@@ -149,6 +155,8 @@ def _explain(
         faults.missing += missing
         faults.misshaped += misshaped
         faults.unexpected += unexpected
+    for keys in (faults.missing, faults.unexpected):
+        keys.sort(key=dot_natural_key)
 
 
 def _is_ignored(model: PreTrainedModel, layout: ModelLayout, key: str) -> bool:

@@ -29,7 +29,7 @@ class SliceReader:
     """
 
     def __init__(self, index: CheckpointIndex, layout: ModelLayout) -> None:
-        self._index = index
+        self.index = index
         self.layout = layout
 
     def fill_local(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
@@ -47,7 +47,7 @@ class SliceReader:
             return
         if name in self.layout.buffers:
             # Whole on every rank; infinite ones (limits of a clamp) are meant.
-            local.copy_(self._index.read(self.layout.sources(name)[0]))
+            local.copy_(self.index.read(self.layout.sources(name)[0]))
         elif self.layout.is_expert(name):
             self._fill_experts(name, local, offsets)
         elif self.layout.is_plain(name):
@@ -59,12 +59,18 @@ class SliceReader:
     def _fill_plain(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
         sources = self.layout.sources(name)
         if not sources:
-            raise CheckpointError(f"{self._index.folder} has no tensor for {name}")
+            raise CheckpointError(f"{self.index.folder} has no tensor for {name}")
         (key,) = sources
         if not offsets:
             local.copy_(self._read_finite(key))
             return
         rows = self._read_rows(key, range(offsets[0], offsets[0] + len(local)))
+        beyond = (o + n > m for o, n, m in zip(offsets, local.shape, rows.shape, strict=True))
+        if any([*beyond][1:]):
+            raise CheckpointError(
+                f"{key} in {self.index.path(key)} has rows of shape {tuple(rows.shape[1:])}, wanted"
+                f" is {tuple(local.shape[1:])} at {offsets[1:]}"
+            )
         local.copy_(_window(rows, (0, *offsets[1:]), tuple(local.shape)))
 
     def _fill_experts(self, name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
@@ -92,13 +98,13 @@ class SliceReader:
             moved.memory_block(target).copy_(moved.stored_block(matrix))
 
     def _read_rows(self, key: str, rows: range, *, item: int | None = None) -> Tensor:
-        tensor = self._index.read_rows(key, rows.start, rows.stop, item=item)
-        check_finite(tensor, f"{key} in {self._index.path(key)}")
+        tensor = self.index.read_rows(key, rows.start, rows.stop, item=item)
+        check_finite(tensor, f"{key} in {self.index.path(key)}")
         return tensor
 
     def _read_finite(self, key: str) -> Tensor:
-        tensor = self._index.read(key)
-        check_finite(tensor, f"{key} in {self._index.path(key)}")
+        tensor = self.index.read(key)
+        check_finite(tensor, f"{key} in {self.index.path(key)}")
         return tensor
 
 

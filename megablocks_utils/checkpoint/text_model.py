@@ -5,7 +5,7 @@ without the parts that text never reaches (towers, projectors). What is stored o
 in training, and is copied as it is when the model is saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -17,10 +17,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from megablocks_utils.errors import CheckpointError
 
-__all__ = ["build_text_model", "cut_layers"]
+__all__ = ["build_text_model", "build_whole_model", "cut_layers"]
 
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
@@ -31,19 +32,33 @@ def build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         CheckpointError: transformers has no model with a language head for it.
     """
-    auto_class = next((auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping), None)
-    if auto_class is None:
+    model = _build_first(_AUTO_CLASSES, config)
+    if model is None:
         raise CheckpointError(
             f"transformers has no language model for model_type {config.model_type!r}"
         )
-    with init_empty_weights(include_buffers=False):
-        model = auto_class.from_config(config)
     if model.config.get_text_config(decoder=True) is not model.config:
         _remove_other_parts(model)
     classes = {type(module).__name__ for module in model.modules()}
     # Some name classes of towers, or of other models; Accelerate refuses those.
     model._no_split_modules = sorted(set(model._no_split_modules or ()) & classes)
     return model
+
+
+def build_whole_model(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """Build all that a config describes, on meta; None where that is a text model alone."""
+    return _build_first(_AUTO_CLASSES[1:], config)
+
+
+def _build_first(
+    auto_classes: Iterable[type[_BaseAutoModelClass]], config: PreTrainedConfig
+) -> PreTrainedModel | None:
+    for auto_class in auto_classes:
+        if type(config) in auto_class._model_mapping:
+            with init_empty_weights(include_buffers=False):
+                model: PreTrainedModel = auto_class.from_config(config)
+            return model
+    return None
 
 
 def _remove_other_parts(model: PreTrainedModel) -> None:

@@ -40,6 +40,12 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
             "attn-only, mlp-only or all."
         )
+    if values["save_dtype"] is not None and values["use_lora"] != "none":
+        raise ConfigurationError(
+            f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
+            "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
+            "megablocks_utils.merge."
+        )
     if values["max_steps"] == 0:
         raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")
     for name in ("warmup_steps", "save_steps"):

@@ -68,7 +68,7 @@ PLANNED = frozenset(
         *("early_stopping_patience", "attn_implementation", "freeze_router"),
         *("router_bias_update_rate", "expert_load_steps", "dp_replicate_size", "tp_size"),
         *("expert_tp_size", "sp_size", "expert_quantization"),
-        *("save_dtype", "adapter_layout", "launcher", "nodes"),
+        *("adapter_layout", "launcher", "nodes"),
     )
 )
 """Options that are to come; each leaves this list when it is built."""

@@ -251,7 +251,7 @@ def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in unit.module.named_parameters()
-        if not name.startswith(inside) and _is_adapter(name) == _holds_adapters(unit)
+        if not name.startswith(inside) and is_adapter(name) == _holds_adapters(unit)
     }
 
 
@@ -265,7 +265,7 @@ def _take_adapters_off(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module
 
     FSDP1 could be told to ignore them, but then every unit around that one ignores them too.
     """
-    paths = [name.rpartition(".")[0] for name, _ in layer.named_parameters() if _is_adapter(name)]
+    paths = [name.rpartition(".")[0] for name, _ in layer.named_parameters() if is_adapter(name)]
     taken = []
     for path in paths:
         parent, _, child = path.rpartition(".")
@@ -291,5 +291,6 @@ def _count_local_dense(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is of an adapter."""
     return any(part in name for part in _ADAPTER_PARTS)

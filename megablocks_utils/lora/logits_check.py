@@ -6,12 +6,20 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from megablocks_utils.checkpoint.library_output import (
     filter_peft_warnings,
     without_transformers_bars,
 )
+from megablocks_utils.checkpoint.quantization_config import load_dequantized
 from megablocks_utils.lora.file_check import AdapterCheckError
 
 _HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -65,7 +73,8 @@ def check_logits(
     logits: Tensor,
     *,
     compute: torch.dtype,
-    config: PreTrainedConfig | None,
+    plain: PreTrainedModel,
+    is_truncated: bool = False,
 ) -> LogitsCheck:
     """Load the adapter with plain PEFT, in this process on the CPU, and compare logits.
 
@@ -75,17 +84,19 @@ def check_logits(
         input_ids: (1, T) tokens.
         logits: (1, T, V) of the trained model for them.
         compute: the run's dtype of compute. The reference is computed in the next higher one.
-        config: of the trained model, if that is a truncated one; None takes the base model's.
+        plain: the trained model as transformers builds it, on meta.
+        is_truncated: whether it has fewer layers than the base model.
 
     Raises:
         AdapterCheckError: they differ by more than rounding explains.
     """
     with without_transformers_bars(), filter_peft_warnings():
-        base = AutoModelForCausalLM.from_pretrained(
+        base = _find_auto_class(base_dir, type(plain)).from_pretrained(
             base_dir,
             dtype=_HIGHER[compute],
             experts_implementation="eager",  # fp64 has no grouped product
-            **({} if config is None else {"config": config}),
+            **({"config": plain.config} if is_truncated else {}),
+            **load_dequantized(base_dir),
         )
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
     with torch.no_grad():
@@ -97,6 +108,19 @@ def check_logits(
     if fault := found.find_fault():
         raise AdapterCheckError(f"plain PEFT loads the written adapter, but {fault}")
     return found
+
+
+def _find_auto_class(
+    folder: Path, model_class: type[PreTrainedModel]
+) -> type[_BaseAutoModelClass]:
+    """Return the class with which a user loads a folder as a model of `model_class`."""
+    config_class = type(AutoConfig.from_pretrained(folder))
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if config_class in auto_class._model_mapping:
+            found = auto_class._model_mapping[config_class]
+            if model_class in (found if isinstance(found, tuple) else (found,)):
+                return auto_class
+    return AutoModelForCausalLM
 
 
 def compare_logits(ours: Tensor, stock: Tensor, exact: Tensor, without: Tensor) -> LogitsCheck:

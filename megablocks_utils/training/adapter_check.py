@@ -113,7 +113,8 @@ class AdapterCheck:
                 self._input_ids,
                 self._logits,
                 compute=getattr(torch, setup.precision.compute),
-                config=None if setup.config.model.truncate_layers is None else plain.config,
+                plain=plain,
+                is_truncated=setup.config.model.truncate_layers is not None,
             )
         self.report = AdapterReport(*count_trained(self._measured), logits, self._skipped)
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
 from megablocks_utils.checkpoint.json_file import read_settings
-from megablocks_utils.checkpoint.layouts import detect_naming, is_expert_parameter
-from megablocks_utils.checkpoint.load import build_model_on_meta
+from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.load import build_model_on_meta, fill_buffers
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config import ResolvedPrecision, RunConfig
@@ -40,10 +40,11 @@ class ModelSource:
         if layers is not None:
             _refuse_no_moe_layer(self.model, layers)
         self.expert_names = list(find_expert_modules(self.model))
-        self.index: CheckpointIndex = open_checkpoint(folder)
-        naming = detect_naming(self.index, source=folder)
-        self.ignored = check_against_model(self.model, self.index, naming, truncate_layers=layers)
-        self.reader = SliceReader(self.index, naming)
+        self.index: CheckpointIndex = open_checkpoint(folder, dtype=dtype)
+        layout = ModelLayout(self.model, self.index)
+        self.ignored = check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        self.reader = SliceReader(self.index, layout)
+        fill_buffers(self.model, self.reader)
 
     @property
     def num_experts(self) -> int:
@@ -54,7 +55,7 @@ class ModelSource:
 
 
 def _refuse_no_moe_layer(model: PreTrainedModel, num_layers: int) -> None:
-    if not any(is_expert_parameter(name) for name, _ in model.named_parameters()):
+    if not find_expert_modules(model):
         raise ConfigurationError(
             f"truncate_model_for_debug keeps the first {num_layers} layers, but none of these is an"
             " MoE layer in this model; it must be False.",

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.moe.expert_spec import find_expert_modules, find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
@@ -63,6 +64,7 @@ class Setup:
         counts: parameters of the whole model.
         num_experts: experts of a layer.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
+        reader: of the model's checkpoint, by its layout.
         fill_local: where the weights come from once each rank knows its part of them.
         compatibility: what a run that resumes from this one's checkpoints must share with it.
         resume: the checkpoint to resume from; None for a run that starts fresh.
@@ -84,6 +86,7 @@ class Setup:
     counts: ParameterCounts
     num_experts: int
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    reader: SliceReader
     fill_local: FillLocal
     compatibility: ResumeCompatibility
     resume: ResumePoint | None
@@ -91,11 +94,7 @@ class Setup:
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if is_expert_parameter(name)
-        }
+        return find_expert_parameters(self.model)
 
     def mesh_sizes(self) -> dict[str, int]:
         """Ranks along the axes of the experts' mesh, also where there is none."""
@@ -185,6 +184,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         counts=_count(model, source.num_experts),
         num_experts=source.num_experts,
         parameter_specs=specs,
+        reader=source.reader,
         fill_local=_leave_empty if resume and adapters is None else source.reader.fill_local,
         compatibility=compatibility,
         resume=resume,
@@ -198,10 +198,12 @@ def _open_model(
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
+    for note in source.index.notes:
+        console.print(note, markup=False)
     if names := source.ignored:
+        use = "copied into the saved model" if config.model.truncate_layers is None else "left out"
         console.print(
-            f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",
-            markup=False,
+            f"{folder}: {names[0]} ({len(names)} in all) is not trained; {use}", markup=False
         )
     check_world(config, world_size, source.num_experts)
     return source
@@ -286,5 +288,9 @@ def _let_generation_stop(
 
 
 def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:
-    experts = {n: p for n, p in model.named_parameters() if is_in_experts(n)}
+    experts = {
+        f"{module_name}.{name}": parameter
+        for module_name, module in find_expert_modules(model).items()
+        for name, parameter in module.named_parameters()
+    }
     return count_parameters(model, experts, model.config.num_experts_per_tok, num_experts)

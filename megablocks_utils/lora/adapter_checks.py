@@ -132,9 +132,7 @@ def check_adapter(
         for matrix in linear_matrices(name, shape, _target_of(targets, name).rank)
     ]
     fused = FusedExperts({name: target.key for name, target in targets.items()}, places.experts)
-    matrices: dict[ExpertFormat, list[AdapterMatrix]] = {
-        fused: _matrices(fused, experts, targets)
-    }
+    matrices: dict[ExpertFormat, list[AdapterMatrix]] = {fused: _matrices(fused, experts, targets)}
     known = _known_keys(places)
     separate = None
     if index.keys() - {m.key for m in (*of_linears, *matrices[fused])} - {*replaced.values()}:

@@ -9,6 +9,7 @@ from torch import nn
 
 from megablocks_utils.lora.settings import LoraSettings
 
+
 def attach_linear_lora(
     model: nn.Module, settings: LoraSettings, *, dtype: torch.dtype, seed: int
 ) -> None:

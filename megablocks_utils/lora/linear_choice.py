@@ -54,9 +54,7 @@ def find_dense_linears(model: nn.Module) -> list[str]:
     return found
 
 
-def target_ends(
-    model: nn.Module, chosen: Collection[str], names: Iterable[str]
-) -> tuple[str, ...]:
+def target_ends(model: nn.Module, chosen: Collection[str], names: Iterable[str]) -> tuple[str, ...]:
     """Return the shortest ends of names, in whole parts, that the chosen ones have and no other.
 
     In a model that can also see or hear they are whole names: its other parts, which may not be

@@ -110,9 +110,7 @@ def check_logits(
     return found
 
 
-def _find_auto_class(
-    folder: Path, model_class: type[PreTrainedModel]
-) -> type[_BaseAutoModelClass]:
+def _find_auto_class(folder: Path, model_class: type[PreTrainedModel]) -> type[_BaseAutoModelClass]:
     """Return the class with which a user loads a folder as a model of `model_class`."""
     config_class = type(AutoConfig.from_pretrained(folder))
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):

@@ -84,9 +84,7 @@ def test_what_is_packed_is_read_again(is_turned):
     assert {s: tuple(x.shape) for s, x in packed.items()} == {
         side: place.packed_shape(side, 2) for side in "AB"
     }
-    lora_a, lora_b = place.own_sides(
-        unpack_lora_a(packed["A"], 4), unpack_lora_b(packed["B"], 4)
-    )
+    lora_a, lora_b = place.own_sides(unpack_lora_a(packed["A"], 4), unpack_lora_b(packed["B"], 4))
     assert torch.equal(lora_a[:3], factors["A"]) and torch.equal(lora_b[:3], factors["B"])
     assert not lora_a[3].any() and not lora_b[3].any()
 

@@ -15,6 +15,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from megablocks_utils.checkpoint.stored_names import last_number
+from megablocks_utils.errors import CheckpointError
+
 __all__ = ["Conversion", "ModelShapes", "revert", "saved_transforms"]
 
 
@@ -51,6 +54,21 @@ class Conversion:
         targets = self.converter.target_patterns
         before, _, after = self.first.partition(targets[0])
         return (self.first, *(f"{before}{target}{after}" for target in targets[1:]))
+
+    def check_numbers(self) -> None:
+        """Refuse experts with a gap between them, which would all be taken for one before theirs.
+
+        Raises:
+            CheckpointError: an expert is missing.
+        """
+        places: dict[str, list[int]] = {}
+        for key, pattern in self.sources:
+            if "*" in pattern:
+                places.setdefault(pattern, []).append(last_number(key))
+        for seen in places.values():
+            if seen != list(range(len(seen))):
+                missing = next(number for number in range(len(seen)) if number not in seen)
+                raise CheckpointError(f"expert {missing} is not stored")
 
     def run(self, tensors: Mapping[str, Tensor], model: ModelShapes) -> dict[str, Tensor]:
         """Return the parameters that become of the stored tensors `tensors`."""

@@ -6,11 +6,11 @@ transformers converts (dense weights that are joined, split or permuted) is conv
 own operations. The same places serve reading, checking and writing.
 """
 
-from collections.abc import Callable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,21 +23,16 @@ from megablocks_utils.checkpoint.expert_trace import (
     assemble,
     trace_parts,
 )
-from megablocks_utils.checkpoint.stored_names import NameMapping, last_number
+from megablocks_utils.checkpoint.stored_names import (
+    NameMapping,
+    StoredShapes,
+    StoredTensors,
+    last_number,
+)
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 
-__all__ = ["ModelLayout", "StoredTensors"]
-
-
-class StoredTensors(Protocol):
-    """Name stored tensors and their shapes; a `CheckpointIndex` does."""
-
-    def keys(self) -> KeysView[str]:
-        """Return every tensor's name."""
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of tensor `key`."""
+__all__ = ["ModelLayout"]
 
 
 class ModelLayout:
@@ -54,8 +49,8 @@ class ModelLayout:
         buffers: names of the persistent buffers.
         tied: parameters that are the same tensor as another one, by whose name they go.
         missing: names of which nothing is stored.
-        unused: stored tensors that no parameter or buffer takes, with what they are renamed to.
-        used_transforms: which of transformers' transforms have renamed or converted something.
+        unused: stored tensors that no parameter or buffer takes, with what they are renamed to;
+            also what is stored of one that is stored already, under another name.
     """
 
     def __init__(self, model: PreTrainedModel, stored: StoredTensors):
@@ -69,23 +64,25 @@ class ModelLayout:
         self._stored = stored
         mapping = NameMapping(model, state)
         targets = mapping.targets(stored.keys())
-        self.used_transforms = mapping.used()
-        self._transforms = [mapping.transforms[number] for number in self.used_transforms]
+        self._transforms = [t for t in mapping.transforms if t.was_used()]
         self._plain: dict[str, str] = {}
-        self._conversions: dict[str, Conversion] = {}
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for key, target in targets.items():
-            if target.name not in state:
-                continue
-            if target.pattern is None:
-                self._plain.setdefault(target.name, key)
+        self.unused: dict[str, str] = {}
+        groups: dict[str, dict[str, str]] = {}
+        for key, (name, pattern) in targets.items():
+            if name in state and pattern is not None:
+                groups.setdefault(name, {})[key] = pattern
+            elif name in state and name not in self._plain:
+                self._plain[name] = key
             else:
-                groups.setdefault(target.name, []).append((key, target.pattern))
-        for name, sources in groups.items():
-            if name not in self._plain:
-                conversion = Conversion(mapping.converter(sources[0][1]), name, tuple(sources))
-                self._conversions |= dict.fromkeys(conversion.names, conversion)
-        self.unused = {key: t.name for key, t in targets.items() if t.name not in state}
+                self.unused[key] = name
+        self._conversions: dict[str, Conversion] = {}
+        for name, patterns in groups.items():
+            if name in self._plain:  # stored twice, in two forms
+                self.unused |= dict.fromkeys(patterns, name)
+                continue
+            sources = tuple(patterns.items())
+            conversion = Conversion(mapping.converter(sources[0][1]), name, sources)
+            self._conversions |= dict.fromkeys(conversion.names, conversion)
         self.missing = tuple(name for name in state if not self.sources(name))
         # Where a form has been traced before, only the keys differ from layer to layer.
         self._held: dict[str, Tensor] = {}
@@ -101,7 +98,7 @@ class ModelLayout:
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         saved = revert(state, shapes, model.config, saved_transforms(model))
-        return cls(model, _Shapes({key: tuple(tensor.shape) for key, tensor in saved.items()}))
+        return cls(model, StoredShapes({key: tuple(tensor.shape) for key, tensor in saved.items()}))
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Return the stored tensors that a parameter or persistent buffer is made of."""
@@ -157,8 +154,8 @@ class ModelLayout:
             name: of a parameter that is not plain.
             read: returns a stored tensor.
         """
-        conversion = self._conversions[name]
-        return conversion.run({key: read(key) for key, _ in conversion.sources}, self._model)[name]
+        tensors = {key: read(key) for key in self.sources(name)}
+        return self._conversions[name].run(tensors, self._model)[name]
 
     def check(self, name: str) -> None:
         """Check that a parameter which transformers converts can be made of what is stored.
@@ -196,7 +193,7 @@ class ModelLayout:
 
         Args:
             name: in memory.
-            tensor: whole; on meta to learn names and shapes alone.
+            tensor: whole.
         """
         if self.is_plain(name):
             if name not in self.tied:
@@ -205,12 +202,31 @@ class ModelLayout:
             for key, parts in self._parts_by_key(name).items():
                 yield key, assemble(parts, tensor, self._stored.shape(key))
         else:
-            conversion = self._conversions[name]
+            names = self._conversions[name].names
             self._held[name] = tensor
-            if all(other in self._held for other in conversion.names):
-                group = {other: self._held.pop(other) for other in conversion.names}
+            if name == self._last_of_group(name):
+                group = {other: self._held.pop(other) for other in names}
                 made = revert(group, self.shapes, self._model.config, self._transforms)
                 yield from sorted(made.items())
+
+    def hub_shapes(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield names and shapes of what `hub_tensors` yields, in its order."""
+        if self.is_plain(name):
+            if name not in self.tied:
+                yield from ((key, self.shapes[name]) for key in self.sources(name) or (name,))
+        elif self.is_expert(name):
+            keys, held = (
+                self.sources(name),
+                {int(p.key) for p in chain(*self._trace(name).values())},
+            )
+            yield from ((key, self._stored.shape(key)) for n, key in enumerate(keys) if n in held)
+        elif name == self._conversions[name].names[-1]:
+            yield from sorted(self.stored_shapes(name).items())
+
+    def _last_of_group(self, name: str) -> str:
+        """Return which of the parameters that are converted together comes last in the model."""
+        names = self._conversions[name].names
+        return [other for other in self.shapes if other in names][-1]
 
     def _same_tensor(self, name: str) -> Iterator[str]:
         """Yield the names of a parameter, its own first."""
@@ -245,7 +261,7 @@ class ModelLayout:
             keys = {key: str(number) for number, key in enumerate(stored)}
             by_expert: dict[int, list[ExpertPart]] = {}
             with _as_checkpoint_error(name):
-                _check_numbers(conversion, numbers)
+                conversion.check_numbers()
                 parts = self._trace_now(name, conversion, stored)
             for part in parts:
                 by_expert.setdefault(part.expert, []).append(replace(part, key=keys[part.key]))
@@ -273,23 +289,3 @@ def _as_checkpoint_error(name: str) -> Iterator[None]:
     except (CheckpointError, RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{name} cannot be made of what is stored: {reason}") from error
-
-
-class _Shapes(dict[str, tuple[int, ...]]):
-    """Hold shapes by name."""
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return one of them."""
-        return self[key]
-
-
-def _check_numbers(conversion: Conversion, numbers: tuple[int, ...]) -> None:
-    """Refuse experts with a gap between them, which would all be taken for one before theirs."""
-    places: dict[str, list[int]] = {}
-    for (_, pattern), number in zip(conversion.sources, numbers, strict=True):
-        if "*" in pattern:
-            places.setdefault(pattern, []).append(number)
-    for seen in places.values():
-        if seen != list(range(len(seen))):
-            missing = next(number for number in range(len(seen)) if number not in seen)
-            raise CheckpointError(f"expert {missing} is not stored")

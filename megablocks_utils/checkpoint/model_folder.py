@@ -127,9 +127,7 @@ def _append(writer: SafetensorsWriter, model: WrittenModel, name: str, tensor: T
 
 def _hub_specs(layout: ModelLayout, spec: TensorSpec) -> Iterator[TensorSpec]:
     """Yield what is written for one in-memory tensor."""
-    whole = torch.empty(layout.shapes[spec.name], device="meta")
-    for key, tensor in layout.hub_tensors(spec.name, whole):
-        yield TensorSpec(key, tuple(tensor.shape), spec.dtype)
+    yield from (TensorSpec(key, shape, spec.dtype) for key, shape in layout.hub_shapes(spec.name))
 
 
 def _copied_specs(model: WrittenModel) -> Iterator[TensorSpec]:

@@ -1,8 +1,8 @@
 """Which parameter or buffer each stored tensor belongs to, by transformers' mapping of names."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, KeysView, Mapping
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,13 +15,30 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-__all__ = ["NameMapping", "Target", "last_number"]
+__all__ = ["NameMapping", "StoredShapes", "StoredTensors", "Target", "last_number"]
 
 _LAST_NUMBER = re.compile(r"^(.*\.)(\d+)(\..*)$")
 
 
-@dataclass(frozen=True)
-class Target:
+class StoredTensors(Protocol):
+    """Name stored tensors and their shapes; a `CheckpointIndex` does."""
+
+    def keys(self) -> KeysView[str]:
+        """Return every tensor's name."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of tensor `key`."""
+
+
+class StoredShapes(dict[str, tuple[int, ...]]):
+    """Hold shapes by name."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return one of them."""
+        return self[key]
+
+
+class Target(NamedTuple):
     """Say where a stored tensor goes.
 
     Attributes:
@@ -53,30 +70,26 @@ class NameMapping:
         # The last one, as in transformers.
         return next(c for c in reversed(self._converters) if pattern in c.source_patterns)
 
-    def used(self) -> tuple[int, ...]:
-        """Return which of the transforms have renamed or converted something, by number."""
-        return tuple(n for n, transform in enumerate(self.transforms) if transform.was_used())
-
     def targets(self, keys: Iterable[str]) -> dict[str, Target]:
         """Return where each stored tensor goes, in the order in which they are collected.
 
         Tensors whose names differ in the last number alone are renamed once, if the first and the
         last of them are renamed alike: those of the experts of a layer.
         """
-        ordered = sorted(keys, key=dot_natural_key)
-        alike: dict[str, list[str]] = {}
-        for key in ordered:
-            alike.setdefault(_LAST_NUMBER.sub(r"\1*\3", key), []).append(key)
+        alike: dict[tuple[str, str], list[tuple[int, str]]] = {}
+        for key in keys:
+            match = _LAST_NUMBER.match(key)
+            form = (match[1], match[3]) if match else (key, "")
+            alike.setdefault(form, []).append((int(match[2]) if match else 0, key))
+        groups = [[key for _, key in sorted(group)] for group in alike.values()]
         found: dict[str, Target] = {}
-        for key in ordered:
-            if key in found:
-                continue
-            target = self._rename(key)
-            found[key] = target
-            group = alike[_LAST_NUMBER.sub(r"\1*\3", key)]
-            if len(group) > 1 and key == group[0] and self._rename(group[-1]) == target:
-                found |= dict.fromkeys(group, target)
-        return {key: found[key] for key in ordered}
+        for group in sorted(groups, key=lambda group: dot_natural_key(group[0])):
+            first, last = self._rename(group[0]), self._rename(group[-1])
+            if first == last:
+                found |= dict.fromkeys(group, first)
+            else:
+                found |= {key: self._rename(key) for key in group}
+        return found
 
     def _rename(self, key: str) -> Target:
         renamed, pattern = rename_source_key(

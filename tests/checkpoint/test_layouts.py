@@ -66,9 +66,8 @@ def test_every_tensor_is_written_as_transformers_writes_it(stored, tmp_path):
     model.save_pretrained(tmp_path)
     theirs = open_checkpoint(tmp_path)
     announced, ours = {}, {}
-    for name, shape in layout.shapes.items():
-        on_meta = torch.empty(shape, device="meta")
-        announced |= {key: t.shape for key, t in layout.hub_tensors(name, on_meta)}
+    for name in layout.shapes:
+        announced |= dict(layout.hub_shapes(name))
     for name, tensor in model.state_dict().items():
         ours |= dict(layout.hub_tensors(name, tensor))
     assert set(ours) == set(theirs)
@@ -167,3 +166,15 @@ def test_what_nobody_takes_is_named(tmp_path):
         tensors["model.layers.9.eh_proj.weight"] = torch.ones(2)
     layout = ModelLayout(model, open_checkpoint(tmp_path))
     assert list(layout.unused) == ["model.layers.9.eh_proj.weight"]
+
+
+def test_what_is_stored_twice_is_named(tmp_path):
+    """In two forms, or with and without the prefix of the base model: one of them would be lost."""
+    model = save_tiny("qwen3_moe", tmp_path)
+    fused = "model.layers.0.mlp.experts.down_proj"
+    with edited(tmp_path) as tensors:
+        tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+        tensors[fused] = torch.zeros(model.state_dict()[fused].shape)
+    layout = ModelLayout(model, open_checkpoint(tmp_path))
+    assert len(layout.unused) == 1 + 8
+    assert set(layout.unused.values()) == {"model.norm.weight", fused}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from megablocks_utils.checkpoint.index import open_checkpoint
@@ -11,11 +12,17 @@ from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.config import AdapterConfig
 from megablocks_utils.lora.adapter_files import PeftNames
 from megablocks_utils.lora.adapter_reader import open_adapter
-from megablocks_utils.lora.apply import choose_adapters
+from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.lora.settings import build_peft_config
 from megablocks_utils.lora.trainable import settings_of_adapter
 from megablocks_utils.merge import MergeOptions, merge_adapter
-from tests.support.tiny_adapters import PEFT_WARNINGS, WEIGHTS, expert_deltas
+from megablocks_utils.shard_moe_utils import shard_moe
+from tests.support.tiny_adapters import (
+    PEFT_WARNINGS,
+    WEIGHTS,
+    attach_random_adapters,
+    expert_deltas,
+)
 from tests.support.tiny_families import build_tiny
 
 pytestmark = PEFT_WARNINGS
@@ -84,3 +91,47 @@ def test_merges_as_peft_does(written, tmp_path):
         if ".visual." in key:
             assert torch.equal(base.read(key), written_index.read(key)), key
     assert (out / "config.json").is_file()
+
+
+def _tokens():
+    return torch.randint(3, 120, (1, 12), generator=torch.Generator().manual_seed(2))
+
+
+def _gradients(rank, family, folder):
+    """Return the gradients of the adapters of split experts as PEFT would hold them, and logits."""
+    model = build_tiny(family)
+    adapters = choose_adapters(model, AdapterConfig("all", None, None, resume_adapter=str(folder)))
+    names = PeftNames(adapters.settings, build_tiny(family))
+    sharded = shard_moe(model, 2, kernel="eager")
+    apply_lora(model, sharded, adapters, dtype=torch.float32, seed=0)
+    output = model(input_ids=_tokens(), labels=_tokens(), use_cache=False)
+    output.loss.backward()
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_split = isinstance(parameter, DTensor)
+            # Both ranks have sent the same tokens to every expert.
+            grad = parameter.grad.full_tensor() / 2 if is_split else parameter.grad
+            key, packed = names.to_peft(name, grad)
+            grads[key] = packed
+    return output.logits.detach(), grads
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "llama4_text"])
+def test_split_experts_learn_as_pefts(ranks2, family, tmp_path):
+    model = build_tiny(family)
+    settings = choose_adapters(model, AdapterConfig("all", 4, 8)).settings
+    peft_model = attach_random_adapters(model, build_peft_config(settings, model))
+    peft_model.save_pretrained(tmp_path)
+    output = peft_model(input_ids=_tokens(), labels=_tokens(), use_cache=False)
+    output.loss.backward()
+    wanted = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in peft_model.named_parameters()
+        if "lora_" in name
+    }
+    for logits, grads in ranks2.run(_gradients, family, tmp_path):
+        assert set(grads) == set(wanted)
+        assert (logits - output.logits).norm() <= 1e-5 * output.logits.norm()
+        for key, grad in grads.items():
+            assert (grad - wanted[key]).norm() <= 1e-5 * wanted[key].norm(), key

@@ -62,7 +62,7 @@ def build_model_on_meta(
         model.config.architectures = [type(model).__name__]
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    if not find_expert_modules(model):
+    if truncate_layers is None and not find_expert_modules(model):
         raise CheckpointError(
             f"model_type {settings['model_type']!r} in {folder / MODEL_CONFIG_NAME} has no experts"
             " that transformers' experts interface serves"

@@ -25,6 +25,7 @@ from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks, sum_over_ranks
 
@@ -33,6 +34,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _SHARDED_STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+Experts = list[DroplessExperts] | None
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.")
 
 
@@ -138,9 +140,9 @@ def fill_and_wrap_fsdp1(
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> FullyShardedDataParallel:
     """Do what `wrap_fsdp1` does up to the sums; nothing communicates, so that a rank may fail."""
-    experts = list(sharded.expert_modules.values()) if sharded else None
+    experts: Experts = list(sharded.expert_modules.values()) if sharded else None
 
-    def wrap(module: nn.Module) -> FullyShardedDataParallel:
+    def wrap(module: nn.Module, ignored: Experts = experts) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(
             module,
             sharding_strategy=plugin.sharding_strategy,
@@ -149,13 +151,16 @@ def fill_and_wrap_fsdp1(
             forward_prefetch=plugin.forward_prefetch,
             limit_all_gathers=plugin.limit_all_gathers,
             use_orig_params=True,
-            ignored_modules=experts,
+            ignored_modules=ignored,
             device_id=device,
         )
 
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
+    norms = sharded.post_expert_norms if sharded else {}
     for name, layer in layers:
         materialize(layer, fill_local, device, prefix=f"{name}.")
+        for norm_name in [other for other in norms if other.startswith(f"{name}.")]:
+            model.set_submodule(norm_name, wrap(norms[norm_name], None))
         model.set_submodule(name, _wrap_layer(layer, wrap))
         on_layer(1)
     materialize(model, fill_local, device)
@@ -251,7 +256,7 @@ def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in unit.module.named_parameters()
-        if not name.startswith(inside) and is_adapter(name) == _holds_adapters(unit)
+        if not name.startswith(inside) and _is_adapter(name) == _holds_adapters(unit)
     }
 
 
@@ -265,7 +270,7 @@ def _take_adapters_off(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module
 
     FSDP1 could be told to ignore them, but then every unit around that one ignores them too.
     """
-    paths = [name.rpartition(".")[0] for name, _ in layer.named_parameters() if is_adapter(name)]
+    paths = [name.rpartition(".")[0] for name, _ in layer.named_parameters() if _is_adapter(name)]
     taken = []
     for path in paths:
         parent, _, child = path.rpartition(".")
@@ -291,6 +296,5 @@ def _count_local_dense(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
 
 
-def is_adapter(name: str) -> bool:
-    """Return whether a parameter is of an adapter."""
+def _is_adapter(name: str) -> bool:
     return any(part in name for part in _ADAPTER_PARTS)

@@ -17,7 +17,7 @@ from megablocks_utils.checkpoint.distributed_checkpoint import (
 )
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace, TensorShard
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.fsdp.fsdp1 import is_adapter, strip_wrappers
+from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.fsdp.places import PlacedParameters, find_buffers, find_places
 from megablocks_utils.mesh.placement import local_tensor
 
@@ -85,7 +85,7 @@ class RunState:
 
     def _buffer_shards(self) -> dict[str, TensorShard]:
         """Return the persistent buffers, whole; none beside adapters, whose base stays as it is."""
-        if any(is_adapter(name) for name, _ in self.model.named_parameters()):
+        if any("lora_A" in name for name, _ in self.model.named_parameters()):
             return {}
         # One without dims is stored with one.
         found = find_buffers(self.model)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX, read_whole_tensor
@@ -63,7 +63,10 @@ class StoredModel:
         elif left:
             raise CheckpointError(f"the checkpoint {folder} lacks {left[0]}")
         self.layout = ModelLayout.of_saved(model) if self.base is None else self.base.layout
-        dtype = next(dtype for _, dtype in stored.values())
+        trained = [
+            spec[1] for name, spec in stored.items() if isinstance(wanted[name], nn.Parameter)
+        ]
+        dtype = trained[0] if trained else model.config.dtype or torch.float32
         self.specs: list[_Spec] = [
             (name, *self._spec(name, tensor, dtype)) for name, tensor in wanted.items()
         ]
@@ -91,7 +94,7 @@ class StoredModel:
         self, name: str, tensor: Tensor, dtype: torch.dtype
     ) -> tuple[tuple[int, ...], torch.dtype]:
         shape, stored_dtype = self._stored.get(name, (tuple(tensor.shape), None))
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        is_parameter = isinstance(tensor, nn.Parameter)
         return (shape if tensor.dim() else ()), stored_dtype or (
             dtype if is_parameter else tensor.dtype
         )

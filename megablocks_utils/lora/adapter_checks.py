@@ -4,13 +4,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
+from megablocks_utils.lora.adapter_places import Places, find_places, weight_of
 from megablocks_utils.lora.expert_formats import (
     AdapterMatrix,
     ExpertFormat,
@@ -20,7 +20,6 @@ from megablocks_utils.lora.expert_formats import (
 from megablocks_utils.lora.peft_format import (
     ExpertPlace,
     Shape,
-    find_expert_places,
     linear_key,
     linear_matrices,
 )
@@ -28,22 +27,7 @@ from megablocks_utils.lora.peft_targets import PeftTarget, find_peft_targets
 from megablocks_utils.lora.replaced_weights import find_replaced
 from megablocks_utils.lora.single_experts import SingleExpertNames
 
-__all__ = ["FoundAdapter", "FoundAdapters", "Places", "check_adapter", "find_places"]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Say where a model can have adapters.
-
-    Attributes:
-        linears: linear layer -> shape (out, in) of its weight.
-        experts: parameter of experts -> its adapters' shapes.
-        routers: router, whose weight is no linear layer's -> shape (E, in).
-    """
-
-    linears: Mapping[str, Shape]
-    experts: Mapping[str, ExpertPlace]
-    routers: Mapping[str, Shape]
+__all__ = ["FoundAdapter", "FoundAdapters", "check_adapter"]
 
 
 @dataclass(frozen=True)
@@ -86,29 +70,6 @@ class FoundAdapters:
     replaced: Mapping[str, str]
 
 
-def find_places(model: PreTrainedModel) -> Places:
-    """Find the linear layers of a model, without a tied output layer, and its experts."""
-    tied = model.all_tied_weights_keys
-    return Places(
-        {
-            name: tuple(module.weight.shape)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and _weight_of(name) not in tied
-        },
-        find_expert_places(model),
-        {
-            name: tuple(module.weight.shape)
-            for name, module in model.named_modules()
-            if not isinstance(module, nn.Linear | nn.Embedding) and _has_matrix(module)
-        },
-    )
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 2
-
-
 def check_adapter(
     config: AdapterConfigFile, index: CheckpointIndex, model: PreTrainedModel
 ) -> FoundAdapters:
@@ -123,8 +84,8 @@ def check_adapter(
     path = index.folder / ADAPTER_WEIGHTS_NAME
     places, targets = find_places(model), find_peft_targets(config, model)
     replaced = find_replaced(config, index, model)
-    linears = {n: x for n, x in places.linears.items() if {n, _weight_of(n)} & targets.keys()}
-    linears |= {n: shape for n, shape in places.routers.items() if _weight_of(n) in targets}
+    linears = {n: x for n, x in places.linears.items() if {n, weight_of(n)} & targets.keys()}
+    linears |= {n: shape for n, shape in places.routers.items() if weight_of(n) in targets}
     experts = {name: place for name, place in places.experts.items() if name in targets}
     of_linears = [
         matrix
@@ -192,13 +153,9 @@ def _found_experts(
     }
 
 
-def _weight_of(module: str) -> str:
-    return f"{module}.weight"
-
-
 def _target_of(targets: Mapping[str, PeftTarget], name: str) -> PeftTarget:
     """Return what PEFT attaches to a linear layer, to a parameter, or to a router's weight."""
-    return targets[name] if name in targets else targets[_weight_of(name)]
+    return targets[name] if name in targets else targets[weight_of(name)]
 
 
 def _in_targeted_layers(

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
-from megablocks_utils.lora.adapter_checks import FoundAdapter, find_places
+from megablocks_utils.lora.adapter_checks import FoundAdapter
+from megablocks_utils.lora.adapter_places import find_places
 from megablocks_utils.lora.adapter_reader import AdapterReader
 from megablocks_utils.lora.peft_targets import split_by_reach
 from megablocks_utils.lora.settings import LoraSettings

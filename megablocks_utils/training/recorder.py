@@ -101,6 +101,8 @@ class RunRecorder:
     def _start(self) -> None:
         setup = self._setup
         show_start_summary(setup.console, collect_facts(setup))
+        if setup.lora is not None:
+            setup.console.print(setup.lora.describe(), markup=False, soft_wrap=True)
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
             setup.console.print(line, markup=False, soft_wrap=True)

@@ -178,7 +178,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
     if adapters is not None:
-        console.print(adapters.settings.describe(), markup=False, soft_wrap=True)
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     return Setup(

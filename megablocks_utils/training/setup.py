@@ -9,13 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
+from megablocks_utils.moe.model_facts import find_top_k, vocab_size
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
@@ -68,6 +69,7 @@ class Setup:
         lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.
+        top_k: experts of a token; None where the model does not say it.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
         fill_local: where the weights come from once each rank knows its part of them.
         compatibility: what a run that resumes from this one's checkpoints must share with it.
@@ -91,6 +93,7 @@ class Setup:
     lora: LoraSettings | None
     counts: ParameterCounts
     num_experts: int
+    top_k: int | None
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
     fill_local: FillLocal
     compatibility: ResumeCompatibility
@@ -101,11 +104,7 @@ class Setup:
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if is_expert_parameter(name)
-        }
+        return find_expert_parameters(self.model)
 
     def mesh_sizes(self) -> dict[str, int]:
         """Ranks along the axes of the experts' mesh, also where there is none."""
@@ -132,13 +131,15 @@ class Setup:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers of the model."""
-        return self.model.config.num_hidden_layers
+        """How many layers become an FSDP unit."""
+        classes = set(self.layer_classes)
+        return sum(type(module).__name__ in classes for module in self.model.modules())
 
     @property
     def layer_classes(self) -> list[str]:
-        """Class names of the decoder layers, which become one FSDP unit each."""
-        return sorted(self.model._no_split_modules or ())
+        """Class names of the layers that this model has, which become one FSDP unit each."""
+        present = {type(module).__name__ for module in self.model.modules()}
+        return sorted(present.intersection(self.model._no_split_modules or ()))
 
 
 def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.device) -> Setup:
@@ -191,8 +192,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model=model,
         sharded=sharded,
         lora=lora,
-        counts=_count(model, source.num_experts),
+        counts=_count(model, sharded),
         num_experts=source.num_experts,
+        top_k=find_top_k(model),
         parameter_specs=specs,
         fill_local=source.fill_untrained() if resume else source.reader.fill_local,
         compatibility=compatibility,
@@ -274,7 +276,7 @@ def _load_data(
 ) -> TokenizedExamples:
     today = choose_template_date(resume)
     examples = load_examples(config.data, tokenizer, launch, today=today)
-    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)
     return examples
@@ -295,6 +297,6 @@ def _let_generation_stop(
     return end
 
 
-def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:
-    experts = {n: p for n, p in model.named_parameters() if is_in_experts(n)}
-    return count_parameters(model, experts, model.config.num_experts_per_tok, num_experts)
+def _count(model: PreTrainedModel, sharded: ShardedMoE | None) -> ParameterCounts:
+    experts = find_expert_parameters(model) if sharded is None else sharded.expert_parameters
+    return count_parameters(model, experts, find_top_k(model))

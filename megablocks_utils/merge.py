@@ -117,8 +117,9 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         CheckpointError: an adapter or base that cannot be used, or a disk that is full.
     """
     check_output(options.output)
+    from megablocks_utils.checkpoint.hub_naming import detect_naming
     from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-    from megablocks_utils.checkpoint.layouts import detect_naming
+    from megablocks_utils.checkpoint.layouts import ModelLayout
     from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.checkpoint.model_check import check_against_model
     from megablocks_utils.checkpoint.saved_dtype import choose_saved_dtypes
@@ -135,9 +136,9 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     specs = [TensorSpec(key, index.shape(key), saved_dtype(key, index.dtype(key))) for key in index]
     if options.save_dtype or not dtype:
         model.config.dtype = saved_dtype("", index.dtype(next(iter(index))))
-    layout = detect_naming(index, source=base)
-    check_against_model(model, index, layout)
-    merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
+    check_against_model(model, index, ModelLayout(model, index))
+    naming = detect_naming(index, source=base)
+    merger = AdapterMerger(open_adapter(adapter_folder, model), index, naming)
     try:
         with removed_on_error(options.output):
             companions = _list_companions(index.folder, adapter_folder)

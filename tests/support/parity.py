@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -228,14 +229,14 @@ def save_adapter(folder: Path, model_folder: Path, use_lora: str, rank: int) -> 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     places = {re.sub(r".*\.layers\.\d+\.", "", name) for name in find_expert_modules(model)}
     experts = [f"{at}.{name}" for at in sorted(places) for name in ("gate_up_proj", "down_proj")]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    attention = sorted({n.rpartition(".")[2] for n in linear if "_attn." in n})
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=LORA_ALPHA,
-        target_modules=r".*_attn\.\w+" if use_lora == "all" else [],
-        target_parameters=[
-            f"{at}.{name}" for at in places for name in ("gate_up_proj", "down_proj")
-        ],
+        target_modules=attention if use_lora == "all" else [],
+        target_parameters=experts,
     )
     attach_random_adapters(model, config, std=ADAPTER_STD).save_pretrained(folder)
 

@@ -87,8 +87,8 @@ BUGS = (
     Bug(
         "gate and up swapped",
         "gate_up.py",
-        "out = apply_gate(gate.to(tl.float32), up.to(tl.float32), ALPHA, LIMIT)",
-        "out = apply_gate(up.to(tl.float32), gate.to(tl.float32), ALPHA, LIMIT)",
+        "gate, up = gate.to(tl.float32), up.to(tl.float32)",
+        "gate, up = up.to(tl.float32), gate.to(tl.float32)",
     ),
     Bug(
         "gate and up swapped in what is kept",
@@ -108,7 +108,38 @@ BUGS = (
         "rows, exists, up_cols, is_col, BLOCK_R)",
         "rows, exists, gate_cols, is_col, BLOCK_R)",
     ),
-    Bug("up is not clamped below", "gate_code.py", "tl.maximum(up, -LIMIT)", "up"),
+    Bug(
+        "up is not clamped below",
+        "gate_code.py",
+        "limit_above(tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL), LIMIT)",
+        "limit_above(up, LIMIT)",
+    ),
+    Bug(
+        "the limit is on the wrong side",
+        "gate_code.py",
+        "return tl.minimum(x, LIMIT,",
+        "return tl.maximum(x, LIMIT,",
+    ),
+    Bug(
+        "NaN is cut off to the limit",
+        "gate_code.py",
+        "return tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)",
+        "return tl.minimum(x, LIMIT)",
+    ),
+    Bug(
+        "GPT-OSS's one is added to all clamped ups",
+        "gate_code.py",
+        'if CLAMP == "gpt_oss":\n        up += 1.0',
+        'if CLAMP != "none":\n        up += 1.0',
+    ),
+    Bug(
+        "a clamp after the activation comes before it",
+        "gate_code.py",
+        "    result = activate(gate, ACTIVATION, ALPHA)\n"
+        '    if CLAMP == "after":\n        result = limit_above(result, LIMIT)\n',
+        "    result = activate(limit_above(gate, LIMIT) if CLAMP == 'after' else gate, "
+        "ACTIVATION, ALPHA)\n",
+    ),
     Bug(
         "mask of columns left out of the gate's results",
         "gate_up.py",
@@ -142,8 +173,90 @@ BUGS = (
     Bug(
         "alpha left out of the gate's derivative",
         "gate_code.py",
-        "(1.0 + ALPHA * gate *",
-        "(1.0 + gate *",
+        "x_slope = ALPHA * x",
+        "x_slope = x",
+    ),
+    Bug("GELU is one of a line, not of a cube", "gate_code.py", "0.07135481282655572", "0.0"),
+    Bug("GELU's derivative: three left out", "gate_code.py", "+ 3.0 * cubic", "+ cubic"),
+    Bug(
+        "relu squared's derivative: two left out",
+        "gate_code.py",
+        "factor * (2.0 * positive)",
+        "factor * positive",
+    ),
+    Bug(
+        "squared without relu in backward",
+        "gate_code.py",
+        "        result = positive * positive\n        slope",
+        "        result = x * x\n        slope",
+    ),
+    Bug(
+        "clamp of gates forgotten in backward",
+        "gate_code.py",
+        "        inside_gate = gate <= LIMIT\n        gate = limit_above(gate, LIMIT)\n",
+        "        inside_gate = gate <= LIMIT\n",
+    ),
+    Bug(
+        "clamp of ups forgotten in backward",
+        "gate_code.py",
+        "        inside_up = (up >= -LIMIT) & (up <= LIMIT)\n"
+        "        up = limit_up(up, CLAMP, LIMIT)\n",
+        "        inside_up = (up >= -LIMIT) & (up <= LIMIT)\n",
+    ),
+    Bug(
+        "clamp after the activation forgotten in backward",
+        "gate_code.py",
+        "        by_up = limit_above(by_up, LIMIT)\n",
+        "",
+    ),
+    Bug(
+        "clamp after the activation: slope ends where the gate reaches the limit",
+        "gate_code.py",
+        "inside_gate = by_up <= LIMIT",
+        "inside_gate = gate <= LIMIT",
+    ),
+    Bug(
+        "clamped ups get a gradient",
+        "gate_code.py",
+        "tl.where(inside_up, by_up, 0.0)",
+        "by_up",
+    ),
+    Bug(
+        "no gate: rows of the activation's inputs are read 2 * I apart",
+        "gate_code.py",
+        "up = tl.load(gate_up_out_ptr + row_starts + cols[None, :]",
+        "up = tl.load(gate_up_out_ptr + 2 * row_starts + cols[None, :]",
+    ),
+    Bug(
+        "no gate: rows of their gradients are written 2 * I apart",
+        "gate_code.py",
+        "tl.store(grad_gate_up_ptr + row_starts + cols[None, :], by_up",
+        "tl.store(grad_gate_up_ptr + 2 * row_starts + cols[None, :], by_up",
+    ),
+    Bug(
+        "no gate: no activation",
+        "row_gemm.py",
+        'if ACTIVATION != "none":',
+        'if ACTIVATION == "all":',
+    ),
+    Bug(
+        "no gate: what is kept is the activation's result",
+        "row_gemm.py",
+        "tl.store(activation_input_ptr + places, out, mask=mask)",
+        "tl.store(activation_input_ptr + places, activate(out.to(tl.float32), ACTIVATION, 1.0)"
+        ".to(dtype), mask=mask)",
+    ),
+    Bug(
+        "no gate: tokens are read as if they were sorted",
+        "fused_experts.py",
+        "        gather=True,\n        lora=lora,",
+        "        gather=routing.order is None,\n        lora=lora,",
+    ),
+    Bug(
+        "no gate: bias left out",
+        "fused_experts.py",
+        "        bias=bias,\n        activation=",
+        "        activation=",
     ),
     Bug(
         "clamped gates get a gradient",

@@ -213,6 +213,7 @@ def gate_backward(
             weights.strides,
             HAS_WEIGHTS=top_k_weights is not None,
             GATED=layout.has_gate,
+            INTERLEAVED=layout.is_interleaved,
             KEEP_GRAD_GATE_UP=wanted.gate_up_out,
             KEEP_WEIGHTED=wanted.weighted,
             KEEP_PARTIAL=wanted.top_k_weights,

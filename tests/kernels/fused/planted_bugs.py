@@ -93,14 +93,32 @@ BUGS = (
     Bug(
         "gate and up swapped in what is kept",
         "gate_up.py",
-        "tl.store(gate_up_out_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)",
-        "tl.store(gate_up_out_ptr + 2 * row_starts + gate_cols[None, :], up, mask=mask)",
+        "tl.store(gate_up_out_ptr + 2 * row_starts + cols[None, :], gate, mask=mask)",
+        "tl.store(gate_up_out_ptr + 2 * row_starts + cols[None, :], up, mask=mask)",
     ),
     Bug(
-        "interleaved up read as gate",
-        "gate_up.py",
-        "2 * cols + 1 if INTERLEAVED",
-        "2 * cols if INTERLEAVED",
+        "interleaved up taken for gate",
+        "row_gemm.py",
+        "gate, up = split_pairs(",
+        "up, gate = split_pairs(",
+    ),
+    Bug(
+        "interleaved up taken for gate in backward",
+        "gate_code.py",
+        "gate, up = split_pairs(",
+        "up, gate = split_pairs(",
+    ),
+    Bug(
+        "gradients of interleaved gate and up swapped",
+        "gate_code.py",
+        "tl.interleave(by_gate, by_up)",
+        "tl.interleave(by_up, by_gate)",
+    ),
+    Bug(
+        "interleaved: last pair of a row is lost",
+        "row_gemm.py",
+        "pairs < num_pairs",
+        "pairs < num_pairs - 1",
     ),
     Bug(
         "adapter of up takes gate's columns",
@@ -242,8 +260,8 @@ BUGS = (
     Bug(
         "no gate: what is kept is the activation's result",
         "row_gemm.py",
-        "tl.store(activation_input_ptr + places, out, mask=mask)",
-        "tl.store(activation_input_ptr + places, activate(out.to(tl.float32), ACTIVATION, 1.0)"
+        "tl.store(gate_up_out_ptr + places, out, mask=mask)",
+        "tl.store(gate_up_out_ptr + places, activate(out.to(tl.float32), ACTIVATION, ALPHA)"
         ".to(dtype), mask=mask)",
     ),
     Bug(
@@ -255,8 +273,8 @@ BUGS = (
     Bug(
         "no gate: bias left out",
         "fused_experts.py",
-        "        bias=bias,\n        activation=",
-        "        activation=",
+        "        bias=bias,\n        layout=",
+        "        layout=",
     ),
     Bug(
         "clamped gates get a gradient",

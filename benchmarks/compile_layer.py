@@ -1,11 +1,8 @@
 """Compile the kernels of a layer of experts for a GPU that is not there, and run none."""
 
-import ast
-import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +11,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from megablocks_utils.kernels import fused
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
@@ -174,26 +170,3 @@ def run_layer(dtype: torch.dtype, rank: int, tiles: TileTable, form: Form) -> No
         tokens, ExpertOrder(order, inverse, counts, TOP_K), weights, experts, tiles=tiles
     )
     output.backward(torch.empty_like(output))
-
-
-def digest_kernels() -> str:
-    """Return a digest of the kernels' files without comments and docstrings.
-
-    What was compiled counts for as long as it stays the same.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(Path(fused.__path__[0]).glob("*.py")):
-        digest.update("\n".join([path.name, *_list_code(path.read_text())]).encode())
-    return digest.hexdigest()
-
-
-def _list_code(text: str) -> Iterator[str]:
-    """Yield the lines of a file that are neither empty nor comment nor docstring."""
-    documented = ast.Module | ast.FunctionDef | ast.ClassDef
-    hidden: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            hidden.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    for number, line in enumerate(text.splitlines(), start=1):
-        if number not in hidden and line.strip() and not line.strip().startswith("#"):
-            yield line

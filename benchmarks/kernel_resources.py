@@ -26,7 +26,6 @@ from benchmarks.compile_layer import (
     FORMS,
     TILE_OPTIONS,
     compile_only,
-    digest_kernels,
     run_layer,
 )
 from benchmarks.harness.provenance import build_provenance
@@ -218,7 +217,6 @@ def main(argv: Sequence[str]) -> int:
     provenance = build_provenance("benchmarks.kernel_resources", argv, triton=triton.__version__)
     payload = {
         "certificate": provenance,
-        "digest": digest_kernels(),
         "kernels": [asdict(row) for row in rows],
     }
     options.json.write_text(json.dumps(payload, indent=1) + "\n")

@@ -171,8 +171,9 @@ def backward_through_gate(
         pair_cols = 2 * first_col + tl.arange(0, 2 * BLOCK_N)
         pair_places = 2 * row_starts + pair_cols[None, :]
         pair_mask = exists[:, None] & (pair_cols < 2 * num_cols)[None, :]
-        pairs = tl.load(gate_up_out_ptr + pair_places, mask=pair_mask, other=0.0).to(tl.float32)
+        pairs = tl.load(gate_up_out_ptr + pair_places, mask=pair_mask, other=0.0)
         gate, up = split_pairs(pairs, BLOCK_N)
+        gate, up = gate.to(tl.float32), up.to(tl.float32)
         result, by_gate, by_up = differentiate_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT)
     elif GATED:
         gate_cols = cols[None, :]

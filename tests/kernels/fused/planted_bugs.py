@@ -165,16 +165,16 @@ BUGS = (
         "mask = exists[:, None] & (cols < num_cols - 1)[None, :]",
     ),
     Bug(
-        "partial sum dropped: router's gradient of the left half",
+        "partial sum dropped: router's gradient of the first part",
         "gate_backward.py",
         "part += backward_through_gate(",
         "part = backward_through_gate(",
     ),
     Bug(
-        "right half reads the left half's columns",
+        "other parts read the first part's columns",
         "gate_backward.py",
-        "*(right, first_col + half, ",
-        "*(right, first_col, ",
+        "*(parts[i], first_col + i * size, ",
+        "*(parts[i], first_col, ",
     ),
     Bug(
         "partial sum dropped: router's gradient of other column tiles",

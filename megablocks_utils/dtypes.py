@@ -6,7 +6,7 @@ Torch-free, so that options and plans can read it; `getattr(torch, name)` is the
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "Dtype", "itemsize"]
+__all__ = ["DTYPES", "PACKED_DTYPES", "Dtype", "itemsize"]
 
 
 class Dtype(NamedTuple):
@@ -36,6 +36,19 @@ DTYPES = MappingProxyType(
     }
 )
 """Every dtype that checkpoints can hold, by torch's name."""
+
+PACKED_DTYPES = MappingProxyType(
+    {
+        "float8_e4m3fn": Dtype("F8_E4M3", 1),
+        "float8_e5m2": Dtype("F8_E5M2", 1),
+        "float8_e8m0fnu": Dtype("F8_E8M0", 1),
+        "float4_e2m1fn_x2": Dtype("F4", 1),
+    }
+)
+"""Those of quantized weights and their scales, by torch's name; they mean nothing by themselves.
+
+An element of torch's `float4_e2m1fn_x2` holds two of the file's.
+"""
 
 
 def itemsize(name: str) -> int:

@@ -12,6 +12,8 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megablocks_utils.config import (
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from megablocks_utils.training.data.batches import MicroBatch
+    from megablocks_utils.training.data.batches import MicroBatch, Packing
     from megablocks_utils.training.data.examples import TokenizedExamples
     from megablocks_utils.training.model_source import ModelSource
 
@@ -47,8 +49,8 @@ __all__ = [
     "parse_options",
 ]
 
-TOKENS_PER_ROW = 1024
-"""Longest packed row: attention over a row is dense, so longer ones waste work."""
+TOKENS_PER_BATCH = 1024
+"""Of a packed row or a padded batch: attention over a row is dense, so longer ones waste work."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         filter_peft_warnings,
         without_transformers_bars,
     )
+    from megablocks_utils.checkpoint.quantization_config import load_dequantized
 
     found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
     with (
@@ -124,7 +127,9 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
         without_transformers_bars(),
         filter_peft_warnings(),
     ):
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, **load_dequantized(Path(model_path))
+        )
         if adapter_path is not None:
             from peft import PeftModel
 
@@ -135,40 +140,44 @@ def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedM
 def held_out_loss(model: "PreTrainedModel", examples: "TokenizedExamples") -> float:
     """Return the mean loss of all label tokens, each counted once.
 
-    The examples are packed in rows of similar length; the result does not depend on how.
+    The examples are batched as training would; the result does not depend on how.
+
+    Raises:
+        ConfigurationError: no way of batching is right for this model, and that cannot be tried.
     """
     import torch
 
-    from megablocks_utils.training.step.objective import label_positions, token_loss_sum
+    from megablocks_utils.training.step.forward import run_forward
+    from megablocks_utils.training.step.objective import token_loss_sum
+    from megablocks_utils.training.step.packing_probe import choose_packing
+    from megablocks_utils.training.step.small_model import build_small_model
 
     device = next(model.parameters()).device
+    small = partial(build_small_model, model, device)
+    choice = choose_packing(small, packing="auto", batch_size=len(examples), device=device)
     total = 0.0
     with torch.no_grad():
-        for row in _rows(examples):
-            positions, targets = label_positions(row.labels)
-            logits = model(
-                input_ids=row.input_ids.to(device),
-                position_ids=row.position_ids.to(device),
-                logits_to_keep=positions.to(device),
-                use_cache=False,
-            ).logits
-            total += token_loss_sum(logits, targets.to(device)).item()
+        for batch in _batches(examples, choice.packing):
+            _, logits, targets = run_forward(model, batch, device)
+            total += token_loss_sum(logits, targets).item()
     return total / int(examples.num_label_tokens.sum())
 
 
-def _rows(examples: "TokenizedExamples") -> "Iterator[MicroBatch]":
-    from megablocks_utils.training.data.batches import pack_examples
+def _batches(examples: "TokenizedExamples", packing: "Packing") -> "Iterator[MicroBatch]":
+    """Yield all examples in batches of at most so many tokens, padding counted."""
+    from megablocks_utils.training.data.batches import Packing, collate_examples
 
-    row: list[int] = []
-    tokens = 0
-    for index in range(len(examples)):
-        length = int(examples.lengths[index])
-        if row and tokens + length > TOKENS_PER_ROW:
-            yield pack_examples(examples, row)
-            row, tokens = [], 0
-        row.append(index)
-        tokens += length
-    yield pack_examples(examples, row)
+    is_padded = packing is Packing.PADDED
+    order = sorted(range(len(examples)), key=lambda i: examples.lengths[i] if is_padded else i)
+    batch: list[int] = []
+    for index in order:
+        lengths = [int(examples.lengths[i]) for i in (*batch, index)]
+        tokens = max(lengths) * len(lengths) if is_padded else sum(lengths)
+        if batch and tokens > TOKENS_PER_BATCH:
+            yield collate_examples(examples, batch, packing)
+            batch = []
+        batch.append(index)
+    yield collate_examples(examples, batch, packing)
 
 
 def greedy_answer(

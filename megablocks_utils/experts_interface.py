@@ -3,10 +3,9 @@
 transformers hands each experts module to the function that its `experts_implementation` names.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, partial
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +16,21 @@ from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends.backend import Backend, ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
-from megablocks_utils.kernels.gate import Gate, list_activations, list_gates, recognise_gate
-from megablocks_utils.kernels.permute import sort_by_expert
-from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
+from megablocks_utils.kernels.permute import (
+    permute_tokens,
+    sort_by_expert,
+    unpermute_and_combine,
+)
+from megablocks_utils.kernels.shapes import name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
+from megablocks_utils.moe.expert_spec import ExpertSpec, read_expert_spec
+from megablocks_utils.moe.expert_use import ExpertUse
 
 __all__ = ["register_experts_implementation"]
 
 _PREFIX = "megablocks_utils_"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GATE_ATTRIBUTE = "_megablocks_utils_gate"
-# What transformers' decorator says of a module, and what only one value of is supported.
-_FLAGS = {"has_post_expert_norm": False}
+_SPEC_ATTRIBUTE = "_megablocks_utils_spec"
 
 
 def register_experts_implementation() -> None:
@@ -42,11 +44,11 @@ def register_experts_implementation() -> None:
 
     - It runs in one process and on whole weights. Experts that are split over processes, by
       transformers or as DTensors, are refused: that is what `shard_moe` is for.
-    - Biases, transposed and interleaved weights, and experts without a gate are understood. Experts
-      with a norm behind them, or quantized, are refused.
-    - The module's gate is recognised by its values, once, at its first call. One that is neither
-      SwiGLU nor GPT-OSS's clamped form runs as the module computes it with `grouped_mm`, and is
-      refused by `triton`, which has it inside its kernels.
+    - Biases, transposed and interleaved weights, experts without a gate and a norm behind the
+      experts are understood. Quantized experts are refused.
+    - The module's gate is recognised by its values, once, at its first call. One that the kernels
+      do not know runs as the module computes it with `grouped_mm`, and is refused by `triton`,
+      which has it inside its kernels.
     """
     for backend in BACKENDS.values():
         if backend.serves_transformers:
@@ -72,12 +74,18 @@ def _run_experts(
         dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
         run = _load(backend)
-        experts = _read_weights(module, refuse).map_tensors(lambda tensor: tensor.to(dtype))
-        if reason := _find_unsupported_reason(backend, experts, device_type):
+        if getattr(module, "_is_expert_parallel", False):
+            refuse("its experts are split over processes: use shard_moe for that")
+        spec = _read_spec(module)
+        experts = _read_weights(module, spec, refuse).map_tensors(lambda tensor: tensor.to(dtype))
+        if reason := _find_unsupported_reason(backend, spec, dtype, device_type):
             refuse(reason)
-        order = sort_by_expert(top_k_index, len(experts.down_proj))
-        output = run(hidden_states.to(dtype), order, top_k_weights, experts)
-    return output.to(hidden_states.dtype)
+        tokens, order = hidden_states.to(dtype), sort_by_expert(top_k_index, spec.num_experts)
+        if not spec.has_post_norm:
+            return run(tokens, order, top_k_weights, experts).to(hidden_states.dtype)
+        rows = run(permute_tokens(tokens, order), order.of_sorted_rows(), None, experts)
+        rows = module.get_submodule("post_expert_norm")(rows)
+        return unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)
 
 
 def _load(backend: Backend) -> ExpertBackend:
@@ -89,99 +97,34 @@ def _load(backend: Backend) -> ExpertBackend:
     return backend.load(None)
 
 
-def _read_weights(module: nn.Module, refuse: Callable[[str], None]) -> ExpertWeights:
+def _read_spec(module: nn.Module) -> ExpertSpec:
+    """Return what the experts are; kept in the module, since it takes milliseconds to find out."""
+    spec = getattr(module, _SPEC_ATTRIBUTE, None)
+    if spec is None:
+        spec = read_expert_spec(module)
+        setattr(module, _SPEC_ATTRIBUTE, spec)
+    return spec
+
+
+def _read_weights(
+    module: nn.Module, spec: ExpertSpec, refuse: Callable[[str], None]
+) -> ExpertWeights:
     """Take the weights as they lie in a module, after checking that they are what they seem."""
-    if getattr(module, "_is_expert_parallel", False):
-        refuse("its experts are split over processes: use shard_moe for that")
-    for flag, wanted in _FLAGS.items():
-        if getattr(module, flag, wanted) != wanted:
-            refuse(f"it has {flag}={not wanted}, and only {wanted} is supported")
-    has_gate = getattr(module, "has_gate", True)
-    names = ["gate_up_proj" if has_gate else "up_proj", "down_proj"]
-    if getattr(module, "has_bias", False):
-        names += [f"{name}_bias" for name in names]
-    tensors = {name: getattr(module, name) for name in names}
+    tensors = {name: getattr(module, name) for name in spec.parameter_names}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             refuse(f"its {name} is split over processes (a DTensor): use shard_moe for that")
         if tensor.dtype not in _DTYPES:
             refuse(f"its {name} is {name_dtype(tensor.dtype)}, not float32, bfloat16 or float16")
-    return ExpertWeights(
-        tensors[names[0]],
-        tensors["down_proj"],
-        _find_gate(module),
-        gate_up_bias=tensors.get(f"{names[0]}_bias"),
-        down_bias=tensors.get("down_proj_bias"),
-        is_transposed=getattr(module, "is_transposed", False),
-        is_interleaved=not getattr(module, "is_concatenated", True),
-        has_gate=has_gate,
-    )
-
-
-def _find_gate(module: nn.Module) -> Gate:
-    """Return the module's gate; kept in the module, since comparing reads back to the host."""
-    gate = getattr(module, _GATE_ATTRIBUTE, None)
-    if gate is None:
-        gate = _recognise_gate(module)
-        setattr(module, _GATE_ATTRIBUTE, gate)
-    return gate
-
-
-def _recognise_gate(module: nn.Module) -> Gate:
-    if not getattr(module, "has_gate", True):
-        return recognise_gate(_find_activation(module), list_activations())
-    if not isinstance(module, _HasGate):
-        raise ConfigurationError(
-            f"{type(module).__name__} has no _apply_gate: its gate cannot be recognised."
-        )
-    device = next(module.parameters()).device
-    return recognise_gate(_OwnGate(module), list_gates(_list_numbers(module)), device)
-
-
-def _find_activation(module: nn.Module) -> Gate:
-    activation = getattr(module, "act_fn", None)
-    if not callable(activation):
-        raise ConfigurationError(
-            f"{type(module).__name__} has no act_fn: its activation cannot be recognised."
-        )
-    return activation
-
-
-def _list_numbers(module: nn.Module) -> Iterator[float]:
-    """Yield every number that a module holds, under whatever name: its gate's are among them."""
-    for value in (value for part in module.modules() for value in vars(part).values()):
-        if isinstance(value, float | int) and not isinstance(value, bool):
-            yield float(value)
-
-
-@runtime_checkable
-class _HasGate(Protocol):
-    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class _OwnGate:
-    """Call a module's own `_apply_gate`, which splits what it is given."""
-
-    module: "_HasGate"
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        if getattr(self.module, "is_concatenated", True):
-            joined = torch.cat([gate, up], dim=-1)
-        else:
-            joined = torch.stack([gate, up], dim=-1).flatten(-2)
-        return self.module._apply_gate(joined)
+    return spec.build_weights(tensors)
 
 
 def _find_unsupported_reason(
-    backend: Backend, experts: ExpertWeights, device_type: str
+    backend: Backend, spec: ExpertSpec, dtype: torch.dtype, device_type: str
 ) -> str | None:
     """Say in a clause why a backend cannot run these experts, or return None."""
-    down = experts.projections[1]
-    _, hidden_size, intermediate_size = down.shape
-    shapes = ExpertShapes(
-        hidden_size, intermediate_size, down.dtype, device_type, gate=experts.gate
-    )
+    use = ExpertUse(device_type, None, "full", None)
+    shapes = use.shapes(spec, dtype, None, ep_size=1)
     return backend.find_unsupported_reason(shapes, _read_device_facts(device_type))
 
 

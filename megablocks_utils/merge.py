@@ -7,12 +7,13 @@ process group and no GPU. Torch is imported when the options are good, so `--hel
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
+from megablocks_utils.config.precision import SAVE_DTYPE_OPTION
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.files import GENERATION_CONFIG_NAME
@@ -27,7 +28,7 @@ from megablocks_utils.processes.entry_point import run_entry_point
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from megablocks_utils.checkpoint.index import CheckpointIndex
+    from megablocks_utils.checkpoint.writer import TensorSpec
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
 __all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
@@ -64,6 +65,9 @@ class MergeOptions:
             metavar="BASE",
             shown_default="base_model_name_or_path of the adapter's configuration",
         ),
+    ] = None
+    save_dtype: Annotated[
+        str | None, replace(SAVE_DTYPE_OPTION, shown_default="that of each of the base's tensors")
     ] = None
 
 
@@ -113,33 +117,42 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         CheckpointError: an adapter or base that cannot be used, or a disk that is full.
     """
     check_output(options.output)
+    from megablocks_utils.checkpoint.hub_naming import detect_naming
     from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-    from megablocks_utils.checkpoint.layouts import detect_naming
+    from megablocks_utils.checkpoint.layouts import ModelLayout
     from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.checkpoint.model_check import check_against_model
+    from megablocks_utils.checkpoint.saved_dtype import choose_saved_dtypes
+    from megablocks_utils.checkpoint.writer import TensorSpec
     from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
     adapter_folder = resolve_adapter_folder(options.adapter)
     base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
     model = build_model_on_meta(base)
-    index = open_checkpoint(base)
-    model.config.dtype = model.config.dtype or index.dtype(next(iter(index)))
-    layout = detect_naming(index, source=base)
-    check_against_model(model, index, layout)
-    merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
+    dtype = model.config.dtype
+    index = open_checkpoint(base, dtype=None if isinstance(dtype, str) else dtype)
+    saved_dtype = choose_saved_dtypes(model, options.save_dtype)
+    specs = [TensorSpec(key, index.shape(key), saved_dtype(key, index.dtype(key))) for key in index]
+    if options.save_dtype or not dtype:
+        model.config.dtype = saved_dtype("", index.dtype(next(iter(index))))
+    check_against_model(model, index, ModelLayout(model, index))
+    naming = detect_naming(index, source=base)
+    merger = AdapterMerger(open_adapter(adapter_folder, model), index, naming)
     try:
         with removed_on_error(options.output):
             companions = _list_companions(index.folder, adapter_folder)
-            _write(merger, index, model.config, companions, options.output, max_shard_bytes)
+            _write(merger, specs, model.config, companions, options.output, max_shard_bytes)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {options.output}: {reason}") from error
     changed = sum(merger.is_changed(key) for key in index)
-    return (
+    written_bytes = sum(spec.num_bytes for spec in specs)
+    line = (
         f"wrote {options.output}: {changed} of {len(index.keys())} tensors changed,"
-        f" {index.total_bytes:,} bytes"
+        f" {written_bytes:,} bytes"
     )
+    return "\n".join((*index.notes, line))
 
 
 def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
@@ -169,26 +182,26 @@ def _list_companions(base: Path, adapter: Path) -> list[Path]:
 
 def _write(
     merger: "AdapterMerger",
-    index: "CheckpointIndex",
+    specs: "list[TensorSpec]",
     config: "PreTrainedConfig",
     companions: list[Path],
     output: Path,
     max_shard_bytes: int | None,
 ) -> None:
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
-    from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
+    from megablocks_utils.checkpoint.writer import SafetensorsWriter, staged_folder
 
-    specs = [TensorSpec(key, index.shape(key), index.dtype(key)) for key in index]
+    sizes = {spec.name: spec.num_bytes for spec in specs}
     with (
         staged_folder(output) as folder,
         SafetensorsWriter(
             folder, specs, max_shard_bytes=max_shard_bytes or MAX_SHARD_BYTES
         ) as writer,
-        show_progress("merging", index.total_bytes) as advance,
+        show_progress("merging", sum(sizes.values())) as advance,
     ):
         for key, tensor in merger.tensors():
             writer.append(key, tensor)
-            advance(tensor.nbytes)
+            advance(sizes[key])
             # Else it would still be held while the next one is read.
             del tensor
         config.save_pretrained(folder)

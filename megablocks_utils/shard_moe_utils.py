@@ -4,9 +4,10 @@ Only the `experts` module of each MoE layer is swapped. Router, shared experts a
 loss stay transformers' own.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import EXPERT_TENSORS, detect_naming
-from megablocks_utils.checkpoint.load import load_experts, refuse_quantized
+from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.load import load_experts
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
-from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
-from megablocks_utils.kernels.shapes import ExpertsModule
+from megablocks_utils.kernels.selection.rank_agreement import select_for_all_ranks
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import (
     distribute_experts,
@@ -29,33 +29,41 @@ from megablocks_utils.mesh.placement import (
     wrap_local_experts,
 )
 from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.expert_spec import ExpertSpec, find_expert_modules, read_expert_specs
+from megablocks_utils.moe.expert_use import ExpertUse
+from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.moe.weighted_before import route_before_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROJECTIONS = tuple(EXPERT_TENSORS)
-"""Names of the concatenated expert weights, in transformers' experts modules and in ours."""
+PROJECTIONS = ("gate_up_proj", "down_proj")
 
 _DEVICE_TYPES, _EXPERT_DP = ("cpu", "cuda"), ("shard", "replicate")
 
+# How transformers calls the classes of experts and of their blocks.
+_EXPERT_CLASS = re.compile(r"(Experts?|Mo[Ee](Block|Layer|MLP)?|SparseMLP)$")
 
-def find_expert_modules(model: "PreTrainedModel") -> dict[str, ExpertsModule]:
-    """Find the experts of every MoE layer by their structure: qualified name -> module.
+
+def require_experts(model: "PreTrainedModel") -> dict[str, ExpertSpec]:
+    """Return what the experts of every MoE layer are: qualified name of the module -> spec.
 
     Raises:
-        ConfigurationError: the model has none, or its family is not one that is proven here.
+        ConfigurationError: the model has no experts, or none that can be split.
     """
-    modules = {name: module for name, module in model.named_modules() if _holds_experts(module)}
+    modules = find_expert_modules(model)
+    if modules:
+        return read_expert_specs(modules)
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    foreign = [name for name in classes if _EXPERT_CLASS.search(name)]
     model_type = model.config.model_type
-    if not modules or model_type not in SUPPORTED_MODEL_TYPES:
-        cause = "is not supported yet" if modules else "has no experts that could be split"
+    if foreign:
         raise ConfigurationError(
-            f"model type {model_type} {cause}; expert parallelism works for {describe_supported()}."
+            f"the experts of model type {model_type} ({foreign[0]}) do not follow transformers' "
+            "experts interface, and expert parallelism splits only those that do."
         )
-    for name, module in modules.items():
-        _refuse_foreign_layout(name, module)
-    return modules
+    raise ConfigurationError(f"model type {model_type} has no experts that could be split.")
 
 
 def shard_moe(
@@ -107,9 +115,10 @@ def shard_moe(
     _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     sharded = _plan(model, ep_size, kernel, expert_dp, use)
-    source = _ExpertSource(checkpoint_name_or_path, sharded.mesh, _local_device(device_type))
-    for name, module in find_expert_modules(model).items():
-        _swap(sharded, name, module, source.take(name, module))
+    device = _local_device(device_type)
+    source = _ExpertSource(model, checkpoint_name_or_path, sharded.mesh, device)
+    for name, spec in require_experts(model).items():
+        _swap(sharded, name, spec, source.take(name, model.get_submodule(name), spec))
         on_layer(1)
     return sharded
 
@@ -134,11 +143,12 @@ def split_experts_on_meta(
     """
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     sharded = _plan(model, ep_size, kernel, expert_dp, use)
-    for name, module in find_expert_modules(model).items():
-        num_local = len(local_expert_range(module.num_experts, sharded.mesh))
-        parts = {p: getattr(module, p).detach()[:num_local] for p in PROJECTIONS}
+    for name, spec in require_experts(model).items():
+        module = model.get_submodule(name)
+        num_local = len(local_expert_range(spec.num_experts, sharded.mesh))
+        parts = {p: module.get_parameter(p).detach()[:num_local] for p in spec.parameter_names}
         weights = {p: wrap_local_experts(part, sharded.mesh) for p, part in parts.items()}
-        _swap(sharded, name, module, weights)
+        _swap(sharded, name, spec, weights)
     return sharded
 
 
@@ -147,10 +157,14 @@ def _plan(
 ) -> ShardedMoE:
     """Make the mesh and select the kernel; no experts are swapped yet."""
     _check_choice("expert_dp", expert_dp, _EXPERT_DP)
-    modules = find_expert_modules(model)
-    mesh = build_mesh(_common_mesh_sizes(modules, ep_size), use.device_type)
-    first = next(iter(modules.values()))
-    backend = select_for_all_ranks(kernel, use.shapes(model, first, ep_size))
+    specs = require_experts(model)
+    mesh = build_mesh(_common_mesh_sizes(specs.values(), ep_size), use.device_type)
+    first = next(iter(specs))
+    dtype = model.get_submodule(first).get_parameter("down_proj").dtype
+    kinds = {spec.kind: spec for spec in reversed(specs.values())}
+    top_k = find_top_k(model)
+    shapes, *others = (use.shapes(spec, dtype, top_k, ep_size) for spec in reversed(kinds.values()))
+    backend = select_for_all_ranks(kernel, shapes, others)
     return ShardedMoE(model, mesh, {}, expert_dp, backend)
 
 
@@ -161,43 +175,58 @@ def _check_choice(name: str, value: str, wanted: Sequence[str]) -> None:
         )
 
 
-def _swap(
-    sharded: ShardedMoE, name: str, module: ExpertsModule, weights: dict[str, DTensor]
-) -> None:
+def _swap(sharded: ShardedMoE, name: str, spec: ExpertSpec, weights: dict[str, DTensor]) -> None:
+    """Put ours in the place of transformers' module of experts."""
+    module = sharded.model.get_submodule(name)
     experts = DroplessExperts(
-        **weights, mesh=sharded.mesh, backend=sharded.kernel.run, activation=module.act_fn
+        spec,
+        weights,
+        mesh=sharded.mesh,
+        backend=sharded.kernel.run,
+        post_expert_norm=module.get_submodule("post_expert_norm") if spec.has_post_norm else None,
     )
+    for parameter_name in spec.parameter_names:
+        is_trained = module.get_parameter(parameter_name).requires_grad
+        experts.get_parameter(parameter_name).requires_grad_(is_trained)
     sharded.expert_modules[name] = experts
     sharded.model.set_submodule(name, experts)
+    if spec.is_weighted_before:
+        route_before_experts(sharded.model.get_submodule(name.rpartition(".")[0]))
 
 
 class _ExpertSource:
     """Where the experts' weights come from: the model itself, or slices of a checkpoint."""
 
-    def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
-        self.index = self.naming = None
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        checkpoint: str | Path | None,
+        mesh: DeviceMesh,
+        device: torch.device,
+    ):
+        self.reader: SliceReader | None = None
         if checkpoint is not None:
             folder = resolve_checkpoint_folder(str(checkpoint))
-            refuse_quantized(folder)
-            self.index = open_checkpoint(folder)
-            self.naming = detect_naming(self.index)
+            # Rounded once, to the dtype of each parameter, as transformers does it.
+            index = open_checkpoint(folder, dtype=torch.float32)
+            self.reader = SliceReader(index, ModelLayout(model, index))
         self.mesh = mesh
         self.device = device
 
-    def take(self, name: str, module: ExpertsModule) -> dict[str, DTensor]:
+    def take(self, name: str, module: nn.Module, spec: ExpertSpec) -> dict[str, DTensor]:
         """Return the DTensors of one experts module, this rank's part on its device."""
-        if self.index is None or self.naming is None:
-            return {p: self._split(getattr(module, p).detach(), name) for p in PROJECTIONS}
-        mine = local_expert_range(module.num_experts, self.mesh)
-        weights = load_experts(
-            self.index,
-            self.naming,
-            name,
-            first=mine.start,
-            last=mine.stop,
-            dtype=module.gate_up_proj.dtype,
-        )
-        return {p: wrap_local_experts(weights[p].to(self.device), self.mesh) for p in PROJECTIONS}
+        if self.reader is None:
+            return {
+                p: self._split(module.get_parameter(p).detach()[: spec.num_experts], name)
+                for p in spec.parameter_names
+            }
+        mine = local_expert_range(spec.num_experts, self.mesh)
+        shapes = {f"{name}.{p}": tuple(module.get_parameter(p).shape) for p in spec.parameter_names}
+        weights = load_experts(self.reader, shapes, mine, module.get_parameter("down_proj").dtype)
+        return {
+            p: wrap_local_experts(weights[f"{name}.{p}"].to(self.device), self.mesh)
+            for p in spec.parameter_names
+        }
 
     def _split(self, weights: Tensor, name: str) -> DTensor:
         if weights.is_meta:
@@ -209,30 +238,8 @@ class _ExpertSource:
         return wrap_local_experts(local.to(self.device), self.mesh)
 
 
-def _holds_experts(module: nn.Module) -> TypeGuard[ExpertsModule]:
-    weights = [getattr(module, name, None) for name in PROJECTIONS]
-    return all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights)
-
-
-def _refuse_foreign_layout(name: str, module: ExpertsModule) -> None:
-    """Refuse experts that are not (E, 2 * I, H) gate-then-up and (E, H, I) without bias."""
-    flags = {
-        "is_transposed": False,
-        "has_bias": False,
-        "has_gate": True,
-        "is_concatenated": True,
-        "has_post_expert_norm": False,
-    }
-    for flag, wanted in flags.items():
-        seen = getattr(module, flag, wanted)
-        if seen != wanted:
-            raise ConfigurationError(
-                f"the experts of {name} have {flag}={seen}, but only {wanted} is supported."
-            )
-
-
-def _common_mesh_sizes(modules: dict[str, ExpertsModule], ep_size: int) -> MeshSizes:
-    counts = {module.num_experts for module in modules.values()}
+def _common_mesh_sizes(specs: Iterable[ExpertSpec], ep_size: int) -> MeshSizes:
+    counts = dict.fromkeys(spec.num_experts for spec in specs)
     sizes = [compute_mesh_sizes(dist.get_world_size(), ep_size, count) for count in counts]
     return sizes[0]
 

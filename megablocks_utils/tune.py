@@ -167,19 +167,18 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     """
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.load import build_model_on_meta
-    from megablocks_utils.kernels.selection.rank_agreement import ExpertUse
     from megablocks_utils.kernels.shapes import find_dtype
-    from megablocks_utils.shard_moe_utils import find_expert_modules
+    from megablocks_utils.moe.expert_use import ExpertUse
+    from megablocks_utils.moe.model_facts import find_top_k
+    from megablocks_utils.shard_moe_utils import require_experts
 
     folder = resolve_checkpoint_folder(options.model_name_or_path, patterns=(MODEL_CONFIG_NAME,))
     model = build_model_on_meta(folder)
-    experts = next(iter(find_expert_modules(model).values()))
-    num_experts = experts.num_experts
-    assert isinstance(num_experts, int)
-    check_ep_size(options.ep_size, num_experts=num_experts)
-    mode = EXPERT_MODE_OF[options.use_lora]
-    use = ExpertUse("cuda", find_dtype(options.dtype), mode, options.tokens)
-    return use.shapes(model, experts, options.ep_size)
+    spec = next(iter(require_experts(model).values()))
+    check_ep_size(options.ep_size, num_experts=spec.num_experts)
+    mode, dtype = EXPERT_MODE_OF[options.use_lora], find_dtype(options.dtype)
+    use = ExpertUse("cuda", dtype, mode, options.tokens)
+    return use.shapes(spec, dtype, find_top_k(model), options.ep_size)
 
 
 def build_table(model: str, entry: "Entry", measured: "LayerTimes") -> "Table":

@@ -65,7 +65,7 @@ def test_rows_of_any_length_give_the_same_loss(saved, monkeypatch):
     model = evaluate.load_model(str(folder))
     losses = []
     for tokens in (1, 300, 10**6):
-        monkeypatch.setattr(evaluate, "TOKENS_PER_ROW", tokens)
+        monkeypatch.setattr(evaluate, "TOKENS_PER_BATCH", tokens)
         losses.append(evaluate.held_out_loss(model, examples))
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
 

@@ -18,7 +18,9 @@ from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends import backend
 from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.gate import SWIGLU, Clamp, KnownGate
+from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_spec
 from tests.support.compare import relative_error
+from tests.support.tiny_families import build_tiny
 from tests.support.tiny_models import build_tiny_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"]
@@ -107,14 +109,14 @@ def test_autocast_is_that_of_a_linear_layer():
 def test_gate_is_recognised_once_by_its_values(family, gate):
     model = build(family, "grouped_mm")
     with mock.patch.object(
-        experts_interface, "recognise_gate", wraps=experts_interface.recognise_gate
-    ) as recognise:
+        experts_interface, "read_expert_spec", wraps=read_expert_spec
+    ) as read_spec:
         model(TOKENS)
-        assert recognise.call_count == 2  # layers
+        assert read_spec.call_count == 2  # layers
         model(TOKENS)
-        assert recognise.call_count == 2
+        assert read_spec.call_count == 2
     for layer in model.model.layers:
-        assert experts_interface._find_gate(layer.mlp.experts) == gate
+        assert experts_interface._read_spec(layer.mlp.experts).gate == gate
 
 
 def test_another_gate_is_never_taken_for_one_that_is_known():
@@ -129,10 +131,10 @@ def test_another_gate_is_never_taken_for_one_that_is_known():
         return result
 
     with mock.patch.object(type(module), "_apply_gate", changed):
-        assert not isinstance(experts_interface._recognise_gate(module), KnownGate)
-    assert experts_interface._recognise_gate(module) == GPT_OSS_GATE
+        assert not isinstance(read_expert_spec(module).gate, KnownGate)
+    assert read_expert_spec(module).gate == GPT_OSS_GATE
     far = build_deepseek_experts(swiglu_limit=150.0)
-    assert experts_interface._recognise_gate(far) == KnownGate(clamp=Clamp.BEFORE, limit=150.0)
+    assert read_expert_spec(far).gate == KnownGate(clamp=Clamp.BEFORE, limit=150.0)
 
 
 def build_deepseek_experts(**options):
@@ -168,12 +170,28 @@ def test_another_gate_runs_as_the_module_computes_it():
 
 
 def test_triton_refuses_a_gate_that_is_not_in_its_kernels():
-    module = build_deepseek_experts(swiglu_limit=10.0)
+    module = next(iter(find_expert_modules(build_tiny("inkling2_text")).values()))
     module.config._experts_implementation = "megablocks_utils_triton"
     assert meet_refusal(module) == (
-        'experts_implementation="megablocks_utils_triton" cannot run DeepseekV4Experts: triton '
-        "knows SwiGLU and its clamped form, and this model's gate is another."
+        'experts_implementation="megablocks_utils_triton" cannot run Inkling2Experts: triton knows '
+        "gates and activations with silu, gelu_tanh or relu_squared, and this model's is another."
     )
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "muse_spark"])
+def test_experts_without_a_gate_or_with_a_norm_behind_them(family):
+    module = next(iter(find_expert_modules(build_tiny(family)).values()))
+    torch.manual_seed(0)
+    tokens, weights = torch.randn(33, 32, requires_grad=True), torch.rand(33, 2)
+    index = torch.randint(8, (33, 2))
+    results = []
+    for implementation in ("megablocks_utils_grouped_mm", "eager"):
+        module.config._experts_implementation = implementation
+        output = module(tokens, index, weights)
+        leaves = [tokens, *module.parameters()]
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for seen, wanted in zip(*results, strict=True):
+        assert relative_error(seen, wanted) < 1e-5
 
 
 def test_triton_needs_a_gpu_or_its_interpreter():
@@ -220,9 +238,6 @@ def test_what_is_refused_is_named():
     small = nn.Parameter(torch.zeros(4, 64, 96, dtype=torch.int8), **frozen)
     assert refusal(_is_expert_parallel=True) == (
         "its experts are split over processes: use shard_moe for that."
-    )
-    assert refusal(has_post_expert_norm=True) == (
-        "it has has_post_expert_norm=True, and only False is supported."
     )
     assert refusal(down_proj=small) == "its down_proj is int8, not float32, bfloat16 or float16."
     odd = nn.Parameter(torch.zeros(4, 64, 90)), nn.Parameter(torch.zeros(4, 180, 64))

@@ -44,6 +44,17 @@ def options_of(folder, **changes):
     return MergeOptions(**given | changes)
 
 
+def test_the_dtype_asked_for(folder):
+    merge_adapter(options_of(folder))
+    merge_adapter(options_of(folder, output=folder / "half", save_dtype="float16"))
+    merged, half = (load_file(folder / out / "model.safetensors") for out in ("out", "half"))
+    assert merged.keys() == half.keys()
+    for key, tensor in merged.items():
+        assert torch.equal(half[key], tensor.half())
+    assert json.loads((folder / "half" / "config.json").read_text())["dtype"] == "float16"
+    assert next(iter(merged.values())).dtype != torch.float16
+
+
 def test_several_files_and_all_that_belongs_to_the_model(folder):
     merge_adapter(options_of(folder), max_shard_bytes=200_000)
     out, base = folder / "out", folder / "base"

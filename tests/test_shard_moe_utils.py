@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megablocks_utils import shard_moe
 from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.shard_moe_utils import find_expert_modules
+from megablocks_utils.shard_moe_utils import require_experts
 from tests.support.compare import relative_error
+from tests.support.tiny_families import build_tiny
 from tests.support.tiny_models import FAMILIES, build_tiny_model, save_tiny_model
 
 TOKENS = torch.arange(3, 35)[None]
@@ -113,29 +115,72 @@ def test_without_processes():
     )
 
 
-def test_models_of_other_families_are_refused_by_name():
+def test_what_cannot_be_split_is_refused_by_what_it_is():
     small = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 8, "num_attention_heads": 2}
     dense = LlamaForCausalLM(LlamaConfig(intermediate_size=16, **small))
     with pytest.raises(ConfigurationError) as refusal:
-        find_expert_modules(dense)
-    families = "expert parallelism works for mixtral, qwen3_moe, olmoe."
-    assert str(refusal.value) == (
-        f"model type llama has no experts that could be split; {families}"
-    )
-    other = AutoModelForCausalLM.from_config(
-        Qwen2MoeConfig(num_experts=2, moe_intermediate_size=8, intermediate_size=16, **small)
-    )
+        require_experts(dense)
+    assert str(refusal.value) == "model type llama has no experts that could be split."
     with pytest.raises(ConfigurationError) as refusal:
-        find_expert_modules(other)
-    assert str(refusal.value) == f"model type qwen2_moe is not supported yet; {families}"
+        require_experts(build_tiny("jetmoe"))
+    assert str(refusal.value) == (
+        "the experts of model type jetmoe (JetMoeMoE) do not follow transformers' experts "
+        "interface, and expert parallelism splits only those that do."
+    )
 
 
-def test_experts_of_a_foreign_layout_are_refused():
-    model = build_tiny_model("mixtral")
-    model.get_submodule(MODULES[1]).is_transposed = True
-    with pytest.raises(ConfigurationError) as refusal:
-        find_expert_modules(model)
-    assert str(refusal.value) == (
-        "the experts of model.layers.1.mlp.experts have is_transposed=True, but only False is "
-        "supported."
-    )
+def _loss(model, ids):
+    logits = model(input_ids=ids, use_cache=False).logits
+    return cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+
+
+def _examples():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 128, (1, length), generator=generator) for length in (19, 13)]
+
+
+def _shard_and_differentiate(rank, family):
+    """Each rank has its own example: the gradients of their sum, whole, and how many layers."""
+    model = build_tiny(family).double()
+    sharded = shard_moe(model, ep_size=2, device_type="cpu")
+    _loss(model, _examples()[rank]).backward()
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if isinstance(grad, DTensor):
+            grads[name] = grad.full_tensor()
+        else:
+            dist.all_reduce(grad)
+            grads[name] = grad
+    return grads, sharded.kernel.name
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gpt_oss",  # biases, transposed, interleaved, a clamped gate of its own form
+        "nemotron_h",  # no gate
+        "deepseek_v4",  # a clamp before the activation
+        "longcat_flash",  # zero experts, without transformers' mark
+        "llama4_text",  # weights before the experts, without the mark, and transposed
+        "muse_spark",  # a norm behind the experts; composite
+        "ernie4_5_vl_moe",  # two kinds of experts in a layer
+    ],
+)
+def test_every_kind_of_experts_has_the_gradients_of_stock(ranks2, family):
+    stock = build_tiny(family).double()
+    stock.set_experts_implementation("eager")
+    for ids in _examples():
+        _loss(stock, ids).backward()
+    (grads, kernel), (others, _) = ranks2.run(_shard_and_differentiate, family)
+    assert kernel == "eager"  # what auto has for fp64
+    wanted = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in stock.named_parameters()
+    }
+    assert grads.keys() == wanted.keys()
+    assert sum("experts" in name and grad.any() for name, grad in grads.items()) >= 4
+    for name, grad in grads.items():  # some models compute parts in fp32, whatever they are given
+        expected = wanted[name][: len(grad)]  # rows of zero experts are not there
+        assert torch.equal(grad, others[name])
+        assert (grad - expected).norm() <= 1e-6 * expected.norm() + 1e-12, name

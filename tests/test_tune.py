@@ -13,11 +13,11 @@ from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.fused.tiles import KINDS, choose_tiles, list_candidates
 from megablocks_utils.kernels.selection.backend_selection import select_backend
-from megablocks_utils.kernels.selection.rank_agreement import ExpertUse
 from megablocks_utils.kernels.tuning.measurements import read_entries
 from megablocks_utils.kernels.tuning.tile_search import KINDS_OF_MODE
+from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_spec
+from megablocks_utils.moe.expert_use import ExpertUse
 from megablocks_utils.processes.entry_point import run_entry_point
-from megablocks_utils.shard_moe_utils import find_expert_modules
 from megablocks_utils.tune import (
     TuneOptions,
     main,
@@ -82,7 +82,8 @@ def test_what_is_measured_is_what_a_run_looks_up(folder, use_lora, ep_size):
     module = next(iter(find_expert_modules(model).values()))
     mode = {"none": "full", "attn-only": "frozen", "mlp-only": "lora"}[use_lora]
     use = ExpertUse("cuda", torch.bfloat16, mode, 33)
-    assert read_shapes(options) == use.shapes(model, module, ep_size)
+    spec = read_expert_spec(module)
+    assert read_shapes(options) == use.shapes(spec, torch.bfloat16, 2, ep_size)
 
 
 def test_models_that_cannot_be_measured(folder, tmp_path):

@@ -30,6 +30,7 @@ from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.shard_moe_utils import PROJECTIONS
 
@@ -77,11 +78,15 @@ def _our_layer(
     choice = select_and_load_backend(
         backend, ExpertShapes(hidden, intermediate, torch.float32, device.type)
     )
+    spec = ExpertSpec(shape.num_experts, hidden, intermediate)
     layer = DroplessExperts(
-        *(wrap_local_experts(weight.to(device), mesh) for weight in weights),
+        spec,
+        {
+            name: wrap_local_experts(weight.to(device), mesh)
+            for name, weight in zip(spec.projections, weights, strict=True)
+        },
         mesh=mesh,
         backend=choice.run,
-        activation=nn.SiLU(),
     )
     block = _Block(layer).requires_grad_(False)
     sharded = ShardedMoE(block, mesh, {"experts": layer}, "shard", choice)

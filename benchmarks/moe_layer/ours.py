@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.harness.contender import Contender, SkippedError
 from benchmarks.moe_layer.cases import Case
@@ -23,6 +23,7 @@ from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_lora import ExpertLora
+from megablocks_utils.moe.expert_spec import ExpertSpec
 
 RunLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens, top_k_index, top_k_weights) -> (T, H)."""
@@ -99,10 +100,10 @@ def build_layer_contender(
     choice = find_backend(kernel, case, inputs.device)
     mesh = build_mesh(compute_mesh_sizes(1, 1, case.shape.num_experts), inputs.device.type)
     layer = DroplessExperts(
-        *(wrap_local_experts(getattr(weights, name), mesh) for name in PROJECTIONS),
+        ExpertSpec(*weights.down_proj.shape),
+        {name: wrap_local_experts(getattr(weights, name), mesh) for name in PROJECTIONS},
         mesh=mesh,
         backend=choice.run,
-        activation=nn.SiLU(),
     ).requires_grad_(case.mode.trains_weights)
     for name in PROJECTIONS if weights.adapters else ():
         lora_a, lora_b = (

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
+from megablocks_utils.checkpoint.index import CheckpointIndex, open_stored_checkpoint
 from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.files import MODEL_CONFIG_NAME
 
@@ -32,7 +32,7 @@ def fingerprint_model_folder(folder: Path) -> str:
     """
     settings = read_settings(folder / MODEL_CONFIG_NAME, "model")
     meaning = {name: value for name, value in settings.items() if name not in _WITHOUT_MEANING}
-    index = open_checkpoint(folder)
+    index = open_stored_checkpoint(folder)
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
     for key in sorted(index):
         digest.update(f"{key} {index.dtype(key)} {index.shape(key)}\n".encode())

@@ -7,9 +7,8 @@ opened gives a sentence instead of a bus error.
 """
 
 import errno
-import math
 import os
-from collections.abc import Iterator, KeysView, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from megablocks_utils.checkpoint.dequantized_index import dequantize_entries, refuse_unscaled
 from megablocks_utils.checkpoint.folder_files import (
     check_files_of_folder,
     find_file,
     refuse_link_out,
 )
 from megablocks_utils.checkpoint.json_file import JsonObject, read_settings
-from megablocks_utils.checkpoint.safetensors_header import TensorEntry, read_header
+from megablocks_utils.checkpoint.safetensors_header import StoredTensor, TensorEntry, read_header
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import MODEL_INDEX_NAME, MODEL_WEIGHTS_NAME
 
@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointIndex",
     "open_checkpoint",
     "open_safetensors_file",
+    "open_stored_checkpoint",
     "resolve_checkpoint_folder",
 ]
 
@@ -47,10 +48,17 @@ class CheckpointIndex:
     """Give access to the tensors of one checkpoint folder by their Hub names.
 
     Holds names, shapes and positions only; a file is open just while a tensor is read from it.
+
+    Attributes:
+        folder: the folder.
+        notes: what a user should know of how its tensors are read, one line each.
     """
 
-    def __init__(self, folder: Path, entries: dict[str, TensorEntry]):
+    def __init__(
+        self, folder: Path, entries: Mapping[str, StoredTensor], notes: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
+        self.notes = tuple(notes)
         self._entries = entries
 
     def __contains__(self, key: str) -> bool:
@@ -68,7 +76,7 @@ class CheckpointIndex:
         return self._entry(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype in which tensor `key` is stored."""
+        """Return the dtype in which tensor `key` is stored, or is read where that is packed."""
         return self._entry(key).dtype
 
     def path(self, key: str) -> Path:
@@ -85,15 +93,13 @@ class CheckpointIndex:
         return self._entry(key).num_bytes
 
     def read_bytes(self, key: str, start: int, num_bytes: int) -> bytes:
-        """Read stored bytes of tensor `key`, or as many as follow `start`.
+        """Read bytes of tensor `key`, or as many as follow `start`.
 
         Raises:
             CheckpointError: as in `read`.
         """
         entry = self._entry(key)
-        num_bytes = min(num_bytes, entry.num_bytes - start)
-        stored = TensorEntry(entry.path, entry.offset + start, torch.uint8, (num_bytes,))
-        return _read_bytes(stored, stored.offset, stored.shape).numpy().tobytes()
+        return entry.read_bytes(start, min(num_bytes, entry.num_bytes - start))
 
     def read(self, key: str) -> Tensor:
         """Read tensor `key` into CPU memory of its own.
@@ -101,8 +107,7 @@ class CheckpointIndex:
         Raises:
             CheckpointError: the tensor is not there, or its file is not what it was.
         """
-        entry = self._entry(key)
-        return _read_bytes(entry, entry.offset, entry.shape)
+        return self._entry(key).read()
 
     def read_rows(self, key: str, start: int, stop: int, *, item: int | None = None) -> Tensor:
         """Read rows `start:stop` of tensor `key`, or of its element `item`, and no other byte.
@@ -118,11 +123,9 @@ class CheckpointIndex:
             raise CheckpointError(
                 f"rows {start}:{stop} of {part} were asked for, but {entry.path} has {num_rows}"
             )
-        row_bytes = math.prod(shape[1:]) * entry.dtype.itemsize
-        first_byte = entry.offset + ((item or 0) * num_rows + start) * row_bytes
-        return _read_bytes(entry, first_byte, (stop - start, *shape[1:]))
+        return entry.read_rows(start, stop, item=item)
 
-    def _entry(self, key: str) -> TensorEntry:
+    def _entry(self, key: str) -> StoredTensor:
         if key not in self._entries:
             raise CheckpointError(f"{self.folder} has no tensor named {key}")
         return self._entries[key]
@@ -174,14 +177,38 @@ def resolve_checkpoint_folder(
         ) from error
 
 
-def open_checkpoint(folder: str | Path) -> CheckpointIndex:
+def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> CheckpointIndex:
     """Read the headers of all safetensors files of a model folder, single-file or sharded.
+
+    A weight that its publisher has quantized is given as one floating-point tensor under its plain
+    name, and dequantized as its rows are read.
+
+    Args:
+        folder: the model folder.
+        dtype: of quantized weights when they are read, None: bfloat16; others have that in which
+            they are stored.
 
     Raises:
         CheckpointError: no safetensors weights, a missing or damaged file, an index that names
-            files or tensors that are not there, or weights of two models.
+            files or tensors that are not there, weights of two models, or quantized weights that
+            cannot be read.
     """
     folder = Path(folder)
+    entries = dequantize_entries(folder, _read_folder(folder), dtype or torch.bfloat16)
+    return CheckpointIndex(folder, *entries)
+
+
+def open_stored_checkpoint(folder: str | Path) -> CheckpointIndex:
+    """Read the headers likewise, but give every tensor as it is stored, packed or not.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`, but for what is quantized.
+    """
+    folder = Path(folder)
+    return CheckpointIndex(folder, _read_folder(folder))
+
+
+def _read_folder(folder: Path) -> dict[str, TensorEntry]:
     if not folder.is_dir():
         raise CheckpointError(f"the model folder {folder} does not exist")
     single, index = folder / MODEL_WEIGHTS_NAME, folder / MODEL_INDEX_NAME
@@ -192,21 +219,23 @@ def open_checkpoint(folder: str | Path) -> CheckpointIndex:
                 f"{folder} holds {single.name} and also {index.name}, which names other files:"
                 " remove the weights that are not the model's"
             )
-        return CheckpointIndex(folder, entries)
+        return entries
     if single.is_file():
         refuse_link_out(folder, single)
-        return CheckpointIndex(folder, read_header(single))
+        return read_header(single)
     raise CheckpointError(_describe_missing_weights(folder))
 
 
 def open_safetensors_file(path: Path) -> CheckpointIndex:
-    """Read the header of one safetensors file, which must exist.
+    """Read the header of one safetensors file of an adapter, which must exist.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or holds quantized tensors.
     """
     refuse_link_out(path.parent, path)
-    return CheckpointIndex(path.parent, read_header(path))
+    entries = read_header(path)
+    refuse_unscaled(entries, "which is not read here")
+    return CheckpointIndex(path.parent, entries)
 
 
 def _describe_missing_weights(folder: Path) -> str:
@@ -251,23 +280,3 @@ def _read_weight_map(index_path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{index_path} has a weight_map that names no tensors")
     JsonObject(index_path, settings).section("metadata")  # which transformers reads too
     return weight_map
-
-
-def _read_bytes(entry: TensorEntry, offset: int, shape: tuple[int, ...]) -> Tensor:
-    tensor = torch.empty(shape, dtype=entry.dtype)
-    target = tensor.view(-1).view(torch.uint8).numpy().data
-    try:
-        with entry.path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            done = 0
-            while done < len(target):
-                count = file.readinto(target[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{entry.path} is truncated: {len(target)} bytes were asked for at byte"
-                        f" {offset}, {done} came"
-                    )
-                done += count
-    except OSError as error:
-        raise CheckpointError(f"{entry.path} cannot be read: {error.strerror}") from error
-    return tensor

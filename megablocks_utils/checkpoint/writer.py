@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple, Self
 import torch
 
 from megablocks_utils.checkpoint.safetensors_header import HEADER_LENGTH_BYTES
+from megablocks_utils.checkpoint.saved_dtype import cast_in_range
 from megablocks_utils.dtypes import DTYPES
 from megablocks_utils.files import (
     MODEL_CONFIG_NAME,
@@ -86,6 +87,7 @@ class SafetensorsWriter:
         """Write the next tensor, cast to its announced dtype.
 
         Raises:
+            CheckpointError: a value is beyond that dtype's range.
             ValueError: this is not the tensor that was announced for this place.
         """
         if not self._pending:
@@ -93,7 +95,7 @@ class SafetensorsWriter:
         file_name, spec = self._pending.popleft()
         if (name, tuple(tensor.shape)) != (spec.name, tuple(spec.shape)):
             raise ValueError(f"{name} {tuple(tensor.shape)} came where {spec} was announced")
-        flat = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1)
+        flat = cast_in_range(name, tensor.detach(), spec.dtype).contiguous().view(-1)
         self._open_file(file_name).write(flat.view(torch.uint8).numpy().data)
 
     def _open_file(self, file_name: str) -> BinaryIO:

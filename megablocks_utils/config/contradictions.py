@@ -40,6 +40,13 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
             "attn-only, mlp-only or all."
         )
+    _check_routers(values)
+    if values["save_dtype"] is not None and values["use_lora"] != "none":
+        raise ConfigurationError(
+            f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
+            "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
+            "megablocks_utils.merge."
+        )
     if values["max_steps"] == 0:
         raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")
     for name in ("warmup_steps", "save_steps"):
@@ -50,6 +57,22 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
         raise ConfigurationError(
             f"--report_to is {', '.join(values['report_to'])}, but none excludes all others."
+        )
+
+
+def _check_routers(values: Mapping[str, Any]) -> None:
+    """Refuse to change routers in a run that keeps them as they are."""
+    has_lora, rate = values["use_lora"] != "none", values["router_bias_update_rate"]
+    if has_lora and values["freeze_router"] is False:
+        raise ConfigurationError(
+            f"--freeze_router is False, but --use_lora {values['use_lora']} trains adapters alone: "
+            "it must be True."
+        )
+    if rate and (has_lora or values["freeze_router"]):
+        cause = f"--use_lora {values['use_lora']}" if has_lora else "--freeze_router True"
+        raise ConfigurationError(
+            f"--router_bias_update_rate is {rate}, but {cause} leaves routers as they are: it must "
+            "be 0."
         )
 
 

@@ -126,6 +126,8 @@ def _build_config(given: Mapping[str, Any], entry_point: str) -> RunConfig:
     values["expert_dp"] = values["expert_dp"] or own_expert_dp
     if values["sync_each_batch"] is None:
         values["sync_each_batch"] = values["use_lora"] == "none"
+    if values["freeze_router"] is None:
+        values["freeze_router"] = values["use_lora"] != "none"
     if values["resume_adapter"] is None:
         values["lora_r"] = values["lora_r"] or DEFAULT_LORA_R
         values["lora_alpha"] = values["lora_alpha"] or DEFAULT_LORA_ALPHA

@@ -34,6 +34,10 @@ class OptimConfig:
         gradient_accumulation_steps: Micro-batches of a step.
         sync_each_batch: Whether gradients are reduced after every micro-batch; the parsers fill in
             True without LoRA and False with it, None only in a config built directly.
+        packing: "auto", "True" (examples of a micro-batch in one row) or "False" (a padded batch).
+        freeze_router: Whether routers stay as they are; the parsers fill in False without LoRA and
+            True with it.
+        router_bias_update_rate: What correction biases of routers move by in a step; 0 keeps them.
     """
 
     learning_rate: Annotated[float, Option("peak learning rate of AdamW", minimum=0)] = 5e-5
@@ -77,3 +81,26 @@ class OptimConfig:
             shown_default="True without LoRA, False with LoRA",
         ),
     ] = None
+    packing: Annotated[
+        str,
+        Option(
+            "examples of a micro-batch in one row (True) or a padded batch (False); auto: one row "
+            "if a probe shows that the model keeps them apart",
+            choices=("auto", "True", "False"),
+        ),
+    ] = "auto"
+    freeze_router: Annotated[
+        bool | None,
+        Option(
+            "leave the routers as they are",
+            shown_default="False without LoRA, True with LoRA",
+        ),
+    ] = None
+    router_bias_update_rate: Annotated[
+        float,
+        Option(
+            "what the routers' correction biases move by after a step, towards experts with fewer "
+            "tokens; 0: they stay",
+            minimum=0,
+        ),
+    ] = 0.0

@@ -63,12 +63,12 @@ SYNONYMS = MappingProxyType(
 
 PLANNED = frozenset(
     (
-        *("data_weights", "dataset_config", "dataset_split", "packing"),
+        *("data_weights", "dataset_config", "dataset_split"),
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
-        *("early_stopping_patience", "attn_implementation", "freeze_router"),
-        *("router_bias_update_rate", "expert_load_steps", "dp_replicate_size", "tp_size"),
+        *("early_stopping_patience", "attn_implementation"),
+        *("expert_load_steps", "dp_replicate_size", "tp_size"),
         *("expert_tp_size", "sp_size", "expert_quantization"),
-        *("save_dtype", "adapter_layout", "launcher", "nodes"),
+        *("adapter_layout", "launcher", "nodes"),
     )
 )
 """Options that are to come; each leaves this list when it is built."""

@@ -10,6 +10,7 @@ from megablocks_utils.config.option import Option
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = [
+    "SAVE_DTYPE_OPTION",
     "TRAINING_DTYPES",
     "PrecisionConfig",
     "ResolvedPrecision",
@@ -19,6 +20,13 @@ __all__ = [
 
 TRAINING_DTYPES = ("float32", "bfloat16")
 """Dtypes a run may store and compute in."""
+
+SAVE_DTYPE_OPTION = Option(
+    "dtype of the weights of the model that is written; values beyond its range are never written "
+    "as infinite",
+    choices=(*TRAINING_DTYPES, "float16"),
+)
+"""Of each command that writes a model; what it does without it differs."""
 
 _DTYPE_OF_PRESET = {"fp32": "float32", "bf16_sr": "bfloat16", "bf16": "bfloat16"}
 _PRESET_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}

@@ -4,10 +4,11 @@ Torch-free.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from megablocks_utils.config.option import Duration, Option
+from megablocks_utils.config.precision import SAVE_DTYPE_OPTION
 
 __all__ = ["SavingConfig"]
 
@@ -25,6 +26,7 @@ class SavingConfig:
             `processes.output_folder.choose_checkpoint`.
         time_limit: Wall time after which the run has saved and ended; None: no limit.
         stop_on_nonfinite: Whether values that are not finite end the run.
+        save_dtype: Dtype of the final model's weights; None: that of training.
     """
 
     save_strategy: Annotated[
@@ -83,6 +85,9 @@ class SavingConfig:
             "finite, and write no such checkpoint or model; False: warn and continue"
         ),
     ] = True
+    save_dtype: Annotated[
+        str | None, replace(SAVE_DTYPE_OPTION, shown_default="that of training")
+    ] = None
 
     def is_due(self, step: int, *, num_steps: int, steps_per_epoch: int) -> bool:
         """Return whether a checkpoint is written after `step`, as Hugging Face's Trainer would.

@@ -25,6 +25,7 @@ from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks, sum_over_ranks
 
@@ -33,6 +34,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _SHARDED_STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+Experts = list[DroplessExperts] | None
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.")
 
 
@@ -138,9 +140,9 @@ def fill_and_wrap_fsdp1(
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> FullyShardedDataParallel:
     """Do what `wrap_fsdp1` does up to the sums; nothing communicates, so that a rank may fail."""
-    experts = list(sharded.expert_modules.values()) if sharded else None
+    experts: Experts = list(sharded.expert_modules.values()) if sharded else None
 
-    def wrap(module: nn.Module) -> FullyShardedDataParallel:
+    def wrap(module: nn.Module, ignored: Experts = experts) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(
             module,
             sharding_strategy=plugin.sharding_strategy,
@@ -149,13 +151,16 @@ def fill_and_wrap_fsdp1(
             forward_prefetch=plugin.forward_prefetch,
             limit_all_gathers=plugin.limit_all_gathers,
             use_orig_params=True,
-            ignored_modules=experts,
+            ignored_modules=ignored,
             device_id=device,
         )
 
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
+    norms = sharded.post_expert_norms if sharded else {}
     for name, layer in layers:
         materialize(layer, fill_local, device, prefix=f"{name}.")
+        for norm_name in [other for other in norms if other.startswith(f"{name}.")]:
+            model.set_submodule(norm_name, wrap(norms[norm_name], None))
         model.set_submodule(name, _wrap_layer(layer, wrap))
         on_layer(1)
     materialize(model, fill_local, device)

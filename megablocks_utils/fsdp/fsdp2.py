@@ -121,6 +121,9 @@ def wrap_fsdp2(accelerator: Accelerator, model: nn.Module, sharded: ShardedMoE |
     """
     plugin = accelerator.state.fsdp_plugin
     if sharded is not None:
+        # First, and as units of their own: what is done with the experts would take them along.
+        for norm in sharded.post_expert_norms.values():
+            fully_shard(norm, mp_policy=plugin.mixed_precision_policy)
         if shards_over_dp(sharded):
             shard_experts_over_dp(sharded, plugin.mixed_precision_policy)
         else:

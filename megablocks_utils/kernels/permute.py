@@ -31,6 +31,10 @@ class ExpertOrder:
     tokens_per_expert: Tensor
     top_k: int
 
+    def of_sorted_rows(self) -> "ExpertOrder":
+        """Return the order of the N rows once they are sorted, each with one expert."""
+        return ExpertOrder(None, None, self.tokens_per_expert, top_k=1)
+
 
 def sort_by_expert(top_k_index: Tensor, num_experts: int) -> ExpertOrder:
     """Sort routed rows by expert, rows of one expert in token order.

@@ -1,28 +1,16 @@
 """What decides which backends can run, and which measurement of them counts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from megablocks_utils.config.adapter import EXPERT_MODE_OF
 from megablocks_utils.kernels.gate import SWIGLU, Clamp, Gate, KnownActivation, KnownGate
 
-__all__ = ["EXPERT_MODES", "ExpertShapes", "ExpertsModule", "find_dtype", "name_dtype"]
+__all__ = ["EXPERT_MODES", "ExpertShapes", "find_dtype", "name_dtype"]
 
 EXPERT_MODES = tuple(dict.fromkeys(EXPERT_MODE_OF.values()))
 """Which expert parameters are trained: all weights, none, or adapters beside frozen weights."""
-
-
-class ExpertsModule(Protocol):
-    """What a transformers module of all experts of a layer has: (E, 2 * I, H) and (E, H, I)."""
-
-    gate_up_proj: Tensor
-    down_proj: Tensor
-    num_experts: int
-    act_fn: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from megablocks_utils.checkpoint.hub_naming import naming_of_family
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import naming_of_family
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_config import AdapterConfigFile

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from megablocks_utils.checkpoint.hub_naming import ExpertPart, HubNaming
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import ExpertPart, HubNaming
 from megablocks_utils.checkpoint.slices import check_finite
 from megablocks_utils.lora.peft_format import (
     AdapterMatrix,

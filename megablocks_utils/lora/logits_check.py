@@ -12,6 +12,7 @@ from megablocks_utils.checkpoint.library_output import (
     filter_peft_warnings,
     without_transformers_bars,
 )
+from megablocks_utils.checkpoint.quantization_config import load_dequantized
 from megablocks_utils.lora.file_check import AdapterCheckError
 
 _HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -86,6 +87,7 @@ def check_logits(
             dtype=_HIGHER[compute],
             experts_implementation="eager",  # fp64 has no grouped product
             num_hidden_layers=num_layers,
+            **load_dequantized(base_dir),
         )
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
     with torch.no_grad():

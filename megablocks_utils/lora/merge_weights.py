@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megablocks_utils.checkpoint.hub_naming import HubNaming, MemoryPart
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import HubNaming, MemoryPart
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_checks import FoundAdapter
 from megablocks_utils.lora.adapter_reader import AdapterReader

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from peft import LoraConfig
 
-from megablocks_utils.checkpoint.layouts import EXPERTS_PATH
+from megablocks_utils.checkpoint.hub_naming import EXPERTS_PATH
 from megablocks_utils.shard_moe_utils import PROJECTIONS
 
 

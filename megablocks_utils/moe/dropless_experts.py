@@ -1,13 +1,13 @@
 """The experts of one layer as a dropless MoE (dMoE) over concatenated, sharded weights."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from megablocks_utils.kernels.backends.backend import ExpertBackend
-from megablocks_utils.kernels.gate import build_gate
 from megablocks_utils.kernels.permute import (
     ExpertOrder,
     permute_tokens,
@@ -25,46 +25,62 @@ from megablocks_utils.mesh.token_exchange import (
     plan_dispatch,
 )
 from megablocks_utils.moe.expert_lora import ExpertLora
+from megablocks_utils.moe.expert_spec import ExpertSpec
+from megablocks_utils.moe.zero_experts import split_zero_experts
 
 
 class DroplessExperts(nn.Module):
     """Send each token to its experts wherever they are, run them, and bring the results back.
 
     Takes the place of a transformers `experts` module and has its call:
-    `(hidden_states (T, H), top_k_index (T, K), top_k_weights (T, K)) -> (T, H)`.
+    `(hidden_states (T, H), top_k_index (T, K), top_k_weights (T, K)) -> (T, H)`. Its parameters are
+    those that the spec names, DTensors on `ep`, stored as transformers stores them; beside each
+    projection may stand an adapter, `<projection>_lora`, which is None without.
+
+    Zero experts and a norm behind the experts are computed at home, after the results are back. The
+    norm's weight is a dense parameter: FSDP shards it over the world, and not with the experts.
 
     Attributes:
-        gate_up_proj: (E, 2 * I, H) DTensor, Shard(0) on `ep`; gate rows first, then up.
-        down_proj: (E, H, I) DTensor, Shard(0) on `ep`.
-        gate_up_proj_lora: adapters of the first; None without.
-        down_proj_lora: adapters of the second; None without.
+        spec: what the experts are.
+        num_experts: E.
+        post_expert_norm: normalises each expert's result before it is weighted; or None.
         exchange_counts: finds out who sends how many rows to whom; a run that is only rehearsed
             assumes it instead (see `rehearsal`).
     """
 
-    gate_up_proj_lora: ExpertLora | None
-    down_proj_lora: ExpertLora | None
+    post_expert_norm: nn.Module | None
 
     def __init__(
         self,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
+        spec: ExpertSpec,
+        weights: Mapping[str, Tensor],
         *,
         mesh: DeviceMesh,
         backend: ExpertBackend,
-        activation: Callable[[Tensor], Tensor],
+        post_expert_norm: nn.Module | None = None,
     ) -> None:
-        """Take the weights as they are: DTensors on the `ep` axis of `mesh`."""
+        """Take the weights as they are: DTensors on the `ep` axis of `mesh`.
+
+        Args:
+            spec: what the experts are.
+            weights: by `spec.parameter_names`.
+            mesh: axes ("dp", "ep").
+            backend: runs the experts of this rank.
+            post_expert_norm: transformers' own, where `spec.has_post_norm`.
+        """
         super().__init__()
-        self.gate_up_proj = nn.Parameter(gate_up_proj)
-        self.down_proj = nn.Parameter(down_proj)
-        self.register_module("gate_up_proj_lora", None)
-        self.register_module("down_proj_lora", None)
-        self.num_experts = gate_up_proj.shape[0]
+        assert weights.keys() == set(spec.parameter_names), (weights.keys(), spec)
+        assert (post_expert_norm is not None) == spec.has_post_norm, spec
+        for name in spec.parameter_names:
+            self.register_parameter(name, nn.Parameter(weights[name]))
+        for name in spec.projections:
+            self.register_module(f"{name}_lora", None)
+        self.spec = spec
+        self.num_experts = spec.num_experts
+        self.post_expert_norm = post_expert_norm
         self.mesh = mesh
         self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
-        self.gate = build_gate(activation)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
@@ -75,19 +91,37 @@ class DroplessExperts(nn.Module):
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
         backward, none where it has one rank; every rank of the axis must call, also with no token.
         """
-        # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
-        group, ep_size = self.mesh.get_group(EP_AXIS), axis_size(self.mesh, EP_AXIS)
         # A copy of its own, which selective checkpointing keeps: what is recomputed in backward
         # must be routed as the rows were that other ranks hold.
-        order = sort_by_expert(top_k_index.clone(), self.num_experts)
+        top_k_index = top_k_index.clone()
+        if self.spec.num_zero_experts == 0:
+            return self._apply_experts(hidden_states, top_k_index, top_k_weights)
+        routed = split_zero_experts(top_k_index, top_k_weights, self.num_experts)
+        output = self._apply_experts(hidden_states, routed.index, routed.weights)
+        return output + (routed.kept * hidden_states).to(output.dtype)
+
+    def _apply_experts(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        order = sort_by_expert(top_k_index, self.num_experts)
         experts = self.local_weights(hidden_states.dtype)
-        if ep_size == 1:
+        if axis_size(self.mesh, EP_AXIS) == 1 and self.post_expert_norm is None:
             return self.backend(hidden_states, order, top_k_weights, experts)
+        rows = self._run_rows(permute_tokens(hidden_states, order), order, experts)
+        if self.post_expert_norm is not None:
+            rows = self.post_expert_norm(rows)
+        return unpermute_and_combine(rows, top_k_weights, order)
+
+    def _run_rows(self, rows: Tensor, order: ExpertOrder, experts: ExpertWeights) -> Tensor:
+        """Run this rank's rows (N, H), in expert order, through experts wherever they are."""
+        # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
+        group, ep_size = self.mesh.get_group(EP_AXIS), axis_size(self.mesh, EP_AXIS)
+        if ep_size == 1:
+            return self.backend(rows, order.of_sorted_rows(), None, experts)
         plan = plan_dispatch(self.exchange_counts(order.tokens_per_expert, group, ep_size))
-        rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
+        rows = dispatch_rows(rows, plan, group)
         received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
-        rows = self.backend(rows, received, None, experts)
-        return unpermute_and_combine(combine_rows(rows, plan, group), top_k_weights, order)
+        return combine_rows(self.backend(rows, received, None, experts), plan, group)
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the experts that this rank computes with, cast to the dtype of compute."""
@@ -95,22 +129,23 @@ class DroplessExperts(nn.Module):
 
     def stored_weights(self) -> ExpertWeights:
         """Return the experts that this rank computes with, as they are: nothing is copied."""
-        return ExpertWeights(
-            local_tensor(self.gate_up_proj),
-            local_tensor(self.down_proj),
-            self.gate,
-            gate_up_lora=_local_lora(self.gate_up_proj_lora),
-            down_lora=_local_lora(self.down_proj_lora),
+        names = self.spec.parameter_names
+        first, down = self.spec.projections
+        return replace(
+            self.spec.build_weights({n: local_tensor(self.get_parameter(n)) for n in names}),
+            gate_up_lora=self._local_lora(first),
+            down_lora=self._local_lora(down),
         )
+
+    def _local_lora(self, projection: str) -> LowRank | None:
+        lora = self._modules[f"{projection}_lora"]
+        assert lora is None or isinstance(lora, ExpertLora), lora
+        return None if lora is None else lora.local()
 
     def extra_repr(self) -> str:
         """Show sizes and the mesh in the printed model."""
-        num_experts, twice_intermediate, hidden_size = self.gate_up_proj.shape
+        spec = self.spec
         return (
-            f"num_experts={num_experts}, hidden_size={hidden_size}, "
-            f"intermediate_size={twice_intermediate // 2}, ep_size={axis_size(self.mesh, EP_AXIS)}"
+            f"num_experts={spec.num_experts}, hidden_size={spec.hidden_size}, "
+            f"intermediate_size={spec.intermediate_size}, ep_size={axis_size(self.mesh, EP_AXIS)}"
         )
-
-
-def _local_lora(lora: ExpertLora | None) -> LowRank | None:
-    return None if lora is None else lora.local()

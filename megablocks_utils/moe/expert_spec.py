@@ -1,32 +1,27 @@
 """What the experts of a layer are: read off transformers' module, once, and true of ours too."""
 
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import UNMARKED_EXPERTS, UnmarkedExperts
-from megablocks_utils.kernels.gate import (
-    ActivationGate,
-    Gate,
-    list_activations,
-    list_gates,
-    recognise_gate,
-)
+from megablocks_utils.kernels.gate import SWIGLU, Gate, KnownFunction
+from megablocks_utils.kernels.weights import ExpertWeights
+from megablocks_utils.moe.own_gate import ADAPTED_PART, POST_NORM, Recognised, find_gate
 
 __all__ = [
     "ExpertSpec",
     "find_expert_modules",
     "find_expert_parameters",
     "read_expert_spec",
+    "read_expert_specs",
+    "read_parameter_names",
 ]
 
 # What transformers' experts interface sets in every module that it serves.
 _MARK = "_is_expert_parallel"
-_POST_NORM = "post_expert_norm"
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,6 @@ class ExpertSpec:
         num_experts: E, without zero experts.
         hidden_size: H, of what the experts are given; the model's own or a latent size.
         intermediate_size: I.
-        first_projection: name of the first weights: "gate_up_proj", or "up_proj" without a gate.
         has_gate: whether the first projection has a gate beside up.
         has_bias: whether both projections have a bias, (E, F) and (E, H).
         is_transposed: whether weights are stored (E, in, out) instead of (E, out, in).
@@ -54,15 +48,19 @@ class ExpertSpec:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    first_projection: str
-    has_gate: bool
-    has_bias: bool
-    is_transposed: bool
-    is_interleaved: bool
-    gate: Gate
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_interleaved: bool = False
+    gate: Gate = SWIGLU
     num_zero_experts: int = 0
     has_post_norm: bool = False
     is_weighted_before: bool = False
+
+    @property
+    def first_projection(self) -> str:
+        """Name of the first weights."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
 
     @property
     def projections(self) -> tuple[str, str]:
@@ -70,10 +68,34 @@ class ExpertSpec:
         return self.first_projection, "down_proj"
 
     @property
+    def kind(self) -> Hashable:
+        """What is equal for layers that run alike; a module's own gate is not told from others."""
+        gate = self.gate if isinstance(self.gate, KnownFunction) else None
+        return replace(self, gate=SWIGLU), gate
+
+    @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the experts' parameters: the projections, and their biases if they have any."""
         biases = [f"{name}_bias" for name in self.projections] if self.has_bias else []
         return (*self.projections, *biases)
+
+    def build_weights(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
+        """Return what a backend computes with, of some of the experts, without adapters.
+
+        Args:
+            tensors: by `parameter_names`, the same experts of each.
+        """
+        first, down = self.projections
+        return ExpertWeights(
+            tensors[first],
+            tensors[down],
+            self.gate,
+            gate_up_bias=tensors.get(f"{first}_bias"),
+            down_bias=tensors.get(f"{down}_bias"),
+            is_transposed=self.is_transposed,
+            is_interleaved=self.is_interleaved,
+            has_gate=self.has_gate,
+        )
 
 
 def find_expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -97,7 +119,7 @@ def read_parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Return what `ExpertSpec.parameter_names` is, without looking for the gate."""
     if isinstance(spec := getattr(module, "spec", None), ExpertSpec):
         return spec.parameter_names
-    return _read_storage(module, lambda gate, up: up).parameter_names
+    return _read_storage(module, SWIGLU).parameter_names
 
 
 def read_expert_spec(module: nn.Module) -> ExpertSpec:
@@ -109,9 +131,23 @@ def read_expert_spec(module: nn.Module) -> ExpertSpec:
     Raises:
         ConfigurationError: weights that the interface does not describe.
     """
+    return _read_spec(module, {})
+
+
+def read_expert_specs(modules: Mapping[str, nn.Module]) -> dict[str, ExpertSpec]:
+    """Do what `read_expert_spec` does for each of some modules; gates are recognised once a kind.
+
+    Raises:
+        ConfigurationError: as `read_expert_spec`.
+    """
+    recognised: Recognised = {}
+    return {name: _read_spec(module, recognised) for name, module in modules.items()}
+
+
+def _read_spec(module: nn.Module, recognised: Recognised) -> ExpertSpec:
     if isinstance(spec := getattr(module, "spec", None), ExpertSpec):
         return spec
-    spec = _read_storage(module, _find_gate(module))
+    spec = _read_storage(module, find_gate(module, recognised))
     _refuse_unknown_parameters(module, spec)
     return spec
 
@@ -120,40 +156,44 @@ def _is_experts(module: nn.Module) -> bool:
     return (
         isinstance(getattr(module, "spec", None), ExpertSpec)
         or hasattr(module, _MARK)
-        or type(module).__name__ in UNMARKED_EXPERTS
+        or _find_unmarked(module) is not None
     )
 
 
+def _find_unmarked(module: nn.Module) -> UnmarkedExperts | None:
+    """Look a module's class up in the table; its bases too, since adapters derive classes."""
+    names = (base.__name__ for base in type(module).__mro__)
+    return next((UNMARKED_EXPERTS[name] for name in names if name in UNMARKED_EXPERTS), None)
+
+
 def _read_storage(module: nn.Module, gate: Gate) -> ExpertSpec:
-    known = UNMARKED_EXPERTS.get(type(module).__name__, UnmarkedExperts())
+    known = _find_unmarked(module) or UnmarkedExperts()
     has_gate = getattr(module, "has_gate", True)
-    first = "gate_up_proj" if has_gate else "up_proj"
     is_transposed = getattr(module, "is_transposed", known.is_transposed)
     num_experts, *sizes = _shape(module, "down_proj")
-    num_rows, *first_sizes = _shape(module, first)
     hidden_size, intermediate_size = reversed(sizes) if is_transposed else sizes
-    outputs = intermediate_size * (2 if has_gate else 1)
-    wanted = [hidden_size, outputs] if is_transposed else [outputs, hidden_size]
-    if first_sizes != wanted or num_rows < num_experts:
-        raise ConfigurationError(
-            f"{first} of {type(module).__name__} is {(num_rows, *first_sizes)}, but it must be "
-            f"{(num_experts, *wanted)} beside its down_proj."
-        )
-    return ExpertSpec(
+    spec = ExpertSpec(
         num_experts,
         hidden_size,
         intermediate_size,
-        first,
         has_gate=has_gate,
         has_bias=getattr(module, "has_bias", False),
         is_transposed=is_transposed,
         is_interleaved=not getattr(module, "is_concatenated", True),
         gate=gate,
-        # Rows that have no second projection are never computed with.
-        num_zero_experts=num_rows - num_experts,
         has_post_norm=getattr(module, "has_post_expert_norm", False),
         is_weighted_before=known.is_weighted_before,
     )
+    num_first, *seen = _shape(module, spec.first_projection)
+    outputs = intermediate_size * (2 if has_gate else 1)
+    wanted = [hidden_size, outputs] if is_transposed else [outputs, hidden_size]
+    if seen != wanted or num_first < num_experts:
+        raise ConfigurationError(
+            f"{spec.first_projection} of {type(module).__name__} is {(num_first, *seen)}, but it "
+            f"must be {(num_experts, *wanted)} beside its down_proj."
+        )
+    # What has a first projection and no second is never computed with.
+    return replace(spec, num_zero_experts=num_first - num_experts)
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
@@ -167,70 +207,10 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
 def _refuse_unknown_parameters(module: nn.Module, spec: ExpertSpec) -> None:
     """Refuse what would be left behind when the module's weights are taken."""
     for name, _ in module.named_parameters():
-        is_norm = spec.has_post_norm and name.startswith(f"{_POST_NORM}.")
-        if name not in spec.parameter_names and not is_norm:
+        part = name.partition(".")[0]
+        is_known = part == ADAPTED_PART or (part == POST_NORM and spec.has_post_norm)
+        if name not in spec.parameter_names and not is_known:
             raise ConfigurationError(
                 f"{type(module).__name__} has a parameter {name}, and transformers' experts "
                 "interface does not say what it does."
             )
-
-
-def _find_gate(module: nn.Module) -> Gate:
-    """Return the module's gate: one that the kernels know where its values are the same."""
-    shell = _strip_weights(module)
-    device = next((tensor.device for tensor in _tensors(shell)), torch.device("cpu"))
-    activation = getattr(module, "act_fn", None)
-    if not getattr(module, "has_gate", True):
-        return recognise_gate(_checked(module, activation), list_activations(), device)
-    if hasattr(module, "_apply_gate"):
-        own: Gate = OwnGate(shell, not getattr(module, "is_concatenated", True))
-    else:
-        own = ActivationGate(_checked(module, activation))
-    return recognise_gate(own, list_gates(_numbers(shell)), device)
-
-
-def _checked(module: nn.Module, activation: object) -> Callable[[Tensor], Tensor]:
-    if not callable(activation):
-        raise ConfigurationError(f"{type(module).__name__} has no act_fn between its projections.")
-    return activation
-
-
-@dataclass(frozen=True)
-class OwnGate:
-    """Call a module's own `_apply_gate`, which splits what it is given.
-
-    Attributes:
-        shell: the module without its weights.
-        is_interleaved: how it splits.
-    """
-
-    shell: nn.Module
-    is_interleaved: bool
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Apply it to gate and up (R, I) each."""
-        if self.is_interleaved:
-            joined = torch.stack([gate, up], dim=-1).flatten(-2)
-        else:
-            joined = torch.cat([gate, up], dim=-1)
-        return self.shell._apply_gate(joined)
-
-
-def _strip_weights(module: nn.Module) -> nn.Module:
-    """Return a copy of a module without its parameters, so that its gate keeps none alive."""
-    shell = copy.copy(module)
-    shell._parameters = {}
-    shell._modules = {name: part for name, part in module._modules.items() if name != _POST_NORM}
-    return shell
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _numbers(module: nn.Module) -> Iterator[float]:
-    """Yield every number that a module holds, under whatever name: its gate's are among them."""
-    for value in (value for part in module.modules() for value in vars(part).values()):
-        if isinstance(value, float | int) and not isinstance(value, bool):
-            yield float(value)

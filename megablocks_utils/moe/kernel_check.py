@@ -1,9 +1,10 @@
 """Check the selected backend on the user's own weights, on every rank, before the first step."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class KernelCheck:
 
 
 def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None) -> KernelCheck:
-    """Compare the backend with `eager` on the first layer's experts; see `kernels.probing`.
+    """Compare the backend with `eager` on the user's own experts; see `kernels.probing`.
+
+    Of layers whose experts are alike, the first is taken.
 
     Call it once the experts have their weights, and FSDP, if there is any, has wrapped them.
     Experts that FSDP2 shards over `dp` are gathered for it, and freed again. Weights, gradients and
@@ -73,20 +76,29 @@ def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None)
             any.
         CheckpointError: on every rank, for weights that are not finite.
     """
-    module = next(iter(sharded.expert_modules.values()))
-    name, dtype = sharded.kernel.name, compute_dtype or module.down_proj.dtype
+    modules = _first_of_each_kind(sharded.expert_modules.values())
+    weights = modules[0].get_parameter("down_proj")
+    name, dtype = sharded.kernel.name, compute_dtype or weights.dtype
     reason = find_unprobed_reason(name, dtype)
     if reason is not None:
         return KernelCheck(skipped=reason)
     started_s = time.perf_counter()
-    found = raise_on_all_ranks(lambda: _probe(name, module, dtype))
-    if module.down_proj.device.type == "cuda":
+    found = [raise_on_all_ranks(partial(_probe, name, module, dtype)) for module in modules]
+    if weights.device.type == "cuda":
         torch.cuda.empty_cache()  # nothing of the run has these sizes
-    return _join(found, time.perf_counter() - started_s)
+    worst = max(found, key=lambda deviation: deviation.ratio)
+    return _join(worst, time.perf_counter() - started_s)
+
+
+def _first_of_each_kind(modules: Iterable[DroplessExperts]) -> list[DroplessExperts]:
+    firsts: dict[Hashable, DroplessExperts] = {}
+    for module in modules:
+        firsts.setdefault(module.spec.kind, module)
+    return list(firsts.values())
 
 
 def _probe(name: str, module: DroplessExperts, dtype: torch.dtype) -> Deviation:
-    has_own_routing = module.mesh[EP_AXIS].size() == 1
+    has_own_routing = module.mesh[EP_AXIS].size() == 1 and module.post_expert_norm is None
     with _gathered(module):
         return probe_backend(
             name, module.backend, module.stored_weights(), dtype, is_weighted=has_own_routing

@@ -34,11 +34,28 @@ class ShardedMoE:
     def expert_parameters(self) -> dict[str, DTensor]:
         """The experts' weights and adapters as they are now: name -> DTensor, Shard(0) on "ep".
 
-        FSDP2 replaces the parameters it shards, so this looks them up each time.
+        A norm behind the experts is not among them: see `post_expert_norms`. FSDP2 replaces the
+        parameters it shards, so this looks them up each time.
         """
         parameters: dict[str, DTensor] = {}
         for name, module in self.expert_modules.items():
+            norm = module.post_expert_norm
+            dense = set() if norm is None else set(norm.parameters())
             for parameter_name, parameter in module.named_parameters():
+                if parameter in dense:
+                    continue
                 assert isinstance(parameter, DTensor), f"{name}.{parameter_name}"
                 parameters[f"{name}.{parameter_name}"] = parameter
         return parameters
+
+    @property
+    def post_expert_norms(self) -> dict[str, nn.Module]:
+        """The norms behind experts, by qualified name: dense modules inside `expert_modules`.
+
+        Few models have them. FSDP must shard them before it is told to leave the experts alone.
+        """
+        return {
+            f"{name}.post_expert_norm": module.post_expert_norm
+            for name, module in self.expert_modules.items()
+            if module.post_expert_norm is not None
+        }

@@ -20,15 +20,16 @@ from megablocks_utils.training.report.progress import track_sharding
 from megablocks_utils.training.report.trackers import PROJECT_NAME, tracked_values
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
 from megablocks_utils.training.step.finish import StepFinish
 from megablocks_utils.training.step.finite import FiniteCheck
 from megablocks_utils.training.step.micro_batch import (
     LossWeights,
     MicroBatchLoss,
     compute_micro_batch_loss,
-    resolve_aux_loss_coef,
 )
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
+from megablocks_utils.training.step.router_balance import RouterBalance
 from megablocks_utils.training.step_hooks import StepHooks
 from megablocks_utils.training.value_checks import (
     build_finite_check,
@@ -47,6 +48,7 @@ class TrainingState:
         scheduler: of the learning rate, stepped once an optimizer step.
         sharded: what `shard_moe` returned; None without expert parallelism.
         kernel_check: what comparing the kernel with eager found; None without `sharded`.
+        balance: moves the routers' correction biases; None where they stay.
     """
 
     accelerator: Accelerator
@@ -55,6 +57,7 @@ class TrainingState:
     scheduler: LRScheduler
     sharded: ShardedMoE | None
     kernel_check: KernelCheck | None = None
+    balance: RouterBalance | None = None
 
     def run_state(self) -> RunState:
         """Return what a checkpoint holds of it."""
@@ -87,7 +90,9 @@ def build_training_state(setup: Setup) -> TrainingState:
             on_layer=on_layer,
         )
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
-    state = TrainingState(accelerator, model, optimizer, scheduler, setup.sharded)
+    state = TrainingState(
+        accelerator, model, optimizer, scheduler, setup.sharded, balance=setup.balance
+    )
     if setup.resume is not None:
         restore_finite(setup, state.run_state())
     return replace(state, kernel_check=setup.verify_kernel())
@@ -127,16 +132,30 @@ def _train(
     state.model.train()
     optim = setup.config.optim
     aux_loss_coef = resolve_aux_loss_coef(setup.model.config, setup.config.router_aux_loss_coef)
-    finish = StepFinish(state.model, state.sharded, optim.max_grad_norm, setup.config.debug, finite)
+    finish = StepFinish(
+        state.model,
+        state.sharded,
+        optim.max_grad_norm,
+        setup.config.debug,
+        finite,
+        state.balance,
+    )
     meter = StepMeter(state.accelerator.device)
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
         meter.start_step()
-        if not _accumulate_gradients(state, plan, aux_loss_coef, meter, hooks):
+        weights = LossWeights(
+            plan.num_label_tokens,
+            plan.num_real_micro_batches,
+            aux_loss_coef,
+            setup.probe.aux_loss,
+        )
+        if not _accumulate_gradients(state, plan, weights, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())
             return
         norm = finish.finish_gradients()
         learning_rate = finish.update(state.optimizer, state.scheduler)
+        finish.balance_experts()
         finish.check_weights(step)
         meter.add_nonfinite_weights(
             finite.count_weights(
@@ -158,13 +177,12 @@ def _train(
 def _accumulate_gradients(
     state: TrainingState,
     plan: StepPlan,
-    aux_loss_coef: float,
+    weights: LossWeights,
     meter: StepMeter,
     hooks: StepHooks,
 ) -> bool:
     """Run the micro-batches of a step; False if the run was asked to stop on the way."""
     accelerator = state.accelerator
-    weights = LossWeights(plan.num_label_tokens, plan.num_real_micro_batches, aux_loss_coef)
     for batch in plan.micro_batches:
         if hooks.should_stop():
             return False
@@ -182,7 +200,7 @@ def run_micro_batch(
     **Collective:** every rank of the world must call, also with a dummy.
     """
     accelerator = state.accelerator
-    loss = compute_micro_batch_loss(state.model, batch, weights, accelerator.device)
+    loss = compute_micro_batch_loss(state.model, batch, weights, accelerator.device, state.balance)
     # Accelerate divides by the number of micro-batches; our loss has its weight already.
     accelerator.backward(loss.objective * accelerator.gradient_accumulation_steps)
     return loss

@@ -4,23 +4,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
 from megablocks_utils.checkpoint.json_file import read_settings
-from megablocks_utils.checkpoint.layouts import detect_naming, is_expert_parameter
-from megablocks_utils.checkpoint.load import build_model_on_meta
+from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.load import build_model_on_meta, fill_buffers
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.model_sizes import check_model_sizes
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME
-from megablocks_utils.shard_moe_utils import (
-    ShardedMoE,
-    find_expert_modules,
-    split_experts_on_meta,
-)
+from megablocks_utils.fsdp.materialize import FillLocal
+from megablocks_utils.moe.expert_spec import find_expert_modules
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.shard_moe_utils import require_experts, split_experts_on_meta
 
 __all__ = ["ModelSource", "build_bare_model", "split_experts"]
 
@@ -29,7 +29,8 @@ class ModelSource:
     """A checked checkpoint and the model that it will fill.
 
     Attributes:
-        ignored: names of stored tensors that transformers has no use for either.
+        expert_specs: what the experts of each MoE layer are, by the name of their module.
+        notes: what a user should know of how the checkpoint is read, one line each.
     """
 
     def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
@@ -39,22 +40,39 @@ class ModelSource:
         self.model = build_bare_model(folder, dtype, truncate_layers=layers)
         if layers is not None:
             _refuse_no_moe_layer(self.model, layers)
-        self.expert_names = list(find_expert_modules(self.model))
-        self.index: CheckpointIndex = open_checkpoint(folder)
-        naming = detect_naming(self.index, source=folder)
-        self.ignored = check_against_model(self.model, self.index, naming, truncate_layers=layers)
-        self.reader = SliceReader(self.index, naming)
+        self.expert_specs = require_experts(self.model)
+        self.index: CheckpointIndex = open_checkpoint(folder, dtype=dtype)
+        layout = ModelLayout(self.model, self.index)
+        ignored = check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        self.notes = list(self.index.notes)
+        if ignored:
+            use = "copied into the saved model" if layers is None else "left out"
+            count = f"{ignored[0]} ({len(ignored)} in all)"
+            self.notes.append(f"{folder}: {count} is not trained; {use}")
+        self.reader = SliceReader(self.index, layout)
+        fill_buffers(self.model, self.reader)
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer."""
-        num_experts = self.model.get_submodule(self.expert_names[0]).num_experts
-        assert isinstance(num_experts, int), "transformers' experts interface asks for it"
-        return num_experts
+        """Experts of a layer; of the first where layers differ."""
+        return next(iter(self.expert_specs.values())).num_experts
+
+    def fill_untrained(self) -> FillLocal:
+        """Return what fills parameters that are not trained, as the model is now, and no others.
+
+        Those come from the checkpoint that a run resumes from.
+        """
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+        def fill(name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
+            if name not in trained:
+                self.reader.fill_local(name, local, offsets)
+
+        return fill
 
 
 def _refuse_no_moe_layer(model: PreTrainedModel, num_layers: int) -> None:
-    if not any(is_expert_parameter(name) for name, _ in model.named_parameters()):
+    if not find_expert_modules(model):
         raise ConfigurationError(
             f"truncate_model_for_debug keeps the first {num_layers} layers, but none of these is an"
             " MoE layer in this model; it must be False.",

@@ -4,11 +4,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megablocks_utils.checkpoint.model_folder import export_model
+from megablocks_utils.checkpoint.model_folder import WrittenModel, export_model
 from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.files import (
@@ -19,6 +20,7 @@ from megablocks_utils.files import (
     RUN_RECORD_NAME,
 )
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.fsdp.places import find_buffers
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck
@@ -42,6 +44,7 @@ from megablocks_utils.training.report.summary import (
     show_start_summary,
 )
 from megablocks_utils.training.resume.run_state import RunState
+from megablocks_utils.training.saved_specs import choose_saved_specs
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.start_facts import (
     collect_facts,
@@ -178,7 +181,7 @@ class RunRecorder:
         plan = setup.plan.as_record(state.model, state.optimizer, self._totals)
         with self._as_sentence(self.output_dir):
             if setup.lora is None:
-                self._export_model(tensors)
+                self._export_model(state, tensors)
             else:
                 has_learned = self._has_learned
                 adapter_check = AdapterCheck(setup, setup.lora, state, has_learned=has_learned)
@@ -221,14 +224,20 @@ class RunRecorder:
                 raise
             raise CheckpointError(f"{error}; {describe_kept(self.output_dir)}") from error
 
-    def _export_model(self, tensors: NamedTensors) -> None:
+    def _export_model(self, state: RunState, tensors: NamedTensors) -> None:
         setup, model = self._setup, self._setup.model
+        buffers = find_buffers(model)
+        specs = [(name, tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()]
         export_model(
-            model.config,
-            model.generation_config,
-            setup.tokenizer,
-            setup.parameter_specs,
-            tensors,
+            WrittenModel(
+                setup.reader.layout,
+                model.config,
+                model.generation_config,
+                setup.tokenizer,
+                base=setup.reader if setup.config.model.truncate_layers is None else None,
+            ),
+            choose_saved_specs(setup, state.model, [*setup.parameter_specs, *specs]),
+            chain(tensors, buffers.items()),
             self.output_dir,
             is_writer=self._is_main,
         )

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import is_expert_parameter, is_in_experts
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
+from megablocks_utils.moe.model_facts import find_top_k, vocab_size
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
@@ -39,6 +41,12 @@ from megablocks_utils.training.resume.resume_point import (
 )
 from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.step.model_probe import (
+    ModelProbe,
+    apply_router_options,
+    probe_model,
+)
+from megablocks_utils.training.step.router_balance import RouterBalance
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,15 @@ class Setup:
         lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.
+        top_k: experts of a token; None where the model does not say it.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
+        reader: of the model's checkpoint, by its layout.
         fill_local: where the weights come from once each rank knows its part of them.
         compatibility: what a run that resumes from this one's checkpoints must share with it.
         resume: the checkpoint to resume from; None for a run that starts fresh.
         plan: the memory that was predicted, or why it was not.
+        probe: what was found out of the model's forward pass.
+        balance: moves the routers' correction biases; None where they stay.
     """
 
     config: RunConfig
@@ -83,19 +95,19 @@ class Setup:
     lora: LoraSettings | None
     counts: ParameterCounts
     num_experts: int
+    top_k: int | None
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    reader: SliceReader
     fill_local: FillLocal
     compatibility: ResumeCompatibility
     resume: ResumePoint | None
     plan: MemoryCheck
+    probe: ModelProbe
+    balance: RouterBalance | None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if is_expert_parameter(name)
-        }
+        return find_expert_parameters(self.model)
 
     def mesh_sizes(self) -> dict[str, int]:
         """Ranks along the axes of the experts' mesh, also where there is none."""
@@ -122,13 +134,15 @@ class Setup:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers of the model."""
-        return self.model.config.num_hidden_layers
+        """How many layers become an FSDP unit."""
+        classes = set(self.layer_classes)
+        return sum(type(module).__name__ in classes for module in self.model.modules())
 
     @property
     def layer_classes(self) -> list[str]:
-        """Class names of the decoder layers, which become one FSDP unit each."""
-        return sorted(self.model._no_split_modules or ())
+        """Class names of the layers that this model has, which become one FSDP unit each."""
+        present = {type(module).__name__ for module in self.model.modules()}
+        return sorted(present.intersection(self.model._no_split_modules or ()))
 
 
 def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.device) -> Setup:
@@ -141,32 +155,30 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     """
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
-    world_size = launch.world_size
-    check_world(config, world_size)
+    check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    source = _open_model(config, precision, world_size, console)
+    source = _open_model(config, precision, launch.world_size, console)
     folder, model = source.folder, source.model
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
-    answer_end = _let_generation_stop(config, examples, tokenizer, model)
     fingerprint = check_run_inputs(config, folder, examples)
-    schedule = Schedule(config, examples, launch.rank, world_size)
+    probe = probe_model(config, model, device, console)
+    schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
+    balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     kernel = None if sharded is None else sharded.kernel.name
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
-    # After the adapters: before them, PEFT would make the embeddings' output ask for a gradient,
-    # which only reentrant checkpointing needs.
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     return Setup(
         config=config,
@@ -175,19 +187,23 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=answer_end,
+        answer_end=_let_generation_stop(config, examples, tokenizer, model),
         schedule=schedule,
         model_folder=folder,
         model=model,
         sharded=sharded,
         lora=lora,
-        counts=_count(model, source.num_experts),
+        counts=_count(model, sharded),
         num_experts=source.num_experts,
+        top_k=find_top_k(model),
         parameter_specs=specs,
-        fill_local=_leave_empty if resume and adapters is None else source.reader.fill_local,
+        reader=source.reader,
+        fill_local=source.fill_untrained() if resume else source.reader.fill_local,
         compatibility=compatibility,
         resume=resume,
         plan=plan,
+        probe=probe,
+        balance=balance,
     )
 
 
@@ -197,11 +213,8 @@ def _open_model(
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
-    if names := source.ignored:
-        console.print(
-            f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",
-            markup=False,
-        )
+    for note in source.notes:
+        console.print(note, markup=False)
     check_world(config, world_size, source.num_experts)
     return source
 
@@ -221,11 +234,8 @@ def _describe_compatibility(
         model_type=model.config.model_type,
         world_size=schedule.world_size,
         base_sha256=None if lora is None else fingerprint,
+        packing=schedule.packing,
     )
-
-
-def _leave_empty(_name: str, _local: Tensor, _offsets: tuple[int, ...]) -> None:
-    """Fill nothing: all weights come from the checkpoint that the run resumes from."""
 
 
 def _split_experts(
@@ -263,7 +273,7 @@ def _load_data(
 ) -> TokenizedExamples:
     today = choose_template_date(resume)
     examples = load_examples(config.data, tokenizer, launch, today=today)
-    raise_on_all_ranks(lambda: examples.check_vocabulary(model.config.vocab_size))
+    raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)
     return examples
@@ -284,6 +294,6 @@ def _let_generation_stop(
     return end
 
 
-def _count(model: PreTrainedModel, num_experts: int) -> ParameterCounts:
-    experts = {n: p for n, p in model.named_parameters() if is_in_experts(n)}
-    return count_parameters(model, experts, model.config.num_experts_per_tok, num_experts)
+def _count(model: PreTrainedModel, sharded: ShardedMoE | None) -> ParameterCounts:
+    experts = find_expert_parameters(model) if sharded is None else sharded.expert_parameters
+    return count_parameters(model, experts, find_top_k(model))

@@ -28,7 +28,7 @@ def collect_facts(setup: Setup) -> RunFacts:
         dp_size=mesh["dp"],
         ep_size=mesh["ep"],
         num_experts=setup.num_experts,
-        top_k=base.config.num_experts_per_tok,
+        top_k=setup.top_k,
         expert_dp=str(config.parallel.expert_dp),
         kernel=kernel,
         kernel_reason=reason,
@@ -75,4 +75,5 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "ep_size": setup.mesh_sizes()["ep"],
         "num_steps": setup.schedule.num_steps,
         "examples": len(setup.schedule.examples),
+        "packing": setup.probe.packing.as_record(),
     }

@@ -17,12 +17,9 @@ from megablocks_utils.training.report.progress import track_sharding
 from megablocks_utils.training.report.trackers import tracked_values
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
 from megablocks_utils.training.step.finish import StepFinish
-from megablocks_utils.training.step.micro_batch import (
-    LossWeights,
-    compute_micro_batch_loss,
-    resolve_aux_loss_coef,
-)
+from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 from megablocks_utils.training.step_hooks import StepHooks
 from megablocks_utils.training.trainer_callback import OnStep, StepCallback
@@ -93,10 +90,12 @@ class MoETrainer(Trainer):
         self._aux_loss_coef = resolve_aux_loss_coef(
             setup.model.config, setup.config.router_aux_loss_coef
         )
-        use_cache = setup.model.config.use_cache
+        model_config = setup.model.config
+        use_cache = getattr(model_config, "use_cache", None)  # of a whole, its text config has it
         super().__init__(setup.model, arguments)
         # Which sets it to False, also in the config.json of the trained model.
-        setup.model.config.use_cache = use_cache
+        if use_cache is not None:
+            model_config.use_cache = use_cache
         # Wrapped already, the model is Accelerate's to use and not to wrap.
         with track_sharding(setup.console, setup.num_layers) as on_layer:
             self._wrapped = self.model = self.model_wrapped = wrap_fsdp1(
@@ -113,7 +112,12 @@ class MoETrainer(Trainer):
         config = setup.config
         finite = build_finite_check(setup, self._wrapped)
         self._finish = StepFinish(
-            self._wrapped, setup.sharded, config.optim.max_grad_norm, config.debug, finite
+            self._wrapped,
+            setup.sharded,
+            config.optim.max_grad_norm,
+            config.debug,
+            finite,
+            setup.balance,
         )
         self._callback = StepCallback(
             setup,
@@ -195,9 +199,14 @@ class MoETrainer(Trainer):
         """Return what is differentiated: this micro-batch's share of the step loss."""
         plan: StepPlan = inputs["plan"]
         weights = LossWeights(
-            plan.num_label_tokens, plan.num_real_micro_batches, self._aux_loss_coef
+            plan.num_label_tokens,
+            plan.num_real_micro_batches,
+            self._aux_loss_coef,
+            self._setup.probe.aux_loss,
         )
-        loss = compute_micro_batch_loss(model, inputs["micro_batch"], weights, self.args.device)
+        loss = compute_micro_batch_loss(
+            model, inputs["micro_batch"], weights, self.args.device, self._setup.balance
+        )
         self._callback.add_micro_batch(plan, loss)
         return loss.objective
 

@@ -83,6 +83,7 @@ class StepCallback(TrainerCallback):
 
         **Collective:** every rank of the world must call.
         """
+        self._finish.balance_experts()
         self._finish.check_weights(state.global_step)
         self._meter.add_nonfinite_weights(
             self._finite.count_weights(

@@ -56,7 +56,7 @@ def test_reads_are_bounded_for_a_model_of_many_tensors(tmp_path, monkeypatch):
         for name in ("up_proj", "gate_proj", "down_proj")
     }
     index = CheckpointIndex(tmp_path, entries)
-    target = "megablocks_utils.checkpoint.fingerprint.open_checkpoint"
+    target = "megablocks_utils.checkpoint.fingerprint.open_stored_checkpoint"
     monkeypatch.setattr(target, lambda _: index)
     read, asked = index.read_bytes, []
     monkeypatch.setattr(index, "read_bytes", lambda *args: asked.append(args) or read(*args))

@@ -64,7 +64,7 @@ OFFSETS = [[-4, 20], [24, 0], [0, 2**64], [0.0, 24.0], ["0", "24"], [0], [0, 1, 
 OFFSETS += [[False, 24], [4, 28], [0, 16], "024", {"0": 24}, [24, 48], float("nan")]
 SHAPES = [[-2, -3], [2.0, 3.0], ["6"], "23", None, [2**62, 2**62], [True, 2, 3], [[2, 3]], 6]
 SHAPES += [{"2": 3}, [0], [], [2**70, 0]]
-DTYPES = ["F8_E4M3", "F4", None, ["F32"], 7, "F16", "I64", "", "f32", {}]
+DTYPES = ["F8_E4M3FNUZ", "F6_E2M3", None, ["F32"], 7, "F16", "I64", "", "f32", {}]
 CHANGES = [("data_offsets", value) for value in OFFSETS] + [("shape", value) for value in SHAPES]
 CHANGES += [("dtype", value) for value in DTYPES]
 

@@ -34,7 +34,6 @@ MEANT = {
     "attn_implementation": None,
     "flash_attention": None,
     "load_in_4bit": None,
-    "packing": None,
     "lora_dropout": None,
     "frobnicate": None,
     "name": None,

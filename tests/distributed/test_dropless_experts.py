@@ -3,15 +3,17 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.functional import silu
 
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
+from megablocks_utils.kernels.gate import SWIGLU
+from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import distribute_experts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_lora import ExpertLora
+from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.reference import experts_reference
 from tests.support.compare import relative_error
 
@@ -54,7 +56,9 @@ def _weights(dtype):
 def _build_layer(ep_size, backend, dtype):
     mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, NUM_EXPERTS), "cpu")
     weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
-    return DroplessExperts(*weights, mesh=mesh, backend=BACKENDS[backend], activation=silu)
+    spec = ExpertSpec(NUM_EXPERTS, HIDDEN, INTERMEDIATE)
+    named = dict(zip(spec.projections, weights, strict=True))
+    return DroplessExperts(spec, named, mesh=mesh, backend=BACKENDS[backend])
 
 
 def _run_layer(rank, ep_size, backend, routing, dtype):
@@ -87,7 +91,7 @@ def _reference(world_size, routing):
     leaves = [hidden, top_k_weights, *_weights(torch.float64)]
     for leaf in leaves:
         leaf.requires_grad_()
-    output = experts_reference(hidden, index, top_k_weights, *leaves[2:], silu)
+    output = experts_reference(hidden, index, top_k_weights, ExpertWeights(*leaves[2:], SWIGLU))
     grads = torch.autograd.grad(output, leaves, upstream)
     return output.detach(), *grads
 
@@ -146,7 +150,7 @@ def _reference_with_adapters(world_size, routing):
         leaf.requires_grad_()
     gate_up = gate_up + SCALING * leaves[3] @ leaves[2]
     down = down + SCALING * leaves[5] @ leaves[4]
-    output = experts_reference(hidden, index, top_k_weights, gate_up, down, silu)
+    output = experts_reference(hidden, index, top_k_weights, ExpertWeights(gate_up, down, SWIGLU))
     return output.detach(), *torch.autograd.grad(output, leaves, upstream)
 
 

@@ -21,9 +21,9 @@ TRAIN = {"fsdp2": train_fsdp2, "fsdp1": train_fsdp1}
 
 FSDP2_CASES = [
     ParityCase(Layout(4, 4), "mixtral", NUM_STEPS, lora="all", lora_rank=16),
-    ParityCase(Layout(4, 2), "mixtral", NUM_STEPS, lora="mlp-only", lora_rank=4, accumulation=4),
+    ParityCase(Layout(4, 2), "mixtral", NUM_STEPS, lora="mlp-only", lora_rank=4, accumulation=2),
     ParityCase(
-        Layout(4, 2, "replicate"), "qwen3_moe", NUM_STEPS, lora="all", lora_rank=1, accumulation=4
+        Layout(4, 2, "replicate"), "qwen3_moe", NUM_STEPS, lora="all", lora_rank=1, accumulation=2
     ),
     ParityCase(
         Layout(4, 1), "olmoe", NUM_STEPS, lora="all", lora_rank=16, checkpointing="selective"
@@ -36,7 +36,7 @@ FSDP2_CASES = [
         Layout(4, 4), "mixtral, wide", NUM_STEPS, lora="mlp-only", lora_rank=1, kernel="eager"
     ),
     # Experts without a token, and with ep 4 three ranks without any.
-    ParityCase(Layout(4, 4), "olmoe, starved", NUM_STEPS, lora="all", lora_rank=4, accumulation=4),
+    ParityCase(Layout(4, 4), "olmoe, starved", NUM_STEPS, lora="all", lora_rank=4, accumulation=2),
     ParityCase(
         Layout(4, 2, "replicate"), "olmoe, starved", NUM_STEPS, lora="mlp-only", lora_rank=16
     ),
@@ -62,7 +62,7 @@ FSDP1_CASES = [
         NUM_STEPS,
         lora="all",
         lora_rank=1,
-        accumulation=4,
+        accumulation=2,
         sync_each_batch=False,
         checkpointing="selective",
     ),

@@ -19,19 +19,19 @@ NUM_STEPS = 4  # into the second epoch, so a smaller last batch too
 # layout, model, (accumulation, sync_each_batch), checkpointing, aux loss, LoRA, clipped
 PAIRS = [
     (0, "mixtral", (1, True), "True", False, True, True),
-    (0, "qwen3_moe", (4, True), "selective", True, False, False),
-    (0, "olmoe", (4, False), "False", False, False, False),
-    (1, "mixtral", (4, True), "False", True, True, True),
-    (1, "qwen3_moe", (4, False), "True", False, False, False),
+    (0, "qwen3_moe", (2, True), "selective", True, False, False),
+    (0, "olmoe", (2, False), "False", False, False, False),
+    (1, "mixtral", (2, True), "False", True, True, True),
+    (1, "qwen3_moe", (2, False), "True", False, False, False),
     (1, "olmoe", (1, True), "selective", True, False, True),
-    (2, "mixtral", (4, False), "selective", True, False, True),
+    (2, "mixtral", (2, False), "selective", True, False, True),
     (2, "qwen3_moe", (1, True), "False", True, True, False),
-    (2, "olmoe", (4, True), "True", False, False, True),
+    (2, "olmoe", (2, True), "True", False, False, True),
     (3, "mixtral", (1, True), "True", True, True, False),
-    (3, "qwen3_moe", (4, True), "selective", False, False, True),
-    (3, "olmoe", (4, False), "False", False, False, True),
-    (4, "mixtral", (4, True), "False", True, False, True),
-    (4, "qwen3_moe", (4, False), "True", True, True, True),
+    (3, "qwen3_moe", (2, True), "selective", False, False, True),
+    (3, "olmoe", (2, False), "False", False, False, True),
+    (4, "mixtral", (2, True), "False", True, False, True),
+    (4, "qwen3_moe", (2, False), "True", True, True, True),
     (4, "olmoe", (1, True), "selective", False, True, False),
 ]
 
@@ -53,13 +53,13 @@ def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
 
 SPECIAL = [
     # One expert a rank on dp 2: FSDP shards its rows, Shard(1), and not whole experts.
-    ParityCase(Layout(4, 2), "olmoe, 2 experts", NUM_STEPS, accumulation=4, sync_each_batch=False),
+    ParityCase(Layout(4, 2), "olmoe, 2 experts", NUM_STEPS, accumulation=2, sync_each_batch=False),
     ParityCase(Layout(1, 0), "qwen3_moe, tied", NUM_STEPS),
     ParityCase(Layout(4, 2), "qwen3_moe, tied", NUM_STEPS, checkpointing="selective"),
     # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
     ParityCase(Layout(4, 4), num_steps=3, num_examples=3, aux_loss_coef=0.02),
-    ParityCase(Layout(4, 2), num_steps=3, num_examples=3, accumulation=4, sync_each_batch=False),
-    ParityCase(Layout(4, 2, "replicate"), num_steps=3, num_examples=3, accumulation=4),
+    ParityCase(Layout(4, 2), num_steps=3, num_examples=3, accumulation=2, sync_each_batch=False),
+    ParityCase(Layout(4, 2, "replicate"), num_steps=3, num_examples=3, accumulation=2),
     # No expert parallelism: all of one module over four ranks; by FSDP alone, and by shard_moe.
     ParityCase(Layout(4, 0), num_steps=NUM_STEPS),
     ParityCase(Layout(4, 1), num_steps=NUM_STEPS),

@@ -10,12 +10,12 @@ NUM_STEPS = 8
 # another order: 0.97 to 1.02 seen over 20 steps); the others exist to drift much less (0.04 to
 # 0.2 seen).
 BOUNDS = {"bf16": 2.0, "mixed": 0.5, "bf16_sr": 0.5}
-# Experts that are sharded twice in all three, every other layout in two of them.
+# Experts that are sharded twice in all three, every other layout in one of them.
 CASES = [
     (layout, precision)
     for i, layout in enumerate(LAYOUTS)
     for j, precision in enumerate(BOUNDS)
-    if layout == LAYOUTS[2] or (i + j) % len(BOUNDS)
+    if layout == LAYOUTS[2] or (i + j) % len(BOUNDS) == 0
 ]
 
 
@@ -34,9 +34,9 @@ def test_drift_is_bounded_by_stock_bf16(pools, parity_folder, layout, precision)
     assert 0 < ours < BOUNDS[precision] * stock
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("precision", ["mixed", "bf16_sr"])
 def test_drift_with_adapters(pools, parity_folder, precision):
-    """The frozen base is bf16 in all three; only the adapters, on attention and experts, differ."""
+    """The frozen base is bf16 in both; only the adapters, on attention and experts, differ."""
     case = ParityCase(LAYOUTS[2], "mixtral", NUM_STEPS, precision=precision, lora="all")
     ours, stock = _drifts(pools, parity_folder, case)
     assert 0 < ours < 2 * stock

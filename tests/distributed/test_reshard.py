@@ -41,13 +41,10 @@ ADAPTERS_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), lora="all")
 
 RESHARDS = [
     (ONE, FOUR_TWO),
-    (ONE, FOUR_UNSHARDED_FSDP1),
     (TWO, FOUR),
     (TWO, ONE_FSDP1),
-    (FOUR_TWO, FOUR_TWO_COPIES),
     (FOUR_TWO_COPIES, FOUR_TWO_FSDP1),
     (FOUR, ONE),
-    (ONE_FSDP1, TWO_FSDP1),
     (TWO_FSDP1, TWO),
     (FOUR_UNSHARDED_FSDP1, FOUR_TWO),
     (ADAPTERS, TWO_FSDP1),
@@ -150,9 +147,8 @@ def test_background_save_keeps_the_state_of_its_step(save, go_on, run):
     assert series(go_on(saved, run)) == series(saved)
 
 
-@pytest.mark.parametrize("whole", [TWO, ADAPTERS_FSDP1], ids=str)
-def test_run_may_be_made_longer(save, go_on, whole):
-    whole = replace(whole, options=("--lr_scheduler_type", "constant"))
+def test_run_may_be_made_longer(save, go_on):
+    whole = replace(TWO, options=("--lr_scheduler_type", "constant"))
     short = replace(whole, case=replace(whole.case, num_steps=SAVED_STEP))
     resumed = go_on(save(short), whole)
     assert series(resumed) == series(save(whole, "--save_strategy", "no"))

@@ -138,3 +138,15 @@ def test_experts_with_adapters_are_ours_also_without_expert_parallelism(
     assert record["mesh"] == {"dp": 2, "ep": 1}
     assert record["kernel"]["name"] == "grouped_mm"
     assert record["kernel"]["reason"].endswith("; experts with adapters are this project's at ep 1")
+
+
+def test_the_final_model_has_the_dtype_asked_for(ranks2, parity_folder, tmp_path):
+    case = ParityCase(Layout(2, 2), num_steps=1)
+    argv = [*parity_folder.argv(case), "--output_dir", str(tmp_path), "--save_dtype", "bfloat16"]
+    ranks2.run(_call_main, argv, timeout=240)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reference = parity_folder.reference(parity_folder.stock_run(case))
+    for name, weight in model.named_parameters():
+        assert weight.dtype == torch.bfloat16
+        assert relative_error(weight.float(), reference.weights[name]) < 2**-8, name

@@ -1,35 +1,22 @@
 """What a run and an evaluation write where there is no terminal: lines, and nothing of others."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.faults.ranks import ScriptRun
 from tests.support.parity import write_examples
 from tests.support.tiny_models import save_tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = (
     "--use_lora all --verify_adapter True --precision fp32 --max_steps 2 --save_strategy steps "
     "--save_steps 1 --report_to none"
 )
 
 
-def log_of(*words: object) -> str:
+def log_of(script, argv, logs) -> str:
     """Return all that a command writes, whose end must be good."""
-    answer = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=180,
-    )
-    log = answer.stdout.decode()
-    assert answer.returncode == 0, log
-    return log
+    with ScriptRun(script, [str(word) for word in argv], logs, world_size=1) as run:
+        run.finish(180)
+        return run.output()
 
 
 @pytest.mark.slow
@@ -39,9 +26,10 @@ def test_no_bars_and_no_warnings_of_other_libraries(tmp_path):
     save_tiny_model("olmoe", model)
     write_examples(data, 12)
     paths = ("--model_name_or_path", model, "--data_path", data, "--output_dir", out)
-    log = log_of("train_accelerate_fsdp2.py", *OPTIONS.split(), *paths)
+    log = log_of("fsdp2", [*OPTIONS.split(), *paths], tmp_path / "training")
     assert "plain PEFT's" in " ".join(log.split())
-    evaluation = ("megablocks_utils.evaluate", model, "--data_path", data, "--adapter", out)
-    log += log_of("-m", *evaluation)
+    options = (model, "--data_path", data, "--adapter", out)
+    evaluation = log_of("megablocks_utils.evaluate", options, tmp_path / "evaluation")
+    assert '"loss"' in evaluation
     for unwanted in ("\r", "it/s]", "Loading weights", "Warning"):
-        assert unwanted not in log
+        assert unwanted not in log + evaluation

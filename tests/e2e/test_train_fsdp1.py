@@ -50,6 +50,7 @@ def test_two_steps_as_the_contract_writes_them(folder):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
     )
     assert answer.returncode == 0, answer.stderr
+    assert "Warning" not in answer.stderr + answer.stdout
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [step["step"] for step in steps] == [1, 2]

@@ -37,7 +37,7 @@ class ScriptRun:
     A context manager: leaving it kills whoever is left.
 
     Args:
-        script: one of `SCRIPTS`.
+        script: one of `SCRIPTS`, or another module with a `main`.
         argv: its options.
         logs: a folder that is made.
         world_size: number of ranks.
@@ -64,7 +64,7 @@ class ScriptRun:
             context.Process(
                 target=_be_rank,
                 args=(
-                    SCRIPTS[script],
+                    SCRIPTS.get(script, script),
                     keep_last([*argv, *own_words.get(rank, ())]),
                     _describe_launch(rank, world_size, port, are_hosts=are_hosts),
                     log,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megablocks_utils.checkpoint import index as index_module
+from megablocks_utils.checkpoint import safetensors_header as header_module
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.mesh.placement import local_tensor
 
@@ -47,7 +47,7 @@ class Reads:
 @contextmanager
 def recorded_reads() -> Iterator[Reads]:
     """Note every read, and refuse one while the tensor of the last one is still held."""
-    reads, last, really_read = Reads(), None, index_module._read_bytes
+    reads, last, really_read = Reads(), None, header_module._read_bytes
 
     def read(entry: Any, offset: int, shape: tuple[int, ...]) -> Tensor:
         nonlocal last
@@ -57,7 +57,7 @@ def recorded_reads() -> Iterator[Reads]:
         reads.spans.append((entry.path, offset, tensor.nbytes))
         return tensor
 
-    with mock.patch.object(index_module, "_read_bytes", read):
+    with mock.patch.object(header_module, "_read_bytes", read):
         yield reads
 
 

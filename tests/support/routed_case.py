@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.gate import SWIGLU
@@ -117,7 +116,7 @@ def reference_of(case: RoutedCase) -> ExpertBackend:
     def run(tokens, _order, top_k_weights, experts):
         if top_k_weights is None:
             top_k_weights = torch.ones_like(case.index, dtype=tokens.dtype)
-        return experts_reference(tokens, case.index, top_k_weights, *experts.projections, silu)
+        return experts_reference(tokens, case.index, top_k_weights, experts)
 
     return run
 

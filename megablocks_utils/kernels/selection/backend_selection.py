@@ -5,6 +5,7 @@ named but cannot run is an error, never a silent change to another. Selecting is
 so that one rank can select for all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megablocks_utils.config.backends import AUTO
@@ -84,15 +85,24 @@ def select_backend(
     shapes: ExpertShapes,
     device: DeviceFacts,
     measurements: Measurements | None = None,
+    others: Sequence[ExpertShapes] = (),
 ) -> BackendSelection:
     """Select what `select_and_load_backend` loads.
+
+    Args:
+        kernel: as there.
+        shapes: as there.
+        device: as there.
+        measurements: as there.
+        others: experts of other layers that differ; one backend runs all of them.
 
     Raises:
         UserError: as `select_and_load_backend`.
     """
     if kernel == AUTO:
-        return _select_fastest(shapes, device, measurements)
-    check_backend(kernel, shapes, device)
+        return _select_fastest([shapes, *others], device, measurements)
+    for kind in (shapes, *others):
+        check_backend(kernel, kind, device)
     reason = "asked for by name"
     if not BACKENDS[kernel].takes_tiles or shapes.device_type != "cuda":
         return BackendSelection(kernel, reason)
@@ -111,12 +121,14 @@ def load_backend(selection: BackendSelection) -> LoadedBackend:
 
 
 def _select_fastest(
-    shapes: ExpertShapes, device: DeviceFacts, measurements: Measurements | None
+    kinds: Sequence[ExpertShapes], device: DeviceFacts, measurements: Measurements | None
 ) -> BackendSelection:
-    """Take the fastest backend that was measured and can run here."""
+    """Take the fastest backend that was measured for the first kind and can run all of them."""
     reasons = {
-        name: backend.find_unsupported_reason(shapes, device) for name, backend in BACKENDS.items()
+        name: next(filter(None, (b.find_unsupported_reason(s, device) for s in kinds)), None)
+        for name, b in BACKENDS.items()
     }
+    shapes = kinds[0]
     able = [name for name, reason in reasons.items() if reason is None]
     fallback = next(name for name in _UNMEASURED if name in able)
     why = reasons[_UNMEASURED[0]] or f"{fallback} runs these experts"

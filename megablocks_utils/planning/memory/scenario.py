@@ -84,7 +84,7 @@ class Scenario:
         return _predict_once(predict, self.shape, layout, self.planned_run())
 
     def _has_aux_loss(self) -> bool:
-        """Whether the load-balancing loss is on, by the rule of `training.step.micro_batch`."""
+        """Whether the load-balancing loss is on, by the rule of `training.step.aux_loss`."""
         given = self.config.router_aux_loss_coef
         return (self.shape.aux_loss_coef if given is None else given) > 0
 

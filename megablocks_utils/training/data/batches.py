@@ -18,12 +18,16 @@ less than its longest example, as 20,000 random batches of all shapes did, and t
 micro-batch, which sets the memory peak, is about as small as it can be. With one example per
 micro-batch all this is sorting by length.
 
+In padded micro-batches every example takes the room of the longest, so they are filled with
+neighbours in the order of length instead of by the first rule.
+
 Each rank computes the whole plan by itself; nothing is communicated.
 """
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -31,30 +35,45 @@ import torch
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
-__all__ = ["MicroBatch", "StepPlan", "build_step_plan", "assign_examples", "epoch_order"]
-__all__ += ["pack_examples", "steps_per_epoch"]
+__all__ = ["MicroBatch", "Packing", "StepPlan", "build_step_plan", "assign_examples"]
+__all__ += ["collate_encoded", "collate_examples", "epoch_order", "steps_per_epoch"]
+
+
+class Packing(StrEnum):
+    """How the examples of a micro-batch are laid out, and kept apart in the model."""
+
+    POSITIONS = "positions"
+    """One after the other in one row, by positions that start again at 0."""
+    MASKS = "masks"
+    """The same row, with attention masks made from these positions."""
+    SEQUENCES = "sequences"
+    """The same row, with cumulated lengths and the number of each token's example."""
+    PADDED = "padded"
+    """A row for each, padded on the right to the longest, with an attention mask."""
+    ALONE = "alone"
+    """One example, as plain transformers takes it."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Hold the packed row of one forward pass.
-
-    Its examples stand one after the other with positions that start again at 0. It must be given to
-    the model without an attention mask and with ``use_cache=False``: only then does transformers
-    keep the examples of a row apart.
+    """Hold the tokens of one forward pass: B rows of T tokens; B is 1 unless they are padded.
 
     Attributes:
-        input_ids: (1, T) tokens.
-        position_ids: (1, T) position of each token in its example.
-        labels: (1, T) the tokens themselves, -100 where not learned and at each example's start.
+        input_ids: (B, T) tokens, 0 where padded.
+        position_ids: (B, T) position of each token in its example.
+        labels: (B, T) the tokens themselves, -100 where not learned and at each example's start.
         is_dummy: no example was left for this rank; one token and no label, so that the rank enters
             every collective.
+        packing: how its examples are kept apart.
+        attention_mask: (B, T) 1 for tokens, 0 for padding; None where there is no padding.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     is_dummy: bool
+    packing: Packing = Packing.POSITIONS
+    attention_mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,7 @@ def assign_examples(
     world_size: int,
     per_device_train_batch_size: int,
     gradient_accumulation_steps: int,
+    is_padded: bool = False,
 ) -> list[list[list[int]]]:
     """Assign one global batch to ranks and micro-steps (how: see the module's docstring).
 
@@ -114,24 +134,51 @@ def assign_examples(
         world_size: ranks.
         per_device_train_batch_size: examples a micro-batch can take.
         gradient_accumulation_steps: micro-steps.
+        is_padded: whether an example takes the room of the longest of its micro-batch.
 
     Returns:
         ``assigned[micro_step][rank]``: the examples, as indices into ``lengths``.
     """
     num_used_steps = -(-len(lengths) // (world_size * per_device_train_batch_size))
-    bins: list[list[int]] = [[] for _ in range(world_size * num_used_steps)]
-    tokens = [0] * len(bins)
-    open_bins = [(0, b) for b in range(len(bins))]
-    for example in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        _, lightest = heapq.heappop(open_bins)
-        bins[lightest].append(example)
-        tokens[lightest] += lengths[example]
-        if len(bins[lightest]) < per_device_train_batch_size:
-            heapq.heappush(open_bins, (tokens[lightest], lightest))
-    ordered = [bins[b] for b in sorted(range(len(bins)), key=lambda b: (-tokens[b], b))]
+    num_bins = world_size * num_used_steps
+    if is_padded:
+        ordered = _fill_by_length(lengths, num_bins)
+    else:
+        ordered = _fill_by_tokens(lengths, num_bins, per_device_train_batch_size)
     assigned = [ordered[s * world_size : (s + 1) * world_size] for s in range(num_used_steps)]
     num_empty_steps = gradient_accumulation_steps - num_used_steps
     return assigned + [[[] for _ in range(world_size)] for _ in range(num_empty_steps)]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _fill_by_tokens(lengths: Sequence[int], num_bins: int, room: int) -> list[list[int]]:
+    """Fill micro-batches with nearly the same number of tokens; return them, largest first."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    tokens = [0] * num_bins
+    open_bins = [(0, b) for b in range(num_bins)]
+    for example in _longest_first(lengths):
+        _, lightest = heapq.heappop(open_bins)
+        bins[lightest].append(example)
+        tokens[lightest] += lengths[example]
+        if len(bins[lightest]) < room:
+            heapq.heappush(open_bins, (tokens[lightest], lightest))
+    return [bins[b] for b in sorted(range(num_bins), key=lambda b: (-tokens[b], b))]
+
+
+def _fill_by_length(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Fill micro-batches with examples of similar length; return them, largest padded first.
+
+    Where they are not all full, those with the shorter examples have one more.
+    """
+    longest_first = _longest_first(lengths)
+    small, num_larger = divmod(len(lengths), max(1, num_bins))
+    counts = [small] * (num_bins - num_larger) + [small + 1] * num_larger
+    starts = np.cumsum([0, *counts])
+    bins = [longest_first[start:stop] for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    return sorted(bins, key=lambda b: -len(b) * max((lengths[i] for i in b), default=0))
 
 
 def build_step_plan(
@@ -143,6 +190,7 @@ def build_step_plan(
     rank: int,
     per_device_train_batch_size: int,
     gradient_accumulation_steps: int,
+    packing: Packing = Packing.POSITIONS,
 ) -> StepPlan:
     """Build this rank's micro-batches of one optimizer step.
 
@@ -154,6 +202,7 @@ def build_step_plan(
         rank: the one this plan is for.
         per_device_train_batch_size: examples a micro-batch can take.
         gradient_accumulation_steps: micro-batches of the plan.
+        packing: how the examples of a micro-batch are laid out.
 
     Raises:
         IndexError: the epoch has no such step.
@@ -168,30 +217,50 @@ def build_step_plan(
         raise IndexError(f"step {step} is not one of the epoch's {num_steps}")
     batch = world_size * per_device_train_batch_size * gradient_accumulation_steps
     chosen = order[step * batch : (step + 1) * batch]
-    assigned = assign_examples([int(examples.lengths[i]) for i in chosen], **sizes)
+    lengths = [int(examples.lengths[i]) for i in chosen]
+    assigned = assign_examples(lengths, **sizes, is_padded=packing is Packing.PADDED)
     rows = [[chosen[i] for i in micro_step[rank]] for micro_step in assigned]
     return StepPlan(
-        micro_batches=[pack_examples(examples, row) for row in rows],
+        micro_batches=[collate_examples(examples, row, packing) for row in rows],
         num_label_tokens=int(examples.num_label_tokens[chosen].sum()),
         num_input_tokens=int(examples.lengths[chosen].sum()),
         num_real_micro_batches=sum(bool(row) for micro_step in assigned for row in micro_step),
     )
 
 
-def pack_examples(examples: TokenizedExamples, indices: Sequence[int]) -> MicroBatch:
-    """Return the examples as one packed row, or a dummy row if there are none."""
+def collate_examples(
+    examples: TokenizedExamples, indices: Sequence[int], packing: Packing = Packing.POSITIONS
+) -> MicroBatch:
+    """Return the examples as a micro-batch, or a dummy if there are none."""
     if not indices:
         zero = torch.zeros((1, 1), dtype=torch.long)
-        return MicroBatch(zero, zero.clone(), zero + IGNORED_LABEL, is_dummy=True)
-    rows = [examples[i] for i in indices]
-    positions = [np.arange(len(ids)) for ids, _ in rows]
+        return MicroBatch(zero, zero.clone(), zero + IGNORED_LABEL, is_dummy=True, packing=packing)
+    return collate_encoded([examples[i] for i in indices], packing)
+
+
+def collate_encoded(
+    encoded: Sequence[tuple[np.ndarray, np.ndarray]], packing: Packing
+) -> MicroBatch:
+    """Return examples, (tokens, labels) of each, as a micro-batch."""
+    lengths = [len(ids) for ids, _ in encoded]
+    is_padded = packing is Packing.PADDED
+    join = _as_rows if is_padded else _as_row
+    mask = _as_rows([np.ones(length, dtype=np.int64) for length in lengths]) if is_padded else None
     return MicroBatch(
-        input_ids=_as_row([ids for ids, _ in rows]),
-        position_ids=_as_row(positions),
-        labels=_as_row([labels for _, labels in rows]),
+        input_ids=join([ids for ids, _ in encoded]),
+        position_ids=join([np.arange(length) for length in lengths]),
+        labels=join([labels for _, labels in encoded], IGNORED_LABEL),
         is_dummy=False,
+        packing=packing,
+        attention_mask=None if mask is None or bool(mask.all()) else mask,
     )
 
 
-def _as_row(parts: Sequence[np.ndarray]) -> torch.Tensor:
+def _as_row(parts: Sequence[np.ndarray], _fill: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))[None]
+
+
+def _as_rows(parts: Sequence[np.ndarray], fill: int = 0) -> torch.Tensor:
+    longest = max(len(part) for part in parts)
+    padded = [np.pad(part, (0, longest - len(part)), constant_values=fill) for part in parts]
+    return torch.from_numpy(np.stack(padded))

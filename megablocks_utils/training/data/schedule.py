@@ -8,6 +8,7 @@ import numpy as np
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.training.data.batches import (
+    Packing,
     StepPlan,
     assign_examples,
     build_step_plan,
@@ -29,12 +30,14 @@ class Schedule:
         examples: all of them, the same on every rank.
         rank: this rank.
         world_size: ranks of the run, each with its own examples.
+        packing: how the examples of a micro-batch are laid out.
     """
 
     config: RunConfig
     examples: TokenizedExamples
     rank: int
     world_size: int
+    packing: Packing = Packing.POSITIONS
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,6 +55,8 @@ class Schedule:
     def largest_micro_batch(self) -> tuple[int, int, int]:
         """Return tokens, labels and examples of the largest micro-batch that any rank will see.
 
+        Padding counts as tokens.
+
         In a very long run that is the longest examples of all together: such orders come.
         """
         lengths = self.examples.lengths
@@ -63,7 +68,10 @@ class Schedule:
             if size <= largest[0]:
                 break
             assigned = assign_examples(
-                lengths[chosen].tolist(), world_size=self.world_size, **self._sizes()
+                lengths[chosen].tolist(),
+                world_size=self.world_size,
+                is_padded=self.packing is Packing.PADDED,
+                **self._sizes(),
             )
             for row in (chosen[row] for micro_step in assigned for row in micro_step):
                 largest = max(largest, self._size_of(row))
@@ -71,7 +79,13 @@ class Schedule:
 
     def _size_of(self, row: np.ndarray) -> tuple[int, int, int]:
         lengths, labels = self.examples.lengths[row], self.examples.num_label_tokens[row]
-        return int(lengths.sum()), int(labels.sum()), len(row)
+        return self._room_of(lengths), int(labels.sum()), len(row)
+
+    def _room_of(self, lengths: np.ndarray) -> int:
+        """Return the tokens of a micro-batch of examples of these lengths."""
+        if self.packing is Packing.PADDED:
+            return int(lengths.max(initial=0)) * len(lengths)
+        return int(lengths.sum())
 
     def _steps_by_bound(self) -> list[tuple[int, np.ndarray]]:
         """List the examples of every step, first the one that could have the largest micro-batch.
@@ -88,7 +102,7 @@ class Schedule:
             for step in range(min(self.steps_per_epoch, self.num_steps - done)):
                 chosen = order[step * num_batches * room : (step + 1) * num_batches * room]
                 longest = np.sort(self.examples.lengths[chosen])[::-1]
-                steps.append((int(longest[:room].sum()), chosen))
+                steps.append((self._room_of(longest[:room]), chosen))
         return sorted(steps, key=lambda item: -item[0])
 
     def plans(self, first_step: int = 0) -> Iterator[tuple[float, StepPlan]]:
@@ -124,6 +138,7 @@ class Schedule:
                 step - start,
                 world_size=self.world_size,
                 rank=self.rank,
+                packing=self.packing,
                 **self._sizes(),
             )
 

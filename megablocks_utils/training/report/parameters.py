@@ -15,17 +15,18 @@ class ParameterCounts:
 
     Attributes:
         total: All parameters, tied ones once.
-        active: Those one token passes: everything outside the experts, and top_k experts a layer.
+        active: Those one token passes: everything outside the experts, and top_k experts a layer;
+            None where the model does not say how many these are.
         trainable: Those that require a gradient.
     """
 
     total: int
-    active: int
+    active: int | None
     trainable: int
 
 
 def count_parameters(
-    model: nn.Module, expert_parameters: Mapping[str, Tensor], top_k: int, num_experts: int
+    model: nn.Module, expert_parameters: Mapping[str, Tensor], top_k: int | None
 ) -> ParameterCounts:
     """Count parameters from their global shapes.
 
@@ -36,15 +37,16 @@ def count_parameters(
         model: The model, its experts included; tensors on the meta device count too.
         expert_parameters: Every parameter of the experts of `model`, adapters too, all experts of a
             layer along dim 0.
-        top_k: Experts a token passes in each MoE layer.
-        num_experts: Experts of each MoE layer.
+        top_k: Experts a token passes in each MoE layer, or None.
     """
     parameters = list(model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
-    in_experts = sum(parameter.numel() for parameter in expert_parameters.values())
+    experts = expert_parameters.values()
+    in_experts = sum(parameter.numel() for parameter in experts)
+    passed = [p.numel() * top_k // p.shape[0] for p in experts] if top_k is not None else None
     return ParameterCounts(
         total=total,
-        active=total - in_experts + in_experts * top_k // num_experts,
+        active=None if passed is None else total - in_experts + sum(passed),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     )
 

@@ -44,7 +44,7 @@ class RunFacts:
         dp_size: Ranks that hold the same experts.
         ep_size: Ranks the experts are split over; 1 without expert parallelism.
         num_experts: Experts of one MoE layer.
-        top_k: Experts a token passes in one MoE layer.
+        top_k: Experts a token passes in one MoE layer; None where the model does not say.
         expert_dp: "shard" or "replicate": what the dp axis does with an expert.
         kernel: The backend the experts run on.
         kernel_reason: Why that one.
@@ -67,7 +67,7 @@ class RunFacts:
     dp_size: int
     ep_size: int
     num_experts: int
-    top_k: int
+    top_k: int | None
     expert_dp: str
     kernel: str
     kernel_reason: str
@@ -135,7 +135,7 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         "model": f"{facts.model} ({facts.family})",
         "parameters": _describe_parameters(facts.parameters),
         "precision": facts.precision,
-        "experts": f"{facts.num_experts} a layer, each token passes {facts.top_k}",
+        "experts": f"{facts.num_experts} a layer, each token passes {facts.top_k or 'unknown'}",
         "kernel": f"{facts.kernel}: {facts.kernel_reason}",
         "weights": f"{_format_gib(facts.expert_bytes)} of experts and "
         f"{_format_gib(facts.dense_bytes)} of everything else per rank",
@@ -210,8 +210,9 @@ def _describe_mesh(facts: RunFacts) -> str:
 
 def _describe_parameters(counts: ParameterCounts) -> str:
     share = 100 * counts.trainable / counts.total
+    active = "unknown" if counts.active is None else _format_count(counts.active)
     return (
-        f"{_format_count(counts.total)} total, {_format_count(counts.active)} active per token, "
+        f"{_format_count(counts.total)} total, {active} active per token, "
         f"{_format_count(counts.trainable)} trainable ({share:.2f}%)"
     )
 

@@ -9,6 +9,7 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.record import flatten_learned
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.training.data.batches import Packing
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
 
@@ -33,6 +34,7 @@ _CLAUSES = {
     "dtypes": ("precision gives the dtypes", ("precision",)),
     "seed": ("seed is", ("seed",)),
     "shuffle": ("shuffle is", ("shuffle",)),
+    "packing": ("packing gives micro-batches of kind", ("packing",)),
     "num_examples": ("the number of examples in data_path is", ("data_path",)),
     "data_sha256": (
         "data_path or max_seq_length has changed: the checksum of its tokens is",
@@ -58,6 +60,7 @@ class ResumeCompatibility:
         lora: rank, strength and places of the adapters; None without.
         base_sha256: fingerprint of the frozen model under them; None without.
         template_date: the day that the chat template was told; None where it does not ask for it.
+        packing: how the examples of a micro-batch are laid out.
     """
 
     model_type: str
@@ -70,6 +73,7 @@ class ResumeCompatibility:
     lora: dict[str, Any] | None
     base_sha256: str | None
     template_date: str | None
+    packing: str = Packing.ALONE.value
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -85,6 +89,7 @@ def describe_compatibility(
     model_type: str,
     world_size: int,
     base_sha256: str | None,
+    packing: Packing = Packing.ALONE,
 ) -> ResumeCompatibility:
     """Collect the facts of this run."""
     optim = config.optim
@@ -101,6 +106,7 @@ def describe_compatibility(
         lora=None if lora is None else _describe_lora(lora),
         base_sha256=base_sha256,
         template_date=examples.template_date,
+        packing=packing.value,
     )
 
 
@@ -124,7 +130,7 @@ def check_compatibility(
         _check_undated(stored, own)
     for name, (clause, parameters) in _CLAUSES.items():
         found, wanted = getattr(own, name), stored.get(name)
-        if found != wanted and not (name == BASE_KEY and wanted is None):
+        if found != wanted and not _is_free(name, found, wanted):
             raise ConfigurationError(
                 f"{clause} {_describe(found)}, but the checkpoint to resume from has "
                 f"{_describe(wanted)}.",
@@ -136,6 +142,13 @@ def check_compatibility(
             f"resume from has done {step}.",
             parameters=("max_steps", "num_train_epochs"),
         )
+
+
+def _is_free(name: str, found: object, wanted: object) -> bool:
+    """Say whether a fact may differ: one that is not stored, or a micro-batch of one example."""
+    if name == "packing":
+        return wanted is None or Packing.ALONE.value in (found, wanted)
+    return name == BASE_KEY and wanted is None
 
 
 def _check_undated(stored: Mapping[str, Any], own: ResumeCompatibility) -> None:

@@ -15,6 +15,7 @@ from megablocks_utils.fsdp.gradients import (
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.training.step.debug import check_replicas
 from megablocks_utils.training.step.finite import FiniteCheck
+from megablocks_utils.training.step.router_balance import RouterBalance
 
 __all__ = ["StepFinish"]
 
@@ -23,7 +24,7 @@ __all__ = ["StepFinish"]
 class StepFinish:
     """Finish optimizer steps once their micro-batches have left gradients.
 
-    Call the three methods in their order. Hugging Face's Trainer makes the update itself, in the
+    Call the four methods in their order. Hugging Face's Trainer makes the update itself, in the
     order of `update`, so that its own hooks are called around it.
 
     Attributes:
@@ -32,6 +33,7 @@ class StepFinish:
         max_grad_norm: global norm that gradients are clipped to; 0 means no clipping.
         is_debug_run: whether every step checks that replicas are equal.
         finite: told of the gradients; None: nobody looks at them.
+        balance: moves the routers' correction biases; None: they stay.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class StepFinish:
     max_grad_norm: float
     is_debug_run: bool = False
     finite: FiniteCheck | None = None
+    balance: RouterBalance | None = None
 
     def finish_gradients(self) -> Tensor:
         """Sum the gradients of expert replicas, clip all, and return the norm before clipping.
@@ -65,6 +68,14 @@ class StepFinish:
         scheduler.step()
         optimizer.zero_grad()
         return learning_rate
+
+    def balance_experts(self) -> None:
+        """Move the routers' correction biases, after the update.
+
+        **Collective:** where they move, every rank of the world must call.
+        """
+        if self.balance is not None:
+            self.balance.update()
 
     def check_weights(self, step: int) -> None:
         """Check in a debug run that the replicas of every expert are equal.

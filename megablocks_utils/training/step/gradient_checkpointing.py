@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 def apply_gradient_checkpointing(model: PreTrainedModel, mode: str) -> None:
     """Turn on non-reentrant checkpointing of every decoder layer.
 
+    Call it when adapters are attached: before them, PEFT would make the embeddings' output ask for
+    a gradient, which only reentrant checkpointing needs.
+
     Args:
         model: the transformers model (not the PEFT wrapper).
         mode: `full` recomputes everything, the all-to-alls of tokens too; `selective` keeps the

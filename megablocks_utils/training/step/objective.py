@@ -1,33 +1,65 @@
 """Compute the loss of the label tokens only.
 
-The model is called with ``logits_to_keep=positions``, so that its output head (for a vocabulary of
-50k the widest matmul there is, and the largest activation) runs only where a label is.
+The output head (for a vocabulary of 50k the widest matmul there is, and the largest activation)
+runs only where a label is, see `forward`.
 """
+
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
-__all__ = ["label_positions", "token_loss_sum"]
+__all__ = ["LabelPositions", "label_positions", "token_loss_sum"]
 
 
-def label_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the positions whose next token is learned, and those tokens.
+@dataclass(frozen=True)
+class LabelPositions:
+    """Hold the positions of a batch whose next token is learned, and those tokens.
+
+    Attributes:
+        rows: (P,) row of each.
+        columns: (P,) t with ``labels[row, t + 1] != -100``, ascending in each row.
+        targets: (P,) ``labels[row, t + 1]``.
+        num_rows: rows of the batch.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+    num_rows: int
+
+    def take_from(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values (B, T, D) at these positions: (1, P, D)."""
+        if self.num_rows == 1:
+            return values[:, self.columns]
+        return values[self.rows, self.columns][None]
+
+    def to(self, device: torch.device) -> "LabelPositions":
+        """Return the same on a device."""
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            columns=self.columns.to(device),
+            targets=self.targets.to(device),
+        )
+
+
+def label_positions(labels: torch.Tensor) -> LabelPositions:
+    """Find the positions whose next token is learned.
 
     Call it before moving labels to a GPU: the number of results has to reach the CPU.
 
     Args:
-        labels: (1, T), -100 where not learned; the first label of each packed example must be -100,
+        labels: (B, T), -100 where not learned; the first label of each packed example must be -100,
             otherwise the example before it would be taught to predict it.
-
-    Returns:
-        positions: (P,) t with ``labels[0, t + 1] != -100``, ascending.
-        targets: (P,) ``labels[0, t + 1]``.
     """
-    following = labels[0, 1:]
-    positions = (following != IGNORED_LABEL).nonzero().flatten()
-    return positions, following[positions]
+    num_rows, length = labels.shape
+    following = labels[:, 1:].flatten()
+    found = (following != IGNORED_LABEL).nonzero().flatten()
+    width = max(1, length - 1)
+    return LabelPositions(found // width, found % width, following[found], num_rows)
 
 
 def token_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

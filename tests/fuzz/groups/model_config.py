@@ -69,8 +69,12 @@ CHANGES: dict[str, tuple[dict[str, Any], Expected]] = {
         "refused",
     ),
     "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "refused"),
-    "FP8": ({"quantization_config": {"quant_method": "fp8"}}, "refused"),
-    "MXFP4": ({"quantization_config": {"quant_method": "mxfp4"}}, "refused"),
+    "FP8": ({"quantization_config": {"quant_method": "fp8"}}, "any"),
+    "FP8 of odd blocks": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+        "refused",
+    ),
+    "MXFP4": ({"quantization_config": {"quant_method": "mxfp4"}}, "any"),
     "no method": ({"quantization_config": {}}, "any"),
     "compressed": ({"compression_config": {"quant_method": "compressed-tensors"}}, "refused"),
     "foreign code": (

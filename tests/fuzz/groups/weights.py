@@ -52,7 +52,7 @@ ENTRY_CHANGES: dict[str, dict[str, Any]] = {
     "shape nested": {"shape": [[32, 32]]},
     "shape an object": {"shape": {"64": 1}},
     "shape a number": {"shape": []},
-    "dtype unknown": {"dtype": "F8_E4M3"},
+    "dtype unknown": {"dtype": "F6_E2M3"},
     "dtype null": {"dtype": None},
     "dtype a list": {"dtype": ["F32"]},
     "dtype a number": {"dtype": 7},

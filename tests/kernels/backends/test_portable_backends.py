@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn.functional import silu
 
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
@@ -42,7 +41,7 @@ def test_backend_equals_reference_in_values_and_gradients(kernel, dtype, counts)
     def run_reference(kind):
         rows, gate_up, down = (leaf.to(kind).requires_grad_() for leaf in leaves)
         weights = torch.ones(len(rows), 1, dtype=kind)
-        output = experts_reference(rows, experts, weights, gate_up, down, silu)
+        output = experts_reference(rows, experts, weights, ExpertWeights(gate_up, down, SWIGLU))
         grads = torch.autograd.grad(output, [rows, gate_up, down], upstream.to(kind))
         return [output, *grads]
 
@@ -116,7 +115,7 @@ def _merge_and_run(rows, order, _top_k_weights, experts):
     gate_up = experts.gate_up_proj + SCALING * first.lora_b @ first.lora_a
     down = experts.down_proj + SCALING * second.lora_b @ second.lora_a
     weights = torch.ones(len(rows), 1, dtype=rows.dtype)
-    return experts_reference(rows, index, weights, gate_up, down, silu)
+    return experts_reference(rows, index, weights, ExpertWeights(gate_up, down, SWIGLU))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,13 +10,15 @@ from torch import nn
 
 from megablocks_utils.config import parse_args
 from megablocks_utils.errors import ConfigurationError, MissingKernelError, UserError
-from megablocks_utils.kernels.gate import SWIGLU, ActivationGate
+from megablocks_utils.kernels.gate import SWIGLU, KnownGate
 from megablocks_utils.kernels.selection import rank_agreement
 from megablocks_utils.kernels.selection.backend_selection import select_backend
-from megablocks_utils.kernels.selection.rank_agreement import ExpertUse, select_for_all_ranks
+from megablocks_utils.kernels.selection.rank_agreement import select_for_all_ranks
 from megablocks_utils.kernels.tuning.measurements import store_entry
+from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_spec
+from megablocks_utils.moe.expert_use import ExpertUse
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.shard_moe_utils import find_expert_modules, shard_moe
+from megablocks_utils.shard_moe_utils import shard_moe
 from megablocks_utils.training.setup import build_setup
 from tests.kernels.facts import H100, V100, put_packages, put_triton
 from tests.kernels.measured import SHAPES, TILES, measured
@@ -103,7 +105,8 @@ def _shard(rank):
     """Split a model on ranks that name different kernels; what its layers run on."""
     seen = []
 
-    def select(kernel, shapes, device):
+    def select(kernel, shapes, device, others):
+        assert not others
         seen.append(shapes)
         return select_backend(kernel, shapes, device)
 
@@ -134,7 +137,7 @@ def _set_up(rank, folder, line):
     words = f"--model_name_or_path {folder}/model --data_path {folder}/data.json {line}".split()
     seen = []
 
-    def select(kernel, shapes, device):
+    def select(kernel, shapes, device, others):
         seen.append((kernel, shapes))
         return select_backend("auto", shapes, device)
 
@@ -169,14 +172,16 @@ def test_a_run_says_what_it_trains_and_how_many_rows_there_will_be(ranks1, tmp_p
 def test_what_the_choice_depends_on():
     model = build_tiny_model("qwen3_moe")
     module = next(iter(find_expert_modules(model).values()))
+    spec, dtype = read_expert_spec(module), torch.float32
     use = ExpertUse("cpu", None, "frozen", 50)
-    alone, apart = (use.shapes(model, module, ep_size) for ep_size in (1, 4))
+    alone, apart = (use.shapes(spec, dtype, 2, ep_size) for ep_size in (1, 4))
     assert (alone.hidden_size, alone.intermediate_size, alone.dtype) == (64, 96, torch.float32)
     assert (alone.num_local_experts, alone.top_k, alone.num_rows) == (4, 2, 100)
     assert (apart.num_local_experts, apart.top_k, apart.num_rows) == (1, 1, 100)
     assert (alone.mode, alone.device_type, alone.has_adapters) == ("frozen", "cpu", False)
     unknown = replace(use, compute_dtype=torch.bfloat16, tokens_per_rank=None)
-    shapes = unknown.shapes(model, module, 1)
+    shapes = unknown.shapes(spec, dtype, 2, 1)
     assert (shapes.dtype, shapes.num_rows) == (torch.bfloat16, None)
+    assert use.shapes(spec, dtype, None, 1).num_rows is None
     module.act_fn = nn.GELU()
-    assert use.shapes(model, module, 1).gate == ActivationGate(module.act_fn)
+    assert not isinstance(read_expert_spec(module).gate, KnownGate)

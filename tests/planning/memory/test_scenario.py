@@ -7,7 +7,7 @@ import pytest
 
 from megablocks_utils.planning.memory.scenario import read_shape
 from megablocks_utils.planning.model.prediction import ParallelLayout
-from megablocks_utils.training.step.micro_batch import resolve_aux_loss_coef
+from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
 from tests.planning.cases import build_scenario, read_model
 
 

@@ -40,7 +40,7 @@ def fake_ranks():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_counts_of_a_plain_model(device):
     model = TinyMoE(device)
-    counts = count_parameters(model, {"experts": model.experts}, top_k=2, num_experts=8)
+    counts = count_parameters(model, {"experts": model.experts}, top_k=2)
     assert counts == ParameterCounts(
         total=DENSE + EXPERTS, active=DENSE + 2 * 4 * 3, trainable=5 * 3 + EXPERTS
     )
@@ -51,7 +51,7 @@ def test_counts_are_global_and_bytes_local_when_experts_are_sharded(fake_ranks):
     placements = [Shard(0), Shard(0)]
     experts = distribute_tensor(model.experts.data, fake_ranks, placements, src_data_rank=None)
     model.experts = nn.Parameter(experts)
-    counts = count_parameters(model, {"experts": model.experts}, top_k=2, num_experts=8)
+    counts = count_parameters(model, {"experts": model.experts}, top_k=2)
     assert counts == ParameterCounts(DENSE + EXPERTS, DENSE + 24, 15 + EXPERTS)
     assert count_local_bytes([model.experts]) == EXPERTS * 4 // 8
     assert count_local_bytes(model.parameters()) == (DENSE + EXPERTS // 8) * 4

@@ -10,6 +10,7 @@ import pytest
 from megablocks_utils.config import parse_args, resolve_precision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.training.data.batches import Packing
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.resume.resume_compatibility import (
     changed_options,
@@ -39,6 +40,7 @@ def describe(config, world_size=2, lora=None):
         model_type="olmoe",
         world_size=world_size,
         base_sha256="ab" * 32,
+        packing=Packing.POSITIONS,
     )
 
 
@@ -132,6 +134,11 @@ def test_each_fact_that_differs_is_refused_in_one_sentence(change, sentence):
 def test_every_fact_is_compared(name):
     other = 13 if name == "global_batch" else "another"
     refusal(replace(OWN, **{name: other}))
+
+
+def test_a_single_example_fits_every_way_of_packing():
+    check(replace(OWN, packing="alone"))
+    assert "--packing gives micro-batches of kind padded" in refusal(replace(OWN, packing="padded"))
 
 
 def test_a_checkpoint_that_does_not_say_its_base_is_taken():

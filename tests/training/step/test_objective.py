@@ -7,6 +7,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from megablocks_utils.training.data.batches import build_step_plan
+from megablocks_utils.training.step.forward import run_forward
 from megablocks_utils.training.step.objective import label_positions, token_loss_sum
 from tests.support.tokenized import examples_of
 
@@ -41,14 +42,8 @@ def make_examples():
 
 
 def our_loss(model, micro_batch):
-    positions, targets = label_positions(micro_batch.labels)
-    logits = model(
-        input_ids=micro_batch.input_ids,
-        position_ids=micro_batch.position_ids,
-        logits_to_keep=positions,
-        use_cache=False,
-    ).logits
-    assert logits.shape == (1, len(positions), 96)
+    _, logits, targets = run_forward(model, micro_batch, torch.device("cpu"))
+    assert logits.shape == (1, len(targets), 96)
     return token_loss_sum(logits, targets)
 
 
@@ -60,9 +55,9 @@ def stock_loss(model, ids, labels):
 
 def test_positions_are_those_whose_next_token_is_learned():
     labels = torch.tensor([[-100, 5, 6, -100, -100, 7]])
-    positions, targets = label_positions(labels)
-    assert positions.tolist() == [0, 1, 4]
-    assert targets.tolist() == [5, 6, 7]
+    found = label_positions(labels)
+    assert found.columns.tolist() == [0, 1, 4]
+    assert found.targets.tolist() == [5, 6, 7]
 
 
 def test_a_packed_row_has_the_loss_and_gradients_of_its_examples_apart():

@@ -1,0 +1,113 @@
+"""Give a micro-batch to a model, and take the logits of its label positions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_masks_for_generate
+
+from megablocks_utils.training.data.batches import MicroBatch, Packing
+from megablocks_utils.training.step.objective import LabelPositions, label_positions
+
+__all__ = ["run_forward"]
+
+
+def run_forward(
+    model: nn.Module, batch: MicroBatch, device: torch.device, *, router_logits: bool = False
+) -> tuple[Any, Tensor, Tensor]:
+    """Run a transformers model, wrapped or not, on a micro-batch.
+
+    Its output head sees only the positions whose next token is learned.
+
+    Args:
+        model: a causal language model.
+        batch: its examples.
+        device: where the model computes.
+        router_logits: whether it is asked for its router logits and auxiliary loss.
+
+    Returns:
+        The model's outputs, (1, P, V) logits and (P,) target tokens.
+    """
+    positions = label_positions(batch.labels)
+    config = model.config
+    assert isinstance(config, PreTrainedConfig), "a transformers model has one"
+    with _keep_positions(model, positions, batch.labels.shape, device):
+        outputs = model(
+            **_model_inputs(config, batch, device),
+            use_cache=False,
+            output_router_logits=router_logits,
+        )
+    logits = outputs.logits
+    if logits.shape[:2] != (1, len(positions.targets)):
+        logits = positions.take_from(logits)
+    return outputs, logits, positions.targets.to(device)
+
+
+def _model_inputs(
+    config: PreTrainedConfig, batch: MicroBatch, device: torch.device
+) -> dict[str, Any]:
+    """Return what the model is called with; see `Packing`."""
+    input_ids = batch.input_ids.to(device)
+    if batch.packing in (Packing.PADDED, Packing.ALONE):
+        # Positions are the model's own to count: some have three for each token.
+        if batch.attention_mask is None:
+            return {"input_ids": input_ids}
+        return {"input_ids": input_ids, "attention_mask": batch.attention_mask.to(device)}
+    position_ids = batch.position_ids.to(device)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+    if batch.packing is Packing.MASKS:
+        # Of the embeddings, only sizes, dtype and device are looked at.
+        embeddings = torch.empty((*input_ids.shape, 0), device=device)
+        inputs["attention_mask"] = create_masks_for_generate(
+            config, embeddings, None, None, position_ids=position_ids
+        )
+    elif batch.packing is Packing.SEQUENCES:
+        inputs |= _sequence_indices(batch.position_ids, device)
+    return inputs
+
+
+def _sequence_indices(position_ids: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return the cumulated lengths and the numbers of a row's examples, as kernels take them."""
+    starts = (position_ids[0] == 0).nonzero().flatten()
+    ends = torch.tensor([position_ids.shape[1]])
+    boundaries = torch.cat((starts, ends)).to(device, torch.int32)
+    longest = int(torch.diff(torch.cat((starts, ends))).max())
+    numbers = ((position_ids == 0).cumsum(-1) - 1).to(device, torch.int32)
+    return {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": numbers,
+    }
+
+
+@contextmanager
+def _keep_positions(
+    model: nn.Module, positions: LabelPositions, shape: torch.Size, device: torch.device
+) -> Iterator[None]:
+    """Let the output head see only these positions, while entered.
+
+    Not by the argument `logits_to_keep`: some models lack it, and it means the same positions in
+    each row.
+    """
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
+    if head is None:
+        yield
+        return
+    on_device = positions.to(device)
+
+    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor) or args[0].shape[:2] != shape:
+            return None
+        return (on_device.take_from(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,140 @@
+"""What a run must know of its model's forward pass, found out on a small model before it starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from megablocks_utils.config import RunConfig
+from megablocks_utils.errors import ConfigurationError, UserError
+from megablocks_utils.fsdp.materialize import FillLocal
+from megablocks_utils.moe.expert_spec import find_expert_modules
+from megablocks_utils.processes.agreement import broadcast_from_rank0
+from megablocks_utils.training.step.aux_loss import (
+    AuxLoss,
+    choose_aux_loss,
+    resolve_aux_loss_coef,
+)
+from megablocks_utils.training.step.packing_probe import PackingChoice, choose_packing
+from megablocks_utils.training.step.router_balance import RouterBalance, as_buffer
+from megablocks_utils.training.step.routers import (
+    BlockRouter,
+    find_correction_biases,
+    freeze_routers,
+    recognize_routers,
+)
+from megablocks_utils.training.step.small_model import build_small_model
+
+__all__ = ["ModelProbe", "apply_router_options", "probe_model"]
+
+
+@dataclass(frozen=True)
+class ModelProbe:
+    """What was found.
+
+    Attributes:
+        packing: how the examples of a micro-batch are kept apart.
+        aux_loss: where the load-balancing loss comes from; the model's own where none is asked for.
+        routers: the kinds of routers; none where nothing is asked of them.
+    """
+
+    packing: PackingChoice
+    aux_loss: AuxLoss = AuxLoss()
+    routers: tuple[BlockRouter, ...] = ()
+
+
+def probe_model(
+    config: RunConfig, model: PreTrainedModel, device: torch.device, console: Console
+) -> ModelProbe:
+    """Let rank 0 find out, for all ranks, what the options need.
+
+    **Collective:** one broadcast over the world.
+
+    Raises:
+        ConfigurationError: on every rank, for an option that this model cannot serve.
+    """
+    probe = broadcast_from_rank0(lambda: _probe(config, model, device))
+    if config.optim.per_device_train_batch_size > 1:
+        console.print(f"micro-batches are {probe.packing.describe()}", markup=False, soft_wrap=True)
+    return probe
+
+
+def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> ModelProbe:
+    optim = config.optim
+    small = cache(partial(build_small_model, model, device))
+    coef = resolve_aux_loss_coef(model.config, config.router_aux_loss_coef)
+    packing = choose_packing(
+        small,
+        packing=optim.packing,
+        batch_size=optim.per_device_train_batch_size,
+        device=device,
+        has_aux_loss=coef > 0,
+    )
+    aux_loss = AuxLoss()
+    if coef > 0:
+        aux_loss = choose_aux_loss(_asked_by("router_aux_loss_coef", 0, small), coef)
+    routers: list[BlockRouter] = []
+    if optim.router_bias_update_rate:
+        routers = recognize_routers(_asked_by("router_bias_update_rate", 0, small))
+        _refuse_no_bias(routers, optim.router_bias_update_rate, model.config.model_type)
+    elif optim.freeze_router and not config.adapter.has_lora:
+        routers = recognize_routers(_asked_by("freeze_router", False, small))
+    return ModelProbe(packing, aux_loss, tuple(routers))
+
+
+def _asked_by(
+    parameter: str, wanted: object, small: Callable[[], PreTrainedModel]
+) -> PreTrainedModel:
+    try:
+        return small()
+    except UserError as error:
+        raise ConfigurationError(
+            f"{error} So {parameter} must be {wanted} for it.", parameters=(parameter,)
+        ) from error
+
+
+def _refuse_no_bias(routers: list[BlockRouter], rate: float, model_type: str) -> None:
+    if any(router.bias is not None for router in routers):
+        return
+    reason = next((router.bias_reason for router in routers), "it has no routers")
+    raise ConfigurationError(
+        f"router_bias_update_rate is {rate}, but it must be 0 for a model of type {model_type}: "
+        f"{reason}.",
+        parameters=("router_bias_update_rate",),
+    )
+
+
+def apply_router_options(
+    config: RunConfig,
+    model: PreTrainedModel,
+    probe: ModelProbe,
+    device: torch.device,
+    fill_local: FillLocal,
+) -> RouterBalance | None:
+    """Freeze the routers, or prepare to move their biases, as the options say.
+
+    Call it when the experts are split, and before FSDP wraps the model.
+
+    Args:
+        config: the run.
+        model: whose routers.
+        probe: what was found of them.
+        device: where this rank computes.
+        fill_local: reads the biases that are on meta.
+
+    Returns:
+        What counts tokens and moves the biases; None where they stay.
+    """
+    optim, routers = config.optim, list(probe.routers)
+    if optim.freeze_router and not config.adapter.has_lora:
+        freeze_routers(model, routers)
+    if not optim.router_bias_update_rate:
+        return None
+    biases = find_correction_biases(model, routers)
+    for bias in biases:
+        as_buffer(bias, fill_local)
+    experts = find_expert_modules(model)
+    return RouterBalance(biases, experts, optim.router_bias_update_rate, device)

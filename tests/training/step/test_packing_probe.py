@@ -1,0 +1,85 @@
+"""Examples of a batch are kept apart, in the way that a probe has shown to be right."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.training.data.batches import Packing, collate_examples
+from megablocks_utils.training.step import forward
+from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
+from megablocks_utils.training.step.packing_probe import choose_packing
+from megablocks_utils.training.step.small_model import build_small_model
+from tests.support.tiny_families import build_tiny
+from tests.support.tokenized import examples_of
+
+CPU = torch.device("cpu")
+CHOSEN = {
+    "mixtral": Packing.POSITIONS,
+    "gpt_oss": Packing.MASKS,
+    "qwen3_5_moe_text": Packing.PADDED,  # delta rule: its kernels are not here
+    "deepseek_v4": Packing.PADDED,  # compressed keys cross examples
+}
+LENGTHS = (5, 26, 11)
+
+
+def choose(model, packing="auto", batch_size=2):
+    small = partial(build_small_model, model, CPU)
+    return choose_packing(small, packing=packing, batch_size=batch_size, device=CPU)
+
+
+def make_examples():
+    generator = torch.Generator().manual_seed(1)
+    encoded = []
+    for length in LENGTHS:
+        ids = torch.randint(3, 128, (length,), generator=generator).tolist()
+        encoded.append((ids, [-100] * (length // 3) + ids[length // 3 :]))
+    return examples_of(encoded)
+
+
+def stock_step(model, examples):
+    """Loss sum and gradients of transformers' own loss, one example at a time."""
+    total = 0.0
+    for ids, labels in (examples[i] for i in range(len(examples))):
+        ids, labels = torch.tensor(ids)[None], torch.tensor(labels)[None]
+        loss = model(input_ids=ids, labels=labels, use_cache=False, num_items_in_batch=1).loss
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("model_type", CHOSEN)
+def test_a_batch_has_the_loss_and_every_gradient_of_its_examples_alone(model_type):
+    model, examples = build_tiny(model_type), make_examples()
+    loss_sum, wanted = stock_step(model, examples)
+    model.zero_grad()
+    choice = choose(model)
+    assert choice.packing is CHOSEN[model_type]
+    batch = collate_examples(examples, range(len(examples)), choice.packing)
+    loss = compute_micro_batch_loss(model, batch, LossWeights(1, 1), CPU)
+    loss.objective.backward()
+    assert loss.token_loss_sum.item() == pytest.approx(loss_sum, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in wanted and wanted[name].norm() > 1e-9:
+            error = (parameter.grad - wanted[name]).norm() / wanted[name].norm()
+            assert error < 2e-5, name
+
+
+def test_a_mask_that_is_dropped_is_noticed(monkeypatch):
+    monkeypatch.setattr(forward, "create_masks_for_generate", lambda *args, **kwargs: None)
+    choice = choose(build_tiny("gpt_oss"))
+    assert choice.packing is Packing.PADDED
+    assert choice.tried["masks"] > 0.1
+
+
+def test_packing_is_refused_with_what_was_measured():
+    with pytest.raises(ConfigurationError) as caught:
+        choose(build_tiny("qwen3_5_moe_text"), packing="True")
+    assert "packing is True, but it must be False or auto" in str(caught.value)
+    assert "packed by positions (" in str(caught.value)
+
+
+def test_one_example_a_batch_needs_no_probe():
+    choice = choose_packing(None, packing="True", batch_size=1, device=CPU)
+    assert choice.packing is Packing.ALONE

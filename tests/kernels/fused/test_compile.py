@@ -1,0 +1,71 @@
+"""The kernels compile for GPUs that are not here: no spills, and memory that fits.
+
+The tiles for many rows of one architecture, and forms of experts whose kernels differ. All tiles,
+architectures and forms: `benchmarks.kernel_resources`. In a process of its own, because this one
+has Triton's interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.kernel_resources import Resources
+from megablocks_utils.kernels.fused.tiles import KINDS, list_candidates
+
+KERNELS = {"gate_up", "row_gemm", "gate_backward", "weight_grad", "combine"}
+ARCH, COLUMN = "sm_90", 1
+FORMS = ("swiglu", "as gpt-oss", "relu squared, no gate")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    path = folder / "resources.json"
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(path)]
+    command += ["--arch", ARCH, "--dtype", "bfloat16", "--rank", "16", "--column", str(COLUMN)]
+    command += ["--form", *FORMS, "--once_a_tile"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)  # compile for real
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert path.exists(), done.stderr
+    return done, [Resources(**row) for row in json.loads(path.read_text())["kernels"]]
+
+
+def test_shipped_tiles_compile(compiled):
+    done, rows = compiled
+    assert [fault for row in rows for fault in row.faults] == []
+    assert done.returncode == 0, done.stderr
+    assert {row.kernel for row in rows} == KERNELS
+    tiles = {list_candidates(kind, arch=ARCH, itemsize=2)[COLUMN] for kind in KINDS}
+    shown = {(f"{t.block_m}x{t.block_k}", t.num_warps, t.num_stages) for t in tiles}
+    seen = set()
+    for row in rows:
+        sizes, warps, stages = row.tile.split() if row.tile.count(" ") == 2 else ("", "w0", "s0")
+        block_m, _, block_k = (sizes.split("x") + [""] * 3)[:3]
+        seen.add((f"{block_m}x{block_k}", int(warps[1:]), int(stages[1:])))
+    assert shown <= seen
+    assert all(row.num_tma for row in rows if "tma" in row.features)
+
+
+def test_every_form_has_its_first_projection_and_gate_by_descriptors(compiled):
+    _, rows = compiled
+    for form in FORMS:
+        kernels = {row.kernel for row in rows if row.form == form and "tma" in row.features}
+        assert kernels >= {"row_gemm", "gate_backward"}, form
+
+
+def test_faults_are_seen():
+    fine = Resources("gate_up", "sm_90", "bfloat16", "128x128x64", "", 200, 0, 200_000, 8, 0, 6)
+    assert fine.faults == []
+    bad = Resources("gate_up", "sm_90", "bfloat16", "128x128x64", "", 255, 8, 240_000, 0, 0, 6)
+    assert bad.faults == [
+        "8 bytes of stack: registers spill",
+        "240000 of 232448 bytes of shared memory",
+        "no wgmma",
+        "no tensor cores",
+    ]
+    thin = Resources("row_gemm", "sm_90", "bfloat16", "128x16x64", "thin", 60, 0, 70_000, 0, 16, 0)
+    assert thin.faults == []

@@ -122,7 +122,8 @@ class StoredModel:
         """Open the base; None if it is gone, or another by now, and nothing of it is needed."""
         is_needed = bool(left) or num_passed_through > 0
         try:
-            index = open_checkpoint(folder)
+            # Quantized weights that were not trained are what the run has read them as.
+            index = open_checkpoint(folder, dtype=next(d for _, d in self._stored.values()))
             layout = ModelLayout(model, index)
             check_against_model(model, index, layout)
         except CheckpointError as error:

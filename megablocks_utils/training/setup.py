@@ -24,6 +24,7 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
@@ -63,8 +64,7 @@ class Setup:
         answer_end: what the data teaches as the end of an answer; None without a tokenizer.
         schedule: which examples each step holds.
         model_folder: the local folder its weights came from.
-        model: the transformers model on meta until FSDP has wrapped it; adapters, where asked for,
-            have their values.
+        model: on meta until FSDP has wrapped it; adapters, where asked for, have their values.
         sharded: how its experts are split; None without expert parallelism and without adapters of
             experts, which are this project's at ep 1 also then.
         lora: which adapters; None where all weights are trained.
@@ -171,12 +171,11 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
+    description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    kernel = None if sharded is None else sharded.kernel.name
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
+    plan = check_memory(config, description, schedule, device, sharded)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
@@ -258,8 +257,7 @@ def _apply_lora(
     config: RunConfig,
     precision: ResolvedPrecision,
 ) -> None:
-    dtype = getattr(torch, precision.adapter)
-    apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
+    apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=config.seed)
 
 
 def _load_data(

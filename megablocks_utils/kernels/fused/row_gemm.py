@@ -176,8 +176,8 @@ def row_gemm(
     if routing.num_rows == 0:
         return out
     launch = KernelLaunch(weights, routing, tile, lora)
-    tiles_m, tiles_n = launch.grid(weights.num_cols)
-    row_gemm_kernel[(tiles_m * tiles_n,)](
+    tiles = launch.grid(weights.num_cols)
+    row_gemm_kernel[(tiles[0] * tiles[1],)](
         x,
         launch.weights_argument(),
         out,
@@ -189,8 +189,7 @@ def row_gemm(
         routing.num_experts,
         weights.num_rows,
         weights.num_cols,
-        tiles_m,
-        tiles_n,
+        *tiles,
         scale,
         x.stride(0),
         weights.strides,

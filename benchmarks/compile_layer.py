@@ -153,11 +153,12 @@ def run_layer(dtype: torch.dtype, rank: int, tiles: TileTable, form: Form) -> No
         make_weights(form.num_outputs, HIDDEN),
         make_weights(HIDDEN, INTERMEDIATE),
         form.gate,
-        *loras,
-        make(NUM_EXPERTS, form.num_outputs) if form.has_bias else None,
-        make(NUM_EXPERTS, HIDDEN) if form.has_bias else None,
-        form.is_transposed,
-        form.is_interleaved,
+        gate_up_lora=loras[0],
+        down_lora=loras[1],
+        gate_up_bias=make(NUM_EXPERTS, form.num_outputs) if form.has_bias else None,
+        down_bias=make(NUM_EXPERTS, HIDDEN) if form.has_bias else None,
+        is_transposed=form.is_transposed,
+        is_interleaved=form.is_interleaved,
         has_gate=isinstance(form.gate, KnownGate),
     )
     num_rows = NUM_TOKENS * TOP_K

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,6 +177,7 @@ def _export_adapter(
     stored: Stored,
     output: Path,
 ) -> None:
+    from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
     from megablocks_utils.lora.adapter_files import export_adapter
     from megablocks_utils.lora.settings import LoraSettings
@@ -187,10 +189,12 @@ def _export_adapter(
                 lora["lora_alpha"],
                 tuple(lora["target_modules"]),
                 lora["expert_ranks"],
+                tuple(lora.get("target_weights", ())),
             ),
             load_tokenizer(folder),
             _read_tensors(folder, stored, sorted(stored), advance),
             output,
+            base_model=partial(build_model_on_meta, folder),
             base_model_name=manifest["options"]["model"]["model_name_or_path"],
             is_writer=True,
         )

@@ -66,7 +66,7 @@ class StoredModel:
         trained = [
             spec[1] for name, spec in stored.items() if isinstance(wanted[name], nn.Parameter)
         ]
-        dtype = trained[0] if trained else model.config.dtype or torch.float32
+        dtype = next(iter(trained), torch.float32)
         self.specs: list[_Spec] = [
             (name, *self._spec(name, tensor, dtype)) for name, tensor in wanted.items()
         ]
@@ -122,7 +122,8 @@ class StoredModel:
         """Open the base; None if it is gone, or another by now, and nothing of it is needed."""
         is_needed = bool(left) or num_passed_through > 0
         try:
-            index = open_checkpoint(folder)
+            # Quantized weights that were not trained are what the run has read them as.
+            index = open_checkpoint(folder, dtype=next(d for _, d in self._stored.values()))
             layout = ModelLayout(model, index)
             check_against_model(model, index, layout)
         except CheckpointError as error:

@@ -31,13 +31,12 @@ def find_replaced(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if module in ends}
-    experts = find_expert_parameters(model).keys()
-    replaced = {}
+    of_experts, replaced = find_expert_parameters(model), {}
     for name, parameter in parameters.items():
         key = _find_key(name, config, index, is_embedding=name in embeddings)
         if key is None:
             continue
-        if name in experts:
+        if name in of_experts:
             raise CheckpointError(
                 f"{config.path} has modules_to_save {', '.join(config.modules_to_save)}, which"
                 f" covers {name}: whole experts are not read from an adapter"
@@ -57,8 +56,8 @@ def find_replaced(
                 f"{key} in {path} has dtype {index.dtype(key)}, wanted is one of floating point"
             )
         replaced[name] = key
-    tied_names = model.all_tied_weights_keys
-    tied = {*tied_names, *tied_names.values()} & set(replaced)
+    ties = model.all_tied_weights_keys
+    tied = {*ties, *ties.values()} & set(replaced)
     if tied:
         raise CheckpointError(
             f"{path} replaces {min(tied)}, which is tied to another weight in this model"

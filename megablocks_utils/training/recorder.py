@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,11 @@ from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.output_claim import OutputClaim, claim_output_dir
 from megablocks_utils.processes.output_folder import find_incomplete
-from megablocks_utils.training.adapter_check import AdapterCheck, AdapterReport
+from megablocks_utils.training.adapter_check import (
+    AdapterCheck,
+    AdapterReport,
+    build_plain_model,
+)
 from megablocks_utils.training.report.loss_plot import plot_loss
 from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import (
@@ -96,6 +101,8 @@ class RunRecorder:
     def _start(self) -> None:
         setup = self._setup
         show_start_summary(setup.console, collect_facts(setup))
+        if setup.lora is not None:
+            setup.console.print(setup.lora.describe(), markup=False, soft_wrap=True)
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
             setup.console.print(line, markup=False, soft_wrap=True)
@@ -251,6 +258,7 @@ class RunRecorder:
             tensors,
             self.output_dir,
             generation_config=self._setup.model.generation_config,
+            base_model=partial(build_plain_model, self._setup),
             base_model_name=self._setup.config.model.model_name_or_path,
             is_writer=self._is_main,
             check=check,

@@ -163,8 +163,10 @@ def find_lost(seen: Seen, ground: Ground) -> Iterator[str]:
         return
     trained = {plain_name(name): weight for name, weight in seen.weights.items()}
     old = load_whole(ground.model).state_dict()
-    changed = 0
-    for name, weight in load_whole(ground.output).state_dict().items():
+    changed, whole = 0, load_whole(ground.output)
+    for name, weight in whole.state_dict().items():
+        if name in whole.all_tied_weights_keys:
+            continue  # the same as another
         wanted = trained.get(plain_name(name), old[name])
         changed += not torch.equal(weight, old[name])
         if not torch.equal(weight[: len(wanted)] if wanted.dim() else weight, wanted):

@@ -8,7 +8,7 @@ Nothing is measured: the formulas of `megablocks_utils.plan` answer in seconds.
 from pathlib import Path
 
 from megablocks_utils.byte_units import GB
-from megablocks_utils.plan import build_request
+from megablocks_utils.plan import build_request, open_model
 from megablocks_utils.planning.plan_options import parse_plan_options
 from megablocks_utils.planning.report.scale_chart import draw_scale
 from megablocks_utils.planning.speed.layout_plan import PlanRequest
@@ -30,8 +30,9 @@ def ask(folder: str) -> tuple[PlanRequest, list[ScalePoint]]:
     """Plan one of the models in `benchmarks/models`."""
     path = Path(__file__).parent / "models" / folder
     options = parse_plan_options([str(path), *RUN.split()])
-    request = build_request(options)
-    return request, plan_scale(request, options.world_sizes)
+    with open_model(options) as model:
+        request = build_request(options, model)
+        return request, plan_scale(request, options.world_sizes)
 
 
 def format_table(points: list[ScalePoint]) -> str:

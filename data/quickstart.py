@@ -1,7 +1,8 @@
 """Watch a real MoE learn: build model and data, fine-tune with expert parallelism, compare.
 
-Everything built is kept in ``data/.cache`` and found again by the next run. ``FULL=1`` in the
-environment trains all weights instead of LoRA adapters on attention and experts.
+Everything built is kept in ``data/.cache`` and found again by the next run. In the environment,
+``FULL=1`` trains all weights instead of LoRA adapters on attention and experts, and
+``MODEL=granitemoe`` a model of another family than Mixtral's.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import prepare_model
 from preparing import CACHE, PreparationError, exit_code_of, say, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = CACHE / "smollm2-moe"
 TRAIN_DATA = CACHE / "docs_train.json"
 HELD_OUT_DATA = CACHE / "quickstart_held_out.json"
 NUM_EXPERTS = 4
@@ -38,20 +38,40 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="Set FULL=1 in the environment for full fine-tuning instead of LoRA.",
+        epilog="Set FULL=1 in the environment for full fine-tuning instead of LoRA, and "
+        f"MODEL to {' or '.join(prepare_model.MOE_BLOCKS)}.",
     )
     parser.add_argument("--output_dir", type=Path, default=Path("results/quickstart"))
     parser.add_argument("--seed", type=int, default=42, help="of the training order")
     return parser
 
 
-def prepare_inputs() -> str:
+def choose_family() -> str:
+    """Return the family that MODEL in the environment names.
+
+    Raises:
+        PreparationError: there is no such family here.
+    """
+    family = os.environ.get("MODEL") or "mixtral"
+    if family not in prepare_model.MOE_BLOCKS:
+        names = " or ".join(prepare_model.MOE_BLOCKS)
+        raise PreparationError(f"MODEL is {family}, but it must be {names}")
+    return family
+
+
+def model_folder(family: str) -> Path:
+    """Return where the model of a family is built."""
+    return CACHE / ("smollm2-moe" if family == "mixtral" else f"smollm2-{family}")
+
+
+def prepare_inputs(family: str) -> str:
     """Build model and data unless they are there; return the question to ask.
 
     The held-out examples are spread evenly over the held-out modules, and the question is one more
     of them: its module was never trained on.
     """
-    prepare_model.prepare(prepare_model.build_parser().parse_args([]))
+    words = ["--family", family, "--output", str(model_folder(family))]
+    prepare_model.prepare(prepare_model.build_parser().parse_args(words))
     if not TRAIN_DATA.exists():
         prepare_docs.prepare(CACHE)
     held_out = json.loads((CACHE / "docs_held_out.json").read_text(encoding="utf-8"))
@@ -78,7 +98,9 @@ def evaluate(question: str, *, model: Path, adapter: Path | None = None) -> dict
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def training_command(num_processes: int, method: str, options: argparse.Namespace) -> list[str]:
+def training_command(
+    num_processes: int, method: str, model: Path, options: argparse.Namespace
+) -> list[str]:
     """Return the torchrun command of the training run."""
     sizes = {
         # Neighbouring ranks share the experts; with 8 GPUs and 4 experts there are two groups.
@@ -92,19 +114,19 @@ def training_command(num_processes: int, method: str, options: argparse.Namespac
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={num_processes}", "train_accelerate_fsdp2.py"]
-    command += ["--model_name_or_path", str(MODEL), "--data_path", str(TRAIN_DATA)]
+    command += ["--model_name_or_path", str(model), "--data_path", str(TRAIN_DATA)]
     command += ["--output_dir", str(options.output_dir), "--overwrite_output_dir", "True"]
     command += ["--use_megablocks_sharding", "True", *METHODS[method]]
     return command + [text for pair in sizes.items() for text in map(str, pair)]
 
 
-def train(num_processes: int, method: str, options: argparse.Namespace) -> float:
+def train(num_processes: int, method: str, model: Path, options: argparse.Namespace) -> float:
     """Run the training; return its wall time in seconds.
 
     Raises:
         PreparationError: it ended with an error (and has said why).
     """
-    command = training_command(num_processes, method, options)
+    command = training_command(num_processes, method, model, options)
     say("$ " + " ".join(["python", *command[1:]]))
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -141,20 +163,23 @@ def show(before: dict[str, Any], after: dict[str, Any], losses: list[float], tit
 
 def quickstart(options: argparse.Namespace) -> None:
     """Prepare, measure, train, measure, compare."""
-    question = prepare_inputs()
+    family = choose_family()
+    question, model = prepare_inputs(family), model_folder(family)
     method = "full" if os.environ.get("FULL") == "1" else "LoRA"
     num_processes = count_processes()
     say("measuring the model before training ...")
-    before = evaluate(question, model=MODEL)
-    seconds = train(num_processes, method, options)
+    before = evaluate(question, model=model)
+    seconds = train(num_processes, method, model, options)
     say("measuring the model after training ...")
     if method == "LoRA":
-        after = evaluate(question, model=MODEL, adapter=options.output_dir)
+        after = evaluate(question, model=model, adapter=options.output_dir)
     else:
         after = evaluate(question, model=options.output_dir)
     lines = (options.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
-    title = f"{method}, {len(losses)} steps on {num_processes} processes in {seconds:.0f} s"
+    title = (
+        f"{family}, {method}, {len(losses)} steps on {num_processes} processes in {seconds:.0f} s"
+    )
     show(before, after, losses, title)
 
 

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.precision import SAVE_DTYPE_OPTION
 from megablocks_utils.config.reader import build_section, read_command
-from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
     check_output,
@@ -118,7 +119,7 @@ def export_checkpoint(options: ExportOptions) -> str:
     }
     with removed_on_error(options.output):
         if lora is None:
-            _export_model(folder, stored, options.output, options.save_dtype)
+            _export_model(folder, manifest, stored, options)
         else:
             _export_adapter(folder, manifest, lora, stored, options.output)
     kind = "model" if lora is None else "adapter"
@@ -138,49 +139,35 @@ def _check_is_checkpoint(folder: Path) -> None:
         )
 
 
-def _export_model(folder: Path, stored: Stored, output: Path, save_dtype: str | None) -> None:
+def _export_model(
+    folder: Path, manifest: Mapping[str, Any], stored: Stored, options: ExportOptions
+) -> None:
     from megablocks_utils.checkpoint.load import build_model_on_meta
-    from megablocks_utils.checkpoint.model_folder import export_model
+    from megablocks_utils.checkpoint.model_folder import WrittenModel, export_model
     from megablocks_utils.checkpoint.saved_dtype import choose_saved_dtypes
+    from megablocks_utils.checkpoint.stored_model import StoredModel
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 
     model = build_model_on_meta(folder)
     model.tie_weights()
-    names = _names_of_model(
-        folder, stored, {n: tuple(p.shape) for n, p in model.named_parameters()}
-    )
-    saved_dtype = choose_saved_dtypes(model, save_dtype)
-    specs = [(name, stored[name][0], saved_dtype(name, stored[name][1])) for name in names]
-    sizes = (_count_bytes(*stored[name]) for name in names)
-    with show_progress("exporting", sum(sizes)) as advance:
+    source = StoredModel(folder, stored, model, manifest.get("base"))
+    saved_dtype = choose_saved_dtypes(model, options.save_dtype)
+    num_bytes = sum(_count_bytes(*spec[1:]) for spec in source.specs)
+    with show_progress("exporting", num_bytes) as advance:
         export_model(
-            model.config,
-            getattr(model, "generation_config", None),
-            load_tokenizer(folder),
-            specs,
-            _read_tensors(folder, stored, names, advance),
-            output,
+            WrittenModel(
+                source.layout,
+                model.config,
+                getattr(model, "generation_config", None),
+                load_tokenizer(folder),
+                base=source.base,
+                files=folder,
+            ),
+            [(name, shape, saved_dtype(name, dtype)) for name, shape, dtype in source.specs],
+            source.tensors(advance),
+            options.output,
             is_writer=True,
         )
-
-
-def _names_of_model(
-    folder: Path, stored: Stored, wanted: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """Return the names of a model's parameters, having seen that just these are stored."""
-    for names, cause in (
-        (wanted.keys() - stored.keys(), "lacks"),
-        (stored.keys() - wanted.keys(), "holds, besides what its config.json describes,"),
-    ):
-        if names:
-            raise CheckpointError(f"the checkpoint {folder} {cause} {min(names)}")
-    for name, shape in wanted.items():
-        if stored[name][0] != shape:
-            raise CheckpointError(
-                f"the checkpoint {folder} holds {name} in shape {stored[name][0]}, wanted is"
-                f" {shape} by its config.json"
-            )
-    return list(wanted)
 
 
 def _export_adapter(
@@ -190,6 +177,7 @@ def _export_adapter(
     stored: Stored,
     output: Path,
 ) -> None:
+    from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
     from megablocks_utils.lora.adapter_files import export_adapter
     from megablocks_utils.lora.settings import LoraSettings
@@ -201,10 +189,12 @@ def _export_adapter(
                 lora["lora_alpha"],
                 tuple(lora["target_modules"]),
                 lora["expert_ranks"],
+                tuple(lora.get("target_weights", ())),
             ),
             load_tokenizer(folder),
             _read_tensors(folder, stored, sorted(stored), advance),
             output,
+            base_model=partial(build_model_on_meta, folder),
             base_model_name=manifest["options"]["model"]["model_name_or_path"],
             is_writer=True,
         )

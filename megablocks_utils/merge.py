@@ -33,12 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
 
-# Files of the base that belong to the model as much as its weights do, besides its config.json.
-COMPANIONS = (
-    *(GENERATION_CONFIG_NAME, "tokenizer*", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model"),
-)
-
 # Files of the adapter that win over the base's: what it was trained with, and where it stops.
 TRAINED_COMPANIONS = (GENERATION_CONFIG_NAME, "chat_template.jinja")
 
@@ -118,7 +112,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     """
     check_output(options.output)
     from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-    from megablocks_utils.checkpoint.layouts import detect_naming
+    from megablocks_utils.checkpoint.layouts import ModelLayout
     from megablocks_utils.checkpoint.load import build_model_on_meta
     from megablocks_utils.checkpoint.model_check import check_against_model
     from megablocks_utils.checkpoint.saved_dtype import choose_saved_dtypes
@@ -135,13 +129,13 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     specs = [TensorSpec(key, index.shape(key), saved_dtype(key, index.dtype(key))) for key in index]
     if options.save_dtype or not dtype:
         model.config.dtype = saved_dtype("", index.dtype(next(iter(index))))
-    layout = detect_naming(index, source=base)
+    layout = ModelLayout(model, index)
     check_against_model(model, index, layout)
     merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
     try:
         with removed_on_error(options.output):
-            companions = _list_companions(index.folder, adapter_folder)
-            _write(merger, specs, model.config, companions, options.output, max_shard_bytes)
+            folders = (index.folder, adapter_folder)
+            _write(merger, specs, model.config, folders, options.output, max_shard_bytes)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot write the model to {options.output}: {reason}") from error
@@ -169,24 +163,20 @@ def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
 
 def _list_companions(base: Path, adapter: Path) -> list[Path]:
     """Return the files to copy, those of the adapter last; none is a link out of its folder."""
-    from megablocks_utils.checkpoint.folder_files import refuse_link_out
+    from megablocks_utils.checkpoint.companions import find_companions
 
-    of_base = sorted({path for pattern in COMPANIONS for path in base.glob(pattern)})
-    paths = (*of_base, *(adapter / name for name in TRAINED_COMPANIONS))
-    found = [path for path in paths if path.is_file()]
-    for path in found:
-        refuse_link_out(path.parent, path)
-    return found
+    return [*find_companions(base), *find_companions(adapter, TRAINED_COMPANIONS)]
 
 
 def _write(
     merger: "AdapterMerger",
     specs: "list[TensorSpec]",
     config: "PreTrainedConfig",
-    companions: list[Path],
+    folders: tuple[Path, Path],
     output: Path,
     max_shard_bytes: int | None,
 ) -> None:
+    from megablocks_utils.checkpoint.companions import write_companions
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, staged_folder
 
@@ -203,8 +193,8 @@ def _write(
             advance(sizes[key])
             # Else it would still be held while the next one is read.
             del tensor
-        config.save_pretrained(folder)
-        for path in companions:
+        write_companions(config, None, None, config.dtype, folder, base=folders[0])
+        for path in _list_companions(*folders):
             shutil.copyfile(path, folder / path.name)
 
 

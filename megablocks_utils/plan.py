@@ -1,13 +1,17 @@
 """Plan a run before it is paid for: `python -m megablocks_utils.plan --help`.
 
-Torch is imported by the runs of `calibrate` alone, in processes of their own.
+Torch is imported in other processes alone: by the runs of `calibrate`, and to build a model whose
+config.json does not say enough.
 """
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from megablocks_utils.byte_units import GIB
@@ -16,14 +20,18 @@ from megablocks_utils.config.given import CommandLine
 from megablocks_utils.config.reader import choose_model
 from megablocks_utils.config.record import format_config, format_record, read_recorded_options
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.files import write_json_atomically
+from megablocks_utils.files import MODEL_CONFIG_NAME, write_json_atomically
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
     launch_name,
     read_config_file,
 )
+from megablocks_utils.planning.model.config_values import KNOWN_MODEL_TYPES
+from megablocks_utils.planning.model.described_shape import shape_of
 from megablocks_utils.planning.model.gpus import GPUS
+from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
 from megablocks_utils.planning.plan_arguments import PlanArguments
 from megablocks_utils.planning.plan_options import (
     PlanOptions,
@@ -45,11 +53,12 @@ from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row,
 from megablocks_utils.planning.speed.scale import plan_scale
 from megablocks_utils.planning.speed.traffic_links import Cluster
 from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.rehearsal.worker import RehearsalWorker
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["build_request", "main", "plan_world", "plan_worlds", "print_config"]
+__all__ = ["build_request", "main", "open_model", "plan_world", "plan_worlds", "print_config"]
 
 DOES_NOT_FIT = 3
 _REPORT_WIDTH = 120
@@ -78,7 +87,9 @@ def main(argv: Sequence[str]) -> None:
         return
     options = build_plan_options(own, line)
     plan = plan_worlds if len(options.world_sizes) > 1 else plan_world
-    if not plan(options):
+    with open_model(options) as model:
+        fits = plan(options, model)
+    if not fits:
         sys.exit(DOES_NOT_FIT)
 
 
@@ -102,13 +113,49 @@ def print_config(own: PlanArguments, line: CommandLine) -> str:
     return format_config(config, leftovers)
 
 
-def plan_world(options: PlanOptions) -> bool:
+@dataclass(frozen=True)
+class PlannedModel:
+    """The model of a plan.
+
+    Attributes:
+        shape: its sizes.
+        rehearse: predicts what the formulas do not know of it; None where they know all.
+    """
+
+    shape: ModelShape
+    rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
+
+
+@contextmanager
+def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
+    """Read a model's config.json; what that does not say, a process finds out that builds it.
+
+    Raises:
+        UserError: a model that is not there, or that cannot be built.
+    """
+    path = find_config_file(options.model)
+    settings = read_config_file(path)
+    if settings.get("model_type") in KNOWN_MODEL_TYPES:
+        yield PlannedModel(read_shape(options.config, settings))
+        return
+    with (
+        TemporaryDirectory() as folder,
+        RehearsalWorker(
+            Path(folder), truncate_layers=options.config.model.truncate_layers
+        ) as worker,
+    ):
+        shutil.copy(path, Path(folder, MODEL_CONFIG_NAME))
+        shape = shape_of(worker.describe())
+        yield PlannedModel(shape, worker.rehearse if shape.not_known else None)
+
+
+def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
     """Plan for one number of GPUs, show and write it; return whether a layout fits.
 
     Raises:
         UserError: as `build_request`, or a file that cannot be written.
     """
-    request = build_request(options)
+    request = build_request(options, model)
     rows = plan_layouts(request)
     assumptions = _list_assumptions(request, options)
     show_plan(_build_console(), request, rows, assumptions)
@@ -121,13 +168,13 @@ def plan_world(options: PlanOptions) -> bool:
     return choose_row(rows) is not None
 
 
-def plan_worlds(options: PlanOptions) -> bool:
+def plan_worlds(options: PlanOptions, model: PlannedModel) -> bool:
     """Plan for several numbers of GPUs, a line each; return whether one of them fits.
 
     Raises:
         UserError: as `plan_world`.
     """
-    request = build_request(options)
+    request = build_request(options, model)
     points = plan_scale(request, options.world_sizes)
     if not points:
         raise ConfigurationError(
@@ -146,16 +193,13 @@ def plan_worlds(options: PlanOptions) -> bool:
     return any(point.chosen is not None for point in points)
 
 
-def build_request(options: PlanOptions) -> PlanRequest:
-    """Read the model's config.json and put together what is asked.
+def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
+    """Put together what is asked.
 
     Raises:
-        UserError: a model that is not there or not known, or an ep_size or number of GPUs that
-            does not fit it.
+        UserError: an ep_size or number of GPUs that does not fit the model.
     """
-    own, config = options.own, options.config
-    path = find_config_file(options.model)
-    shape = read_shape(config, read_config_file(path))
+    own, config, shape = options.own, options.config, model.shape
     gpu = GPUS[own.gpu or _DEFAULT_GPU]
     per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:
@@ -174,6 +218,7 @@ def build_request(options: PlanOptions) -> PlanRequest:
         label_tokens=tokens,
         examples=config.optim.per_device_train_batch_size,
         imbalance=own.imbalance,
+        rehearse=model.rehearse,
     )
     memory_gib = own.gpu_mem_gib
     return PlanRequest(

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import detect_naming
+from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.load import load_experts
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.selection.rank_agreement import select_for_all_ranks
@@ -114,7 +115,8 @@ def shard_moe(
     _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     sharded = _plan(model, ep_size, kernel, expert_dp, use)
-    source = _ExpertSource(checkpoint_name_or_path, sharded.mesh, _local_device(device_type))
+    device = _local_device(device_type)
+    source = _ExpertSource(model, checkpoint_name_or_path, sharded.mesh, device)
     for name, spec in require_experts(model).items():
         _swap(sharded, name, spec, source.take(name, model.get_submodule(name), spec))
         on_layer(1)
@@ -195,33 +197,36 @@ def _swap(sharded: ShardedMoE, name: str, spec: ExpertSpec, weights: dict[str, D
 class _ExpertSource:
     """Where the experts' weights come from: the model itself, or slices of a checkpoint."""
 
-    def __init__(self, checkpoint: str | Path | None, mesh: DeviceMesh, device: torch.device):
-        self.index = self.naming = None
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        checkpoint: str | Path | None,
+        mesh: DeviceMesh,
+        device: torch.device,
+    ):
+        self.reader: SliceReader | None = None
         if checkpoint is not None:
             folder = resolve_checkpoint_folder(str(checkpoint))
             # Rounded once, to the dtype of each parameter, as transformers does it.
-            self.index = open_checkpoint(folder, dtype=torch.float32)
-            self.naming = detect_naming(self.index)
+            index = open_checkpoint(folder, dtype=torch.float32)
+            self.reader = SliceReader(index, ModelLayout(model, index))
         self.mesh = mesh
         self.device = device
 
     def take(self, name: str, module: nn.Module, spec: ExpertSpec) -> dict[str, DTensor]:
         """Return the DTensors of one experts module, this rank's part on its device."""
-        if self.index is None or self.naming is None:
+        if self.reader is None:
             return {
                 p: self._split(module.get_parameter(p).detach()[: spec.num_experts], name)
                 for p in spec.parameter_names
             }
         mine = local_expert_range(spec.num_experts, self.mesh)
-        weights = load_experts(
-            self.index,
-            self.naming,
-            name,
-            first=mine.start,
-            last=mine.stop,
-            dtype=module.get_parameter("down_proj").dtype,
-        )
-        return {p: wrap_local_experts(w.to(self.device), self.mesh) for p, w in weights.items()}
+        shapes = {f"{name}.{p}": tuple(module.get_parameter(p).shape) for p in spec.parameter_names}
+        weights = load_experts(self.reader, shapes, mine, module.get_parameter("down_proj").dtype)
+        return {
+            p: wrap_local_experts(weights[f"{name}.{p}"].to(self.device), self.mesh)
+            for p in spec.parameter_names
+        }
 
     def _split(self, weights: Tensor, name: str) -> DTensor:
         if weights.is_meta:

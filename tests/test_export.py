@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megablocks_utils import export
-from megablocks_utils.checkpoint import distributed_checkpoint
+from megablocks_utils.checkpoint import stored_model
 from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
@@ -76,7 +76,7 @@ def test_an_adapter_is_what_was_trained(save, tmp_path):
 
 def test_one_tensor_is_held_at_a_time(mixtral, tmp_path, monkeypatch):
     """Each is let go before the next is read: of experts, one projection of one layer."""
-    read, held = distributed_checkpoint.read_whole_tensor, []
+    read, held = stored_model.read_whole_tensor, []
 
     def watch(*args):
         assert all(reference() is None for reference in held)
@@ -84,7 +84,7 @@ def test_one_tensor_is_held_at_a_time(mixtral, tmp_path, monkeypatch):
         held.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(distributed_checkpoint, "read_whole_tensor", watch)
+    monkeypatch.setattr(stored_model, "read_whole_tensor", watch)
     export_checkpoint(ExportOptions(mixtral.checkpoint, tmp_path / "out"))
     assert len(held) == sum(name.startswith(MODEL_PREFIX) for name in mixtral.state)
 

@@ -241,7 +241,7 @@ def _attach_adapters(model: PreTrainedModel, config: RunConfig, dtype: torch.dty
         apply_lora(model, None, adapters, dtype=dtype, seed=config.seed)
         return
     model.requires_grad_(False)
-    inject_adapter_in_model(build_peft_config(adapters.settings), model)
+    inject_adapter_in_model(build_peft_config(adapters.settings, model), model)
 
 
 def _group_by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:

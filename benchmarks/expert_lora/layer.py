@@ -90,7 +90,7 @@ def _our_layer(
     )
     block = _Block(layer).requires_grad_(False)
     sharded = ShardedMoE(block, mesh, {"experts": layer}, "shard", choice)
-    settings = LoraSettings(RANK, ALPHA, expert_ranks=same_rank_everywhere(RANK))
+    settings = LoraSettings(RANK, ALPHA, expert_ranks=same_rank_everywhere(RANK, block))
     attach_expert_lora(sharded, settings, dtype=torch.float32, seed=0)
     fill_b(block)
     return block

@@ -18,7 +18,6 @@ from transformers.models.mixtral import modeling_mixtral  # noqa: F401  (part of
 
 from benchmarks.harness.memory import reset_peak_resident
 from benchmarks.harness.processes import as_words
-from megablocks_utils.checkpoint.layouts import is_expert_parameter
 from megablocks_utils.config import parse_args, parse_known_args
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.processes.launch import check_environment
@@ -91,9 +90,10 @@ def _load_with_broadcast(job: Job) -> nn.Module:
 def _broadcast_dense(setup: Setup) -> Callable[[str, Tensor, tuple[int, ...]], None]:
     """Let rank 0 read what is not an expert and send it to all, who keep their part."""
     specs = {name: (shape, dtype) for name, shape, dtype in setup.parameter_specs}
+    experts = setup.expert_parameters().keys()
 
     def fill_local(name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
-        if is_expert_parameter(name):
+        if name in experts:
             setup.fill_local(name, local, offsets)
             return
         shape, dtype = specs[name]

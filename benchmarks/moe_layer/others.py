@@ -29,7 +29,7 @@ from benchmarks.moe_layer.ours import (
 )
 from megablocks_utils.kernels.weights import LowRank
 from megablocks_utils.lora.peft_format import (
-    expert_key,
+    linear_key,
     pack_lora_a,
     pack_lora_b,
     unpack_lora_a,
@@ -85,7 +85,8 @@ def build_peft(case: Case, weights: LayerWeights, inputs: LayerInputs) -> Conten
     for name in ADAPTERS:
         projection, _, factor = name.partition(".lora_")
         pack, unpack = _PEFT_FORM[factor]
-        trained[name] = by_key[expert_key(f"experts.{projection}", factor)]
+        inner = ".base_layer" if projection == PROJECTIONS[0] else ""  # PEFT's wrappers
+        trained[name] = by_key[linear_key(f"experts{inner}", factor)]
         trained[name].data.copy_(pack(weights.adapters[name]))
         to_common[name] = partial(unpack, num_experts=case.shape.num_experts)
     return build_contender(block.experts, inputs, trained, peft.parameters(), to_common=to_common)

@@ -42,6 +42,8 @@ class CompressedSchemes:
         self._quantizer = quantizer
         self._config = quantizer.compressor.quantization_config
         self._schemes: Sequence[Scheme] = list(self._config.config_groups.values())
+        self._of_experts: Scheme = get_experts_scheme(self._config)
+        self._of_others: Scheme = get_dense_scheme(self._config)
 
     def build(self, module: str, parts: Mapping[str, StoredPart]) -> CompressedWeight:
         """Return the weight of a module, by what is stored for it.
@@ -71,8 +73,7 @@ class CompressedSchemes:
         for scheme in self._schemes:
             if any(_names(target, module) for target in scheme.targets):
                 return scheme
-        find: Scheme = (get_experts_scheme if is_of_expert else get_dense_scheme)(self._config)
-        return find
+        return self._of_experts if is_of_expert else self._of_others
 
     def _check(
         self, module: str, parts: Mapping[str, StoredPart], scheme: Scheme, storage: str

@@ -77,8 +77,9 @@ def dequantize_entries(
     parts = {part for weight in found for part in weight.parts}
     modules = {weight.key.removesuffix(_WEIGHT) for weight in found}
     dropped = {key for key in entries if _is_of_activations(key, modules)}
+    taken = parts | dropped
     by_key = {weight.key: weight.weight for weight in found}
-    left = {key: entry for key, entry in entries.items() if key not in parts | dropped}
+    left = {key: entry for key, entry in entries.items() if key not in taken}
     for key in left.keys() & by_key.keys():
         raise CheckpointError(f"{key} in {left[key].path} is stored a second time, quantized")
     refuse_unscaled(left, "and has no scale")
@@ -157,15 +158,18 @@ def _find_fp8(
 def _find_compressed(entries: Entries, schemes: CompressedSchemes) -> Iterator[_Found]:
     for key in entries:
         module, _, last = key.rpartition(".")
-        if last not in ("weight_packed", "weight_scale"):
+        is_packed = f"{module}.weight_packed" in entries
+        # Where values are packed, it is their turn and not that of their scales.
+        if last != ("weight_packed" if is_packed else "weight_scale"):
             continue
-        names = {part: f"{module}.{part}" for part in COMPRESSED_PARTS}
-        parts = {part: _part(entries, name) for part, name in names.items() if name in entries}
-        if last == "weight_scale" and "weight_packed" in parts:
-            continue  # its turn is that of the values
-        for part in ("weight_scale", "weight_packed" if last == "weight_packed" else "weight"):
+        parts = {
+            part: _part(entries, name)
+            for part in COMPRESSED_PARTS
+            if (name := f"{module}.{part}") in entries
+        }
+        for part in ("weight_scale", "weight_packed" if is_packed else "weight"):
             if part not in parts:
-                raise _lacks(key, entries, names[part])
+                raise _lacks(key, entries, f"{module}.{part}")
         weight = schemes.build(module, parts)
         yield _Found(module + _WEIGHT, weight, tuple(part.key for part in parts.values()))
 

@@ -1,31 +1,31 @@
 """Build a model without weights, and read experts from a checkpoint.
 
-The order of a load: `build_model_on_meta`, `open_checkpoint`, `detect_naming`,
-`check_against_model` of `model_check` (before any weight is read), then a `SliceReader` for the
-parts that this rank holds. No function here communicates.
+The order of a load: `build_model_on_meta`, `open_checkpoint`, `ModelLayout`, `check_against_model`
+of `model_check` (before any weight is read), then `fill_buffers` and a `SliceReader` for the parts
+that this rank holds. No function here communicates.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
-from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.json_file import MAX_WHOLE_NUMBER, read_settings, show_value
-from megablocks_utils.checkpoint.layouts import (
-    EXPERT_TENSORS,
-    HubNaming,
-)
 from megablocks_utils.checkpoint.quantization_config import drop_quantization, read_quantization
 from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.checkpoint.stored_names import NameMapping
+from megablocks_utils.checkpoint.text_model import build_text_model, build_whole_model, cut_layers
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.families import SUPPORTED_MODEL_TYPES, describe_supported
 from megablocks_utils.files import GENERATION_CONFIG_NAME, MODEL_CONFIG_NAME
+from megablocks_utils.moe.expert_spec import find_expert_modules
 
 __all__ = [
     "build_model_on_meta",
+    "fill_buffers",
+    "find_other_parts",
     "load_experts",
 ]
 
@@ -49,60 +49,76 @@ def build_model_on_meta(
     """
     folder = Path(folder)
     settings = read_settings(folder / MODEL_CONFIG_NAME, "model")
-    _check_model_type(folder, settings)
-    _check_numbers(folder, settings)
-    _check_top_k(folder, settings)
+    if "model_type" not in settings:
+        raise CheckpointError(f"{folder / MODEL_CONFIG_NAME} names no model_type")
+    for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+        _check_numbers(folder, part)
+        _check_top_k(folder, part)
     read_quantization(folder)  # refuses what is not read here, before names look wrong
     with ForeignCode(lambda reason: _unusable(folder, reason)):
-        config = AutoConfig.from_pretrained(folder)
-        drop_quantization(config)  # the model has floating-point weights, and is saved with them
-        if truncate_layers is not None:
-            config.num_hidden_layers = min(truncate_layers, config.num_hidden_layers)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+        model = build_text_model(_read_config(folder, truncate_layers))
+        model.tie_weights()
         # As `save_pretrained` does; a config may come without.
         model.config.architectures = [type(model).__name__]
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+    if truncate_layers is None and not find_expert_modules(model):
+        raise CheckpointError(
+            f"model_type {settings['model_type']!r} in {folder / MODEL_CONFIG_NAME} has no experts"
+            " that transformers' experts interface serves"
+        )
     return model
 
 
-def load_experts(
-    index: CheckpointIndex,
-    naming: HubNaming,
-    module_name: str,
-    *,
-    first: int,
-    last: int,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """Read experts `first:last` of one MoE layer, and nothing else.
+def find_other_parts(folder: Path, keys: Iterable[str]) -> set[str]:
+    """Return which stored tensors are of parts of a whole (vision, audio) beside its text model."""
+    with ForeignCode(lambda reason: _unusable(folder, reason)):
+        whole = build_whole_model(_read_config(folder, None))
+    if whole is None:
+        return set()
+    state = whole.state_dict()
+    targets = NameMapping(whole, state).targets(keys)
+    return {key for key, target in targets.items() if target.name in state}
 
-    At no time is more held than the result and one Hub tensor (with fused experts: one expert's
+
+def _read_config(folder: Path, truncate_layers: int | None) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(folder)
+    drop_quantization(config)  # the model has floating-point weights, and is saved with them
+    return config if truncate_layers is None else cut_layers(config, truncate_layers)
+
+
+def load_experts(
+    reader: SliceReader, shapes: Mapping[str, tuple[int, ...]], experts: range, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Read some experts of one MoE layer, and nothing else.
+
+    At no time is more held than the result and one stored tensor (of fused experts: one expert's
     rows of it).
 
     Args:
-        index: the checkpoint.
-        naming: how it names its experts.
-        module_name: in-memory name of the experts module, `model.layers.0.mlp.experts`.
-        first: global index of the first expert wanted.
-        last: one past the last expert wanted.
+        reader: of the checkpoint.
+        shapes: of the weights wanted, whole, by qualified name.
+        experts: which experts, by global index.
         dtype: what the result is cast to.
 
     Returns:
-        "gate_up_proj" (L, 2I, H) and "down_proj" (L, H, I) on the CPU, L = last - first.
+        The weights of these experts on the CPU, by name.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape than its neighbours, or non-finite.
     """
-    reader, loaded = SliceReader(index, naming), {}
-    for tensor in EXPERT_TENSORS:
-        name = f"{module_name}.{tensor}"
-        loaded[tensor] = torch.empty(
-            (last - first, *reader.expert_matrix_shape(name, first)), dtype=dtype
-        )
-        reader.fill_local(name, loaded[tensor], (first, 0, 0))
+    loaded = {}
+    for name, shape in shapes.items():
+        loaded[name] = torch.empty((len(experts), *shape[1:]), dtype=dtype)
+        reader.fill_local(name, loaded[name], (experts.start, *(0 for _ in shape[1:])))
     return loaded
+
+
+def fill_buffers(model: PreTrainedModel, reader: SliceReader) -> None:
+    """Read the persistent buffers that are stored; every rank holds them whole."""
+    for name in sorted(reader.layout.buffers - set(reader.layout.missing)):
+        buffer = model.get_buffer(name)
+        reader.fill_local(name, buffer, (0,) * buffer.dim())
 
 
 def _unusable(folder: Path, reason: str) -> CheckpointError:
@@ -137,17 +153,3 @@ def _check_top_k(folder: Path, config: dict) -> None:
                 f"num_experts_per_tok is {top_k} in {folder / MODEL_CONFIG_NAME}, but it must be "
                 f"at most {name}, which is {num_experts}"
             )
-
-
-def _check_model_type(folder: Path, config: dict) -> None:
-    if "model_type" not in config:
-        raise CheckpointError(f"{folder / MODEL_CONFIG_NAME} names no model_type")
-    model_type = config["model_type"]
-    if model_type in SUPPORTED_MODEL_TYPES:
-        return
-    has_experts = any("experts" in key for key in config)
-    reason = "is not supported" if has_experts else "has no experts"
-    raise CheckpointError(
-        f"model_type {model_type!r} in {folder / MODEL_CONFIG_NAME} {reason}: supported are"
-        f" {describe_supported()}"
-    )

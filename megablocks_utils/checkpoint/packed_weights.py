@@ -21,8 +21,8 @@ from megablocks_utils.errors import CheckpointError
 
 __all__ = ["Fp8Weight", "Mxfp4Weight", "PackedWeight", "StoredPart", "meta_target"]
 
-_MAX_VALUES = 2**24
-"""Dequantized at once: 64 MiB in float32, of which the operations hold a few copies."""
+_MAX_VALUES = 2**21
+"""Dequantized at once: 8 MiB in float32, of which the operations hold a few copies."""
 _NAN_EXPONENT = 255
 """Of a scale stored as a byte that is its power of two."""
 _FP4_DTYPES = (torch.int8, torch.float4_e2m1fn_x2)

@@ -170,7 +170,8 @@ def _not_read(found: str) -> CheckpointError:
 def _check_compressed(path: Path, settings: Mapping[str, Any]) -> None:
     """Refuse what compressed-tensors has and this does not read, before its package is asked."""
     groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+    is_table = isinstance(groups, dict) and all(isinstance(g, dict) for g in groups.values())
+    if not groups or not is_table:
         raise CheckpointError(f"{path} has {_SETTING} without config_groups")
     formats = [settings.get("format"), *(group.get("format") for group in groups.values())]
     for value in formats:

@@ -10,7 +10,8 @@ from megablocks_utils.checkpoint.manifest import read_manifest
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.processes.output_folder import MANIFEST_NAME
 
-__all__ = ["BASE_KEY", "COMPATIBILITY_KEY", "DATE_KEY", "adapters_of", "read_run_manifest"]
+__all__ = ["BASE_FOLDER_KEY", "BASE_KEY", "COMPATIBILITY_KEY", "DATE_KEY"]
+__all__ += ["adapters_of", "read_run_manifest"]
 
 COMPATIBILITY_KEY = "continuity"
 """Of what a resumed run must share with the one that wrote the manifest, in format 1."""
@@ -18,6 +19,10 @@ BASE_KEY = "base_sha256"
 """Within it: fingerprint of the model that adapters were trained on; earlier versions had none."""
 DATE_KEY = "template_date"
 """Within it: the day that a chat template was told; null for one that does not ask for it."""
+
+BASE_FOLDER_KEY = "base"
+"""Of the folder of the model that was trained, and of how many of its tensors are not in the
+checkpoint and belong to the model; earlier versions did not say it."""
 
 _LEAST_SEED = -(2**63)
 _LONGEST_RUN_S = 1e10
@@ -36,6 +41,10 @@ def read_run_manifest(folder: Path) -> dict[str, Any]:
     mesh = contents.section("mesh")
     for axis in mesh.values:
         mesh.whole_number(axis, minimum=1)
+    if BASE_FOLDER_KEY in manifest:
+        base = contents.section(BASE_FOLDER_KEY)
+        base.text("folder")
+        base.whole_number("num_passed_through")
     options, facts = contents.section("options"), contents.section(COMPATIBILITY_KEY)
     _check_facts(facts)
     if "lora" in facts:
@@ -80,6 +89,8 @@ def _check_adapters(lora: JsonObject) -> None:
     lora.whole_number("r", minimum=1)
     lora.number("lora_alpha")
     lora.texts("target_modules")
+    if "target_weights" in lora:
+        lora.texts("target_weights")
     ranks = lora.section("expert_ranks")
     for name in ranks.values:
         ranks.whole_number(name, minimum=1)

@@ -17,7 +17,8 @@ class AdapterConfig:
     """Say which modules get low-rank adapters; `use_lora` "none" trains all weights.
 
     Attributes:
-        use_lora: "none", "attn-only", "mlp-only" (experts) or "all" (both).
+        use_lora: "none", "attn-only", "mlp-only" (experts) or "all" (both, shared experts and
+            dense MLPs).
         lora_r: Rank; the parsers fill in the default, or leave None for that of `resume_adapter`.
         lora_alpha: Strength over the rank; likewise.
         resume_adapter: PEFT adapter to resume from.
@@ -27,8 +28,9 @@ class AdapterConfig:
     use_lora: Annotated[
         str,
         Option(
-            "train low-rank adapters on the attention, on the experts (mlp-only) or on both, "
-            "everything else frozen; none trains all weights",
+            "train low-rank adapters on the attention or whatever mixes tokens (attn-only), on the "
+            "experts (mlp-only), or on both, shared experts and dense MLPs (all), everything else "
+            "frozen; none trains all weights",
             choices=tuple(EXPERT_MODE_OF),
         ),
     ] = "none"

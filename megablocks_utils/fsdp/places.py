@@ -5,7 +5,7 @@ What a checkpoint of any layout is written from and read into.
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -13,7 +13,7 @@ from megablocks_utils.checkpoint.tensor_shards import BlockPlace, Place, RunPlac
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.mesh.placement import local_offsets
 
-__all__ = ["PlacedParameters", "find_places"]
+__all__ = ["PlacedParameters", "find_buffers", "find_places"]
 
 PlacedParameters = dict[str, tuple[nn.Parameter, Place]]
 
@@ -41,6 +41,16 @@ def find_places(model: nn.Module) -> PlacedParameters:
             continue
         places[strip_wrappers(name)] = parameter, place
     return places
+
+
+def find_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers, which each rank holds whole, by name in the bare model."""
+    return {
+        strip_wrappers(f"{path}.{name}".removeprefix(".")): buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _runs_in_flat_parameters(modules: Iterable[nn.Module]) -> dict[int, RunPlace]:

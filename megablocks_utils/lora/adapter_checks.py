@@ -2,44 +2,32 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import naming_of_family
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
+from megablocks_utils.lora.adapter_places import Places, find_places, weight_of
 from megablocks_utils.lora.expert_formats import (
     AdapterMatrix,
     ExpertFormat,
     FusedExperts,
     SeparateExperts,
-    Shape,
 )
-from megablocks_utils.lora.peft_format import linear_key, linear_matrices
+from megablocks_utils.lora.peft_format import (
+    ExpertPlace,
+    Shape,
+    linear_key,
+    linear_matrices,
+)
 from megablocks_utils.lora.peft_targets import PeftTarget, find_peft_targets
 from megablocks_utils.lora.replaced_weights import find_replaced
-from megablocks_utils.shard_moe_utils import PROJECTIONS, find_expert_modules
+from megablocks_utils.lora.single_experts import SingleExpertNames
 
-__all__ = ["FoundAdapter", "FoundAdapters", "Places", "check_adapter", "find_places"]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Say where a model can have adapters.
-
-    Attributes:
-        linears: linear layer -> shape (out, in) of its weight.
-        experts: parameter of experts -> its shape (E, out, in).
-        routers: router, whose weight is no linear layer's -> shape (E, in).
-    """
-
-    linears: Mapping[str, Shape]
-    experts: Mapping[str, Shape]
-    routers: Mapping[str, Shape]
+__all__ = ["FoundAdapter", "FoundAdapters", "check_adapter"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +40,17 @@ class FoundAdapter:
         scaling: factor of B @ A.
         is_parameter: whether PEFT adds it to a parameter, as to those of experts and routers: it
             rounds what it adds, too.
+        is_transposed: whether it is one of experts that are stored (E, in, out).
+        num_stored: experts that the file has it for: E, or more where a parameter has rows for
+            experts that compute nothing.
     """
 
     shape: Shape
     rank: int
     scaling: float
     is_parameter: bool
+    is_transposed: bool = False
+    num_stored: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,37 +70,6 @@ class FoundAdapters:
     replaced: Mapping[str, str]
 
 
-def find_places(model: PreTrainedModel) -> Places:
-    """Find the linear layers of a model, without a tied output layer, and its experts.
-
-    Raises:
-        ConfigurationError: the model's family is not supported.
-    """
-    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    return Places(
-        {
-            name: tuple(module.weight.shape)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        },
-        {
-            f"{name}.{projection}": tuple(getattr(module, projection).shape)
-            for name, module in find_expert_modules(model).items()
-            for projection in PROJECTIONS
-        },
-        {
-            name: tuple(module.weight.shape)
-            for name, module in model.named_modules()
-            if not isinstance(module, nn.Linear | nn.Embedding) and _has_matrix(module)
-        },
-    )
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 2
-
-
 def check_adapter(
     config: AdapterConfigFile, index: CheckpointIndex, model: PreTrainedModel
 ) -> FoundAdapters:
@@ -122,34 +84,27 @@ def check_adapter(
     path = index.folder / ADAPTER_WEIGHTS_NAME
     places, targets = find_places(model), find_peft_targets(config, model)
     replaced = find_replaced(config, index, model)
-    fused = FusedExperts({name: target.key for name, target in targets.items()})
-    separate = SeparateExperts(naming_of_family(model.config.model_type), config.r)
-    linears = {name: shape for name, shape in places.linears.items() if name in targets}
-    linears |= {n: shape for n, shape in places.routers.items() if _weight_of(n) in targets}
-    experts = {name: shape for name, shape in places.experts.items() if name in targets}
-    of_experts = {fused: experts, separate: _in_targeted_layers(experts, config)}
-    matrices = {
-        expert_format: [
-            matrix
-            for name, shape in shapes.items()
-            for matrix in expert_format.matrices(name, shape, targets[name].rank)
-        ]
-        for expert_format, shapes in of_experts.items()
-    }
-    formats = [f for f, found in matrices.items() if any(matrix.key in index for matrix in found)]
-    if len(formats) > 1:
-        labels = " and ".join(expert_format.label for expert_format in formats)
-        raise CheckpointError(f"{path} holds adapters of experts in two formats, {labels}")
+    linears = {n: x for n, x in places.linears.items() if {n, weight_of(n)} & targets.keys()}
+    linears |= {n: shape for n, shape in places.routers.items() if weight_of(n) in targets}
+    experts = {name: place for name, place in places.experts.items() if name in targets}
     of_linears = [
         matrix
         for name, shape in linears.items()
         for matrix in linear_matrices(name, shape, _target_of(targets, name).rank)
     ]
+    fused = FusedExperts({name: target.key for name, target in targets.items()}, places.experts)
+    matrices: dict[ExpertFormat, list[AdapterMatrix]] = {fused: _matrices(fused, experts, targets)}
+    known = _known_keys(places)
+    separate = None
+    if index.keys() - {m.key for m in (*of_linears, *matrices[fused])} - {*replaced.values()}:
+        separate = SeparateExperts(SingleExpertNames(model), config.r)
+        matrices[separate] = _matrices(separate, _in_targeted_layers(experts, config), targets)
+        known |= {m.key for name in places.experts for m in separate.matrices(name, 1)}
+    formats = [f for f, found in matrices.items() if any(matrix.key in index for matrix in found)]
+    if len(formats) > 1:
+        labels = " and ".join(expert_format.label for expert_format in formats)
+        raise CheckpointError(f"{path} holds adapters of experts in two formats, {labels}")
     used = [*of_linears, *(matrices[formats[0]] if formats else ())]
-    known = {
-        m.key for name, shape in places.experts.items() for m in separate.matrices(name, shape, 1)
-    }
-    known |= _known_keys(places)
     unread = [key for key in index if key not in {m.key for m in used} | {*replaced.values()}]
     _refuse_unread(config, index, unread, known, places)
     present = _refuse_missing(index, used)
@@ -158,14 +113,20 @@ def check_adapter(
             _check_tensor(index, matrix)
     if not present and not replaced:
         raise CheckpointError(f"{path} holds no adapters")
-    if formats == [separate]:
+    if separate is not None and formats == [separate]:
         _refuse_separate_patterns(config, targets, experts)
     return FoundAdapters(
         _found(linears, targets, present),
-        _found(experts, targets, present),
+        _found_experts(experts, targets, present),
         formats[0] if formats else None,
         replaced,
     )
+
+
+def _matrices(
+    expert_format: ExpertFormat, experts: Iterable[str], targets: Mapping[str, PeftTarget]
+) -> list[AdapterMatrix]:
+    return [m for name in experts for m in expert_format.matrices(name, targets[name].rank)]
 
 
 def _found(
@@ -178,24 +139,34 @@ def _found(
     }
 
 
-def _weight_of(module: str) -> str:
-    return f"{module}.weight"
+def _found_experts(
+    places: Mapping[str, ExpertPlace], targets: Mapping[str, PeftTarget], present: Collection[str]
+) -> dict[str, FoundAdapter]:
+    found = _found({name: place.shape for name, place in places.items()}, targets, present)
+    return {
+        name: replace(
+            adapter,
+            is_transposed=places[name].is_transposed,
+            num_stored=places[name].num_stored,
+        )
+        for name, adapter in found.items()
+    }
 
 
 def _target_of(targets: Mapping[str, PeftTarget], name: str) -> PeftTarget:
     """Return what PEFT attaches to a linear layer, to a parameter, or to a router's weight."""
-    return targets[name] if name in targets else targets[_weight_of(name)]
+    return targets[name] if name in targets else targets[weight_of(name)]
 
 
 def _in_targeted_layers(
-    experts: Mapping[str, Shape], config: AdapterConfigFile
-) -> Mapping[str, Shape]:
+    experts: Mapping[str, ExpertPlace], config: AdapterConfigFile
+) -> Mapping[str, ExpertPlace]:
     """Return the experts that `layers_to_transform` names, which PEFT's conversion passes over."""
     layers = config.targeting["layers_to_transform"]
     if layers is None:
         return experts
     wanted = layers if isinstance(layers, list) else [layers]
-    return {name: shape for name, shape in experts.items() if _layer_number(name) in wanted}
+    return {name: place for name, place in experts.items() if _layer_number(name) in wanted}
 
 
 def _layer_number(name: str) -> int | None:

@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from megablocks_utils.checkpoint.library_errors import DiskErrorsAsOSErrors
 from megablocks_utils.checkpoint.writer import staged_folder
@@ -18,12 +19,8 @@ from megablocks_utils.files import (
     remove_path,
 )
 from megablocks_utils.lora.file_check import AdapterCheckError
-from megablocks_utils.lora.peft_format import (
-    expert_key,
-    linear_key,
-    pack_lora_a,
-    pack_lora_b,
-)
+from megablocks_utils.lora.peft_format import ExpertPlace, find_expert_places, linear_key
+from megablocks_utils.lora.peft_targets import attach_on_meta
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 
 REFUSED_NAME = "refused_adapter"
@@ -37,6 +34,7 @@ def export_adapter(
     tensors: Iterable[tuple[str, Tensor | None]],
     output_dir: str | Path,
     *,
+    base_model: Callable[[], PreTrainedModel],
     base_model_name: str,
     is_writer: bool,
     generation_config: GenerationConfig | None = None,
@@ -52,6 +50,7 @@ def export_adapter(
         tensors: each adapter parameter's name in the model and whole tensor (None where not
             writer).
         output_dir: the folder.
+        base_model: builds the plain model, on meta: it says how PEFT holds adapters of experts.
         base_model_name: what PEFT will load the adapter onto.
         is_writer: whether this rank writes.
         generation_config: written too, if given: where generation with the adapter stops.
@@ -62,15 +61,15 @@ def export_adapter(
         AdapterCheckError: from `check`, with the folder of the files.
         CheckpointError: likewise, for values that are not finite; or the folder cannot be written.
     """
+    names = PeftNames(settings, base_model()) if is_writer else None
     weights = {}
     for name, tensor in tensors:
-        if is_writer and tensor is not None:
-            key, stored = to_peft(name, tensor)
+        if names is not None and tensor is not None:
+            key, stored = names.to_peft(name, tensor)
             weights[key] = stored
-    if not is_writer:
+    if names is None:
         return
-    config = build_peft_config(settings, base_model_name)
-    config.inference_mode = True
+    config = names.build_config(base_model_name)
     try:
         with staged_folder(Path(output_dir), last=ADAPTER_CONFIG_NAME) as folder:
             with DiskErrorsAsOSErrors():
@@ -98,18 +97,41 @@ def _keep_for_inspection(folder: Path, output_dir: Path) -> Path:
     return kept
 
 
-def to_peft(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """Return the name and the form in which PEFT stores an adapter parameter.
+class PeftNames:
+    """Know under which names and in which form PEFT stores the adapters of a model.
 
     Args:
-        name: in the model, `...q_proj.lora_A.default.weight` or
-            `...mlp.experts.gate_up_proj_lora.lora_A`.
-        tensor: whole.
+        settings: of the adapters.
+        model: as transformers builds it, on meta or not.
     """
-    if match := _LINEAR.fullmatch(name):
-        return linear_key(match["layer"], match["side"]), tensor
-    match = _EXPERT.fullmatch(name)
-    if match is None:
-        raise CheckpointError(f"{name} is not a parameter of an adapter")
-    pack = pack_lora_a if match["side"] == "A" else pack_lora_b
-    return expert_key(match["parameter"], match["side"]), pack(tensor).contiguous()
+
+    def __init__(self, settings: LoraSettings, model: PreTrainedModel) -> None:
+        self._settings, self._model = settings, model
+        self._places: dict[str, ExpertPlace] = {}
+        self._wrappers: dict[str, str] = {}
+        if settings.expert_ranks:
+            self._places = find_expert_places(model)
+            targets = attach_on_meta(build_peft_config(settings, model), model)
+            self._wrappers = {name: target.key for name, target in targets.items()}
+
+    def build_config(self, base_model_name: str) -> LoraConfig:
+        """Return what `adapter_config.json` holds."""
+        config = build_peft_config(self._settings, self._model, base_model_name)
+        config.inference_mode = True
+        return config
+
+    def to_peft(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """Return the name and the form in which PEFT stores an adapter parameter.
+
+        Args:
+            name: in the model, `...q_proj.lora_A.default.weight` or
+                `...mlp.experts.gate_up_proj_lora.lora_A`.
+            tensor: whole.
+        """
+        if match := _LINEAR.fullmatch(name):
+            return linear_key(match["layer"], match["side"]), tensor
+        match = _EXPERT.fullmatch(name)
+        if match is None or match["parameter"] not in self._wrappers:
+            raise CheckpointError(f"{name} is not a parameter of an adapter")
+        side, packed = self._places[match["parameter"]].pack(match["side"], tensor)
+        return linear_key(self._wrappers[match["parameter"]], side), packed

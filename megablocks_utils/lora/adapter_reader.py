@@ -89,7 +89,7 @@ class AdapterReader:
         expert_format = self.found.expert_format
         if expert_format is None:
             raise ValueError(f"the adapter {self.index.folder} has none on {name}")
-        return expert_format.read(self.index, name, self.found.experts[name].shape, experts)
+        return expert_format.read(self.index, name, experts)
 
 
 def resolve_adapter_folder(name_or_path: str | Path) -> Path:

@@ -1,7 +1,9 @@
-"""LoRA: freeze the model and attach adapters to attention, experts or both."""
+"""LoRA: freeze the model and attach adapters to attention, experts, or all linear layers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -11,10 +13,13 @@ from megablocks_utils.config import AdapterConfig
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.adapter_reader import AdapterReader, open_adapter
 from megablocks_utils.lora.expert_adapters import attach_expert_lora, lora_name
-from megablocks_utils.lora.linear_adapters import attach_linear_lora, find_attention_projections
+from megablocks_utils.lora.linear_adapters import attach_linear_lora
+from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_linears
+from megablocks_utils.lora.peft_targets import find_loadable, split_by_reach
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.lora.trainable import settings_of_adapter
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
+from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 _ADAPTER_NAME = "default"
@@ -55,17 +60,45 @@ def _new_settings(model: PreTrainedModel, adapter: AdapterConfig) -> LoraSetting
             "new adapters need lora_r and lora_alpha, but the config has None.",
             parameters=("lora_r", "lora_alpha"),
         )
-    modules: tuple[str, ...] = ()
-    if adapter.trains_attention:
-        modules = find_attention_projections(model, adapter.use_lora)
-    ranks = same_rank_everywhere(adapter.lora_r) if adapter.trains_experts else {}
-    return LoraSettings(adapter.lora_r, adapter.lora_alpha, modules, ranks)
+    ranks: Mapping[str, int] = {}
+    if adapter.trains_experts:
+        _check_experts_are_loadable(model, adapter)
+        ranks = same_rank_everywhere(adapter.lora_r, model)
+    modules, weights = split_by_reach(model, _choose_linears(model, adapter))
+    return LoraSettings(adapter.lora_r, adapter.lora_alpha, modules, ranks, weights)
+
+
+def _check_experts_are_loadable(model: PreTrainedModel, adapter: AdapterConfig) -> None:
+    modules = find_expert_modules(model)
+    lost = modules.keys() - find_loadable(model, modules)
+    if lost:
+        others = "none or attn-only" if find_loadable(model, find_mixer_linears(model)) else "none"
+        raise ConfigurationError(
+            f"use_lora is {adapter.use_lora}, but PEFT {peft.__version__} would not find adapters "
+            f"on {min(lost)} again when it loads them; it must be {others} for model type "
+            f"{model.config.model_type}.",
+            parameters=("use_lora",),
+        )
+
+
+def _choose_linears(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
+    if not adapter.trains_attention:
+        return []
+    linears = find_loadable(model, find_mixer_linears(model))
+    if not linears:
+        raise ConfigurationError(
+            f"use_lora {adapter.use_lora} needs linear layers in the attention whose adapters PEFT "
+            f"can load, but model type {model.config.model_type} has none.",
+            parameters=("use_lora",),
+        )
+    dense = find_dense_linears(model) if adapter.trains_experts else ()
+    return [*linears, *find_loadable(model, dense)]
 
 
 def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:
     """Refuse a config that contradicts the adapter to start from."""
     kinds = {(True, False): "attn-only", (False, True): "mlp-only", (True, True): "all"}
-    kind = kinds[bool(settings.target_modules), bool(settings.expert_ranks)]
+    kind = kinds[bool(settings.linear_ends), bool(settings.expert_ranks)]
     own = {"use_lora": kind, "lora_r": settings.r, "lora_alpha": settings.lora_alpha}
     for name, value in own.items():
         given = getattr(adapter, name)
@@ -107,7 +140,7 @@ def apply_lora(
             parameters=("sharded",),
         )
     model.requires_grad_(False)
-    if settings.target_modules:
+    if settings.linear_ends:
         attach_linear_lora(model, settings, dtype=dtype, seed=seed)
     if sharded is not None and settings.expert_ranks:
         attach_expert_lora(sharded, settings, dtype=dtype, seed=seed)
@@ -128,7 +161,7 @@ def _fill(
         return
     for name, module in sharded.expert_modules.items():
         mine = local_expert_range(module.num_experts, sharded.mesh)
-        for projection in settings.expert_ranks:
+        for projection in module.spec.projections if settings.expert_ranks else ():
             lora = getattr(module, lora_name(projection))
             lora_a, lora_b = source.experts(f"{name}.{projection}", mine)
             local_tensor(lora.lora_A.detach()).copy_(lora_a)

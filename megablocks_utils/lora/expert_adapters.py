@@ -40,11 +40,11 @@ def attach_expert_lora(
     generator = torch.Generator().manual_seed(seed)
     for module in sharded.expert_modules.values():
         mine = local_expert_range(module.num_experts, sharded.mesh)
-        for projection, rank in settings.expert_ranks.items():
-            weights = getattr(module, projection)
-            num_experts, num_out, num_in = weights.shape
+        for projection in module.spec.projections:
+            rank, weights = settings.expert_ranks[projection], getattr(module, projection)
+            num_in, num_out = weights.shape[1:][:: 1 if module.spec.is_transposed else -1]
             bound = 1 / math.sqrt(num_in)
-            lora_a = torch.empty(num_experts, rank, num_in).uniform_(
+            lora_a = torch.empty(module.num_experts, rank, num_in).uniform_(
                 -bound, bound, generator=generator
             )
             lora_b = torch.zeros(len(mine), num_out, rank)

@@ -58,7 +58,7 @@ def measure_experts(
     """
     found = {}
     for name, module in sharded.expert_modules.items():
-        for projection in settings.expert_ranks:
+        for projection in module.spec.projections if settings.expert_ranks else ():
             lora = getattr(module, lora_name(projection))
             squares = states.get(lora.lora_B, {}).get("exp_avg_sq")
             parts = [

@@ -4,38 +4,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import PreTrainedModel
 
-from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.lora.settings import LoraSettings, build_peft_config
-
-_ATTENTION_MODULE = "self_attn"
-
-
-def find_attention_projections(model: PreTrainedModel, use_lora: str) -> tuple[str, ...]:
-    """Find the last names of the linear layers in the attention, sorted (q_proj, k_proj, ...).
-
-    Args:
-        model: the model.
-        use_lora: its value, for the message.
-
-    Raises:
-        ConfigurationError: the model has none.
-    """
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f".{_ATTENTION_MODULE}." in f".{name}."
-    }
-    if not names:
-        raise ConfigurationError(
-            f"use_lora {use_lora} needs linear layers in modules named {_ATTENTION_MODULE}, but "
-            f"model type {model.config.model_type} has none.",
-            parameters=("use_lora",),
-        )
-    return tuple(sorted(names))
+from megablocks_utils.lora.settings import LoraSettings
 
 
 def attach_linear_lora(
@@ -45,10 +17,18 @@ def attach_linear_lora(
 
     The same seed gives every rank the same adapters, which FSDP relies on.
     """
-    without_experts = LoraSettings(settings.r, settings.lora_alpha, settings.target_modules)
+    # By a config, PEFT would take some of the names for those of single experts.
+    without_config = nn.Module()
+    without_config.add_module("model", model)
+    peft_config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it, whatever it is
+        lora_dropout=0.0,
+        target_modules=list(settings.linear_ends),
+    )
     with torch.random.fork_rng(devices=[]), _weights_off_meta(model):
         torch.manual_seed(seed)
-        inject_adapter_in_model(build_peft_config(without_experts), model)
+        inject_adapter_in_model(peft_config, without_config)
     for parameter in linear_lora_parameters(model):
         parameter.data = parameter.data.to(dtype)
 

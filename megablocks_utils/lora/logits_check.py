@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from megablocks_utils.checkpoint.library_output import (
     filter_peft_warnings,
@@ -66,7 +73,8 @@ def check_logits(
     logits: Tensor,
     *,
     compute: torch.dtype,
-    num_layers: int,
+    plain: PreTrainedModel,
+    is_truncated: bool = False,
 ) -> LogitsCheck:
     """Load the adapter with plain PEFT, in this process on the CPU, and compare logits.
 
@@ -76,17 +84,18 @@ def check_logits(
         input_ids: (1, T) tokens.
         logits: (1, T, V) of the trained model for them.
         compute: the run's dtype of compute. The reference is computed in the next higher one.
-        num_layers: of the trained model, which may be a truncated one.
+        plain: the trained model as transformers builds it, on meta.
+        is_truncated: whether it has fewer layers than the base model.
 
     Raises:
         AdapterCheckError: they differ by more than rounding explains.
     """
     with without_transformers_bars(), filter_peft_warnings():
-        base = AutoModelForCausalLM.from_pretrained(
+        base = _find_auto_class(base_dir, type(plain)).from_pretrained(
             base_dir,
             dtype=_HIGHER[compute],
             experts_implementation="eager",  # fp64 has no grouped product
-            num_hidden_layers=num_layers,
+            **({"config": plain.config} if is_truncated else {}),
             **load_dequantized(base_dir),
         )
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
@@ -99,6 +108,17 @@ def check_logits(
     if fault := found.find_fault():
         raise AdapterCheckError(f"plain PEFT loads the written adapter, but {fault}")
     return found
+
+
+def _find_auto_class(folder: Path, model_class: type[PreTrainedModel]) -> type[_BaseAutoModelClass]:
+    """Return the class with which a user loads a folder as a model of `model_class`."""
+    config_class = type(AutoConfig.from_pretrained(folder))
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if config_class in auto_class._model_mapping:
+            found = auto_class._model_mapping[config_class]
+            if model_class in (found if isinstance(found, tuple) else (found,)):
+                return auto_class
+    return AutoModelForCausalLM
 
 
 def compare_logits(ours: Tensor, stock: Tensor, exact: Tensor, without: Tensor) -> LogitsCheck:

@@ -8,20 +8,32 @@ memory, and what it has attached is read off.
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
+from megablocks_utils.lora.linear_choice import has_end, target_ends
+from megablocks_utils.lora.peft_format import linear_key
 
-__all__ = ["PeftTarget", "find_peft_targets"]
+__all__ = [
+    "PeftTarget",
+    "attach_on_meta",
+    "find_loadable",
+    "find_peft_targets",
+    "split_by_reach",
+]
 
 _ADAPTER_NAME = "default"
 _BASE_LAYER = ".base_layer"
@@ -65,16 +77,21 @@ def find_peft_targets(
     Raises:
         CheckpointError: PEFT refuses the configuration.
     """
-    bare = _copy_on_meta(model)
+    peft_config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config.targeting)
     try:
-        with warnings.catch_warnings():
-            # Of patterns that match nothing: they have no effect.
-            warnings.simplefilter("ignore")
-            peft_config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config.targeting)
-            inject_adapter_in_model(peft_config, bare, _ADAPTER_NAME)
+        return attach_on_meta(peft_config, model)
     except _REFUSALS as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{config.path} cannot be used with this model: {reason}") from error
+
+
+def attach_on_meta(peft_config: LoraConfig, model: PreTrainedModel) -> Mapping[str, PeftTarget]:
+    """Return what PEFT attaches to a model, which stays as it is; PEFT raises what it refuses."""
+    bare = _copy_on_meta(model)
+    with warnings.catch_warnings():
+        # Of patterns that match nothing: they have no effect.
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(peft_config, bare, _ADAPTER_NAME)
     targets = {}
     for name, module in bare.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER_NAME in module.r:
@@ -82,6 +99,47 @@ def find_peft_targets(
             is_parameter = isinstance(module, ParamWrapper)
             targets[_name_of(name, module)] = PeftTarget(name, rank, scaling, is_parameter)
     return targets
+
+
+def find_loadable(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:
+    """Return the modules whose adapters PEFT finds again when it loads them.
+
+    It renames the tensors of a file as transformers renames those of a checkpoint of old, which
+    can break names that are right already.
+    """
+    names = {linear_key(name, "A"): name for name in modules}
+    tensors = {key: torch.empty(0, device="meta") for key in names}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return [name for key, name in names.items() if key in loaded]
+
+
+def split_by_reach(
+    model: PreTrainedModel, linears: Collection[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the ends of names by which PEFT finds just these linear layers.
+
+    Where experts of a family were linear layers in transformers 4, PEFT takes some last names
+    (gate_proj, w1) for theirs, whatever stands before. Such layers are found by their weight.
+
+    Returns:
+        ends for `target_modules`, and others that followed by `.weight` are `target_parameters`.
+    """
+    ends = target_ends(model, linears, [name for name, _ in model.named_modules()])
+    modules = tuple(end for end in ends if not _is_taken_for_expert(model, end))
+    others = [end for end in ends if end not in modules]
+    by_weight = [name for name in linears if has_end(name, others)]
+    parameters = model.named_parameters(remove_duplicate=False)
+    weights = [name.removesuffix(".weight") for name, _ in parameters if name.endswith(".weight")]
+    return modules, target_ends(model, by_weight, weights)
+
+
+def _is_taken_for_expert(model: PreTrainedModel, end: str) -> bool:
+    config = LoraConfig(target_modules=[end])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # it misses the other projections of an expert
+        return True
+    return config.target_modules != {end}
 
 
 def _name_of(name: str, module: object) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex
-from megablocks_utils.checkpoint.layouts import TIED_PARAMETERS, is_expert_parameter
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
 from megablocks_utils.lora.peft_format import PREFIX
+from megablocks_utils.moe.expert_spec import find_expert_parameters
 
 __all__ = ["find_replaced"]
 
@@ -31,12 +31,12 @@ def find_replaced(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if module in ends}
-    replaced = {}
+    of_experts, replaced = find_expert_parameters(model), {}
     for name, parameter in parameters.items():
         key = _find_key(name, config, index, is_embedding=name in embeddings)
         if key is None:
             continue
-        if is_expert_parameter(name):
+        if name in of_experts:
             raise CheckpointError(
                 f"{config.path} has modules_to_save {', '.join(config.modules_to_save)}, which"
                 f" covers {name}: whole experts are not read from an adapter"
@@ -56,8 +56,9 @@ def find_replaced(
                 f"{key} in {path} has dtype {index.dtype(key)}, wanted is one of floating point"
             )
         replaced[name] = key
-    tied = {*TIED_PARAMETERS, *TIED_PARAMETERS.values()} & set(replaced)
-    if tied and model.config.tie_word_embeddings:
+    ties = model.all_tied_weights_keys
+    tied = {*ties, *ties.values()} & set(replaced)
+    if tied:
         raise CheckpointError(
             f"{path} replaces {min(tied)}, which is tied to another weight in this model"
         )

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
+from torch import nn
 
-from megablocks_utils.checkpoint.layouts import EXPERTS_PATH
-from megablocks_utils.shard_moe_utils import PROJECTIONS
+from megablocks_utils.lora.linear_choice import has_end, target_ends
+from megablocks_utils.moe.expert_spec import find_expert_modules, read_parameter_names
+
+__all__ = ["LoraSettings", "build_peft_config", "same_rank_everywhere"]
 
 
 @dataclass(frozen=True)
@@ -16,34 +19,55 @@ class LoraSettings:
     Attributes:
         r: rank of the adapters of linear layers.
         lora_alpha: strength, over `r`.
-        target_modules: last names of the linear layers with adapters; may be empty.
+        target_modules: ends of the names of the linear layers with adapters; may be empty.
         expert_ranks: projection of the experts -> rank; empty where experts have no adapters. A
             rank other than `r` comes from adapters of the separate gate and up of transformers 4.
+        target_weights: ends of the names of linear layers that PEFT finds by their weight alone:
+            it takes their last names for those of single experts.
     """
 
     r: int
     lora_alpha: float
     target_modules: tuple[str, ...] = ()
     expert_ranks: Mapping[str, int] = field(default_factory=dict)
+    target_weights: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> float:
         """Factor of every adapter, those of experts with other ranks too."""
         return self.lora_alpha / self.r
 
+    @property
+    def linear_ends(self) -> tuple[str, ...]:
+        """Ends of the names of all linear layers with adapters."""
+        return (*self.target_modules, *self.target_weights)
 
-def same_rank_everywhere(r: int) -> Mapping[str, int]:
-    """Return `expert_ranks` for adapters of rank `r` on all projections of the experts."""
-    return dict.fromkeys(PROJECTIONS, r)
+    def describe(self) -> str:
+        """Say which modules have adapters, and how strong they are."""
+        experts = [f"experts.{projection}" for projection in self.expert_ranks]
+        names = dict.fromkeys(map(_path_in_layer, (*self.linear_ends, *experts)))
+        return f"LoRA of rank {self.r}, alpha {self.lora_alpha:g}, on {', '.join(names)}"
 
 
-def build_peft_config(settings: LoraSettings, base_model_name: str | None = None) -> LoraConfig:
-    """Translate the settings for PEFT: for its own layers and for `adapter_config.json`."""
-    patterns = {
-        _target(projection): rank
-        for projection, rank in settings.expert_ranks.items()
-        if rank != settings.r
-    }
+def same_rank_everywhere(r: int, model: nn.Module) -> Mapping[str, int]:
+    """Return `expert_ranks` for adapters of rank `r` on all projections of a model's experts."""
+    modules = find_expert_modules(model).values()
+    return dict.fromkeys((name for m in modules for name in read_parameter_names(m)[:2]), r)
+
+
+def build_peft_config(
+    settings: LoraSettings, model: nn.Module, base_model_name: str | None = None
+) -> LoraConfig:
+    """Translate the settings for PEFT, as `adapter_config.json` holds them.
+
+    Args:
+        settings: of the adapters.
+        model: whose they are, with transformers' experts or ours.
+        base_model_name: what PEFT will load the adapter onto.
+    """
+    ranks = _rank_of_targets(settings, model)
+    patterns = {target: rank for target, rank in ranks.items() if rank != settings.r}
+    weights = [f"{end}.weight" for end in settings.target_weights]
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
@@ -51,12 +75,30 @@ def build_peft_config(settings: LoraSettings, base_model_name: str | None = None
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it, whatever it is
         lora_dropout=0.0,
         target_modules=list(settings.target_modules),
-        target_parameters=[_target(projection) for projection in settings.expert_ranks] or None,
+        target_parameters=[*ranks, *weights] or None,
         rank_pattern=patterns,
         alpha_pattern={name: rank * settings.scaling for name, rank in patterns.items()},
     )
 
 
-def _target(projection: str) -> str:
-    """Return the end of the name by which PEFT finds this projection in every layer."""
-    return f"{EXPERTS_PATH}.{projection}"
+def _rank_of_targets(settings: LoraSettings, model: nn.Module) -> dict[str, int]:
+    """Return the ends of names by which PEFT finds the experts' projections, each with its rank."""
+    modules = find_expert_modules(model) if settings.expert_ranks else {}
+    blocks = {_path_in_layer(name) for name in modules}
+    names = [name for name, _ in model.named_parameters()]
+    ranks = {}
+    for projection, rank in settings.expert_ranks.items():
+        chosen = {f"{name}.{projection}" for name in modules}
+        wanted = [f"{block}.{projection}" for block in sorted(blocks)]
+        exact = target_ends(model, chosen, names)
+        if set(exact) == chosen or any(has_end(n, wanted) for n in names if n not in chosen):
+            wanted = list(exact)
+        ranks |= dict.fromkeys(wanted, rank)
+    return ranks
+
+
+def _path_in_layer(name: str) -> str:
+    """Return what follows the last number in a module's name: `mlp.experts`."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

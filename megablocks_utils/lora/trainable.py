@@ -1,6 +1,7 @@
 """Which adapters of a file can be trained on: one rank and one strength, in every layer."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -8,8 +9,10 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
-from megablocks_utils.lora.adapter_checks import FoundAdapter, find_places
+from megablocks_utils.lora.adapter_checks import FoundAdapter
+from megablocks_utils.lora.adapter_places import find_places
 from megablocks_utils.lora.adapter_reader import AdapterReader
+from megablocks_utils.lora.peft_targets import split_by_reach
 from megablocks_utils.lora.settings import LoraSettings
 
 __all__ = ["settings_of_adapter"]
@@ -50,11 +53,8 @@ def settings_of_adapter(reader: AdapterReader, model: PreTrainedModel) -> LoraSe
             f"{path} holds adapters on {len(found.experts)} of the {len(places.experts)} weights of"
             f" experts, wanted are all or none: {', '.join(_last_names(places.experts))}"
         )
-    missing = [
-        name
-        for name in places.linears
-        if _last_name(name) in _last_names(found.linears) and name not in found.linears
-    ]
+    kinds = {_kind(name) for name in found.linears}
+    missing = [n for n in places.linears if _kind(n) in kinds and n not in found.linears]
     if missing:
         raise CheckpointError(
             f"{path} holds no adapter on {missing[0]}, but on others of this kind: only adapters in"
@@ -66,12 +66,8 @@ def settings_of_adapter(reader: AdapterReader, model: PreTrainedModel) -> LoraSe
     for name, adapter in found.experts.items():
         wanted = ranks.setdefault(_last_name(name), adapter.rank)
         _check_ranks(reader, {name: adapter}, wanted)
-    return LoraSettings(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        target_modules=tuple(_last_names(found.linears)),
-        expert_ranks=MappingProxyType(ranks),
-    )
+    modules, weights = split_by_reach(model, list(found.linears))
+    return LoraSettings(config.r, config.lora_alpha, modules, MappingProxyType(ranks), weights)
 
 
 def _check_ranks(reader: AdapterReader, adapters: Mapping[str, FoundAdapter], wanted: int) -> None:
@@ -90,6 +86,11 @@ def _check_strengths(reader: AdapterReader, wanted: float) -> None:
                 f"{reader.config.path} gives {name} the strength {adapter.scaling:g}, wanted is"
                 f" that of lora_alpha and r, {wanted:g}, for all adapters"
             )
+
+
+def _kind(name: str) -> str:
+    """Return the name of a layer without its numbers: the same in all decoder layers."""
+    return re.sub(r"\.\d+(?=\.)", "", name)
 
 
 def _last_name(name: str) -> str:

@@ -10,8 +10,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["no_launches", "one_example_a_row", "shape_grouped_mm", "watch_resizes"]
+__all__ = [
+    "large_on_meta",
+    "no_launches",
+    "one_example_a_row",
+    "shape_grouped_mm",
+    "watch_resizes",
+]
+
+_MAKES_TENSORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand)
+_LARGE_BYTES = 2**28
+
+
+class large_on_meta(TorchFunctionMode):
+    """Make large tensors without memory, while entered.
+
+    Cause: Accelerate's `init_empty_weights` has every weight made in memory before it is moved to
+    meta; the experts of one layer of a large model are more than a small machine allots.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKES_TENSORS and "device" not in kwargs:
+            with torch.device("meta"):
+                shadow = func(*args, **kwargs)
+            if shadow.nbytes >= _LARGE_BYTES:
+                return shadow
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ DTensor makes to work out placements.
 """
 
 import weakref
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -115,14 +116,21 @@ class MemoryLedger(TorchDispatchMode):
         """What is held now."""
         return sum(self._sizes.values())
 
-    def find_peak(self) -> LedgerPeak:
-        """Return the moment at which most was held, since `open`."""
+    def find_peaks(self) -> list[LedgerPeak]:
+        """Return when most was held in each moment that the owner has named, since `open`."""
         totals = list(accumulate(change for _, change in self._events))
-        peak = max(range(self._first_event, len(totals)), key=totals.__getitem__)
+        starts = [start for start, _ in self._moments]
+        fullest: dict[str, int] = {}
+        for event in range(self._first_event, len(totals)):
+            name = self._moments[bisect_right(starts, event) - 1][1]
+            if name not in fullest or totals[event] > totals[fullest[name]]:
+                fullest[name] = event
+        return [self._describe(event, name) for name, event in fullest.items()]
+
+    def _describe(self, event: int, moment: str) -> LedgerPeak:
         held: Counter[str] = Counter()
-        for number, change in self._events[: peak + 1]:
+        for number, change in self._events[: event + 1]:
             held[self._origins[number]] += change
-        moment = [name for index, name in self._moments if index <= peak][-1]
         return LedgerPeak({name: size for name, size in held.items() if size}, moment)
 
     def _book(self, storage: torch.UntypedStorage) -> None:

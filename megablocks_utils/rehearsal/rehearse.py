@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from megablocks_utils.config import (
     AdapterConfig,
@@ -28,6 +29,7 @@ from megablocks_utils.config import (
     RunConfig,
 )
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.planning.model.prediction import (
     COLLECTIVES,
     COMPONENTS,
@@ -57,14 +59,19 @@ class Rehearsal:
     """What a rehearsed step needed.
 
     Attributes:
-        peak: the moment at which tensors held most, as the ledger has booked it.
+        peaks: when tensors held most in each moment of the step, as the ledger has booked it.
         allocated_bytes: held after zero_grad.
         sent_bytes_per_step: by kind of collective, scaled to all micro-steps of the run.
     """
 
-    peak: LedgerPeak
+    peaks: list[LedgerPeak]
     allocated_bytes: int
     sent_bytes_per_step: dict[str, int]
+
+    @property
+    def peak(self) -> LedgerPeak:
+        """The moment at which tensors held most of all."""
+        return max(self.peaks, key=lambda peak: peak.total_bytes)
 
     def as_prediction(self) -> Prediction:
         """Return it as a plan has it."""
@@ -77,7 +84,7 @@ class Rehearsal:
 
 
 def rehearse(
-    folder: Path,
+    model: Path | PreTrainedModel,
     layout: ParallelLayout,
     run: PlannedRun,
     *,
@@ -90,7 +97,7 @@ def rehearse(
     """Take one step as rank 0 of `run.world_size`; no process group may be initialised.
 
     Args:
-        folder: holds the model's config.json; weights are not read.
+        model: on meta, which is changed; or the folder with its config.json.
         layout: how the experts are spread.
         run: what is planned; of its micro-steps two at most are taken.
         device: where tensors are, or pretend to be.
@@ -107,7 +114,7 @@ def rehearse(
     fakes = () if is_real else _fakes(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with fake_process_group(run.world_size, device.type):
-        rehearsed = _build(folder, config, run, device)
+        rehearsed = _build(model, config, run, device)
         with ExitStack() as modes:
             for mode in (*fakes, ledger, traffic, AssumedValues(run.label_tokens)):
                 modes.enter_context(mode)
@@ -146,15 +153,16 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
 
 
 def _build(
-    folder: Path, config: RunConfig, run: PlannedRun, device: torch.device
+    model: Path | PreTrainedModel, config: RunConfig, run: PlannedRun, device: torch.device
 ) -> Fsdp1Run | Fsdp2Run:
     """Do what `training.setup` does, without data and weights, and wrap what can be wrapped."""
     precision = run.precision
-    model = build_bare_model(folder, getattr(torch, precision.weights))
+    if isinstance(model, Path):
+        model = build_bare_model(model, getattr(torch, precision.weights))
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
-        counts = assume_counts(run.tokens * model.config.num_experts_per_tok, run.imbalance)
+        counts = assume_counts(run.tokens * _top_k(model), run.imbalance)
         for module in sharded.expert_modules.values():
             module.exchange_counts = counts
     if config.adapter.has_lora:
@@ -164,6 +172,11 @@ def _build(
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
     return kind(RehearsalInputs(model, sharded, config, run, device))
+
+
+def _top_k(model: PreTrainedModel) -> int:
+    """Return how many experts a token has; 1 where nothing says it."""
+    return find_top_k(model) or 1
 
 
 def _move_to_meta(model: nn.Module) -> None:
@@ -240,7 +253,7 @@ class _Step:
             sent[kind] += size * (self._run.accumulation - 1)
         sent += self.sent_at_end
         sent_bytes = {kind: sent[kind] for kind in COLLECTIVES}
-        return Rehearsal(self._ledger.find_peak(), self._ledger.held_bytes, sent_bytes)
+        return Rehearsal(self._ledger.find_peaks(), self._ledger.held_bytes, sent_bytes)
 
     def _assign(self) -> None:
         self._ledger.assign(self._rehearsed.model.parameters(), "parameters")

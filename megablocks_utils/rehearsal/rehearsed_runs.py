@@ -62,7 +62,7 @@ class Fsdp2Run:
     def __init__(self, inputs: RehearsalInputs) -> None:
         self._inputs = inputs
         model, precision = inputs.model, inputs.run.precision
-        classes = sorted(model._no_split_modules or ())
+        classes = layer_classes(model)
         self._accelerator = build_accelerator(inputs.config, precision, classes, inputs.device.type)
         self._layers = find_layers(model, self._accelerator)
         self.model = wrap_fsdp2(self._accelerator, model, inputs.sharded)
@@ -110,7 +110,7 @@ class Fsdp1Run:
             inputs.model,
             inputs.sharded,
             self._plugin,
-            layer_classes=sorted(inputs.model._no_split_modules or ()),
+            layer_classes=layer_classes(inputs.model),
             device=inputs.device,
             fill_local=fill_at_random,
         )
@@ -135,6 +135,12 @@ class Fsdp1Run:
     def update(self) -> None:
         """Update the weights and drop the gradients."""
         self._finish.update(self.optimizer, self._scheduler)
+
+
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Return the classes that are an FSDP unit each, of those that the model has."""
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present.intersection(model._no_split_modules or ()))
 
 
 def fill_at_random(_name: str, local: Tensor, _offsets: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
-"""Rehearse a layout in a process of its own: request on standard input, answer on standard output.
+"""Rehearse in a process of its own: a question a line on standard input, an answer a line.
 
-python -m megablocks_utils.rehearsal.worker < request.json
+python -m megablocks_utils.rehearsal.worker < questions
 """
 
 import json
@@ -9,15 +9,97 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.errors import ConfigurationError, UserError
+from megablocks_utils.planning.model.model_description import (
+    ModelDescription,
+    read_description,
+    write_description,
+)
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
 from megablocks_utils.processes.entry_point import run_entry_point
 
-__all__ = ["build_request", "main", "read_request", "rehearse_apart"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["RehearsalWorker", "build_request", "main", "read_request", "rehearse_apart"]
+
+
+_REHEARSED_KERNELS = ("grouped_mm", "triton")
+"""The others are taken for the first one, as the formulas do."""
+
+
+class RehearsalWorker:
+    """A process that builds models on meta and rehearses; it starts with the first question.
+
+    Use it as a context: it ends with it.
+
+    Args:
+        folder: holds the model's config.json; weights are not read.
+        truncate_layers: keep only that many first layers.
+    """
+
+    def __init__(self, folder: Path, *, truncate_layers: int | None = None) -> None:
+        self._asked = {"folder": str(folder), "truncate_layers": truncate_layers}
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+    def describe(self) -> ModelDescription:
+        """Say what the model is.
+
+        Raises:
+            ConfigurationError: it cannot be built, with the sentence that says why.
+        """
+        return read_description(self._ask(self._asked))
+
+    def rehearse(self, layout: ParallelLayout, run: PlannedRun) -> Prediction:
+        """Rehearse one layout with few layers of each kind.
+
+        Raises:
+            ConfigurationError: it cannot be, with the sentence that says why.
+        """
+        kernel = run.kernel if run.kernel in _REHEARSED_KERNELS else _REHEARSED_KERNELS[0]
+        parts = {"layout": asdict(layout), "run": asdict(replace(run, kernel=kernel))}
+        return Prediction(**self._ask(self._asked | parts))
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"{json.dumps(question)}\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            assert process.stderr is not None
+            lines = process.stderr.read().strip().splitlines() or ["it has ended"]
+            raise ConfigurationError(f"the model cannot be planned: {lines[-1][:300]}")
+        found: dict[str, Any] = json.loads(answer)
+        if "error" in found:
+            raise ConfigurationError(found["error"])
+        return found
+
+    def _start(self) -> "subprocess.Popen[str]":
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megablocks_utils.rehearsal.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TRITON_INTERPRET": "1"},  # for a kernel that is only named
+        )
+        return self._process
 
 
 def rehearse_apart(folder: Path, layout: ParallelLayout, run: PlannedRun) -> Prediction:
@@ -41,9 +123,10 @@ def rehearse_apart(folder: Path, layout: ParallelLayout, run: PlannedRun) -> Pre
         check=False,
         env=os.environ | interpreted,
     )
-    if done.returncode != 0:
-        raise RuntimeError(f"a rehearsal has failed:\n{done.stderr[-2000:]}")
-    return Prediction(**json.loads(done.stdout))
+    found = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-2000:]}
+    if "error" in found:
+        raise RuntimeError(f"a rehearsal has failed:\n{found['error']}")
+    return Prediction(**found)
 
 
 def build_request(folder: Path, layout: ParallelLayout, run: PlannedRun) -> str:
@@ -60,22 +143,51 @@ def read_request(text: str) -> tuple[Path, ParallelLayout, PlannedRun]:
 
 
 def main(argv: list[str], source: TextIO = sys.stdin, answer: TextIO = sys.stdout) -> None:
-    """Rehearse on fake CPU tensors, and write a prediction's fields.
-
-    Raises:
-        UserError: as `rehearsal.rehearse`.
-    """
-    folder, layout, run = read_request(source.read())
+    """Describe or rehearse on fake CPU tensors, and write what was found or why it was not."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.simplefilter("ignore")  # of libraries, about a process that nobody has launched
     logging.disable(logging.WARNING)
+    build = lru_cache(maxsize=1)(_build)
+    for question in source:
+        try:
+            found = _answer(question, build)
+        except UserError as error:
+            found = {"error": str(error)}
+        answer.write(f"{json.dumps(found)}\n")
+        answer.flush()
 
+
+def _answer(
+    question: str, build: Callable[[str, str, int | None], "PreTrainedModel"]
+) -> dict[str, Any]:
     import torch
 
+    from megablocks_utils.rehearsal.fewer_layers import rehearse_few_layers
     from megablocks_utils.rehearsal.rehearse import rehearse
+    from megablocks_utils.training.describe_model import describe_model
 
-    prediction = rehearse(folder, layout, run, device=torch.device("cpu")).as_prediction()
-    answer.write(json.dumps(asdict(prediction)))
+    asked = json.loads(question)
+    if "layout" not in asked:
+        model = build(asked["folder"], "bfloat16", asked["truncate_layers"])
+        return write_description(describe_model(model))
+    folder, layout, run = read_request(question)
+    device = torch.device("cpu")
+    if "truncate_layers" in asked:
+        model = build(str(folder), run.precision.weights, asked["truncate_layers"])
+        return asdict(rehearse_few_layers(model, layout, run, device=device).as_prediction())
+    return asdict(rehearse(folder, layout, run, device=device).as_prediction())
+
+
+def _build(folder: str, dtype: str, truncate_layers: int | None) -> "PreTrainedModel":
+    import torch
+
+    from megablocks_utils.rehearsal.library_patches import large_on_meta
+    from megablocks_utils.training.model_source import build_bare_model
+
+    with large_on_meta():
+        return build_bare_model(
+            Path(folder), getattr(torch, dtype), truncate_layers=truncate_layers
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.checkpoint.load import build_model_on_meta
@@ -102,8 +103,7 @@ class AdapterCheck:
             AdapterCheckError: they are not what was trained.
         """
         setup = self._setup
-        layers = setup.model.config.num_hidden_layers
-        plain = build_model_on_meta(setup.model_folder, truncate_layers=layers)
+        plain = build_plain_model(setup)
         check_files(folder, plain, self._measured)
         logits = None
         if self._logits is not None:
@@ -113,9 +113,16 @@ class AdapterCheck:
                 self._input_ids,
                 self._logits,
                 compute=getattr(torch, setup.precision.compute),
-                num_layers=layers,
+                plain=plain,
+                is_truncated=setup.config.model.truncate_layers is not None,
             )
         self.report = AdapterReport(*count_trained(self._measured), logits, self._skipped)
+
+
+def build_plain_model(setup: Setup) -> PreTrainedModel:
+    """Build the model of a run as transformers does, on meta, with as many layers."""
+    layers = setup.config.model.truncate_layers
+    return build_model_on_meta(setup.model_folder, truncate_layers=layers)
 
 
 def _measure(

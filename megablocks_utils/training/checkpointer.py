@@ -12,8 +12,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from megablocks_utils.checkpoint.model_folder import write_companions
-from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
+from megablocks_utils.checkpoint.companions import write_companions
+from megablocks_utils.checkpoint.run_manifest import BASE_FOLDER_KEY, COMPATIBILITY_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.config.secrets import redact_record
@@ -182,6 +182,7 @@ class Checkpointer(StepHooks):
                 setup.tokenizer,
                 getattr(torch, setup.precision.weights),
                 folder,
+                base=setup.model_folder if _has_all_layers(setup) else None,
             )
 
         return Snapshot(
@@ -211,10 +212,21 @@ class Checkpointer(StepHooks):
             "expert_dp": parallel.expert_dp if setup.sharded else None,
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),
+            BASE_FOLDER_KEY: _describe_base(setup),
             "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }
+
+
+def _describe_base(setup: Setup) -> dict[str, str | int]:
+    """Say where the base is, for a later export, and how many tensors that will copy of it."""
+    unused = setup.reader.layout.unused if _has_all_layers(setup) else ()
+    return {"folder": str(setup.model_folder.resolve()), "num_passed_through": len(unused)}
+
+
+def _has_all_layers(setup: Setup) -> bool:
+    return setup.config.model.truncate_layers is None
 
 
 def _count_bytes(shards: Mapping[str, TensorShard]) -> int:

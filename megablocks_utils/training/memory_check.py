@@ -7,18 +7,18 @@ import ctypes
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import PlanError, UserError
-from megablocks_utils.files import MODEL_CONFIG_NAME
+from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.memory.run_plan import RunPlan, plan_run
+from megablocks_utils.planning.model.described_shape import shape_of
+from megablocks_utils.planning.model.model_description import ModelDescription
 from megablocks_utils.planning.report.prediction_check import KEPT_BYTES
 from megablocks_utils.processes.agreement import min_over_ranks
 from megablocks_utils.training.data.schedule import Schedule
@@ -84,12 +84,10 @@ class MemoryCheck:
 
 def check_memory(
     config: RunConfig,
-    folder: Path,
+    model: ModelDescription,
     schedule: Schedule,
     device: torch.device,
-    kernel: str | None,
-    *,
-    num_parameters: int,
+    sharded: ShardedMoE | None,
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -97,11 +95,10 @@ def check_memory(
 
     Args:
         config: the run.
-        folder: holds the model's config.json.
+        model: what is trained, without adapters.
         schedule: its micro-batches.
         device: where this rank computes; its free memory is what a rank may take.
-        kernel: the backend that runs the experts; None: transformers does.
-        num_parameters: of the whole model without adapters: a plan of another number is none.
+        sharded: experts and the kernel that runs them; None: transformers does.
 
     Raises:
         PlanError: on every rank, for a plan that cannot fit, unless `ignore_plan` is True.
@@ -112,15 +109,14 @@ def check_memory(
     try:
         run_plan = plan_run(
             config,
-            read_settings(folder / MODEL_CONFIG_NAME, "model"),
+            shape_of(model),
             world_size=schedule.world_size,
             device_type=device.type,
             capacity_bytes=capacity_bytes,
             tokens=tokens,
             label_tokens=label_tokens,
             examples=examples,
-            kernel=kernel or "transformers",
-            num_parameters=num_parameters,
+            kernel="transformers" if sharded is None else sharded.kernel.name,
         )
     except UserError as error:
         return MemoryCheck(None, str(error), device.type, base_bytes)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
 from megablocks_utils.checkpoint.json_file import read_settings
-from megablocks_utils.checkpoint.layouts import detect_naming
-from megablocks_utils.checkpoint.load import build_model_on_meta
+from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.load import build_model_on_meta, fill_buffers
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.config import ResolvedPrecision, RunConfig
@@ -30,7 +30,7 @@ class ModelSource:
 
     Attributes:
         expert_specs: what the experts of each MoE layer are, by the name of their module.
-        ignored: names of stored tensors that transformers has no use for either.
+        notes: what a user should know of how the checkpoint is read, one line each.
     """
 
     def __init__(self, folder: Path, config: RunConfig, precision: ResolvedPrecision) -> None:
@@ -42,9 +42,15 @@ class ModelSource:
             _refuse_no_moe_layer(self.model, layers)
         self.expert_specs = require_experts(self.model)
         self.index: CheckpointIndex = open_checkpoint(folder, dtype=dtype)
-        naming = detect_naming(self.index, source=folder)
-        self.ignored = check_against_model(self.model, self.index, naming, truncate_layers=layers)
-        self.reader = SliceReader(self.index, naming)
+        layout = ModelLayout(self.model, self.index)
+        ignored = check_against_model(self.model, self.index, layout, truncate_layers=layers)
+        self.notes = list(self.index.notes)
+        if ignored:
+            use = "copied into the saved model" if layers is None else "left out"
+            count = f"{ignored[0]} ({len(ignored)} in all)"
+            self.notes.append(f"{folder}: {count} is not trained; {use}")
+        self.reader = SliceReader(self.index, layout)
+        fill_buffers(self.model, self.reader)
 
     @property
     def num_experts(self) -> int:

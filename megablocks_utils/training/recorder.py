@@ -4,11 +4,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megablocks_utils.checkpoint.model_folder import export_model
+from megablocks_utils.checkpoint.model_folder import WrittenModel, export_model
 from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.files import (
@@ -19,13 +21,18 @@ from megablocks_utils.files import (
     RUN_RECORD_NAME,
 )
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.fsdp.places import find_buffers
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.output_claim import OutputClaim, claim_output_dir
 from megablocks_utils.processes.output_folder import find_incomplete
-from megablocks_utils.training.adapter_check import AdapterCheck, AdapterReport
+from megablocks_utils.training.adapter_check import (
+    AdapterCheck,
+    AdapterReport,
+    build_plain_model,
+)
 from megablocks_utils.training.report.loss_plot import plot_loss
 from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import (
@@ -94,6 +101,8 @@ class RunRecorder:
     def _start(self) -> None:
         setup = self._setup
         show_start_summary(setup.console, collect_facts(setup))
+        if setup.lora is not None:
+            setup.console.print(setup.lora.describe(), markup=False, soft_wrap=True)
         for path in find_incomplete(self.output_dir):
             line = f"{path.name} was never finished; it is left alone"
             setup.console.print(line, markup=False, soft_wrap=True)
@@ -224,12 +233,18 @@ class RunRecorder:
 
     def _export_model(self, state: RunState, tensors: NamedTensors) -> None:
         setup, model = self._setup, self._setup.model
+        buffers = find_buffers(model)
+        specs = [(name, tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()]
         export_model(
-            model.config,
-            model.generation_config,
-            setup.tokenizer,
-            choose_saved_specs(setup, state.model, setup.parameter_specs),
-            tensors,
+            WrittenModel(
+                setup.reader.layout,
+                model.config,
+                model.generation_config,
+                setup.tokenizer,
+                base=setup.reader if setup.config.model.truncate_layers is None else None,
+            ),
+            choose_saved_specs(setup, state.model, [*setup.parameter_specs, *specs]),
+            chain(tensors, buffers.items()),
             self.output_dir,
             is_writer=self._is_main,
         )
@@ -243,6 +258,7 @@ class RunRecorder:
             tensors,
             self.output_dir,
             generation_config=self._setup.model.generation_config,
+            base_model=partial(build_plain_model, self._setup),
             base_model_name=self._setup.config.model.model_name_or_path,
             is_writer=self._is_main,
             check=check,

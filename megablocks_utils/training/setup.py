@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
@@ -23,6 +24,7 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
@@ -62,8 +64,7 @@ class Setup:
         answer_end: what the data teaches as the end of an answer; None without a tokenizer.
         schedule: which examples each step holds.
         model_folder: the local folder its weights came from.
-        model: the transformers model on meta until FSDP has wrapped it; adapters, where asked for,
-            have their values.
+        model: on meta until FSDP has wrapped it; adapters, where asked for, have their values.
         sharded: how its experts are split; None without expert parallelism and without adapters of
             experts, which are this project's at ep 1 also then.
         lora: which adapters; None where all weights are trained.
@@ -71,6 +72,7 @@ class Setup:
         num_experts: experts of a layer.
         top_k: experts of a token; None where the model does not say it.
         parameter_specs: (name, whole shape, dtype) of every parameter but adapters.
+        reader: of the model's checkpoint, by its layout.
         fill_local: where the weights come from once each rank knows its part of them.
         compatibility: what a run that resumes from this one's checkpoints must share with it.
         resume: the checkpoint to resume from; None for a run that starts fresh.
@@ -95,6 +97,7 @@ class Setup:
     num_experts: int
     top_k: int | None
     parameter_specs: list[tuple[str, tuple[int, ...], torch.dtype]]
+    reader: SliceReader
     fill_local: FillLocal
     compatibility: ResumeCompatibility
     resume: ResumePoint | None
@@ -152,30 +155,27 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     """
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
-    world_size = launch.world_size
-    check_world(config, world_size)
+    check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    source = _open_model(config, precision, world_size, console)
+    source = _open_model(config, precision, launch.world_size, console)
     folder, model = source.folder, source.model
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
-    answer_end = _let_generation_stop(config, examples, tokenizer, model)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
-    schedule = Schedule(config, examples, launch.rank, world_size, probe.packing.packing)
+    schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
+    description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    kernel = None if sharded is None else sharded.kernel.name
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = check_memory(config, folder, schedule, device, kernel, num_parameters=num_parameters)
+    plan = check_memory(config, description, schedule, device, sharded)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
@@ -186,7 +186,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=answer_end,
+        answer_end=_let_generation_stop(config, examples, tokenizer, model),
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -196,6 +196,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         num_experts=source.num_experts,
         top_k=find_top_k(model),
         parameter_specs=specs,
+        reader=source.reader,
         fill_local=source.fill_untrained() if resume else source.reader.fill_local,
         compatibility=compatibility,
         resume=resume,
@@ -211,13 +212,8 @@ def _open_model(
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
-    for note in source.index.notes:
+    for note in source.notes:
         console.print(note, markup=False)
-    if names := source.ignored:
-        console.print(
-            f"{folder}: {names[0]} ({len(names)} in all) has no use, in transformers neither",
-            markup=False,
-        )
     check_world(config, world_size, source.num_experts)
     return source
 
@@ -261,8 +257,7 @@ def _apply_lora(
     config: RunConfig,
     precision: ResolvedPrecision,
 ) -> None:
-    dtype = getattr(torch, precision.adapter)
-    apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
+    apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=config.seed)
 
 
 def _load_data(

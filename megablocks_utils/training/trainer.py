@@ -90,10 +90,12 @@ class MoETrainer(Trainer):
         self._aux_loss_coef = resolve_aux_loss_coef(
             setup.model.config, setup.config.router_aux_loss_coef
         )
-        use_cache = setup.model.config.use_cache
+        model_config = setup.model.config
+        use_cache = getattr(model_config, "use_cache", None)  # of a whole, its text config has it
         super().__init__(setup.model, arguments)
         # Which sets it to False, also in the config.json of the trained model.
-        setup.model.config.use_cache = use_cache
+        if use_cache is not None:
+            model_config.use_cache = use_cache
         # Wrapped already, the model is Accelerate's to use and not to wrap.
         with track_sharding(setup.console, setup.num_layers) as on_layer:
             self._wrapped = self.model = self.model_wrapped = wrap_fsdp1(

@@ -212,7 +212,7 @@ def test_two_schemes_are_told_apart_by_what_they_name(tmp_path):
 def test_a_package_that_is_missing_is_named_with_its_install_line(tmp_path, monkeypatch):
     name = "megablocks_utils.checkpoint.quantization_config.is_compressed_tensors_available"
     monkeypatch.setattr(name, lambda: False)
-    config = {"quant_method": "compressed-tensors", "config_groups": {}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"a": GROUP}}
     packed = FORMS["fp8"]()
     packed.settings = config
     assert refusal(packed.write(tmp_path)) == (

@@ -1,90 +1,180 @@
-"""Naming on the Hub: one table, the same answer in both directions."""
+"""Every kind of layout: read as transformers reads it, and written as it writes it."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from megablocks_utils.checkpoint.layouts import (
-    EXPERT_TENSORS,
-    FUSED,
-    ExpertPart,
-    MemoryPart,
-    detect_naming,
-    is_expert_parameter,
-    naming_of_family,
-)
+from megablocks_utils.checkpoint import layouts
+from megablocks_utils.checkpoint.expert_trace import Span
+from megablocks_utils.checkpoint.index import open_checkpoint
+from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.families import SUPPORTED_MODEL_TYPES
+from tests.support.reads import recorded_reads
+from tests.support.tiny_families import CAUSAL, save_tiny
 
-EXPERTS = "model.layers.3.mlp.experts"
-MIXTRAL, QWEN_MOE = naming_of_family("mixtral"), naming_of_family("olmoe")
-
-
-def test_supported_model_types():
-    assert SUPPORTED_MODEL_TYPES == ("mixtral", "qwen3_moe", "olmoe")
-
-
-def test_mixtral_parts_by_hand():
-    hub = "model.layers.3.block_sparse_moe.experts.2"
-    assert list(MIXTRAL.expert_parts(f"{EXPERTS}.gate_up_proj", [2])) == [
-        ExpertPart(f"{hub}.w1.weight", 2, 0, 2, is_fused=False),
-        ExpertPart(f"{hub}.w3.weight", 2, 1, 2, is_fused=False),
-    ]
-    assert list(MIXTRAL.expert_parts(f"{EXPERTS}.down_proj", [2])) == [
-        ExpertPart(f"{hub}.w2.weight", 2, 0, 1, is_fused=False)
-    ]
-    router = "model.layers.3.mlp.gate.weight"
-    assert MIXTRAL.hub_key(router) == "model.layers.3.block_sparse_moe.gate.weight"
+# One of each kind that the families of transformers have.
+KINDS = {
+    "one list of matrices each": "mixtral",
+    "buffers beside": "minimax_m2",
+    "no gate": "nemotron_h",
+    "interleaved": "inkling_text",
+    "turned": "qwen3_vl_moe",
+    "gate and up apart, fused": "step3p7",
+    "renamed, fused": "granitemoe",
+    "as in memory, with biases": "gpt_oss",
+    "experts without a second projection": "longcat_flash",
+    "one list for two experts modules": "ernie4_5_vl_moe",
+    "dense weights joined": "qwen4_exp_text",
+}
 
 
-def test_qwen_parts_by_hand():
-    keys = [part.key for part in QWEN_MOE.expert_parts(f"{EXPERTS}.gate_up_proj", [0, 5])]
-    assert keys == [f"{EXPERTS}.{e}.{p}_proj.weight" for e in (0, 5) for p in ("gate", "up")]
-    router = "model.layers.3.mlp.gate.weight"
-    assert QWEN_MOE.hub_key(router) == router
+@pytest.fixture(scope="module", params=list(KINDS.values()), ids=list(KINDS))
+def stored(request, tmp_path_factory):
+    """A folder and what transformers reads from it."""
+    folder = tmp_path_factory.mktemp("layout")
+    model_type = request.param
+    save_tiny(model_type, folder)
+    auto = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForImageTextToText
+    return folder, auto.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_rows_and_shapes_of_a_part():
-    gate, up = MIXTRAL.expert_parts(f"{EXPERTS}.gate_up_proj", [0])
-    assert (gate.rows(192), up.rows(192)) == (slice(0, 96), slice(96, 192))
-    assert up.hub_shape((4, 192, 64)) == (96, 64)
-    (fused,) = FUSED.expert_parts(f"{EXPERTS}.gate_up_proj", [1])
-    assert (fused.rows(192), fused.hub_shape((4, 192, 64))) == (slice(0, 192), (4, 192, 64))
+def read_whole(reader, model, name):
+    seen = torch.full_like(model.state_dict()[name], 7)
+    reader.fill_local(name, seen, (0,) * seen.dim())
+    return seen
 
 
-@pytest.mark.parametrize("naming", [MIXTRAL, QWEN_MOE], ids=lambda naming: naming.name)
-@pytest.mark.parametrize("tensor", list(EXPERT_TENSORS))
-def test_way_back_of_expert_parts(naming, tensor):
-    name = f"{EXPERTS}.{tensor}"
-    for part in naming.expert_parts(name, range(3)):
-        assert naming.memory_part(part.key) == MemoryPart(name, part.expert, part.share)
-        assert naming.matches(part.key)
+def test_every_tensor_is_what_transformers_reads(stored):
+    folder, model = stored
+    index = open_checkpoint(folder)
+    layout = ModelLayout(model, index)
+    reader = SliceReader(index, layout)
+    assert not layout.missing and not layout.unused
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read_whole(reader, model, name), tensor), name
 
 
-@pytest.mark.parametrize("naming", [MIXTRAL, QWEN_MOE, FUSED], ids=lambda naming: naming.name)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.3.mlp.gate.weight",
-        "model.layers.3.self_attn.q_proj.weight",
-        "model.layers.3.mlp.gate_proj.weight",
-        "lm_head.weight",
-    ],
-)
-def test_way_back_of_other_parameters(naming, name):
-    assert naming.memory_part(naming.hub_key(name)) == MemoryPart(name)
-    assert not naming.matches(naming.hub_key(name))
-    assert not is_expert_parameter(name)
+def test_every_tensor_is_written_as_transformers_writes_it(stored, tmp_path):
+    folder, model = stored
+    layout = ModelLayout(model, open_checkpoint(folder))
+    model.save_pretrained(tmp_path)
+    theirs = open_checkpoint(tmp_path)
+    announced, ours = {}, {}
+    for name in layout.shapes:
+        announced |= dict(layout.hub_shapes(name))
+    for name, tensor in model.state_dict().items():
+        ours |= dict(layout.hub_tensors(name, tensor))
+    assert set(ours) == set(theirs)
+    assert announced == {key: tensor.shape for key, tensor in ours.items()}
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs.read(key)), key
 
 
-def test_detection_goes_by_keys():
-    for naming in (MIXTRAL, QWEN_MOE, FUSED):
-        (part,) = naming.expert_parts(f"{EXPERTS}.down_proj", [7])
-        assert detect_naming(["lm_head.weight", part.key]) is naming
+def test_names_without_a_folder_are_those_of_save_pretrained(stored):
+    folder, model = stored
+    layout = ModelLayout.of_saved(model)
+    names = {key for name in layout.shapes for key in layout.sources(name)}
+    assert names == set(open_checkpoint(folder).keys())
 
 
-def test_no_experts_is_said():
-    keys = ["model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.experts.gate.weight"]
-    with pytest.raises(CheckpointError) as error:
-        detect_naming(keys, source="/models/x")
-    known = "mixtral, qwen_moe, fused"
-    message = f"/models/x has no expert weights in a known naming ({known}); it has {keys[1]}"
-    assert str(error.value) == message
+def test_of_experts_only_the_wanted_bytes_are_read(stored):
+    """Some rows of one expert, or of a turned one some columns: those bytes and no others."""
+    folder, model = stored
+    index = open_checkpoint(folder)
+    layout = ModelLayout(model, index)
+    reader = SliceReader(index, layout)
+    for name, whole in model.state_dict().items():
+        if not layout.is_expert(name) or whole.dim() != 3:
+            continue
+        is_turned = next(layout.expert_parts(name, range(1))).is_turned
+        window = (slice(2, 4), slice(None), slice(0, 5)) if is_turned else (slice(2, 4),)
+        local = torch.empty_like(whole[window])
+        with recorded_reads() as reads:
+            reader.fill_local(name, local, (2, 0, 0))
+        assert torch.equal(local, whole[window]), name
+        assert reads.num_bytes == local.nbytes, name
+
+
+@pytest.mark.parametrize("start", [0, 3, 40])
+def test_a_window_of_an_interleaved_weight(tmp_path, start):
+    """Gate and up lie between each other on disk: a window of each is scattered rightly."""
+    model = save_tiny("inkling_text", tmp_path)
+    index = open_checkpoint(tmp_path)
+    layout = ModelLayout(model, index)
+    reader = SliceReader(index, layout)
+    name = next(n for n in layout.shapes if n.endswith("experts.gate_up_proj"))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()[name]
+    local = torch.empty(2, 50, 9)
+    reader.fill_local(name, local, (1, start, 7))
+    assert torch.equal(local, whole[1:3, start : start + 50, 7:16])
+
+
+@cache
+def _bugs():
+    """Ways in which a trace could be wrong, as changes of one part."""
+    return {
+        "turned": lambda part: replace(part, is_turned=not part.is_turned),
+        "of the next expert": lambda part: replace(part, expert=part.expert ^ 1),
+        "interleaved": lambda part: replace(
+            part, rows=Span(part.rows.stored, range(part.rows.memory.start // 64, 128, 2))
+        ),
+    }
+
+
+@pytest.mark.parametrize("bug", list(_bugs()))
+def test_a_wrong_trace_is_seen(tmp_path, monkeypatch, bug):
+    """The comparison above would notice each of them."""
+    model = save_tiny("qwen3_moe", tmp_path, hidden_size=64, moe_intermediate_size=64)
+    index = open_checkpoint(tmp_path)
+    trace = layouts.trace_parts
+    monkeypatch.setattr(
+        layouts, "trace_parts", lambda *args: [_bugs()[bug](part) for part in trace(*args)]
+    )
+    reader = SliceReader(index, ModelLayout(model, index))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert not torch.equal(read_whole(reader, model, name), model.state_dict()[name])
+
+
+@contextmanager
+def edited(folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    yield tensors
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_gap_between_experts_is_not_closed(tmp_path):
+    """Transformers would take the ninth expert for the fourth."""
+    model = save_tiny("qwen3_moe", tmp_path)
+    with edited(tmp_path) as tensors:
+        for key in [key for key in tensors if ".experts.3." in key]:
+            tensors[key.replace(".experts.3.", ".experts.8.")] = tensors.pop(key)
+    layout = ModelLayout(model, open_checkpoint(tmp_path))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj cannot .*: expert 3 is not stored"):
+        list(layout.expert_parts("model.layers.0.mlp.experts.gate_up_proj", range(8)))
+
+
+def test_what_nobody_takes_is_named(tmp_path):
+    model = save_tiny("deepseek_v3", tmp_path)
+    with edited(tmp_path) as tensors:
+        tensors["model.layers.9.eh_proj.weight"] = torch.ones(2)
+    layout = ModelLayout(model, open_checkpoint(tmp_path))
+    assert list(layout.unused) == ["model.layers.9.eh_proj.weight"]
+
+
+def test_what_is_stored_twice_is_named(tmp_path):
+    """In two forms, or with and without the prefix of the base model: one of them would be lost."""
+    model = save_tiny("qwen3_moe", tmp_path)
+    fused = "model.layers.0.mlp.experts.down_proj"
+    with edited(tmp_path) as tensors:
+        tensors["norm.weight"] = tensors["model.norm.weight"] + 1
+        tensors[fused] = torch.zeros(model.state_dict()[fused].shape)
+    layout = ModelLayout(model, open_checkpoint(tmp_path))
+    assert len(layout.unused) == 1 + 8
+    assert set(layout.unused.values()) == {"model.norm.weight", fused}

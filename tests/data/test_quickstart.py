@@ -9,7 +9,7 @@ import pytest
 def test_the_training_command_on_two_cpu_processes(script):
     quickstart = script("quickstart")
     options = quickstart.build_parser().parse_args([])
-    command = quickstart.training_command(2, "LoRA", options)
+    command = quickstart.training_command(2, "LoRA", quickstart.model_folder("mixtral"), options)
     assert command[:5] == [
         sys.executable,
         "-m",
@@ -30,10 +30,10 @@ def test_the_training_command_on_two_cpu_processes(script):
 @pytest.mark.parametrize(
     ("num_processes", "ep_size", "batch"), [(1, 1, 4), (2, 2, 2), (3, 1, 1), (4, 4, 1), (8, 4, 1)]
 )
-def test_sizes_fit_any_number_of_gpus(script, num_processes, ep_size, batch):
+def test_sizes_fit_any_number_of_gpus(script, tmp_path, num_processes, ep_size, batch):
     quickstart = script("quickstart")
     options = quickstart.build_parser().parse_args([])
-    command = quickstart.training_command(num_processes, "full", options)
+    command = quickstart.training_command(num_processes, "full", tmp_path, options)
     assert command[command.index("--ep_size") + 1] == str(ep_size)
     assert command[command.index("--per_device_train_batch_size") + 1] == str(batch)
     assert command[command.index("--learning_rate") + 1] == "1e-4"
@@ -49,7 +49,7 @@ def test_held_out_examples_are_spread_and_the_question_is_not_among_them(
     monkeypatch.setattr(quickstart, "HELD_OUT_DATA", tmp_path / "q.json")
     monkeypatch.setattr(quickstart, "TRAIN_DATA", tmp_path)
     monkeypatch.setattr(quickstart.prepare_model, "prepare", lambda options: None)
-    assert quickstart.prepare_inputs() == "0"
+    assert quickstart.prepare_inputs("mixtral") == "0"
     held_out = json.loads((tmp_path / "q.json").read_text())
     assert [record["instruction"] for record in held_out] == [str(5 * n) for n in range(1, 17)]
 
@@ -73,9 +73,13 @@ def test_the_table_shows_both_losses_and_answers(script, capsys):
 
 def test_a_failed_run_ends_with_one_sentence(script, monkeypatch, capsys):
     quickstart = script("quickstart")
-    monkeypatch.setattr(quickstart, "prepare_inputs", lambda: "Why?")
-    monkeypatch.setattr(quickstart, "MODEL", quickstart.Path("no/such/model"))
+    monkeypatch.setattr(quickstart, "prepare_inputs", lambda family: "Why?")
+    monkeypatch.setattr(quickstart, "CACHE", quickstart.Path("no/such"))
+    monkeypatch.setenv("MODEL", "granitemoe")
     monkeypatch.setattr(quickstart, "ROOT", quickstart.Path.cwd())
     monkeypatch.setattr(quickstart.sys, "executable", "false")
     assert quickstart.main([]) == 2
-    assert capsys.readouterr().err == "evaluating no/such/model failed\n"
+    assert capsys.readouterr().err == "evaluating no/such/smollm2-granitemoe failed\n"
+    monkeypatch.setenv("MODEL", "llama")
+    assert quickstart.main([]) == 2
+    assert capsys.readouterr().err == "MODEL is llama, but it must be mixtral or granitemoe\n"

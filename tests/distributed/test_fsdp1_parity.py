@@ -25,6 +25,8 @@ CASES = [
     ParityCase(FOUR_TWO, "olmoe", NUM_STEPS, accumulation=2, sync_each_batch=False),
     ParityCase(FOUR, "mixtral", NUM_STEPS, checkpointing="selective", aux_loss_coef=0.02),
     ParityCase(FOUR, "qwen3_moe, tied", NUM_STEPS, accumulation=2, sync_each_batch=False),
+    # Padded batches, and padding that counts in no loss.
+    ParityCase(TWO, "olmoe", NUM_STEPS, accumulation=2, packing="False", aux_loss_coef=0.02),
     # No expert parallelism: by FSDP1 alone, and by shard_moe with whole copies.
     ParityCase(Layout(1, 0, "replicate"), "olmoe", NUM_STEPS),
     ParityCase(Layout(4, 0, "replicate"), "mixtral", NUM_STEPS, accumulation=2),

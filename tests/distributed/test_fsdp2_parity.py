@@ -60,6 +60,10 @@ SPECIAL = [
     ParityCase(Layout(4, 4), num_steps=3, num_examples=3, aux_loss_coef=0.02),
     ParityCase(Layout(4, 2), num_steps=3, num_examples=3, accumulation=2, sync_each_batch=False),
     ParityCase(Layout(4, 2, "replicate"), num_steps=3, num_examples=3, accumulation=2),
+    # Padded batches, and padding that counts in no loss.
+    ParityCase(
+        LAYOUTS[2], num_steps=NUM_STEPS, accumulation=2, packing="False", aux_loss_coef=0.02
+    ),
     # No expert parallelism: all of one module over four ranks; by FSDP alone, and by shard_moe.
     ParityCase(Layout(4, 0), num_steps=NUM_STEPS),
     ParityCase(Layout(4, 1), num_steps=NUM_STEPS),

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megablocks_utils.checkpoint.index import open_checkpoint
-from megablocks_utils.checkpoint.layouts import is_expert_parameter
 from megablocks_utils.config import parse_args
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.fsdp import fsdp1, fsdp2
@@ -139,7 +138,7 @@ def load(rank: int, script: str, argv: list[str]) -> Loaded:
     own = {name: local for name, local in held.items() if "lora_" not in name}
     num_own = sum(local.numel() for local in own.values())
     dense = [] if script == "fsdp2" else _dense_sizes(setup)
-    num_experts = sum(p.numel() for n, p in own.items() if is_expert_parameter(strip_wrappers(n)))
+    num_experts = sum(p.numel() for n, p in own.items() if _is_expert(strip_wrappers(n)))
     num_own_experts = num_experts if setup.sharded else 0
     weights = full_parameters(model)
     return Loaded(
@@ -170,12 +169,16 @@ def _prepare(script: str, argv: list[str]) -> tuple[Setup, Callable, Callable]:
     return setup, lambda: build_training_state(setup).model, fsdp2.full_parameters
 
 
+def _is_expert(name: str) -> bool:
+    return bool(re.search(r"\.experts\.(gate_up|down)_proj$", name))
+
+
 def _dense_sizes(setup: Setup) -> list[tuple[str, int]]:
     """Return name and elements of what FSDP1 flattens."""
     return [
         (name, math.prod(shape))
         for name, shape, _ in setup.parameter_specs
-        if setup.sharded is None or not is_expert_parameter(name)
+        if setup.sharded is None or not _is_expert(name)
     ]
 
 

@@ -103,8 +103,9 @@ def save_again_with_peft(family, folder):
 
 
 def save_again_with_our_settings(family, folder):
-    config = build_peft_config(SEPARATE)
-    attach_random_adapters(build_tiny_model(family), config).save_pretrained(folder)
+    model = build_tiny_model(family)
+    config = build_peft_config(SEPARATE, model)
+    attach_random_adapters(model, config).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -87,7 +87,8 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
 
 
 def test_the_settings_in_pefts_words():
-    config = build_peft_config(LoraSettings(4, 6, ("q_proj",), {"gate_up_proj": 8, "down_proj": 4}))
+    settings = LoraSettings(4, 6, ("q_proj",), {"gate_up_proj": 8, "down_proj": 4})
+    config = build_peft_config(settings, build_tiny_model("mixtral"))
     assert config.target_modules == {"q_proj"}
     assert config.target_parameters == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.0)

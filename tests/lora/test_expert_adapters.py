@@ -11,11 +11,11 @@ from torch.distributed.tensor import Shard
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora
-from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
+from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.shard_moe_utils import shard_moe
 from tests.support.tiny_models import build_tiny_model
 
-SETTINGS = LoraSettings(4, 8, expert_ranks=same_rank_everywhere(4))
+SETTINGS = LoraSettings(4, 8, expert_ranks={"gate_up_proj": 4, "down_proj": 4})
 LORA = "model.layers.{}.mlp.experts.{}_proj_lora.lora_{}"
 
 

@@ -1,6 +1,7 @@
 """The check of written adapters sees what other trainers write: parts, zeros, scrambled experts."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from megablocks_utils.lora.file_check import (
     count_trained,
     measure_experts,
 )
-from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
+from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.shard_moe_utils import shard_moe
 from tests.support.tiny_models import build_tiny_model
 
-SETTINGS = LoraSettings(2, 4, ("q_proj",), same_rank_everywhere(2))
+SETTINGS = LoraSettings(2, 4, ("q_proj",), {"gate_up_proj": 2, "down_proj": 2})
 EXPERTS = "model.layers.1.mlp.experts"
 KEY_A = f"base_model.model.{EXPERTS}.lora_A.weight"  # of down_proj
 KEY_B = f"base_model.model.{EXPERTS}.lora_B.weight"
@@ -50,7 +51,15 @@ def _train_and_write(rank, folder, ep_size):
         states[parameter] = {"exp_avg_sq": square}
         tensors.append((name, whole))
     measured = measure_experts(sharded, SETTINGS, states)
-    export_adapter(SETTINGS, None, tensors, folder, base_model_name="x", is_writer=rank == 0)
+    export_adapter(
+        SETTINGS,
+        None,
+        tensors,
+        folder,
+        base_model=partial(build_tiny_model, "mixtral"),
+        base_model_name="x",
+        is_writer=rank == 0,
+    )
     return measured
 
 
@@ -163,7 +172,14 @@ def _refuse_and_keep(rank, folder, refusal_type):
 
     with pytest.raises(refusal_type) as refusal:
         export_adapter(
-            SETTINGS, None, tensors, folder, base_model_name="x", is_writer=True, check=refuse
+            SETTINGS,
+            None,
+            tensors,
+            folder,
+            base_model=partial(build_tiny_model, "mixtral"),
+            base_model_name="x",
+            is_writer=True,
+            check=refuse,
         )
     return str(refusal.value)
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.lora.linear_adapters import attach_linear_lora, find_attention_projections
+from megablocks_utils.lora.linear_adapters import attach_linear_lora
 from megablocks_utils.lora.settings import LoraSettings
 from tests.support.tiny_models import FAMILIES, build_tiny_model
 
@@ -15,7 +14,6 @@ SETTINGS = LoraSettings(4, 8, PROJECTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_attention_projections_get_adapters(family):
     model = build_tiny_model(family)
-    assert find_attention_projections(model, "all") == PROJECTIONS
     attach_linear_lora(model, SETTINGS, dtype=torch.float32, seed=1)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {
@@ -48,14 +46,3 @@ def test_adapters_start_from_the_seed_alone():
     differing = [name for name in first if not torch.equal(first[name], other[name])]
     assert differing == [name for name in first if "lora_A" in name]
     assert not any(tensor.any() for name, tensor in first.items() if "lora_B" in name)
-
-
-def test_a_model_without_attention_of_the_usual_name_is_refused():
-    model = torch.nn.Module()
-    model.config = type("Config", (), {"model_type": "odd"})()
-    with pytest.raises(ConfigurationError) as refusal:
-        find_attention_projections(model, "attn-only")
-    assert refusal.value.as_options() == (
-        "--use_lora attn-only needs linear layers in modules named self_attn, but model type odd "
-        "has none."
-    )

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from megablocks_utils.lora.file_check import AdapterCheckError
 from megablocks_utils.lora.logits_check import check_logits, compare_logits, needed_bytes
 from tests.support.parity import save_adapter
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_models import build_tiny_model, save_tiny_model
 
 TOKENS = torch.arange(3, 43)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +35,12 @@ def _logits(folder, dtype=torch.float32, adapter="adapter"):
 
 def _check(folder, logits, dtype, adapter="adapter"):
     return check_logits(
-        folder / adapter, folder / "model", TOKENS, logits, compute=dtype, num_layers=2
+        folder / adapter,
+        folder / "model",
+        TOKENS,
+        logits,
+        compute=dtype,
+        plain=build_tiny_model("mixtral"),
     )
 
 

@@ -6,14 +6,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from megablocks_utils.lora.peft_format import (
-    expert_key,
+    ExpertPlace,
     linear_key,
     pack_lora_a,
     pack_lora_b,
     unpack_lora_a,
     unpack_lora_b,
 )
-from megablocks_utils.lora.settings import LoraSettings, build_peft_config, same_rank_everywhere
+from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 from tests.support.tiny_adapters import (
     PEFT_WARNINGS,
     WEIGHTS,
@@ -27,6 +27,13 @@ from tests.support.tiny_models import FAMILIES, build_tiny_model
 pytestmark = PEFT_WARNINGS
 SCALING = 2.0
 PROJECTIONS = {"gate_up_proj": (192, 64), "down_proj": (64, 96)}
+
+
+def expert_key(name, side):
+    """As PEFT wraps both projections of the experts: gate_up inside, down outside."""
+    module, _, projection = name.rpartition(".")
+    inner = ".base_layer" if projection == "gate_up_proj" else ""
+    return linear_key(f"{module}{inner}", side)
 
 
 def expert_names():
@@ -68,6 +75,20 @@ def test_peft_adds_what_was_packed(tmp_path, family):
         assert torch.equal(wanted[name], delta), name
 
 
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_what_is_packed_is_read_again(is_turned):
+    """Also with rows for experts that compute nothing, which get zeros."""
+    place = ExpertPlace((3, 7, 5), 4, is_transposed=True, is_turned=is_turned)
+    factors = {"A": torch.randn(3, 2, 5), "B": torch.randn(3, 7, 2)}
+    packed = dict(place.pack(side, factor) for side, factor in factors.items())
+    assert {s: tuple(x.shape) for s, x in packed.items()} == {
+        side: place.packed_shape(side, 2) for side in "AB"
+    }
+    lora_a, lora_b = place.own_sides(unpack_lora_a(packed["A"], 4), unpack_lora_b(packed["B"], 4))
+    assert torch.equal(lora_a[:3], factors["A"]) and torch.equal(lora_b[:3], factors["B"])
+    assert not lora_a[3].any() and not lora_b[3].any()
+
+
 def test_unpacking_undoes_packing():
     lora_a, lora_b = torch.randn(3, 2, 5), torch.randn(3, 7, 2)
     assert torch.equal(unpack_lora_a(pack_lora_a(lora_a), 3), lora_a)
@@ -88,14 +109,15 @@ def test_the_keys_are_all_that_peft_writes(tmp_path, family):
 @pytest.mark.parametrize(
     "settings",
     [
-        LoraSettings(4, 8, ("q_proj",), same_rank_everywhere(4)),
-        LoraSettings(4, 8, (), same_rank_everywhere(4)),
+        LoraSettings(4, 8, ("q_proj",), dict.fromkeys(PROJECTIONS, 4)),
+        LoraSettings(4, 8, (), dict.fromkeys(PROJECTIONS, 4)),
         LoraSettings(3, 1, ("o_proj", "q_proj"), {"gate_up_proj": 6, "down_proj": 3}),
     ],
     ids=["all", "experts_only", "twice_the_rank"],
 )
 def test_settings_mean_the_same_to_peft(settings):
-    peft_model = attach_random_adapters(build_tiny_model("mixtral"), build_peft_config(settings))
+    model = build_tiny_model("mixtral")
+    peft_model = attach_random_adapters(model, build_peft_config(settings, model))
     seen = {}
     for name, module in peft_model.named_modules():
         if hasattr(module, "lora_A"):
@@ -108,6 +130,7 @@ def test_settings_mean_the_same_to_peft(settings):
 
 def test_settings_without_experts():
     assert LoraSettings(4, 8, ("q_proj",)).expert_ranks == {}
-    config = build_peft_config(LoraSettings(4, 8, ("q_proj",)), "base")
+    settings = LoraSettings(4, 8, ("q_proj",))
+    config = build_peft_config(settings, build_tiny_model("mixtral"), "base")
     assert (config.target_modules, config.target_parameters) == ({"q_proj"}, None)
     assert config.base_model_name_or_path == "base"

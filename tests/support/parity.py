@@ -91,6 +91,7 @@ class ParityCase:
     max_grad_norm: float = 1.0
     precision: str = "fp32"
     kernel: str = "auto"
+    packing: str = "auto"
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -134,6 +135,7 @@ class ParityFolder:
             "gradient_checkpointing": case.checkpointing,
             "router_aux_loss_coef": case.aux_loss_coef,
             "precision": case.precision,
+            "packing": case.packing,
             "report_to": "none",
         }
         if case.layout.ep_size:
@@ -170,6 +172,7 @@ class ParityFolder:
             adapter=str(self.adapter(case)) if case.has_expert_lora else None,
             aux_loss_coef=case.aux_loss_coef,
             deal=deal if case.aux_loss_coef else None,
+            is_padded=case.packing == "False",
         )
 
     def adapter(self, case: ParityCase) -> Path:

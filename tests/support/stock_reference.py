@@ -44,6 +44,7 @@ class StockRun:
         aux_loss_coef: weight of the load-balancing loss; 0 leaves it out.
         deal: world size, batch size and accumulation that cut a step into the micro-batches whose
             auxiliary losses are averaged; None without auxiliary loss.
+        is_padded: whether these micro-batches are padded batches.
     """
 
     model_folder: str
@@ -60,6 +61,7 @@ class StockRun:
     adapter: str | None = None
     aux_loss_coef: float = 0.0
     deal: tuple[int, int, int] | None = None
+    is_padded: bool = False
 
 
 def train_stock(run: StockRun) -> Trace:
@@ -163,6 +165,7 @@ def _mean_aux_loss(model: nn.Module, batch: list[Example], run: StockRun) -> Ten
         world_size=world_size,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
+        is_padded=run.is_padded,
     )
     losses = []
     for chosen in (rank for micro_step in deal for rank in micro_step if rank):

@@ -98,7 +98,7 @@ def plan_head(sizes: Sizes) -> HeadPlan:
     logits = run.label_tokens * shape.vocab_size
     rows = run.label_tokens * shape.hidden_size * sizes.compute
     gradient = shape.vocab_size * shape.hidden_size * sizes.compute * sizes.trains_all
-    angles = 2 * sizes.tokens * shape.attention.rope_dim * sizes.compute
+    angles = 2 * sizes.tokens * sizes.attention.rope_dim * sizes.compute
     return HeadPlan(
         held=angles + 3 * sizes.tokens * INDEX,
         mask=sizes.tokens**2 * sizes.has_mask,  # of one byte each

@@ -1,14 +1,13 @@
 """The plan of a run that is about to start: its peak, and whether it is possible at all."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.remedies import find_remedies
-from megablocks_utils.planning.memory.scenario import Scenario, read_shape
+from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.memory.verdict import WORDS, Verdict, judge
+from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 from megablocks_utils.planning.model.units import format_gb
 
@@ -77,7 +76,7 @@ class RunPlan:
 
 def plan_run(
     config: RunConfig,
-    model_config: Mapping[str, Any],
+    shape: ModelShape,
     *,
     world_size: int,
     device_type: str,
@@ -86,13 +85,12 @@ def plan_run(
     label_tokens: int,
     examples: int,
     kernel: str,
-    num_parameters: int,
 ) -> RunPlan:
     """Predict exactly this run, with the formulas: no torch, milliseconds.
 
     Args:
         config: its options.
-        model_config: the entries of the model's config.json.
+        shape: of the model that will be trained, without adapters.
         world_size: ranks.
         device_type: `cuda` or `cpu`.
         capacity_bytes: memory of a rank's device; on a CPU what a rank may take.
@@ -100,18 +98,10 @@ def plan_run(
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch.
         kernel: the backend that was chosen.
-        num_parameters: of the model that will be trained, adapters left out.
 
     Raises:
-        ConfigurationError: a family that cannot be planned, a value with which there is no model,
-            or a model that is not what its config.json says to the planner.
+        ConfigurationError: the formulas do not know the model.
     """
-    shape = read_shape(config, model_config)
-    if shape.num_parameters != num_parameters:
-        raise ConfigurationError(
-            f"the model has {num_parameters:,} parameters, but a {shape.model_type} model with "
-            f"its config.json would have {shape.num_parameters:,}."
-        )
     scenario = Scenario(
         config=config,
         shape=shape,

@@ -7,6 +7,7 @@ from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.config.adapter import DEFAULT_LORA_R
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
@@ -30,6 +31,7 @@ class Scenario:
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch; more than one need a mask.
         imbalance: rows that the busiest rank of an ep group receives, over its fair share.
+        rehearse: predicts what the formulas do not know; None: nothing does.
     """
 
     config: RunConfig
@@ -41,6 +43,7 @@ class Scenario:
     label_tokens: int
     examples: int = 1
     imbalance: float = DEFAULT_IMBALANCE
+    rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
     def planned_run(self) -> PlannedRun:
         """Return what the engines want to know."""
@@ -80,8 +83,19 @@ class Scenario:
         return legal_layouts(self.shape, self.world_size, self.config.entry_point)
 
     def predict(self, layout: ParallelLayout) -> Prediction:
-        """Predict one layout with the formulas."""
-        return _predict_once(predict, self.shape, layout, self.planned_run())
+        """Predict one layout with the formulas, or by a rehearsal where they do not know the model.
+
+        Raises:
+            ConfigurationError: the formulas do not know it, and nothing else is there.
+        """
+        if not self.shape.not_known:
+            return _predict_once(predict, self.shape, layout, self.planned_run())
+        if self.rehearse is None:
+            raise ConfigurationError(
+                f"the formulas do not know {self.shape.not_known} of a {self.shape.model_type} "
+                "model; python -m megablocks_utils.plan rehearses it"
+            )
+        return self.rehearse(layout, self.planned_run())
 
     def _has_aux_loss(self) -> bool:
         """Whether the load-balancing loss is on, by the rule of `training.step.aux_loss`."""

@@ -26,6 +26,7 @@ class Sizes:
     @property
     def attention(self) -> AttentionShape:
         """Sizes of the attention."""
+        assert self.shape.attention is not None, "formulas are for models that they know"
         return self.shape.attention
 
     @property

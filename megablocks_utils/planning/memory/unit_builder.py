@@ -101,6 +101,7 @@ class _Builder:
 
     def _linear_adapters(self) -> Iterable[tuple[int, int]]:
         rank = self.run.lora_r
+        assert self.shape.attention is not None, "formulas are for models that they know"
         for num_in, num_out in self.shape.attention.linears(self.shape.hidden_size).values():
             yield (rank, num_in)
             yield (num_out, rank)

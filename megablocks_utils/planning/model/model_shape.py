@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megablocks_utils.families import SUPPORTED_MODEL_TYPES
 from megablocks_utils.planning.model.config_values import ConfigValues
 from megablocks_utils.planning.model.parameter_shapes import (
     AttentionShape,
@@ -35,12 +34,13 @@ class ModelShape:
         num_experts: E.
         top_k: K.
         expert_size: I, of an expert.
-        attention: sizes of the attention.
+        attention: sizes of the attention; None where the formulas do not know it.
         is_tied: whether the output head is the embedding.
-        normalizes_routing: whether a token's K routing weights are divided by their sum.
         aux_loss_coef: weight of the load-balancing loss that the config turns on; 0 if it is off.
         layers: every decoder layer; layers of one kind are one object.
         outside: parameters of no layer: embedding, final norm, output head unless tied.
+        not_known: what of the model the formulas do not know; empty where they know all.
+        layers_path: where the decoder layers are.
     """
 
     model_type: str
@@ -49,12 +49,13 @@ class ModelShape:
     num_experts: int
     top_k: int
     expert_size: int
-    attention: AttentionShape
+    attention: AttentionShape | None
     is_tied: bool
-    normalizes_routing: bool
     aux_loss_coef: float
     layers: tuple[LayerShape, ...]
     outside: tuple[ParameterShape, ...]
+    not_known: str = ""
+    layers_path: str = "model.layers"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -75,21 +76,15 @@ class ModelShape:
             expert_size=_read_expert_size(values),
             attention=_read_attention(values),
             is_tied=is_tied,
-            normalizes_routing=values.model_type == "mixtral" or values.flag("norm_topk_prob"),
             aux_loss_coef=_read_aux_loss_coef(values),
             layers=_read_layers(values),
             outside=_list_outside(vocab_size, hidden_size, is_tied),
         )
 
     @property
-    def is_trainable(self) -> bool:
-        """Whether this project trains it; others can only be planned."""
-        return self.model_type in SUPPORTED_MODEL_TYPES
-
-    @property
     def routes_in_fp32(self) -> bool:
         """Whether the routing weights reach the experts in fp32, whatever is computed in."""
-        return self.model_type in ("mixtral", "deepseek_v3")
+        return self.model_type not in ("qwen3_moe", "olmoe")
 
     @property
     def num_layers(self) -> int:
@@ -110,7 +105,8 @@ class ModelShape:
     @cached_property
     def num_expert_parameters(self) -> int:
         """Elements of all routed experts."""
-        return 3 * self.expert_size * self.hidden_size * self.num_experts * self.num_moe_layers
+        parameters = (parameter for layer in self.layers for parameter in layer.parameters)
+        return sum(parameter.numel for parameter in parameters if parameter.room == "experts")
 
     @property
     def num_active_parameters(self) -> int:
@@ -124,7 +120,7 @@ class ModelShape:
             yield parameter.name, parameter
         for index, layer in enumerate(self.layers):
             for parameter in layer.parameters:
-                yield f"model.layers.{index}.{parameter.name}", parameter
+                yield f"{self.layers_path}.{index}.{parameter.name}", parameter
 
 
 def _read_top_k(values: ConfigValues) -> int:

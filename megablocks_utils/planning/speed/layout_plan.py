@@ -61,10 +61,8 @@ class PlanRequest:
             )
         ]
 
-    def launch(self, layout: ParallelLayout) -> str | None:
-        """Return the command that starts a run in this layout; None where it cannot be trained."""
-        if not self.scenario.shape.is_trainable:
-            return None
+    def launch(self, layout: ParallelLayout) -> str:
+        """Return the command that starts a run in this layout."""
         return build_launch(
             self.launch_model,
             layout,
@@ -88,7 +86,7 @@ class PlanRow:
         rank: 1 is the fastest; None where it does not fit.
         relative_cost: time of a micro-step by the model, 1 for the fastest row that fits; None
             where none fits.
-        launch: command that starts it; None where the family cannot be trained.
+        launch: command that starts it.
         remedies: where it does not fit, what would make it.
     """
 
@@ -177,7 +175,7 @@ def _rank(rows: Sequence[PlanRow]) -> tuple[Mapping[ParallelLayout, int], float 
 
 
 def _remedies(request: PlanRequest, row: PlanRow) -> tuple[str, ...]:
-    if row.verdict.name != OOM:
-        return ()
+    if row.verdict.name != OOM or request.scenario.shape.not_known:
+        return ()  # each attempt would be a rehearsal
     found = find_remedies(request.scenario, row.layout, request.capacity_bytes)
     return tuple(remedy.describe() for remedy in found)

@@ -152,6 +152,8 @@ def _attention_flops(scenario: Scenario) -> float:
     """Count those of scores and values, of one token in all layers; it sees half of the others."""
     shape: ModelShape = scenario.shape
     attention = shape.attention
+    if attention is None:
+        return 0.0
     length = scenario.config.data.max_seq_length / 2
     if attention.sliding_window is not None:
         length = min(length, attention.sliding_window)

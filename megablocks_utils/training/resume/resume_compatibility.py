@@ -199,6 +199,7 @@ def _describe_lora(lora: LoraSettings) -> dict[str, Any]:
         "lora_alpha": lora.lora_alpha,
         "target_modules": sorted(lora.target_modules),
         "expert_ranks": dict(lora.expert_ranks),
+        **({"target_weights": sorted(lora.target_weights)} if lora.target_weights else {}),
     }
 
 

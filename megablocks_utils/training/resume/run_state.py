@@ -18,7 +18,7 @@ from megablocks_utils.checkpoint.distributed_checkpoint import (
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace, TensorShard
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
-from megablocks_utils.fsdp.places import PlacedParameters, find_places
+from megablocks_utils.fsdp.places import PlacedParameters, find_buffers, find_places
 from megablocks_utils.mesh.placement import local_tensor
 
 __all__ = ["RunState"]
@@ -46,7 +46,7 @@ class RunState:
 
     def shards(self) -> dict[str, TensorShard]:
         """Return what this rank holds of every weight and state: views, nothing is copied."""
-        shards = {}
+        shards = self._buffer_shards()
         for name, (parameter, place) in find_places(self.model).items():
             shards[MODEL_PREFIX + name] = place.shard(local_tensor(parameter.detach()))
             state = self.optimizer.state.get(parameter, {})
@@ -76,12 +76,24 @@ class RunState:
             MODEL_PREFIX + name: place.shard(local_tensor(parameter.detach()))
             for name, (parameter, place) in places.items()
         }
-        read_shards(weights, folder)
+        read_shards(weights | self._buffer_shards(), folder)
         self._restore_optimizer(folder, places, stored)
         # To the step before, and one on: this sets the learning rates too.
         position = {"last_epoch": step - 1, "_step_count": step + 1}
         self.scheduler.load_state_dict(self.scheduler.state_dict() | position)
         self.scheduler.step()
+
+    def _buffer_shards(self) -> dict[str, TensorShard]:
+        """Return the persistent buffers, whole; none beside adapters, whose base stays as it is."""
+        if any("lora_A" in name for name, _ in self.model.named_parameters()):
+            return {}
+        # One without dims is stored with one.
+        found = find_buffers(self.model)
+        buffers = {name: b if b.dim() else b.view(1) for name, b in found.items()}
+        return {
+            MODEL_PREFIX + name: BlockPlace(tuple(b.shape), (0,) * b.dim()).shard(b)
+            for name, b in buffers.items()
+        }
 
     def _restore_optimizer(
         self, folder: Path, places: PlacedParameters, stored: Mapping[str, tuple]
@@ -113,10 +125,12 @@ class RunState:
     def _check_names(self, stored: Mapping[str, tuple], folder: Path) -> None:
         """Refuse a checkpoint that lacks something, or holds something that nobody reads."""
         wanted = set(_trainable_names(self.model))
+        buffers = {name.removeprefix(MODEL_PREFIX) for name in self._buffer_shards()}
         found = {
             name.removeprefix(MODEL_PREFIX) for name in stored if name.startswith(MODEL_PREFIX)
         }
-        for names, cause in ((wanted - found, "lacks"), (found - wanted, "also holds")):
+        held = wanted | buffers
+        for names, cause in ((held - found, "lacks"), (found - held, "also holds")):
             if names:
                 raise CheckpointError(
                     f"the checkpoint {folder} {cause} {min(names)}"

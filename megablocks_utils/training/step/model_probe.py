@@ -7,8 +7,9 @@ from functools import cache, partial
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
-from megablocks_utils.config import RunConfig
+from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.moe.expert_spec import find_expert_modules
@@ -28,7 +29,7 @@ from megablocks_utils.training.step.routers import (
 )
 from megablocks_utils.training.step.small_model import build_small_model
 
-__all__ = ["ModelProbe", "apply_router_options", "probe_model"]
+__all__ = ["ModelProbe", "apply_router_options", "find_narrowed", "probe_model"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,28 @@ def probe_model(
     probe = broadcast_from_rank0(lambda: _probe(config, model, device))
     if config.optim.per_device_train_batch_size > 1:
         console.print(f"micro-batches are {probe.packing.describe()}", markup=False, soft_wrap=True)
+    compute_dtype = getattr(torch, resolve_precision(config, device.type).compute)
+    if narrowed := find_narrowed(model, compute_dtype):
+        console.print(
+            f"warning: {narrowed[0]} ({len(narrowed)} parameters in all), which transformers would "
+            f"keep in float32, is computed with in {str(compute_dtype).removeprefix('torch.')}, "
+            "as everything else; --precision fp32 computes all in float32",
+            markup=False,
+            soft_wrap=True,
+        )
     return probe
+
+
+def find_narrowed(model: PreTrainedModel, compute_dtype: torch.dtype) -> list[str]:
+    """Return the parameters that transformers would keep wider than the dtype of compute.
+
+    FSDP shards and casts the parameters of a unit alike; buffers stay as they are.
+    """
+    plan = model._get_dtype_plan(compute_dtype)
+    if not plan:
+        return []
+    pattern, _, _ = build_glob_alternation(list(plan))
+    return [name for name, _ in model.named_parameters() if pattern.search(name)]
 
 
 def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> ModelProbe:

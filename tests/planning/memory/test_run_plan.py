@@ -1,6 +1,7 @@
 """The plan of a run that starts: one line, one record, and when it is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,11 +10,13 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.memory.run_plan import plan_run
 from megablocks_utils.planning.memory.scenario import read_shape
+from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import COMPONENTS, ParallelLayout
 from megablocks_utils.planning.report.prediction_check import read_run_plan
 from tests.planning.cases import build_prediction, read_model
 
 GB = 10**9
+MIXTRAL = ModelShape.from_config(read_model("mixtral-8x7b"))
 
 
 @pytest.fixture
@@ -42,9 +45,8 @@ def plan(line, **options):
         "kernel": "triton",
     } | options
     config = parse_args(line.split(), entry_point="fsdp2")
-    model = read_model("mixtral-8x7b")
-    num_parameters = read_shape(config, model).num_parameters
-    return plan_run(config, model, **{"num_parameters": num_parameters} | options)
+    shape = options.pop("shape", None) or read_shape(config, read_model("mixtral-8x7b"))
+    return plan_run(config, shape, **options)
 
 
 COPIES = "--use_megablocks_sharding True --ep_size 2 --expert_dp replicate"
@@ -117,7 +119,7 @@ def test_more_ranks_are_no_help_to_a_run_that_starts(monkeypatch):
     assert "would fit" not in found.describe_impossible()
 
 
-def test_a_model_that_is_not_what_its_config_says_is_not_planned(known):
-    with pytest.raises(ConfigurationError, match=r"^the model has 47 parameters, but a mixtral "):
-        plan("", num_parameters=47)
+def test_what_the_formulas_do_not_know_is_not_planned(known):
+    with pytest.raises(ConfigurationError, match=r"^the formulas do not know the mixer with "):
+        plan("", shape=replace(MIXTRAL, not_known="the mixer with A_log"))
     assert known == []

@@ -1,9 +1,9 @@
 """A planned run is what the scripts would make of the same options."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
+from transformers import MixtralConfig
 
 from megablocks_utils.planning.memory.scenario import read_shape
 from megablocks_utils.planning.model.prediction import ParallelLayout
@@ -58,5 +58,5 @@ def test_the_load_balancing_loss_is_on_where_training_has_it_on(given, is_on, co
     scenario = build_scenario("" if given is None else f"--router_aux_loss_coef {given}")
     settings = {"output_router_logits": is_on, "router_aux_loss_coef": coef}
     shape = read_shape(scenario.config, read_model("mixtral-8x7b") | settings)
-    trained = resolve_aux_loss_coef(SimpleNamespace(**settings), given)
+    trained = resolve_aux_loss_coef(MixtralConfig(**settings), given)
     assert replace(scenario, shape=shape).planned_run().has_aux_loss == (trained > 0)

@@ -1,0 +1,135 @@
+"""Rehearse a deep model by few of its layers: layers of one kind all need the same.
+
+Of the step's moments each has a peak that grows evenly with the number of layers of a kind. So one
+layer of each kind and the last one are rehearsed, then one more of each kind that is left.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from megablocks_utils.moe.model_facts import text_config
+from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
+from megablocks_utils.rehearsal.memory_ledger import LedgerPeak
+from megablocks_utils.rehearsal.rehearse import Rehearsal, rehearse
+from megablocks_utils.training.describe_model import layers_path
+
+__all__ = ["find_layers", "keep_layers", "rehearse_few_layers"]
+
+_FEWEST = 3
+"""Layers at least: FSDP gathers one ahead, and the first and the last are not like the others."""
+
+
+def rehearse_few_layers(
+    model: PreTrainedModel, layout: ParallelLayout, run: PlannedRun, *, device: torch.device
+) -> Rehearsal:
+    """Take one step on fake tensors with few layers, and say what all of them would need.
+
+    Args:
+        model: on meta, whole; it is left as it is.
+        layout: how the experts are spread.
+        run: what is planned.
+        device: where tensors pretend to be.
+
+    Raises:
+        UserError: a model or kernel that cannot be run.
+    """
+    kinds = [_kind_of(layer) for layer in find_layers(model)]
+    few = _choose(kinds)
+    first = _rehearse(model, few, layout, run, device)
+    left = Counter(kinds) - Counter(kinds[index] for index in few)
+    more = []
+    for kind, count in left.items():
+        index = next(i for i, own in enumerate(kinds) if own == kind and i not in few)
+        one_more = _rehearse(model, sorted([*few, index]), layout, run, device)
+        more.append((count, one_more))
+    return _extrapolate(first, more)
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of the text model."""
+    layers = model.get_submodule(layers_path(model))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedModel:
+    """Return a copy of a model with some of its layers, as if its config had no others."""
+    fewer = copy.deepcopy(model)
+    layers, config = find_layers(fewer), text_config(fewer)
+    number = len(layers)
+    kept = [layers[index] for index in indices]
+    del layers[:]
+    for index, layer in enumerate(kept):
+        layers.append(layer)
+        for part in layer.modules():
+            if isinstance(getattr(part, "layer_idx", None), int):
+                vars(part)["layer_idx"] = index
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == number:
+            setattr(config, name, [value[index] for index in indices])
+    config.num_hidden_layers = len(indices)
+    return fewer
+
+
+def _kind_of(layer: nn.Module) -> Hashable:
+    """Return all that decides what a layer needs: parameters, parts, and their settings."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+    return shapes, tuple((name, *_settings(part)) for name, part in layer.named_modules())
+
+
+def _settings(part: nn.Module) -> tuple[Hashable, ...]:
+    own = {
+        name: value
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str) and "idx" not in name and "index" not in name
+    }
+    return type(part).__name__, tuple(sorted(own.items()))
+
+
+def _choose(kinds: Sequence[Hashable]) -> list[int]:
+    chosen = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1}
+    for index in range(len(kinds)):
+        if len(chosen) >= _FEWEST:
+            break
+        chosen.add(index)
+    return sorted(chosen)
+
+
+def _rehearse(
+    model: PreTrainedModel,
+    indices: Sequence[int],
+    layout: ParallelLayout,
+    run: PlannedRun,
+    device: torch.device,
+) -> Rehearsal:
+    return rehearse(keep_layers(model, indices), layout, run, device=device)
+
+
+def _extrapolate(first: Rehearsal, more: Sequence[tuple[int, Rehearsal]]) -> Rehearsal:
+    """Add what so many layers more of each kind need."""
+    peaks = []
+    for peak in first.peaks:
+        others = [(count, _at(one_more, peak.moment)) for count, one_more in more]
+        peaks.append(LedgerPeak(_add(peak.components, others), peak.moment))
+    sent = [(count, one_more.sent_bytes_per_step) for count, one_more in more]
+    allocated = sum(count * (one.allocated_bytes - first.allocated_bytes) for count, one in more)
+    return Rehearsal(
+        peaks, first.allocated_bytes + allocated, _add(first.sent_bytes_per_step, sent)
+    )
+
+
+def _at(rehearsal: Rehearsal, moment: str) -> Mapping[str, int]:
+    return next(peak.components for peak in rehearsal.peaks if peak.moment == moment)
+
+
+def _add(first: Mapping[str, int], more: Sequence[tuple[int, Mapping[str, int]]]) -> dict[str, int]:
+    total = Counter(first)
+    for count, one_more in more:
+        for name in {*first, *one_more}:
+            total[name] += count * (one_more.get(name, 0) - first.get(name, 0))
+    return {name: max(0, size) for name, size in total.items()}

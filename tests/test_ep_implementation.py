@@ -1,4 +1,4 @@
-"""This project's exchange and kernels inside transformers' own expert parallelism, against stock."""
+"""This project's exchange and kernels inside transformers' expert parallelism, against stock."""
 
 import pytest
 import torch

@@ -13,38 +13,41 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
+from benchmarks.compile_layer import (
+    FORMS,
+    TILE_OPTIONS,
+    compile_only,
+    run_layer,
+)
 from benchmarks.harness.provenance import build_provenance
-from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import (
     KINDS,
     SHARED_LIMIT_BYTES,
     TileTable,
     list_candidates,
+    name_architecture,
 )
-from megablocks_utils.kernels.gate import SWIGLU
-from megablocks_utils.kernels.permute import ExpertOrder
-from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
-ARCHITECTURES = {"sm_80": 80, "sm_86": 86, "sm_90": 90}
+CAPABILITIES = {
+    "sm_80": (8, 0),
+    "sm_86": (8, 6),
+    "sm_89": (8, 9),
+    "sm_90": (9, 0),
+    "sm_100": (10, 0),
+    "sm_120": (12, 0),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Mixtral-8x7B: every size is a multiple of every tile's, which is the path that counts.
-HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 4096, 14336, 8, 2
-NUM_TOKENS = 4096
 _NUM_COLUMNS = 3
-_SHOWN = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Variant:
     """What is compiled: a layer's kernels with one column of the table of tiles.
 
     Attributes:
-        arch: key of `ARCHITECTURES`.
+        arch: key of `CAPABILITIES`.
         dtype: key of `DTYPES`.
         column: 0 is for few rows per expert, 1 for many, 2 is what a search tries besides.
         rank: of adapters on both projections; 0 is none.
@@ -66,13 +69,17 @@ class Variant:
     def tiles(self) -> TileTable:
         """Return the tile of each kind."""
         itemsize = DTYPES[self.dtype].itemsize
-        candidates = {k: list_candidates(k, arch=self.arch, itemsize=itemsize) for k in KINDS}
+        arch = name_architecture(CAPABILITIES[self.arch])
+        candidates = {k: list_candidates(k, arch=arch, itemsize=itemsize) for k in KINDS}
         return TileTable(**{kind: tiles[self.column] for kind, tiles in candidates.items()})
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes; sizes in bytes, counts of instructions in the PTX."""
+    """What one compiled kernel takes; sizes in bytes, counts of instructions in the PTX.
+
+    `num_mma` counts those of Blackwell's tensor cores, too.
+    """
 
     kernel: str
     arch: str
@@ -85,11 +92,12 @@ class Resources:
     num_wgmma: int
     num_mma: int
     num_tma: int
+    form: str = "swiglu"
 
     @property
     def faults(self) -> list[str]:
         """Say what makes this kernel unfit to be shipped."""
-        limit = SHARED_LIMIT_BYTES[self.arch]
+        limit = SHARED_LIMIT_BYTES[name_architecture(CAPABILITIES[self.arch])]
         wants_tensor_cores = self.kernel != "combine" and self.dtype != "float32"
         wants_wgmma = wants_tensor_cores and self.arch == "sm_90" and "thin" not in self.features
         checks = {
@@ -101,112 +109,30 @@ class Resources:
         return [fault for fault, is_there in checks.items() if is_there]
 
 
-class _NoDevice:
-    """Stands in for Triton's driver: names the GPU to compile for, has none to run on.
-
-    Triton keeps the target of a device number, so every GPU has one of its own.
-    """
-
-    def __init__(self, capability: int) -> None:
-        self._capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._capability, 32)
-
-    def get_current_device(self) -> int:
-        return self._capability
-
-    def get_current_stream(self, _device: int | None = None) -> int:
-        return 0
-
-
-@contextmanager
-def compile_only(capability: int, *, once_a_tile: bool) -> Iterator[list[tuple[Any, Any, dict]]]:
-    """Compile kernels that are launched inside for a GPU, and launch none.
-
-    Triton has no switch for this: `JITFunction.run` takes `warmup`, which the launch syntax sets to
-    False, so it is replaced while the block runs.
-
-    Args:
-        capability: 80, 90, ...
-        once_a_tile: whether a kernel is compiled once for each tile only, whatever else differs.
-
-    Yields:
-        Kernel, compiled kernel and launch options, for each new one.
-    """
-    compiled: list[tuple[Any, Any, dict]] = []
-    seen: set[Any] = set()
-    run = JITFunction.run
-
-    def compile_kernel(
-        self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
-    ) -> Any:
-        tile = (self.fn.__name__, *(kwargs.get(name) for name in _SHOWN))
-        if once_a_tile and tile in seen:
-            return None
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if id(kernel) not in seen:
-            seen.update({id(kernel), tile})
-            compiled.append((self, kernel, kwargs))
-        return kernel
-
-    driver.set_active(_NoDevice(capability))
-    JITFunction.run = compile_kernel
-    try:
-        yield compiled
-    finally:
-        JITFunction.run = run
-
-
-def compile_variant(variant: Variant, *, once_a_tile: bool = False) -> list[Resources]:
+def compile_variant(
+    variant: Variant,
+    *,
+    once_a_tile: bool = False,
+    forms: Sequence[str] = tuple(FORMS),
+    kernels: Sequence[str] | None = None,
+) -> list[Resources]:
     """Compile the kernels of a layer that trains everything, adapters too where it has any."""
-    with compile_only(ARCHITECTURES[variant.arch], once_a_tile=once_a_tile) as compiled:
-        _run_layer(variant)
-    return [_describe(*entry, variant) for entry in compiled]
+    major, minor = CAPABILITIES[variant.arch]
+    found: list[Resources] = []
+    capability = 10 * major + minor
+    with compile_only(capability, once_a_tile=once_a_tile, kernels=kernels) as compiled:
+        for form in forms:
+            run_layer(DTYPES[variant.dtype], variant.rank, variant.tiles(), FORMS[form])
+            found += [_describe(*entry, variant, form) for entry in compiled]
+            compiled.clear()
+    return found
 
 
-def _run_layer(variant: Variant) -> None:
-    dtype = DTYPES[variant.dtype]
-
-    def make(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        made = torch.empty(*shape, dtype=kind, device="meta")
-        return made.requires_grad_(kind.is_floating_point)
-
-    loras: list[LowRank | None] = [None, None]
-    if variant.rank:
-        sides = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
-        loras = [
-            LowRank(
-                make(NUM_EXPERTS, variant.rank, num_in),
-                make(NUM_EXPERTS, num_out, variant.rank),
-                1.0,
-            )
-            for num_out, num_in in sides
-        ]
-    experts = ExpertWeights(
-        make(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN),
-        make(NUM_EXPERTS, HIDDEN, INTERMEDIATE),
-        SWIGLU,
-        gate_up_lora=loras[0],
-        down_lora=loras[1],
-    )
-    num_rows = NUM_TOKENS * TOP_K
-    order, inverse, counts = (
-        make(size, kind=torch.int64) for size in (num_rows, num_rows, NUM_EXPERTS)
-    )
-    tokens = make(NUM_TOKENS, HIDDEN)
-    weights = make(NUM_TOKENS, TOP_K, kind=torch.float32)
-    output = run_experts_triton(
-        tokens, ExpertOrder(order, inverse, counts, TOP_K), weights, experts, tiles=variant.tiles()
-    )
-    output.backward(torch.empty_like(output))
-
-
-def _describe(function: Any, kernel: Any, options: dict, variant: Variant) -> Resources:
+def _describe(function: Any, kernel: Any, options: dict, variant: Variant, form: str) -> Resources:
     ptx = kernel.asm["ptx"]
     usage = _read_usage(kernel.asm["cubin"])
-    tile = "x".join(str(options[name]) for name in _SHOWN[:3] if name in options)
-    blocks = [options[name] for name in _SHOWN[:2] if name in options]
+    tile = "x".join(str(options[name]) for name in TILE_OPTIONS[:3] if name in options)
+    blocks = [options[name] for name in TILE_OPTIONS[:2] if name in options]
     flags = {
         "adapter": options.get("HAS_LORA", False),
         "thin": bool(blocks) and min(blocks) < 64,
@@ -223,8 +149,9 @@ def _describe(function: Any, kernel: Any, options: dict, variant: Variant) -> Re
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         num_wgmma=ptx.count("wgmma.mma_async"),
-        num_mma=len(re.findall(r"\bmma\.sync", ptx)),
+        num_mma=len(re.findall(r"\bmma\.sync|\btcgen05\.mma\.cta", ptx)),
         num_tma=ptx.count("cp.async.bulk.tensor"),
+        form=form,
     )
 
 
@@ -240,11 +167,12 @@ def _read_usage(cubin: bytes) -> dict[str, int]:
 
 def format_table(rows: Sequence[Resources]) -> str:
     """Return the rows as a Markdown table."""
-    head = ["arch", "dtype", "kernel", "tile, warps, stages", "with", "registers", "spilled bytes"]
+    head = ["arch", "dtype", "form", "kernel", "tile, warps, stages", "with", "registers"]
+    head += ["spilled bytes"]
     head += ["shared KiB", "wgmma", "mma", "TMA"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
-        cells = [row.arch, row.dtype, row.kernel, row.tile, row.features, row.registers]
+        cells = [row.arch, row.dtype, row.form, row.kernel, row.tile, row.features, row.registers]
         cells += [row.stack_bytes, f"{row.shared_bytes / 1024:.0f}"]
         cells += [row.num_wgmma, row.num_mma, row.num_tma]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -252,14 +180,14 @@ def format_table(rows: Sequence[Resources]) -> str:
 
 
 def list_variants(
-    archs: Sequence[str], dtypes: Sequence[str], ranks: Sequence[int]
+    archs: Sequence[str], dtypes: Sequence[str], columns: Sequence[int], ranks: Sequence[int]
 ) -> list[Variant]:
     """Return everything that is shipped for these."""
     return [
         Variant(arch, dtype, column, rank)
         for arch in archs
         for dtype in dtypes
-        for column in range(_NUM_COLUMNS)
+        for column in columns
         for rank in ranks
     ]
 
@@ -267,17 +195,30 @@ def list_variants(
 def main(argv: Sequence[str]) -> int:
     """Compile, write JSON, print the table; 1 if a kernel is unfit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--arch", nargs="+", choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rank", nargs="+", type=int, default=[0, 16, 64])
+    columns = tuple(range(_NUM_COLUMNS))
+    parser.add_argument("--column", nargs="+", type=int, choices=columns, default=columns)
+    parser.add_argument("--kernel", nargs="+", help="names of those to compile; default all")
     parser.add_argument("--once_a_tile", action="store_true", help="one variant of each tile")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
+    compile_all = partial(
+        compile_variant,
+        once_a_tile=options.once_a_tile,
+        forms=options.form,
+        kernels=options.kernel,
+    )
     rows: dict[Resources, None] = {}
-    for variant in list_variants(options.arch, options.dtype, options.rank):
-        rows |= dict.fromkeys(compile_variant(variant, once_a_tile=options.once_a_tile))
+    for variant in list_variants(options.arch, options.dtype, options.column, options.rank):
+        rows |= dict.fromkeys(compile_all(variant))
     provenance = build_provenance("benchmarks.kernel_resources", argv, triton=triton.__version__)
-    payload = {"certificate": provenance, "kernels": [asdict(row) for row in rows]}
+    payload = {
+        "certificate": provenance,
+        "kernels": [asdict(row) for row in rows],
+    }
     options.json.write_text(json.dumps(payload, indent=1) + "\n")
     sys.stdout.write(format_table(list(rows)) + "\n")
     unfit = [f"{row.kernel} {row.tile} on {row.arch}: {f}" for row in rows for f in row.faults]

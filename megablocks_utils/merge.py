@@ -176,6 +176,8 @@ def _write(
     output: Path,
     max_shard_bytes: int | None,
 ) -> None:
+    import torch
+
     from megablocks_utils.checkpoint.companions import write_companions
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, staged_folder
@@ -193,7 +195,8 @@ def _write(
             advance(sizes[key])
             # Else it would still be held while the next one is read.
             del tensor
-        write_companions(config, None, None, config.dtype, folder, base=folders[0])
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else specs[0].dtype
+        write_companions(config, None, None, dtype, folder, base=folders[0])
         for path in _list_companions(*folders):
             shutil.copyfile(path, folder / path.name)
 

@@ -32,8 +32,9 @@ from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.loop import build_training_state, fit
 from megablocks_utils.training.setup import build_setup
+from megablocks_utils.training.step.forward import run_forward
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
-from megablocks_utils.training.step.objective import label_positions, token_loss_sum
+from megablocks_utils.training.step.objective import token_loss_sum
 
 LEARNING_RATE = 1e-4
 MAX_GRAD_NORM = 1.0
@@ -218,14 +219,8 @@ def _pad(schedule: Schedule, chosen: list[int]) -> dict[str, Tensor]:
 def _packed_loss(
     model: nn.Module, device: torch.device, batch: MicroBatch, num_items: float
 ) -> Tensor:
-    positions, targets = label_positions(batch.labels)
-    outputs = model(
-        input_ids=batch.input_ids.to(device),
-        position_ids=batch.position_ids.to(device),
-        logits_to_keep=positions.to(device),
-        use_cache=False,
-    )
-    return token_loss_sum(outputs.logits, targets.to(device)) / num_items
+    _, logits, targets = run_forward(model, batch, device)
+    return token_loss_sum(logits, targets) / num_items
 
 
 def _padded_loss(

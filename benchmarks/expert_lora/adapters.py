@@ -5,6 +5,7 @@ it makes W + scaling * B @ A of all experts. Both contenders hold the same weigh
 adapters, with B not zero, and see the same inputs.
 """
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.harness.contender import Contender
-from megablocks_utils.lora.adapter_files import to_peft
+from megablocks_utils.lora.peft_format import linear_key, pack_lora_a, pack_lora_b
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.shard_moe_utils import PROJECTIONS
 
 RANK, ALPHA = 16, 32
 OURS, PEFT = "ours", "peft"
 _B_STD = 0.05
+# PEFT's wrapper of the first projection stands inside that of the second.
+_WRAPPERS = {"gate_up_proj_lora": ".base_layer", "down_proj_lora": ""}
 
 
 def build_contender(
@@ -57,7 +60,13 @@ def adapters_of(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def in_peft_form(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """Return one of our adapters, or its gradient, by the name and in the form of PEFT's files."""
-    return to_peft(name, local_tensor(tensor.detach()))
+    local = local_tensor(tensor.detach())
+    layer, side = re.split(r"\.lora_(?=[AB])", name.removesuffix(".default.weight"))
+    module, _, projection = layer.rpartition(".")
+    if projection not in _WRAPPERS:
+        return linear_key(layer, side), local
+    pack = pack_lora_a if side == "A" else pack_lora_b
+    return linear_key(f"{module}{_WRAPPERS[projection]}", side), pack(local)
 
 
 def file_key(name: str) -> str:

@@ -86,7 +86,7 @@ def _rank_of_targets(settings: LoraSettings, model: nn.Module) -> dict[str, int]
     modules = find_expert_modules(model) if settings.expert_ranks else {}
     blocks = {_path_in_layer(name) for name in modules}
     names = [name for name, _ in model.named_parameters()]
-    ranks = {}
+    ranks: dict[str, int] = {}
     for projection, rank in settings.expert_ranks.items():
         chosen = {f"{name}.{projection}" for name in modules}
         wanted = [f"{block}.{projection}" for block in sorted(blocks)]

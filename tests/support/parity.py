@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megablocks_utils.config import parse_args
 from megablocks_utils.fsdp.fsdp2 import full_parameters
+from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import TrainingState, build_training_state, fit
@@ -22,7 +25,8 @@ from tests.support.argv import keep_last
 from tests.support.rank_pool import RankPool
 from tests.support.stock_reference import StockRun, train_stock
 from tests.support.tiny_adapters import attach_random_adapters
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_families import CAUSAL, save_tiny
+from tests.support.tiny_models import FAMILIES, save_tiny_model
 from tests.support.trace import Trace
 
 GLOBAL_BATCH = 16
@@ -44,7 +48,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mixtral, wide": ("mixtral", {"hidden_size": 272, "intermediate_size": 328}),
     # Experts 2 to 7 never receive a token: see `starve_experts`.
     "olmoe, starved": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 1}),
-}
+} | {family: (family, {}) for family in CAUSAL if family not in FAMILIES}
 """Name of a tiny model -> family and options of its config."""
 
 
@@ -186,8 +190,11 @@ class ParityFolder:
         folder = self.folder / name.replace(", ", "-").replace(" ", "_")
         if not folder.exists():
             family, overrides = MODELS[name]
-            prepare = _PREPARE.get(name.partition(", ")[2])
-            save_tiny_model(family, folder, prepare=prepare, **overrides)
+            if family in FAMILIES:
+                prepare = _PREPARE.get(name.partition(", ")[2])
+                save_tiny_model(family, folder, prepare=prepare, **overrides)
+            else:
+                save_tiny(family, folder, **overrides)
         return folder
 
     def _data(self, num_examples: int) -> Path:
@@ -222,16 +229,18 @@ _PREPARE = {"starved": starve_experts, "wide": keep_activations_small}
 
 def save_adapter(folder: Path, model_folder: Path, use_lora: str, rank: int) -> None:
     """Let PEFT write an adapter for a model, random in A and in B."""
-    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] if use_lora == "all" else []
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    places = {re.sub(r".*\.layers\.\d+\.", "", name) for name in find_expert_modules(model)}
+    experts = [f"{at}.{name}" for at in sorted(places) for name in ("gate_up_proj", "down_proj")]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    attention = sorted({n.rpartition(".")[2] for n in linear if "_attn." in n})
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=LORA_ALPHA,
-        target_modules=attention,
+        target_modules=attention if use_lora == "all" else [],
         target_parameters=experts,
     )
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
     attach_random_adapters(model, config, std=ADAPTER_STD).save_pretrained(folder)
 
 

@@ -68,7 +68,7 @@ def train_stock(run: StockRun) -> Trace:
     """Train and record the run."""
     examples = json.loads(Path(run.data_path).read_text())
     model = _load_model(run)
-    num_experts = model.config.num_experts
+    num_experts = _count_experts(model)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() == 1]
@@ -102,16 +102,22 @@ def in_our_words(name: str, tensor: Tensor, num_experts: int) -> tuple[str, Tens
     PEFT keeps A of the experts as (E * r, in), B as (out, r * E) with the expert running fastest.
     """
     name = name.removeprefix("base_model.model.")
-    layer, is_in_experts, rest = name.partition(".mlp.experts.")
+    block, is_in_experts, rest = name.partition(".experts.")
     if not is_in_experts or "lora_" not in rest:
         return name, tensor
     projection = "gate_up_proj" if rest.startswith("base_layer.") else "down_proj"
     if "lora_A" in rest:
         rows = tensor.shape[0] // num_experts
         stacked = torch.stack([tensor[e * rows : (e + 1) * rows] for e in range(num_experts)])
-        return f"{layer}.mlp.experts.{projection}_lora.lora_A", stacked
+        return f"{block}.experts.{projection}_lora.lora_A", stacked
     stacked = torch.stack([tensor[:, e::num_experts] for e in range(num_experts)])
-    return f"{layer}.mlp.experts.{projection}_lora.lora_B", stacked
+    return f"{block}.experts.{projection}_lora.lora_B", stacked
+
+
+def _count_experts(model: nn.Module) -> int:
+    config = model.config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(count for name in names if (count := getattr(config, name, None)))
 
 
 def _load_model(run: StockRun) -> nn.Module:

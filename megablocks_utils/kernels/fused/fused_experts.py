@@ -205,7 +205,7 @@ def _run_first_half(tokens: Tensor, first: Projection, plan: _Plan) -> tuple[Ten
     """Return the gate's results (N, I), and where they are kept its inputs, in expert order."""
     routing = first.routing
     lora, bias = first.lora_rows(Operand(tokens, by_token=True)), first.parameters.bias
-    if isinstance(plan.layout.gate, KnownGate):
+    if plan.layout.has_halves:
         return gate_up(
             tokens,
             first.matrix,
@@ -216,9 +216,9 @@ def _run_first_half(tokens: Tensor, first: Projection, plan: _Plan) -> tuple[Ten
             lora=lora,
             bias=bias,
         )
-    up_out = None
+    gate_up_out = None
     if plan.keeps_gate_up_out:
-        up_out = tokens.new_empty(routing.num_rows, first.matrix.num_cols)
+        gate_up_out = tokens.new_empty(routing.num_rows, first.matrix.num_cols)
     activations = row_gemm(
         tokens,
         first.matrix,
@@ -227,10 +227,10 @@ def _run_first_half(tokens: Tensor, first: Projection, plan: _Plan) -> tuple[Ten
         gather=True,
         lora=lora,
         bias=bias,
-        activation=plan.layout.gate.activation,
-        activation_input=up_out,
+        layout=plan.layout,
+        gate_up_out=gate_up_out,
     )
-    return activations, up_out
+    return activations, gate_up_out
 
 
 def _differentiate_tokens(

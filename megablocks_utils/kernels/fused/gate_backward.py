@@ -33,7 +33,7 @@ from megablocks_utils.kernels.fused.tiles import Tile
 #   +------------------+            +-----+---------+-----+
 #   | rows of the tile |  BLOCK_M @ |     | BLOCK_N |     |  + adapter  =  acc (BLOCK_M, BLOCK_N)
 #   +------------------+            +-----+---------+-----+                |
-#                                                                    left | right, one by one
+#                                                                    parts of it, one by one
 #   gate_up_out (N, 2 * I)                                                 v
 #   +---+------+---+---+------+---+                  acc = gradient of act(gate) * up
 #   |   | gate |   |   |  up  |   |  ----------->      * derivatives  -->  grad_gate_up (N, 2 * I)
@@ -41,7 +41,7 @@ from megablocks_utils.kernels.fused.tiles import Tile
 #                                                      row sums of acc * act(gate) * up
 #                                                                     -->  partial (column tile, N)
 #
-#   registers  the accumulator; then, half a tile at a time, gate, up and what is made of them
+#   registers  the accumulator; then, some columns at a time, gate, up and what is made of them
 #   shared     `num_stages` steps of grad and of the weights
 #   HBM        reads gate_up_out once: each element belongs to one program. Writes what is wanted
 #   re-read    grad and the weights, as `multiply` says
@@ -117,22 +117,28 @@ def gate_backward_kernel(
             *(acc, adapter, expert, rows, exists, cols, cols < num_cols, BLOCK_R),
             *(PRECISION, INTERPRET),
         )
-    # One half of the columns after the other: for a whole tile, what follows would spill registers.
+    # Some of the columns after others: for a whole tile, what follows would spill registers, and
+    # with pairs to take apart for a half, too.
     left, right = halve(acc, BLOCK_M, BLOCK_N)
-    half: tl.constexpr = BLOCK_N // 2
+    if INTERLEAVED:
+        parts = halve(left, BLOCK_M, BLOCK_N // 2) + halve(right, BLOCK_M, BLOCK_N // 2)
+    else:
+        parts = (left, right)
+    size: tl.constexpr = BLOCK_N // (4 if INTERLEAVED else 2)
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     part = backward_through_gate(
-        *(left, first_col, rows, routed, exists, num_cols),
-        *(gate_up_out_ptr, weight_ptr, grad_gate_up_ptr, weighted_ptr, half),
+        *(parts[0], first_col, rows, routed, exists, num_cols),
+        *(gate_up_out_ptr, weight_ptr, grad_gate_up_ptr, weighted_ptr, size),
         *(GATED, INTERLEAVED, ACTIVATION, CLAMP, ALPHA, LIMIT),
         *(HAS_WEIGHTS, KEEP_GRAD_GATE_UP, KEEP_WEIGHTED, dtype, INTERPRET),
     )
-    part += backward_through_gate(
-        *(right, first_col + half, rows, routed, exists, num_cols),
-        *(gate_up_out_ptr, weight_ptr, grad_gate_up_ptr, weighted_ptr, half),
-        *(GATED, INTERLEAVED, ACTIVATION, CLAMP, ALPHA, LIMIT),
-        *(HAS_WEIGHTS, KEEP_GRAD_GATE_UP, KEEP_WEIGHTED, dtype, INTERPRET),
-    )
+    for i in tl.static_range(1, BLOCK_N // size):
+        part += backward_through_gate(
+            *(parts[i], first_col + i * size, rows, routed, exists, num_cols),
+            *(gate_up_out_ptr, weight_ptr, grad_gate_up_ptr, weighted_ptr, size),
+            *(GATED, INTERLEAVED, ACTIVATION, CLAMP, ALPHA, LIMIT),
+            *(HAS_WEIGHTS, KEEP_GRAD_GATE_UP, KEEP_WEIGHTED, dtype, INTERPRET),
+        )
     if KEEP_PARTIAL:
         tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + routed, part, mask=exists)
 
@@ -213,6 +219,7 @@ def gate_backward(
             weights.strides,
             HAS_WEIGHTS=top_k_weights is not None,
             GATED=layout.has_gate,
+            INTERLEAVED=layout.is_interleaved,
             KEEP_GRAD_GATE_UP=wanted.gate_up_out,
             KEEP_WEIGHTED=wanted.weighted,
             KEEP_PARTIAL=wanted.top_k_weights,

@@ -128,6 +128,12 @@ def halve(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def split_pairs(tile, NUM_PAIRS: tl.constexpr):
+    """Take columns gate, up, gate, up, ... apart; neighbours of a product lie in one thread."""
+    return tl.split(tl.reshape(tile, (tile.shape[0], NUM_PAIRS, 2)))
+
+
+@triton.jit
 def backward_through_gate(
     grad,
     first_col,
@@ -160,9 +166,18 @@ def backward_through_gate(
     cols = first_col + tl.arange(0, BLOCK_N)
     mask = exists[:, None] & (cols < num_cols)[None, :]
     row_starts = rows.to(tl.int64)[:, None] * num_cols
-    if GATED:
-        gate_cols = (2 * cols if INTERLEAVED else cols)[None, :]
-        up_cols = (2 * cols + 1 if INTERLEAVED else cols + num_cols)[None, :]
+    if GATED and INTERLEAVED:
+        # Pairs are loaded as they lie, and taken apart in registers.
+        pair_cols = 2 * first_col + tl.arange(0, 2 * BLOCK_N)
+        pair_places = 2 * row_starts + pair_cols[None, :]
+        pair_mask = exists[:, None] & (pair_cols < 2 * num_cols)[None, :]
+        pairs = tl.load(gate_up_out_ptr + pair_places, mask=pair_mask, other=0.0)
+        gate, up = split_pairs(pairs, BLOCK_N)
+        gate, up = gate.to(tl.float32), up.to(tl.float32)
+        result, by_gate, by_up = differentiate_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT)
+    elif GATED:
+        gate_cols = cols[None, :]
+        up_cols = (cols + num_cols)[None, :]
         gate = tl.load(gate_up_out_ptr + 2 * row_starts + gate_cols, mask=mask, other=0.0).to(
             tl.float32
         )
@@ -189,6 +204,10 @@ def backward_through_gate(
         by_up = round_to(grad * by_up, dtype, INTERPRET)
         if GATED:
             by_gate = round_to(grad * by_gate, dtype, INTERPRET)
+        if GATED and INTERLEAVED:
+            pairs = tl.interleave(by_gate, by_up)
+            tl.store(grad_gate_up_ptr + pair_places, pairs, mask=pair_mask)
+        elif GATED:
             tl.store(grad_gate_up_ptr + 2 * row_starts + gate_cols, by_gate, mask=mask)
             tl.store(grad_gate_up_ptr + 2 * row_starts + up_cols, by_up, mask=mask)
         else:

@@ -59,7 +59,7 @@ def multiply_both(
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
         if USE_TMA:
-            # Two boxes, I columns apart: interleaved columns do not form boxes, and use pointers.
+            # Two boxes, I columns apart.
             all_cols = 2 * num_cols
             w_gate = load_weights_tma(w, expert, first_k, first_col, num_k, all_cols, K_IS_LAST)
             first_up = first_col + num_cols
@@ -119,7 +119,6 @@ def gate_up_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     HAS_ORDER: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CLAMP: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -145,17 +144,16 @@ def gate_up_kernel(
     first_col = tile_n * BLOCK_N
     cols = first_col + tl.arange(0, BLOCK_N)
     is_col = cols < num_cols
-    gate_cols = 2 * cols if INTERLEAVED else cols
-    up_cols = 2 * cols + 1 if INTERLEAVED else cols + num_cols
+    up_cols = cols + num_cols
     gate, up = multiply_both(
-        *(x_ptr, stride_xm, source, exists, w, strides, expert, first_col, gate_cols, up_cols),
+        *(x_ptr, stride_xm, source, exists, w, strides, expert, first_col, cols, up_cols),
         *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
         *(PRECISION, INTERPRET),
     )
     # Its rows x @ A, (N, r), were made by a thin `row_gemm`: every column tile needs them.
     if HAS_LORA:
         gate = add_low_rank(
-            *(gate, adapter, expert, rows, exists, gate_cols, is_col, BLOCK_R),
+            *(gate, adapter, expert, rows, exists, cols, is_col, BLOCK_R),
             *(PRECISION, INTERPRET),
         )
         up = add_low_rank(
@@ -164,14 +162,14 @@ def gate_up_kernel(
         )
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * (2 * num_cols)
-        gate += tl.load(bias_ptr + gate_cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias_ptr + cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
         up += tl.load(bias_ptr + up_cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     gate, up = round_to(gate, dtype, INTERPRET), round_to(up, dtype, INTERPRET)
     mask = exists[:, None] & is_col[None, :]
     row_starts = rows.to(tl.int64)[:, None] * num_cols
     if KEEP_GATE_UP_OUT:
-        tl.store(gate_up_out_ptr + 2 * row_starts + gate_cols[None, :], gate, mask=mask)
+        tl.store(gate_up_out_ptr + 2 * row_starts + cols[None, :], gate, mask=mask)
         tl.store(gate_up_out_ptr + 2 * row_starts + up_cols[None, :], up, mask=mask)
     # From the rounded values, as the backward pass will make it again.
     gate, up = gate.to(tl.float32), up.to(tl.float32)
@@ -191,14 +189,14 @@ def gate_up(
     lora: LoraRows | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the first half of the experts.
+    """Run the first half of the experts whose gates lie before their ups.
 
     Args:
         tokens: (T, H).
         weights: the experts' (H, 2 * I).
         routing: which rows go to which expert.
         tile: sizes of a program's work, its columns counted in I.
-        layout: order of the 2 * I outputs, and the gate.
+        layout: the gate.
         keeps_gate_up_out: whether the outputs before the gate are wanted.
         lora: a low-rank product to add to these.
         bias: (L, 2 * I), contiguous, to add to these.
@@ -211,7 +209,7 @@ def gate_up(
     gate_up_out = tokens.new_empty(routing.num_rows, 2 * num_cols) if keeps_gate_up_out else None
     if routing.num_rows == 0:
         return out, gate_up_out
-    launch = KernelLaunch(weights, routing, tile, lora, may_use_tma=not layout.is_interleaved)
+    launch = KernelLaunch(weights, routing, tile, lora)
     tiles_m, tiles_n = launch.grid(num_cols)
     gate_up_kernel[(tiles_m * tiles_n,)](
         tokens,

@@ -116,6 +116,11 @@ class GateLayout:
     is_interleaved: bool
 
     @property
+    def has_halves(self) -> bool:
+        """Whether the outputs are all gates, then all ups."""
+        return self.has_gate and not self.is_interleaved
+
+    @property
     def has_gate(self) -> bool:
         """Whether there are 2 * I outputs of gate and up, not I of up alone."""
         return isinstance(self.gate, KnownGate)
@@ -124,7 +129,6 @@ class GateLayout:
         """Return what kernels with a gate are compiled for."""
         known = self.gate if isinstance(self.gate, KnownGate) else KnownGate(self.gate.activation)
         return {
-            "INTERLEAVED": self.is_interleaved,
             "ACTIVATION": known.activation.value,
             "CLAMP": known.clamp.value,
             "ALPHA": known.alpha,
@@ -141,19 +145,17 @@ class KernelLaunch:
         routing: which rows go to which expert.
         tile: sizes of a program's work.
         lora: a low-rank product to add; or None.
-        may_use_tma: False where the kernel reads the weights in a way that boxes do not have.
     """
 
     weights: Matrix
     routing: Routing
     tile: Tile
     lora: LoraRows | None = None
-    may_use_tma: bool = True
 
     @property
     def uses_tma(self) -> bool:
         """Whether the weights are loaded by a descriptor."""
-        return self.may_use_tma and self.weights.fits_descriptor(self.tile)
+        return self.weights.fits_descriptor(self.tile)
 
     def grid(self, num_cols: int) -> tuple[int, int]:
         """Return the numbers of row tiles and of column tiles."""

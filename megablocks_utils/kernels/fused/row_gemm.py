@@ -1,7 +1,10 @@
 """Multiply rows by their experts' matrices: the down projection, input gradients, adapters.
 
-The first projection of experts without a gate, too: with an activation of the results.
+The first projection, too, of experts without a gate or with gates and ups in turn: there the kernel
+ends with the activation or the gate.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -15,10 +18,17 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.gate_code import activate
-from megablocks_utils.kernels.fused.kernel_launch import KernelLaunch, LoraRows, Matrix, Routing
+from megablocks_utils.kernels.fused.gate_code import activate, apply_gate, split_pairs
+from megablocks_utils.kernels.fused.kernel_launch import (
+    GateLayout,
+    KernelLaunch,
+    LoraRows,
+    Matrix,
+    Routing,
+)
 from megablocks_utils.kernels.fused.tiles import Tile
-from megablocks_utils.kernels.gate import Activation
+
+_NO_GATE = {"ACTIVATION": "none", "CLAMP": "none", "ALPHA": 1.0, "LIMIT": math.inf}
 
 
 # One program computes a tile of the result, for rows of one expert:
@@ -31,8 +41,9 @@ from megablocks_utils.kernels.gate import Activation
 #   +------------------+              +-----+---------+-----+              +-----+------+-----+
 #                                                       in expert order, or by routed row (SCATTER)
 #
-#   registers  the accumulator; scale, adapter, bias and activation are applied there. One store,
-#              or two where a backward pass will need what the activation was given
+#   registers  the accumulator; scale, adapter and bias are applied there before the one store. A
+#              gate comes after them: its pairs are neighbours, and its tile has half the columns.
+#              Its inputs are stored as well where a backward pass will need them
 #   shared     `num_stages` steps of x and of the weights
 #   HBM        SCATTER puts a token's K results side by side, where `combine` reads them in one
 #              piece. Each row has one owner, so no two programs write to the same place
@@ -42,7 +53,7 @@ def row_gemm_kernel(
     x_ptr,
     w,
     out_ptr,
-    activation_input_ptr,
+    gate_up_out_ptr,
     order_ptr,
     offsets_ptr,
     bias_ptr,
@@ -65,8 +76,12 @@ def row_gemm_kernel(
     HAS_ORDER: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
+    GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    KEEP_ACTIVATION_INPUT: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    KEEP_GATE_UP_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -78,7 +93,8 @@ def row_gemm_kernel(
     """Compute one tile of out[i] = scale * x[i] @ w[expert of i] + lora[i] @ factor + bias.
 
     `x` is read in expert order or, with GATHER, from the tokens; `out` is written in expert order
-    or, with SCATTER, in the order of routed rows. An ACTIVATION other than "none" comes last.
+    or, with SCATTER, in the order of routed rows. An ACTIVATION other than "none", GATED or not,
+    comes last.
     """
     tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
     expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
@@ -107,12 +123,23 @@ def row_gemm_kernel(
     mask = exists[:, None] & is_col[None, :]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     out = round_to(acc, dtype, INTERPRET)
-    if KEEP_ACTIVATION_INPUT:
-        tl.store(activation_input_ptr + places, out, mask=mask)
-    if ACTIVATION != "none":
-        # From the rounded values, as the backward pass will make it again.
-        out = round_to(activate(out.to(tl.float32), ACTIVATION, 1.0), dtype, INTERPRET)
-    tl.store(out_ptr + places, out, mask=mask)
+    if KEEP_GATE_UP_OUT:
+        tl.store(gate_up_out_ptr + places, out, mask=mask)
+    # From the rounded values, as the backward pass will make it again.
+    if GATED:
+        gate, up = split_pairs(out.to(tl.float32), BLOCK_N // 2)
+        results = round_to(apply_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT), dtype, INTERPRET)
+        num_pairs = num_cols // 2
+        pairs = first_col // 2 + tl.arange(0, BLOCK_N // 2)
+        tl.store(
+            out_ptr + target[:, None] * num_pairs + pairs[None, :],
+            results,
+            mask=exists[:, None] & (pairs < num_pairs)[None, :],
+        )
+    else:
+        if ACTIVATION != "none":
+            out = round_to(activate(out.to(tl.float32), ACTIVATION, ALPHA), dtype, INTERPRET)
+        tl.store(out_ptr + places, out, mask=mask)
 
 
 def row_gemm(
@@ -126,10 +153,10 @@ def row_gemm(
     scale: float = 1.0,
     lora: LoraRows | None = None,
     bias: Tensor | None = None,
-    activation: Activation | None = None,
-    activation_input: Tensor | None = None,
+    layout: GateLayout | None = None,
+    gate_up_out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply every routed row by its expert's matrix: (N, columns).
+    """Multiply every routed row by its expert's matrix: (N, columns), or (N, I) through a gate.
 
     Args:
         x: (N, K) in expert order, or with `gather` (T, K) by token.
@@ -140,20 +167,21 @@ def row_gemm(
         scatter: write routed rows, token by token, instead of expert order.
         scale: factor of the product.
         lora: a low-rank product to add, unscaled.
-        bias: (L, columns), contiguous, to add, unscaled.
-        activation: of the sum of all these; None leaves it as it is.
-        activation_input: (N, columns), filled with what the activation is given; or None.
+        bias: (L, columns), to add, unscaled.
+        layout: the gate, of columns in turn, or the activation of all these.
+        gate_up_out: (N, columns), filled with what that is given.
     """
-    out = x.new_empty(routing.num_rows, weights.num_cols)
+    is_gated = layout is not None and layout.has_gate
+    out = x.new_empty(routing.num_rows, weights.num_cols // (1 + is_gated))
     if routing.num_rows == 0:
         return out
     launch = KernelLaunch(weights, routing, tile, lora)
-    tiles_m, tiles_n = launch.grid(weights.num_cols)
-    row_gemm_kernel[(tiles_m * tiles_n,)](
+    tiles = launch.grid(weights.num_cols)
+    row_gemm_kernel[(tiles[0] * tiles[1],)](
         x,
         launch.weights_argument(),
         out,
-        activation_input,
+        gate_up_out,
         routing.order,
         routing.offsets,
         bias,
@@ -161,16 +189,16 @@ def row_gemm(
         routing.num_experts,
         weights.num_rows,
         weights.num_cols,
-        tiles_m,
-        tiles_n,
+        *tiles,
         scale,
         x.stride(0),
         weights.strides,
         GATHER=gather,
         SCATTER=scatter,
-        ACTIVATION="none" if activation is None else activation.value,
-        KEEP_ACTIVATION_INPUT=activation_input is not None,
+        GATED=is_gated,
+        KEEP_GATE_UP_OUT=gate_up_out is not None,
         HAS_BIAS=bias is not None,
+        **(_NO_GATE if layout is None else layout.constants()),
         **launch.constants(),
     )
     return out

@@ -57,7 +57,8 @@ class TileTable:
 
     Attributes:
         up: gate and up at once, two accumulators, and the gate.
-        linear: rows by a matrix: the down projection, and the backward pass through the first.
+        linear: rows by a matrix: the down projection, and the backward pass through the first; and
+            the first without a gate, or with gates and ups in turn.
         skinny: rows by a matrix of few columns, the rank of an adapter.
         act_backward: rows by a matrix, and the backward pass through the gate.
         weight_grad: sum of outer products of an expert's rows.

@@ -112,7 +112,8 @@ def _search(
         candidates={
             kind: list_candidates(kind, arch=arch, itemsize=itemsize)
             for kind in KINDS_OF_MODE[shapes.mode]
-            if kind != "up" or shapes.has_gate  # without one, `linear` is the first projection's
+            # Others have `linear` for the first projection, too.
+            if kind != "up" or (shapes.has_gate and not shapes.is_interleaved)
         },
         time_ms=time_ms,
         on_trial=on_trial,

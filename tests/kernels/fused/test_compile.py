@@ -1,6 +1,8 @@
-"""Every shipped tile compiles for GPUs that are not here: no spills, and memory that fits.
+"""The kernels compile for GPUs that are not here: no spills, and memory that fits.
 
-In processes of their own, because this one has Triton's interpreter.
+The tiles for many rows of one architecture, and forms of experts whose kernels differ. All tiles,
+architectures and forms: `benchmarks.kernel_resources`. In a process of its own, because this one
+has Triton's interpreter.
 """
 
 import json
@@ -14,12 +16,17 @@ from benchmarks.kernel_resources import Resources
 from megablocks_utils.kernels.fused.tiles import KINDS, list_candidates
 
 KERNELS = {"gate_up", "row_gemm", "gate_backward", "weight_grad", "combine"}
+ARCH, COLUMN = "sm_90", 1
+FORMS = ("swiglu", "as gpt-oss", "relu squared, no gate")
 
 
-def compile_for(arch, folder):
-    path = folder / f"{arch}.json"
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    path = folder / "resources.json"
     command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(path)]
-    command += ["--arch", arch, "--dtype", "bfloat16", "--rank", "16", "--once_a_tile"]
+    command += ["--arch", ARCH, "--dtype", "bfloat16", "--rank", "16", "--column", str(COLUMN)]
+    command += ["--form", *FORMS, "--once_a_tile"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)  # compile for real
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -27,13 +34,12 @@ def compile_for(arch, folder):
     return done, [Resources(**row) for row in json.loads(path.read_text())["kernels"]]
 
 
-@pytest.mark.parametrize("arch", ["sm_90"])  # sm_80, sm_86: benchmarks.kernel_resources
-def test_shipped_tiles_compile(tmp_path, arch):
-    done, rows = compile_for(arch, tmp_path)
+def test_shipped_tiles_compile(compiled):
+    done, rows = compiled
     assert [fault for row in rows for fault in row.faults] == []
     assert done.returncode == 0, done.stderr
     assert {row.kernel for row in rows} == KERNELS
-    tiles = {tile for kind in KINDS for tile in list_candidates(kind, arch=arch, itemsize=2)}
+    tiles = {list_candidates(kind, arch=ARCH, itemsize=2)[COLUMN] for kind in KINDS}
     shown = {(f"{t.block_m}x{t.block_k}", t.num_warps, t.num_stages) for t in tiles}
     seen = set()
     for row in rows:
@@ -41,13 +47,14 @@ def test_shipped_tiles_compile(tmp_path, arch):
         block_m, _, block_k = (sizes.split("x") + [""] * 3)[:3]
         seen.add((f"{block_m}x{block_k}", int(warps[1:]), int(stages[1:])))
     assert shown <= seen
-    if arch == "sm_90":
-        assert all(row.num_tma for row in rows if "tma" in row.features)
-        assert {row.kernel for row in rows if "tma" in row.features} == {
-            "gate_up",
-            "row_gemm",
-            "gate_backward",
-        }
+    assert all(row.num_tma for row in rows if "tma" in row.features)
+
+
+def test_every_form_has_its_first_projection_and_gate_by_descriptors(compiled):
+    _, rows = compiled
+    for form in FORMS:
+        kernels = {row.kernel for row in rows if row.form == form and "tma" in row.features}
+        assert kernels >= {"row_gemm", "gate_backward"}, form
 
 
 def test_faults_are_seen():

@@ -132,6 +132,20 @@ def test_a_limit_cuts_gates_and_ups_on_both_sides():
     assert all(0.1 < share < 0.5 for share in shares)
 
 
+@pytest.mark.parametrize(
+    "gate",
+    [GPT_OSS, _gate(SILU, Clamp.AFTER), KnownActivation(RELU_SQUARED)],
+    ids=["clamp before", "clamp after", "no gate"],
+)
+def test_what_is_not_a_number_stays_that(gate):
+    """A limit or relu must not make a number of it: the run would go on with wrong weights."""
+    run = prepare(replace(PLAIN, gate=gate), FP32)
+    with torch.no_grad():
+        run.leaves["tokens"][0] = math.nan
+        output = run.forward(run_experts_triton)
+    assert output[0].isnan().all() and output[1:].isfinite().all()
+
+
 def _keep(case: LayerCase) -> tuple[LayerRun, list[torch.Tensor]]:
     """Return a run and everything that autograd keeps of its forward pass."""
     kept = []

@@ -42,6 +42,8 @@ def take_step(model, balance, packing, *micro_batches):
         batch = collate_examples(make_examples(), rows, packing)
         loss = compute_micro_batch_loss(model, batch, LossWeights(1, 1), CPU, balance)
         loss.objective.backward()
+    num_tokens = sum(LENGTHS[row] for rows in micro_batches for row in rows)
+    assert balance._counts.sum() == 3 * 2 * num_tokens  # once, also where layers are recomputed
     balance.update()
 
 

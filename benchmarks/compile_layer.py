@@ -1,0 +1,173 @@
+"""Compile the kernels of a layer of experts for a GPU that is not there, and run none."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
+from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
+from megablocks_utils.kernels.permute import ExpertOrder
+from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+
+TILE_OPTIONS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+# Mixtral-8x7B: every size is a multiple of every tile's, which is the path that counts.
+HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 4096, 14336, 8, 2
+NUM_TOKENS = 4096
+# What of a kernel differs between the forms of experts.
+_FORM_OPTIONS = ("GATED", "INTERLEAVED", "ACTIVATION", "CLAMP", "KEEP_GATE_UP_OUT")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What experts compute, and how their weights lie."""
+
+    gate: KnownGate | KnownActivation = SWIGLU
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_interleaved: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        """F: of the first projection."""
+        return INTERMEDIATE * (2 if isinstance(self.gate, KnownGate) else 1)
+
+
+FORMS: Mapping[str, Form] = MappingProxyType(
+    {
+        "swiglu": Form(),
+        "as gpt-oss": Form(
+            KnownGate(clamp=Clamp.GPT_OSS, limit=7.0, alpha=1.702),
+            has_bias=True,
+            is_transposed=True,
+            is_interleaved=True,
+        ),
+        "gelu, clamp before": Form(KnownGate(Activation.GELU_TANH, Clamp.BEFORE, 10.0)),
+        "silu, clamp after": Form(KnownGate(clamp=Clamp.AFTER, limit=10.0)),
+        "relu squared, no gate": Form(KnownActivation(Activation.RELU_SQUARED), has_bias=True),
+        "gelu, no gate": Form(KnownActivation(Activation.GELU_TANH)),
+    }
+)
+"""SwiGLU, and others that take the most registers or the other branches of the kernels."""
+
+
+class _NoDevice:
+    """Stands in for Triton's driver: names the GPU to compile for, has none to run on.
+
+    Triton keeps the target of a device number, so every GPU has one of its own.
+    """
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._capability
+
+    def get_current_stream(self, _device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(
+    capability: int, *, once_a_tile: bool, kernels: Collection[str] | None = None
+) -> Iterator[list[tuple[Any, Any, dict]]]:
+    """Compile kernels that are launched inside for a GPU, and launch none.
+
+    Triton has no switch for this: `JITFunction.run` takes `warmup`, which the launch syntax sets to
+    False, so it is replaced while the block runs.
+
+    Args:
+        capability: 80, 90, ...
+        once_a_tile: whether a kernel is compiled once for each tile and form of the experts,
+            whatever else differs.
+        kernels: names of those to compile, or None for all.
+
+    Yields:
+        Kernel, compiled kernel and launch options, for each new one.
+    """
+    compiled: list[tuple[Any, Any, dict]] = []
+    seen: set[Any] = set()
+    run = JITFunction.run
+
+    def compile_kernel(
+        self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
+    ) -> Any:
+        name = self.fn.__name__.removesuffix("_kernel")
+        tile = (name, *(kwargs.get(option) for option in TILE_OPTIONS + _FORM_OPTIONS))
+        if (kernels is not None and name not in kernels) or (once_a_tile and tile in seen):
+            return None
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if id(kernel) not in seen:
+            seen.update({id(kernel), tile})
+            compiled.append((self, kernel, kwargs))
+        return kernel
+
+    driver.set_active(_NoDevice(capability))
+    JITFunction.run = compile_kernel
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def run_layer(dtype: torch.dtype, rank: int, tiles: TileTable, form: Form) -> None:
+    """Run a layer that trains everything, forward and backward, on meta tensors.
+
+    Args:
+        dtype: of compute.
+        rank: of adapters on both projections; 0 is none.
+        tiles: of each kind of kernel.
+        form: of the experts.
+    """
+
+    def make(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        made = torch.empty(*shape, dtype=kind, device="meta")
+        return made.requires_grad_(kind.is_floating_point)
+
+    loras: list[LowRank | None] = [None, None]
+    if rank:
+        sides = (form.num_outputs, HIDDEN), (HIDDEN, INTERMEDIATE)
+        loras = [
+            LowRank(
+                make(NUM_EXPERTS, rank, num_in),
+                make(NUM_EXPERTS, num_out, rank),
+                1.0,
+            )
+            for num_out, num_in in sides
+        ]
+
+    def make_weights(num_out: int, num_in: int) -> torch.Tensor:
+        return make(NUM_EXPERTS, *((num_in, num_out) if form.is_transposed else (num_out, num_in)))
+
+    experts = ExpertWeights(
+        make_weights(form.num_outputs, HIDDEN),
+        make_weights(HIDDEN, INTERMEDIATE),
+        form.gate,
+        gate_up_lora=loras[0],
+        down_lora=loras[1],
+        gate_up_bias=make(NUM_EXPERTS, form.num_outputs) if form.has_bias else None,
+        down_bias=make(NUM_EXPERTS, HIDDEN) if form.has_bias else None,
+        is_transposed=form.is_transposed,
+        is_interleaved=form.is_interleaved,
+        has_gate=isinstance(form.gate, KnownGate),
+    )
+    num_rows = NUM_TOKENS * TOP_K
+    order, inverse, counts = (
+        make(size, kind=torch.int64) for size in (num_rows, num_rows, NUM_EXPERTS)
+    )
+    tokens = make(NUM_TOKENS, HIDDEN)
+    weights = make(NUM_TOKENS, TOP_K, kind=torch.float32)
+    output = run_experts_triton(
+        tokens, ExpertOrder(order, inverse, counts, TOP_K), weights, experts, tiles=tiles
+    )
+    output.backward(torch.empty_like(output))

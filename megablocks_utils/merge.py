@@ -176,8 +176,6 @@ def _write(
     output: Path,
     max_shard_bytes: int | None,
 ) -> None:
-    import torch
-
     from megablocks_utils.checkpoint.companions import write_companions
     from megablocks_utils.checkpoint.model_folder import MAX_SHARD_BYTES
     from megablocks_utils.checkpoint.writer import SafetensorsWriter, staged_folder
@@ -195,7 +193,7 @@ def _write(
             advance(sizes[key])
             # Else it would still be held while the next one is read.
             del tensor
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else specs[0].dtype
+        dtype = specs[0].dtype if isinstance(config.dtype, str | None) else config.dtype
         write_companions(config, None, None, dtype, folder, base=folders[0])
         for path in _list_companions(*folders):
             shutil.copyfile(path, folder / path.name)

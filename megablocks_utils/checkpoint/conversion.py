@@ -74,7 +74,8 @@ class Conversion:
         """Return the parameters that become of the stored tensors `tensors`."""
         converter = deepcopy(self.converter)
         for key, pattern in self.sources:
-            converter.add_tensor(self.first, key, pattern, tensors[key])
+            # Saving passes tensors too, though the hint says futures.
+            converter.add_tensor(self.first, key, pattern, tensors[key])  # type: ignore[arg-type]
         made = converter.convert(self.first, model=model, config=model.config)
         return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
 
@@ -100,4 +101,5 @@ def revert(
         transforms: what renamed and converted the stored tensors.
     """
     model = ModelShapes(shapes, config, list(transforms))
-    return revert_weight_conversion(model, dict(tensors))
+    # It asks the model for no more than ModelShapes has.
+    return revert_weight_conversion(model, dict(tensors))  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ def _parts_of_tensor(
     if place.dim() == len(form):
         items, real = list(enumerate(place)), real[1:]
     for item, matrix in items:
-        rows_and_columns = real if len(real) == 2 else (*real, 1)
+        rows_and_columns = (real[0], real[1] if len(real) == 2 else 1)
         yield from _parts_of_matrix(key, item, matrix.reshape(_ROWS, -1), form, rows_and_columns)
 
 

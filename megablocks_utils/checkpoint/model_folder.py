@@ -6,7 +6,7 @@ base and not trained (vision towers, heads for several tokens) is copied byte fo
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -80,10 +80,12 @@ def export_model(
         max_shard_bytes: largest size of one weight file.
 
     Raises:
-        CheckpointError: the folder cannot be written, for example because the disk is full, or the
-            base cannot be read any more.
+        CheckpointError: the folder cannot be written, for example because the disk is full; or
+            files of the base are gone, and then what was trained is written all the same.
     """
     remaining = iter(tensors)
+    lost = _find_lost(model) if is_writer else None
+    model = model if lost is None else replace(model, base=None)
     try:
         if is_writer:
             named = [TensorSpec(*spec) for spec in specs]
@@ -96,6 +98,19 @@ def export_model(
     finally:
         for _ in remaining:
             pass
+    if lost is not None:
+        raise CheckpointError(
+            f"{lost} is gone, so that tensors of the base that nobody trains could not be copied;"
+            f" the trained weights are in {output_dir}, without them"
+        )
+
+
+def _find_lost(model: WrittenModel) -> Path | None:
+    """Return a file of the base that is needed and not there any more."""
+    if model.base is None:
+        return None
+    paths = {model.base.index.path(key) for key in model.passed_through}
+    return next((path for path in sorted(paths) if not path.is_file()), None)
 
 
 def _write_weights(

@@ -66,7 +66,7 @@ class StoredModel:
         trained = [
             spec[1] for name, spec in stored.items() if isinstance(wanted[name], nn.Parameter)
         ]
-        dtype = trained[0] if trained else model.config.dtype or torch.float32
+        dtype = next(iter(trained), torch.float32)
         self.specs: list[_Spec] = [
             (name, *self._spec(name, tensor, dtype)) for name, tensor in wanted.items()
         ]

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 
 from megablocks_utils.errors import CheckpointError
 
@@ -54,11 +54,17 @@ def _build_first(
     auto_classes: Iterable[type[_BaseAutoModelClass]], config: PreTrainedConfig
 ) -> PreTrainedModel | None:
     for auto_class in auto_classes:
-        if type(config) in auto_class._model_mapping:
+        if type(config) in _mapping_of(auto_class):
             with init_empty_weights(include_buffers=False):
                 model: PreTrainedModel = auto_class.from_config(config)
             return model
     return None
+
+
+def _mapping_of(auto_class: type[_BaseAutoModelClass]) -> _LazyAutoMapping:
+    mapping = auto_class._model_mapping
+    assert mapping is not None, "only the base class has none"
+    return mapping
 
 
 def _remove_other_parts(model: PreTrainedModel) -> None:

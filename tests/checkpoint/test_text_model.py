@@ -74,6 +74,19 @@ def test_text_is_trained_and_the_rest_passes_through(tmp_path, family):
     assert (output_dir / "preprocessor_config.json").read_text() == "{}"
 
 
+def test_what_was_trained_outlives_its_base(tmp_path):
+    base, output_dir = tmp_path / "base", tmp_path / "out"
+    save_tiny("kimi_k25", base)
+    model, reader, left = load_as_text(base)
+    file = base / "model.safetensors"
+    file.unlink()
+    with pytest.raises(CheckpointError) as error:
+        write(model, reader, output_dir)
+    assert str(error.value).startswith(f"{file} is gone, so that tensors of the base")
+    stored = {key for name in reader.layout.shapes for key in reader.layout.sources(name)}
+    assert left and set(open_checkpoint(output_dir)) == stored
+
+
 def test_a_stray_tensor_is_no_part_of_the_whole(tmp_path):
     save_tiny("llama4", tmp_path)
     file = tmp_path / "model.safetensors"

@@ -4,15 +4,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megablocks_utils.ep_implementation import register_ep_implementation
     from megablocks_utils.experts_interface import register_experts_implementation
     from megablocks_utils.moe.kernel_check import verify_kernel
     from megablocks_utils.moe.sharded_moe import ShardedMoE
     from megablocks_utils.shard_moe_utils import shard_moe
 
-__all__ = ["ShardedMoE", "register_experts_implementation", "shard_moe", "verify_kernel"]
+__all__ = [
+    "ShardedMoE",
+    "register_ep_implementation",
+    "register_experts_implementation",
+    "shard_moe",
+    "verify_kernel",
+]
 
 _HOMES = {
     "ShardedMoE": "moe.sharded_moe",
+    "register_ep_implementation": "ep_implementation",
     "register_experts_implementation": "experts_interface",
     "shard_moe": "shard_moe_utils",
     "verify_kernel": "moe.kernel_check",

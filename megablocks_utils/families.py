@@ -1,7 +1,7 @@
-"""What is known of a model family that its config and its modules do not say: as little as can be.
+"""What is known of a model family that neither its config nor its modules say.
 
-What experts are is read off their modules (`moe.expert_spec`), and where weights lie is traced
-through transformers' own conversion mapping (`checkpoint.layouts`).
+transformers marks the modules that follow its experts interface, and the marks say what the experts
+are. A few follow it in all but the mark. This is the only place that names a family.
 
 Torch-free.
 """

@@ -48,7 +48,7 @@ ORDER = (
     ("checkpoint",),
     ("training.data", "training.report"),
     ("shard_moe_utils",),
-    ("experts_interface", "fsdp", "lora"),
+    ("ep_implementation", "experts_interface", "fsdp", "lora"),
     ("merge", "export", "tune"),
     ("training.step", "training.resume"),
     ("training",),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from megablocks_utils.kernels.backends.backend import ExpertBackend
@@ -19,6 +20,7 @@ from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
+    ExchangedCounts,
     combine_rows,
     dispatch_rows,
     exchange_counts,
@@ -27,6 +29,30 @@ from megablocks_utils.mesh.token_exchange import (
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.zero_experts import split_zero_experts
+
+
+def run_where_experts_are(
+    rows: Tensor,
+    counts: ExchangedCounts,
+    group: ProcessGroup,
+    backend: ExpertBackend,
+    experts: ExpertWeights,
+) -> Tensor:
+    """Run rows (N, H), in expert order, through the experts of all ranks of the ep group: (N, H).
+
+    **Collective:** two all-to-alls on the group and two in backward.
+
+    Args:
+        rows: of this rank.
+        counts: who sends how many rows to whom, from `exchange_counts`.
+        group: the ep group.
+        backend: runs the experts of this rank.
+        experts: of this rank.
+    """
+    plan = plan_dispatch(counts)
+    received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
+    rows = backend(dispatch_rows(rows, plan, group), received, None, experts)
+    return combine_rows(rows, plan, group)
 
 
 class DroplessExperts(nn.Module):
@@ -118,10 +144,8 @@ class DroplessExperts(nn.Module):
         group, ep_size = self.mesh.get_group(EP_AXIS), axis_size(self.mesh, EP_AXIS)
         if ep_size == 1:
             return self.backend(rows, order.of_sorted_rows(), None, experts)
-        plan = plan_dispatch(self.exchange_counts(order.tokens_per_expert, group, ep_size))
-        rows = dispatch_rows(rows, plan, group)
-        received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
-        return combine_rows(self.backend(rows, received, None, experts), plan, group)
+        counts = self.exchange_counts(order.tokens_per_expert, group, ep_size)
+        return run_where_experts_are(rows, counts, group, self.backend, experts)
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the experts that this rank computes with, cast to the dtype of compute."""

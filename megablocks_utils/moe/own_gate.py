@@ -1,6 +1,5 @@
 """The gate of a module of experts: one that the kernels know, or the module's own code."""
 
-import copy
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
@@ -82,7 +81,9 @@ class OwnGate:
 
 def _strip_weights(module: nn.Module) -> nn.Module:
     """Return a copy of a module without its parameters, so that its gate keeps none alive."""
-    shell = copy.copy(module)
+    # Not `copy.copy`: classes that FSDP2 derives are made anew by calling them.
+    shell = object.__new__(type(module))
+    shell.__dict__ = dict(module.__dict__)
     shell._parameters = {}
     heavy = (POST_NORM, ADAPTED_PART)
     shell._modules = {name: part for name, part in module._modules.items() if name not in heavy}

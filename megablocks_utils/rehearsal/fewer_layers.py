@@ -1,6 +1,6 @@
 """Rehearse a deep model by few of its layers: layers of one kind all need the same.
 
-Of the step's moments each has a peak that grows evenly with the number of layers of a kind. So one
+Each of the step's moments has a peak that grows evenly with the number of layers of a kind. So one
 layer of each kind and the last one are rehearsed, then one more of each kind that is left.
 """
 
@@ -16,9 +16,9 @@ from megablocks_utils.moe.model_facts import text_config
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.rehearsal.memory_ledger import LedgerPeak
 from megablocks_utils.rehearsal.rehearse import Rehearsal, rehearse
-from megablocks_utils.training.describe_model import layers_path
+from megablocks_utils.training.describe_model import find_layers
 
-__all__ = ["find_layers", "keep_layers", "rehearse_few_layers"]
+__all__ = ["keep_layers", "rehearse_few_layers"]
 
 _FEWEST = 3
 """Layers at least: FSDP gathers one ahead, and the first and the last are not like the others."""
@@ -48,13 +48,6 @@ def rehearse_few_layers(
         one_more = _rehearse(model, sorted([*few, index]), layout, run, device)
         more.append((count, one_more))
     return _extrapolate(first, more)
-
-
-def find_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of the text model."""
-    layers = model.get_submodule(layers_path(model))
-    assert isinstance(layers, nn.ModuleList)
-    return layers
 
 
 def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,9 +22,12 @@ from torch.utils._pytree import tree_leaves
 from megablocks_utils.rehearsal.library_patches import watch_resizes
 from megablocks_utils.rehearsal.memory_origin import FSDP_BUFFERS, find_origin
 
-__all__ = ["LedgerPeak", "MemoryLedger"]
+__all__ = ["IN_LAYERS", "LedgerPeak", "MemoryLedger"]
 
 _JOINS_GRADIENTS = "chunk_cat"
+IN_LAYERS = "backward of the layers"
+"""The moment from when the way back has reached the last layer: with the head it is another peak,
+which other sizes decide."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,19 @@ class MemoryLedger(TorchDispatchMode):
             if number is not None and self._origins[number] != unless:
                 self._origins[number] = component
 
+    def watch_layers(self, last_layer: nn.Module) -> None:
+        """Name the moment in which the way back reaches the last layer."""
+
+        def reach(_gradient: Tensor) -> None:
+            self.moment = IN_LAYERS
+
+        def watch(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
+            first = outputs[0] if isinstance(outputs, tuple) else outputs
+            if first.requires_grad:
+                first.register_hook(reach)
+
+        last_layer.register_forward_hook(watch)
+
     def open(self) -> None:
         """Look for the peak from now on."""
         self._first_event = len(self._events)
@@ -157,7 +173,7 @@ class MemoryLedger(TorchDispatchMode):
             self._change(number, storage.nbytes())
 
     def _change(self, number: int, size: int) -> None:
-        if torch._C._current_autograd_node() is not None:
+        if torch._C._current_autograd_node() is not None and self.moment != IN_LAYERS:
             self.moment = "backward"
         if not self._moments or self._moments[-1][1] != self.moment:
             self._moments.append((len(self._events), self.moment))

@@ -40,11 +40,12 @@ from megablocks_utils.planning.model.prediction import (
 from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_counts
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import no_launches, one_example_a_row
-from megablocks_utils.rehearsal.memory_ledger import LedgerPeak, MemoryLedger
+from megablocks_utils.rehearsal.memory_ledger import IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.data.text import IGNORED_LABEL
+from megablocks_utils.training.describe_model import find_layers
 from megablocks_utils.training.model_source import build_bare_model, split_experts
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.step.micro_batch import LossWeights
@@ -77,7 +78,7 @@ class Rehearsal:
         """Return it as a plan has it."""
         return Prediction(
             {name: self.peak.components.get(name, 0) for name in COMPONENTS},
-            self.peak.moment,
+            "backward" if self.peak.moment == IN_LAYERS else self.peak.moment,
             self.allocated_bytes,
             self.sent_bytes_per_step,
         )
@@ -114,7 +115,8 @@ def rehearse(
     fakes = () if is_real else _fakes(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     with fake_process_group(run.world_size, device.type):
-        rehearsed = _build(model, config, run, device)
+        rehearsed, layers = _build(model, config, run, device)
+        ledger.watch_layers(layers[-1])
         with ExitStack() as modes:
             for mode in (*fakes, ledger, traffic, AssumedValues(run.label_tokens)):
                 modes.enter_context(mode)
@@ -154,11 +156,12 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
 
 def _build(
     model: Path | PreTrainedModel, config: RunConfig, run: PlannedRun, device: torch.device
-) -> Fsdp1Run | Fsdp2Run:
+) -> tuple[Fsdp1Run | Fsdp2Run, nn.ModuleList]:
     """Do what `training.setup` does, without data and weights, and wrap what can be wrapped."""
     precision = run.precision
     if isinstance(model, Path):
         model = build_bare_model(model, getattr(torch, precision.weights))
+    layers = find_layers(model)
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
@@ -171,7 +174,7 @@ def _build(
         _move_to_meta(model)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
-    return kind(RehearsalInputs(model, sharded, config, run, device))
+    return kind(RehearsalInputs(model, sharded, config, run, device)), layers
 
 
 def _top_k(model: PreTrainedModel) -> int:

@@ -16,7 +16,7 @@ from megablocks_utils.moe.expert_spec import (
 from megablocks_utils.moe.model_facts import find_top_k, text_config
 from megablocks_utils.planning.model.model_description import ModelDescription
 
-__all__ = ["describe_model", "layers_path"]
+__all__ = ["describe_model", "find_layers", "layers_path"]
 
 
 def describe_model(model: PreTrainedModel) -> ModelDescription:
@@ -52,6 +52,13 @@ def layers_path(model: nn.Module) -> str:
     parts = next(iter(find_expert_modules(model))).split(".")
     paths = (".".join(parts[:n]) for n in range(1, len(parts)))
     return next(path for path in paths if isinstance(model.get_submodule(path), nn.ModuleList))
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of the text model."""
+    layers = model.get_submodule(layers_path(model))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def _size(config: Any, name: str) -> int:

@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
             row = check_family(pool, family, Path(folder), with_lora=not arguments.no_lora)
             rows.append(row)
             _show(row, time.perf_counter() - start)
+            if arguments.output:
+                write_page(arguments.output, rows)
     sys.stdout.write(f"{dict(Counter(row.verdict for row in rows))}\n")
-    if arguments.output:
-        write_page(arguments.output, rows)
     return int(any(row.is_wrong for row in rows))
 
 

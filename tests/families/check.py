@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,8 +84,23 @@ class Ground:
     output: Path
 
 
-def check_family(pool: RankPool, family: str, folder: Path, *, with_lora: bool = True) -> Row:
-    """Train a step of a tiny model on the ranks of a pool, compare it, and say how it went."""
+def check_family(
+    pool: RankPool,
+    family: str,
+    folder: Path,
+    *,
+    with_lora: bool = True,
+    train: Callable[..., Seen] = train_family,
+) -> Row:
+    """Train a step of a tiny model on the ranks of a pool, compare it, and say how it went.
+
+    Args:
+        pool: of two ranks.
+        family: by transformers' name.
+        folder: where models and runs are kept.
+        with_lora: whether an adapter is trained, too.
+        train: what the ranks run.
+    """
     ground = Ground(folder / family, folder / "data.json", folder / f"{family}-trained")
     if not ground.data.exists():
         write_examples(ground.data)
@@ -98,7 +113,7 @@ def check_family(pool: RankPool, family: str, folder: Path, *, with_lora: bool =
     except Exception as error:  # noqa: BLE001 - whatever transformers raises: it is not our run
         return Row(family, Verdict.NOT_BUILT, f"transformers alone: {_one_line(error)}")
     try:
-        seen = pool.run(train_family, train_options(ground), draws=draws, timeout=240)[0]
+        seen = pool.run(train, train_options(ground), draws=draws, timeout=240)[0]
     except RankError as error:
         return Row(family, Verdict.FAILS, _last_line(error))
     if seen.refusal:
@@ -148,8 +163,10 @@ def find_lost(seen: Seen, ground: Ground) -> Iterator[str]:
         return
     trained = {plain_name(name): weight for name, weight in seen.weights.items()}
     old = load_whole(ground.model).state_dict()
-    changed = 0
-    for name, weight in load_whole(ground.output).state_dict().items():
+    changed, whole = 0, load_whole(ground.output)
+    for name, weight in whole.state_dict().items():
+        if name in whole.all_tied_weights_keys:
+            continue  # the same as another
         wanted = trained.get(plain_name(name), old[name])
         changed += not torch.equal(weight, old[name])
         if not torch.equal(weight[: len(wanted)] if wanted.dim() else weight, wanted):

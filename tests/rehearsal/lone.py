@@ -9,7 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
+from megablocks_utils.rehearsal.fewer_layers import rehearse_few_layers
 from megablocks_utils.rehearsal.rehearse import rehearse
+from megablocks_utils.training.model_source import build_bare_model
 
 CPU = torch.device("cpu")
 
@@ -42,6 +44,13 @@ def rehearse_alone(rank: int, folder: Path, layout: ParallelLayout, run: Planned
     """Rehearse on fake tensors; a prediction."""
     with _without_group():
         return rehearse(folder, layout, run, device=CPU).as_prediction()
+
+
+def rehearse_few_alone(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun):
+    """Rehearse with few of the layers; a prediction for all of them."""
+    model = build_bare_model(folder, getattr(torch, run.precision.weights))
+    with _without_group():
+        return rehearse_few_layers(model, layout, run, device=CPU).as_prediction()
 
 
 def measure_alone(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun) -> int:

@@ -6,7 +6,7 @@ import pytest
 from transformers import MixtralConfig
 
 from megablocks_utils.planning.model.prediction import ParallelLayout
-from tests.rehearsal.lone import measure_alone, plan, rehearse_alone
+from tests.rehearsal.lone import measure_alone, plan, rehearse_alone, rehearse_few_alone
 
 NONE, SHARD, COPIES, WHOLE = (
     ParallelLayout(1, "shard"),
@@ -103,3 +103,15 @@ def test_the_triton_backend_keeps_less(ranks1, folder):
     # The activations (N, I) of each of two layers are not kept, in fp32.
     spared = 2 * 1024 * 4 * 256
     assert torch_peak.peak_bytes - lean.peak_bytes == pytest.approx(spared, rel=0.1)
+
+
+def test_few_layers_say_what_all_of_them_need(ranks1, tmp_path):
+    """With few layers the logits are the peak, with all of them the gradients."""
+    MixtralConfig(**SIZES | {"num_hidden_layers": 16, "vocab_size": 8192}).save_pretrained(tmp_path)
+    run = plan(tokens=128, accumulation=1, sync_each_batch=True)
+    [whole] = ranks1.run(rehearse_alone, tmp_path, COPIES, run)
+    [few] = ranks1.run(rehearse_few_alone, tmp_path, COPIES, run)
+    assert few.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-3)
+    assert few.allocated_bytes == whole.allocated_bytes
+    assert few.sent_bytes_per_step == whole.sent_bytes_per_step
+    assert few.components["gradients"] == whole.components["gradients"] > 0

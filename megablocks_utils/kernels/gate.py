@@ -23,8 +23,6 @@ __all__ = [
     "KnownActivation",
     "KnownFunction",
     "KnownGate",
-    "build_gate",
-    "gates_agree",
     "list_activations",
     "list_gates",
     "recognise_gate",
@@ -208,11 +206,6 @@ def recognise_gate(
     return own
 
 
-def gates_agree(own: Gate, known: KnownFunction, device: torch.device | str = "cpu") -> bool:
-    """Say whether a model's own gate is a known one, as `recognise_gate` does."""
-    return recognise_gate(own, [known], device) == known
-
-
 def _draw_inputs(
     candidates: Sequence[KnownFunction], device: torch.device | str
 ) -> tuple[Tensor, ...]:
@@ -242,8 +235,3 @@ def _are_close(seen: list[Tensor], wanted: list[Tensor], tolerance: float) -> bo
         ours.dtype == theirs.dtype and torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
         for ours, theirs in zip(seen, wanted, strict=True)
     )
-
-
-def build_gate(activation: Callable[[Tensor], Tensor]) -> Gate:
-    """Return the gate that a model's activation makes; recognised by its values, not its name."""
-    return recognise_gate(ActivationGate(activation), list_gates())

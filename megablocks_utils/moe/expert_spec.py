@@ -119,6 +119,15 @@ def read_parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Return what `ExpertSpec.parameter_names` is, without looking for the gate."""
     if isinstance(spec := getattr(module, "spec", None), ExpertSpec):
         return spec.parameter_names
+    tensors = [getattr(module, name, None) for name in ("up_proj", "gate_up_proj", "down_proj")]
+    if any(isinstance(tensor, Tensor) and tensor.dim() == 1 for tensor in tensors):
+        # FSDP1 has flattened them: what it holds says no sizes, but the module's flags say names.
+        flags = {
+            name: getattr(module, name, name == "has_gate") for name in ("has_gate", "has_bias")
+        }
+        return ExpertSpec(
+            *(0, 0, 0), **flags, is_transposed=False, is_interleaved=False, gate=SWIGLU
+        ).parameter_names
     return _read_storage(module, SWIGLU).parameter_names
 
 

@@ -47,7 +47,7 @@ DENSE_NAMES = {
 
 MOE_BLOCKS = {
     "mixtral": ("mlp.gate", "mlp.experts"),
-    "granitemoe": ("block_sparse_moe.router.layer", "block_sparse_moe.experts"),
+    "granitemoe": ("block_sparse_moe.router", "block_sparse_moe.experts"),
 }
 """Families, with the names of a layer's router and experts. Both weigh a token's experts to 1."""
 

@@ -15,7 +15,7 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 from megablocks_utils.config.backends import AUTO
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
-from megablocks_utils.kernels.permute import permute_tokens, sort_by_expert, unpermute_and_combine
+from megablocks_utils.kernels.permute import sort_by_expert, unpermute_and_combine
 from megablocks_utils.kernels.selection.backend_selection import select_and_load_backend
 from megablocks_utils.mesh.token_exchange import exchange_counts
 from megablocks_utils.moe.dropless_experts import run_where_experts_are
@@ -87,10 +87,10 @@ class DroplessEP(EPImplementation):
             group, ep_size = self.ep_mesh.get_group(), self.ep_mesh.size()
             # A copy of its own: see `DroplessExperts.forward`.
             order = sort_by_expert(top_k_index.clone(), spec.num_experts * ep_size)
-            rows = permute_tokens(hidden_states.to(dtype), order)
+            tokens = hidden_states.to(dtype)
             counts = exchange_counts(order.tokens_per_expert, group, ep_size)
             backend = self._find_backend(spec, dtype, device_type)
-            rows = run_where_experts_are(rows, counts, group, backend, experts)
+            rows = run_where_experts_are(tokens, order, counts, group, backend, experts)
             if spec.has_post_norm:
                 rows = self.experts.get_submodule("post_expert_norm")(rows)
             return unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)

@@ -32,18 +32,20 @@ from megablocks_utils.moe.zero_experts import split_zero_experts
 
 
 def run_where_experts_are(
-    rows: Tensor,
+    hidden_states: Tensor,
+    order: ExpertOrder,
     counts: ExchangedCounts,
     group: ProcessGroup,
     backend: ExpertBackend,
     experts: ExpertWeights,
 ) -> Tensor:
-    """Run rows (N, H), in expert order, through the experts of all ranks of the ep group: (N, H).
+    """Run tokens (T, H) through the experts of all ranks of the ep group: (N, H), by expert.
 
     **Collective:** two all-to-alls on the group and two in backward.
 
     Args:
-        rows: of this rank.
+        hidden_states: tokens of this rank.
+        order: of its rows.
         counts: who sends how many rows to whom, from `exchange_counts`.
         group: the ep group.
         backend: runs the experts of this rank.
@@ -51,7 +53,9 @@ def run_where_experts_are(
     """
     plan = plan_dispatch(counts)
     received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
-    rows = backend(dispatch_rows(rows, plan, group), received, None, experts)
+    # No name, here or in a caller, keeps rows that were sent while others are computed.
+    rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
+    rows = backend(rows, received, None, experts)
     return combine_rows(rows, plan, group)
 
 
@@ -133,19 +137,22 @@ class DroplessExperts(nn.Module):
         experts = self.local_weights(hidden_states.dtype)
         if axis_size(self.mesh, EP_AXIS) == 1 and self.post_expert_norm is None:
             return self.backend(hidden_states, order, top_k_weights, experts)
-        rows = self._run_rows(permute_tokens(hidden_states, order), order, experts)
+        rows = self._run_rows(hidden_states, order, experts)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
         return unpermute_and_combine(rows, top_k_weights, order)
 
-    def _run_rows(self, rows: Tensor, order: ExpertOrder, experts: ExpertWeights) -> Tensor:
-        """Run this rank's rows (N, H), in expert order, through experts wherever they are."""
+    def _run_rows(
+        self, hidden_states: Tensor, order: ExpertOrder, experts: ExpertWeights
+    ) -> Tensor:
+        """Run this rank's tokens through experts wherever they are: (N, H), in expert order."""
         # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
         group, ep_size = self.mesh.get_group(EP_AXIS), axis_size(self.mesh, EP_AXIS)
         if ep_size == 1:
+            rows = permute_tokens(hidden_states, order)
             return self.backend(rows, order.of_sorted_rows(), None, experts)
         counts = self.exchange_counts(order.tokens_per_expert, group, ep_size)
-        return run_where_experts_are(rows, counts, group, self.backend, experts)
+        return run_where_experts_are(hidden_states, order, counts, group, self.backend, experts)
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the experts that this rank computes with, cast to the dtype of compute."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import train_accelerate_fsdp2
 import train_fsdp1
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.lora import adapter_files
+from megablocks_utils.lora import peft_format
 from megablocks_utils.lora.file_check import AdapterCheckError
 from tests.support.argv import keep_last
 from tests.support.compare import relative_error
@@ -148,7 +148,7 @@ def _train_with_scrambled_file(rank, argv):
     def scramble(lora_b):
         return lora_b.permute(1, 0, 2).flatten(1)
 
-    with mock.patch.object(adapter_files, "pack_lora_b", scramble):
+    with mock.patch.object(peft_format, "pack_lora_b", scramble):
         return _train_and_listen(rank, argv)
 
 

@@ -149,11 +149,6 @@ CASES = {
         "{folder}/nowhere",
     ),
     "not an MoE": ({}, _set_config(model_type="llama"), "model_type 'llama'"),
-    "unsupported family": (
-        {},
-        _set_config(model_type="gpt_oss"),
-        "supported are mixtral, qwen3_moe, olmoe",
-    ),
     "truncated weights": ({}, _truncate, "{folder}/model/model.safetensors"),
     "missing expert": (
         {},

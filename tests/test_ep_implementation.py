@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from megablocks_utils import register_ep_implementation
+from megablocks_utils.errors import ConfigurationError
 from tests.support.compare import relative_error
 from tests.support.tiny_families import save_tiny
 
@@ -49,3 +51,21 @@ def test_transformers_runs_ours_and_gets_stocks_gradients(ranks2, tmp_path, fami
         assert loss == pytest.approx(wanted.item(), rel=1e-6)
         for name, parameter in stock.named_parameters():
             assert relative_error(grads[name], parameter.grad) < 1e-5, name
+
+
+def adapt_experts_in_transformers(rank, folder):
+    register_ep_implementation()
+    config = DistributedConfig(ep_size=2, fsdp_size=2, ep_implementation="megablocks_utils")
+    model = load(folder, distributed_config=config)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=targets))
+    with pytest.raises(ConfigurationError) as refusal:
+        loss_of(adapted, rank)
+    return str(refusal.value)
+
+
+def test_adapters_on_experts_that_transformers_has_split_are_refused(ranks2, tmp_path):
+    save_tiny("mixtral", tmp_path)
+    for message in ranks2.run(adapt_experts_in_transformers, str(tmp_path)):
+        assert message.startswith("target_parameters adapts ")
+        assert "of MixtralExperts, which transformers has split over processes" in message

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from megablocks_utils.config.backends import AUTO
-from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.permute import permute_tokens, sort_by_expert, unpermute_and_combine
@@ -39,9 +37,9 @@ def register_ep_implementation() -> None:
     The kernel is the one that `experts_implementation` names where that is one of this project's
     or of its names (`grouped_mm`, `eager`), else what `auto` selects on this machine.
 
-    PEFT's adapters on the experts are refused at the first forward pass. PEFT 0.21 makes an adapter
-    of all experts on every rank, and transformers has applied FSDP before that, so nothing reduces
-    its gradients: PEFT would have to make it a DTensor, split as the weight is.
+    PEFT 0.21 cannot adapt the experts of such a model: it stops with torch's RuntimeError about
+    mixed tensors before anything of this module runs. Its `ParamWrapper` would have to make the
+    factors DTensors that are split over the experts as the weight is, with their gradients reduced.
     """
     EPImplementationInterface.register(_NAME, DroplessEP)
 
@@ -56,7 +54,6 @@ class DroplessEP(EPImplementation):
         """Take a module whose experts are split over `ep_mesh`, or will be."""
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
-        self.class_name = type(experts).__name__  # FSDP and PEFT derive others from it
         self.spec: ExpertSpec | None = None
         self.backends: dict[torch.dtype, ExpertBackend] = {}
 
@@ -104,13 +101,6 @@ class DroplessEP(EPImplementation):
 
     def _read_spec(self) -> ExpertSpec:
         """Return what this rank's experts are; at the first call, when they are all there."""
-        if is_parametrized(self.experts):
-            names = " and ".join(self.experts.get_submodule("parametrizations")._modules)
-            raise ConfigurationError(
-                f"target_parameters adapts {names} of {self.class_name}, "
-                "which transformers has split over processes, but PEFT makes adapters of experts "
-                "that are whole; adapt other modules, or train experts with this project's scripts."
-            )
         if self.spec is None:
             self.spec = read_expert_spec(self.experts)
         return self.spec

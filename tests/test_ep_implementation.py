@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from megablocks_utils import register_ep_implementation
-from megablocks_utils.errors import ConfigurationError
 from tests.support.compare import relative_error
 from tests.support.tiny_families import save_tiny
 
@@ -59,13 +58,11 @@ def adapt_experts_in_transformers(rank, folder):
     model = load(folder, distributed_config=config)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     adapted = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=targets))
-    with pytest.raises(ConfigurationError) as refusal:
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         loss_of(adapted, rank)
-    return str(refusal.value)
 
 
-def test_adapters_on_experts_that_transformers_has_split_are_refused(ranks2, tmp_path):
+def test_peft_stops_at_experts_that_transformers_has_split(ranks2, tmp_path):
+    """No loss of theirs is wrong in silence; if PEFT learns it, the gradients must be compared."""
     save_tiny("mixtral", tmp_path)
-    for message in ranks2.run(adapt_experts_in_transformers, str(tmp_path)):
-        assert message.startswith("target_parameters adapts ")
-        assert "of MixtralExperts, which transformers has split over processes" in message
+    ranks2.run(adapt_experts_in_transformers, str(tmp_path))

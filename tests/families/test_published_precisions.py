@@ -48,6 +48,7 @@ def save_dequantized(published, folder):
     index = open_checkpoint(published, dtype=torch.float32)
     tensors = {key: index.read(key) for key in index}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert not any(tensor.requires_grad for tensor in tensors.values())
     config = without_quantization(json.loads((published / "config.json").read_text()))
     (folder / "config.json").write_text(json.dumps(config))
     return folder

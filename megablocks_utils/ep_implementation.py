@@ -36,6 +36,10 @@ def register_ep_implementation() -> None:
 
     The kernel is the one that `experts_implementation` names where that is one of this project's
     or of its names (`grouped_mm`, `eager`), else what `auto` selects on this machine.
+
+    PEFT 0.21 cannot adapt the experts of such a model: it stops with torch's RuntimeError about
+    mixed tensors before anything of this module runs. Its `ParamWrapper` would have to make the
+    factors DTensors that are split over the experts as the weight is, with their gradients reduced.
     """
     EPImplementationInterface.register(_NAME, DroplessEP)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -49,3 +50,19 @@ def test_transformers_runs_ours_and_gets_stocks_gradients(ranks2, tmp_path, fami
         assert loss == pytest.approx(wanted.item(), rel=1e-6)
         for name, parameter in stock.named_parameters():
             assert relative_error(grads[name], parameter.grad) < 1e-5, name
+
+
+def adapt_experts_in_transformers(rank, folder):
+    register_ep_implementation()
+    config = DistributedConfig(ep_size=2, fsdp_size=2, ep_implementation="megablocks_utils")
+    model = load(folder, distributed_config=config)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=targets))
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        loss_of(adapted, rank)
+
+
+def test_peft_stops_at_experts_that_transformers_has_split(ranks2, tmp_path):
+    """No loss of theirs is wrong in silence; if PEFT learns it, the gradients must be compared."""
+    save_tiny("mixtral", tmp_path)
+    ranks2.run(adapt_experts_in_transformers, str(tmp_path))

@@ -117,7 +117,8 @@ class PackedWeight(ABC):
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             with ForeignCode(self._to_error):
-                target[start:stop] = self._dequantize(first + start, first + stop, item)
+                rows = self._dequantize(first + start, first + stop, item)
+                target[start:stop] = rows.detach()  # some come as a parameter
 
     def _to_error(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.values.key} in {self.path} cannot be dequantized: {reason}")

@@ -135,11 +135,19 @@ def wrap_fsdp2(accelerator: Accelerator, model: nn.Module, sharded: ShardedMoE |
         # torch would use even for a factor of 1.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-        # The gradient of an embedding does not need its weights, often the largest matrix outside
-        # the experts. (Tied to the output head, they are in the head's unit.)
-        unit.set_unshard_in_backward(not isinstance(unit, nn.Embedding))
+        unit.set_unshard_in_backward(needs_weights_in_backward(unit))
     _assert_all_sharded(model)
     return model
+
+
+def needs_weights_in_backward(unit: nn.Module) -> bool:
+    """Return whether FSDP must gather a unit's weights for its backward pass.
+
+    The gradient of an embedding does not need its weights, often the largest matrix outside the
+    experts. (Tied to the output head, they are in the head's unit.) An embedding with a norm or a
+    scale of its own needs these, and would read freed memory: the process dies of it.
+    """
+    return not isinstance(unit, nn.Embedding) or len(list(unit.parameters())) > 1
 
 
 def find_layers(model: nn.Module, accelerator: Accelerator) -> dict[str, nn.Module]:

@@ -90,14 +90,18 @@ def check_logits(
     Raises:
         AdapterCheckError: they differ by more than rounding explains.
     """
+    dequantized = load_dequantized(base_dir)
     with without_transformers_bars(), filter_peft_warnings():
         base = _find_auto_class(base_dir, type(plain)).from_pretrained(
             base_dir,
             dtype=_HIGHER[compute],
             experts_implementation="eager",  # fp64 has no grouped product
             **({"config": plain.config} if is_truncated else {}),
-            **load_dequantized(base_dir),
+            **dequantized,
         )
+        for parameter in base.parameters() if dequantized else ():
+            # Transformers leaves those that are not quantized in the dtype they are stored in.
+            parameter.data = parameter.data.to(_HIGHER[compute])
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
     with torch.no_grad():
         exact = model(input_ids, use_cache=False).logits

@@ -17,6 +17,8 @@ PAGES = [
     *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
 ]
 MAX_WORDS = 12_000
+# As long as transformers' registry: a table of all families, made by a test.
+UNCOUNTED = ("families.md",)
 CODE = re.compile(r"`([^`\n]+)`|^(?: {4}|\t).+$|^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MODULE = re.compile(r"python -m ([a-z_][\w.]*)")
@@ -176,7 +178,8 @@ def test_troubleshooting_quotes_messages_of_the_package():
 
 
 def test_docs_stay_short():
-    assert sum(len(read(path).split()) for path in DOCS) <= MAX_WORDS
+    counted = [path for path in DOCS if path.name not in UNCOUNTED]
+    assert sum(len(read(path).split()) for path in counted) <= MAX_WORDS
 
 
 def test_the_readme_has_the_commands_that_users_rely_on():

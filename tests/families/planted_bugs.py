@@ -3,6 +3,7 @@
 python -m tests.families.planted_bugs
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -34,7 +35,7 @@ def forget_clamp() -> Any:
     own = KnownGate.__call__
 
     def unclamped(gate: KnownGate, *values: Tensor) -> Tensor:
-        return own(replace(gate, clamp=Clamp.NONE), *values)
+        return own(replace(gate, clamp=Clamp.NONE, limit=math.inf), *values)
 
     return mock.patch.object(KnownGate, "__call__", unclamped)
 

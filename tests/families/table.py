@@ -50,7 +50,8 @@ def _lines(rows: Sequence[Row], *columns: str) -> Iterator[str]:
     """Yield a line for all families that have the same values."""
     families = defaultdict(list)
     for row in rows:
-        key = tuple(_cell(getattr(row, column).replace(row.family, "FAMILY")) for column in columns)
+        shown = {"why": row.why.replace(row.family, "FAMILY")}
+        key = tuple(_cell(shown.get(column, getattr(row, column))) for column in columns)
         families[key].append(row.family)
     for values, names in sorted(families.items(), key=lambda item: (-len(item[1]), item[0])):
         cells = chain([", ".join(f"`{name}`" for name in names)], values)

@@ -4,8 +4,9 @@ import pytest
 
 from tests.families.check import Verdict, check_family
 
-# Names only, sigmoid router with a correction bias, bias + interleaved + explicit masks.
-COVERING = ("mixtral", "deepseek_v3", "gpt_oss")
+# Sigmoid router with a correction bias; bias, transposed, interleaved and explicit masks; no gate
+# and padded; another activation, in a folder that also sees; linear attention in such a folder.
+COVERING = ("deepseek_v3", "gpt_oss", "nemotron_h", "gemma4", "qwen3_5_moe")
 
 
 @pytest.mark.parametrize("family", COVERING)

@@ -176,7 +176,7 @@ class RankPool:
             }
         if reports:
             self.close()
-            raise RankError(function.__qualname__, reports)
+            raise RankError(getattr(function, "__qualname__", repr(function)), reports)
         return [pickle.loads(results[rank]) for rank in range(self.world_size)]
 
     def _collect(self, deadline: float) -> tuple[dict[int, bytes], dict[int, str]]:

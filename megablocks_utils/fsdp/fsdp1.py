@@ -191,13 +191,13 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
         only_trainable: leave frozen parameters out.
     """
     is_writer = dist.get_rank() == 0
-    units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit).values()}
+    units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit)}
     wanted = [
         (strip_wrappers(name), parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not only_trainable
     ]
-    for unit, run in groupby(wanted, key=lambda item: _unit_to_gather(item[1], units)):
+    for unit, run in groupby(wanted, key=lambda item: units.get(id(item[1]))):
         if unit is None:
             for name, parameter in run:
                 whole = gather_whole(parameter)
@@ -232,13 +232,6 @@ def _sum_over_ranks(
         _reduce_scatter(shard, gradient, group=group)
 
 
-def _unit_to_gather(
-    parameter: nn.Parameter, units: dict[int, FullyShardedDataParallel]
-) -> FullyShardedDataParallel | None:
-    """Return the unit that holds a parameter; None where FSDP1 leaves it alone."""
-    return None if _is_left_alone(parameter) else units[id(parameter)]
-
-
 def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
     """Return every FSDP unit by the prefix of its parameters' names, the root first."""
     return {
@@ -248,14 +241,16 @@ def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
     }
 
 
-def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
-    """Return a unit's parameters and the experts beside them, without those of units inside it."""
+def _own_parameters(unit: FullyShardedDataParallel) -> list[nn.Parameter]:
+    """Return the parameters that a unit shards, without those of units inside it."""
     inside = tuple(prefix for prefix in _units(unit.module) if prefix)
-    return {
-        name: parameter
+    return [
+        parameter
         for name, parameter in unit.module.named_parameters()
-        if not name.startswith(inside) and _is_adapter(name) == _holds_adapters(unit)
-    }
+        if not name.startswith(inside)
+        and not _is_left_alone(parameter)
+        and _is_adapter(name) == _holds_adapters(unit)
+    ]
 
 
 def _holds_adapters(unit: FullyShardedDataParallel) -> bool:

@@ -191,7 +191,7 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
         only_trainable: leave frozen parameters out.
     """
     is_writer = dist.get_rank() == 0
-    units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit)}
+    units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit).values()}
     wanted = [
         (strip_wrappers(name), parameter)
         for name, parameter in model.named_parameters()
@@ -241,16 +241,16 @@ def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
     }
 
 
-def _own_parameters(unit: FullyShardedDataParallel) -> list[nn.Parameter]:
-    """Return the parameters that a unit shards, without those of units inside it."""
+def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
+    """Return the parameters that a unit shards, by name, without those of units inside it."""
     inside = tuple(prefix for prefix in _units(unit.module) if prefix)
-    return [
-        parameter
+    return {
+        name: parameter
         for name, parameter in unit.module.named_parameters()
         if not name.startswith(inside)
         and not _is_left_alone(parameter)
         and _is_adapter(name) == _holds_adapters(unit)
-    ]
+    }
 
 
 def _holds_adapters(unit: FullyShardedDataParallel) -> bool:

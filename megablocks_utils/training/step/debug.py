@@ -49,7 +49,7 @@ def check_replicas(model: nn.Module, sharded: ShardedMoE | None, step: int) -> N
         if not torch.equal(bits, largest):
             differing.append(name)
     if max_over_ranks(len(differing)):
-        first = differing[0] if differing else "an expert of other ranks"
+        first = differing[0] if differing else "a parameter of other ranks"
         raise RuntimeError(f"after step {step} the copies of {first} differ between replicas")
 
 

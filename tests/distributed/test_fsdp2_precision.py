@@ -5,7 +5,7 @@ import torch
 
 from tests.support.compare import relative_error
 from tests.support.fsdp1_run import train_fsdp1
-from tests.support.parity import LAYOUTS, ParityCase, run_case, train_fsdp2
+from tests.support.parity import LAYOUTS, Layout, ParityCase, run_case, train_fsdp2
 from tests.support.trace import measure_drift
 
 NUM_STEPS = 8
@@ -48,7 +48,7 @@ def test_drift_with_adapters(pools, parity_folder, precision):
 @pytest.mark.parametrize("train", [train_fsdp2, train_fsdp1])
 def test_what_stock_keeps_in_float32_is_kept_and_trained(pools, parity_folder, train):
     """The router is a module of such parameters; the sinks are beside others on one."""
-    case = ParityCase(LAYOUTS[1], "flint", 2, accumulation=2, precision="bf16")
+    case = ParityCase(Layout(2, 2, "replicate"), "flint", 2, accumulation=2, precision="bf16")
     stock = parity_folder.reference(parity_folder.stock_run(case, "bfloat16"))
     seen = run_case(pools, parity_folder, case, train)
     kept = [name for name, weight in stock.weights.items() if weight.dtype == torch.float32]

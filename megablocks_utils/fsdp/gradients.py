@@ -76,9 +76,13 @@ def clip_gradients(
     norm = global_grad_norm(parameters, norms)
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's and transformers' formula
-        grads = _local_grads(parameters)
-        if grads:
-            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for grad in _local_grads(parameters):
+            by_dtype.setdefault(grad.dtype, []).append(grad)
+        # Not one factor in the first one's dtype: under FSDP1 that differs between ranks, and
+        # copies would part.
+        for dtype, grads in by_dtype.items():
+            torch._foreach_mul_(grads, factor.to(dtype))
     return norm
 
 

@@ -1,4 +1,4 @@
-"""FSDP1: experts left out of FSDP, everything else in flat shards over the world.
+"""FSDP1: flat shards over the world, without the experts and what every rank holds whole.
 
 FSDP1 averages gradients over the ranks; this project sums them (see `gradients`). The public
 communication hook makes the reduction a plain sum, so no loss and no gradient is scaled to undo an
@@ -25,7 +25,7 @@ from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
-from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks, sum_over_ranks
 
@@ -34,7 +34,6 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _SHARDED_STRATEGIES = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-Experts = list[DroplessExperts] | None
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.")
 
 
@@ -140,9 +139,8 @@ def fill_and_wrap_fsdp1(
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> FullyShardedDataParallel:
     """Do what `wrap_fsdp1` does up to the sums; nothing communicates, so that a rank may fail."""
-    experts: Experts = list(sharded.expert_modules.values()) if sharded else None
 
-    def wrap(module: nn.Module, ignored: Experts = experts) -> FullyShardedDataParallel:
+    def wrap(module: nn.Module) -> FullyShardedDataParallel:
         return FullyShardedDataParallel(
             module,
             sharding_strategy=plugin.sharding_strategy,
@@ -151,7 +149,7 @@ def fill_and_wrap_fsdp1(
             forward_prefetch=plugin.forward_prefetch,
             limit_all_gathers=plugin.limit_all_gathers,
             use_orig_params=True,
-            ignored_modules=ignored,
+            ignored_states=[p for p in module.parameters() if _is_left_alone(p)],
             device_id=device,
         )
 
@@ -160,7 +158,7 @@ def fill_and_wrap_fsdp1(
     for name, layer in layers:
         materialize(layer, fill_local, device, prefix=f"{name}.")
         for norm_name in [other for other in norms if other.startswith(f"{name}.")]:
-            model.set_submodule(norm_name, wrap(norms[norm_name], None))
+            model.set_submodule(norm_name, wrap(norms[norm_name]))
         model.set_submodule(name, _wrap_layer(layer, wrap))
         on_layer(1)
     materialize(model, fill_local, device)
@@ -199,7 +197,7 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not only_trainable
     ]
-    for unit, run in groupby(wanted, key=lambda item: _unit_to_gather(item[1], units)):
+    for unit, run in groupby(wanted, key=lambda item: units.get(id(item[1]))):
         if unit is None:
             for name, parameter in run:
                 whole = gather_whole(parameter)
@@ -234,13 +232,6 @@ def _sum_over_ranks(
         _reduce_scatter(shard, gradient, group=group)
 
 
-def _unit_to_gather(
-    parameter: nn.Parameter, units: dict[int, FullyShardedDataParallel]
-) -> FullyShardedDataParallel | None:
-    """Return the unit that holds a parameter; None for an expert, a DTensor."""
-    return None if isinstance(parameter, DTensor) else units[id(parameter)]
-
-
 def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
     """Return every FSDP unit by the prefix of its parameters' names, the root first."""
     return {
@@ -251,12 +242,14 @@ def _units(model: nn.Module) -> dict[str, FullyShardedDataParallel]:
 
 
 def _own_parameters(unit: FullyShardedDataParallel) -> dict[str, nn.Parameter]:
-    """Return a unit's parameters and the experts beside them, without those of units inside it."""
+    """Return the parameters that a unit shards, by name, without those of units inside it."""
     inside = tuple(prefix for prefix in _units(unit.module) if prefix)
     return {
         name: parameter
         for name, parameter in unit.module.named_parameters()
-        if not name.startswith(inside) and _is_adapter(name) == _holds_adapters(unit)
+        if not name.startswith(inside)
+        and not _is_left_alone(parameter)
+        and _is_adapter(name) == _holds_adapters(unit)
     }
 
 
@@ -293,7 +286,12 @@ def _assert_all_sharded(model: FullyShardedDataParallel, num_elements: int) -> N
 
 
 def _count_local_dense(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
+    return sum(p.numel() for p in model.parameters() if not _is_left_alone(p))
+
+
+def _is_left_alone(parameter: nn.Parameter) -> bool:
+    """Return whether FSDP1 does not shard it: an expert, which is a DTensor, or replicated."""
+    return isinstance(parameter, DTensor) or is_replicated(parameter)
 
 
 def _is_adapter(name: str) -> bool:

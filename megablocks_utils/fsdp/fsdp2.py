@@ -1,6 +1,7 @@
 """FSDP2: experts sharded over the dp axis, everything else over the world.
 
-Experts that are replicated over dp (or that only one rank holds) are left out of FSDP; the router
+Experts that are replicated over dp (or that only one rank holds) are left out of FSDP, and so is
+what every rank holds whole (parameters kept in float32: a unit computes in one dtype); the router
 and all the rest are Accelerate's to shard.
 """
 
@@ -22,7 +23,7 @@ from megablocks_utils.files import TRACKERS_FOLDER_NAME
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
-from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.mesh.placement import is_replicated, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 
@@ -120,14 +121,19 @@ def wrap_fsdp2(accelerator: Accelerator, model: nn.Module, sharded: ShardedMoE |
     **Collective:** every rank of the world must call; process groups are made.
     """
     plugin = accelerator.state.fsdp_plugin
+    replicated = [p for p in model.parameters() if is_replicated(p)]
+    # Accelerate takes modules only, of which it wants nothing but the parameters.
+    plugin.ignored_modules = [nn.ParameterList(replicated)]
     if sharded is not None:
         # First, and as units of their own: what is done with the experts would take them along.
         for norm in sharded.post_expert_norms.values():
-            fully_shard(norm, mp_policy=plugin.mixed_precision_policy)
+            fully_shard(
+                norm, mp_policy=plugin.mixed_precision_policy, ignored_params=set(replicated)
+            )
         if shards_over_dp(sharded):
             shard_experts_over_dp(sharded, plugin.mixed_precision_policy)
         else:
-            plugin.ignored_modules = list(sharded.expert_modules.values())
+            plugin.ignored_modules.extend(sharded.expert_modules.values())
     model = _prepare_model(accelerator, model)
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -204,7 +210,13 @@ def shard_experts_over_dp(sharded: ShardedMoE, policy: MixedPrecisionPolicy) -> 
         return Shard(next(even, 0))
 
     for module in sharded.expert_modules.values():
-        fully_shard(module, mesh=dp_mesh, mp_policy=policy, shard_placement_fn=choose_dim)
+        fully_shard(
+            module,
+            mesh=dp_mesh,
+            mp_policy=policy,
+            shard_placement_fn=choose_dim,
+            ignored_params={p for p in module.parameters() if is_replicated(p)},
+        )
 
 
 def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:
@@ -226,17 +238,23 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
 
 
 def gather_whole(parameter: nn.Parameter) -> Tensor:
-    """Return the whole of a sharded parameter, without its gradient.
+    """Return the whole of a parameter, without its gradient.
 
-    **Collective:** an all-gather over its mesh.
+    **Collective:** an all-gather over its mesh; none if it is replicated.
     """
     sharded = parameter.detach()
+    if is_replicated(parameter):
+        return sharded
     assert isinstance(sharded, DTensor), "FSDP2 and the experts' mesh shard as DTensors"
     return sharded.full_tensor()
 
 
 def _assert_all_sharded(model: nn.Module) -> None:
     """Stop if a parameter is a plain tensor: its gradient would never be reduced."""
-    plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    plain = [
+        name
+        for name, parameter in model.named_parameters()
+        if not isinstance(parameter, DTensor) and not is_replicated(parameter)
+    ]
     if plain:
         raise RuntimeError(f"FSDP2 left {len(plain)} parameters unsharded, the first is {plain[0]}")

@@ -2,9 +2,9 @@
 
 Convention of this project: the loss of a micro-batch is already divided by the label tokens of the
 whole global batch, so every reduction of gradients is a plain *sum* over ranks and nothing is
-rescaled afterwards. Dense parameters are summed over the world by FSDP; an expert's gradient
-arrives summed over its ep group through the all-to-all, and what is left is the sum over the dp
-axis.
+rescaled afterwards. Dense parameters are summed over the world by FSDP, those that it leaves alone
+by `sum_replicated_gradients`; an expert's gradient arrives summed over its ep group through the
+all-to-all, and what is left is the sum over the dp axis.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
-from megablocks_utils.mesh.placement import count_replicas, local_tensor
+from megablocks_utils.mesh.placement import count_replicas, is_replicated, local_tensor
 
 
 def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
@@ -31,6 +31,30 @@ def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> Non
     pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
     for work in pending:
         work.wait()
+
+
+def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum over the world the gradients of float32 parameters that every rank holds whole.
+
+    One that no rank has a gradient of keeps none, as in one process.
+
+    **Collective:** one all-reduce over the world, if any such parameter is trained.
+
+    Args:
+        parameters: in the same order on every rank; those not marked as replicated are left out.
+    """
+    replicated = [p for p in parameters if is_replicated(p) and p.requires_grad]
+    if not replicated:
+        return
+    here = torch.tensor([float(p.grad is not None) for p in replicated])
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in replicated]
+    flat = torch.cat([*(grad.reshape(-1) for grad in grads), here.to(grads[0])])
+    dist.all_reduce(flat)
+    *sums, counts = flat.split([*(p.numel() for p in replicated), len(replicated)])
+    for number, (parameter, total) in enumerate(zip(replicated, sums, strict=True)):
+        # The device is waited for only where this rank had no gradient.
+        if parameter.grad is not None or counts[number].item() > 0:
+            parameter.grad = total.view(parameter.shape)
 
 
 def clip_gradients(
@@ -52,9 +76,13 @@ def clip_gradients(
     norm = global_grad_norm(parameters, norms)
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's and transformers' formula
-        grads = _local_grads(parameters)
-        if grads:
-            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for grad in _local_grads(parameters):
+            by_dtype.setdefault(grad.dtype, []).append(grad)
+        # Not one factor in the first one's dtype: under FSDP1 that differs between ranks, and
+        # copies would part.
+        for dtype, grads in by_dtype.items():
+            torch._foreach_mul_(grads, factor.to(dtype))
     return norm
 
 
@@ -85,7 +113,7 @@ def global_grad_norm(parameters: Iterable[Tensor], norms: Tensor | None = None) 
     total = torch.zeros((), dtype=torch.float64, device=device)
     if parameters:
         norms = shard_grad_norms(parameters) if norms is None else norms
-        replicas = [count_replicas(_grad(p), world_size) for p in parameters]
+        replicas = [count_replicas(p, world_size) for p in parameters]
         squares = norms.double().square()
         total += (squares / torch.tensor(replicas, device=device)).sum()
     dist.all_reduce(total)

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.mesh.placement import local_offsets, local_tensor
+from megablocks_utils.mesh.placement import (
+    is_replicated,
+    local_offsets,
+    local_tensor,
+    mark_replicated,
+)
 
 FillLocal = Callable[[str, Tensor, tuple[int, ...]], None]
 """Fills a part of a parameter: (name in the transformers model, the part, where it begins)."""
@@ -40,6 +45,8 @@ def materialize(
             f"{prefix}{names[0]}".replace(_ADAPTED_LAYER, ""), local, local_offsets(parameter)
         )
         filled = nn.Parameter(_place_like(parameter, local), requires_grad=parameter.requires_grad)
+        if is_replicated(parameter):
+            mark_replicated(filled)
         for name in names:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, filled)

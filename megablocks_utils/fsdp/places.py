@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace, Place, RunPlace
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
-from megablocks_utils.mesh.placement import local_offsets
+from megablocks_utils.mesh.placement import is_replicated, local_offsets
 
 __all__ = ["PlacedParameters", "find_buffers", "find_places"]
 
@@ -33,7 +33,7 @@ def find_places(model: nn.Module) -> PlacedParameters:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) or is_replicated(parameter):
             place = BlockPlace(tuple(parameter.shape), local_offsets(parameter))
         elif id(parameter) in runs:
             place = runs[id(parameter)]

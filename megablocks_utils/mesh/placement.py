@@ -13,6 +13,21 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 
+_REPLICATED = "_is_replicated"
+
+
+def mark_replicated(parameter: Tensor) -> None:
+    """Say that every rank of the world holds a plain parameter whole: FSDP leaves it alone.
+
+    A mark, since a class of its own would not survive fake tensors.
+    """
+    setattr(parameter, _REPLICATED, True)
+
+
+def is_replicated(tensor: Tensor) -> bool:
+    """Return whether every rank of the world holds this plain parameter whole."""
+    return getattr(tensor, _REPLICATED, False)
+
 
 def local_expert_range(num_experts: int, mesh: DeviceMesh) -> range:
     """Return the global ids of the experts this rank holds."""
@@ -92,8 +107,11 @@ def _sharded_dim(placement: Placement) -> int:
 def count_replicas(tensor: Tensor, world_size: int) -> int:
     """Count the ranks of the world that hold the same part of a tensor.
 
-    A plain tensor is taken as this rank's own part (the shards of FSDP1 are plain tensors).
+    A plain tensor is taken as this rank's own part (the shards of FSDP1 are plain tensors), unless
+    it is marked as replicated.
     """
+    if is_replicated(tensor):
+        return world_size
     if not isinstance(tensor, DTensor):
         return 1
     shards = 1

@@ -29,6 +29,7 @@ from megablocks_utils.config import (
     RunConfig,
 )
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.planning.model.prediction import (
     COLLECTIVES,
@@ -160,7 +161,8 @@ def _build(
     """Do what `training.setup` does, without data and weights, and wrap what can be wrapped."""
     precision = run.precision
     if isinstance(model, Path):
-        model = build_bare_model(model, getattr(torch, precision.weights))
+        dtypes = getattr(torch, precision.weights), getattr(torch, precision.compute)
+        model = build_bare_model(model, *dtypes)
     layers = find_layers(model)
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
@@ -193,6 +195,8 @@ def _move_to_meta(model: nn.Module) -> None:
             if parameter not in on_meta:
                 values = parameter.detach().to("meta")
                 on_meta[parameter] = nn.Parameter(values, parameter.requires_grad)
+                if is_replicated(parameter):
+                    mark_replicated(on_meta[parameter])
             setattr(module, name, on_meta[parameter])
 
 

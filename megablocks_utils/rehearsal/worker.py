@@ -158,7 +158,7 @@ def main(argv: list[str], source: TextIO = sys.stdin, answer: TextIO = sys.stdou
 
 
 def _answer(
-    question: str, build: Callable[[str, str, int | None], "PreTrainedModel"]
+    question: str, build: Callable[[str, str, str, int | None], "PreTrainedModel"]
 ) -> dict[str, Any]:
     import torch
 
@@ -168,17 +168,20 @@ def _answer(
 
     asked = json.loads(question)
     if "layout" not in asked:
-        model = build(asked["folder"], "bfloat16", asked["truncate_layers"])
+        model = build(asked["folder"], "bfloat16", "bfloat16", asked["truncate_layers"])
         return write_description(describe_model(model))
     folder, layout, run = read_request(question)
     device = torch.device("cpu")
     if "truncate_layers" in asked:
-        model = build(str(folder), run.precision.weights, asked["truncate_layers"])
+        precision, layers = run.precision, asked["truncate_layers"]
+        model = build(str(folder), precision.weights, precision.compute, layers)
         return asdict(rehearse_few_layers(model, layout, run, device=device).as_prediction())
     return asdict(rehearse(folder, layout, run, device=device).as_prediction())
 
 
-def _build(folder: str, dtype: str, truncate_layers: int | None) -> "PreTrainedModel":
+def _build(
+    folder: str, dtype: str, compute_dtype: str, truncate_layers: int | None
+) -> "PreTrainedModel":
     import torch
 
     from megablocks_utils.rehearsal.library_patches import large_on_meta
@@ -186,7 +189,10 @@ def _build(folder: str, dtype: str, truncate_layers: int | None) -> "PreTrainedM
 
     with large_on_meta():
         return build_bare_model(
-            Path(folder), getattr(torch, dtype), truncate_layers=truncate_layers
+            Path(folder),
+            getattr(torch, dtype),
+            getattr(torch, compute_dtype),
+            truncate_layers=truncate_layers,
         )
 
 

@@ -21,6 +21,7 @@ from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.shard_moe_utils import require_experts, split_experts_on_meta
+from megablocks_utils.training.step.kept_parameters import cast_parameters
 
 __all__ = ["ModelSource", "build_bare_model", "split_experts"]
 
@@ -37,7 +38,8 @@ class ModelSource:
         layers = config.model.truncate_layers
         self.folder = folder
         dtype = getattr(torch, precision.weights)
-        self.model = build_bare_model(folder, dtype, truncate_layers=layers)
+        compute = getattr(torch, precision.compute)
+        self.model = build_bare_model(folder, dtype, compute, truncate_layers=layers)
         if layers is not None:
             _refuse_no_moe_layer(self.model, layers)
         self.expert_specs = require_experts(self.model)
@@ -81,16 +83,19 @@ def _refuse_no_moe_layer(model: PreTrainedModel, num_layers: int) -> None:
 
 
 def build_bare_model(
-    folder: Path, dtype: torch.dtype, *, truncate_layers: int | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    *,
+    truncate_layers: int | None = None,
 ) -> PreTrainedModel:
-    """Build the model of a folder on meta, in the dtype that its weights will be kept in."""
+    """Build the model of a folder on meta, in the dtypes that its weights will be kept in."""
     path = folder / MODEL_CONFIG_NAME
     check_model_sizes(read_settings(path, "model"), path)
     model = build_model_on_meta(folder, truncate_layers=truncate_layers)
     model.tie_weights()
     model.config.dtype = dtype
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # still on meta: only names the dtype
+    cast_parameters(model, dtype, compute_dtype)
     return model
 
 

@@ -1,8 +1,11 @@
 """Low precision drifts from fp32 no more than stock bf16 does, in every layout."""
 
 import pytest
+import torch
 
-from tests.support.parity import LAYOUTS, ParityCase, run_case
+from tests.support.compare import relative_error
+from tests.support.fsdp1_run import train_fsdp1
+from tests.support.parity import LAYOUTS, Layout, ParityCase, run_case, train_fsdp2
 from tests.support.trace import measure_drift
 
 NUM_STEPS = 8
@@ -40,3 +43,20 @@ def test_drift_with_adapters(pools, parity_folder, precision):
     case = ParityCase(LAYOUTS[2], "mixtral", NUM_STEPS, precision=precision, lora="all")
     ours, stock = _drifts(pools, parity_folder, case)
     assert 0 < ours < 2 * stock
+
+
+@pytest.mark.parametrize("train", [train_fsdp2, train_fsdp1])
+def test_what_stock_keeps_in_float32_is_kept_and_trained(pools, parity_folder, train):
+    """The router is a module of such parameters; the sinks are beside others on one."""
+    case = ParityCase(Layout(2, 2, "replicate"), "flint", 2, accumulation=2, precision="bf16")
+    stock = parity_folder.reference(parity_folder.stock_run(case, "bfloat16"))
+    seen = run_case(pools, parity_folder, case, train)
+    kept = [name for name, weight in stock.weights.items() if weight.dtype == torch.float32]
+    assert {name.rpartition(".")[2] for name in kept} == {"weight", "sinks"}
+    assert {n: w.dtype for n, w in seen.weights.items()} == {
+        n: w.dtype for n, w in stock.weights.items()
+    }
+    assert seen.losses == pytest.approx(stock.losses, rel=5e-3)
+    for name in kept:
+        error = relative_error(seen.first_gradients[name], stock.first_gradients[name])
+        assert error < 0.1, name

@@ -48,7 +48,8 @@ def rehearse_alone(rank: int, folder: Path, layout: ParallelLayout, run: Planned
 
 def rehearse_few_alone(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun):
     """Rehearse with few of the layers; a prediction for all of them."""
-    model = build_bare_model(folder, getattr(torch, run.precision.weights))
+    dtypes = getattr(torch, run.precision.weights), getattr(torch, run.precision.compute)
+    model = build_bare_model(folder, *dtypes)
     with _without_group():
         return rehearse_few_layers(model, layout, run, device=CPU).as_prediction()
 

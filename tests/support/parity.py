@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -311,7 +312,9 @@ def record_first_gradients(state: TrainingState, trace: Trace) -> None:
         is_first = False
         for name, parameter in state.model.named_parameters():
             if parameter.requires_grad:
-                trace.first_gradients[name] = parameter.grad.full_tensor().clone()
+                grad = parameter.grad
+                grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                trace.first_gradients[name] = grad.clone()
         if state.accelerator.process_index:
             trace.first_gradients.clear()
 

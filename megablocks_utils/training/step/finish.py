@@ -11,6 +11,7 @@ from megablocks_utils.fsdp.gradients import (
     clip_gradients,
     shard_grad_norms,
     sum_replica_gradients,
+    sum_replicated_gradients,
 )
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.training.step.debug import check_replicas
@@ -44,7 +45,7 @@ class StepFinish:
     balance: RouterBalance | None = None
 
     def finish_gradients(self) -> Tensor:
-        """Sum the gradients of expert replicas, clip all, and return the norm before clipping.
+        """Sum what FSDP does not sum over replicas, clip all, and return the norm before clipping.
 
         **Collective:** every rank of the world must call; see `fsdp.gradients`.
         """
@@ -52,6 +53,7 @@ class StepFinish:
         if self.sharded is not None and not shards_over_dp(self.sharded):
             sum_replica_gradients(self.sharded.expert_parameters.values(), self.sharded.mesh)
         trainable = self._trainable()
+        sum_replicated_gradients(trainable)
         norms = shard_grad_norms(trainable)
         if self.finite is not None:
             self.finite.take_gradients(trainable, norms)
@@ -78,12 +80,12 @@ class StepFinish:
             self.balance.update()
 
     def check_weights(self, step: int) -> None:
-        """Check in a debug run that the replicas of every expert are equal.
+        """Check in a debug run that the replicas of every parameter are equal.
 
         **Collective:** in a debug run as `check_replicas`, which raises what this raises.
         """
-        if self.is_debug_run and self.sharded is not None:
-            check_replicas(self.sharded, step)
+        if self.is_debug_run:
+            check_replicas(self.model, self.sharded, step)
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -7,7 +7,6 @@ from functools import cache, partial
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.errors import ConfigurationError, UserError
@@ -19,6 +18,7 @@ from megablocks_utils.training.step.aux_loss import (
     choose_aux_loss,
     resolve_aux_loss_coef,
 )
+from megablocks_utils.training.step.kept_parameters import find_narrowed
 from megablocks_utils.training.step.packing_probe import PackingChoice, choose_packing
 from megablocks_utils.training.step.router_balance import RouterBalance, as_buffer
 from megablocks_utils.training.step.routers import (
@@ -29,7 +29,7 @@ from megablocks_utils.training.step.routers import (
 )
 from megablocks_utils.training.step.small_model import build_small_model
 
-__all__ = ["ModelProbe", "apply_router_options", "find_narrowed", "probe_model"]
+__all__ = ["ModelProbe", "apply_router_options", "probe_model"]
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,6 @@ def probe_model(
             soft_wrap=True,
         )
     return probe
-
-
-def find_narrowed(model: PreTrainedModel, compute_dtype: torch.dtype) -> list[str]:
-    """Return the parameters that transformers would keep wider than the dtype of compute.
-
-    FSDP shards and casts the parameters of a unit alike; buffers stay as they are.
-    """
-    plan = model._get_dtype_plan(compute_dtype)
-    if not plan:
-        return []
-    pattern, _, _ = build_glob_alternation(list(plan))
-    return [name for name, _ in model.named_parameters() if pattern.search(name)]
 
 
 def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> ModelProbe:

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from megablocks_utils.config import OptimConfig, ResolvedPrecision
+from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.training.step.stochastic_rounding import StochasticRoundingAdamW
 
 __all__ = ["build_lr_scheduler", "build_optimizer", "has_weight_decay"]
@@ -51,7 +52,8 @@ def build_optimizer(
     groups = _group_parameters(trainable, optim_config.weight_decay)
     lr = optim_config.learning_rate
     state_dtype = getattr(torch, precision.optim)
-    same_dtype = all(p.dtype == state_dtype for _, p in trainable)
+    # What is kept in float32 beside narrower weights then has float32 states too.
+    same_dtype = all(p.dtype == state_dtype for _, p in trainable if not is_replicated(p))
     if same_dtype and not precision.stochastic_rounding:
         return torch.optim.AdamW(groups, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
     return StochasticRoundingAdamW(

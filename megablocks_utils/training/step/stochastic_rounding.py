@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.mesh.placement import is_replicated
+
 __all__ = ["StochasticRoundingAdamW", "shard_coordinate", "stochastic_round_"]
 
 _DROPPED_BITS = 0xFFFF  # bfloat16 is the upper half of a float32
@@ -50,6 +52,8 @@ def shard_coordinate(parameter: torch.Tensor, plain_shard: int = 0) -> tuple[int
         plain_shard: the answer for a tensor that is no DTensor: 0 where every rank holds a copy,
             the rank where each holds a piece (FSDP1).
     """
+    if is_replicated(parameter):
+        return ()
     if not isinstance(parameter, DTensor):
         return (plain_shard,)
     coordinate = parameter.device_mesh.get_coordinate()

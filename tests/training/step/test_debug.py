@@ -15,13 +15,13 @@ def _sharded(dtype=torch.float32):
 def _check_one_bit(rank, dtype):
     """Equal copies pass; then the last bit of one weight of one copy of experts 2-3 flips."""
     sharded = _sharded(dtype)
-    check_replicas(sharded, step=1)
+    check_replicas(sharded.model, sharded, step=1)
     name, parameter = list(sharded.expert_parameters.items())[-1]
     if rank == 3:
         bits = parameter.detach().to_local().view(torch.int16)
         bits[0, 0, 0] ^= 1
     with pytest.raises(RuntimeError) as report:
-        check_replicas(sharded, step=2)
+        check_replicas(sharded.model, sharded, step=2)
     return str(report.value)
 
 

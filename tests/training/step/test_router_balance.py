@@ -13,7 +13,6 @@ from megablocks_utils.training.step.gradient_checkpointing import apply_gradient
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.model_probe import (
     apply_router_options,
-    find_narrowed,
     probe_model,
 )
 from megablocks_utils.training.step.small_model import build_small_model
@@ -165,14 +164,3 @@ def test_a_model_without_router_logits_is_refused():
         ConfigurationError, match="router_aux_loss_coef is 0.5, but it must be 0 for .*kimi_k25"
     ):
         choose_aux_loss(build_small_model(build_tiny("kimi_k25"), CPU), 0.5)
-
-
-def test_parameters_that_transformers_keeps_in_float32_are_named():
-    model = build_tiny("ernie4_5_moe")
-    named = find_narrowed(model, torch.bfloat16)
-    assert {name.partition(".mlp.")[2] for name in named} == {
-        "gate.weight",
-        "gate.moe_statics.e_score_correction_bias",
-    }
-    assert find_narrowed(model, torch.float32) == []
-    assert find_narrowed(build_tiny("deepseek_v3"), torch.bfloat16) == []  # a buffer, not cast

@@ -63,6 +63,6 @@ def _replicas(
     if sharded is None:
         return
     group, world_size = sharded.mesh.get_group(DP_AXIS), dist.get_world_size()
-    for name, parameter in sharded.expert_parameters.items():
-        if count_replicas(parameter, world_size) > 1:
-            yield name, parameter, group
+    for name, weight in sharded.expert_parameters.items():
+        if count_replicas(weight, world_size) > 1:
+            yield name, weight, group

@@ -5,6 +5,7 @@ import io
 import pickle
 import shutil
 import subprocess
+from enum import Enum
 
 import pytest
 import torch
@@ -40,6 +41,32 @@ def written(tmp_path_factory):
 @pytest.fixture
 def checkpoint(written, tmp_path):
     return shutil.copytree(written, tmp_path / "checkpoint")
+
+
+class MembersByName(pickle.Pickler):
+    """Pickle members of enums as Python 3.11.0 to 3.11.3 do; `name` takes the place of theirs."""
+
+    def __init__(self, file, name=None):
+        super().__init__(file)
+        self._name = name
+
+    def reducer_override(self, value):
+        if isinstance(value, Enum):
+            return getattr, (type(value), self._name or value.name)
+        return NotImplemented
+
+
+@pytest.mark.parametrize("name", [None, "mro"])
+def test_members_of_enums_are_read_as_old_pythons_write_them_and_no_other_attribute(
+    checkpoint, name
+):
+    index = read_index(checkpoint)
+    with (checkpoint / ".metadata").open("wb") as file:
+        MembersByName(file, name).dump(index)
+    if name is None:
+        assert read_index(checkpoint).state_dict_metadata == index.state_dict_metadata
+    else:
+        assert all("asks for builtins.getattr" in message for message in refusals(checkpoint))
 
 
 def refusals(folder):

@@ -18,11 +18,14 @@ family of its registry with experts, {total} in all. A tiny random model of each
 transformers, loaded slice by slice and trained for a step at ep 2 on two ranks with FSDP2, two
 examples to a micro-batch. Loss and every gradient must equal stock transformers' (`eager`, one
 process, one example at a time) to 1e-5 in fp32, or be no farther from fp64 than twice stock's own.
-The written model must hold what was trained, and all else bit for bit. An adapter
-(`--use_lora all`) must give plain PEFT our loss and gradient norm.
+The written model must hold what was trained, and all else bit for bit. {adapters}
 
 {counts}.
 """
+_ADAPTERS = """An adapter
+(`--use_lora all`) must give plain PEFT our loss and gradient norm."""
+_NO_ADAPTERS = """Adapters
+were left out of this run; what was measured of them is in `benchmarks/results/families.md`."""
 _WORKS_HEAD = "| families | experts | batches | adapters |\n|---|---|---|---|\n"
 _OTHER_HEAD = "| families | | because |\n|---|---|---|\n"
 
@@ -30,7 +33,9 @@ _OTHER_HEAD = "| families | | because |\n|---|---|---|\n"
 def write_page(path: Path, rows: Sequence[Row]) -> None:
     """Write the page."""
     counts = ", ".join(_count(rows))
-    head = _HEAD.format(version=transformers.__version__, total=len(rows), counts=counts)
+    adapters = _ADAPTERS if any(row.lora for row in rows) else _NO_ADAPTERS
+    version = transformers.__version__
+    head = _HEAD.format(version=version, total=len(rows), counts=counts, adapters=adapters)
     works = [row for row in rows if row.verdict == Verdict.WORKS]
     others = [row for row in rows if row.verdict != Verdict.WORKS]
     tables = [_WORKS_HEAD, *_lines(works, "experts", "batches", "lora")]

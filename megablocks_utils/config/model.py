@@ -15,6 +15,15 @@ class ModelConfig:
     model_name_or_path: Annotated[
         str, Option("model to fine-tune: Hub name or local folder", metavar="MODEL")
     ] = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+    attn_implementation: Annotated[
+        str,
+        Option(
+            "attention: varlen (no mask of all tokens of a row by all), sdpa, eager or another "
+            "name that transformers has; auto: varlen where a batch has several examples and a "
+            "probe shows that it is right, else the model's own",
+            metavar="NAME",
+        ),
+    ] = "auto"
     truncate_model_for_debug: Annotated[bool, Option("keep the first two layers only")] = False
 
     @property

@@ -44,11 +44,11 @@ _NAMES = {
     "resume_from_checkpoint": "resume auto_resume_from_checkpoints resume_from",
     "optim_dtype": "optimizer_dtype optim_state_dtype",
     "seed": "random_seed",
+    "attn_implementation": "attn_impl attention attention_implementation flash_attention flash_attn"
+    " flash_attention_2 use_flash_attn use_flash_attention_2 sdp_attention xformers_attention",
     # not built yet
     "expert_quantization": "load_in_4bit load_in_8bit quantization quantization_bit quantize bits"
     " bnb_4bit_quant_type",
-    "attn_implementation": "attn_impl attention attention_implementation flash_attention flash_attn"
-    " flash_attention_2 use_flash_attn use_flash_attention_2 sdp_attention xformers_attention",
     "packing": "sample_packing neat_packing packed",
     "tp_size": "tensor_parallel_size tensor_parallel_degree tp",
     "sp_size": "sequence_parallel_size sequence_parallel_degree context_parallel_size cp_size",
@@ -65,7 +65,7 @@ PLANNED = frozenset(
     (
         *("data_weights", "dataset_config", "dataset_split"),
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
-        *("early_stopping_patience", "attn_implementation"),
+        "early_stopping_patience",
         *("expert_load_steps", "dp_replicate_size", "tp_size"),
         *("expert_tp_size", "sp_size", "expert_quantization"),
         *("adapter_layout", "launcher", "nodes"),

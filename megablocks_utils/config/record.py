@@ -22,7 +22,7 @@ _FREE_OPTIONS = (
     *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
     *("lost_rank_timeout_s", "hang_timeout_s"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),
-    "packing",
+    *("packing", "attn_implementation"),
 )
 """Options that change where or how a run is done, not what it learns."""
 

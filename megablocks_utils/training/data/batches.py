@@ -66,6 +66,7 @@ class MicroBatch:
             every collective.
         packing: how its examples are kept apart.
         attention_mask: (B, T) 1 for tokens, 0 for padding; None where there is no padding.
+        lengths: tokens of its examples in their order, padding not counted; empty: not told.
     """
 
     input_ids: torch.Tensor
@@ -74,6 +75,15 @@ class MicroBatch:
     is_dummy: bool
     packing: Packing = Packing.POSITIONS
     attention_mask: torch.Tensor | None = None
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def row_lengths(self) -> list[tuple[int, ...]]:
+        """Tokens of the examples of each row, padding as one more; empty where not told."""
+        if self.packing is not Packing.PADDED:
+            return [self.lengths] if self.lengths else []
+        width = self.input_ids.shape[1]
+        return [(n, width - n) if n < width else (n,) for n in self.lengths]
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,8 @@ def collate_examples(
     """Return the examples as a micro-batch, or a dummy if there are none."""
     if not indices:
         zero = torch.zeros((1, 1), dtype=torch.long)
-        return MicroBatch(zero, zero.clone(), zero + IGNORED_LABEL, is_dummy=True, packing=packing)
+        labels = zero + IGNORED_LABEL
+        return MicroBatch(zero, zero.clone(), labels, True, packing=packing, lengths=(1,))
     return collate_encoded([examples[i] for i in indices], packing)
 
 
@@ -253,6 +264,7 @@ def collate_encoded(
         is_dummy=False,
         packing=packing,
         attention_mask=None if mask is None or bool(mask.all()) else mask,
+        lengths=tuple(lengths),
     )
 
 

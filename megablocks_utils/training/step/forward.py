@@ -1,7 +1,7 @@
 """Give a micro-batch to a model, and take the logits of its label positions."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
+from megablocks_utils.attention.varlen_interface import example_lengths
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.step.objective import LabelPositions, label_positions
 
@@ -34,7 +35,9 @@ def run_forward(
     positions = label_positions(batch.labels)
     config = model.config
     assert isinstance(config, PreTrainedConfig), "a transformers model has one"
-    with _keep_positions(model, positions, batch.labels.shape, device):
+    rows = batch.row_lengths
+    told = example_lengths(rows) if rows else nullcontext()
+    with _keep_positions(model, positions, batch.labels.shape, device), told:
         outputs = model(
             **_model_inputs(config, batch, device),
             use_cache=False,

@@ -1,25 +1,31 @@
 """What a run must know of its model's forward pass, found out on a small model before it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from megablocks_utils.attention.implementation import (
+    own_implementation,
+    set_implementation,
+    set_named_implementation,
+)
+from megablocks_utils.attention.varlen_interface import VARLEN
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.moe.expert_spec import find_expert_modules
-from megablocks_utils.processes.agreement import broadcast_from_rank0
+from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.training.step.aux_loss import (
     AuxLoss,
     choose_aux_loss,
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.step.kept_parameters import find_narrowed
-from megablocks_utils.training.step.packing_probe import PackingChoice, choose_packing
+from megablocks_utils.training.step.packing_probe import OWN, PackingChoice, choose_packing
 from megablocks_utils.training.step.router_balance import RouterBalance, as_buffer
 from megablocks_utils.training.step.routers import (
     BlockRouter,
@@ -30,6 +36,8 @@ from megablocks_utils.training.step.routers import (
 from megablocks_utils.training.step.small_model import build_small_model
 
 __all__ = ["ModelProbe", "apply_router_options", "probe_model"]
+
+_CHOSEN_HERE = ("auto", VARLEN)
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,18 @@ class ModelProbe:
 def probe_model(
     config: RunConfig, model: PreTrainedModel, device: torch.device, console: Console
 ) -> ModelProbe:
-    """Let rank 0 find out, for all ranks, what the options need.
+    """Let rank 0 find out, for all ranks, what the options need, and set the model's attention.
 
     **Collective:** one broadcast over the world.
 
     Raises:
         ConfigurationError: on every rank, for an option that this model cannot serve.
     """
+    given = config.model.attn_implementation
+    if given not in _CHOSEN_HERE:
+        raise_on_all_ranks(lambda: set_named_implementation(model, given))
     probe = broadcast_from_rank0(lambda: _probe(config, model, device))
+    set_implementation(model, probe.packing.attention)
     if config.optim.per_device_train_batch_size > 1:
         console.print(f"micro-batches are {probe.packing.describe()}", markup=False, soft_wrap=True)
     compute_dtype = getattr(torch, resolve_precision(config, device.type).compute)
@@ -76,13 +88,17 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
     optim = config.optim
     small = cache(partial(build_small_model, model, device))
     coef = resolve_aux_loss_coef(model.config, config.router_aux_loss_coef)
+    given = config.model.attn_implementation
     packing = choose_packing(
         small,
         packing=optim.packing,
         batch_size=optim.per_device_train_batch_size,
         device=device,
         has_aux_loss=coef > 0,
+        attention=given if given in _CHOSEN_HERE else OWN,
     )
+    if packing.attention == OWN:
+        packing = replace(packing, attention=own_implementation(model))
     aux_loss = AuxLoss()
     if coef > 0:
         aux_loss = choose_aux_loss(_asked_by("router_aux_loss_coef", 0, small), coef)

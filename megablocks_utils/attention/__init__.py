@@ -1,0 +1,1 @@
+"""Attention of packed rows without a mask of all tokens by all tokens."""

@@ -206,7 +206,9 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         _check_nodes(world_size, per_node)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
-    tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length
+    attention = config.model.attn_implementation
+    batch_size = config.optim.per_device_train_batch_size
+    tokens = batch_size * config.data.max_seq_length
     kernel = "grouped_mm" if config.parallel.kernel == "auto" else config.parallel.kernel
     scenario = Scenario(
         config=config,
@@ -216,7 +218,8 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         kernel=kernel,
         tokens=tokens,
         label_tokens=tokens,
-        examples=config.optim.per_device_train_batch_size,
+        examples=batch_size,
+        is_varlen=batch_size > 1 and not shape.not_known and attention in ("auto", "varlen"),
         imbalance=own.imbalance,
         rehearse=model.rehearse,
     )

@@ -46,7 +46,7 @@ ORDER = (
     ("kernels.probing",),
     ("moe",),
     ("checkpoint",),
-    ("training.data", "training.report"),
+    ("attention", "training.data", "training.report"),
     ("shard_moe_utils",),
     ("ep_implementation", "experts_interface", "fsdp", "lora"),
     ("merge", "export", "tune"),

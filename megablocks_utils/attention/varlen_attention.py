@@ -51,20 +51,15 @@ def attend(
         (B, T, heads, value size)
     """
     num_rows, _, num_tokens, size = query.shape
-    value_size = value.shape[-1]
     scale = size**-0.5 if scale is None else scale
-    is_flash = serves_flash(query, value)
-    width = max(size, value_size)
-    if is_flash:
-        width = -(-width // _MULTIPLE) * _MULTIPLE
-    rows = [_as_tokens(tensor, width) for tensor in (query, key, value)]
-    if is_flash:
+    rows = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    if serves_flash(query, value):
         output = _attend_flash(*rows, blocks, scale, sinks)
     elif query.device.type == "cpu":
         output = _PieceAttention.apply(*rows, sinks, blocks, scale)
     else:
         output = _attend_plainly(*rows, blocks, scale, sinks)
-    return output[..., :value_size].unflatten(0, (num_rows, num_tokens))
+    return output.unflatten(0, (num_rows, num_tokens))
 
 
 def serves_flash(query: Tensor, value: Tensor) -> bool:
@@ -75,10 +70,9 @@ def serves_flash(query: Tensor, value: Tensor) -> bool:
     return is_new and max(query.shape[-1], value.shape[-1]) <= _WIDEST
 
 
-def _as_tokens(tensor: Tensor, width: int) -> Tensor:
-    """Return (B, heads, T, size) as (B * T, heads, width), with zeros at the end of heads."""
-    tokens = tensor.transpose(1, 2).flatten(0, 1)
-    return pad(tokens, (0, width - tokens.shape[-1])) if tokens.shape[-1] < width else tokens
+def _widen(tensor: Tensor, width: int) -> Tensor:
+    """Return a tensor with zeros at the end of its last dim: kernels want heads of one size."""
+    return pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else tensor
 
 
 def _add_sinks(output: Tensor, log_sum: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,7 +108,7 @@ class _PieceAttention(torch.autograd.Function):
         blocks: CausalBlocks,
         scale: float,
     ) -> Tensor:
-        output = query.new_empty(query.shape)
+        output = query.new_empty((*query.shape[:2], value.shape[-1]))
         wide = torch.promote_types(query.dtype, torch.float32)
         log_sum = query.new_empty((query.shape[1], query.shape[0]), dtype=wide)
         for piece in blocks.pieces(query.dtype):
@@ -122,7 +116,7 @@ class _PieceAttention(torch.autograd.Function):
             found = _aten._scaled_dot_product_flash_attention_for_cpu(
                 *taken, 0.0, piece.mask is None, attn_mask=piece.mask, scale=scale
             )
-            output[piece.queries] = found[0][0].transpose(0, 1)
+            output[piece.queries] = found[0][0].transpose(0, 1)[..., : value.shape[-1]]
             log_sum[:, piece.queries] = found[1][0]
         output, log_sum = _add_sinks(output, log_sum, sinks)
         ctx.save_for_backward(query, key, value, sinks, output, log_sum)
@@ -132,30 +126,33 @@ class _PieceAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, output, log_sum = ctx.saved_tensors
-        grad_output = grad_outputs[0]
+        grad_output, width = grad_outputs[0], max(query.shape[-1], value.shape[-1])
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for piece in ctx.blocks.pieces(query.dtype):
             found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(grad_output[piece.queries]),
+                _heads_first(_widen(grad_output[piece.queries], width)),
                 *_take(piece, query, key, value),
-                _heads_first(output[piece.queries]),
+                _heads_first(_widen(output[piece.queries], width)),
                 log_sum[None, :, piece.queries].contiguous(),
                 0.0,
                 piece.mask is None,
                 attn_mask=piece.mask,
                 scale=ctx.scale,
             )
-            grad_query[piece.queries] = found[0][0].transpose(0, 1)
-            grad_key[piece.keys] += found[1][0].transpose(0, 1)
-            grad_value[piece.keys] += found[2][0].transpose(0, 1)
+            parts = [part[0].transpose(0, 1) for part in found]
+            grad_query[piece.queries] = parts[0][..., : query.shape[-1]]
+            grad_key[piece.keys] += parts[1][..., : key.shape[-1]]
+            grad_value[piece.keys] += parts[2][..., : value.shape[-1]]
         grad_sinks = _sinks_gradient(sinks, grad_output, output, log_sum)
         return grad_query, grad_key, grad_value, grad_sinks, None, None
 
 
 def _take(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Return what a piece is computed from, as (1, heads, N, size) with heads of one size."""
+    width = max(query.shape[-1], value.shape[-1])
     parts = (query[piece.queries], key[piece.keys], value[piece.keys])
-    return [_heads_first(part) for part in parts]
+    return [_heads_first(_widen(part, width)) for part in parts]
 
 
 def _heads_first(tokens: Tensor) -> Tensor:
@@ -183,7 +180,7 @@ def _attend_plainly(
             )
         else:
             output = _softmax_with_sinks(*taken, piece.mask, scale, sinks)
-        found.append(output[0].transpose(0, 1))
+        found.append(output[0].transpose(0, 1)[..., : value.shape[-1]])
     return torch.cat(found)
 
 
@@ -227,9 +224,14 @@ def _attend_flash(
 ) -> Tensor:
     window = -1 if blocks.window is None else blocks.window - 1
     arguments = _FlashArguments(blocks.starts_on_device, blocks.longest, (window, 0), scale)
-    if sinks is not None:
-        return _FlashWithSinks.apply(query, key, value, sinks, arguments)
-    return _call_flash(query, key, value, arguments)[0]
+    value_size = value.shape[-1]
+    width = -(-max(query.shape[-1], value_size) // _MULTIPLE) * _MULTIPLE
+    query, key, value = (_widen(tensor, width) for tensor in (query, key, value))
+    if sinks is None:
+        output, _ = _call_flash(query, key, value, arguments)
+    else:
+        output = _FlashWithSinks.apply(query, key, value, sinks, arguments)
+    return output[..., :value_size]
 
 
 def _call_flash(

@@ -18,9 +18,9 @@ class ModelConfig:
     attn_implementation: Annotated[
         str,
         Option(
-            "attention: varlen (no mask of all tokens of a row by all), sdpa, eager or another "
-            "name that transformers has; auto: varlen where a batch has several examples and a "
-            "probe shows that it is right, else the model's own",
+            "attention of the model: varlen (without a mask of all tokens by all), sdpa, eager or "
+            "another name that transformers has; auto: varlen where a batch has several examples "
+            "and a probe shows that it is right, else the model's own",
             metavar="NAME",
         ),
     ] = "auto"

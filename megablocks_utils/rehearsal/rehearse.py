@@ -21,6 +21,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from megablocks_utils.attention.implementation import set_implementation
+from megablocks_utils.attention.varlen_interface import VARLEN
 from megablocks_utils.config import (
     AdapterConfig,
     OptimConfig,
@@ -163,6 +165,8 @@ def _build(
     if isinstance(model, Path):
         dtypes = getattr(torch, precision.weights), getattr(torch, precision.compute)
         model = build_bare_model(model, *dtypes)
+    if run.is_varlen:
+        set_implementation(model, VARLEN)
     layers = find_layers(model)
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
@@ -271,8 +275,10 @@ class _Step:
         tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
         labels = tokens.clone()
         labels[:, : num_tokens - self._run.label_tokens] = IGNORED_LABEL
-        positions = torch.arange(num_tokens)[None] % -(-num_tokens // self._run.examples)
-        return MicroBatch(tokens, positions, labels, is_dummy=False)
+        longest = -(-num_tokens // self._run.examples)
+        positions = torch.arange(num_tokens)[None] % longest
+        lengths = [min(longest, num_tokens - n) for n in range(0, num_tokens, longest)]
+        return MicroBatch(tokens, positions, labels, is_dummy=False, lengths=tuple(lengths))
 
     def _aux_loss_coef(self) -> float:
         return 0.01 if self._run.has_aux_loss else 0.0

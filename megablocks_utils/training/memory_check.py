@@ -88,6 +88,8 @@ def check_memory(
     schedule: Schedule,
     device: torch.device,
     sharded: ShardedMoE | None,
+    *,
+    is_varlen: bool,
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -99,6 +101,7 @@ def check_memory(
         schedule: its micro-batches.
         device: where this rank computes; its free memory is what a rank may take.
         sharded: experts and the kernel that runs them; None: transformers does.
+        is_varlen: whether attention takes examples one by one, without a mask.
 
     Raises:
         PlanError: on every rank, for a plan that cannot fit, unless `ignore_plan` is True.
@@ -116,6 +119,7 @@ def check_memory(
             tokens=tokens,
             label_tokens=label_tokens,
             examples=examples,
+            is_varlen=is_varlen,
             kernel="transformers" if sharded is None else sharded.kernel.name,
         )
     except UserError as error:

@@ -85,6 +85,7 @@ def plan_run(
     label_tokens: int,
     examples: int,
     kernel: str,
+    is_varlen: bool = False,
 ) -> RunPlan:
     """Predict exactly this run, with the formulas: no torch, milliseconds.
 
@@ -98,6 +99,7 @@ def plan_run(
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch.
         kernel: the backend that was chosen.
+        is_varlen: whether attention takes examples one by one, without a mask.
 
     Raises:
         ConfigurationError: the formulas do not know the model.
@@ -111,6 +113,7 @@ def plan_run(
         tokens=tokens,
         label_tokens=label_tokens,
         examples=examples,
+        is_varlen=is_varlen,
     )
     layout = scenario.own_layout()
     prediction = scenario.predict(layout)

@@ -30,6 +30,7 @@ class Scenario:
         tokens: of the largest micro-batch that a rank has at a time.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch; more than one need a mask.
+        is_varlen: whether attention takes them one by one, without a mask.
         imbalance: rows that the busiest rank of an ep group receives, over its fair share.
         rehearse: predicts what the formulas do not know; None: nothing does.
     """
@@ -42,6 +43,7 @@ class Scenario:
     tokens: int
     label_tokens: int
     examples: int = 1
+    is_varlen: bool = False
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
@@ -64,6 +66,7 @@ class Scenario:
             has_aux_loss=self._has_aux_loss(),
             device_type=self.device_type,
             examples=self.examples,
+            is_varlen=self.is_varlen,
         )
 
     def own_layout(self) -> ParallelLayout:

@@ -67,8 +67,10 @@ class Sizes:
     def has_mask(self) -> bool:
         """Whether attention needs a mask: several examples in a row, or a window that ends in it.
 
-        Without one, torch's attention takes fewer keys than queries as they are.
+        Without one, and with `varlen`, attention takes fewer keys than queries as they are.
         """
+        if self.run.is_varlen:
+            return False
         window = self.attention.sliding_window
         return self.run.examples > 1 or (window is not None and window < self.tokens)
 

@@ -74,8 +74,10 @@ class PlannedRun:
         imbalance: rows that the busiest rank of an ep group receives, over its fair share.
         has_aux_loss: whether the load-balancing loss is on.
         device_type: `cuda` or `cpu`.
-        examples: in that micro-batch. More than one are kept apart by a mask (T, T), which
-            transformers makes once, and torch's attention again in floating point in every layer.
+        examples: in that micro-batch.
+        is_varlen: whether attention takes them one by one. More than one are else kept apart by a
+            mask (T, T), which transformers makes once, and torch's attention again in floating
+            point in every layer.
     """
 
     world_size: int
@@ -93,6 +95,7 @@ class PlannedRun:
     has_aux_loss: bool
     device_type: str
     examples: int = 1
+    is_varlen: bool = False
 
     @property
     def trains_attention(self) -> bool:

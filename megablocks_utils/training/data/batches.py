@@ -53,6 +53,11 @@ class Packing(StrEnum):
     ALONE = "alone"
     """One example, as plain transformers takes it."""
 
+    @property
+    def is_one_row(self) -> bool:
+        """Whether several examples are in one row."""
+        return self in (Packing.POSITIONS, Packing.MASKS, Packing.SEQUENCES)
+
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -145,9 +145,10 @@ def check_compatibility(
 
 
 def _is_free(name: str, found: object, wanted: object) -> bool:
-    """Say whether a fact may differ: one that is not stored, or a micro-batch of one example."""
+    """Say whether a fact may differ: one that is not stored, or micro-batches of the same rows."""
     if name == "packing":
-        return wanted is None or Packing.ALONE.value in (found, wanted)
+        kinds = [Packing(kind) for kind in (found, wanted) if isinstance(kind, str)]
+        return len(kinds) < 2 or Packing.ALONE in kinds or all(kind.is_one_row for kind in kinds)
     return name == BASE_KEY and wanted is None
 
 

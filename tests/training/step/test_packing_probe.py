@@ -5,9 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from megablocks_utils.attention.implementation import set_implementation
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.training.data.batches import Packing, collate_examples
 from megablocks_utils.training.step import forward
+from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.packing_probe import choose_packing
 from megablocks_utils.training.step.small_model import build_small_model
@@ -16,17 +18,23 @@ from tests.support.tokenized import examples_of
 
 CPU = torch.device("cpu")
 CHOSEN = {
-    "mixtral": Packing.POSITIONS,
-    "gpt_oss": Packing.MASKS,
-    "qwen3_5_moe_text": Packing.PADDED,  # delta rule: its kernels are not here
-    "deepseek_v4": Packing.PADDED,  # compressed keys cross examples
+    ("mixtral", "auto"): (Packing.POSITIONS, "varlen"),
+    ("mixtral", "own"): (Packing.POSITIONS, "sdpa"),
+    ("llama4_text", "auto"): (Packing.POSITIONS, "varlen"),  # chunks
+    ("mimo_v2_flash", "auto"): (Packing.POSITIONS, "varlen"),  # sinks, windows, heads of two sizes
+    ("gpt_oss", "own"): (Packing.MASKS, "eager"),
+    # delta rule: its kernels are not here
+    ("qwen3_5_moe_text", "auto"): (Packing.PADDED, "varlen"),
+    ("deepseek_v4", "auto"): (Packing.PADDED, "eager"),  # compressed keys cross examples
 }
 LENGTHS = (5, 26, 11)
 
 
-def choose(model, packing="auto", batch_size=2):
+def choose(model, packing="auto", batch_size=2, attention="own"):
     small = partial(build_small_model, model, CPU)
-    return choose_packing(small, packing=packing, batch_size=batch_size, device=CPU)
+    return choose_packing(
+        small, packing=packing, batch_size=batch_size, device=CPU, attention=attention
+    )
 
 
 def make_examples():
@@ -49,13 +57,15 @@ def stock_step(model, examples):
     return total, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("model_type", CHOSEN)
-def test_a_batch_has_the_loss_and_every_gradient_of_its_examples_alone(model_type):
+@pytest.mark.parametrize(("model_type", "attention"), CHOSEN)
+def test_a_batch_has_the_loss_and_every_gradient_of_its_examples_alone(model_type, attention):
     model, examples = build_tiny(model_type), make_examples()
     loss_sum, wanted = stock_step(model, examples)
     model.zero_grad()
-    choice = choose(model)
-    assert choice.packing is CHOSEN[model_type]
+    choice = choose(model, attention=attention)
+    assert (choice.packing, choice.attention) == CHOSEN[model_type, attention]
+    set_implementation(model, choice.attention)
+    apply_gradient_checkpointing(model.train(), "full")
     batch = collate_examples(examples, range(len(examples)), choice.packing)
     loss = compute_micro_batch_loss(model, batch, LossWeights(1, 1), CPU)
     loss.objective.backward()
@@ -70,16 +80,31 @@ def test_a_mask_that_is_dropped_is_noticed(monkeypatch):
     monkeypatch.setattr(forward, "create_masks_for_generate", lambda *args, **kwargs: None)
     choice = choose(build_tiny("gpt_oss"))
     assert choice.packing is Packing.PADDED
-    assert choice.tried["masks"] > 0.1
+    assert choice.tried["masks, eager"] > 0.1
 
 
 def test_packing_is_refused_with_what_was_measured():
     with pytest.raises(ConfigurationError) as caught:
         choose(build_tiny("qwen3_5_moe_text"), packing="True")
     assert "packing is True, but it must be False or auto" in str(caught.value)
-    assert "packed by positions (" in str(caught.value)
+    assert "packed by positions, sdpa attention (" in str(caught.value)
 
 
 def test_one_example_a_batch_needs_no_probe():
     choice = choose_packing(None, packing="True", batch_size=1, device=CPU)
     assert choice.packing is Packing.ALONE
+
+
+def test_varlen_by_name_is_refused_where_it_is_wrong():
+    with pytest.raises(ConfigurationError) as caught:
+        choose(build_tiny("axk2"), batch_size=1, attention="varlen")
+    assert "attn_implementation is varlen, but it must be auto for a model of type" in str(
+        caught.value
+    )
+    assert "varlen attention (the model computes with the mask itself)" in str(caught.value)
+
+
+def test_auto_leaves_dropout_to_the_models_own_attention():
+    choice = choose(build_tiny("mixtral", attention_dropout=0.1), attention="auto")
+    assert choice.attention == "sdpa"
+    assert "varlen attention (attention_dropout is 0.1)" in choice.describe()

@@ -5,7 +5,7 @@ has told, and travels to the layers, and to their recomputation, where a mask wo
 is told, each row is one example; what cannot be said in blocks then is a mask as for `sdpa`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,10 +23,12 @@ from megablocks_utils.attention.varlen_attention import attend
 __all__ = ["VARLEN", "example_lengths", "register_varlen"]
 
 VARLEN = "varlen"
-_NOT_SERVED = {
-    "softcap": "the attention caps its logits",
-    "position_bias": "the attention adds a bias of positions",
-}
+_SERVED = frozenset(
+    ("s_aux", "sliding_window", "is_causal", "position_ids", "seq_idx", "logits_to_keep")
+    + ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache")
+    + ("output_attentions", "output_hidden_states", "output_router_logits", "return_dict")
+)
+"""What attention functions are told that is in the blocks already, or changes nothing here."""
 _ROWS: ContextVar[tuple[tuple[int, ...], ...] | None] = ContextVar("rows", default=None)
 
 
@@ -106,6 +108,14 @@ def _refuse_recomputation() -> None:
         raise ValueError("the mask is made inside a layer that is recomputed")
 
 
+def _refuse_unknown(told: Mapping[str, Any]) -> None:
+    """Refuse an attention that is told more than which tokens see which: sparse, capped, biased."""
+    names = (name for name, value in told.items() if value is not None and value is not False)
+    unknown = sorted(set(names) - _SERVED)
+    if unknown:
+        raise ValueError(f"the attention has {unknown[0]}, which varlen does not know")
+
+
 def _varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -118,10 +128,8 @@ def _varlen_attention(
 ) -> tuple[Tensor, None]:
     """Compute what transformers' attention functions do."""
     sinks = kwargs.get("s_aux")
-    for name, reason in _NOT_SERVED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(reason)
     if isinstance(attention_mask, CausalBlocks):
+        _refuse_unknown(kwargs)
         if dropout:
             raise ValueError(f"the attention drops out {dropout:g} of its weights")
         if key.shape[2] != query.shape[2]:

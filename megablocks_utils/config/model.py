@@ -18,9 +18,8 @@ class ModelConfig:
     attn_implementation: Annotated[
         str,
         Option(
-            "attention of the model: varlen (without a mask of all tokens by all), sdpa, eager or "
-            "another name that transformers has; auto: varlen where a batch has several examples "
-            "and a probe shows that it is right, else the model's own",
+            "attention by varlen (no mask over packed rows), sdpa, eager or another name of "
+            "transformers; auto: varlen where a probe shows it right for several examples a batch",
             metavar="NAME",
         ),
     ] = "auto"

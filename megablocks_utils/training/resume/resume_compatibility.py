@@ -147,8 +147,9 @@ def check_compatibility(
 def _is_free(name: str, found: object, wanted: object) -> bool:
     """Say whether a fact may differ: one that is not stored, or micro-batches of the same rows."""
     if name == "packing":
-        kinds = [Packing(kind) for kind in (found, wanted) if isinstance(kind, str)]
-        return len(kinds) < 2 or Packing.ALONE in kinds or all(kind.is_one_row for kind in kinds)
+        in_one_row = {kind.value for kind in Packing if kind.is_one_row}
+        kinds = {found, wanted}
+        return wanted is None or Packing.ALONE.value in kinds or kinds <= in_one_row
     return name == BASE_KEY and wanted is None
 
 

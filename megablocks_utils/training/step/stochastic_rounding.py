@@ -148,16 +148,22 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
         )
         seed = self._seed_of(adamw.step, number, parameter)
         tensors = [parameter, parameter.grad, *(state[name] for name in _STATES)]
-        pieces = [_local(tensor, parameter) for tensor in tensors]
+        pieces = tuple(_local(tensor, parameter) for tensor in tensors)
         if _takes_kernel(pieces):
-            from megablocks_utils.kernels.fused.adamw import run_adamw
-
-            run_adamw(*pieces, adamw, seed=seed, is_weight_stochastic=self._stochastic_weights)
+            self._run_kernel(pieces, adamw, seed)
             return
         generator = torch.Generator(parameter.device)
         generator.manual_seed(seed)
         for chunk in _chunks(pieces):
             self._update_chunk(chunk, adamw, generator)
+
+    def _run_kernel(self, pieces: tuple[torch.Tensor, ...], adamw: AdamWStep, seed: int) -> None:
+        from megablocks_utils.kernels.fused.adamw import run_adamw
+
+        weight, gradient, exp_avg, exp_avg_sq = pieces
+        moments = (exp_avg, exp_avg_sq)
+        is_stochastic = self._stochastic_weights
+        run_adamw(weight, gradient, *moments, adamw, seed=seed, is_weight_stochastic=is_stochastic)
 
     def _update_chunk(
         self, chunk: tuple[torch.Tensor, ...], adamw: AdamWStep, generator: torch.Generator
@@ -203,15 +209,15 @@ def _local(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return tensor.to_local()
 
 
-def _takes_kernel(pieces: list[torch.Tensor]) -> bool:
+def _takes_kernel(pieces: tuple[torch.Tensor, ...]) -> bool:
     """Say whether the kernel makes the update: on a GPU, where the pieces lie alike."""
     return pieces[0].is_cuda and all(piece.is_contiguous() for piece in pieces)
 
 
-def _chunks(tensors: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+def _chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
     """Cut equally shaped tensors into pieces small enough for float32 copies; views, not copies."""
     if not all(tensor.is_contiguous() for tensor in tensors):
-        return iter([tuple(tensors)])
+        return iter([tensors])
     return zip(*(tensor.view(-1).split(_CHUNK_ELEMENTS) for tensor in tensors), strict=True)
 
 

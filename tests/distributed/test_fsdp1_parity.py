@@ -17,7 +17,6 @@ FOUR_TWO = Layout(4, 2, "replicate")
 FOUR = Layout(4, 4, "replicate")
 
 CASES = [
-    ParityCase(TWO, "mixtral", **SHORT),
     ParityCase(TWO, "qwen3_moe", accumulation=2, checkpointing="selective", **SHORT),
     ParityCase(TWO, "olmoe", accumulation=2, sync_each_batch=False, max_grad_norm=0.0, **SHORT),
     ParityCase(FOUR_TWO, "mixtral", accumulation=2, aux_loss_coef=0.02, **SHORT),
@@ -35,7 +34,6 @@ CASES = [
     # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
     ParityCase(FOUR_TWO, num_steps=2, num_examples=3, accumulation=2, aux_loss_coef=0.02),
     # Adapters, which have their own units.
-    ParityCase(TWO, "mixtral", lora="attn-only", **SHORT),
     ParityCase(FOUR_TWO, "qwen3_moe", lora="attn-only", checkpointing="selective", **SHORT),
     ParityCase(
         FOUR,
@@ -66,7 +64,8 @@ def test_run_equals_one_stock_process(pools, parity_folder, case):
 # Of stock bf16's own drift from fp32, as for FSDP2.
 PRECISION_BOUNDS = {"bf16": 2.0, "mixed": 0.5, "bf16_sr": 0.5}
 LOW_PRECISION = 0.01  # less, and nothing was computed in bf16
-PRECISION_STEPS = 8  # enough for what pure bf16 loses to show: 0.27 and 0.22 seen, at six 0.7
+# Enough for what pure bf16 loses to show: 0.27 and 0.22 seen of the others, at six 0.7.
+NUM_STEPS = {"bf16": 4, "mixed": 8, "bf16_sr": 8}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ PRECISION_STEPS = 8  # enough for what pure bf16 loses to show: 0.27 and 0.22 se
     ids=str,
 )
 def test_drift_is_bounded_by_stock_bf16(pools, parity_folder, layout, precision):
-    case = ParityCase(layout, "qwen3_moe", PRECISION_STEPS, precision=precision)
+    case = ParityCase(layout, "qwen3_moe", NUM_STEPS[precision], precision=precision)
     ours, stock = _drifts(pools, parity_folder, case)
     assert LOW_PRECISION * stock < ours < PRECISION_BOUNDS[precision] * stock
 

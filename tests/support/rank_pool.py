@@ -33,7 +33,6 @@ PRELOADED = (
     "transformers",
     "transformers.modeling_utils",
     "megablocks_utils.kernels.fused.fused_experts",  # and with it triton
-    "tests.support.triton_interpreter",
     "megablocks_utils.training.setup",  # and with it peft
     "megablocks_utils.training.checkpointer",
     "megablocks_utils.training.loop",

@@ -9,6 +9,7 @@ made in the step as a model makes it; then a step of a small Mixtral without its
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -163,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     settings = {"examples": options.examples, "tokens": options.tokens}
     provenance = build_provenance("benchmarks.packed_attention", argv, **settings)
-    path = None if options.output == "none" else RESULT.with_name(options.output)
+    path = None if options.output == "none" else Path(options.output)
     record = Record(path, provenance | {"method": describe_method(_DEVICE)})
     model, batch = build_model(), build_batch(options.examples, options.tokens)
     for part, build in (("attention", attention_step), ("step of a model", model_step)):

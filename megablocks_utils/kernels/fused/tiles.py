@@ -185,8 +185,19 @@ def bucket_of(rows: int) -> int:
     return 1 << (max(rows, 1).bit_length() - 1)
 
 
-def choose_tile(kind: str, *, arch: str, itemsize: int, rows: int, num_experts: int) -> Tile:
+def choose_tile(
+    kind: str,
+    *,
+    arch: str,
+    itemsize: int,
+    rows: int,
+    num_experts: int,
+    num_cols: int | None = None,
+    num_processors: int = 1,
+) -> Tile:
     """Return the tile that a kernel runs with unless a search has found a better one.
+
+    That for many rows where an expert has many, and it makes a program for every processor.
 
     Args:
         kind: one of `KINDS`.
@@ -194,17 +205,41 @@ def choose_tile(kind: str, *, arch: str, itemsize: int, rows: int, num_experts: 
         itemsize: bytes of a number: 2 or 4.
         rows: routed rows N; only the power of two below counts.
         num_experts: L that they are spread over.
+        num_cols: columns of the kernel's result; None where it is not cut by rows, or not known.
+        num_processors: of the GPU.
     """
     if arch == "interpret":
         return getattr(_INTERPRET, kind)
     few, many, *_ = _list_tiles(kind, arch, itemsize)
-    return few if bucket_of(rows) < FEW_ROWS * num_experts else many
+    bucket = bucket_of(rows)
+    if bucket < FEW_ROWS * num_experts:
+        return few
+    if num_cols is None or kind == "weight_grad":
+        return many
+    num_programs = -(-bucket // many.block_m) * -(-num_cols // many.block_n)
+    return few if num_programs < num_processors else many
 
 
-def choose_tiles(*, arch: str, itemsize: int, rows: int, num_experts: int) -> TileTable:
-    """Return the tile of every kind, as `choose_tile` does."""
+def choose_tiles(
+    *,
+    arch: str,
+    itemsize: int,
+    rows: int,
+    num_experts: int,
+    num_cols: Mapping[str, int] = MappingProxyType({}),
+    num_processors: int = 1,
+) -> TileTable:
+    """Return the tile of every kind, as `choose_tile` does, with `num_cols` by kind."""
     tiles = {
-        kind: choose_tile(kind, arch=arch, itemsize=itemsize, rows=rows, num_experts=num_experts)
+        kind: choose_tile(
+            kind,
+            arch=arch,
+            itemsize=itemsize,
+            rows=rows,
+            num_experts=num_experts,
+            num_cols=num_cols.get(kind),
+            num_processors=num_processors,
+        )
         for kind in KINDS
     }
     return TileTable(**tiles)

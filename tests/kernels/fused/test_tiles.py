@@ -71,6 +71,22 @@ def test_only_the_bucket_of_rows_counts(kind):
     assert choose(4096, 6) == many
 
 
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "name"),
+    [(512, 1, "few"), (1023, 1, "few"), (2048, 1, "few"), (4096, 8, "many"), (4095, 1, "few"),
+     (8192, 1, "many"), (4096, 1, "many")],
+)  # fmt: skip
+def test_a_tile_must_make_a_program_for_every_processor(rows, num_experts, name):
+    """Of 128 rows and 256 of Qwen3-30B's 2048 columns: 8 programs for every 128 rows."""
+    few, many, *_ = list_candidates("linear", arch="sm_90", itemsize=2)
+    sizes = {"arch": "sm_90", "itemsize": 2, "rows": rows, "num_experts": num_experts}
+    table = choose_tiles(**sizes, num_cols={"linear": 2048}, num_processors=132)
+    assert table.linear == {"few": few, "many": many}[name]
+    # Gradients of weights are cut by columns; nothing is known of the others.
+    others = choose_tiles(**sizes)
+    assert replace(table, linear=others.linear) == others and others.linear == many
+
+
 def test_few_rows_take_half_high_tiles():
     sizes = {"itemsize": 2, "num_experts": 8}
     for arch, kind in product(SHARED_LIMIT_BYTES, ("up", "linear", "skinny", "act_backward")):

@@ -34,8 +34,8 @@ def _find_limit(shapes: ExpertShapes, _device: DeviceFacts) -> str | None:
 
 def _find_slowness(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
     """Say where torch loops over the experts, and waits for the device in every product."""
-    if device.capability is None:
-        return None
+    if device.capability is None or shapes.dtype == torch.float32:
+        return None  # in fp32 the products themselves take long, in any kernel
     where = None
     if device.capability[0] not in _FAST_CAPABILITIES:
         where = f"on {device.name} (compute capability {'.'.join(map(str, device.capability))})"

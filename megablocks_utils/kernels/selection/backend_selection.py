@@ -170,7 +170,7 @@ def _choose_unmeasured(
         for name in able
     }
     ranked = [name for name in _UNMEASURED if name in able]
-    fallback = next((name for name in ranked if slow[name] is None), ranked[0])
+    fallback = min(ranked, key=lambda name: (name == "eager", slow[name] is not None))
     first = _UNMEASURED[0]
     return fallback, reasons[first] or slow[first] or f"{fallback} runs these experts"
 

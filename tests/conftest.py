@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     # Triton decides once, when it is imported; what imports it must come after this.
     os.environ["TRITON_INTERPRET"] = "1"
     assert "triton" not in sys.modules
+    import tests.support.triton_interpreter  # noqa: F401
 
 from tests.support.rank_pool import RankPool
 

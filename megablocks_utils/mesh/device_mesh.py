@@ -48,11 +48,11 @@ def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
 
     **Collective:** every rank of the world must call (process groups are created).
     """
-    # Else torch takes the world's group for an axis of that size.
-    own = {EP_AXIS: dist.get_backend()} if sizes.dp_size == 1 and sizes.ep_size > 1 else None
+    is_world = sizes.dp_size == 1 and sizes.ep_size > 1
     return init_device_mesh(
         device_type,
         (sizes.dp_size, sizes.ep_size),
         mesh_dim_names=(DP_AXIS, EP_AXIS),
-        backend_override=own,
+        # Else torch takes the world's group for an axis of that size.
+        backend_override={EP_AXIS: dist.get_backend()} if is_world else None,
     )

@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tokens that tests leave there are not for this machine's user.
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+    gc.disable()  # until all is imported: going through it again and again takes seconds
 
 
 def hide_gpus_from_processes(config: pytest.Config) -> None:
@@ -49,6 +50,7 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what collecting the tests has imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     atexit.register(gc.unfreeze)  # see `tests.support.frozen_imports`
 
 

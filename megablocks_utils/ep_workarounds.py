@@ -3,6 +3,7 @@
 `tests/test_ep_implementation.py` fails when a release has mended one: it can then be deleted here.
 """
 
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
@@ -41,10 +42,14 @@ def _mend_plans(ep_implementation: str) -> None:
     def resolve(self: DistributedMixin, config: DistributedConfig) -> tuple[Plan, Plan, Plan]:
         if config.ep_implementation == ep_implementation and config.dp_size > 1:
             self._ep_plan = _keep_experts(self.ep_plan)
-        plans: tuple[Plan, Plan, Plan] = original(self, config)
-        return plans
+        return original(self, config)
 
-    DistributedMixin._resolve_parallel_plans = resolve  # type: ignore[method-assign]
+    _replace(DistributedMixin, resolve)
+
+
+def _replace(owner: type, method: Callable[..., Any]) -> None:
+    """Put a method in the place of the one that it wraps."""
+    setattr(owner, method.__name__, method)
 
 
 def _keep_experts(plan: Plan) -> Plan:
@@ -63,7 +68,7 @@ def _mend_transposes() -> None:
     transposed, also one that is stored as the model has it: Qwen3-VL-MoE's experts in a folder that
     transformers itself has saved ("You set `ignore_mismatched_sizes` to `False`").
     """
-    original = Transpose.convert
+    original: Any = Transpose.convert  # torch's decorator hides its type
 
     @wraps(original)
     def convert(
@@ -85,4 +90,4 @@ def _mend_transposes() -> None:
         )
         return converted
 
-    Transpose.convert = convert  # type: ignore[method-assign]
+    _replace(Transpose, convert)

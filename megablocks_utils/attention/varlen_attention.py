@@ -52,13 +52,13 @@ def attend(
     """
     num_rows, _, num_tokens, size = query.shape
     scale = size**-0.5 if scale is None else scale
-    rows = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     if serves_flash(query, value):
-        output = _attend_flash(*rows, blocks, scale, sinks)
+        output = _attend_flash(query, key, value, blocks, scale, sinks)
     elif query.device.type == "cpu":
-        output = _PieceAttention.apply(*rows, sinks, blocks, scale)
+        output = _PieceAttention.apply(query, key, value, sinks, blocks, scale)
     else:
-        output = _attend_plainly(*rows, blocks, scale, sinks)
+        output = _attend_plainly(query, key, value, blocks, scale, sinks)
     return output.unflatten(0, (num_rows, num_tokens))
 
 
@@ -148,11 +148,17 @@ class _PieceAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, grad_sinks, None, None
 
 
-def _take(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+_Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _take(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> _Three:
     """Return what a piece is computed from, as (1, heads, N, size) with heads of one size."""
     width = max(query.shape[-1], value.shape[-1])
-    parts = (query[piece.queries], key[piece.keys], value[piece.keys])
-    return [_heads_first(_widen(part, width)) for part in parts]
+    return (
+        _heads_first(_widen(query[piece.queries], width)),
+        _heads_first(_widen(key[piece.keys], width)),
+        _heads_first(_widen(value[piece.keys], width)),
+    )
 
 
 def _heads_first(tokens: Tensor) -> Tensor:
@@ -172,14 +178,20 @@ def _attend_plainly(
     num_groups = query.shape[1] // key.shape[1]
     found = []
     for piece in blocks.pieces(query.dtype):
-        taken = _take(piece, query, key, value)
-        taken[1:] = [part.repeat_interleave(num_groups, dim=1) for part in taken[1:]]
+        queries, keys, values = _take(piece, query, key, value)
+        keys = keys.repeat_interleave(num_groups, dim=1)
+        values = values.repeat_interleave(num_groups, dim=1)
         if sinks is None:
             output = scaled_dot_product_attention(
-                *taken, attn_mask=piece.mask, is_causal=piece.mask is None, scale=scale
+                queries,
+                keys,
+                values,
+                attn_mask=piece.mask,
+                is_causal=piece.mask is None,
+                scale=scale,
             )
         else:
-            output = _softmax_with_sinks(*taken, piece.mask, scale, sinks)
+            output = _softmax_with_sinks(queries, keys, values, piece.mask, scale, sinks)
         found.append(output[0].transpose(0, 1)[..., : value.shape[-1]])
     return torch.cat(found)
 

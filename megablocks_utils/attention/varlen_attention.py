@@ -2,28 +2,25 @@
 
 On CUDA torch's kernel for rows of any length takes all blocks at once; where it does not serve
 (fp32, an old device, a wide head), and on a CPU, there is one causal call for each block.
-
-An attention sink is a logit that takes part in a head's softmax and has no value. With the log sum
-of the other logits, which kernels return, it is a factor of the output; the kernels' own backward
-pass is right with it if output and log sum hold it.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from megablocks_utils.attention.causal_blocks import CausalBlocks, Piece
+from megablocks_utils.attention.flash_varlen import attend_flash, serves_flash
+from megablocks_utils.attention.sinks import add_sinks, sinks_gradient, widen
 
-__all__ = ["attend", "serves_flash"]
+__all__ = ["attend", "find_flash_fault"]
+
+_FLASH_ERROR = 3e-2
+"""Relative: bf16 against fp32."""
 
 _aten = torch.ops.aten
-_MULTIPLE, _WIDEST = 8, 256
-"""Of the size of a head, as flash attention takes it."""
-_FLASH_CAPABILITY = (8, 0)
 
 
 def attend(
@@ -54,7 +51,7 @@ def attend(
     scale = size**-0.5 if scale is None else scale
     query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     if serves_flash(query, value):
-        output = _attend_flash(query, key, value, blocks, scale, sinks)
+        output = attend_flash(query, key, value, blocks, scale, sinks)
     elif query.device.type == "cpu":
         output = _PieceAttention.apply(query, key, value, sinks, blocks, scale)
     else:
@@ -62,37 +59,44 @@ def attend(
     return output.unflatten(0, (num_rows, num_tokens))
 
 
-def serves_flash(query: Tensor, value: Tensor) -> bool:
-    """Say whether torch's kernel for rows of any length takes these tensors."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    is_new = torch.cuda.get_device_capability(query.device) >= _FLASH_CAPABILITY
-    return is_new and max(query.shape[-1], value.shape[-1]) <= _WIDEST
+def find_flash_fault(device: torch.device) -> str:
+    """Return what is wrong with torch's CUDA kernel on this device; empty where it is not used.
+
+    Values and gradients, with windows, sinks and groups of heads, are compared with fp32.
+    """
+    sample = torch.empty((1, 1, 1, 64), dtype=torch.bfloat16, device=device)
+    if not serves_flash(sample, sample):
+        return ""
+    generator = torch.Generator().manual_seed(0)
+    heads = (4, 2, 2)
+    rows = [torch.randn((128, n, 64), generator=generator).to(sample) for n in heads]
+    sinks = torch.randn(4, generator=generator).to(device)
+    for window in (None, 16):
+        blocks = CausalBlocks((5, 90, 33), window, device)
+        for sink in (None, sinks):
+            flash = _values_and_gradients(attend_flash, rows, blocks, sink)
+            wide = [row.float() for row in rows]
+            plain = _values_and_gradients(_attend_plainly, wide, blocks, sink)
+            pairs = zip(flash, plain, strict=True)
+            error = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
+            if not error < _FLASH_ERROR:
+                return f"torch's kernel differs by {error:.1e} on this device"
+    return ""
 
 
-def _widen(tensor: Tensor, width: int) -> Tensor:
-    """Return a tensor with zeros at the end of its last dim: kernels want heads of one size."""
-    return pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else tensor
-
-
-def _add_sinks(output: Tensor, log_sum: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Let sinks (heads,) take their share of output (N, heads, size) and log sum (heads, N)."""
-    if sinks is None:
-        return output, log_sum
-    total = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[:, None])
-    share = (log_sum - total).exp().T[..., None]
-    return (output * share).to(output.dtype), total
-
-
-def _sinks_gradient(
-    sinks: Tensor | None, grad_output: Tensor, output: Tensor, log_sum: Tensor
-) -> Tensor | None:
-    """Return the gradient of sinks: what their growth takes from the outputs."""
-    if sinks is None:
-        return None
-    towards = (grad_output.to(log_sum.dtype) * output.to(log_sum.dtype)).sum(-1)
-    share = (sinks.to(log_sum.dtype) - log_sum.T).exp()
-    return -(share * towards).sum(0).to(sinks.dtype)
+def _values_and_gradients(
+    function: Callable[..., Tensor],
+    rows: Sequence[Tensor],
+    blocks: CausalBlocks,
+    sinks: Tensor | None,
+) -> list[Tensor]:
+    inputs = [row.detach().clone().requires_grad_() for row in rows]
+    leaves = inputs
+    if sinks is not None:
+        sinks = sinks.detach().clone().requires_grad_()
+        leaves = [*inputs, sinks]
+    output = function(*inputs, blocks, 0.125, sinks)
+    return [output.detach(), *torch.autograd.grad(output.sum(), leaves)]
 
 
 class _PieceAttention(torch.autograd.Function):
@@ -100,7 +104,7 @@ class _PieceAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -118,9 +122,9 @@ class _PieceAttention(torch.autograd.Function):
             )
             output[piece.queries] = found[0][0].transpose(0, 1)[..., : value.shape[-1]]
             log_sum[:, piece.queries] = found[1][0]
-        output, log_sum = _add_sinks(output, log_sum, sinks)
+        output, log_sum = add_sinks(output, log_sum, sinks)
         ctx.save_for_backward(query, key, value, sinks, output, log_sum)
-        ctx.blocks, ctx.scale = blocks, scale  # type: ignore[attr-defined]  # a context holds any
+        ctx.blocks, ctx.scale = blocks, scale
         return output
 
     @staticmethod
@@ -131,9 +135,9 @@ class _PieceAttention(torch.autograd.Function):
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for piece in ctx.blocks.pieces(query.dtype):
             found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(_widen(grad_output[piece.queries], width)),
+                _heads_first(widen(grad_output[piece.queries], width)),
                 *_take(piece, query, key, value),
-                _heads_first(_widen(output[piece.queries], width)),
+                _heads_first(widen(output[piece.queries], width)),
                 log_sum[None, :, piece.queries].contiguous(),
                 0.0,
                 piece.mask is None,
@@ -144,7 +148,7 @@ class _PieceAttention(torch.autograd.Function):
             grad_query[piece.queries] = parts[0][..., : query.shape[-1]]
             grad_key[piece.keys] += parts[1][..., : key.shape[-1]]
             grad_value[piece.keys] += parts[2][..., : value.shape[-1]]
-        grad_sinks = _sinks_gradient(sinks, grad_output, output, log_sum)
+        grad_sinks = sinks_gradient(sinks, grad_output, output, log_sum)
         return grad_query, grad_key, grad_value, grad_sinks, None, None
 
 
@@ -155,9 +159,9 @@ def _take(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> _Three:
     """Return what a piece is computed from, as (1, heads, N, size) with heads of one size."""
     width = max(query.shape[-1], value.shape[-1])
     return (
-        _heads_first(_widen(query[piece.queries], width)),
-        _heads_first(_widen(key[piece.keys], width)),
-        _heads_first(_widen(value[piece.keys], width)),
+        _heads_first(widen(query[piece.queries], width)),
+        _heads_first(widen(key[piece.keys], width)),
+        _heads_first(widen(value[piece.keys], width)),
     )
 
 
@@ -215,94 +219,3 @@ def _softmax_with_sinks(
     sink = sinks.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:-1], 1)
     share = torch.cat((logits, sink), dim=-1).softmax(-1)[..., :-1]
     return share.to(value.dtype) @ value
-
-
-class _FlashArguments(NamedTuple):
-    """What torch's kernel takes beside queries, keys and values."""
-
-    starts: Tensor
-    longest: int
-    window: tuple[int, int]
-    scale: float
-
-
-def _attend_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: CausalBlocks,
-    scale: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    window = -1 if blocks.window is None else blocks.window - 1
-    arguments = _FlashArguments(blocks.starts_on_device, blocks.longest, (window, 0), scale)
-    value_size = value.shape[-1]
-    width = -(-max(query.shape[-1], value_size) // _MULTIPLE) * _MULTIPLE
-    query, key, value = (_widen(tensor, width) for tensor in (query, key, value))
-    if sinks is None:
-        output, _ = _call_flash(query, key, value, arguments)
-    else:
-        output = _FlashWithSinks.apply(query, key, value, sinks, arguments)
-    return output[..., :value_size]
-
-
-def _call_flash(
-    query: Tensor, key: Tensor, value: Tensor, arguments: _FlashArguments
-) -> tuple[Tensor, Tensor]:
-    starts, longest, window, scale = arguments
-    output, log_sum = varlen_attn(
-        query,
-        key,
-        value,
-        starts,
-        starts,
-        longest,
-        longest,
-        return_aux=AuxRequest(lse=True),
-        scale=scale,
-        window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output, log_sum
-
-
-class _FlashWithSinks(torch.autograd.Function):
-    """torch's kernel for rows of any length, with sinks."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sinks: Tensor,
-        arguments: _FlashArguments,
-    ) -> Tensor:
-        output, log_sum = _add_sinks(*_call_flash(query, key, value, arguments), sinks)
-        ctx.save_for_backward(query, key, value, sinks, output, log_sum)
-        ctx.arguments = arguments  # type: ignore[attr-defined]  # a context holds any
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, output, log_sum = ctx.saved_tensors
-        starts, longest, window, scale = ctx.arguments
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        grads = torch.ops.torch_attn._varlen_attn_backward(
-            grad_outputs[0],
-            query,
-            key,
-            value,
-            output,
-            log_sum,
-            starts,
-            starts,
-            longest,
-            longest,
-            window == (-1, 0),
-            no_dropout,
-            scale,
-            list(window),
-        )
-        grad_sinks = _sinks_gradient(sinks, grad_outputs[0], output, log_sum)
-        return (*grads, grad_sinks, None)

@@ -8,7 +8,6 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from megablocks_utils.attention.varlen_interface import VARLEN
 from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
@@ -180,8 +179,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    is_varlen = probe.packing.attention == VARLEN
-    plan = check_memory(config, description, schedule, device, sharded, is_varlen=is_varlen)
+    plan = check_memory(config, description, schedule, device, sharded, is_varlen=probe.is_varlen)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
@@ -275,8 +273,7 @@ def _load_data(
     *,
     console: Console,
 ) -> TokenizedExamples:
-    today = choose_template_date(resume)
-    examples = load_examples(config.data, tokenizer, launch, today=today)
+    examples = load_examples(config.data, tokenizer, launch, today=choose_template_date(resume))
     raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)

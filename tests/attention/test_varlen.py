@@ -75,6 +75,19 @@ def test_values_and_gradients_are_those_of_the_formula(monkeypatch, shape, rows,
     assert max(relative_error(ours, theirs) for ours, theirs in pairs) < 1e-12
 
 
+def test_a_kernel_that_is_wrong_on_a_device_is_noticed(monkeypatch):
+    plainly = varlen_attention._attend_plainly
+
+    def without_window(query, key, value, blocks, scale, sinks):
+        return plainly(query, key, value, CausalBlocks(blocks.lengths, None, CPU), scale, sinks)
+
+    monkeypatch.setattr(varlen_attention, "serves_flash", lambda *_: True)
+    monkeypatch.setattr(varlen_attention, "attend_flash", plainly)
+    assert varlen_attention.find_flash_fault(CPU) == ""
+    monkeypatch.setattr(varlen_attention, "attend_flash", without_window)
+    assert "torch's kernel differs by" in varlen_attention.find_flash_fault(CPU)
+
+
 @pytest.fixture
 def config():
     model = build_tiny("llama4_text", attention_chunk_size=8)

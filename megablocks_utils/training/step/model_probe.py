@@ -54,6 +54,11 @@ class ModelProbe:
     aux_loss: AuxLoss = AuxLoss()
     routers: tuple[BlockRouter, ...] = ()
 
+    @property
+    def is_varlen(self) -> bool:
+        """Whether attention takes examples one by one, without a mask."""
+        return self.packing.attention == VARLEN
+
 
 def probe_model(
     config: RunConfig, model: PreTrainedModel, device: torch.device, console: Console

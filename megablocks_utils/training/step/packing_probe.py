@@ -22,6 +22,7 @@ from megablocks_utils.attention.implementation import (
     own_implementation,
     set_implementation,
 )
+from megablocks_utils.attention.varlen_attention import find_flash_fault
 from megablocks_utils.attention.varlen_interface import VARLEN
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.config.values import join_words
@@ -188,10 +189,10 @@ class _Probe:
 
     def measure(self, way: _Way) -> float | str:
         """Return the largest difference over the largest logit, or what the model raised."""
-        if way.attention == VARLEN and (dropout := find_dropout(self._model.config)):
-            return dropout
         try:
             with ForeignCode(ConfigurationError):
+                if way.attention == VARLEN and (fault := self._find_fault()):
+                    return fault
                 set_implementation(self._model, way.attention)
                 logits = self._logits_of(way.packing)
                 return float((logits - self._alone).abs().max() / self._alone.abs().max())
@@ -199,6 +200,10 @@ class _Probe:
             return _MASK_IS_READ if CausalBlocks.__name__ in str(error) else str(error)
         finally:
             set_implementation(self._model, self._own)
+
+    def _find_fault(self) -> str:
+        """Return why `varlen` cannot be right, beside what logits show."""
+        return find_dropout(self._model.config) or find_flash_fault(self._device)
 
     def _logits_of(self, packing: Packing) -> Tensor:
         if packing is Packing.ALONE:

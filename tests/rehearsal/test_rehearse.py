@@ -90,11 +90,15 @@ def test_the_busiest_rank_needs_more(ranks1, folder):
 
 def test_only_several_examples_need_a_mask(ranks1, folder):
     runs = [plan(512, gradient_checkpointing="none", examples=n) for n in (1, 3)]
-    one, three = (ranks1.run(rehearse_alone, folder, WHOLE, run)[0] for run in runs)
+    runs.append(plan(512, gradient_checkpointing="none", examples=4, packing="padded"))
+    one, three, padded = (ranks1.run(rehearse_alone, folder, WHOLE, run)[0] for run in runs)
     # A mask (T, T) of bytes, and in both layers one in fp32; with a mask, keys and values of 4
     # heads are repeated for 8, of 16 numbers each.
     more = 512**2 + 2 * (4 * 512**2 + 2 * 4 * 512 * 4 * 16)
     assert three.peak_bytes - one.peak_bytes == pytest.approx(more, rel=0.1)
+    # Of padded rows the masks are (4, T / 4, T / 4).
+    less = (512 - 512 // 4) * 512 * (1 + 2 * 4)
+    assert three.peak_bytes - padded.peak_bytes == pytest.approx(less, rel=0.1)
 
 
 def test_the_triton_backend_keeps_less(ranks1, folder):

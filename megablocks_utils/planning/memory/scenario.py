@@ -10,7 +10,12 @@ from megablocks_utils.config.adapter import DEFAULT_LORA_R
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
+from megablocks_utils.planning.model.prediction import (
+    ONE_ROW,
+    ParallelLayout,
+    PlannedRun,
+    Prediction,
+)
 
 __all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
 
@@ -30,6 +35,7 @@ class Scenario:
         tokens: of the largest micro-batch that a rank has at a time.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch; more than one need a mask.
+        packing: how they are laid out.
         imbalance: rows that the busiest rank of an ep group receives, over its fair share.
         rehearse: predicts what the formulas do not know; None: nothing does.
     """
@@ -42,6 +48,7 @@ class Scenario:
     tokens: int
     label_tokens: int
     examples: int = 1
+    packing: str = ONE_ROW
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
@@ -64,6 +71,7 @@ class Scenario:
             has_aux_loss=self._has_aux_loss(),
             device_type=self.device_type,
             examples=self.examples,
+            packing=self.packing,
         )
 
     def own_layout(self) -> ParallelLayout:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "attention_of_a_gpu",
     "large_on_meta",
     "no_launches",
     "one_example_a_row",
@@ -40,6 +42,26 @@ class large_on_meta(TorchFunctionMode):
                 shadow = func(*args, **kwargs)
             if shadow.nbytes >= _LARGE_BYTES:
                 return shadow
+        return func(*args, **kwargs)
+
+
+class attention_of_a_gpu(TorchFunctionMode):
+    """Let attention keep no scores where values are narrower than keys, while entered.
+
+    Cause: torch's kernel for CPUs takes heads of one size only and else multiplies step by step;
+    kernels for GPUs take both. Filled up with zeros, values get that of CPUs.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and len(args) >= 3:
+            query, key, value, *rest = args
+            missing = query.shape[-1] - value.shape[-1]
+            if missing > 0:
+                output = func(query, key, pad(value, (0, missing)), *rest, **kwargs)
+                return output[..., : value.shape[-1]]
         return func(*args, **kwargs)
 
 

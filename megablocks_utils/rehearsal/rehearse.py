@@ -44,7 +44,11 @@ from megablocks_utils.rehearsal.assumptions import (
     assume_gpu_blocks,
 )
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
-from megablocks_utils.rehearsal.library_patches import no_launches, one_example_a_row
+from megablocks_utils.rehearsal.library_patches import (
+    attention_of_a_gpu,
+    no_launches,
+    one_example_a_row,
+)
 from megablocks_utils.rehearsal.memory_ledger import IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
@@ -209,6 +213,7 @@ def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
         yield no_launches()
     if run.device_type == "cuda":
         yield assume_gpu_blocks()
+        yield attention_of_a_gpu()
     if run.examples == 1:
         yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.

@@ -96,14 +96,23 @@ class Scenario:
         Raises:
             ConfigurationError: the formulas do not know it, and nothing else is there.
         """
-        if not self.shape.not_known:
+        not_known = self.shape.not_known or self._not_known_on_device()
+        if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())
         if self.rehearse is None:
             raise ConfigurationError(
-                f"the formulas do not know {self.shape.not_known} of a {self.shape.model_type} "
-                "model; python -m megablocks_utils.plan rehearses it"
+                f"the formulas do not know {not_known} of a {self.shape.model_type} model; "
+                "python -m megablocks_utils.plan rehearses it"
             )
         return self.rehearse(layout, self.planned_run())
+
+    def _not_known_on_device(self) -> str:
+        """Say what is another on a CPU than on a GPU, and not known there; empty for nothing."""
+        attention = self.shape.attention
+        if self.device_type == "cuda" or attention is None:
+            return ""
+        is_even = attention.head_dim == attention.v_head_dim
+        return "" if is_even else "attention on a CPU whose values are narrower than its keys"
 
     def _has_aux_loss(self) -> bool:
         """Whether the load-balancing loss is on, by the rule of `training.step.aux_loss`."""

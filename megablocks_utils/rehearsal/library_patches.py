@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
@@ -45,24 +45,28 @@ class large_on_meta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class attention_of_a_gpu(TorchFunctionMode):
+@contextmanager
+def attention_of_a_gpu() -> Iterator[None]:
     """Let attention keep no scores where values are narrower than keys, while entered.
 
     Cause: torch's kernel for CPUs takes heads of one size only and else multiplies step by step;
-    kernels for GPUs take both. Filled up with zeros, values get that of CPUs.
+    kernels for GPUs take both. Filled up with zeros, values get that of CPUs. No mode of torch is
+    there when checkpointing computes again.
     """
+    original = functional.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and len(args) >= 3:
-            query, key, value, *rest = args
-            missing = query.shape[-1] - value.shape[-1]
-            if missing > 0:
-                output = func(query, key, pad(value, (0, missing)), *rest, **kwargs)
-                return output[..., : value.shape[-1]]
-        return func(*args, **kwargs)
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        missing = query.shape[-1] - value.shape[-1]
+        if missing <= 0:
+            return original(query, key, value, *args, **kwargs)
+        output = original(query, key, functional.pad(value, (0, missing)), *args, **kwargs)
+        return output[..., : value.shape[-1]]
+
+    setattr(functional, "scaled_dot_product_attention", attend)  # noqa: B010 - as below
+    try:
+        yield
+    finally:
+        setattr(functional, "scaled_dot_product_attention", original)  # noqa: B010
 
 
 @contextmanager

@@ -125,7 +125,10 @@ class Setup:
             return None
         if not self.config.parallel.verify_kernel:
             return KernelCheck(skipped="--verify_kernel is False")
-        return verify_kernel(self.sharded, getattr(torch, self.precision.compute))
+        check = verify_kernel(self.sharded, getattr(torch, self.precision.compute))
+        if check.replaced is not None:
+            self.console.print(check.replaced, markup=False, soft_wrap=True)
+        return check
 
     @property
     def first_step(self) -> int:
@@ -171,6 +174,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
+    checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
@@ -197,7 +201,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         top_k=find_top_k(model),
         parameter_specs=specs,
         reader=source.reader,
-        fill_local=source.fill_untrained() if resume else source.reader.fill_local,
+        fill_local=raise_on_all_ranks(lambda: source.choose_fill(checkpoint)),
         compatibility=compatibility,
         resume=resume,
         plan=plan,

@@ -48,6 +48,7 @@ from megablocks_utils.training.step.model_probe import (
     probe_model,
 )
 from megablocks_utils.training.step.router_balance import RouterBalance
+from megablocks_utils.training.step.unused_parameters import freeze_parameters
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
+    freeze_parameters(model, probe.unused)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:

@@ -30,6 +30,8 @@ _MAX_KINDS = 12
 """Kinds of layers; more are no kinds but some number that each layer has."""
 
 _HEADS = re.compile(r"(?!.*index).*(heads|n_groups|o_groups)")
+_HEADS_FIELD = "num_attention_heads"
+_HEAD_SIZE = re.compile(r".*head_(dim|size)|kv_channels")
 _HIDDEN = re.compile(r"(.*_)?(hidden_size|d_model|n_embd|embed_dim)")
 _FEED_FORWARD = re.compile(
     r".*(intermediate_size|ffn_hidden_size|ffn_dim|moe_hidden_size|latent_size|lora_rank).*"
@@ -170,6 +172,7 @@ def _reduce(
 ) -> dict[str, Any]:
     """Return a config's values made small, those of configs within it too."""
     reduced = dict(values)
+    head_size = _head_size(values)
     own = [v for n, v in values.items() if _NUM_LAYERS.fullmatch(n) and type(v) is int]
     lengths = {num_layers, *own} - {1}
     index_heads = [v for n, v in values.items() if _INDEX_HEADS.fullmatch(n)]
@@ -183,6 +186,8 @@ def _reduce(
             is_small = reduction.has_small_windows and min(index_heads, default=0) >= 8
             if name == "index_topk" and is_small:
                 reduced[name] = min(value, 8)
+            if head_size and _HIDDEN.fullmatch(name) and value == values["hidden_size"]:
+                reduced[name] = head_size * reduction.value(_HEADS_FIELD, values[_HEADS_FIELD])
         elif _is_per_layer(name, value) and len(value) in lengths:
             reduced[name] = value[: reduction.num_layers]
         elif isinstance(value, dict) and "per_layer" in name:
@@ -191,6 +196,15 @@ def _reduce(
         elif isinstance(value, list) and _FEED_FORWARD.fullmatch(name):
             reduced[name] = [reduction.value(name, item) for item in value]
     return reduced
+
+
+def _head_size(values: Mapping[str, Any]) -> int | None:
+    """Return the size of a head that follows from others, and that rotary sections must fit."""
+    hidden_size, num_heads = values.get("hidden_size"), values.get(_HEADS_FIELD)
+    if not hidden_size or not num_heads or hidden_size % num_heads:
+        return None
+    is_told = any(value for name, value in values.items() if _HEAD_SIZE.fullmatch(name))
+    return None if is_told else hidden_size // num_heads
 
 
 def _is_per_layer(name: str, value: object) -> TypeGuard[Sequence[object]]:

@@ -19,8 +19,10 @@ __all__ = ["Fuzzer", "Result", "judge"]
 TOLERANCE = 1e-6
 DOES_NOT_FIT = 3
 SECONDS = 60.0
-NOT_A_SENTENCE = re.compile(r"Warning|^\[\w+\]|^  |^W\d{4} |^\[W|^\w+: \d+/\d+ |^warning: ")
-"""Lines of libraries and of progress, which may stand beside the sentence."""
+NOT_A_SENTENCE = re.compile(
+    r"Warning|^\[\w+\]|^  |^W\d{4} |^\[W|^\w+: \d+/\d+ |^warning: |^micro-batches are |^Training$"
+)
+"""Lines of libraries, of progress and of the summary, which may stand beside the sentence."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from megablocks_utils.config import OptimConfig, ResolvedPrecision
+from megablocks_utils.errors import MissingKernelError
+from megablocks_utils.kernels.backends.triton import TRITON
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.training.step.stochastic_rounding import StochasticRoundingAdamW
 
@@ -47,6 +49,7 @@ def build_optimizer(
 
     Raises:
         ValueError: no parameter is trainable.
+        MissingKernelError: stochastic rounding on a GPU, and Triton is not installed.
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     groups = _group_parameters(trainable, optim_config.weight_decay)
@@ -56,6 +59,12 @@ def build_optimizer(
     same_dtype = all(p.dtype == state_dtype for _, p in trainable if not is_replicated(p))
     if same_dtype and not precision.stochastic_rounding:
         return torch.optim.AdamW(groups, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
+    if trainable[0][1].is_cuda and not TRITON.is_installed():
+        raise MissingKernelError(
+            "On a GPU, the optimizer of this precision is a Triton kernel, and Triton is not "
+            f"installed; install it with: {TRITON.install}",
+            parameters=("precision",),
+        )
     return StochasticRoundingAdamW(
         groups,
         lr=lr,

@@ -6,25 +6,25 @@ keeps the expected weight exact and costs no memory. (torchao's optimizers do th
 used since they need a further package and compile for every shape before the first step.)
 
 Copies of a parameter on several ranks must stay bit-equal, so the random bits are a function of
-(seed, step, parameter, shard) and never of the rank.
+(seed, step, parameter, shard) and never of the rank. On a GPU one Triton kernel makes the whole
+update (`kernels.fused.adamw`), on a CPU torch's operators, with other random bits.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.kernels.adamw_step import AdamWStep
 from megablocks_utils.mesh.placement import is_replicated
 
 __all__ = ["StochasticRoundingAdamW", "shard_coordinate", "stochastic_round_"]
 
 _DROPPED_BITS = 0xFFFF  # bfloat16 is the upper half of a float32
 _STATES = ("exp_avg", "exp_avg_sq")
-# Elements worked on at a time: on CPU what fits the cache, on GPU what hides the kernel launches.
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+_CHUNK_ELEMENTS = 2**18  # worked on at a time: what fits a CPU's cache
 
 
 def stochastic_round_(
@@ -139,38 +139,52 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
             for name in _STATES:
                 state[name] = torch.zeros_like(parameter, dtype=self._state_dtype)
         state["step"] += 1
-        step = int(state["step"])
+        adamw = AdamWStep(
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=int(state["step"]),
+        )
+        seed = self._seed_of(adamw.step, number, parameter)
         tensors = [parameter, parameter.grad, *(state[name] for name in _STATES)]
+        pieces = tuple(_local(tensor, parameter) for tensor in tensors)
+        if _takes_kernel(pieces):
+            self._run_kernel(pieces, adamw, seed)
+            return
         generator = torch.Generator(parameter.device)
-        generator.manual_seed(self._generator_seed(step, number, parameter))
-        for chunk in _chunks([_local(tensor, parameter) for tensor in tensors]):
-            self._update_chunk(chunk, group, step, generator)
+        generator.manual_seed(seed)
+        for chunk in _chunks(pieces):
+            self._update_chunk(chunk, adamw, generator)
+
+    def _run_kernel(self, pieces: tuple[torch.Tensor, ...], adamw: AdamWStep, seed: int) -> None:
+        from megablocks_utils.kernels.fused.adamw import run_adamw
+
+        weight, gradient, exp_avg, exp_avg_sq = pieces
+        moments = (exp_avg, exp_avg_sq)
+        is_stochastic = self._stochastic_weights
+        run_adamw(weight, gradient, *moments, adamw, seed=seed, is_weight_stochastic=is_stochastic)
 
     def _update_chunk(
-        self,
-        chunk: tuple[torch.Tensor, ...],
-        group: dict[str, Any],
-        step: int,
-        generator: torch.Generator,
+        self, chunk: tuple[torch.Tensor, ...], adamw: AdamWStep, generator: torch.Generator
     ) -> None:
         """Make one step of AdamW on equal pieces of weight, gradient and both moments."""
         weight, gradient, exp_avg, exp_avg_sq = chunk
-        lr = float(group["lr"])
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = adamw.betas
         gradient32, average32 = gradient.float(), exp_avg.float()
         square32, weight32 = exp_avg_sq.float(), weight.float()
 
         average32.lerp_(gradient32, 1 - beta1)
         square32.mul_(beta2).addcmul_(gradient32, gradient32, value=1 - beta2)
-        scale = square32.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        weight32.mul_(1 - lr * group["weight_decay"])
-        weight32.addcdiv_(average32, scale, value=-lr / (1 - beta1**step))
+        scale = square32.sqrt().div_(adamw.scale_correction).add_(adamw.eps)
+        weight32.mul_(adamw.kept_weight)
+        weight32.addcdiv_(average32, scale, value=-adamw.step_size)
 
         _store(exp_avg, average32, generator)
         _store(exp_avg_sq, square32, generator)
         _store(weight, weight32, generator if self._stochastic_weights else None)
 
-    def _generator_seed(self, step: int, number: int, parameter: torch.Tensor) -> int:
+    def _seed_of(self, step: int, number: int, parameter: torch.Tensor) -> int:
         """Return a seed equal on the ranks that hold copies, unrelated between shards and steps."""
         key = (self._seed, step, number, shard_coordinate(parameter, self._plain_shard))
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -195,12 +209,16 @@ def _local(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return tensor.to_local()
 
 
-def _chunks(tensors: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+def _takes_kernel(pieces: tuple[torch.Tensor, ...]) -> bool:
+    """Say whether the kernel makes the update: on a GPU, where the pieces lie alike."""
+    return pieces[0].is_cuda and all(piece.is_contiguous() for piece in pieces)
+
+
+def _chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
     """Cut equally shaped tensors into pieces small enough for float32 copies; views, not copies."""
     if not all(tensor.is_contiguous() for tensor in tensors):
-        return iter([tuple(tensors)])
-    size = _CHUNK_ELEMENTS.get(tensors[0].device.type, _CHUNK_ELEMENTS["cuda"])
-    return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+        return iter([tensors])
+    return zip(*(tensor.view(-1).split(_CHUNK_ELEMENTS) for tensor in tensors), strict=True)
 
 
 def _store(target: torch.Tensor, value: torch.Tensor, generator: torch.Generator | None) -> None:

@@ -104,7 +104,7 @@ def random_gradients(parameters, steps, seed=2):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [2**18, 8], ids=["whole", "chunked"])
 def test_in_float32_it_is_pytorch_s_adamw(monkeypatch, weight_decay, chunk):
-    monkeypatch.setitem(stochastic_rounding._CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setattr(stochastic_rounding, "_CHUNK_ELEMENTS", chunk)
     ours, theirs = random_parameters(torch.float32), random_parameters(torch.float32)
     options = {"lr": 1e-2, "weight_decay": weight_decay}
     gradients = random_gradients(ours, 20)

@@ -38,6 +38,7 @@ _FEED_FORWARD = re.compile(
     r"|hidden_size_per_layer_input"
 )
 _WINDOWS = re.compile(r"(.*_)?(sliding_window|sliding_window_size|window_size|chunk_size)")
+_COMPRESSION = re.compile(r".*(compress_r|kpool|index_block_size).*")
 _EXPERTS = re.compile(r"(moe_)?(num_experts|num_local_experts|n_routed_experts)")
 _VOCABULARY = re.compile(r".*vocab_size.*")
 _NUM_LAYERS = re.compile(r"num_hidden_layers|num_layers|n_layers?")
@@ -53,7 +54,8 @@ class _Reduction:
         scale: what the hidden size and the numbers of heads are divided by.
         num_layers: first layers that are kept.
         has_all_experts: whether there are as many experts as in the real model.
-        has_small_windows: whether windows and chunks are shorter than the examples of a probe.
+        has_small_windows: whether windows, chunks and what is compressed to one are shorter than
+            the examples of a probe.
     """
 
     scale: int
@@ -71,6 +73,8 @@ class _Reduction:
             return min(value, 32)
         if _WINDOWS.fullmatch(name) and self.has_small_windows:
             return min(value, 16 if "chunk" in name else 8)
+        if _COMPRESSION.fullmatch(name) and self.has_small_windows:
+            return min(value, 4)
         if _EXPERTS.fullmatch(name) and not self.has_all_experts:
             return min(value, 32)
         if _HIDDEN.fullmatch(name) or _HEADS.fullmatch(name):
@@ -192,10 +196,21 @@ def _reduce(
             reduced[name] = value[: reduction.num_layers]
         elif isinstance(value, dict) and "per_layer" in name:
             kept = min(reduction.num_layers, num_layers)
-            reduced[name] = {key: v for key, v in value.items() if int(key) < kept}
+            reduced[name] = {
+                key: _reduce_numbers(v, reduction) for key, v in value.items() if int(key) < kept
+            }
+        elif isinstance(value, dict) and _COMPRESSION.fullmatch(name):
+            reduced[name] = {key: reduction.value(name, v) for key, v in value.items()}
         elif isinstance(value, list) and _FEED_FORWARD.fullmatch(name):
             reduced[name] = [reduction.value(name, item) for item in value]
     return reduced
+
+
+def _reduce_numbers(settings: object, reduction: _Reduction) -> object:
+    """Return the settings of one layer made small; anything else as it is."""
+    if not isinstance(settings, dict):
+        return settings
+    return {n: reduction.value(n, v) if type(v) is int else v for n, v in settings.items()}
 
 
 def _head_size(values: Mapping[str, Any]) -> int | None:

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.moe.model_facts import vocab_size
+from megablocks_utils.moe.model_facts import text_config, vocab_size
 
 __all__ = ["find_unused", "freeze_parameters"]
 
-_NUM_TOKENS = 48
+_MIN_TOKENS, _MAX_TOKENS = 48, 4096
+_BLOCKS = re.compile(r".*(compress|block|pool|rate|ratio).*")
 _PLACE = re.compile(r"\.\d+(?=\.)")
 
 
@@ -54,13 +55,23 @@ def _backward(small: PreTrainedModel, *, has_aux_loss: bool) -> Iterator[tuple[s
     """Yield the small model's parameters, and whether the loss depends on each."""
     trained = {name: p for name, p in small.named_parameters() if p.requires_grad}
     device = next(small.parameters()).device
-    tokens = torch.arange(min(_NUM_TOKENS, vocab_size(small)), device=device)[None]
+    tokens = torch.arange(_count_tokens(small), device=device)[None] % vocab_size(small)
     asked: dict[str, Any] = {"output_router_logits": True} if has_aux_loss else {}
     outputs = small(input_ids=tokens, use_cache=False, **asked)
     results = list(_tensors(outputs)) if has_aux_loss else [outputs.logits]
     total = torch.stack([r.sum() for r in results if r.requires_grad]).sum()
     grads = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     yield from ((name, grad is not None) for name, grad in zip(trained, grads, strict=True))
+
+
+def _count_tokens(small: PreTrainedModel) -> int:
+    """Return how many tokens fill two of whatever the model makes of several: else it has none."""
+    sizes = [_MIN_TOKENS]
+    for name, value in text_config(small).to_dict().items():
+        numbers = value.values() if isinstance(value, dict) else (value,)
+        if _BLOCKS.fullmatch(name):
+            sizes += [2 * n + 1 for n in numbers if type(n) is int and n < _MAX_TOKENS]
+    return max(sizes)
 
 
 def _tensors(outputs: object) -> Iterator[Tensor]:

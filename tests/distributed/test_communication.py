@@ -1,6 +1,8 @@
 """Calls and bytes of a step's collectives equal benchmarks/results/step_traffic.md."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import pytest
 
@@ -10,6 +12,7 @@ from tests.support.parity import LAYOUTS, Layout, ParityCase, build_run
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, FLOAT_BYTES, COUNT_BYTES = 2, 4, 64, 4, 8
 EXPERT_SHARD, REPLICATE = LAYOUTS[2], LAYOUTS[3]
+ACCUMULATION = 2
 # Exchanges of rows per layer and micro-step: 2 forward, 2 backward, 2 more where recomputed.
 ROW_EXCHANGES = {"False": 4, "selective": 4, "True": 6}
 COUNT_EXCHANGES = {"False": 1, "selective": 1, "True": 2}
@@ -87,18 +90,27 @@ def _local_bytes(parameter):
     return local.numel() * local.element_size()
 
 
-def _run(ranks4, parity_folder, layout, **options):
-    case = ParityCase(layout, num_steps=2, **options)
-    return ranks4.run(run_second_step, parity_folder.argv(case))
+@pytest.fixture(scope="module")
+def count(ranks4, parity_folder) -> Callable[..., list[StepRecord]]:
+    """What every rank did in a step of a layout with some options, each run once."""
+
+    @cache
+    def run_once(layout: Layout, **options) -> list[StepRecord]:
+        case = ParityCase(layout, num_steps=2, **{"accumulation": ACCUMULATION} | options)
+        return ranks4.run(run_second_step, parity_folder.argv(case))
+
+    return run_once
 
 
-@pytest.mark.parametrize("checkpointing", ["False", "selective", "True"])
-@pytest.mark.parametrize("layout", [EXPERT_SHARD, LAYOUTS[4]], ids=str)
-def test_exchange_of_tokens(ranks4, parity_folder, layout, checkpointing):
-    accumulation, ep_size = 4, layout.ep_size
-    records = _run(
-        ranks4, parity_folder, layout, accumulation=accumulation, checkpointing=checkpointing
-    )
+@pytest.mark.parametrize(
+    ("layout", "checkpointing"),
+    [(EXPERT_SHARD, "False"), (EXPERT_SHARD, "True"), (LAYOUTS[4], "selective")],
+    ids=str,
+)
+def test_exchange_of_tokens(count, layout, checkpointing):
+    ep_size = layout.ep_size
+    # The default is left out, so that the run is the one of the tests below.
+    records = count(layout, **({} if checkpointing == "True" else {"checkpointing": checkpointing}))
     for rank, record in enumerate(records):
         group = [r for i, r in enumerate(records) if i // ep_size == rank // ep_size]
         rows = sum(
@@ -106,7 +118,7 @@ def test_exchange_of_tokens(ranks4, parity_folder, layout, checkpointing):
             for layer in record.routed
             for call in _forward_calls(record, layer, checkpointing)
         )
-        moe_calls = NUM_LAYERS * accumulation
+        moe_calls = NUM_LAYERS * ACCUMULATION
         per_direction = HIDDEN * FLOAT_BYTES
         counts = COUNT_EXCHANGES[checkpointing] * moe_calls
         assert record.calls["all_to_all of rows"] == ROW_EXCHANGES[checkpointing] * moe_calls
@@ -135,32 +147,20 @@ def _rows_sent(group, ep_rank, layer, call):
     return away + back
 
 
-def test_without_expert_parallelism_no_token_travels(ranks4, parity_folder):
-    for record in _run(ranks4, parity_folder, Layout(4, 1)):
+def test_without_expert_parallelism_no_token_travels(count):
+    for record in count(Layout(4, 1), accumulation=1):
         assert not [kind for kind in record.calls if kind.startswith("all_to_all")]
 
 
 @pytest.mark.parametrize(
-    ("layout", "accumulation", "sync_each_batch"),
-    [
-        (EXPERT_SHARD, 1, True),
-        (EXPERT_SHARD, 4, True),
-        (EXPERT_SHARD, 4, False),
-        (REPLICATE, 4, True),
-        (REPLICATE, 4, False),
-    ],
+    ("layout", "options"),
+    [(EXPERT_SHARD, {}), (EXPERT_SHARD, {"sync_each_batch": False}), (REPLICATE, {})],
 )
-def test_fsdp_collectives(ranks4, parity_folder, layout, accumulation, sync_each_batch):
-    records = _run(
-        ranks4,
-        parity_folder,
-        layout,
-        accumulation=accumulation,
-        sync_each_batch=sync_each_batch,
-    )
+def test_fsdp_collectives(count, layout, options):
+    records = count(layout, **options)
     # Embedding, decoder layers, and norm with output head; experts sharded over dp by themselves.
     num_units = 1 + NUM_LAYERS + 1 + (NUM_LAYERS if layout.expert_dp == "shard" else 0)
-    reductions = accumulation if sync_each_batch else 1
+    reductions = 1 if options else ACCUMULATION
     for record in records:
         from_others = sum(record.from_others.values())
         assert record.calls["reduce_scatter"] == reductions * num_units
@@ -169,15 +169,12 @@ def test_fsdp_collectives(ranks4, parity_folder, layout, accumulation, sync_each
         # and the embedding's gradient does not need its weights.
         last = record.from_others["model.norm.weight"] + record.from_others["lm_head.weight"]
         once = last + record.from_others["model.embed_tokens.weight"]
-        assert record.calls["all_gather"] == accumulation * (2 * num_units - 2)
-        assert record.num_bytes["all_gather"] == accumulation * (2 * from_others - once)
+        assert record.calls["all_gather"] == ACCUMULATION * (2 * num_units - 2)
+        assert record.num_bytes["all_gather"] == ACCUMULATION * (2 * from_others - once)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_replicas_are_summed_once_a_step(ranks4, parity_folder, accumulation):
-    shard = _run(ranks4, parity_folder, EXPERT_SHARD, accumulation=accumulation)
-    replicate = _run(ranks4, parity_folder, REPLICATE, accumulation=accumulation)
-    for without, record in zip(shard, replicate, strict=True):
+def test_replicas_are_summed_once_a_step(count):
+    for without, record in zip(count(EXPERT_SHARD), count(REPLICATE), strict=True):
         assert record.calls["all_reduce"] - without.calls["all_reduce"] == 2 * NUM_LAYERS
         more = record.num_bytes["all_reduce"] - without.num_bytes["all_reduce"]
         assert more == record.expert_bytes

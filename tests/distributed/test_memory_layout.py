@@ -1,5 +1,7 @@
 """Who holds what of a run under FSDP2, counted from the DTensors on every rank."""
 
+from functools import cache
+
 import pytest
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -34,9 +36,16 @@ def _plain(placement):
     return f"shard {placement.dim}" if hasattr(placement, "dim") else str(placement)
 
 
-def _describe(ranks4, parity_folder, layout, **options):
-    case = ParityCase(layout, num_steps=1, **options)
-    return ranks4.run(describe_parameters, parity_folder.argv(case))
+@pytest.fixture(scope="module")
+def describe(ranks4, parity_folder):
+    """The parameters of every rank in a layout with some options, each built once."""
+
+    @cache
+    def build_once(layout, model="mixtral", **options):
+        case = ParityCase(layout, model, num_steps=1, **options)
+        return ranks4.run(describe_parameters, parity_folder.argv(case))
+
+    return build_once
 
 
 @pytest.mark.parametrize(
@@ -51,10 +60,10 @@ def _describe(ranks4, parity_folder, layout, **options):
     ],
     ids=str,
 )
-def test_rank_holds_its_share_of_the_experts(ranks4, parity_folder, layout, share):
+def test_rank_holds_its_share_of_the_experts(describe, layout, share):
     num_experts = 4
     whole = NUM_LAYERS * num_experts * 3 * HIDDEN * INTERMEDIATE * 4
-    for experts, described in _describe(ranks4, parity_folder, layout):
+    for experts, described in describe(layout):
         assert sum(described[name]["bytes"] for name in experts) == whole
         assert sum(described[name]["local_bytes"] for name in experts) == whole * share
 
@@ -70,10 +79,8 @@ def test_rank_holds_its_share_of_the_experts(ranks4, parity_folder, layout, shar
     ],
     ids=str,
 )
-def test_exactly_the_experts_are_split_over_ep(
-    ranks4, parity_folder, layout, model, placements, local_experts
-):
-    for experts, described in _describe(ranks4, parity_folder, layout, model=model):
+def test_exactly_the_experts_are_split_over_ep(describe, layout, model, placements, local_experts):
+    for experts, described in describe(layout, model):
         assert len(experts) == 2 * NUM_LAYERS
         for name in experts:
             assert described[name]["placements"] == placements
@@ -84,9 +91,9 @@ def test_exactly_the_experts_are_split_over_ep(
         assert all(list(d["placements"].values()) == ["shard 0"] for d in others)
 
 
-def test_adapters_are_sharded_like_everything_else(ranks4, parity_folder):
-    for experts, described in _describe(ranks4, parity_folder, Layout(4, 2), lora="attn-only"):
-        adapters = {name: d for name, d in described.items() if "lora_" in name}
+def test_adapters_are_sharded_like_everything_else(describe):
+    for experts, described in describe(Layout(4, 2), lora="all", lora_rank=4):
+        adapters = {n: d for n, d in described.items() if "lora_" in n and "self_attn" in n}
         assert len(adapters) == NUM_LAYERS * 4 * 2
         assert not experts & set(adapters)
         for d in adapters.values():
@@ -99,7 +106,7 @@ def test_adapters_are_sharded_like_everything_else(ranks4, parity_folder):
     ("layout", "model", "rank", "placements", "num_held"),
     [
         (Layout(4, 4), "mixtral", 3, {"ep": "shard 0"}, 1),
-        (Layout(4, 2), "mixtral", 3, {"dp": "shard 0", "ep": "shard 0"}, 1),
+        (Layout(4, 2), "mixtral", 4, {"dp": "shard 0", "ep": "shard 0"}, 1),
         (Layout(4, 2, "replicate"), "mixtral", 3, {"ep": "shard 0"}, 2),
         # One expert and a rank of 1: A has nothing to split over dp but its columns.
         (Layout(4, 2), "olmoe, 2 experts", 1, {"dp": "shard 2", "ep": "shard 0"}, 1 / 2),
@@ -107,12 +114,11 @@ def test_adapters_are_sharded_like_everything_else(ranks4, parity_folder):
     ids=str,
 )
 def test_adapters_of_experts_lie_with_their_experts(
-    ranks4, parity_folder, layout, model, rank, placements, num_held
+    describe, layout, model, rank, placements, num_held
 ):
     """`num_held`: experts whose adapters a rank holds, or the share of one."""
-    case = {"model": model, "lora": "mlp-only", "lora_rank": rank}
-    for experts, described in _describe(ranks4, parity_folder, layout, **case):
-        adapters = {name: d for name, d in described.items() if "lora_" in name}
+    for experts, described in describe(layout, model, lora="all", lora_rank=rank):
+        adapters = {n: d for n, d in described.items() if "lora_" in n and "self_attn" not in n}
         assert len(adapters) == NUM_LAYERS * 2 * 2
         assert set(adapters) <= experts
         for name, d in adapters.items():

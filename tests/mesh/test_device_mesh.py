@@ -1,12 +1,16 @@
 """Mesh sizes and coordinates, also of worlds larger than this machine (fake process group)."""
 
-import subprocess
-import sys
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.mesh.device_mesh import MeshSizes, compute_mesh_sizes
+from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
+from megablocks_utils.mesh.placement import local_expert_range
+from tests.support.rank_pool import start_forkserver
 
 # World size, ep size, number of experts and rank -> axes, place on dp, its experts, its ep group.
 COORDINATES = {
@@ -14,21 +18,6 @@ COORDINATES = {
     "16 8 8 9": "('dp', 'ep') 1 [1] [8, 9, 10, 11, 12, 13, 14, 15]",
     "16 2 4 5": "('dp', 'ep') 2 [2, 3] [4, 5]",
 }
-PRINT_COORDINATES = """
-import sys
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
-from megablocks_utils.mesh.placement import local_expert_range
-for words in sys.argv[1:]:
-    world_size, ep_size, num_experts, rank = map(int, words.split())
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    mesh = build_mesh(compute_mesh_sizes(world_size, ep_size, num_experts), "cpu")
-    mine = local_expert_range(num_experts, mesh)
-    ep_ranks = dist.get_process_group_ranks(mesh["ep"].get_group())
-    print(mesh.mesh_dim_names, mesh["dp"].get_local_rank(), list(mine), ep_ranks)
-    dist.destroy_process_group()
-"""
 
 
 @pytest.mark.parametrize(
@@ -61,14 +50,20 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do(ep_size, what):
     assert refusal.value.parameters == ("ep_size",)
 
 
-@pytest.fixture(scope="module")
-def coordinates() -> dict[str, str]:
-    """What is printed for each world, by one process: most of it is the import of torch."""
-    command = [sys.executable, "-W", "ignore", "-c", PRINT_COORDINATES, *COORDINATES]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return dict(zip(COORDINATES, answer.stdout.splitlines(), strict=True))
+def describe_coordinates(world: str) -> str:
+    """Say where a rank of a world is, in a process that is in no other world."""
+    world_size, ep_size, num_experts, rank = map(int, world.split())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    mesh = build_mesh(compute_mesh_sizes(world_size, ep_size, num_experts), "cpu")
+    mine = local_expert_range(num_experts, mesh)
+    ep_ranks = dist.get_process_group_ranks(mesh["ep"].get_group())
+    seen = f"{mesh.mesh_dim_names} {mesh['dp'].get_local_rank()} {list(mine)} {ep_ranks}"
+    dist.destroy_process_group()
+    return seen
 
 
-@pytest.mark.parametrize("world", COORDINATES)
-def test_coordinates_of_a_rank(coordinates, world):
-    assert coordinates[world] == COORDINATES[world]
+def test_coordinates_of_a_rank():
+    start_forkserver()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as process:
+        seen = list(process.map(describe_coordinates, COORDINATES))
+    assert seen == list(COORDINATES.values())

@@ -38,11 +38,15 @@ Shards = dict[str, TensorShard]
 
 @dataclass(frozen=True)
 class Run:
-    """A script and what it trains; `options` are words of the command line besides the case's."""
+    """A script, what it trains, and when that is saved.
+
+    `options` are words of the command line besides the case's.
+    """
 
     script: str
     case: ParityCase
     options: tuple[str, ...] = ()
+    saved_step: int = SAVED_STEP
 
     def __str__(self) -> str:
         return " ".join([self.script, str(self.case), *self.options])
@@ -57,15 +61,17 @@ class Run:
         return replace(self, script=other.script, case=replace(self.case, layout=other.layout))
 
 
-def make_run(script: str, layout: Layout, *options: str, **case: Any) -> Run:
-    """Return a run of eight steps; `case` are fields of `ParityCase`."""
+def make_run(
+    script: str, layout: Layout, *options: str, saved_step: int = SAVED_STEP, **case: Any
+) -> Run:
+    """Return a run, of eight steps if not told; `case` are fields of `ParityCase`."""
     settings = {"num_steps": NUM_STEPS, "num_examples": MID_EPOCH, "checkpointing": "False"}
-    return Run(script, ParityCase(layout, **settings | case), options)
+    return Run(script, ParityCase(layout, **settings | case), options, saved_step)
 
 
 @dataclass
 class Watched:
-    """What one rank held when `SAVED_STEP` was saved and when a resumed run began."""
+    """What one rank held when a run's step was saved and when a resumed run began."""
 
     saved: Shards = field(default_factory=dict)
     restored: Shards = field(default_factory=dict)
@@ -74,7 +80,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run that was saved after `SAVED_STEP` and trained on.
+    """A run that was saved after its `saved_step` and trained on.
 
     Attributes:
         run: what ran.
@@ -92,8 +98,8 @@ class SavedRun:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint of `SAVED_STEP`."""
-        return self.folder / f"checkpoint-{SAVED_STEP}"
+        """The checkpoint of the saved step."""
+        return self.folder / f"checkpoint-{self.run.saved_step}"
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ class ResumedRun:
 def run_and_save(
     pools: Mapping[int, RankPool], models: ParityFolder, run: Run, folder: Path, *options: str
 ) -> SavedRun:
-    """Train all steps, saving after every third."""
-    words = ["--save_strategy", "steps", "--save_steps", str(SAVED_STEP), *options]
+    """Train all steps, saving every `saved_step` of them."""
+    words = ["--save_strategy", "steps", "--save_steps", str(run.saved_step), *options]
     watched = _train(pools, models, run, folder, *words)
     state = assemble([rank.saved for rank in watched], run)
     random_states = [rank.random_states for rank in watched]
@@ -172,10 +178,10 @@ def _train(
 ) -> list[Watched]:
     argv = [*models.argv(run.case), *run.options, *words, "--output_dir", str(folder)]
     train = {"fsdp2": train_fsdp2, "fsdp1": train_fsdp1}[run.script]
-    return pools[run.layout.world_size].run(train, argv, timeout=240)
+    return pools[run.layout.world_size].run(train, argv, run.saved_step, timeout=240)
 
 
-def train_fsdp2(rank: int, argv: list[str]) -> Watched:
+def train_fsdp2(rank: int, argv: list[str], saved_step: int) -> Watched:
     """Run the FSDP2 script's path with its checkpoints, without the final model."""
     setup, state = build_run(argv)
     watched = Watched()
@@ -184,13 +190,13 @@ def train_fsdp2(rank: int, argv: list[str]) -> Watched:
         watched.random_states = capture_random_states()
     recorder = RunRecorder(setup)
     checkpointer = _WatchingCheckpointer(setup, recorder.metrics_path)
-    with recorder, checkpointer.watching(watched):
+    with recorder, checkpointer.watching(watched, saved_step):
         for metrics in fit(state, setup, checkpointer):
             recorder.record(metrics)
     return watched
 
 
-def train_fsdp1(rank: int, argv: list[str]) -> Watched:
+def train_fsdp1(rank: int, argv: list[str], saved_step: int) -> Watched:
     """Run the FSDP1 script's path with its checkpoints, without the final model."""
     setup, arguments = build_setup_and_arguments(argv)
     watched = Watched()
@@ -199,28 +205,28 @@ def train_fsdp1(rank: int, argv: list[str]) -> Watched:
     trainer = MoETrainer(setup, arguments, on_step=recorder.record, hooks=checkpointer)
     if setup.resume is not None:
         trainer.add_callback(_AtTheBeginning(trainer, watched))
-    with recorder, checkpointer.watching(watched):
+    with recorder, checkpointer.watching(watched, saved_step):
         trainer.train()
     return watched
 
 
 class _WatchingCheckpointer(Checkpointer):
-    """Keep what this rank held at `SAVED_STEP`; let that step's background save wait for the next.
+    """Keep what this rank held at the saved step; let its background save wait for the next.
 
     So whatever the save does not own has changed by the time it is written.
     """
 
-    def watching(self, watched: Watched) -> "_WatchingCheckpointer":
-        self._watched = watched
+    def watching(self, watched: Watched, saved_step: int) -> "_WatchingCheckpointer":
+        self._watched, self._saved_step = watched, saved_step
         self._is_next_step_over = threading.Event()
         return self
 
     def after_step(self, step: int, state: RunState) -> None:
-        if step == SAVED_STEP:
+        if step == self._saved_step:
             torch.rand(1)  # nothing else draws: without this, there would be nothing to restore
             self._watched.saved = _copy(state)
             self._watched.random_states = capture_random_states()
-        elif step > SAVED_STEP:
+        elif step > self._saved_step:
             self._is_next_step_over.set()
         with mock.patch("megablocks_utils.training.checkpointer.write_checkpoint", self._write):
             super().after_step(step, state)

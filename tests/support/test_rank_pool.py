@@ -1,9 +1,8 @@
 """The pool itself: results by rank, failures named, a working pool afterwards."""
 
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.support import rank_pool
-from tests.support.rank_pool import RankError, RankPool
+from tests.support.rank_pool import RankError, RankPool, start_forkserver
 
 
 def add_ranks(rank, start, *, scale=1):
@@ -153,14 +152,10 @@ def hang_and_tell_pid(rank, folder):
     time.sleep(60)
 
 
-HANGING_SCRIPT = """
-import sys
-from tests.support.rank_pool import RankPool
-from tests.support.test_rank_pool import hang_and_tell_pid
-
-if __name__ == "__main__":
-    RankPool(2).run(hang_and_tell_pid, sys.argv[1])
-"""
+def hang_a_pool(folder):
+    """Be what pytest is to its ranks, with a forkserver that has only what they need to hang."""
+    rank_pool.PRELOADED = ("tests.support.rank_worker",)
+    RankPool(2).run(hang_and_tell_pid, folder)
 
 
 def wait_until(condition, timeout=60):
@@ -178,19 +173,17 @@ def is_alive(pid):
 
 
 def test_ranks_leave_with_a_killed_parent_even_when_they_hang(tmp_path):
-    script, folder = tmp_path / "hang.py", tmp_path / "pids"
-    script.write_text(HANGING_SCRIPT)
-    folder.mkdir()
-    root = str(Path(rank_pool.__file__).parents[2])
-    parent = subprocess.Popen(
-        [sys.executable, str(script), str(folder)], env={**os.environ, "PYTHONPATH": root}
+    start_forkserver()
+    parent = multiprocessing.get_context("forkserver").Process(
+        target=hang_a_pool, args=(str(tmp_path),)
     )
+    parent.start()
     try:
-        assert wait_until(lambda: len(list(folder.iterdir())) == 2)
+        assert wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     finally:
         parent.kill()
-        parent.wait()
-    pids = [int(path.name) for path in folder.iterdir()]
+        parent.join()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
     assert wait_until(lambda: not any(is_alive(pid) for pid in pids), timeout=20)
 
 

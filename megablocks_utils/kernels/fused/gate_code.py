@@ -109,12 +109,15 @@ def differentiate_gate(
 ):
     """Return the gate of gate and up in fp32, and its derivatives by gate and by up."""
     limited_gate, limited_up = limit_inputs(gate, up, CLAMP, LIMIT)
-    activated, by_gate = differentiate_activation(limited_gate, limited_up, ACTIVATION, ALPHA)
-    by_up = limit_above(activated, LIMIT) if CLAMP == "after" else activated
-    result = by_up * limited_up
+    by_up, by_gate = differentiate_activation(limited_gate, limited_up, ACTIVATION, ALPHA)
     # Beyond its limit a value is constant and has no gradient; at the limit it has, as in torch.
+    if CLAMP == "before" or CLAMP == "gpt_oss":
+        inside_gate = gate <= LIMIT
+    if CLAMP == "after":
+        inside_gate = by_up <= LIMIT
+        by_up = limit_above(by_up, LIMIT)
+    result = by_up * limited_up
     if CLAMP != "none":
-        inside_gate = (activated if CLAMP == "after" else gate) <= LIMIT
         by_gate = tl.where(inside_gate, by_gate, 0.0)
         by_up = tl.where((up >= -LIMIT) & (up <= LIMIT), by_up, 0.0)
     return result, by_gate, by_up

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     # Triton decides once, when it is imported; what imports it must come after this.
     os.environ["TRITON_INTERPRET"] = "1"
     assert "triton" not in sys.modules
+    import tests.support.triton_interpreter  # noqa: F401
 
 from tests.support.rank_pool import RankPool
 
@@ -30,12 +31,14 @@ def pytest_configure() -> None:
     # Tokens that tests leave there are not for this machine's user.
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+    gc.disable()  # until all is imported: going through it again and again takes seconds
 
 
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what collecting the tests has imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     atexit.register(gc.unfreeze)  # see `tests.support.frozen_imports`
 
 

@@ -10,75 +10,80 @@ from itertools import product
 import pytest
 
 from tests.support.fsdp1_run import train_fsdp1
-from tests.support.parity import Layout, ParityCase, run_case, train_fsdp2
+from tests.support.parity import TWO_BATCHES, Layout, ParityCase, run_case, train_fsdp2
 from tests.support.trace import measure_distance, measure_excess
 
 BOUND = 1e-5  # relative; the contract's
 # Times the distance of stock fp32 from fp64, where Adam makes it larger than the bound (2.4 seen).
 MAX_EXCESS = 4
-NUM_STEPS = 4  # into the second epoch, so a smaller last batch too
+SHORT = {"num_steps": 2, "num_examples": TWO_BATCHES}  # the second batch is smaller
 TRAIN = {"fsdp2": train_fsdp2, "fsdp1": train_fsdp1}
 
 FSDP2_CASES = [
-    ParityCase(Layout(4, 4), "mixtral", NUM_STEPS, lora="all", lora_rank=16),
-    ParityCase(Layout(4, 2), "mixtral", NUM_STEPS, lora="mlp-only", lora_rank=4, accumulation=2),
+    # Into the second epoch.
+    ParityCase(Layout(4, 4), "mixtral", num_steps=4, lora="all", lora_rank=16),
     ParityCase(
-        Layout(4, 2, "replicate"), "qwen3_moe", NUM_STEPS, lora="all", lora_rank=1, accumulation=2
+        Layout(4, 2, "replicate"), "qwen3_moe", lora="all", lora_rank=1, accumulation=2, **SHORT
     ),
-    ParityCase(
-        Layout(4, 1), "olmoe", NUM_STEPS, lora="all", lora_rank=16, checkpointing="selective"
-    ),
-    ParityCase(Layout(4, 1, "replicate"), "mixtral", NUM_STEPS, lora="mlp-only", lora_rank=1),
-    ParityCase(Layout(2, 2), "qwen3_moe", NUM_STEPS, lora="all", lora_rank=16, kernel="eager"),
+    ParityCase(Layout(4, 1), "olmoe", lora="all", lora_rank=16, checkpointing="selective", **SHORT),
+    ParityCase(Layout(4, 1, "replicate"), "mixtral", lora="mlp-only", lora_rank=1, **SHORT),
+    ParityCase(Layout(2, 2), "qwen3_moe", lora="all", lora_rank=16, kernel="eager", **SHORT),
     # Sizes past the tiles of kernels, in rows and in columns.
-    ParityCase(Layout(4, 2), "mixtral, wide", NUM_STEPS, lora="all", lora_rank=16),
-    ParityCase(
-        Layout(4, 4), "mixtral, wide", NUM_STEPS, lora="mlp-only", lora_rank=1, kernel="eager"
-    ),
+    ParityCase(Layout(4, 4), "mixtral, wide", lora="mlp-only", lora_rank=1, **SHORT),
     # Experts without a token, and with ep 4 three ranks without any.
-    ParityCase(Layout(4, 4), "olmoe, starved", NUM_STEPS, lora="all", lora_rank=4, accumulation=2),
-    ParityCase(
-        Layout(4, 2, "replicate"), "olmoe, starved", NUM_STEPS, lora="mlp-only", lora_rank=16
-    ),
+    ParityCase(Layout(4, 4), "olmoe, starved", lora="all", lora_rank=4, accumulation=2, **SHORT),
+    ParityCase(Layout(4, 2, "replicate"), "olmoe, starved", lora="mlp-only", lora_rank=16, **SHORT),
     # One expert a rank on dp 2, and a rank of 1: FSDP shards A by its columns.
-    ParityCase(Layout(4, 2), "olmoe, 2 experts", NUM_STEPS, lora="mlp-only", lora_rank=1),
+    ParityCase(Layout(4, 2), "olmoe, 2 experts", lora="mlp-only", lora_rank=1, **SHORT),
     # Without expert parallelism, and in one process.
-    ParityCase(Layout(4, 0), "mixtral", NUM_STEPS, lora="all", lora_rank=4),
-    ParityCase(Layout(1, 0), "qwen3_moe", NUM_STEPS, lora="mlp-only", lora_rank=16),
+    ParityCase(Layout(4, 0), "mixtral", lora="all", lora_rank=4, **SHORT),
+    ParityCase(Layout(1, 0), "qwen3_moe", lora="mlp-only", lora_rank=16, **SHORT),
     # The auxiliary loss reaches the adapters through the hidden states alone.
-    ParityCase(Layout(4, 2), "mixtral", NUM_STEPS, lora="all", lora_rank=4, aux_loss_coef=0.02),
-    # Fewer examples than ranks: dummies.
-    ParityCase(Layout(4, 4), "mixtral", 3, lora="all", lora_rank=4, num_examples=3),
-    # Our Triton kernels, in the interpreter.
     ParityCase(
-        Layout(2, 2), "mixtral", 2, lora="all", lora_rank=4, num_examples=3, kernel="triton"
+        Layout(4, 2),
+        "mixtral",
+        lora="all",
+        lora_rank=4,
+        accumulation=2,
+        aux_loss_coef=0.02,
+        **SHORT,
     ),
+    # Fewer examples than ranks: dummies.
+    ParityCase(Layout(4, 4), "mixtral", num_steps=2, lora="all", lora_rank=4, num_examples=3),
 ]
 FSDP1_CASES = [
-    ParityCase(Layout(4, 2, "replicate"), "qwen3_moe", NUM_STEPS, lora="mlp-only", lora_rank=16),
+    ParityCase(Layout(4, 2, "replicate"), "qwen3_moe", lora="mlp-only", lora_rank=16, **SHORT),
     ParityCase(
         Layout(4, 2, "replicate"),
         "olmoe",
-        NUM_STEPS,
         lora="all",
         lora_rank=1,
         accumulation=2,
         sync_each_batch=False,
         checkpointing="selective",
+        **SHORT,
     ),
-    ParityCase(Layout(4, 1, "replicate"), "mixtral, wide", NUM_STEPS, lora="mlp-only", lora_rank=4),
-    ParityCase(
-        Layout(4, 4, "replicate"), "olmoe, starved", NUM_STEPS, lora="mlp-only", lora_rank=4
-    ),
+    ParityCase(Layout(4, 1, "replicate"), "mixtral", lora="mlp-only", lora_rank=4, **SHORT),
+    ParityCase(Layout(4, 4, "replicate"), "olmoe, starved", lora="mlp-only", lora_rank=4, **SHORT),
     ParityCase(
         Layout(2, 2, "replicate"),
         "mixtral",
-        NUM_STEPS,
         lora="all",
         lora_rank=16,
         checkpointing="False",
+        **SHORT,
     ),
-    ParityCase(Layout(4, 0, "replicate"), "mixtral", NUM_STEPS, lora="all", lora_rank=4),
+    ParityCase(Layout(4, 0, "replicate"), "mixtral", lora="all", lora_rank=4, **SHORT),
+    # Our Triton kernels, in the interpreter.
+    ParityCase(
+        Layout(2, 2, "replicate"),
+        "mixtral, one layer",
+        num_steps=2,
+        lora="all",
+        lora_rank=4,
+        num_examples=2,
+        kernel="triton",
+    ),
 ]
 CASES = [("fsdp2", case) for case in FSDP2_CASES] + [("fsdp1", case) for case in FSDP1_CASES]
 

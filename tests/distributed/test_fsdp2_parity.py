@@ -10,11 +10,11 @@ from itertools import combinations, product
 
 import pytest
 
-from tests.support.parity import LAYOUTS, Layout, ParityCase, run_case
+from tests.support.parity import LAYOUTS, TWO_BATCHES, Layout, ParityCase, run_case
 from tests.support.trace import measure_distance
 
 BOUND = 1e-5  # relative; the contract's
-NUM_STEPS = 4  # into the second epoch, so a smaller last batch too
+SHORT = {"num_steps": 2, "num_examples": TWO_BATCHES}  # the second batch is smaller
 
 # layout, model, (accumulation, sync_each_batch), checkpointing, aux loss, LoRA, clipped
 PAIRS = [
@@ -40,7 +40,6 @@ def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
     return ParityCase(
         LAYOUTS[layout],
         model,
-        NUM_STEPS,
         accumulation=accumulation[0],
         sync_each_batch=accumulation[1],
         checkpointing=checkpointing,
@@ -48,32 +47,36 @@ def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
         lora="attn-only" if lora else "none",
         max_grad_norm=1.0 if clipped else 0.0,
         weight_decay=0.0 if clipped else 0.1,
+        **SHORT,
     )
 
 
 SPECIAL = [
     # One expert a rank on dp 2: FSDP shards its rows, Shard(1), and not whole experts.
-    ParityCase(Layout(4, 2), "olmoe, 2 experts", NUM_STEPS, accumulation=2, sync_each_batch=False),
-    ParityCase(Layout(1, 0), "qwen3_moe, tied", NUM_STEPS),
-    ParityCase(Layout(4, 2), "qwen3_moe, tied", NUM_STEPS, checkpointing="selective"),
+    ParityCase(Layout(4, 2), "olmoe, 2 experts", accumulation=2, sync_each_batch=False, **SHORT),
+    ParityCase(Layout(1, 0), "qwen3_moe, tied", **SHORT),
+    # Into the second epoch.
+    ParityCase(Layout(4, 2), "qwen3_moe, tied", num_steps=4, checkpointing="selective"),
     # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
-    ParityCase(Layout(4, 4), num_steps=3, num_examples=3, aux_loss_coef=0.02),
-    ParityCase(Layout(4, 2), num_steps=3, num_examples=3, accumulation=2, sync_each_batch=False),
-    ParityCase(Layout(4, 2, "replicate"), num_steps=3, num_examples=3, accumulation=2),
+    ParityCase(Layout(4, 4), num_steps=2, num_examples=3, aux_loss_coef=0.02),
+    ParityCase(Layout(4, 2), num_steps=2, num_examples=3, accumulation=2, sync_each_batch=False),
+    ParityCase(Layout(4, 2, "replicate"), num_steps=2, num_examples=3, accumulation=2),
     # Padded batches, and padding that counts in no loss.
-    ParityCase(
-        LAYOUTS[2], num_steps=NUM_STEPS, accumulation=2, packing="False", aux_loss_coef=0.02
-    ),
+    ParityCase(LAYOUTS[2], accumulation=2, packing="False", aux_loss_coef=0.02, **SHORT),
     # No expert parallelism: all of one module over four ranks; by FSDP alone, and by shard_moe.
-    ParityCase(Layout(4, 0), num_steps=NUM_STEPS),
-    ParityCase(Layout(4, 1), num_steps=NUM_STEPS),
-    ParityCase(Layout(1, 1), num_steps=NUM_STEPS),
-    ParityCase(Layout(2, 2), num_steps=NUM_STEPS, kernel="eager"),
-    # Our Triton kernels, in the interpreter (those of FSDP1 and of adapters checkpoint).
+    ParityCase(Layout(4, 0), **SHORT),
+    ParityCase(Layout(4, 1), **SHORT),
+    ParityCase(Layout(1, 1), **SHORT),
+    ParityCase(Layout(2, 2), kernel="eager", **SHORT),
+    # Our Triton kernels, in the interpreter (FSDP1's case checkpoints and has adapters).
     ParityCase(
-        Layout(2, 2), num_steps=2, num_examples=3, kernel="triton", checkpointing="selective"
+        Layout(2, 2),
+        "mixtral, one layer",
+        num_steps=2,
+        num_examples=2,
+        kernel="triton",
+        checkpointing="selective",
     ),
-    ParityCase(Layout(1, 1), num_steps=2, num_examples=3, kernel="triton", checkpointing="False"),
 ]
 
 
@@ -102,7 +105,7 @@ def _weight_error(parity_folder, case, seen, distance):
 
 def test_reference_learns(parity_folder):
     """Parity with a run in which nothing happens would prove nothing."""
-    case = ParityCase(LAYOUTS[0], num_steps=NUM_STEPS)
+    case = ParityCase(LAYOUTS[0], num_steps=4)
     trace = parity_folder.reference(parity_folder.stock_run(case))
     assert trace.losses[-1] < 0.9 * trace.losses[0]
     assert min(trace.grad_norms) > 1.0  # so that the default clipping clips

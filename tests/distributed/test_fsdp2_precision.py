@@ -13,13 +13,8 @@ NUM_STEPS = 8
 # another order: 0.97 to 1.02 seen over 20 steps); the others exist to drift much less (0.04 to
 # 0.2 seen).
 BOUNDS = {"bf16": 2.0, "mixed": 0.5, "bf16_sr": 0.5}
-# Experts that are sharded twice in all three, every other layout in one of them.
-CASES = [
-    (layout, precision)
-    for i, layout in enumerate(LAYOUTS)
-    for j, precision in enumerate(BOUNDS)
-    if layout == LAYOUTS[2] or (i + j) % len(BOUNDS) == 0
-]
+# Copies must be rounded alike; adapters below are rounded where experts are sharded twice.
+CASES = list(zip(LAYOUTS, ("bf16", "bf16", "mixed", "bf16_sr", "bf16"), strict=True))
 
 
 def _drifts(pools, parity_folder, case):
@@ -40,7 +35,7 @@ def test_drift_is_bounded_by_stock_bf16(pools, parity_folder, layout, precision)
 @pytest.mark.parametrize("precision", ["mixed", "bf16_sr"])
 def test_drift_with_adapters(pools, parity_folder, precision):
     """The frozen base is bf16 in both; only the adapters, on attention and experts, differ."""
-    case = ParityCase(LAYOUTS[2], "mixtral", NUM_STEPS, precision=precision, lora="all")
+    case = ParityCase(LAYOUTS[2], "mixtral", 4, precision=precision, lora="all")
     ours, stock = _drifts(pools, parity_folder, case)
     assert 0 < ours < 2 * stock
 

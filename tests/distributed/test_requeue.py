@@ -10,11 +10,11 @@ from tests.support.argv import keep_last
 from tests.support.parity import Layout, ParityCase
 
 SCRIPTS = {"fsdp2": train_accelerate_fsdp2, "fsdp1": train_fsdp1}
-ASKED = 5  # micro-steps of two a step: the third step is left
+ASKED = 3  # micro-steps of two a step: the second step is left
 
 
 def _run(rank, script, argv, asks_to_stop):
-    """Call a script; the time of rank 1 alone is up when it is asked for the fifth time."""
+    """Call a script; the time of rank 1 alone is up when it is asked for the third time."""
     answers = iter([False] * (ASKED - 1) + [True])
 
     def is_nearly_up(self, *, num_saves):
@@ -32,7 +32,7 @@ def _series(folder):
 def test_start_stop_resume_and_end(pools, parity_folder, tmp_path):
     for script, expert_dp in (("fsdp2", "shard"), ("fsdp1", "replicate")):
         case = ParityCase(
-            Layout(2, 2, expert_dp), num_steps=3, accumulation=2, checkpointing="False"
+            Layout(2, 2, expert_dp), num_steps=2, accumulation=2, checkpointing="False"
         )
         whole, folder = tmp_path / f"{script}-whole", tmp_path / script
         argv = [*parity_folder.argv(case), "--debug", "False", "--output_dir"]
@@ -40,10 +40,8 @@ def test_start_stop_resume_and_end(pools, parity_folder, tmp_path):
         pools[2].run(_run, script, [*argv, str(whole)], False, timeout=120)
         pools[2].run(_run, script, requeued, True, timeout=120)
         stopped = _series(folder)
-        assert 0 < len(stopped) < 3 and not (folder / "run.json").exists()
-        assert [path.name for path in folder.glob("checkpoint-[0-9]*")] == [
-            f"checkpoint-{len(stopped)}"
-        ]
+        assert len(stopped) == 1 and not (folder / "run.json").exists()
+        assert [path.name for path in folder.glob("checkpoint-[0-9]*")] == ["checkpoint-1"]
         pools[2].run(_run, script, requeued, False, timeout=120)
         assert _series(folder) == _series(whole)
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

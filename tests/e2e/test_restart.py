@@ -1,29 +1,39 @@
 """A run under torchrun loses a rank: it is started again and goes on as if nothing had been."""
 
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
 
 from megablocks_utils.training.report.metrics import read_metrics
 from tests.faults.ranks import ScriptRun
 from tests.support.argv import keep_last
 from tests.support.parity import write_examples
 from tests.support.ports import free_port
+from tests.support.rank_pool import start_forkserver
 from tests.support.tiny_models import save_tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
+# Its ranks are forked from a process that has imported everything, not started as interpreters.
 LAUNCHER = (
-    "-m torch.distributed.run --nproc_per_node 2 --master_port {port} --max_restarts 1 "
-    "train_accelerate_fsdp2.py"
+    "--nproc_per_node 2 --master_port {port} --max_restarts 1 --monitor_interval 0.1 "
+    "--start_method forkserver --run_path --redirects 3 --log_dir {logs} {program}"
 )
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from tests.faults.ranks import run_script
+
+Path(__file__).with_name("pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
+run_script("train_accelerate_fsdp2", sys.argv[1:])
+"""
 FLAGS = (
-    "--use_megablocks_sharding True --precision fp32 --max_steps 16 --save_strategy steps "
+    "--use_megablocks_sharding True --precision fp32 --max_steps 8 --save_strategy steps "
     "--save_steps 8 --per_device_train_batch_size 4 --learning_rate 1e-3 --report_to none"
 )
 TIMEOUT_S = 180
@@ -51,23 +61,28 @@ class Runs:
         with ScriptRun("fsdp2", argv, logs, world_size=2) as run:
             run.finish(TIMEOUT_S)
 
-    def start(self, name: str, *words: str) -> subprocess.Popen:
+    def start(self, name: str, *words: str) -> BaseProcess:
         """Start a run under torchrun."""
-        launcher = LAUNCHER.format(port=free_port())
-        return subprocess.Popen(
-            [sys.executable, *launcher.split(), *keep_last(self.argv(name, *words))],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        program, logs = self.folder / "program.py", self.folder / "torchrun"
+        program.write_text(PROGRAM)
+        launcher = LAUNCHER.format(port=free_port(), logs=logs, program=program)
+        argv = [*launcher.split(), *keep_last(self.argv(name, *words))]
+        start_forkserver()
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(target=torchrun.main, args=(argv,))
+        process.start()
+        return process
 
-    def finish(self, process: subprocess.Popen) -> str:
-        """Wait for the end of a run that must succeed, and return what it said."""
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 0, output
+    def finish(self, process: BaseProcess) -> str:
+        """Wait for the end of a run that must succeed, and return what its ranks said."""
+        process.join(TIMEOUT_S)
+        output = self.output()
+        assert process.exitcode == 0, output
         return output
+
+    def output(self) -> str:
+        """Return what all ranks of all starts have said."""
+        return "".join(log.read_text() for log in (self.folder / "torchrun").rglob("*.log"))
 
     def series(self, name: str) -> list[tuple]:
         """Return the numbers of each step that do not depend on the clock."""
@@ -85,39 +100,27 @@ def test_a_run_that_loses_a_rank_is_restarted_and_goes_on(tmp_path):
     runs = Runs(tmp_path)
     runs.run_without_launcher("whole")
     killed = runs.folder / "killed"
-    process = runs.start("killed", "--save_steps", "4")
-    wait_for_lines(killed / "metrics.jsonl", 6, process)
-    victim = find_rank(process.pid, 1)
-    os.kill(victim, signal.SIGKILL)
-    output = runs.finish(process)
+    process = runs.start("killed", "--save_steps", "2")
+    try:
+        wait_for_lines(killed / "metrics.jsonl", 3, process)
+        victim = int((runs.folder / "pid-1").read_text())
+        os.kill(victim, signal.SIGKILL)
+        output = runs.finish(process)
+    finally:
+        process.terminate()
     sentence = (
         rf"rank 1 \(process {victim} on .+\) was lost: its process is gone. The newest complete "
         rf"checkpoint is {killed}/checkpoint-\d+; resume from it with "
         r"--resume_from_checkpoint True."
     )
-    assert len(re.findall(sentence, output)) == 1
+    assert len(re.findall(sentence, output)) == 1, output
     assert "Traceback" not in output
     assert runs.series("killed") == runs.series("whole")
     assert runs.weights("killed") == runs.weights("whole")
 
 
-def find_rank(launcher_pid: int, rank: int) -> int:
-    """Return the process id of a rank: a child of the launcher with that RANK."""
-    wanted = f"RANK={rank}".encode()
-    return next(
-        pid
-        for pid in children_of(launcher_pid)
-        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    )
-
-
-def wait_for_lines(path: Path, number: int, process: subprocess.Popen) -> None:
+def wait_for_lines(path: Path, number: int, process: BaseProcess) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not path.is_file() or len(path.read_text().splitlines()) < number:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -213,7 +213,7 @@ def _time_of_message(run: ScriptRun, since_s: float) -> float | None:
 
 def _check_endings(case: Case, run: ScriptRun, codes: list[int], phase: str) -> list[str]:
     """Return what is wrong with how the ranks ended and what they said."""
-    survivors = set(range(WORLD_SIZE)) - set(case.victims)
+    survivors = set(run.ranks) - set(case.victims)
     found = [codes[rank] for rank in sorted(survivors)]
     losses = run.losses()
     # Late enough, the others have already left or need the lost one no more.

@@ -15,7 +15,6 @@ OPTIONS = (
     f"--save_strategy steps --save_steps {SAVE_STEPS} --per_device_train_batch_size 4 "
     "--learning_rate 1e-3 --report_to none"
 )
-NUM_EXAMPLES = 53  # three full global batches of 16 and one of five: resumes fall within epochs
 RUN_TIMEOUT_S = 240.0
 
 
@@ -25,13 +24,17 @@ class Ground:
     Args:
         folder: for all of it.
         num_steps: of every run.
+        world_size: number of ranks.
     """
 
-    def __init__(self, folder: Path, num_steps: int = NUM_STEPS) -> None:
-        self.folder, self.num_steps = folder, num_steps
+    def __init__(
+        self, folder: Path, num_steps: int = NUM_STEPS, world_size: int = WORLD_SIZE
+    ) -> None:
+        self.folder, self.num_steps, self.world_size = folder, num_steps, world_size
         if not (folder / "data.json").is_file():
             save_tiny_model("mixtral", folder / "model")
-            write_examples(folder / "data.json", NUM_EXAMPLES)
+            # Three full global batches and a part of one: resumes fall within epochs.
+            write_examples(folder / "data.json", 13 * world_size + 1)
 
     def argv(self, output: Path, *words: str) -> list[str]:
         """Return the options of a run."""
@@ -43,7 +46,8 @@ class Ground:
     def start(self, script: str, name: str, *words: str) -> ScriptRun:
         """Start a run that writes to a folder of this name."""
         logs = self.folder / "logs" / f"{name}-{time.monotonic_ns()}"
-        return ScriptRun(script, self.argv(self.folder / name, *words), logs)
+        argv = self.argv(self.folder / name, *words)
+        return ScriptRun(script, argv, logs, world_size=self.world_size)
 
     def run(self, script: str, name: str, *words: str) -> str:
         """Run to the end, and return what was said.

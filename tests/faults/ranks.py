@@ -23,7 +23,7 @@ from tests.support.argv import keep_last
 from tests.support.ports import free_port
 from tests.support.rank_pool import start_forkserver
 
-__all__ = ["SCRIPTS", "ScriptRun"]
+__all__ = ["SCRIPTS", "ScriptRun", "run_script"]
 
 SCRIPTS = {"fsdp2": "train_accelerate_fsdp2", "fsdp1": "train_fsdp1"}
 STOPPED_STATES = "Tt"
@@ -204,9 +204,14 @@ def _be_rank(module: str, argv: list[str], launch: Mapping[str, str], log: Path)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.update(launch)
+    run_script(module, argv)
+
+
+def run_script(module: str, argv: list[str]) -> None:
+    """Do what an interpreter of its own does with a script, in a process that was forked."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [f"{module}.py", *argv]
-    os.environ.update(launch)
     try:
         run_entry_point(importlib.import_module(module).main, argv)
     except SystemExit:

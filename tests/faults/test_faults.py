@@ -1,4 +1,7 @@
-"""Runs that meet a fault: killed at three moments, on a full disk, with a damaged checkpoint."""
+"""Runs that meet a fault: killed at three moments, on a full disk, with a damaged checkpoint.
+
+On two ranks; `tests.faults.kill` has four. `tests/processes/test_monitor.py` has several survivors.
+"""
 
 import os
 import shutil
@@ -23,7 +26,7 @@ SMALL_BYTES = 3_600_000  # room for one checkpoint of 2.3 MB, not for two
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory) -> Ground:
     """A model, data, and what an undisturbed run makes of them."""
-    return Ground(tmp_path_factory.mktemp("faults"), num_steps=6)
+    return Ground(tmp_path_factory.mktemp("faults"), num_steps=6, world_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,8 @@ def small_disk(ground) -> Iterator[Path]:
 
 CASES = [
     Case("fsdp2", False, "step", 3, 0.02, (0,)),  # rank 0 holds the store
-    Case("fsdp2", False, "save", 4, 0.0, (2,)),
-    Case("fsdp2", False, "rename", 4, 0.0, (0, 1, 2, 3)),
+    Case("fsdp2", False, "save", 4, 0.0, (1,)),
+    Case("fsdp2", False, "rename", 4, 0.0, (0, 1)),
 ]
 
 
@@ -97,7 +100,7 @@ def test_full_disk(ground, small_disk, words):
     with ground.start("fsdp2", f"small/{folder.name}", *words) as run:
         codes = run.wait(END_S)
         said = _sentences(run.output())
-    assert codes == [2, 2, 2, 2], said
+    assert codes == [2, 2], said
     kept = f"{folder}/checkpoint-2 is complete and kept"
     (sentence,) = said
     assert sentence.startswith(f"cannot write {folder}/checkpoint-4.incomplete")
@@ -106,16 +109,7 @@ def test_full_disk(ground, small_disk, words):
     assert names == ["checkpoint-2", "checkpoint-latest"]
     files = read_manifest(folder / "checkpoint-2")["files"]
     check_files(folder / "checkpoint-2", files, files)
-    if words:
-        shutil.rmtree(folder)
-        return
-    # More room: the run resumes from what is complete.
-    roomy = shutil.move(folder, ground.folder / "roomy")
-    ground.run("fsdp2", roomy.name, "--resume_from_checkpoint", "True")
-    whole = ground.reference("fsdp2")
-    for path in (roomy, whole):
-        assert (path / "model.safetensors").is_file()
-    assert (roomy / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
 
 
 def test_full_disk_while_a_step_is_noted_down(ground, small_disk):
@@ -151,7 +145,7 @@ def test_output_folder_that_vanishes(ground):
         codes = run.wait(END_S)
         (said,) = _sentences(run.output())
         assert "Traceback" not in run.output()
-    assert codes == [2, 2, 2, 2]
+    assert codes == [2, 2]
     assert said.startswith(("cannot read ", "cannot write ")) and str(folder) in said
     assert "No such file or directory" in said
     assert not folder.exists()
@@ -164,14 +158,14 @@ def _flip_one_bit(path: Path) -> None:
 
 
 DAMAGES = {
-    "altered": ("__3_0.distcp", _flip_one_bit, "{path} was altered: its checksum is "),
+    "altered": ("__1_0.distcp", _flip_one_bit, "{path} was altered: its checksum is "),
     "missing": ("rng-00001.json", Path.unlink, "the checkpoint {path.parent} lacks its file "),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint(ground, damage):
-    """Four processes refuse it in one sentence, with exit code 2, and write nothing."""
+    """Both ranks refuse it in one sentence, with exit code 2, and write nothing."""
     folder = ground.folder / f"damaged-{damage}"
     folder.mkdir()
     checkpoint = ground.reference("fsdp2") / "checkpoint-4"
@@ -181,7 +175,7 @@ def test_damaged_checkpoint(ground, damage):
     with ground.start("fsdp2", folder.name, "--resume_from_checkpoint", "True") as run:
         codes = run.wait(END_S)
         said = run.output().splitlines()
-    assert codes == [2, 2, 2, 2], said
+    assert codes == [2, 2], said
     assert len([line for line in said if str(folder) in line]) == 1
     assert [line for line in said if line.startswith(DAMAGES[damage][2].format(path=path))]
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before

@@ -19,7 +19,7 @@ def refused(rank: int, address: str, port: int) -> str:
     environ = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     started_s = time.monotonic()
     with pytest.raises(ConfigurationError) as caught:
-        connect_to_store(LaunchEnvironment(rank, 0, 2), environ, timeout_s=1.0)
+        connect_to_store(LaunchEnvironment(rank, 0, 2), environ, timeout_s=0.4)
     assert time.monotonic() - started_s < 10
     return str(caught.value)
 
@@ -31,8 +31,10 @@ def taken_port():
         yield server.getsockname()[1]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("address", ["no.such.host.invalid", "a..b", "x" * 300])
+@pytest.mark.parametrize(
+    ("rank", "address"),
+    [(0, "no.such.host.invalid"), (1, "no.such.host.invalid"), (1, "a..b"), (0, "x" * 300)],
+)
 def test_a_name_that_does_not_resolve(rank, address):
     sentence = refused(rank, address, 29500)
     assert sentence.startswith(f"MASTER_ADDR is {address}, but {HOST} cannot resolve that name; ")
@@ -47,7 +49,7 @@ def test_nobody_listens():
 
 
 def test_the_port_is_taken(taken_port, monkeypatch):
-    monkeypatch.setattr(connection, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(connection, "_ANSWER_S", 0.4)
     assert refused(0, "127.0.0.1", taken_port) == (
         f"MASTER_PORT is {taken_port}, but another process of {HOST} has taken that port; it must "
         "be one that is free on the host of rank 0."

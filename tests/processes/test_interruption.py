@@ -1,74 +1,73 @@
 """Signals that ask for a stop: remembered, agreed on, and final when somebody insists."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 import pytest
 import torch.distributed as dist
 
 from megablocks_utils.processes.early_signals import remember_early_signals
 from megablocks_utils.processes.interruption import StopRequest
+from tests.support.rank_pool import start_forkserver
 
-ROOT = Path(__file__).resolve().parents[2]
-ALONE = """
-import sys, time
-from megablocks_utils.processes.interruption import StopRequest
-with StopRequest() as stop:
-    sys.stdout.write("ready\\n")
-    sys.stdout.flush()
-    while not stop.on_any_rank():
-        time.sleep(0.01)
-    sys.stdout.write(f"{stop.name}\\n")
-    sys.stdout.flush()
-    time.sleep(30)
-"""
+
+def _be_alone(pipe: Connection) -> None:
+    """Say that a stop can be asked for, then which signal has asked."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with StopRequest() as stop:
+        pipe.send("ready")
+        while not stop.on_any_rank():
+            time.sleep(0.01)
+        pipe.send(stop.name)
+        time.sleep(30)
 
 
 @pytest.fixture
 def alone():
-    """A process of its own that has said it is ready, and says which signal it was sent."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", ALONE],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout.readline() == "ready\n"
-    yield process
+    """A process of its own that is ready, and what it says: which signal it was sent."""
+    start_forkserver()
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe()
+    process = context.Process(target=_be_alone, args=(there,), daemon=True)
+    process.start()
+    assert here.recv() == "ready"
+    yield process, here
     process.kill()
-    process.wait()
+    process.join()
 
 
 @pytest.mark.parametrize(
     ("first", "second"), [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
 )
 def test_only_a_later_signal_ends_the_process(alone, first, second):
-    alone.send_signal(first)
-    assert alone.stdout.readline() == f"{first.name}\n"
-    alone.send_signal(first)  # torchrun's copy of what the terminal has sent
+    process, answers = alone
+    os.kill(process.pid, first)
+    assert answers.recv() == first.name
+    os.kill(process.pid, first)  # torchrun's copy of what the terminal has sent
     time.sleep(2.1)
-    assert alone.poll() is None
-    alone.send_signal(second)
-    assert alone.wait(5) == -second
+    assert process.is_alive()
+    os.kill(process.pid, second)
+    process.join(5)
+    assert process.exitcode == -second
 
 
 def test_a_warning_before_the_end_is_no_first_signal(alone):
     """A batch system sends SIGUSR1, and SIGTERM when the time is up: the save must not be cut."""
-    alone.send_signal(signal.SIGUSR1)
-    assert alone.stdout.readline() == "SIGUSR1\n"
+    process, answers = alone
+    os.kill(process.pid, signal.SIGUSR1)
+    assert answers.recv() == "SIGUSR1"
     time.sleep(2.1)
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        alone.send_signal(number)
+        os.kill(process.pid, number)
         time.sleep(0.2)
-        assert alone.poll() is None
+        assert process.is_alive()
     time.sleep(2.1)
-    alone.send_signal(signal.SIGTERM)
-    assert alone.wait(5) == -signal.SIGTERM
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(5)
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_a_warning_while_the_run_starts_up():

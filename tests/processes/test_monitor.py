@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megablocks_utils.errors import DataError
+from megablocks_utils.processes import liveness, monitor
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.liveness import WatchLimits
@@ -55,6 +56,7 @@ def _serve(rank: int, environ: dict, folder: str, job, arguments: list) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", **environ)
     os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/error-{rank}"
     limits = WatchLimits(hang_s=float(environ.get("HANG_S", 600)))
+    monitor.POLL_S = liveness.POLL_S = float(environ.get("POLL_S", liveness.POLL_S))
     with open(f"{folder}/stderr-{rank}", "w") as errors:
         os.dup2(errors.fileno(), 2)
     sys.stderr = os.fdopen(2, "w")
@@ -175,9 +177,12 @@ def _stand_still() -> None:
     time.sleep(60)
 
 
+WORK_S, HANG_S = 6, 3
+
+
 def _work() -> None:
     """Compute for longer than a hang may last, before the first step; then do as the others."""
-    last_s = time.monotonic() + 12
+    last_s = time.monotonic() + WORK_S
     while time.monotonic() < last_s:
         sum(range(10**6))
     _stand_still()
@@ -186,10 +191,13 @@ def _work() -> None:
 def test_a_run_that_hangs_as_a_whole_is_ended(tmp_path):
     """Not while one rank still works: loading and compiling have no steps."""
     started_s = time.monotonic()
-    with started(tmp_path, _work, _stand_still, _stand_still, _sleep, HANG_S="6") as ranks:
+    jobs = (_work, _stand_still, _stand_still, _sleep)
+    with started(tmp_path, *jobs, HANG_S=str(HANG_S), POLL_S="0.5") as ranks:
         assert end_of(ranks, within_s=45) == [1] * WORLD
-    assert time.monotonic() - started_s > 12 + 6
-    sentence = "this run hangs: no rank has made progress for 6 s (--hang_timeout_s); rank 3 "
+    assert time.monotonic() - started_s > WORK_S + HANG_S
+    sentence = (
+        f"this run hangs: no rank has made progress for {HANG_S} s (--hang_timeout_s); rank 3 "
+    )
     text = (tmp_path / "stderr-0").read_text()
     assert text.startswith(sentence)
     assert " is starting, before its first step. There is no complete checkpoint in " in text

@@ -33,6 +33,7 @@ PRELOADED = (
     "transformers",
     "transformers.modeling_utils",
     "megablocks_utils.kernels.fused.fused_experts",  # and with it triton
+    "tests.support.triton_interpreter",
     "megablocks_utils.training.setup",  # and with it peft
     "megablocks_utils.training.checkpointer",
     "megablocks_utils.training.loop",

@@ -7,8 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from megablocks_utils.training.report import metrics as metrics_module
 from megablocks_utils.training.report.memory import MemoryReading
@@ -119,8 +117,6 @@ class TestStepMeter:
 
 def measure_on_rank(rank, folder):
     """Rank 1 is slower, fuller at its peak and emptier after it; only rank 0 has an aux loss."""
-    init = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     meter = StepMeter(CPU)
     meter.start_step()
     meter.add_micro_batch(torch.tensor(3.0 + rank), torch.tensor(0.5) if rank == 0 else None)
@@ -131,11 +127,10 @@ def measure_on_rank(rank, folder):
         metrics = finish(meter, num_label_tokens=4)
     with MetricsWriter(f"{folder}/{rank}.jsonl") as writer:
         writer.write(metrics)
-    dist.destroy_process_group()
 
 
-def test_two_ranks_get_the_same_sums_and_maxima(tmp_path):
-    mp.spawn(measure_on_rank, (str(tmp_path),), nprocs=2)
+def test_two_ranks_get_the_same_sums_and_maxima(ranks2, tmp_path):
+    ranks2.run(measure_on_rank, str(tmp_path))
     ranks = [read_metrics(tmp_path / f"{rank}.jsonl") for rank in range(2)]
     assert ranks[0] == ranks[1]
     (metrics,) = ranks[0]

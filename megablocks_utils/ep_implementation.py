@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from megablocks_utils.config.backends import AUTO
+from megablocks_utils.ep_workarounds import mend_transformers
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.permute import sort_by_expert, unpermute_and_combine
@@ -40,8 +41,11 @@ def register_ep_implementation() -> None:
     PEFT 0.21 cannot adapt the experts of such a model: it stops with torch's RuntimeError about
     mixed tensors before anything of this module runs. Its `ParamWrapper` would have to make the
     factors DTensors that are split over the experts as the weight is, with their gradients reduced.
+
+    Two faults of transformers' loading are mended by it: see `ep_workarounds`.
     """
     EPImplementationInterface.register(_NAME, DroplessEP)
+    mend_transformers(_NAME)
 
 
 class DroplessEP(EPImplementation):

@@ -47,7 +47,7 @@ ORDER = (
     ("moe",),
     ("checkpoint",),
     ("training.data", "training.report"),
-    ("shard_moe_utils",),
+    ("ep_workarounds", "shard_moe_utils"),
     ("ep_implementation", "experts_interface", "fsdp", "lora"),
     ("merge", "export", "tune"),
     ("training.step", "training.resume"),

@@ -1,5 +1,6 @@
 """Write and read the shards of all ranks with torch's distributed checkpoint (DCP)."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ __all__ += ["write_shards"]
 MODEL_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 _NUM_NAMED = 3
+# Experts' weights or a state of them: what is before and behind the name of the projection.
+_FIRST_PROJECTION = re.compile(r"(.*\.)(?:gate_)?up_proj(?:_bias)?((?:\.exp_avg(?:_sq)?)?)")
 _AS_GIVEN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
@@ -76,7 +79,7 @@ def read_shards(shards: Mapping[str, TensorShard], folder: Path) -> None:
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor, holds it in another shape, or cannot be
-            read.
+            read. Experts that are never computed with may be missing: they stay as they are.
     """
     read_index(folder)  # for its own sentence, which DCP would wrap
     try:
@@ -202,8 +205,30 @@ def _check_stored(
         )
     for name, shard in shards.items():
         found = tuple(stored[name].size)
-        if found != shard.whole_shape:
+        if found != shard.whole_shape and not _differs_in_unused_rows(
+            found, shard.whole_shape, _find_second_projection(name, stored)
+        ):
             raise CheckpointError(f"its {name} has shape {found}, wanted is {shard.whole_shape}")
+
+
+def _differs_in_unused_rows(
+    found: tuple[int, ...], wanted: tuple[int, ...], second: TensorStorageMetadata | None
+) -> bool:
+    """Say whether two tensors of experts differ only in how many of them are never computed with.
+
+    These have a first projection and no second; a run with expert parallelism does not keep them.
+    """
+    if second is None or found[1:] != wanted[1:]:
+        return False
+    return min(found[0], wanted[0]) >= second.size[0]
+
+
+def _find_second_projection(
+    name: str, stored: Mapping[str, TensorStorageMetadata]
+) -> TensorStorageMetadata | None:
+    """Return what is stored beside experts' first projection; None for all other names."""
+    match = _FIRST_PROJECTION.fullmatch(name)
+    return None if match is None else stored.get(f"{match[1]}down_proj{match[2]}")
 
 
 def _first_reason(error: CheckpointException) -> str:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX, read_stored_tensors
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
 from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.checkpoint.layouts import ModelLayout
@@ -59,15 +60,31 @@ class ModelSource:
         """Experts of a layer; of the first where layers differ."""
         return next(iter(self.expert_specs.values())).num_experts
 
-    def fill_untrained(self) -> FillLocal:
-        """Return what fills parameters that are not trained, as the model is now, and no others.
+    def choose_fill(self, checkpoint: Path | None) -> FillLocal:
+        """Return what fills parameters, as the model is now, with the values of the model's files.
 
-        Those come from the checkpoint that a run resumes from.
+        In a run that resumes, only those that are not trained and those of which the checkpoint
+        holds fewer rows: experts that are never computed with, which a run with expert parallelism
+        does not keep.
+
+        Args:
+            checkpoint: that the run resumes from; None for one from the start.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read.
         """
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if checkpoint is None:
+            return self.reader.fill_local
+        stored = read_stored_tensors(checkpoint)
+        resumed = set()
+        for name, parameter in self.model.named_parameters():
+            shape, _ = stored.get(MODEL_PREFIX + name, (tuple(parameter.shape), None))
+            has_more_rows = parameter.dim() > 0 and len(parameter) > shape[0]
+            if parameter.requires_grad and not has_more_rows:
+                resumed.add(name)
 
         def fill(name: str, local: Tensor, offsets: tuple[int, ...]) -> None:
-            if name not in trained:
+            if name not in resumed:
                 self.reader.fill_local(name, local, offsets)
 
         return fill

@@ -173,6 +173,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
+    checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
@@ -199,7 +200,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         top_k=find_top_k(model),
         parameter_specs=specs,
         reader=source.reader,
-        fill_local=source.fill_untrained() if resume else source.reader.fill_local,
+        fill_local=raise_on_all_ranks(lambda: source.choose_fill(checkpoint)),
         compatibility=compatibility,
         resume=resume,
         plan=plan,

@@ -6,6 +6,7 @@ every gradient are compared with stock transformers in one process.
 
 import argparse
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -151,6 +153,8 @@ def run_in_transformers(
         distributed_config=config,
         experts_implementation="eager" if dtype == "torch.float64" else None,
     ).train()
+    if dtype == "torch.float64" and config.efsdp_size == 1:
+        _divide_once(model, config.dp_size)
     loss = _loss_sum(model, rank // sizes["tp_size"])
     loss.backward()
     grads = {
@@ -158,6 +162,17 @@ def run_in_transformers(
         for name, p in model.named_parameters()
     }
     return loss.item(), grads
+
+
+def _divide_once(model: PreTrainedModel, dp_size: int) -> None:
+    """Let FSDP2 divide the experts' gradients by the number of batches, not by its square.
+
+    Where one rank holds all copies, torch 2.13 divides twice by the factor that transformers has
+    set, unless it reduces in fp32 or bf16.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule) and name.endswith(".experts"):
+            module.set_gradient_divide_factor(math.sqrt(dp_size))
 
 
 def _loss_sum(model: PreTrainedModel, example: int) -> Tensor:

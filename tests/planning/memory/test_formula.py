@@ -79,14 +79,17 @@ def folder_of(tmp_path_factory):
         (MIXTRAL, WHOLE, {"gradient_checkpointing": "none", "examples": 3, "imbalance": 1.25}),
         (MIXTRAL, SHARD, {"gradient_checkpointing": "selective", "precision": "bf16"}),
         (MIXTRAL, COPIES, {"use_lora": "attn-only", "kernel": "triton", "precision": "bf16"}),
-        (QWEN, SHARD, {"use_lora": "all", "precision": "mixed"}),
         (
             QWEN,
             COPIES,
             {"gradient_checkpointing": "none", "has_aux_loss": True, "precision": "mixed"},
         ),
         (MIXTRAL, COPIES, {"entry_point": "fsdp1", "sync_each_batch": False}),
-        (TIED, SHARD, {"use_lora": "all", "gradient_checkpointing": "none"}),
+        (
+            TIED,
+            SHARD,
+            {"use_lora": "all", "gradient_checkpointing": "none", "precision": "mixed"},
+        ),
     ],
     ids=lambda value: (
         value.get("model_type", str(value)) if isinstance(value, dict) else str(value)

@@ -126,7 +126,10 @@ class Setup:
             return None
         if not self.config.parallel.verify_kernel:
             return KernelCheck(skipped="--verify_kernel is False")
-        return verify_kernel(self.sharded, getattr(torch, self.precision.compute))
+        check = verify_kernel(self.sharded, getattr(torch, self.precision.compute))
+        if check.replaced is not None:
+            self.console.print(check.replaced, markup=False, soft_wrap=True)
+        return check
 
     @property
     def first_step(self) -> int:

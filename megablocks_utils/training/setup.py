@@ -48,7 +48,6 @@ from megablocks_utils.training.step.model_probe import (
     probe_model,
 )
 from megablocks_utils.training.step.router_balance import RouterBalance
-from megablocks_utils.training.step.unused_parameters import freeze_parameters
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
-    freeze_parameters(model, probe.unused)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
@@ -275,8 +273,7 @@ def _load_data(
     *,
     console: Console,
 ) -> TokenizedExamples:
-    today = choose_template_date(resume)
-    examples = load_examples(config.data, tokenizer, launch, today=today)
+    examples = load_examples(config.data, tokenizer, launch, today=choose_template_date(resume))
     raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)

@@ -55,7 +55,9 @@ class ModelProbe:
 def probe_model(
     config: RunConfig, model: PreTrainedModel, device: torch.device, console: Console
 ) -> ModelProbe:
-    """Let rank 0 find out, for all ranks, what the options need.
+    """Let rank 0 find out, for all ranks, what the options need, and freeze what is unused.
+
+    Call it before experts are split and FSDP wraps the model.
 
     **Collective:** one broadcast over the world.
 
@@ -63,6 +65,8 @@ def probe_model(
         ConfigurationError: on every rank, for an option that this model cannot serve.
     """
     probe = broadcast_from_rank0(lambda: _probe(config, model, device))
+    for name in probe.unused:
+        model.get_parameter(name).requires_grad_(False)
     compute_dtype = getattr(torch, resolve_precision(config, device.type).compute)
     for note in _notes(config, model, probe, compute_dtype):
         console.print(note, markup=False, soft_wrap=True)

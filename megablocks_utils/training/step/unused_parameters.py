@@ -1,4 +1,4 @@
-"""Find the parameters that training on text gives no gradient, and train them not.
+"""Find the parameters that training on text gives no gradient.
 
 Experts of images inside the text layers and indexers that only choose positions are such. Nothing
 moves them in one process of transformers, but weight decay would move those that FSDP gives
@@ -6,7 +6,7 @@ gradients of zeros. So they are frozen.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.moe.model_facts import text_config, vocab_size
 
-__all__ = ["find_unused", "freeze_parameters"]
+__all__ = ["find_unused"]
 
 _MIN_TOKENS, _MAX_TOKENS = 48, 4096
 _BLOCKS = re.compile(r".*(compress|block|pool|rate|ratio).*")
@@ -43,12 +43,6 @@ def find_unused(model: nn.Module, small: PreTrainedModel, *, has_aux_loss: bool)
     used = {_kind(name) for name, reached in has_gradient.items() if reached}
     unused = {_kind(name) for name in has_gradient} - used
     return tuple(name for name, _ in model.named_parameters() if _kind(name) in unused)
-
-
-def freeze_parameters(model: nn.Module, names: Iterable[str]) -> None:
-    """Train some parameters no more. Call it before experts are split and FSDP wraps the model."""
-    for name in names:
-        model.get_parameter(name).requires_grad_(False)
 
 
 def _backward(small: PreTrainedModel, *, has_aux_loss: bool) -> Iterator[tuple[str, bool]]:

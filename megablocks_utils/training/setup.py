@@ -273,8 +273,7 @@ def _load_data(
     *,
     console: Console,
 ) -> TokenizedExamples:
-    today = choose_template_date(resume)
-    examples = load_examples(config.data, tokenizer, launch, today=today)
+    examples = load_examples(config.data, tokenizer, launch, today=choose_template_date(resume))
     raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)

@@ -119,6 +119,7 @@ def check_memory(
             tokens=tokens,
             label_tokens=label_tokens,
             examples=examples,
+            packing=schedule.packing.value,
             is_varlen=is_varlen,
             kernel="transformers" if sharded is None else sharded.kernel.name,
         )

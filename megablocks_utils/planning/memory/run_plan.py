@@ -84,6 +84,7 @@ def plan_run(
     tokens: int,
     label_tokens: int,
     examples: int,
+    packing: str,
     kernel: str,
     is_varlen: bool = False,
 ) -> RunPlan:
@@ -95,9 +96,10 @@ def plan_run(
         world_size: ranks.
         device_type: `cuda` or `cpu`.
         capacity_bytes: memory of a rank's device; on a CPU what a rank may take.
-        tokens: of the largest micro-batch.
+        tokens: of the largest micro-batch, padding included.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch.
+        packing: how they are laid out.
         kernel: the backend that was chosen.
         is_varlen: whether attention takes examples one by one, without a mask.
 
@@ -113,6 +115,7 @@ def plan_run(
         tokens=tokens,
         label_tokens=label_tokens,
         examples=examples,
+        packing=packing,
         is_varlen=is_varlen,
     )
     layout = scenario.own_layout()

@@ -217,9 +217,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         _check_nodes(world_size, per_node)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
-    attention = config.model.attn_implementation
-    batch_size = config.optim.per_device_train_batch_size
-    tokens = batch_size * config.data.max_seq_length
+    tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length
     kernel = "grouped_mm" if config.parallel.kernel == "auto" else config.parallel.kernel
     scenario = Scenario(
         config=config,
@@ -229,9 +227,9 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         kernel=kernel,
         tokens=tokens,
         label_tokens=tokens,
-        examples=batch_size,
+        examples=config.optim.per_device_train_batch_size,
         packing=model.packing,
-        is_varlen=batch_size > 1 and not shape.not_known and attention in ("auto", "varlen"),
+        is_varlen=config.may_be_varlen and not shape.not_known,
         imbalance=own.imbalance,
         rehearse=model.rehearse,
     )

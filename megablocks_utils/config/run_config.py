@@ -143,6 +143,12 @@ class RunConfig:
         ),
     ] = 600
 
+    @property
+    def may_be_varlen(self) -> bool:
+        """Whether packed rows have no mask, if the model's attention is plain."""
+        attention = self.model.attn_implementation
+        return attention in ("auto", "varlen") and self.optim.per_device_train_batch_size > 1
+
 
 @dataclass(frozen=True)
 class _OtherOptions:

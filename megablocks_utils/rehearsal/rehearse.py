@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation
-from megablocks_utils.attention.varlen_interface import VARLEN
 from megablocks_utils.config import (
     AdapterConfig,
     OptimConfig,
@@ -174,7 +173,7 @@ def _build(
         dtypes = getattr(torch, precision.weights), getattr(torch, precision.compute)
         model = build_bare_model(model, *dtypes)
     if run.is_varlen:
-        set_implementation(model, VARLEN)
+        set_implementation(model, "varlen")
     layers = find_layers(model)
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
@@ -282,15 +281,12 @@ class _Step:
         self._ledger.assign((p.grad for p in self._trainable), "gradients")
 
     def _micro_batch(self) -> MicroBatch:
-        run = self._run
-        row = run.row_tokens
+        run, row = self._run, self._run.row_tokens
         num_rows = -(-run.tokens // row)
         tokens = torch.zeros(num_rows, row, dtype=torch.int64)
         labels = tokens.clone()
         labels.view(-1)[: labels.numel() - run.label_tokens] = IGNORED_LABEL
-        longest = -(-run.tokens // run.examples)
-        positions = torch.arange(row)[None] % longest
-        lengths = [min(longest, run.tokens - n) for n in range(0, run.tokens, longest)]
+        positions = torch.arange(row)[None] % max(run.example_lengths)
         return MicroBatch(
             tokens,
             positions.expand(num_rows, row),
@@ -298,7 +294,7 @@ class _Step:
             is_dummy=False,
             packing=Packing(run.packing),
             attention_mask=torch.ones_like(tokens) if run.is_padded else None,
-            lengths=tuple(lengths),
+            lengths=run.example_lengths,
         )
 
     def _aux_loss_coef(self) -> float:

@@ -118,6 +118,12 @@ class PlannedRun:
         return self.packing == PADDED and self.examples > 1
 
     @property
+    def example_lengths(self) -> tuple[int, ...]:
+        """Tokens of each example, padding counted: as equal as can be."""
+        longest = -(-self.tokens // self.examples)
+        return tuple(min(longest, self.tokens - n) for n in range(0, self.tokens, longest))
+
+    @property
     def row_tokens(self) -> int:
         """Tokens that attention may see: those of a row."""
         return -(-self.tokens // self.examples) if self.is_padded else self.tokens

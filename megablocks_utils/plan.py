@@ -31,7 +31,13 @@ from megablocks_utils.planning.model.config_values import KNOWN_MODEL_TYPES
 from megablocks_utils.planning.model.described_shape import shape_of
 from megablocks_utils.planning.model.gpus import GPUS
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
+from megablocks_utils.planning.model.prediction import (
+    ONE_ROW,
+    PADDED,
+    ParallelLayout,
+    PlannedRun,
+    Prediction,
+)
 from megablocks_utils.planning.plan_arguments import PlanArguments
 from megablocks_utils.planning.plan_options import (
     PlanOptions,
@@ -119,10 +125,12 @@ class PlannedModel:
 
     Attributes:
         shape: its sizes.
+        packing: how examples of a micro-batch are laid out.
         rehearse: predicts what the formulas do not know of it; None where they know all.
     """
 
     shape: ModelShape
+    packing: str = ONE_ROW
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
 
@@ -135,8 +143,10 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     """
     path = find_config_file(options.model)
     settings = read_config_file(path)
+    optim = options.config.optim
     if settings.get("model_type") in KNOWN_MODEL_TYPES:
-        yield PlannedModel(read_shape(options.config, settings))
+        packing = PADDED if optim.packing == "False" else ONE_ROW
+        yield PlannedModel(read_shape(options.config, settings), packing)
         return
     with (
         TemporaryDirectory() as folder,
@@ -146,7 +156,8 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     ):
         shutil.copy(path, Path(folder, MODEL_CONFIG_NAME))
         shape = shape_of(worker.describe())
-        yield PlannedModel(shape, worker.rehearse if shape.not_known else None)
+        packing = worker.choose_packing(optim.packing, optim.per_device_train_batch_size)
+        yield PlannedModel(shape, packing, worker.rehearse if shape.not_known else None)
 
 
 def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
@@ -217,6 +228,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         tokens=tokens,
         label_tokens=tokens,
         examples=config.optim.per_device_train_batch_size,
+        packing=model.packing,
         imbalance=own.imbalance,
         rehearse=model.rehearse,
     )

@@ -38,8 +38,6 @@ from megablocks_utils.moe.weighted_before import route_before_experts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
-
 _DEVICE_TYPES, _EXPERT_DP = ("cpu", "cuda"), ("shard", "replicate")
 
 # How transformers calls the classes of experts and of their blocks.

@@ -20,18 +20,30 @@ if not torch.cuda.is_available():
 from tests.support.rank_pool import RankPool
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Compute on one thread, here and in the processes that tests start.
 
     Threads of one small operator wait for each other by spinning. Beside ranks and a second
     worker, which want the same cores, references took up to ten times as long with two.
     """
+    hide_gpus_from_processes(config)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     # Tokens that tests leave there are not for this machine's user.
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
     gc.disable()  # until all is imported: going through it again and again takes seconds
+
+
+def hide_gpus_from_processes(config: pytest.Config) -> None:
+    """Let processes that tests start compute on the CPU: a machine may have fewer GPUs than ranks.
+
+    This process has looked at its own by then, which `tests/gpu` uses; workers of xdist look too.
+    """
+    if torch.cuda.is_available() and not getattr(config.option, "numprocesses", None):
+        torch.cuda.init()
+        torch.cuda.device_count()  # torch remembers it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_finish() -> None:

@@ -1,5 +1,6 @@
 """A checkpoint becomes a model that transformers loads, without the processes of its run."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.export import ExportOptions, export_checkpoint, main, parse_options
 from tests.support.parity import Layout, ParityFolder
-from tests.support.resuming import SavedRun, make_run, run_and_save
+from tests.support.resuming import SAVED_STEP, SavedRun, make_run, run_and_save
+
+NUM_STEPS = SAVED_STEP + 1  # what is exported is not the last state
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +29,19 @@ def save(ranks2, tmp_path_factory):
     """Train on two ranks; the run with its state after step 3."""
     models = ParityFolder(tmp_path_factory.mktemp("models"))
 
+    @functools.cache
     def run(script: str, **case) -> SavedRun:
         layout = Layout(2, 2, "shard" if script == "fsdp2" else "replicate")
         folder = tmp_path_factory.mktemp("run")
-        return run_and_save({2: ranks2}, models, make_run(script, layout, **case), folder)
+        run = make_run(script, layout, num_steps=NUM_STEPS, **case)
+        return run_and_save({2: ranks2}, models, run, folder)
 
     return run
 
 
 @pytest.fixture(scope="module")
 def mixtral(save) -> SavedRun:
-    return save("fsdp2")
+    return save("fsdp2", model="mixtral", precision="fp32")
 
 
 def refusal(action, *args) -> str:
@@ -116,7 +121,7 @@ def test_what_is_no_checkpoint(mixtral, tmp_path):
         f"--checkpoint is {tmp_path / 'none'}, but that is no folder; it must be a checkpoint of a "
         "run."
     )
-    newest = mixtral.folder / "checkpoint-8"
+    newest = mixtral.folder / f"checkpoint-{NUM_STEPS}"
     assert refusal(export_checkpoint, ExportOptions(mixtral.folder, tmp_path / "out")) == (
         f"--checkpoint is {mixtral.folder}, but that holds no manifest.json; it must be a complete "
         f"checkpoint, such as {newest}."

@@ -16,13 +16,12 @@ from torch.optim import Optimizer
 from benchmarks.harness.contender import Contender
 from megablocks_utils.lora.peft_format import linear_key, pack_lora_a, pack_lora_b
 from megablocks_utils.mesh.placement import local_tensor
-from megablocks_utils.shard_moe_utils import PROJECTIONS
 
 RANK, ALPHA = 16, 32
 OURS, PEFT = "ours", "peft"
 _B_STD = 0.05
 # PEFT's wrapper of the first projection stands inside that of the second.
-_WRAPPERS = {"gate_up_proj_lora": ".base_layer", "down_proj_lora": ""}
+_WRAPPERS = {"gate_up_proj": ".base_layer", "down_proj": ""}
 
 
 def build_contender(
@@ -62,7 +61,8 @@ def in_peft_form(name: str, tensor: Tensor) -> tuple[str, Tensor]:
     """Return one of our adapters, or its gradient, by the name and in the form of PEFT's files."""
     local = local_tensor(tensor.detach())
     layer, side = re.split(r"\.lora_(?=[AB])", name.removesuffix(".default.weight"))
-    module, _, projection = layer.rpartition(".")
+    module, _, adapters = layer.rpartition(".")
+    projection = adapters.removesuffix("_lora")
     if projection not in _WRAPPERS:
         return linear_key(layer, side), local
     pack = pack_lora_a if side == "A" else pack_lora_b
@@ -93,7 +93,7 @@ def build_lora_config(
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=modules or [],
-        target_parameters=[f"{place}.{name}" for name in PROJECTIONS],
+        target_parameters=[f"{place}.{name}" for name in _WRAPPERS],
     )
 
 

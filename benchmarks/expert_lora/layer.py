@@ -30,9 +30,8 @@ from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import local_tensor, wrap_local_experts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
-from megablocks_utils.moe.expert_spec import ExpertSpec
+from megablocks_utils.moe.expert_spec import ExpertSpec, read_parameter_names
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.shard_moe_utils import PROJECTIONS
 
 
 def build_layers(
@@ -106,7 +105,7 @@ def _peft_layer(shape: LayerShape, backend: str, ours: _Block) -> tuple[PeftMode
     config._experts_implementation = backend  # as `from_config(experts_implementation=...)` does
     with torch.device("meta"):
         experts = MixtralExperts(config)
-    for name in PROJECTIONS:  # shared memory: nobody writes to it
+    for name in read_parameter_names(ours.experts):  # shared memory: nobody writes to it
         weights = local_tensor(getattr(ours.experts, name).detach())
         setattr(experts, name, nn.Parameter(weights))
     block = _Block(experts)

@@ -23,6 +23,7 @@ from megablocks_utils.checkpoint.folder_files import (
     find_file,
     refuse_link_out,
 )
+from megablocks_utils.checkpoint.garbage_pause import pause_garbage_search
 from megablocks_utils.checkpoint.json_file import JsonObject, read_settings
 from megablocks_utils.checkpoint.safetensors_header import StoredTensor, TensorEntry, read_header
 from megablocks_utils.errors import CheckpointError
@@ -194,7 +195,8 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
             cannot be read.
     """
     folder = Path(folder)
-    entries = dequantize_entries(folder, _read_folder(folder), dtype or torch.bfloat16)
+    with pause_garbage_search():
+        entries = dequantize_entries(folder, _read_folder(folder), dtype or torch.bfloat16)
     return CheckpointIndex(folder, *entries)
 
 

@@ -34,7 +34,7 @@ _RATE_NAMES = ("dropout", "_pdrop", "jitter_noise")
 
 
 def build_model_on_meta(
-    folder: str | Path, *, truncate_layers: int | None = None
+    folder: str | Path, *, truncate_layers: int | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Build the causal language model of a folder with its parameters on the meta device.
 
@@ -43,6 +43,7 @@ def build_model_on_meta(
     Args:
         folder: local model folder.
         truncate_layers: keep only that many first layers (`--truncate_model_for_debug`).
+        dtype: of what has none of its own, buffers too; None is that of the configuration.
 
     Raises:
         CheckpointError: no usable config.json, or not a model whose experts can be read.
@@ -56,7 +57,9 @@ def build_model_on_meta(
         _check_top_k(folder, part)
     read_quantization(folder)  # refuses what is not read here, before names look wrong
     with ForeignCode(lambda reason: _unusable(folder, reason)):
-        model = build_text_model(_read_config(folder, truncate_layers))
+        config = _read_config(folder, truncate_layers)
+        config.dtype = dtype or config.dtype
+        model = build_text_model(config)
         model.tie_weights()
         # As `save_pretrained` does; a config may come without.
         model.config.architectures = [type(model).__name__]

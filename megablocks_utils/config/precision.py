@@ -39,9 +39,9 @@ class PrecisionConfig:
     precision: Annotated[
         str | None,
         Option(
-            "fp32: all float32; mixed: float32 weights and Adam states, bfloat16 compute (with "
-            "LoRA the frozen base is bfloat16); bf16_sr: all bfloat16, updates rounded "
-            "stochastically; bf16: all bfloat16",
+            "fp32: all float32; mixed: float32 weights and Adam states, bfloat16 compute and, with "
+            "LoRA, frozen base; bf16_sr: all bfloat16, updates rounded stochastically; bf16: all "
+            "bfloat16; what transformers keeps in float32 stays so",
             choices=("fp32", "mixed", "bf16_sr", "bf16"),
             shown_default="fp32 on CPU; on GPU mixed with LoRA, bf16_sr without",
         ),

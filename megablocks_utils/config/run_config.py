@@ -121,7 +121,7 @@ class RunConfig:
         bool,
         Option(
             "print every parameter's mesh axes, placement and bytes; check in every step that "
-            "replicas of an expert are bit-equal and gradients finite"
+            "replicas are bit-equal and gradients finite"
         ),
     ] = False
     lost_rank_timeout_s: Annotated[

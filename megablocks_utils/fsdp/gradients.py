@@ -21,13 +21,16 @@ from megablocks_utils.mesh.placement import count_replicas, is_replicated, local
 def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
     """Sum the gradients of experts that are replicated over the dp axis, in place.
 
+    An expert without tokens has a gradient of zeros. Without a gradient are those of a module that
+    is not called on any rank: it is not for text.
+
     **Collective:** one all-reduce a parameter on the `dp` axis (none if its size is 1), in the
     order given, which must be the same on every rank.
     """
     if axis_size(mesh, DP_AXIS) == 1:
         return
     group = mesh.get_group(DP_AXIS)
-    grads = [_local_grad(p) for p in parameters if p.requires_grad]
+    grads = _local_grads(p for p in parameters if p.requires_grad)
     pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
     for work in pending:
         work.wait()
@@ -121,13 +124,4 @@ def global_grad_norm(parameters: Iterable[Tensor], norms: Tensor | None = None) 
 
 
 def _local_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [_local_grad(p) for p in parameters if p.grad is not None]
-
-
-def _local_grad(parameter: Tensor) -> Tensor:
-    return local_tensor(_grad(parameter))
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "an expert without tokens has a gradient of zeros"
-    return parameter.grad
+    return [local_tensor(p.grad) for p in parameters if p.grad is not None]

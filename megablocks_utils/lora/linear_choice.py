@@ -49,7 +49,7 @@ def find_dense_linears(model: nn.Module) -> list[str]:
             if name in {layer_name, *blocks} or _is_inside(name, (*mixers, *experts)):
                 continue
             linears = {key: part for key, part in module.named_children() if _is_linear(part)}
-            if _leads_back(linears.values(), hidden_size) and not _is_in_norm(name, model):
+            if _leads_back(linears.values(), hidden_size) and not _is_gate(name, model):
                 found += [f"{name}.{key}" for key in linears]
     return found
 
@@ -127,12 +127,14 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _only_selects(module: nn.Module) -> bool:
-    """Say whether a module returns positions, or anything without a gradient."""
+    """Say whether a module within a mixer returns what it has selected, without a gradient.
+
+    Its positions, or a mask of them: some say it, and the others take the top ones.
+    """
     forward = type(module).forward
+    source = _source(forward)
     annotation = str(inspect.signature(forward).return_annotation)
-    if "Indexer" in type(module).__name__:  # some are not marked
-        return True
-    return "LongTensor" in annotation or "@torch.no_grad()" in _source(forward)
+    return "LongTensor" in annotation or "@torch.no_grad()" in source or ".topk(" in source
 
 
 def _read_past(module: nn.Module) -> set[str]:
@@ -161,11 +163,11 @@ def _leads_back(linears: Iterable[nn.Module], hidden_size: int) -> bool:
     return bool(takes and gives) and len(pairs) > 1
 
 
-def _is_in_norm(name: str, model: nn.Module) -> bool:
-    """Say whether a module is part of a normalisation, which some models gate with an MLP."""
-    parts = name.split(".")
-    above = (model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
-    return any("Norm" in type(module).__name__ for module in above)
+def _is_gate(name: str, model: nn.Module) -> bool:
+    """Say whether what a module returns only scales: the module around it takes its sigmoid."""
+    path, _, attribute = name.rpartition(".")
+    source = _source(type(model.get_submodule(path)).forward)
+    return re.search(rf"sigmoid\(\s*self\.{re.escape(attribute)}\(", source) is not None
 
 
 def _is_inside(name: str, modules: Iterable[str]) -> bool:

@@ -1,11 +1,14 @@
 """Check a written adapter by its use: plain PEFT on plain transformers must give our logits."""
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -103,15 +106,40 @@ def check_logits(
             # Transformers leaves those that are not quantized in the dtype they are stored in.
             parameter.data = parameter.data.to(_HIGHER[compute])
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
-    with torch.no_grad():
-        exact = model(input_ids, use_cache=False).logits
-        with model.disable_adapter():
-            without = model(input_ids, use_cache=False).logits
-        stock = model.to(compute)(input_ids, use_cache=False).logits
+    exact = compute_logits(model, input_ids)
+    with model.disable_adapter():
+        without = compute_logits(model, input_ids)
+    stock = compute_logits(model.to(compute), input_ids)
     found = compare_logits(logits, stock, exact, without)
     if fault := found.find_fault():
         raise AdapterCheckError(f"plain PEFT loads the written adapter, but {fault}")
     return found
+
+
+@torch.no_grad()
+def compute_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Return a model's logits, also in float64 of one that casts to float32 within."""
+    try:
+        logits: Tensor = model(input_ids, use_cache=False).logits
+    except RuntimeError:  # what it has cast meets a weight that is not
+        with _KeepFloat64():
+            logits = model(input_ids, use_cache=False).logits
+    return logits
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Let `Tensor.float`, which shall widen bfloat16, leave float64 as it is."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _find_auto_class(folder: Path, model_class: type[PreTrainedModel]) -> type[_BaseAutoModelClass]:

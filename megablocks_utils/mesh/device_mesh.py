@@ -7,6 +7,7 @@ group, works on its own tokens.
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megablocks_utils.config.parallel import check_ep_size
@@ -42,10 +43,16 @@ def axis_size(mesh: DeviceMesh, axis: str) -> int:
 def build_mesh(sizes: MeshSizes, device_type: str) -> DeviceMesh:
     """Build the device mesh with axes ("dp", "ep"), ep innermost.
 
-    Neighbouring ranks share the fast link of a node, so the all-to-all of tokens runs there.
+    Neighbouring ranks share the fast link of a node, so the all-to-all of tokens runs there, in a
+    group of its own: NCCL runs one collective of a group at a time, and FSDP's are on the world.
 
     **Collective:** every rank of the world must call (process groups are created).
     """
+    is_world = sizes.dp_size == 1 and sizes.ep_size > 1
     return init_device_mesh(
-        device_type, (sizes.dp_size, sizes.ep_size), mesh_dim_names=(DP_AXIS, EP_AXIS)
+        device_type,
+        (sizes.dp_size, sizes.ep_size),
+        mesh_dim_names=(DP_AXIS, EP_AXIS),
+        # Else torch takes the world's group for an axis of that size.
+        backend_override={EP_AXIS: dist.get_backend()} if is_world else None,
     )

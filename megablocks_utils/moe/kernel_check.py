@@ -3,19 +3,21 @@
 import time
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.probing.probe import (
     TOLERANCE,
     Deviation,
     find_unprobed_reason,
     probe_backend,
 )
+from megablocks_utils.kernels.selection.backend_selection import BackendSelection, load_backend
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
@@ -33,12 +35,15 @@ class KernelCheck:
         worst: by how much, in units of what rounding explains; above 2 nothing is trained.
         seconds: that it took, on the slowest rank.
         skipped: why nothing was compared; None if it was.
+        replaced: which backend `auto` has taken instead of one that failed, and how that one did;
+            None if it did not.
     """
 
     tensor: str | None = None
     worst: float | None = None
     seconds: float | None = None
     skipped: str | None = None
+    replaced: str | None = None
 
     def as_record(self) -> dict[str, Any]:
         """Return what `run.json` holds."""
@@ -61,9 +66,11 @@ def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None)
     Of layers whose experts are alike, the first is taken.
 
     Call it once the experts have their weights, and FSDP, if there is any, has wrapped them.
-    Experts that FSDP2 shards over `dp` are gathered for it, and freed again. Weights, gradients and
-    the state of every random generator stay as they are. `shard_moe` leaves it to the caller, since
-    the weights may come later; the training scripts call it unless `--verify_kernel` is False.
+    Where `auto` selected the backend, and knows another fast one, that takes the place of one that
+    fails. Experts that FSDP2 shards over `dp` are gathered for it, and freed again. Weights,
+    gradients and the state of every random generator stay as they are. `shard_moe` leaves it to the
+    caller, since the weights may come later; the training scripts call it unless `--verify_kernel`
+    is False.
 
     **Collective:** every rank of the world must call.
 
@@ -76,6 +83,19 @@ def verify_kernel(sharded: ShardedMoE, compute_dtype: torch.dtype | None = None)
             any.
         CheckpointError: on every rank, for weights that are not finite.
     """
+    try:
+        return _verify(sharded, compute_dtype)
+    except ConfigurationError as error:
+        name = sharded.kernel.alternative
+        if name is None:
+            raise
+        failed, failure = sharded.kernel.name, str(error).partition(";")[0]
+    sharded.use_kernel(load_backend(BackendSelection(name, f"auto: {failed} failed its check")))
+    replaced = f"{failure}; the experts run on {name} instead."
+    return replace(_verify(sharded, compute_dtype), replaced=replaced)
+
+
+def _verify(sharded: ShardedMoE, compute_dtype: torch.dtype | None) -> KernelCheck:
     modules = _first_of_each_kind(sharded.expert_modules.values())
     weights = modules[0].get_parameter("down_proj")
     name, dtype = sharded.kernel.name, compute_dtype or weights.dtype

@@ -12,7 +12,7 @@ from megablocks_utils.moe.dropless_experts import DroplessExperts
 __all__ = ["ShardedMoE"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShardedMoE:
     """A model whose experts are split over the mesh, and what FSDP must know of it.
 
@@ -29,6 +29,12 @@ class ShardedMoE:
     expert_modules: dict[str, DroplessExperts]
     expert_dp: str
     kernel: LoadedBackend
+
+    def use_kernel(self, kernel: LoadedBackend) -> None:
+        """Run the experts on another backend from now on."""
+        self.kernel = kernel
+        for module in self.expert_modules.values():
+            module.backend = kernel.run
 
     @property
     def expert_parameters(self) -> dict[str, DTensor]:

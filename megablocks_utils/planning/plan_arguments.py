@@ -124,8 +124,7 @@ COMMAND = Command(
     options=list_options(PlanArguments),
     positional="MODEL",
     positional_help="a folder with a config.json, a config.json itself, or a Hub name in the local "
-    "cache; --model_name_or_path names it too. Families: mixtral, qwen3_moe, olmoe; deepseek_v3 "
-    "can be planned but not trained here",
+    "cache; --model_name_or_path names it too. Any mixture of experts that transformers can build",
     closing=(
         "Every option of the training scripts is taken with its own meaning "
         "(train_accelerate_fsdp2.py --help): --use_lora, --precision, --max_seq_length, "

@@ -16,6 +16,7 @@ from megablocks_utils.errors import UserError
 from megablocks_utils.processes.early_exit import announce_early_exit, report_crashes
 from megablocks_utils.processes.error_file import write_error_file
 from megablocks_utils.processes.launch import reports_errors
+from megablocks_utils.processes.libraries import check_versions, set_allocator
 from megablocks_utils.processes.monitor import leave_run
 
 __all__ = ["run_entry_point"]
@@ -39,7 +40,9 @@ def run_entry_point(main: Callable[[list[str]], None], argv: Sequence[str]) -> N
     is_first = reports_errors()
     if "RANK" in os.environ:
         report_crashes()
+    set_allocator()
     try:
+        check_versions()
         main(list(argv))
         leave_run()
         _leave_process_group()

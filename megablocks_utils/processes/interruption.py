@@ -13,6 +13,9 @@ __all__ = ["StopRequest"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_IS_UP = 1000  # instead of a signal's number, which are all smaller
+# Within a step ranks agree about this often: a launcher waits for 30 s after SIGTERM.
+_ASK_EVERY_MS = 2000
+_PACES_MS = 2**24  # more than any; above it in the number that is agreed on: who has asked
 # Ctrl-C under torchrun reaches a worker twice: from the terminal and from torchrun.
 _SAME_REQUEST_S = 2.0
 
@@ -20,7 +23,7 @@ _SAME_REQUEST_S = 2.0
 class StopRequest:
     """Remember SIGTERM, SIGINT and SIGUSR1 instead of dying of them.
 
-    Use it as a context in the main thread and ask `on_any_rank` after every micro-step. SIGTERM or
+    Use it as a context in the main thread and ask `on_any_rank` before every micro-step. SIGTERM or
     SIGINT at least 2 s after the first of them end the process at once, with the signal's default
     action. SIGUSR1 never insists: batch systems send it minutes before SIGTERM.
     """
@@ -29,6 +32,7 @@ class StopRequest:
         self._received = 0
         self._agreed = 0
         self._received_s: float | None = None
+        self._asked_s, self._micro_steps, self._left_out = time.monotonic(), 0, 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -47,16 +51,29 @@ class StopRequest:
             return "--time_limit"
         return signal.Signals(self._agreed).name if self._agreed else ""
 
-    def on_any_rank(self, *, is_time_up: bool = False) -> bool:
+    def on_any_rank(self, *, is_time_up: bool = False, is_step_start: bool = True) -> bool:
         """Return whether any rank has been asked to stop, or its time is up.
 
-        **Collective:** as `agreement.max_over_ranks`, over the default group.
+        Ranks agree before a step, and within one that takes seconds; else this is no.
+
+        **Collective:** as `agreement.max_over_ranks`, over the default group, where they agree.
 
         Args:
             is_time_up: whether this rank wants to stop by itself.
+            is_step_start: whether a step begins; the same on all ranks.
         """
+        self._micro_steps += 1
+        if not is_step_start and self._left_out > 0:
+            self._left_out -= 1
+            return False
+        now_s = time.monotonic()
+        pace_ms = int(1000 * (now_s - self._asked_s) / self._micro_steps)
+        self._asked_s, self._micro_steps = now_s, 0
         # A signal that comes during the exchange counts for the next one: others do not know it.
-        self._agreed = max_over_ranks(self._received or (_TIME_IS_UP if is_time_up else 0))
+        asked = self._received or (_TIME_IS_UP if is_time_up else 0)
+        agreed = max_over_ranks(asked * _PACES_MS + min(pace_ms, _PACES_MS - 1))
+        self._agreed, pace_ms = divmod(agreed, _PACES_MS)
+        self._left_out = _ASK_EVERY_MS // max(1, pace_ms)
         return self._agreed != 0
 
     def _take(self, number: int, frame: FrameType | None) -> None:

@@ -37,6 +37,7 @@ class Arrival:
         address: of its machine, as others reach it; empty where it does not know.
         device: what it computes on, for people.
         digest: of its facts.
+        device_uuid: tells its GPU from all others; empty on a CPU.
     """
 
     member: Member
@@ -44,6 +45,7 @@ class Arrival:
     address: str
     device: str
     digest: str
+    device_uuid: str = ""
 
     def as_text(self) -> str:
         """Return it as the store holds it."""

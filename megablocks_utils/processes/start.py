@@ -23,6 +23,11 @@ from megablocks_utils.processes.connection import CONNECT_S, connect_to_store
 from megablocks_utils.processes.early_exit import count_covered, stop_announcing
 from megablocks_utils.processes.launch import LaunchEnvironment, reports_errors
 from megablocks_utils.processes.liveness import DEFAULT_LIMITS, WatchLimits, describe_self
+from megablocks_utils.processes.local_device import (
+    check_own_devices,
+    choose_device,
+    read_device_uuid,
+)
 from megablocks_utils.processes.meeting import Arrival, Meeting
 from megablocks_utils.processes.monitor import authenticate_ranks, start_monitor
 from megablocks_utils.processes.network_interface import (
@@ -39,6 +44,8 @@ _STORE_TIMEOUT = timedelta(seconds=30)
 # A machine that torchrun waits for again comes soon, or its agent never starts its processes.
 _RESTART_LIMIT_S = 50.0
 _SECRET_BYTES = 32
+# Of a collective: torch's own, where nobody allows a step to take longer.
+_GROUP_TIMEOUT, _AFTER_HANG = timedelta(minutes=30), timedelta(minutes=1)
 
 
 def start_run(
@@ -82,17 +89,13 @@ def start_processes(
     Raises:
         ConfigurationError: on every rank, where ranks differ, one was refused or does not come.
     """
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank)
-        torch.cuda.set_device(device)
+    device = choose_device(launch)
     # Gathering experts that are sharded twice takes two all-gathers: nothing to warn of.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if dist.is_initialized():
         return device
     if launch.world_size == 1:
-        backend = _choose_backend(device)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _init_group(dist.HashStore(), launch, device, limits)
         return device
     stop_announcing()
     store = connect_to_store(launch, timeout_s=_connect_limit_s(limits))
@@ -108,13 +111,9 @@ def start_processes(
     ]
     for line in filter(None, lines):
         sys.stderr.write(f"{line}\n")
-    _connect_group(dist.PrefixStore(f"{meeting.name}/group", store), launch, device)
+    _connect_group(dist.PrefixStore(f"{meeting.name}/group", store), launch, device, limits)
     authenticate_ranks(broadcast_from_rank0(lambda: secrets.token_bytes(_SECRET_BYTES)))
     return device
-
-
-def _choose_backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _connect_limit_s(limits: WatchLimits) -> float:
@@ -149,6 +148,7 @@ def _meet(
         find_local_address(os.environ["MASTER_ADDR"].strip()),
         torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         compute_digest(facts),
+        read_device_uuid(device),
     )
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     limit_s = min(limits.hang_s, _RESTART_LIMIT_S) if is_restart else limits.hang_s
@@ -157,6 +157,7 @@ def _meet(
         with _refused_by_sigterm():
             arrivals = meeting.wait(limit_s)
         _check_facts(meeting, arrivals)
+        check_own_devices(arrivals)
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigurationError(
@@ -240,14 +241,35 @@ def _describe_restarts(launch: LaunchEnvironment) -> str:
     )
 
 
-def _connect_group(store: dist.Store, launch: LaunchEnvironment, device: torch.device) -> None:
+def _connect_group(
+    store: dist.Store, launch: LaunchEnvironment, device: torch.device, limits: WatchLimits
+) -> None:
     try:
-        dist.init_process_group(
-            _choose_backend(device), store=store, rank=launch.rank, world_size=launch.world_size
-        )
+        _init_group(store, launch, device, limits)
+        # NCCL connects with the first collective: better here than after the model is read.
+        dist.all_reduce(torch.zeros(1, device=device))
     except RuntimeError as error:
+        names = f"{GLOO_VARIABLE} and NCCL_SOCKET_IFNAME"
         raise ConfigurationError(
             f"rank {launch.rank} on {os.uname().nodename} cannot connect to the other ranks "
-            f"({str(error).splitlines()[0]}); if a firewall is not behind it, set {GLOO_VARIABLE} "
-            "to the network interface that leads to the other machines."
+            f"({str(error).splitlines()[0]}); if a firewall is not behind it, set "
+            f"{names if device.type == 'cuda' else GLOO_VARIABLE} to the network interface that "
+            "leads to the other machines."
         ) from error
+
+
+def _init_group(
+    store: dist.Store, launch: LaunchEnvironment, device: torch.device, limits: WatchLimits
+) -> None:
+    """Make the default process group.
+
+    Without `device_id`, which would have meshes split the group: torch 2.13 hands NCCL's options
+    to gloo there. `monitor` ends a run that hangs with a sentence, so torch's own limit is later.
+    """
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=max(_GROUP_TIMEOUT, timedelta(seconds=limits.hang_s) + _AFTER_HANG),
+    )

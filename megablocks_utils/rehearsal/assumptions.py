@@ -1,6 +1,8 @@
 """What nobody can know before a run, assumed: where tokens go, above all."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megablocks_utils.kernels import permute
 from megablocks_utils.mesh.token_exchange import ExchangeCounts, ExchangedCounts, exchange_rows
 from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
 
-__all__ = ["AssumedValues", "assume_counts"]
+__all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks"]
 
 
 def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
@@ -42,6 +45,17 @@ def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
 def _spread(total: int, parts: int) -> list[int]:
     """Cut a number into parts as equal as can be."""
     return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+@contextmanager
+def assume_gpu_blocks() -> Iterator[None]:
+    """Cut dot products into blocks as on a GPU, while entered, though tensors are on a CPU."""
+    original = permute._BLOCK_ELEMENTS_CPU
+    permute._BLOCK_ELEMENTS_CPU = permute._BLOCK_ELEMENTS
+    try:
+        yield
+    finally:
+        permute._BLOCK_ELEMENTS_CPU = original
 
 
 class AssumedValues(TorchDispatchMode):

@@ -51,7 +51,10 @@ def rehearse_few_layers(
 
 
 def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedModel:
-    """Return a copy of a model with some of its layers, as if its config had no others."""
+    """Return a copy of a model with some of its layers.
+
+    Its config still says how many there were: other parts can have a piece for each of them.
+    """
     fewer = copy.deepcopy(model)
     layers, config = find_layers(fewer), text_config(fewer)
     number = len(layers)
@@ -65,7 +68,6 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedMod
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and len(value) == number:
             setattr(config, name, [value[index] for index in indices])
-    config.num_hidden_layers = len(indices)
     return fewer
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "attention_of_a_gpu",
     "large_on_meta",
     "no_launches",
     "one_example_a_row",
@@ -41,6 +43,30 @@ class large_on_meta(TorchFunctionMode):
             if shadow.nbytes >= _LARGE_BYTES:
                 return shadow
         return func(*args, **kwargs)
+
+
+@contextmanager
+def attention_of_a_gpu() -> Iterator[None]:
+    """Let attention keep no scores where values are narrower than keys, while entered.
+
+    Cause: torch's kernel for CPUs takes heads of one size only and else multiplies step by step;
+    kernels for GPUs take both. Filled up with zeros, values get that of CPUs. No mode of torch is
+    there when checkpointing computes again.
+    """
+    original = functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        missing = query.shape[-1] - value.shape[-1]
+        if missing <= 0:
+            return original(query, key, value, *args, **kwargs)
+        output = original(query, key, functional.pad(value, (0, missing)), *args, **kwargs)
+        return output[..., : value.shape[-1]]
+
+    setattr(functional, "scaled_dot_product_attention", attend)  # noqa: B010 - as below
+    try:
+        yield
+    finally:
+        setattr(functional, "scaled_dot_product_attention", original)  # noqa: B010
 
 
 @contextmanager

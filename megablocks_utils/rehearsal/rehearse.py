@@ -38,13 +38,21 @@ from megablocks_utils.planning.model.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_counts
+from megablocks_utils.rehearsal.assumptions import (
+    AssumedValues,
+    assume_counts,
+    assume_gpu_blocks,
+)
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
-from megablocks_utils.rehearsal.library_patches import no_launches, one_example_a_row
+from megablocks_utils.rehearsal.library_patches import (
+    attention_of_a_gpu,
+    no_launches,
+    one_example_a_row,
+)
 from megablocks_utils.rehearsal.memory_ledger import IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
-from megablocks_utils.training.data.batches import MicroBatch
+from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.describe_model import find_layers
 from megablocks_utils.training.model_source import build_bare_model, split_experts
@@ -203,6 +211,9 @@ def _move_to_meta(model: nn.Module) -> None:
 def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
     if run.kernel == "triton":
         yield no_launches()
+    if run.device_type == "cuda":
+        yield assume_gpu_blocks()
+        yield attention_of_a_gpu()
     if run.examples == 1:
         yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.
@@ -267,12 +278,21 @@ class _Step:
         self._ledger.assign((p.grad for p in self._trainable), "gradients")
 
     def _micro_batch(self) -> MicroBatch:
-        num_tokens = self._run.tokens
-        tokens = torch.zeros(1, num_tokens, dtype=torch.int64)
+        run = self._run
+        row = run.row_tokens
+        num_rows = -(-run.tokens // row)
+        tokens = torch.zeros(num_rows, row, dtype=torch.int64)
         labels = tokens.clone()
-        labels[:, : num_tokens - self._run.label_tokens] = IGNORED_LABEL
-        positions = torch.arange(num_tokens)[None] % -(-num_tokens // self._run.examples)
-        return MicroBatch(tokens, positions, labels, is_dummy=False)
+        labels.view(-1)[: labels.numel() - run.label_tokens] = IGNORED_LABEL
+        positions = torch.arange(row)[None] % -(-run.tokens // run.examples)
+        return MicroBatch(
+            tokens,
+            positions.expand(num_rows, row),
+            labels,
+            is_dummy=False,
+            packing=Packing(run.packing),
+            attention_mask=torch.ones_like(tokens) if run.is_padded else None,
+        )
 
     def _aux_loss_coef(self) -> float:
         return 0.01 if self._run.has_aux_loss else 0.0

@@ -65,6 +65,15 @@ class RehearsalWorker:
         """
         return read_description(self._ask(self._asked))
 
+    def choose_packing(self, packing: str, batch_size: int) -> str:
+        """Say how a run would lay out the examples of a micro-batch, by the probe that it makes.
+
+        Raises:
+            ConfigurationError: the run would be refused, with its sentence.
+        """
+        parts = {"packing": packing, "batch_size": batch_size}
+        return str(self._ask(self._asked | parts)["packing"])
+
     def rehearse(self, layout: ParallelLayout, run: PlannedRun) -> Prediction:
         """Rehearse one layout with few layers of each kind.
 
@@ -162,6 +171,7 @@ def _answer(
 ) -> dict[str, Any]:
     import torch
 
+    from megablocks_utils.checkpoint.foreign_code import ForeignCode
     from megablocks_utils.rehearsal.fewer_layers import rehearse_few_layers
     from megablocks_utils.rehearsal.rehearse import rehearse
     from megablocks_utils.training.describe_model import describe_model
@@ -169,14 +179,44 @@ def _answer(
     asked = json.loads(question)
     if "layout" not in asked:
         model = build(asked["folder"], "bfloat16", "bfloat16", asked["truncate_layers"])
+        if "packing" in asked:
+            return {"packing": _probe_packing(model, asked["packing"], asked["batch_size"])}
         return write_description(describe_model(model))
     folder, layout, run = read_request(question)
     device = torch.device("cpu")
     if "truncate_layers" in asked:
         precision, layers = run.precision, asked["truncate_layers"]
         model = build(str(folder), precision.weights, precision.compute, layers)
-        return asdict(rehearse_few_layers(model, layout, run, device=device).as_prediction())
+        with ForeignCode(_refuse(model.config.model_type)):
+            return asdict(rehearse_few_layers(model, layout, run, device=device).as_prediction())
     return asdict(rehearse(folder, layout, run, device=device).as_prediction())
+
+
+def _refuse(model_type: str) -> Callable[[str], UserError]:
+    """Return what makes a sentence of an error in a model's own code."""
+
+    def refuse(reason: str) -> UserError:
+        return ConfigurationError(
+            f"model type {model_type} cannot be planned: a step without memory ends with {reason}"
+        )
+
+    return refuse
+
+
+def _probe_packing(model: "PreTrainedModel", packing: str, batch_size: int) -> str:
+    import torch
+
+    from megablocks_utils.training.step.packing_probe import choose_packing
+    from megablocks_utils.training.step.small_model import build_small_model
+
+    device = torch.device("cpu")
+    choice = choose_packing(
+        lambda: build_small_model(model, device),
+        packing=packing,
+        batch_size=batch_size,
+        device=device,
+    )
+    return choice.packing.value
 
 
 def _build(

@@ -58,8 +58,10 @@ class Checkpointer(StepHooks):
         self._stop = StopRequest()
         limit = setup.config.saving.time_limit
         self._time_limit = None if limit is None else TimeLimit(limit)
-        self._is_size_known = False
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._is_size_known, self._is_step_start = False, True
+        self._background = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint", initializer=partial(_use_device, setup.device)
+        )
         self._pending: Future[Path] | None = None
         self._open = ExitStack()
         self._started_s = 0.0
@@ -91,10 +93,12 @@ class Checkpointer(StepHooks):
         PROGRESS.begin_micro_batch()
         limit, num_saves = self._time_limit, 1 if self._pending is None else 2
         is_time_up = limit is not None and limit.is_nearly_up(num_saves=num_saves)
-        return self._stop.on_any_rank(is_time_up=is_time_up)
+        is_step_start, self._is_step_start = self._is_step_start, False
+        return self._stop.on_any_rank(is_time_up=is_time_up, is_step_start=is_step_start)
 
     def after_step(self, step: int, state: RunState) -> None:
         """Save if a checkpoint is due."""
+        self._is_step_start = True
         PROGRESS.finish_step(step)
         schedule = self._setup.schedule
         if self._setup.config.saving.is_due(
@@ -217,6 +221,12 @@ class Checkpointer(StepHooks):
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }
+
+
+def _use_device(device: torch.device) -> None:
+    """Give a new thread this process's GPU: CUDA gives it number 0, on which it takes memory."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _describe_base(setup: Setup) -> dict[str, str | int]:

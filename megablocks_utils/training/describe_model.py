@@ -4,10 +4,17 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from megablocks_utils.checkpoint.foreign_code import ForeignCode
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.gate import SWIGLU
+from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_linears
+from megablocks_utils.lora.peft_targets import find_loadable
+from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.expert_spec import (
     ExpertSpec,
     find_expert_modules,
@@ -27,6 +34,7 @@ def describe_model(model: PreTrainedModel) -> ModelDescription:
     embedding = model.get_input_embeddings().get_parameter("weight")
     names = {parameter: name for name, parameter in reversed([*model.named_parameters()])}
     num_heads = _size(config, "num_attention_heads")
+    mixers, dense = find_mixer_linears(model), find_dense_linears(model)
     return ModelDescription(
         model_type=config.model_type,
         parameters=tuple((name, tuple(p.shape)) for name, p in model.named_parameters()),
@@ -44,6 +52,10 @@ def describe_model(model: PreTrainedModel) -> ModelDescription:
         num_kv_heads=_size(config, "num_key_value_heads") or num_heads,
         sliding_window=_sliding_window(config),
         not_known="; ".join(_list_unknown(model, config, list(specs.values()))),
+        mixer_linears=tuple(find_loadable(model, mixers)),
+        dense_linears=tuple(find_loadable(model, dense)),
+        kept=tuple(name for name, p in model.named_parameters() if is_replicated(p)),
+        routes_in_fp32=_routes_in_fp32(model, next(iter(specs))),
     )
 
 
@@ -59,6 +71,35 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     layers = model.get_submodule(layers_path(model))
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def _routes_in_fp32(model: PreTrainedModel, experts: str) -> bool:
+    """Return whether routing weights reach experts in fp32 where all else is bf16.
+
+    The block around them is called on meta, up to them; True where it wants more than tokens.
+    """
+    block = model.get_submodule(experts.rpartition(".")[0])
+    dtypes: list[torch.dtype] = []
+
+    def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        dtypes.extend(arg.dtype for arg in args[1:] if arg.is_floating_point())
+        raise ConfigurationError("seen")
+
+    def on_meta(tensor: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, device="meta", dtype=dtype)
+
+    named = (*block.named_parameters(), *block.named_buffers())
+    tokens = torch.empty(1, 2, text_config(model).hidden_size, device="meta", dtype=torch.bfloat16)
+    handle = model.get_submodule(experts).register_forward_pre_hook(look)
+    try:
+        with ForeignCode(ConfigurationError), torch.no_grad():
+            functional_call(block, {name: on_meta(tensor) for name, tensor in named}, (tokens,))
+    except ConfigurationError:
+        pass  # what was seen, or what the block wanted
+    finally:
+        handle.remove()
+    return dtypes != [torch.bfloat16]
 
 
 def _size(config: Any, name: str) -> int:

@@ -116,6 +116,7 @@ def check_memory(
             tokens=tokens,
             label_tokens=label_tokens,
             examples=examples,
+            packing=schedule.packing.value,
             kernel="transformers" if sharded is None else sharded.kernel.name,
         )
     except UserError as error:

@@ -109,9 +109,8 @@ def build_bare_model(
     """Build the model of a folder on meta, in the dtypes that its weights will be kept in."""
     path = folder / MODEL_CONFIG_NAME
     check_model_sizes(read_settings(path, "model"), path)
-    model = build_model_on_meta(folder, truncate_layers=truncate_layers)
+    model = build_model_on_meta(folder, truncate_layers=truncate_layers, dtype=dtype)
     model.tie_weights()
-    model.config.dtype = dtype
     cast_parameters(model, dtype, compute_dtype)
     return model
 

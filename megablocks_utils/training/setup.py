@@ -125,7 +125,10 @@ class Setup:
             return None
         if not self.config.parallel.verify_kernel:
             return KernelCheck(skipped="--verify_kernel is False")
-        return verify_kernel(self.sharded, getattr(torch, self.precision.compute))
+        check = verify_kernel(self.sharded, getattr(torch, self.precision.compute))
+        if check.replaced is not None:
+            self.console.print(check.replaced, markup=False, soft_wrap=True)
+        return check
 
     @property
     def first_step(self) -> int:
@@ -270,8 +273,7 @@ def _load_data(
     *,
     console: Console,
 ) -> TokenizedExamples:
-    today = choose_template_date(resume)
-    examples = load_examples(config.data, tokenizer, launch, today=today)
+    examples = load_examples(config.data, tokenizer, launch, today=choose_template_date(resume))
     raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)

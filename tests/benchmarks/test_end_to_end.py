@@ -20,9 +20,11 @@ TINY = Workload(
     per_device_batch=2,
 )
 
+NUM_STEPS = 2
+
 
 def train_all(rank, case, folder):
-    return build_contenders(case, TINY, Path(folder), 4).train(4)
+    return build_contenders(case, TINY, Path(folder), NUM_STEPS).train(NUM_STEPS)
 
 
 @pytest.mark.parametrize("use_lora", ["none", "attn-only"])
@@ -34,7 +36,7 @@ def test_contenders_compute_the_same_losses(ranks2, tmp_path, use_lora):
     assert tuple(first) == NAMES
     for name in NAMES[1:]:
         assert first[name] == pytest.approx(first["ours"], rel=1e-5)
-    assert len(set(first["ours"])) == 4
+    assert len(set(first["ours"])) == NUM_STEPS
 
 
 def test_check_losses_names_what_differs():

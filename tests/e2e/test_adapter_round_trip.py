@@ -21,7 +21,7 @@ from tests.support.stock_reference import StockRun
 from tests.support.tiny_adapters import save_separate_adapter
 
 BOUND = 1e-5  # relative; the contract's
-NUM_STEPS = 3
+NUM_STEPS = 2
 SCRIPTS = {"fsdp2": train_accelerate_fsdp2, "fsdp1": train_fsdp1}
 
 

@@ -56,9 +56,9 @@ def _check_metrics(output_dir: Path, case: ParityCase, reference) -> list[StepMe
     return metrics
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_full_run_leaves_a_model_that_transformers_loads(ranks4, parity_folder, tmp_path, family):
-    case = ParityCase(Layout(4, 2), family, num_steps=3)
+    case = ParityCase(Layout(4, 2), family, num_steps=2)
     _run(ranks4, parity_folder, case, tmp_path)
     reference = parity_folder.reference(parity_folder.stock_run(case))
     metrics = _check_metrics(tmp_path, case, reference)
@@ -79,7 +79,7 @@ def test_full_run_leaves_a_model_that_transformers_loads(ranks4, parity_folder, 
     assert record["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert record["parameters"]["trainable"] == record["parameters"]["total"]
     assert record["totals"] == {
-        "steps": 3,
+        "steps": 2,
         "tokens": sum(step.tokens for step in metrics),
         "input_tokens": sum(step.input_tokens for step in metrics),
     }
@@ -97,11 +97,11 @@ def test_full_run_leaves_a_model_that_transformers_loads(ranks4, parity_folder, 
 
 @pytest.mark.parametrize(
     ("family", "lora"),
-    [("mixtral", "attn-only"), ("mixtral", "all"), ("qwen3_moe", "mlp-only"), ("olmoe", "all")],
+    [("mixtral", "attn-only"), ("qwen3_moe", "mlp-only"), ("olmoe", "all")],
 )
 def test_lora_run_leaves_an_adapter_that_peft_loads(ranks4, parity_folder, tmp_path, family, lora):
     """Plain PEFT on plain transformers gives the logits of the reference's adapters."""
-    case = ParityCase(Layout(4, 2), family, num_steps=3, lora=lora, lora_rank=4)
+    case = ParityCase(Layout(4, 2), family, num_steps=2, lora=lora, lora_rank=4)
     _run(ranks4, parity_folder, case, tmp_path)
     run = parity_folder.stock_run(case)
     reference = parity_folder.reference(run)
@@ -131,7 +131,7 @@ def test_lora_run_leaves_an_adapter_that_peft_loads(ranks4, parity_folder, tmp_p
 def test_experts_with_adapters_are_ours_also_without_expert_parallelism(
     ranks2, parity_folder, tmp_path
 ):
-    case = ParityCase(Layout(2, 0), "mixtral", num_steps=3, lora="mlp-only", lora_rank=4)
+    case = ParityCase(Layout(2, 0), "mixtral", num_steps=2, lora="mlp-only", lora_rank=4)
     _run(ranks2, parity_folder, case, tmp_path)
     _check_metrics(tmp_path, case, parity_folder.reference(parity_folder.stock_run(case)))
     record = json.loads((tmp_path / "run.json").read_text())

@@ -60,7 +60,9 @@ def _sum(rank, ep_size):
     experts = Parameter(distribute_experts(torch.zeros(4, 1), mesh))
     experts.grad = distribute_experts(torch.ones(4, 1), mesh) * (1 + rank)
     frozen = Parameter(distribute_experts(torch.zeros(4, 1), mesh), requires_grad=False)
-    sum_replica_gradients([experts, frozen], mesh)
+    uncalled = Parameter(distribute_experts(torch.zeros(4, 1), mesh))
+    sum_replica_gradients([uncalled, experts, frozen], mesh)
+    assert uncalled.grad is None
     return experts.grad.to_local().flatten().tolist()
 
 

@@ -8,6 +8,9 @@ from megablocks_utils.kernels.device import DeviceFacts
 
 CPU = DeviceFacts("cpu", None, False, "2.13.0", "3.9.0")
 H100 = DeviceFacts("NVIDIA H100 80GB HBM3", (9, 0), False, "2.13.0", "3.9.0")
+A100 = DeviceFacts("NVIDIA A100", (8, 0), False, "2.13.0", "3.9.0")
+B200 = DeviceFacts("NVIDIA B200", (10, 0), False, "2.13.0", "3.9.0")
+RTX_5090 = DeviceFacts("NVIDIA GeForce RTX 5090", (12, 0), False, "2.13.0", "3.9.0")
 V100 = DeviceFacts("Tesla V100", (7, 0), False, "2.13.0", "3.9.0")
 INTERPRETER = DeviceFacts("cpu", None, True, "2.13.0", "3.9.0")
 

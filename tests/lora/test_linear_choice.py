@@ -7,6 +7,7 @@ from megablocks_utils.config import AdapterConfig
 from megablocks_utils.lora.adapter_files import PeftNames
 from megablocks_utils.lora.apply import choose_adapters
 from megablocks_utils.lora.linear_adapters import attach_linear_lora
+from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_linears
 from megablocks_utils.lora.peft_targets import attach_on_meta
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
 from tests.support.tiny_families import build_tiny
@@ -70,6 +71,14 @@ def test_plain_peft_attaches_the_same(family):
     }
     shared = {name for name in ours if ".shared_experts." in name}
     assert {target.key for target in targets.values()} >= shared and shared
+
+
+def test_what_selects_or_only_scales_gets_no_adapters():
+    """Indexers whose results are masks, and MLPs whose sigmoid scales what a norm returns."""
+    mixers = find_mixer_linears(build_on_meta("qwen4_exp_text"))
+    assert mixers and not any(".indexer." in name for name in mixers)
+    dense = find_dense_linears(build_on_meta("axk2"))
+    assert dense and not any("norm." in name for name in dense)
 
 
 def test_vision_gets_no_adapters():

@@ -1,12 +1,19 @@
 """The comparison of logits with plain PEFT: what it accepts and what it refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megablocks_utils.lora.file_check import AdapterCheckError
-from megablocks_utils.lora.logits_check import check_logits, compare_logits, needed_bytes
+from megablocks_utils.lora.logits_check import (
+    check_logits,
+    compare_logits,
+    compute_logits,
+    needed_bytes,
+)
 from tests.support.parity import save_adapter
 from tests.support.tiny_models import build_tiny_model, save_tiny_model
 
@@ -51,6 +58,21 @@ def test_right_logits_pass_in_the_dtype_of_compute(folder, dtype):
     assert found.stock < (1e-6 if dtype == torch.float32 else 3e-2)
     assert found.effect > 0.05
     assert not found.is_hidden
+
+
+class _CastsWithin(torch.nn.Linear):
+    """Casts what it multiplies with its weight, as some models do."""
+
+    def forward(self, tokens, use_cache):
+        hidden = self.weight[tokens[0]].float()
+        return SimpleNamespace(logits=torch.nn.functional.linear(hidden, self.weight))
+
+
+def test_a_model_that_casts_within_is_computed_in_float64():
+    model = _CastsWithin(8, 64)
+    wide = compute_logits(model.double(), TOKENS)
+    assert torch.equal(wide, model.weight[TOKENS[0]] @ model.weight.T)
+    assert compute_logits(model.float(), TOKENS).dtype == torch.float32
 
 
 def _change(folder, name, change):

@@ -12,11 +12,13 @@ from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mes
 from megablocks_utils.mesh.placement import local_expert_range
 from tests.support.rank_pool import start_forkserver
 
-# World size, ep size, number of experts and rank -> axes, place on dp, its experts, its ep group.
+# World size, ep size, number of experts and rank -> axes, place on dp, its experts, its ep group,
+# and whether that is a group of its own.
 COORDINATES = {
-    "8 4 8 6": "('dp', 'ep') 1 [4, 5] [4, 5, 6, 7]",  # ep innermost: neighbours exchange
-    "16 8 8 9": "('dp', 'ep') 1 [1] [8, 9, 10, 11, 12, 13, 14, 15]",
-    "16 2 4 5": "('dp', 'ep') 2 [2, 3] [4, 5]",
+    "8 4 8 6": "('dp', 'ep') 1 [4, 5] [4, 5, 6, 7] True",  # ep innermost: neighbours exchange
+    "16 8 8 9": "('dp', 'ep') 1 [1] [8, 9, 10, 11, 12, 13, 14, 15] True",
+    "16 2 4 5": "('dp', 'ep') 2 [2, 3] [4, 5] True",
+    "4 4 8 1": "('dp', 'ep') 0 [2, 3] [0, 1, 2, 3] True",  # FSDP's collectives are on the world
 }
 
 
@@ -56,8 +58,9 @@ def describe_coordinates(world: str) -> str:
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = build_mesh(compute_mesh_sizes(world_size, ep_size, num_experts), "cpu")
     mine = local_expert_range(num_experts, mesh)
-    ep_ranks = dist.get_process_group_ranks(mesh["ep"].get_group())
-    seen = f"{mesh.mesh_dim_names} {mesh['dp'].get_local_rank()} {list(mine)} {ep_ranks}"
+    group = mesh.get_group("ep")
+    place = mesh["dp"].get_local_rank(), list(mine), dist.get_process_group_ranks(group)
+    seen = " ".join(map(str, (mesh.mesh_dim_names, *place, group is not dist.group.WORLD)))
     dist.destroy_process_group()
     return seen
 

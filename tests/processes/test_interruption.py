@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch.distributed as dist
 
+from megablocks_utils.processes import interruption
 from megablocks_utils.processes.early_signals import remember_early_signals
 from megablocks_utils.processes.interruption import StopRequest
 from tests.support.rank_pool import start_forkserver
@@ -95,6 +96,37 @@ def test_handlers_are_as_before():
         assert stop.name == "SIGTERM"
         assert signal.getsignal(signal.SIGINT) != before[1]
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize(
+    ("micro_step_s", "of_the_slowest_s", "asks"),
+    [
+        (0.1, 0.1, [0, 1, 16, 32]),
+        (0.1, 0.5, [0, 1, 6, 11, 16, 21, 26, 31, 32]),
+        (3.0, 3.0, range(33)),
+    ],
+)
+def test_ranks_agree_before_a_step_and_in_a_long_one_every_two_seconds(
+    micro_step_s, of_the_slowest_s, asks, monkeypatch
+):
+    """By the pace of the slowest rank, so that all leave out the same exchanges."""
+    now_s, agreed_on = [1000.0], []
+
+    def max_over_ranks(number):
+        agreed_on.append(number)
+        other = int(1000 * of_the_slowest_s) if len(agreed_on) > 1 else 0
+        return max(number, other)
+
+    monkeypatch.setattr(interruption, "max_over_ranks", max_over_ranks)
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now_s[0])
+    asked, stop = [], StopRequest()
+    now_s[0] += 60.0  # loading, and the first step compiles
+    for micro_step in range(33):
+        before = len(agreed_on)
+        assert not stop.on_any_rank(is_step_start=micro_step % 16 == 0)
+        asked += [micro_step] * (len(agreed_on) - before)
+        now_s[0] += micro_step_s
+    assert asked == list(asks)
 
 
 def _stop_at(rank: int, asked_rank: int, is_during_exchange: bool) -> tuple[int, str]:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from megablocks_utils.rehearsal.library_patches import (
+    attention_of_a_gpu,
     no_launches,
     one_example_a_row,
     shape_grouped_mm,
@@ -31,6 +33,26 @@ def test_transformers_takes_fake_positions_for_several_examples():
         with one_example_a_row():
             assert masking_utils.find_packed_sequence_indices(positions) is None
     assert masking_utils.find_packed_sequence_indices(torch.arange(8)[None]) is None
+
+
+def test_attention_on_a_cpu_keeps_scores_where_values_are_narrower():
+    class Watch(TorchDispatchMode):
+        names = ""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            type(self).names += str(func)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        query, value = torch.empty(1, 2, 4, 16), torch.empty(1, 2, 4, 8)
+        with Watch():
+            functional.scaled_dot_product_attention(query, query, value)
+        assert "softmax" in Watch.names
+        Watch.names = ""
+        with attention_of_a_gpu(), Watch():
+            output = functional.scaled_dot_product_attention(query, query, value)
+    assert "softmax" not in Watch.names
+    assert output.shape == value.shape
 
 
 def test_no_dispatch_mode_sees_a_storage_resized():

@@ -102,6 +102,10 @@ def test_only_several_examples_need_a_mask(ranks1, folder, even):
     # heads are repeated for 8, of 16 numbers each.
     more = 512**2 + 2 * (4 * 512**2 + 2 * 4 * 512 * 4 * 16)
     assert three.peak_bytes - even.peak_bytes == pytest.approx(more, rel=0.1)
+    padded = rehearse_plain(ranks1, folder, examples=4, packing="padded")
+    # Of padded rows the masks are (4, T / 4, T / 4).
+    less = (512 - 512 // 4) * 512 * (1 + 2 * 4)
+    assert three.peak_bytes - padded.peak_bytes == pytest.approx(less, rel=0.1)
 
 
 def test_the_triton_backend_keeps_less(ranks1, folder, even):

@@ -100,6 +100,7 @@ class ParityCase:
     precision: str = "fp32"
     kernel: str = "auto"
     packing: str = "auto"
+    learning_rate: float = LEARNING_RATE
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -136,7 +137,7 @@ class ParityFolder:
             "per_device_train_batch_size": case.batch_size,
             "gradient_accumulation_steps": case.accumulation,
             "sync_each_batch": case.sync_each_batch,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": case.learning_rate,
             "weight_decay": case.weight_decay,
             "max_grad_norm": case.max_grad_norm,
             "seed": SEED,
@@ -170,7 +171,7 @@ class ParityFolder:
             data_path=str(self._data(case.num_examples)),
             global_batch=GLOBAL_BATCH,
             num_steps=case.num_steps,
-            learning_rate=LEARNING_RATE,
+            learning_rate=case.learning_rate,
             weight_decay=case.weight_decay,
             max_grad_norm=case.max_grad_norm,
             seed=SEED,

@@ -54,6 +54,7 @@ class Backend:
         on_cpu: whether it runs on a CPU; "interpreted" is in Triton's interpreter, for tests.
         oldest_capability: CUDA's, that it needs; None is any.
         find_limit: says in a clause which limit of its own these experts exceed, or returns None.
+        find_slowness: says in a clause why it must be slow for these experts, or returns None.
         serves_transformers: whether `register_experts_implementation` offers it.
     """
 
@@ -66,6 +67,7 @@ class Backend:
     on_cpu: Literal["yes", "interpreted", "no"] = "yes"
     oldest_capability: tuple[int, int] | None = None
     find_limit: Callable[[ExpertShapes, DeviceFacts], str | None] = lambda _shapes, _device: None
+    find_slowness: Callable[[ExpertShapes, DeviceFacts], str | None] = lambda _shapes, _device: None
     serves_transformers: bool = False
 
     @property

@@ -16,6 +16,7 @@ from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
 _ALIGNMENT_BYTES = 16
+_FAST_CAPABILITIES = (9, 10)  # the major ones that torch has a grouped kernel for, in bf16
 
 
 def _find_limit(shapes: ExpertShapes, _device: DeviceFacts) -> str | None:
@@ -29,6 +30,18 @@ def _find_limit(shapes: ExpertShapes, _device: DeviceFacts) -> str | None:
                 f"{name_dtype(shapes.dtype)}"
             )
     return None
+
+
+def _find_slowness(shapes: ExpertShapes, device: DeviceFacts) -> str | None:
+    """Say where torch loops over the experts, and waits for the device in every product."""
+    if device.capability is None or shapes.dtype == torch.float32:
+        return None  # in fp32 the products themselves take long, in any kernel
+    where = None
+    if device.capability[0] not in _FAST_CAPABILITIES:
+        where = f"on {device.name} (compute capability {'.'.join(map(str, device.capability))})"
+    elif shapes.dtype != torch.bfloat16:
+        where = f"in {name_dtype(shapes.dtype)}"
+    return where and f"{where} torch's grouped_mm multiplies one expert after the other"
 
 
 def run_experts_grouped_mm(
@@ -51,6 +64,9 @@ def run_experts_grouped_mm(
 
 def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tensor) -> Tensor:
     """Multiply rows (R, in) by their experts' weights and adapters: (R, out)."""
+    if len(rows) == 0:
+        # CUDA's kernel would be handed null pointers. The gradients are zeros all the same.
+        return _project_nothing(rows, weights, lora)
     output = grouped_mm(rows, weights.transpose(1, 2), offs=offsets)
     if lora is None:
         return output
@@ -58,6 +74,12 @@ def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tenso
     lora_rows = grouped_mm(rows, lora_a.transpose(1, 2), offs=offsets)  # (R, r), perhaps padded
     # In place: the product with the weights keeps nothing of its own result for the backward pass.
     return output.add_(grouped_mm(lora_rows * lora.scaling, lora_b.transpose(1, 2), offs=offsets))
+
+
+def _project_nothing(rows: Tensor, weights: Tensor, lora: LowRank | None) -> Tensor:
+    """Multiply no rows (0, in) by one expert: (0, out)."""
+    output = rows @ weights[0].T
+    return output if lora is None else output + rows @ lora.lora_a[0].T @ lora.lora_b[0].T
 
 
 def _apply_gate(gate_up: Tensor, experts: ExpertWeights) -> Tensor:
@@ -111,12 +133,13 @@ def _pad_rank(lora: LowRank) -> tuple[Tensor, Tensor]:
     return pad(lora_a, (0, 0, 0, missing)), pad(lora_b, (0, missing))
 
 
-# fp64 has no kernel. On CUDA only bf16 has a fast one: other dtypes take torch's own loop.
+# fp64 has no kernel.
 GROUPED_MM = Backend(
     backends.GROUPED_MM,
     lambda _tiles: run_experts_grouped_mm,
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     oldest_capability=(8, 0),
     find_limit=_find_limit,
+    find_slowness=_find_slowness,
     serves_transformers=True,
 )

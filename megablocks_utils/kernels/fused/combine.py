@@ -74,5 +74,6 @@ def combine(rows: Tensor, top_k_weights: Tensor | None, top_k: int) -> Tensor:
         BLOCK=block,
         HAS_WEIGHTS=top_k_weights is not None,
         INTERPRET=is_interpreted(),
+        enable_fp_fusion=True,
     )
     return out

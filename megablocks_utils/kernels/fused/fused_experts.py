@@ -12,9 +12,10 @@ from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
 from megablocks_utils.kernels.fused.kernel_launch import GateLayout, LoraRows, Matrix, Routing
+from megablocks_utils.kernels.fused.layer_tiles import choose_layer_tiles, count_programs
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
-from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_architecture
+from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand
 from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder
@@ -52,8 +53,8 @@ def run_experts_triton(
     plan = _Plan(
         num_rows=len(tokens) * order.top_k,
         top_k=order.top_k,
-        tiles=tiles or _choose_tiles(tokens, order, experts),
-        num_programs=_count_programs(tokens.device),
+        tiles=tiles or choose_layer_tiles(tokens, order, experts),
+        num_programs=count_programs(tokens.device),
         layout=GateLayout(experts.gate, experts.is_interleaved),
         is_transposed=experts.is_transposed,
         scalings=tuple(lora.scaling if lora else 0.0 for lora in loras),
@@ -275,21 +276,3 @@ def _sort_weights(top_k_weights: Tensor | None, like: Tensor, routing: Routing) 
 def _flatten(weight: Tensor, bias: Tensor | None, lora: LowRank | None) -> list[Tensor | None]:
     """Return weight, bias, A and B of a projection."""
     return [weight, bias, *((lora.lora_a, lora.lora_b) if lora else (None, None))]
-
-
-def _choose_tiles(tokens: Tensor, order: ExpertOrder, experts: ExpertWeights) -> TileTable:
-    """Return the table's tiles for these rows on this device."""
-    capability = torch.cuda.get_device_capability(tokens.device) if tokens.is_cuda else None
-    return choose_tiles(
-        arch=name_architecture(capability),
-        itemsize=tokens.element_size(),
-        rows=len(tokens) * order.top_k,
-        num_experts=len(experts.gate_up_proj),
-    )
-
-
-def _count_programs(device: torch.device) -> int:
-    """Return how many programs keep the device busy; the interpreter gets a few, to test with."""
-    if device.type != "cuda":
-        return 8
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -72,6 +72,16 @@ def limit_up(up, CLAMP: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def limit_inputs(gate, up, CLAMP: tl.constexpr, LIMIT: tl.constexpr):
+    """Cut gate and up off as a gate does it before its activation."""
+    if CLAMP == "before" or CLAMP == "gpt_oss":
+        gate = limit_above(gate, LIMIT)
+    if CLAMP != "none":
+        up = limit_up(up, CLAMP, LIMIT)
+    return gate, up
+
+
+@triton.jit
 def apply_gate(
     gate,
     up,
@@ -81,13 +91,10 @@ def apply_gate(
     LIMIT: tl.constexpr,
 ):
     """Compute a `kernels.gate.KnownGate` in fp32."""
-    if CLAMP == "before" or CLAMP == "gpt_oss":
-        gate = limit_above(gate, LIMIT)
+    gate, up = limit_inputs(gate, up, CLAMP, LIMIT)
     result = activate(gate, ACTIVATION, ALPHA)
     if CLAMP == "after":
         result = limit_above(result, LIMIT)
-    if CLAMP != "none":
-        up = limit_up(up, CLAMP, LIMIT)
     return result * up
 
 
@@ -101,21 +108,18 @@ def differentiate_gate(
     LIMIT: tl.constexpr,
 ):
     """Return the gate of gate and up in fp32, and its derivatives by gate and by up."""
+    limited_gate, limited_up = limit_inputs(gate, up, CLAMP, LIMIT)
+    by_up, by_gate = differentiate_activation(limited_gate, limited_up, ACTIVATION, ALPHA)
     # Beyond its limit a value is constant and has no gradient; at the limit it has, as in torch.
-    if CLAMP != "none":
-        inside_up = (up >= -LIMIT) & (up <= LIMIT)
-        up = limit_up(up, CLAMP, LIMIT)
     if CLAMP == "before" or CLAMP == "gpt_oss":
         inside_gate = gate <= LIMIT
-        gate = limit_above(gate, LIMIT)
-    by_up, by_gate = differentiate_activation(gate, up, ACTIVATION, ALPHA)
     if CLAMP == "after":
         inside_gate = by_up <= LIMIT
         by_up = limit_above(by_up, LIMIT)
-    result = by_up * up
+    result = by_up * limited_up
     if CLAMP != "none":
         by_gate = tl.where(inside_gate, by_gate, 0.0)
-        by_up = tl.where(inside_up, by_up, 0.0)
+        by_up = tl.where((up >= -LIMIT) & (up <= LIMIT), by_up, 0.0)
     return result, by_gate, by_up
 
 

@@ -207,7 +207,8 @@ def compile_options(tile: Tile) -> dict[str, Any]:
     fp32 is multiplied in fp32 unless torch itself is allowed to use tf32.
     """
     return {
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        # Not `allow_tf32`, which cannot be read once this one was set (as TrainingArguments does).
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "INTERPRET": is_interpreted(),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

@@ -27,6 +27,7 @@ FEW_ROWS = 512
 """Rows per expert below which half-high tiles waste less."""
 
 _KIB = 1024
+_ORDER_BYTES = 8
 _TMA = True
 
 
@@ -95,32 +96,39 @@ class TileTable:
 KINDS: tuple[str, ...] = tuple(field.name for field in fields(TileTable))
 
 SHARED_LIMIT_BYTES: Mapping[str, int] = MappingProxyType(
-    {"sm_80": 163 * _KIB, "sm_86": 99 * _KIB, "sm_90": 227 * _KIB}
+    {"sm_80": 163 * _KIB, "sm_86": 99 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB}
 )
 """Shared memory that one program may have, by architecture."""
 
 # For each kind the tiles for few and for many rows per expert, then one more to measure.
 _Candidates = Mapping[str, tuple[Tile, ...]]
+_SM_90: _Candidates = {
+    "up": (
+        *(Tile(64, 128, 64, 4, 3, _TMA), Tile(128, 128, 64, 8, 4, _TMA)),
+        Tile(128, 64, 64, 8, 4, _TMA),
+    ),
+    "linear": (
+        *(Tile(64, 128, 64, 4, 4, _TMA), Tile(128, 256, 64, 8, 3, _TMA)),
+        Tile(128, 128, 64, 8, 4, _TMA),
+    ),
+    "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4), Tile(128, 32, 128, 4, 3)),
+    "act_backward": (
+        *(Tile(64, 128, 64, 4, 4, _TMA), Tile(128, 128, 64, 8, 4, _TMA)),
+        Tile(128, 64, 64, 8, 4, _TMA),
+    ),
+    "weight_grad": (
+        *(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
+    ),
+}
+# On Blackwell 4 warps of a half-high tile have too few registers for the gate's gradients.
+_SM_100 = {
+    **_SM_90,
+    "act_backward": (Tile(64, 128, 64, 8, 4, _TMA), *_SM_90["act_backward"][1:]),
+}
 _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
     {
-        ("sm_90", 2): {
-            "up": (
-                *(Tile(64, 128, 64, 4, 3, _TMA), Tile(128, 128, 64, 8, 4, _TMA)),
-                Tile(128, 64, 64, 8, 4, _TMA),
-            ),
-            "linear": (
-                *(Tile(64, 128, 64, 4, 4, _TMA), Tile(128, 256, 64, 8, 3, _TMA)),
-                Tile(128, 128, 64, 8, 4, _TMA),
-            ),
-            "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4), Tile(128, 32, 128, 4, 3)),
-            "act_backward": (
-                *(Tile(64, 128, 64, 4, 4, _TMA), Tile(128, 128, 64, 8, 4, _TMA)),
-                Tile(128, 64, 64, 8, 4, _TMA),
-            ),
-            "weight_grad": (
-                *(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
-            ),
-        },
+        ("sm_90", 2): _SM_90,
+        ("sm_100", 2): _SM_100,
         ("sm_80", 2): {
             "up": (Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 8, 4), Tile(64, 128, 32, 8, 3)),
             "linear": (Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
@@ -171,13 +179,15 @@ def name_architecture(capability: tuple[int, int] | None) -> str:
     """Return which part of the table a GPU takes, by its shared memory; None is the interpreter.
 
     Those between and beyond are counted with the largest that their memory holds: 8.6, 8.9 and 12
-    have 99 KiB, 8.7 has what 8.0 has, 10 and 11 what 9.0 has.
+    have 99 KiB, 8.7 has what 8.0 has, 11 what 10.0 has.
     """
     if capability is None:
         return "interpret"
     if capability in ((8, 0), (8, 7)):
         return "sm_80"
-    return "sm_90" if 9 <= capability[0] < 12 else "sm_86"
+    if capability[0] in (10, 11):
+        return "sm_100"
+    return "sm_90" if capability[0] == 9 else "sm_86"
 
 
 def bucket_of(rows: int) -> int:
@@ -185,8 +195,19 @@ def bucket_of(rows: int) -> int:
     return 1 << (max(rows, 1).bit_length() - 1)
 
 
-def choose_tile(kind: str, *, arch: str, itemsize: int, rows: int, num_experts: int) -> Tile:
+def choose_tile(
+    kind: str,
+    *,
+    arch: str,
+    itemsize: int,
+    rows: int,
+    num_experts: int,
+    num_cols: int | None = None,
+    num_processors: int = 1,
+) -> Tile:
     """Return the tile that a kernel runs with unless a search has found a better one.
+
+    That for many rows where an expert has many, and it makes a program for every processor.
 
     Args:
         kind: one of `KINDS`.
@@ -194,17 +215,41 @@ def choose_tile(kind: str, *, arch: str, itemsize: int, rows: int, num_experts: 
         itemsize: bytes of a number: 2 or 4.
         rows: routed rows N; only the power of two below counts.
         num_experts: L that they are spread over.
+        num_cols: columns of the kernel's result; None where it is not cut by rows, or not known.
+        num_processors: of the GPU.
     """
     if arch == "interpret":
         return getattr(_INTERPRET, kind)
     few, many, *_ = _list_tiles(kind, arch, itemsize)
-    return few if bucket_of(rows) < FEW_ROWS * num_experts else many
+    bucket = bucket_of(rows)
+    if bucket < FEW_ROWS * num_experts:
+        return few
+    if num_cols is None or kind == "weight_grad":
+        return many
+    num_programs = -(-bucket // many.block_m) * -(-num_cols // many.block_n)
+    return few if num_programs < num_processors else many
 
 
-def choose_tiles(*, arch: str, itemsize: int, rows: int, num_experts: int) -> TileTable:
-    """Return the tile of every kind, as `choose_tile` does."""
+def choose_tiles(
+    *,
+    arch: str,
+    itemsize: int,
+    rows: int,
+    num_experts: int,
+    num_cols: Mapping[str, int] = MappingProxyType({}),
+    num_processors: int = 1,
+) -> TileTable:
+    """Return the tile of every kind, as `choose_tile` does, with `num_cols` by kind."""
     tiles = {
-        kind: choose_tile(kind, arch=arch, itemsize=itemsize, rows=rows, num_experts=num_experts)
+        kind: choose_tile(
+            kind,
+            arch=arch,
+            itemsize=itemsize,
+            rows=rows,
+            num_experts=num_experts,
+            num_cols=num_cols.get(kind),
+            num_processors=num_processors,
+        )
         for kind in KINDS
     }
     return TileTable(**tiles)
@@ -221,13 +266,15 @@ def shared_bytes(kind: str, tile: Tile, itemsize: int) -> int:
     """Return the shared memory that a program of a kind needs.
 
     The operands of `num_stages` steps lie there at once; `up` has two on the side of the weights.
-    The result passes through the same memory once these are done with. Exactly what Triton 3.9
-    allocates on sm_90; before Hopper it keeps one step less, and this is an upper bound.
+    `weight_grad` looks its rows up, and has the order of one step less there too. The result passes
+    through the same memory once these are done with. Exactly what Triton 3.9 allocates on sm_90;
+    before Hopper it keeps one step less, and this is an upper bound.
     """
     num_sides = 2 if kind == "up" else 1
     step = (tile.block_m + num_sides * tile.block_n) * tile.block_k
     result = tile.block_m * tile.block_n
-    return itemsize * max(tile.num_stages * step, result)
+    order = _ORDER_BYTES * tile.block_k * (tile.num_stages - 1) if kind == "weight_grad" else 0
+    return max(itemsize * tile.num_stages * step + order, itemsize * result)
 
 
 def _list_tiles(kind: str, arch: str, itemsize: int) -> tuple[Tile, ...]:

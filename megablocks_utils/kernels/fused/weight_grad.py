@@ -1,6 +1,6 @@
 """Sum outer products of rows by expert: the gradients of weights, adapters and biases."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -165,9 +165,17 @@ def weight_grad(
         HAS_ORDER=routing.order is not None,
         GATHER_X=x.by_token,
         GATHER_Y=y.by_token,
-        **compile_options(tile),
+        **compile_options(tile if routing.order is None else _pipeline_order(tile)),
     )
     return out.copy_(sums.sum(dim=0)) if splits > 1 else out
+
+
+def _pipeline_order(tile: Tile) -> Tile:
+    """Return the tile with which as many steps lie in shared memory where rows are looked up.
+
+    Triton gives the load of the order every second stage: 3 of them, and 4, keep 2 steps of rows.
+    """
+    return replace(tile, num_stages=2 * tile.num_stages - 1)
 
 
 def _fit_block(block: int, size: int) -> int:

@@ -5,7 +5,7 @@ named but cannot run is an error, never a silent change to another. Selecting is
 so that one rank can select for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megablocks_utils.config.backends import AUTO
@@ -30,8 +30,8 @@ __all__ = [
     "select_backend",
 ]
 
-_UNMEASURED = ("grouped_mm", "eager")
-"""What `auto` takes where nothing was measured: the first that can run."""
+_UNMEASURED = ("grouped_mm", "triton", "eager")
+"""What `auto` takes where nothing was measured: the first that can run and is not known as slow."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,23 @@ class BackendSelection:
         name: of the backend.
         reason: why that one.
         tiles: what a search found for our Triton kernels; None takes their own table.
+        alternative: what `auto` takes should that one fail its check; None: nothing.
     """
 
     name: str
     reason: str
     tiles: TileTable | None = None
+    alternative: str | None = None
 
 
 @dataclass(frozen=True)
 class LoadedBackend:
-    """A backend, its name and the reason it was selected."""
+    """A backend, its name and the reason it was selected; and its `alternative`."""
 
     name: str
     reason: str
     run: ExpertBackend
+    alternative: str | None = None
 
 
 def select_and_load_backend(
@@ -117,7 +120,7 @@ def select_backend(
 def load_backend(selection: BackendSelection) -> LoadedBackend:
     """Import what was selected."""
     run = BACKENDS[selection.name].load(selection.tiles)
-    return LoadedBackend(selection.name, selection.reason, run)
+    return LoadedBackend(selection.name, selection.reason, run, selection.alternative)
 
 
 def _select_fastest(
@@ -130,8 +133,9 @@ def _select_fastest(
     }
     shapes = kinds[0]
     able = [name for name, reason in reasons.items() if reason is None]
-    fallback = next(name for name in _UNMEASURED if name in able)
-    why = reasons[_UNMEASURED[0]] or f"{fallback} runs these experts"
+    if shapes.device_type != "cuda":
+        able = [name for name in able if name != "triton"]  # interpreted, for tests
+    fallback, why = _choose_unmeasured(able, reasons, kinds, device)
     if shapes.device_type != "cuda":
         return BackendSelection(fallback, f"auto: {why}")
     measurements = measurements or read_measurements()
@@ -141,10 +145,34 @@ def _select_fastest(
     ranked = [] if entry is None else [pair for pair in entry.ranking if pair[1] in able]
     if entry is None or not ranked:
         gap = _describe_gap(key, measurements)
-        return BackendSelection(fallback, f"auto: {why}; {gap}{problem}")
+        other = _find_alternative(fallback, able)
+        return BackendSelection(fallback, f"auto: {why}; {gap}{problem}", alternative=other)
     fastest = ranked[0][1]
     tiles = entry.tiles if BACKENDS[fastest].takes_tiles else None
-    return BackendSelection(fastest, f"auto: {_describe(entry, *ranked)}{problem}", tiles)
+    reason = f"auto: {_describe(entry, *ranked)}{problem}"
+    return BackendSelection(fastest, reason, tiles, _find_alternative(fastest, able))
+
+
+def _find_alternative(name: str, able: Sequence[str]) -> str | None:
+    """Return another fast backend that can run; not `eager`, which somebody must ask for."""
+    return next((n for n in _UNMEASURED if n in able and n not in (name, "eager")), None)
+
+
+def _choose_unmeasured(
+    able: Sequence[str],
+    reasons: Mapping[str, str | None],
+    kinds: Sequence[ExpertShapes],
+    device: DeviceFacts,
+) -> tuple[str, str]:
+    """Return what runs these experts though nothing was measured, and why."""
+    slow = {
+        name: next(filter(None, (BACKENDS[name].find_slowness(s, device) for s in kinds)), None)
+        for name in able
+    }
+    ranked = [name for name in _UNMEASURED if name in able]
+    fallback = min(ranked, key=lambda name: (name == "eager", slow[name] is not None))
+    first = _UNMEASURED[0]
+    return fallback, reasons[first] or slow[first] or f"{fallback} runs these experts"
 
 
 def _describe_problem(measurements: Measurements) -> str:

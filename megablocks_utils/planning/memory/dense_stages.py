@@ -68,19 +68,25 @@ def router_stage(sizes: Sizes) -> Stage:
 
 def mlp_stage(sizes: Sizes, name: str, size: int, *, owns_input: bool) -> Stage:
     """Return a gated MLP that every token passes."""
-    inner = sizes.tokens * size * sizes.compute
+    inner, has_adapters = sizes.tokens * size * sizes.compute, sizes.run.trains_dense
+    low_rank = sizes.tokens * sizes.run.lora_r * sizes.compute * has_adapters
+    weights, hidden_size = 3 * size * sizes.shape.hidden_size, sizes.shape.hidden_size
+    factors = 3 * sizes.run.lora_r * (size + hidden_size) * has_adapters
+    saves = sizes.trains_all or has_adapters
     saved = {
-        "input": sizes.hidden_bytes * (sizes.trains_all and owns_input),
+        "input": sizes.hidden_bytes * (has_adapters or (sizes.trains_all and owns_input)),
         "gate and up": 2 * inner,
         "activation": inner,
-        "product": inner * sizes.trains_all,
+        "product": inner * saves,
+        "between A and B": 3 * low_rank,
     }
+    output = sizes.hidden_bytes * (3 if has_adapters else 1)
     return Stage(
         name,
         saved=saved,
-        forward={"product": inner * (not sizes.trains_all), "output": sizes.hidden_bytes},
+        forward={"product": inner * (not saves), "output": output},
         backward={"gradients": 3 * inner + sizes.hidden_bytes},
-        gradients=3 * size * sizes.shape.hidden_size * sizes.compute * sizes.trains_all,
+        gradients=(weights * sizes.trains_all + factors) * sizes.compute,
     )
 
 
@@ -150,7 +156,7 @@ def _core_stage(sizes: Sizes) -> Stage:
             "keys and values": read,
             "output": output,
             "log of sums": tokens * attention.num_heads * FP32,
-            "mask": tokens**2 * compute * sizes.has_mask,
+            "mask": sizes.mask_elements * compute,
         },
         forward={"keys and values before": (_keys(sizes) + _values(sizes)) * is_repeated},
         backward={"gradients": queries + output + read},
@@ -168,7 +174,7 @@ def _output_stage(sizes: Sizes) -> Stage:
 
 
 def _latent_projection_stages(sizes: Sizes) -> list[Stage]:
-    """Return DeepSeek's projections through low ranks, each with a norm in fp32."""
+    """Return projections through low ranks, each with a norm in fp32."""
     attention, compute, tokens = sizes.attention, sizes.compute, sizes.tokens
     names = tuple(name for name in attention.linears(1) if name != _OUTPUT)
     queries = _queries(sizes)

@@ -11,7 +11,7 @@ from megablocks_utils.planning.memory.fsdp_units import ModelUnits
 from megablocks_utils.planning.memory.ledger import Ledger
 from megablocks_utils.planning.memory.micro_step import MicroStep
 from megablocks_utils.planning.memory.model_stages import plan_layers
-from megablocks_utils.planning.memory.sizes import Sizes
+from megablocks_utils.planning.memory.sizes import FP32, Sizes
 from megablocks_utils.planning.memory.traffic import count_sent_bytes
 from megablocks_utils.planning.memory.unit_builder import build_units
 from megablocks_utils.planning.model.model_shape import ModelShape
@@ -81,7 +81,8 @@ def _build_buffers(
 def _optimizer_bytes(units: ModelUnits, run: PlannedRun) -> int:
     state = itemsize(run.precision.optim)
     counters = units.sum("num_trained") * _STEP_COUNTER_BYTES
-    return 2 * units.sum("trained_numel") * state + counters
+    kept = 0 if units.kept is None else units.kept.trained_numel
+    return 2 * (units.sum("trained_numel") - kept) * state + 2 * kept * FP32 + counters
 
 
 def _left_gradients(units: ModelUnits, run: PlannedRun) -> int:

@@ -182,14 +182,18 @@ class ModelUnits:
         layers: decoder layers; layers of one kind are one object.
         tail: final norm and output head; with the embedding where it is tied to the head, and under
             FSDP1.
+        kept: what every rank holds whole in float32; None for nothing.
     """
 
     embedding: FsdpUnit | None
     layers: tuple[LayerUnits, ...]
     tail: FsdpUnit
+    kept: FsdpUnit | None = None
 
     def all(self) -> Iterator[FsdpUnit]:
         """Yield every unit in the order of the forward pass."""
+        if self.kept is not None:
+            yield self.kept
         if self.embedding is not None:
             yield self.embedding
         for layer in self.layers:

@@ -101,7 +101,7 @@ def plan_head(sizes: Sizes) -> HeadPlan:
     angles = 2 * sizes.tokens * sizes.attention.rope_dim * sizes.compute
     return HeadPlan(
         held=angles + 3 * sizes.tokens * INDEX,
-        mask=sizes.tokens**2 * sizes.has_mask,  # of one byte each
+        mask=sizes.mask_elements,  # of one byte each
         norm=norm_stage(sizes, "final norm", owns_input=True),
         rows=rows,
         saved_rows=rows * sizes.trains_all,

@@ -84,6 +84,7 @@ def plan_run(
     tokens: int,
     label_tokens: int,
     examples: int,
+    packing: str,
     kernel: str,
 ) -> RunPlan:
     """Predict exactly this run, with the formulas: no torch, milliseconds.
@@ -94,9 +95,10 @@ def plan_run(
         world_size: ranks.
         device_type: `cuda` or `cpu`.
         capacity_bytes: memory of a rank's device; on a CPU what a rank may take.
-        tokens: of the largest micro-batch.
+        tokens: of the largest micro-batch, padding included.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch.
+        packing: how they are laid out.
         kernel: the backend that was chosen.
 
     Raises:
@@ -111,6 +113,7 @@ def plan_run(
         tokens=tokens,
         label_tokens=label_tokens,
         examples=examples,
+        packing=packing,
     )
     layout = scenario.own_layout()
     prediction = scenario.predict(layout)

@@ -10,7 +10,12 @@ from megablocks_utils.config.adapter import DEFAULT_LORA_R
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
+from megablocks_utils.planning.model.prediction import (
+    ONE_ROW,
+    ParallelLayout,
+    PlannedRun,
+    Prediction,
+)
 
 __all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
 
@@ -30,6 +35,7 @@ class Scenario:
         tokens: of the largest micro-batch that a rank has at a time.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch; more than one need a mask.
+        packing: how they are laid out.
         imbalance: rows that the busiest rank of an ep group receives, over its fair share.
         rehearse: predicts what the formulas do not know; None: nothing does.
     """
@@ -42,6 +48,7 @@ class Scenario:
     tokens: int
     label_tokens: int
     examples: int = 1
+    packing: str = ONE_ROW
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
@@ -64,6 +71,7 @@ class Scenario:
             has_aux_loss=self._has_aux_loss(),
             device_type=self.device_type,
             examples=self.examples,
+            packing=self.packing,
         )
 
     def own_layout(self) -> ParallelLayout:
@@ -88,14 +96,23 @@ class Scenario:
         Raises:
             ConfigurationError: the formulas do not know it, and nothing else is there.
         """
-        if not self.shape.not_known:
+        not_known = self.shape.not_known or self._not_known_on_device()
+        if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())
         if self.rehearse is None:
             raise ConfigurationError(
-                f"the formulas do not know {self.shape.not_known} of a {self.shape.model_type} "
-                "model; python -m megablocks_utils.plan rehearses it"
+                f"the formulas do not know {not_known} of a {self.shape.model_type} model; "
+                "python -m megablocks_utils.plan rehearses it"
             )
         return self.rehearse(layout, self.planned_run())
+
+    def _not_known_on_device(self) -> str:
+        """Say what is another on a CPU than on a GPU, and not known there; empty for nothing."""
+        attention = self.shape.attention
+        if self.device_type == "cuda" or attention is None:
+            return ""
+        is_even = attention.head_dim == attention.v_head_dim
+        return "" if is_even else "attention on a CPU whose values are narrower than its keys"
 
     def _has_aux_loss(self) -> bool:
         """Whether the load-balancing loss is on, by the rule of `training.step.aux_loss`."""

@@ -65,12 +65,17 @@ class Sizes:
 
     @property
     def has_mask(self) -> bool:
-        """Whether attention needs a mask: several examples in a row, or a window that ends in it.
+        """Whether attention needs a mask: several examples, or a window that ends in a row.
 
         Without one, torch's attention takes fewer keys than queries as they are.
         """
         window = self.attention.sliding_window
-        return self.run.examples > 1 or (window is not None and window < self.tokens)
+        return self.run.examples > 1 or (window is not None and window < self.run.row_tokens)
+
+    @property
+    def mask_elements(self) -> int:
+        """Elements of that mask; 0 without one."""
+        return self.tokens * self.run.row_tokens * self.has_mask
 
     @property
     def first_inputs_are_frozen(self) -> bool:

@@ -72,6 +72,8 @@ def _count_all_reduces(sizes: Sizes, units: ModelUnits) -> int:
     world_size, num_copies = sizes.run.world_size, sizes.run.world_size // sizes.layout.ep_size
     copies = (g for layer in units.layers for g in layer.all if not g.is_fsdp)
     sent = sum(_all_reduced(unit.trained_bytes, num_copies) for unit in copies)
+    if units.kept is not None:
+        sent += _all_reduced(units.kept.trained_bytes, world_size)
     return sent + _all_reduced(_NORM_BYTES, world_size)
 
 

@@ -12,7 +12,12 @@ from megablocks_utils.planning.memory.fsdp_units import (
     ParamShard,
 )
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.parameter_shapes import LayerShape, ParameterShape
+from megablocks_utils.planning.model.parameter_shapes import (
+    DENSE,
+    MIXER,
+    LayerShape,
+    ParameterShape,
+)
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 
 __all__ = ["build_units"]
@@ -30,6 +35,7 @@ def build_units(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> M
         embedding=builder.unit(outside[:1]) if num_first else None,
         layers=tuple(layers[id(layer)] for layer in shape.layers),
         tail=builder.unit(outside[num_first:]),
+        kept=builder.kept(),
     )
 
 
@@ -42,10 +48,12 @@ class _Builder:
     def layer(self, layer: LayerShape) -> LayerUnits:
         """Return the units of one decoder layer."""
         experts = [p for p in layer.parameters if p.room == "experts"]
-        others = [p for p in layer.parameters if p.room != "experts"]
-        adapters = list(self._linear_adapters()) if self.run.trains_attention else []
-        if not self.run.has_own_experts(self.layout):
-            others, experts = list(layer.parameters), []
+        adapters = list(self._linear_adapters(layer))
+        others = [p for p in layer.parameters if not (p.is_kept and self._keeps)]
+        if self.run.has_own_experts(self.layout):
+            others = [p for p in others if p.room != "experts"]
+        else:
+            experts = []
         base, low_rank = list(map(self.base, others)), list(map(self.adapter, adapters))
         is_fsdp1 = self.run.entry_point == "fsdp1"
         return LayerUnits(
@@ -63,6 +71,18 @@ class _Builder:
     def adapter(self, shape: tuple[int, ...]) -> ParamShard:
         """Return an adapter's factor, sharded over the world."""
         return self._shard(shape, itemsize(self.run.precision.adapter), True)
+
+    def kept(self) -> FsdpUnit | None:
+        """Return what every rank holds whole, of all layers; None for nothing."""
+        shapes = [p.shape for p in self.shape.all_parameters() if p.is_kept and self._keeps]
+        is_trained, fp32 = self.run.use_lora == "none", itemsize("float32")
+        shards = (ParamShard(shape, prod(shape), fp32, is_trained) for shape in shapes)
+        return FsdpUnit(tuple(shards), 1, False, fp32) if shapes else None
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether what is computed with is narrower than what is kept."""
+        return self.run.precision.compute != "float32"
 
     def unit(self, shards: list[ParamShard]) -> FsdpUnit:
         """Put parameters that are sharded over the world in a unit."""
@@ -99,12 +119,13 @@ class _Builder:
                 shards += [_cut(factor, ranks, stored, True) for factor in factors]
         return FsdpUnit(tuple(shards), ranks, is_sharded, itemsize(precision.compute))
 
-    def _linear_adapters(self) -> Iterable[tuple[int, int]]:
-        rank = self.run.lora_r
-        assert self.shape.attention is not None, "formulas are for models that they know"
-        for num_in, num_out in self.shape.attention.linears(self.shape.hidden_size).values():
-            yield (rank, num_in)
-            yield (num_out, rank)
+    def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, int]]:
+        is_adapted = {MIXER: self.run.trains_attention, DENSE: self.run.trains_dense}
+        for parameter in layer.parameters:
+            if is_adapted.get(parameter.adapter):
+                num_out, num_in = parameter.shape
+                yield (self.run.lora_r, num_in)
+                yield (num_out, self.run.lora_r)
 
 
 def _cut(shape: tuple[int, ...], ranks: int, stored: int, is_trained: bool) -> ParamShard:

@@ -7,67 +7,13 @@ from typing import Any
 from megablocks_utils.config.model_sizes import find_size_fault
 from megablocks_utils.config.option import MAX_FLOAT32
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.families import READABLE_CONFIGS
 
 __all__ = ["KNOWN_MODEL_TYPES", "ConfigValues"]
 
-_COMMON = {"hidden_size": 2048, "num_experts_per_tok": 8, "tie_word_embeddings": False}
-_DEFAULTS = MappingProxyType(
-    {
-        "mixtral": {
-            **_COMMON,
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_experts_per_tok": 2,
-            "num_local_experts": 8,
-        },
-        "qwen3_moe": {
-            **_COMMON,
-            "vocab_size": 151936,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "sliding_window": 4096,
-            "decoder_sparse_step": 1,
-            "moe_intermediate_size": 768,
-            "num_local_experts": 128,
-        },
-        "olmoe": {
-            **_COMMON,
-            "vocab_size": 50304,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 16,
-            "num_local_experts": 64,
-        },
-        "deepseek_v3": {
-            **_COMMON,
-            "vocab_size": 129280,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "num_hidden_layers": 61,
-            "num_attention_heads": 128,
-            "num_key_value_heads": 128,
-            "n_shared_experts": 1,
-            "num_local_experts": 256,
-            "kv_lora_rank": 512,
-            "q_lora_rank": 1536,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 128,
-            "v_head_dim": 128,
-            "first_k_dense_replace": 3,
-            "norm_topk_prob": True,
-        },
-    }
-)
 # transformers reads the number of experts under any of these names, whatever the family.
 _ALIASES = MappingProxyType({"num_local_experts": ("num_experts", "n_routed_experts")})
-KNOWN_MODEL_TYPES = tuple(_DEFAULTS)
+KNOWN_MODEL_TYPES = tuple(READABLE_CONFIGS)
 
 
 class ConfigValues:
@@ -76,21 +22,29 @@ class ConfigValues:
     Args:
         config: the entries of a `config.json`.
 
+    Attributes:
+        model_type: of the family.
+        known: what the entries do not say of it.
+
     Raises:
         ConfigurationError: a `model_type` that is not known.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-            known = ", ".join(_DEFAULTS)
+        if not isinstance(model_type, str) or model_type not in READABLE_CONFIGS:
+            known = ", ".join(READABLE_CONFIGS)
             raise ConfigurationError(
                 f"model_type is {model_type!r} in the model's config.json, but plans are made for "
                 f"{known} only."
             )
         self.model_type = model_type
         self._config = config
-        self._defaults = _DEFAULTS[model_type]
+        self.known = READABLE_CONFIGS[model_type]
+
+    def reads(self, name: str) -> bool:
+        """Say whether the family has an entry of this name."""
+        return name in self.known.defaults
 
     def size(self, name: str, *, at_least: int = 1) -> int:
         """Return a whole number.
@@ -127,9 +81,9 @@ class ConfigValues:
             raise self.wrong(name, "a list of layers")
         return value
 
-    def fraction(self, name: str, default: float) -> float:
+    def fraction(self, name: str) -> float:
         """Return a number of at least 0."""
-        value = self._config.get(name, default)
+        value = self._get(name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         # Not `value < 0`, which NaN is not either.
         if not is_number or not 0 <= value <= MAX_FLOAT32:
@@ -147,4 +101,4 @@ class ConfigValues:
         for alias in (name, *_ALIASES.get(name, ())):
             if alias in self._config:
                 return self._config[alias]
-        return self._defaults.get(name)
+        return self.known.defaults.get(name)

@@ -13,6 +13,8 @@ from math import prod
 from megablocks_utils.planning.model.model_description import ModelDescription
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.parameter_shapes import (
+    DENSE,
+    MIXER,
     AttentionShape,
     LayerShape,
     ParameterShape,
@@ -55,6 +57,7 @@ def shape_of(model: ModelDescription) -> ModelShape:
         outside=tuple(outside),
         not_known=reason,
         layers_path=model.layers,
+        routes_in_fp32=model.routes_in_fp32,
     )
 
 
@@ -62,15 +65,21 @@ def _split(model: ModelDescription) -> tuple[list[dict[str, ParameterShape]], li
     """Return the parameters of each layer, by their name in it, and all others."""
     layers: dict[int, dict[str, ParameterShape]] = defaultdict(dict)
     outside = []
+    adapters = dict.fromkeys(model.mixer_linears, MIXER) | dict.fromkeys(model.dense_linears, DENSE)
+    kept = set(model.kept)
     pattern = re.compile(rf"{re.escape(model.layers)}\.(\d+)\.(.+)")
     for name, shape in model.parameters:
         match = pattern.fullmatch(name)
         if match is None:
-            outside.append(ParameterShape(name, shape, _room_outside(model, name)))
+            room = _room_outside(model, name)
+            outside.append(ParameterShape(name, shape, room, is_kept=name in kept))
             continue
         is_expert = name.rpartition(".")[0] in model.experts
         room = "experts" if is_expert else _room(match[2])
-        layers[int(match[1])][match[2]] = ParameterShape(match[2], shape, room)
+        adapter = adapters.get(name.removesuffix(".weight"), "")
+        layers[int(match[1])][match[2]] = ParameterShape(
+            match[2], shape, room, adapter, is_kept=name in kept
+        )
     outside.sort(key=lambda parameter: ("embedding", "norm", "head").index(parameter.room))
     return [layers[index] for index in sorted(layers)], outside
 
@@ -104,16 +113,19 @@ def _find_attention(
     """
     found = set()
     for layer in layers:
-        shapes = {name: parameter.shape for name, parameter in layer.items()}
-        found.add(_read_attention(model, shapes))
+        found.add(_read_attention(model, layer))
         _check_rest(model, layer)
     if len(found) > 1:
         raise _NotKnownError("layers with different attention")
     return found.pop()
 
 
-def _read_attention(model: ModelDescription, layer: Shapes) -> AttentionShape:
-    own = {n.removeprefix(_ATTENTION): s for n, s in layer.items() if n.startswith(_ATTENTION)}
+def _read_attention(model: ModelDescription, layer: Mapping[str, ParameterShape]) -> AttentionShape:
+    own = {
+        name.removeprefix(_ATTENTION): parameter.shape
+        for name, parameter in layer.items()
+        if name.startswith(_ATTENTION)
+    }
     weights = {name.removesuffix(".weight"): shape for name, shape in own.items()}
     biases = {name for name in own if name.endswith(".bias")}
     linears = {name for name in weights if name.endswith(("_proj", "_mqa"))}
@@ -130,6 +142,8 @@ def _read_attention(model: ModelDescription, layer: Shapes) -> AttentionShape:
             raise _NotKnownError(f"the attention's {name} {shape}")
     if len(known) != len(own):
         raise _NotKnownError("attention with some biases only")
+    if len({p.adapter for p in layer.values() if p.room == "attention" and len(p.shape) > 1}) > 1:
+        raise _NotKnownError("attention with adapters on some layers only")
     return attention
 
 
@@ -182,6 +196,8 @@ def _check_rest(model: ModelDescription, layer: Mapping[str, ParameterShape]) ->
             raise _NotKnownError(f"{name} {parameter.shape}")
         if name in _NORMS and parameter.shape != (hidden_size,):
             raise _NotKnownError(f"{name} {parameter.shape}")
+        if parameter.is_kept and not is_router:
+            raise _NotKnownError(f"{name} in float32")
 
 
 def _router_sizes(model: ModelDescription) -> Iterator[int]:

@@ -31,6 +31,12 @@ class ModelDescription:
         num_kv_heads: of keys and values, likewise.
         sliding_window: tokens that attention looks back; None for all.
         not_known: what no formula has, in words; empty where all of it may be known.
+        mixer_linears: paths of the linear layers that mix tokens and can have adapters.
+        dense_linears: likewise of dense MLPs and shared experts.
+        routes_in_fp32: whether the routing weights reach the experts in fp32, whatever is computed
+            in.
+        kept: names of parameters that every rank holds whole in float32, as transformers keeps
+            them beside narrower ones.
     """
 
     model_type: str
@@ -49,6 +55,10 @@ class ModelDescription:
     num_kv_heads: int
     sliding_window: int | None
     not_known: str
+    mixer_linears: tuple[str, ...] = ()
+    dense_linears: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    routes_in_fp32: bool = True
 
 
 def write_description(description: ModelDescription) -> dict[str, Any]:
@@ -59,5 +69,5 @@ def write_description(description: ModelDescription) -> dict[str, Any]:
 def read_description(record: Mapping[str, Any]) -> ModelDescription:
     """Read what `write_description` has written."""
     parameters = tuple((name, tuple(shape)) for name, shape in record["parameters"])
-    lists = {"parameters": parameters, "experts": tuple(record["experts"])}
-    return ModelDescription(**dict(record) | lists)
+    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    return ModelDescription(**dict(record) | lists | {"parameters": parameters})

@@ -20,8 +20,6 @@ from megablocks_utils.planning.model.parameter_shapes import (
 
 __all__ = ["ModelShape"]
 
-_AUX_LOSS_DEFAULT = {"mixtral": 0.001, "qwen3_moe": 0.001, "olmoe": 0.01}
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -41,6 +39,8 @@ class ModelShape:
         outside: parameters of no layer: embedding, final norm, output head unless tied.
         not_known: what of the model the formulas do not know; empty where they know all.
         layers_path: where the decoder layers are.
+        routes_in_fp32: whether the routing weights reach the experts in fp32, whatever is computed
+            in.
     """
 
     model_type: str
@@ -56,6 +56,7 @@ class ModelShape:
     outside: tuple[ParameterShape, ...]
     not_known: str = ""
     layers_path: str = "model.layers"
+    routes_in_fp32: bool = True
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -79,12 +80,8 @@ class ModelShape:
             aux_loss_coef=_read_aux_loss_coef(values),
             layers=_read_layers(values),
             outside=_list_outside(vocab_size, hidden_size, is_tied),
+            routes_in_fp32=values.known.routes_in_fp32,
         )
-
-    @property
-    def routes_in_fp32(self) -> bool:
-        """Whether the routing weights reach the experts in fp32, whatever is computed in."""
-        return self.model_type not in ("qwen3_moe", "olmoe")
 
     @property
     def num_layers(self) -> int:
@@ -105,14 +102,19 @@ class ModelShape:
     @cached_property
     def num_expert_parameters(self) -> int:
         """Elements of all routed experts."""
-        parameters = (parameter for layer in self.layers for parameter in layer.parameters)
-        return sum(parameter.numel for parameter in parameters if parameter.room == "experts")
+        return sum(p.numel for p in self.all_parameters() if p.room == "experts")
 
     @property
     def num_active_parameters(self) -> int:
         """Elements that one token passes: of the routed experts, top_k of num_experts."""
         active = self.num_expert_parameters * self.top_k // self.num_experts
         return self.num_parameters - self.num_expert_parameters + active
+
+    def all_parameters(self) -> Iterator[ParameterShape]:
+        """Yield every parameter."""
+        yield from self.outside
+        for layer in self.layers:
+            yield from layer.parameters
 
     def named_parameters(self) -> Iterator[tuple[str, ParameterShape]]:
         """Yield every parameter with its whole name."""
@@ -131,21 +133,20 @@ def _read_top_k(values: ConfigValues) -> int:
 
 
 def _read_expert_size(values: ConfigValues) -> int:
-    has_own = values.model_type in ("qwen3_moe", "deepseek_v3")
-    return values.size("moe_intermediate_size" if has_own else "intermediate_size")
+    own = "moe_intermediate_size"
+    return values.size(own if values.reads(own) else "intermediate_size")
 
 
 def _read_aux_loss_coef(values: ConfigValues) -> float:
-    default = _AUX_LOSS_DEFAULT.get(values.model_type)
-    if default is None or not values.flag("output_router_logits"):
-        return 0.0
-    return values.fraction("router_aux_loss_coef", default)
+    name = "router_aux_loss_coef"
+    is_on = values.reads(name) and values.flag("output_router_logits")
+    return values.fraction(name) if is_on else 0.0
 
 
 def _read_attention(values: ConfigValues) -> AttentionShape:
     num_heads = values.size("num_attention_heads")
-    has_bias = values.model_type != "mixtral" and values.flag("attention_bias")
-    if values.model_type == "deepseek_v3":
+    has_bias = values.reads("attention_bias") and values.flag("attention_bias")
+    if values.reads("kv_lora_rank"):
         rope_dim = values.size("qk_rope_head_dim")
         return AttentionShape(
             num_heads=num_heads,
@@ -163,14 +164,15 @@ def _read_attention(values: ConfigValues) -> AttentionShape:
     head_dim = values.optional_size("head_dim") or values.size("hidden_size") // num_heads
     if head_dim == 0:
         raise values.wrong("num_attention_heads", "at most hidden_size")
-    has_window = values.model_type != "qwen3_moe" or values.flag("use_sliding_window")
+    switch = "use_sliding_window"
+    has_window = values.flag(switch) if values.reads(switch) else True
     return AttentionShape(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         v_head_dim=head_dim,
         rope_dim=head_dim,
-        qk_norm={"qwen3_moe": "head", "olmoe": "whole"}.get(values.model_type, "none"),
+        qk_norm=values.known.qk_norm,
         has_bias=has_bias,
         sliding_window=values.optional_size("sliding_window") if has_window else None,
     )
@@ -180,10 +182,10 @@ def _read_layers(values: ConfigValues) -> tuple[LayerShape, ...]:
     moe = _build_layer(values, is_moe=True)
     dense = _build_layer(values, is_moe=False)
     num_layers = values.size("num_hidden_layers")
-    if values.model_type == "deepseek_v3":
+    if values.reads("first_k_dense_replace"):
         num_dense = values.size("first_k_dense_replace", at_least=0)
         return tuple(dense if index < num_dense else moe for index in range(num_layers))
-    if values.model_type != "qwen3_moe":
+    if not values.reads("decoder_sparse_step"):
         return (moe,) * num_layers
     step, dense_layers = values.size("decoder_sparse_step"), set(values.numbers("mlp_only_layers"))
     return tuple(
@@ -200,7 +202,7 @@ def _build_layer(values: ConfigValues, *, is_moe: bool) -> LayerShape:
         parameters += list_moe(values.size("num_local_experts"), hidden_size, expert_size)
     else:
         parameters += list_mlp("mlp", hidden_size, mlp_size)
-    if is_moe and values.model_type == "deepseek_v3":
+    if is_moe and values.reads("n_shared_experts"):
         mlp_size = expert_size * values.size("n_shared_experts")
         parameters += list_mlp("mlp.shared_experts", hidden_size, mlp_size)
     norms = (norm(n, hidden_size) for n in ("input_layernorm", "post_attention_layernorm"))

@@ -4,7 +4,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-__all__ = ["AttentionShape", "LayerShape", "ParameterShape", "list_mlp", "list_moe", "norm"]
+__all__ = [
+    "DENSE",
+    "MIXER",
+    "AttentionShape",
+    "LayerShape",
+    "ParameterShape",
+    "list_mlp",
+    "list_moe",
+    "norm",
+]
+
+MIXER, DENSE = "mixer", "dense"
+"""Linear layers that get adapters: those that mix tokens, and dense MLPs with shared experts."""
 
 
 @dataclass(frozen=True)
@@ -16,11 +28,15 @@ class ParameterShape:
         shape: of the whole.
         room: `embedding`, `head`, `norm`, `attention`, `router`, `experts` or `mlp` (dense layers
             and shared experts).
+        adapter: which choice of `--use_lora` puts adapters on it: `mixer`, `dense` or none.
+        is_kept: whether every rank holds it whole, in float32.
     """
 
     name: str
     shape: tuple[int, ...]
     room: str
+    adapter: str = ""
+    is_kept: bool = False
 
     @property
     def numel(self) -> int:
@@ -109,9 +125,10 @@ class AttentionShape:
         """Return weights, biases and norms."""
         found = []
         for name, sizes in self.linears(hidden_size).items():
-            # transformers gives a bias to none of those that project all heads of DeepSeek.
+            # transformers gives a bias to none of those that project all heads from low ranks.
             never = self.kv_rank and name in ("q_proj", "q_b_proj", "kv_b_proj")
-            found += _linear(f"self_attn.{name}", "attention", sizes, self.has_bias and not never)
+            has_bias = self.has_bias and not never
+            found += _linear(f"self_attn.{name}", "attention", sizes, MIXER, has_bias=has_bias)
         return found + [norm(f"self_attn.{name}", size) for name, size in self._norms().items()]
 
     def _norms(self) -> dict[str, int]:
@@ -133,7 +150,7 @@ def list_mlp(name: str, hidden_size: int, size: int) -> list[ParameterShape]:
     """Return a dense MLP."""
     sizes = {"gate_proj": (hidden_size, size), "up_proj": (hidden_size, size)}
     sizes["down_proj"] = (size, hidden_size)
-    return [p for n, both in sizes.items() for p in _linear(f"{name}.{n}", "mlp", both, False)]
+    return [p for n, both in sizes.items() for p in _linear(f"{name}.{n}", "mlp", both, DENSE)]
 
 
 def list_moe(num_experts: int, hidden_size: int, size: int) -> list[ParameterShape]:
@@ -148,7 +165,9 @@ def list_moe(num_experts: int, hidden_size: int, size: int) -> list[ParameterSha
     ]
 
 
-def _linear(name: str, room: str, sizes: tuple[int, int], has_bias: bool) -> list[ParameterShape]:
+def _linear(
+    name: str, room: str, sizes: tuple[int, int], adapter: str, *, has_bias: bool = False
+) -> list[ParameterShape]:
     num_in, num_out = sizes
-    weight = ParameterShape(f"{name}.weight", (num_out, num_in), room)
+    weight = ParameterShape(f"{name}.weight", (num_out, num_in), room, adapter)
     return [weight, ParameterShape(f"{name}.bias", (num_out,), room)] if has_bias else [weight]

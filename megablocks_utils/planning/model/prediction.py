@@ -8,7 +8,19 @@ from dataclasses import dataclass
 
 from megablocks_utils.config import ResolvedPrecision
 
-__all__ = ["COLLECTIVES", "COMPONENTS", "ParallelLayout", "PlannedRun", "Prediction"]
+__all__ = [
+    "COLLECTIVES",
+    "COMPONENTS",
+    "ONE_ROW",
+    "PADDED",
+    "ParallelLayout",
+    "PlannedRun",
+    "Prediction",
+]
+
+ONE_ROW, PADDED = "positions", "padded"
+"""How the examples of a micro-batch are laid out: one after the other in a row, or a row for each.
+As `training.data.batches.Packing` has it, with other ways of marking where one ends."""
 
 COMPONENTS = (
     "parameters",
@@ -76,6 +88,8 @@ class PlannedRun:
         device_type: `cuda` or `cpu`.
         examples: in that micro-batch. More than one are kept apart by a mask (T, T), which
             transformers makes once, and torch's attention again in floating point in every layer.
+        packing: how they are laid out. Where each is padded to a row of its own, padding is part of
+            `tokens`, and a mask has only the tokens of a row in its second dim.
     """
 
     world_size: int
@@ -93,6 +107,17 @@ class PlannedRun:
     has_aux_loss: bool
     device_type: str
     examples: int = 1
+    packing: str = ONE_ROW
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether there are several rows, of one example and padding each."""
+        return self.packing == PADDED and self.examples > 1
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that attention may see: those of a row."""
+        return -(-self.tokens // self.examples) if self.is_padded else self.tokens
 
     @property
     def trains_attention(self) -> bool:
@@ -103,6 +128,11 @@ class PlannedRun:
     def trains_experts(self) -> bool:
         """Whether the experts have adapters."""
         return self.use_lora in ("mlp-only", "all")
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether dense MLPs and shared experts have adapters."""
+        return self.use_lora == "all"
 
     def has_own_experts(self, layout: ParallelLayout) -> bool:
         """Say whether the experts are this project's: with expert parallelism, or with adapters."""

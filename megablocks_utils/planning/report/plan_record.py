@@ -104,4 +104,6 @@ def _head(
 def _batch_words(request: PlanRequest) -> str:
     config = request.scenario.config
     batch, length = config.optim.per_device_train_batch_size, config.data.max_seq_length
-    return f"{batch} x {length} (--per_device_train_batch_size x --max_seq_length)"
+    padded = request.scenario.planned_run().is_padded
+    ends = ", each padded to a row of its own" if padded else ""
+    return f"{batch} x {length} (--per_device_train_batch_size x --max_seq_length{ends})"

@@ -1,5 +1,7 @@
 """Parameters that transformers keeps in float32 when the rest of a model is narrower."""
 
+import copy
+
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -17,12 +19,12 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype, compute_dtype: t
     marked as replicated: every rank holds and updates them whole.
 
     Args:
-        model: on meta; only the names of dtypes change.
+        model: on meta, as its class has built it in `dtype`; only the names of dtypes change.
         dtype: of the weights.
         compute_dtype: of forward and backward; in float32 nothing is kept apart.
     """
     experts = {id(parameter) for parameter in find_expert_parameters(model).values()}
-    kept = _find_planned(model, compute_dtype)
+    kept = _find_planned(model, compute_dtype) | _find_declared(model, dtype, compute_dtype)
     for name, parameter in model.named_parameters():
         is_kept = name in kept and id(parameter) not in experts
         parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
@@ -34,6 +36,19 @@ def find_narrowed(model: PreTrainedModel, compute_dtype: torch.dtype) -> list[st
     """Return the parameters that transformers would keep wider than they are computed with here."""
     kept = _find_planned(model, compute_dtype)
     return [name for name, p in model.named_parameters() if name in kept and not is_replicated(p)]
+
+
+def _find_declared(
+    model: PreTrainedModel, dtype: torch.dtype, compute_dtype: torch.dtype
+) -> set[str]:
+    """Return what a class makes in float32 by itself where all else is narrower."""
+    if compute_dtype == torch.float32:
+        return set()
+    built = model
+    if dtype != compute_dtype:
+        with torch.device("meta"):
+            built = type(model)._from_config(copy.deepcopy(model.config), dtype=compute_dtype)
+    return {name for name, p in built.named_parameters() if p.dtype == torch.float32}
 
 
 def _find_planned(model: PreTrainedModel, compute_dtype: torch.dtype) -> set[str]:

@@ -1,6 +1,6 @@
 """What a run must know of its model's forward pass, found out on a small model before it starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -28,6 +28,7 @@ from megablocks_utils.training.step.routers import (
     recognize_routers,
 )
 from megablocks_utils.training.step.small_model import build_small_model
+from megablocks_utils.training.step.unused_parameters import find_unused
 
 __all__ = ["ModelProbe", "apply_router_options", "probe_model"]
 
@@ -40,17 +41,23 @@ class ModelProbe:
         packing: how the examples of a micro-batch are kept apart.
         aux_loss: where the load-balancing loss comes from; the model's own where none is asked for.
         routers: the kinds of routers; none where nothing is asked of them.
+        unused: parameters that get no gradient from text, so that they are not trained.
+        unused_reason: why these are not known.
     """
 
     packing: PackingChoice
     aux_loss: AuxLoss = AuxLoss()
     routers: tuple[BlockRouter, ...] = ()
+    unused: tuple[str, ...] = ()
+    unused_reason: str = ""
 
 
 def probe_model(
     config: RunConfig, model: PreTrainedModel, device: torch.device, console: Console
 ) -> ModelProbe:
-    """Let rank 0 find out, for all ranks, what the options need.
+    """Let rank 0 find out, for all ranks, what the options need, and freeze what is unused.
+
+    Call it before experts are split and FSDP wraps the model.
 
     **Collective:** one broadcast over the world.
 
@@ -58,18 +65,36 @@ def probe_model(
         ConfigurationError: on every rank, for an option that this model cannot serve.
     """
     probe = broadcast_from_rank0(lambda: _probe(config, model, device))
-    if config.optim.per_device_train_batch_size > 1:
-        console.print(f"micro-batches are {probe.packing.describe()}", markup=False, soft_wrap=True)
+    for name in probe.unused:
+        model.get_parameter(name).requires_grad_(False)
     compute_dtype = getattr(torch, resolve_precision(config, device.type).compute)
+    for note in _notes(config, model, probe, compute_dtype):
+        console.print(note, markup=False, soft_wrap=True)
+    return probe
+
+
+def _notes(
+    config: RunConfig, model: PreTrainedModel, probe: ModelProbe, compute_dtype: torch.dtype
+) -> Iterator[str]:
+    """Yield what a user should know of it, one line each."""
+    if config.optim.per_device_train_batch_size > 1:
+        yield f"micro-batches are {probe.packing.describe()}"
+    if probe.unused:
+        yield (
+            f"{probe.unused[0]} ({len(probe.unused)} parameters in all) gets no gradient from "
+            "text: frozen, and saved as it is"
+        )
+    if probe.unused_reason:
+        yield (
+            "warning: which parameters get no gradient from text is not known: "
+            f"{probe.unused_reason}"
+        )
     if narrowed := find_narrowed(model, compute_dtype):
-        console.print(
+        yield (
             f"warning: {narrowed[0]} ({len(narrowed)} parameters in all), which transformers would "
             f"keep in float32, is computed with in {str(compute_dtype).removeprefix('torch.')}, "
-            "as everything else; --precision fp32 computes all in float32",
-            markup=False,
-            soft_wrap=True,
+            "as everything else; --precision fp32 computes all in float32"
         )
-    return probe
 
 
 def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> ModelProbe:
@@ -92,7 +117,13 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         _refuse_no_bias(routers, optim.router_bias_update_rate, model.config.model_type)
     elif optim.freeze_router and not config.adapter.has_lora:
         routers = recognize_routers(_asked_by("freeze_router", False, small))
-    return ModelProbe(packing, aux_loss, tuple(routers))
+    if config.adapter.has_lora:
+        return ModelProbe(packing, aux_loss, tuple(routers))
+    try:
+        unused = find_unused(model, small(), has_aux_loss=coef > 0)
+    except UserError as error:
+        return ModelProbe(packing, aux_loss, tuple(routers), unused_reason=str(error))
+    return ModelProbe(packing, aux_loss, tuple(routers), unused)
 
 
 def _asked_by(

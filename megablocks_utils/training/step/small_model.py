@@ -30,12 +30,15 @@ _MAX_KINDS = 12
 """Kinds of layers; more are no kinds but some number that each layer has."""
 
 _HEADS = re.compile(r"(?!.*index).*(heads|n_groups|o_groups)")
+_HEADS_FIELD = "num_attention_heads"
+_HEAD_SIZE = re.compile(r".*head_(dim|size)|kv_channels")
 _HIDDEN = re.compile(r"(.*_)?(hidden_size|d_model|n_embd|embed_dim)")
 _FEED_FORWARD = re.compile(
     r".*(intermediate_size|ffn_hidden_size|ffn_dim|moe_hidden_size|latent_size|lora_rank).*"
     r"|hidden_size_per_layer_input"
 )
 _WINDOWS = re.compile(r"(.*_)?(sliding_window|sliding_window_size|window_size|chunk_size)")
+_COMPRESSION = re.compile(r".*(compress_r|kpool|index_block_size).*")
 _EXPERTS = re.compile(r"(moe_)?(num_experts|num_local_experts|n_routed_experts)")
 _VOCABULARY = re.compile(r".*vocab_size.*")
 _NUM_LAYERS = re.compile(r"num_hidden_layers|num_layers|n_layers?")
@@ -51,7 +54,8 @@ class _Reduction:
         scale: what the hidden size and the numbers of heads are divided by.
         num_layers: first layers that are kept.
         has_all_experts: whether there are as many experts as in the real model.
-        has_small_windows: whether windows and chunks are shorter than the examples of a probe.
+        has_small_windows: whether windows, chunks and what is compressed to one are shorter than
+            the examples of a probe.
     """
 
     scale: int
@@ -69,6 +73,8 @@ class _Reduction:
             return min(value, 32)
         if _WINDOWS.fullmatch(name) and self.has_small_windows:
             return min(value, 16 if "chunk" in name else 8)
+        if _COMPRESSION.fullmatch(name) and self.has_small_windows:
+            return min(value, 4)
         if _EXPERTS.fullmatch(name) and not self.has_all_experts:
             return min(value, 32)
         if _HIDDEN.fullmatch(name) or _HEADS.fullmatch(name):
@@ -170,6 +176,7 @@ def _reduce(
 ) -> dict[str, Any]:
     """Return a config's values made small, those of configs within it too."""
     reduced = dict(values)
+    head_size = _head_size(values)
     own = [v for n, v in values.items() if _NUM_LAYERS.fullmatch(n) and type(v) is int]
     lengths = {num_layers, *own} - {1}
     index_heads = [v for n, v in values.items() if _INDEX_HEADS.fullmatch(n)]
@@ -183,14 +190,36 @@ def _reduce(
             is_small = reduction.has_small_windows and min(index_heads, default=0) >= 8
             if name == "index_topk" and is_small:
                 reduced[name] = min(value, 8)
+            if head_size and _HIDDEN.fullmatch(name) and value == values["hidden_size"]:
+                reduced[name] = head_size * reduction.value(_HEADS_FIELD, values[_HEADS_FIELD])
         elif _is_per_layer(name, value) and len(value) in lengths:
             reduced[name] = value[: reduction.num_layers]
         elif isinstance(value, dict) and "per_layer" in name:
             kept = min(reduction.num_layers, num_layers)
-            reduced[name] = {key: v for key, v in value.items() if int(key) < kept}
+            reduced[name] = {
+                key: _reduce_numbers(v, reduction) for key, v in value.items() if int(key) < kept
+            }
+        elif isinstance(value, dict) and _COMPRESSION.fullmatch(name):
+            reduced[name] = {key: reduction.value(name, v) for key, v in value.items()}
         elif isinstance(value, list) and _FEED_FORWARD.fullmatch(name):
             reduced[name] = [reduction.value(name, item) for item in value]
     return reduced
+
+
+def _reduce_numbers(settings: object, reduction: _Reduction) -> object:
+    """Return the settings of one layer made small; anything else as it is."""
+    if not isinstance(settings, dict):
+        return settings
+    return {n: reduction.value(n, v) if type(v) is int else v for n, v in settings.items()}
+
+
+def _head_size(values: Mapping[str, Any]) -> int | None:
+    """Return the size of a head that follows from others, and that rotary sections must fit."""
+    hidden_size, num_heads = values.get("hidden_size"), values.get(_HEADS_FIELD)
+    if not hidden_size or not num_heads or hidden_size % num_heads:
+        return None
+    is_told = any(value for name, value in values.items() if _HEAD_SIZE.fullmatch(name))
+    return None if is_told else hidden_size // num_heads
 
 
 def _is_per_layer(name: str, value: object) -> TypeGuard[Sequence[object]]:

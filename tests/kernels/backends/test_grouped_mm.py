@@ -8,6 +8,7 @@ from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.gate import SWIGLU, ActivationGate, Clamp, KnownGate
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights
+from tests.support.layer_case import LayerCase, assert_equals_obvious
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 6, 16, 24, 3, 2
 ROWS = TOKENS * TOP_K
@@ -28,6 +29,17 @@ def test_lean_gate_is_the_gate_bit_by_bit(dtype):
 def test_lean_gate_has_the_gradient_of_its_values():
     gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(grouped_mm._LeanSwiglu.apply, gate_up)
+
+
+def test_no_rows_never_reach_torchs_kernel(monkeypatch):
+    """Whose pointers would be null; every tensor gets its gradient all the same: zeros."""
+
+    def refuse(*_args, **_options):
+        raise AssertionError("reached")
+
+    monkeypatch.setattr(grouped_mm, "grouped_mm", refuse)
+    case = LayerCase(0, HIDDEN, INNER, num_experts=EXPERTS, rank=4, has_bias=True)
+    assert_equals_obvious(case, run_experts_grouped_mm, torch.bfloat16)
 
 
 def saved_elements(gate, *, train, interleaved=False):

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from benchmarks.kernel_resources import Resources
-from megablocks_utils.kernels.fused.tiles import KINDS, list_candidates
+from megablocks_utils.kernels.fused.tiles import KINDS, list_candidates, shared_bytes
 
 KERNELS = {"gate_up", "row_gemm", "gate_backward", "weight_grad", "combine"}
 ARCH, COLUMN = "sm_90", 1
@@ -48,6 +48,11 @@ def test_shipped_tiles_compile(compiled):
         seen.add((f"{block_m}x{block_k}", int(warps[1:]), int(stages[1:])))
     assert shown <= seen
     assert all(row.num_tma for row in rows if "tma" in row.features)
+    # Rows that are looked up keep as many steps in shared memory as the tile says.
+    tile = list_candidates("weight_grad", arch=ARCH, itemsize=2)[COLUMN]
+    wanted = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s5"
+    found = {r.shared_bytes for r in rows if r.kernel == "weight_grad" and r.tile == wanted}
+    assert found == {shared_bytes("weight_grad", tile, 2)}
 
 
 def test_every_form_has_its_first_projection_and_gate_by_descriptors(compiled):

@@ -5,12 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import silu
+from triton.runtime.interpreter import GridExecutor
 
 from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
-from megablocks_utils.kernels.fused.kernel_launch import GateLayout, LoraRows, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import (
+    GateLayout,
+    LoraRows,
+    Matrix,
+    Routing,
+    compile_options,
+)
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
@@ -209,3 +216,26 @@ def test_tiles_are_at_most_one_a_row_and_never_too_few():
         routing = build_routing(counts, top_k=1)
         needed = sum(-(-count // 16) for count in counts)
         assert needed <= routing.num_tiles(16) <= min(sum(counts), needed + len(counts))
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("tf32", "tf32"), ("ieee", "ieee")])
+def test_tf32_as_training_arguments_set_it(setting, precision, monkeypatch):
+    """Which sets it for all of torch; the older getter then raises."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", setting)
+    assert compile_options(TILE)["PRECISION"] == precision
+    monkeypatch.undo()
+    assert compile_options(TILE)["PRECISION"] == "ieee"
+
+
+def test_every_kernel_says_whether_products_and_sums_are_fused(monkeypatch):
+    """Triton 3.9 warns on every rank where it is left out, and 3.10 takes the other way."""
+    launched, launch = {}, GridExecutor.__call__
+
+    def record(executor, *args, **options):
+        launched.setdefault(executor.fn.__name__, set()).add(options.pop("enable_fp_fusion", None))
+        return launch(executor, *args, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    assert_equals_obvious(LayerCase(3, 16, 16, num_experts=2), run_experts_triton, torch.float32)
+    names = ("gate_up", "row_gemm", "gate_backward", "weight_grad", "combine")
+    assert launched == {f"{name}_kernel": {True} for name in names}

@@ -14,7 +14,17 @@ from megablocks_utils.kernels.selection.backend_selection import (
 )
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.tuning.measurements import Measurements, store_entry
-from tests.kernels.facts import CPU, H100, INTERPRETER, V100, put_packages, put_triton
+from tests.kernels.facts import (
+    A100,
+    B200,
+    CPU,
+    H100,
+    INTERPRETER,
+    RTX_5090,
+    V100,
+    put_packages,
+    put_triton,
+)
 from tests.kernels.measured import SHAPES, TILES, measured
 
 FITTING = ExpertShapes(64, 96, torch.float32, "cpu")
@@ -106,6 +116,40 @@ def test_auto_on_cuda_goes_by_what_was_measured(case, monkeypatch):
     selection = select_backend("auto", SHAPES, H100, measurements)
     assert (selection.name, selection.reason) == (name, f"auto: {reason}")
     assert selection.tiles == (TILES if name == "triton" else None)
+
+
+LOOPS = "torch's grouped_mm multiplies one expert after the other"
+
+
+@pytest.mark.parametrize(
+    ("device", "changed", "name", "why"),
+    [
+        (H100, {}, "grouped_mm", WHY),
+        (B200, {}, "grouped_mm", WHY),
+        (A100, {}, "triton", f"on NVIDIA A100 (compute capability 8.0) {LOOPS}"),
+        (RTX_5090, {}, "triton", f"on {RTX_5090.name} (compute capability 12.0) {LOOPS}"),
+        (H100, {"dtype": torch.float16}, "triton", f"in float16 {LOOPS}"),
+        (A100, {"dtype": torch.float32}, "grouped_mm", WHY),
+        (
+            H100,
+            {"intermediate_size": 90},
+            "triton",
+            "grouped_mm needs intermediate_size (90) to be a multiple of 8 in bfloat16",
+        ),
+    ],
+)
+def test_auto_without_measurements_goes_by_what_torch_has(device, changed, name, why, monkeypatch):
+    put_triton(monkeypatch)
+    selection = select_backend("auto", replace(SHAPES, **changed), device, Measurements())
+    assert selection.name == name
+    assert selection.reason.startswith(f"auto: {why}; no kernel was measured here for these")
+    can_both = changed != {"intermediate_size": 90}
+    others = {"grouped_mm": "triton", "triton": "grouped_mm" if can_both else None}
+    assert selection.alternative == others[name]
+    put_packages(monkeypatch)
+    if can_both:  # slow is better than nothing
+        selection = select_backend("auto", replace(SHAPES, **changed), device, Measurements())
+        assert (selection.name, selection.alternative) == ("grouped_mm", None)
 
 
 def test_auto_ranks_packages_as_it_does_our_own(monkeypatch):

@@ -162,8 +162,11 @@ def plan_of(folder, model, argv, entry_point):
     ("model", "layout", "options"),
     [
         ("uneven", NONE, {"gradient_accumulation_steps": 2}),
-        ("uneven", SHARD, {"precision": "mixed"}),
-        ("uneven", COPIES, {"gradient_accumulation_steps": 2, "sync_each_batch": False}),
+        (
+            "uneven",
+            COPIES,
+            {"gradient_accumulation_steps": 2, "sync_each_batch": False, "precision": "mixed"},
+        ),
         ("even", WHOLE, {"precision": "bf16_sr", "gradient_checkpointing": "False"}),
         ("uneven", SHARD, {"use_lora": "all", "lora_r": 3, "gradient_accumulation_steps": 2}),
         ("even", COPIES, {"use_lora": "mlp-only", "gradient_checkpointing": "False"}),

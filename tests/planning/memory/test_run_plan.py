@@ -42,6 +42,7 @@ def plan(line, **options):
         "tokens": 1000,
         "label_tokens": 600,
         "examples": 3,
+        "packing": "padded",
         "kernel": "triton",
     } | options
     config = parse_args(line.split(), entry_point="fsdp2")
@@ -58,6 +59,7 @@ def test_exactly_this_run_is_predicted(known):
     assert (layers, layout, len(known)) == (2, ParallelLayout(2, "replicate"), 1)
     assert (run.world_size, run.device_type, run.kernel) == (4, "cpu", "triton")
     assert (run.tokens, run.label_tokens, run.examples) == (1000, 600, 3)
+    assert run.row_tokens == 334
     assert run.precision.name == "bf16"
 
 

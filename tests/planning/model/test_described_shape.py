@@ -6,11 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megablocks_utils.lora.apply import choose_adapters
+from megablocks_utils.lora.linear_adapters import attach_linear_lora
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
+from megablocks_utils.planning.memory.unit_builder import build_units
 from megablocks_utils.planning.model.config_values import KNOWN_MODEL_TYPES
 from megablocks_utils.planning.model.described_shape import shape_of
 from megablocks_utils.planning.model.model_description import read_description, write_description
 from megablocks_utils.planning.model.model_shape import ModelShape
+from megablocks_utils.planning.model.prediction import ParallelLayout
 from megablocks_utils.training.describe_model import describe_model
 from tests.planning.cases import build_scenario
 from tests.support.tiny_families import tiny_config
@@ -25,7 +29,11 @@ def describe(family, **more):
 def test_both_ways_of_reading_a_model_plan_the_same(family):
     found = shape_of(read_description(write_description(describe(family))))
     read = ModelShape.from_config(tiny_config(family).to_dict())
-    assert found.not_known == ""
+    assert (found.not_known, found.routes_in_fp32) == ("", read.routes_in_fp32)
+    adapters = [
+        [{p.name: p.adapter for p in layer.parameters} for layer in s.layers] for s in (found, read)
+    ]
+    assert adapters[0] == adapters[1]
     wanted = {name: (p.shape, p.room) for name, p in read.named_parameters()}
     seen = {name: (p.shape, p.room) for name, p in found.named_parameters()}
     assert {n: shape for n, (shape, _) in seen.items()} == {n: s for n, (s, _) in wanted.items()}
@@ -53,6 +61,24 @@ def test_what_the_formulas_do_not_know_is_named(family, word):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(family))
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_adapters_hang_where_the_formulas_count_them():
+    """Also on dense MLPs and shared experts."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("glm4_moe"))
+    scenario = replace(
+        build_scenario("--use_lora all --lora_r 4 --lora_alpha 8", world_size=1),
+        shape=shape_of(describe_model(model)),
+    )
+    layout = ParallelLayout(1, "shard", is_dmoe=True)
+    units = build_units(scenario.shape, layout, scenario.planned_run())
+    counted = sum(unit.trained_numel for layer in units.layers for unit in layer.dense)
+    settings = choose_adapters(model, scenario.config.adapter).settings
+    attach_linear_lora(model, settings, dtype=torch.bfloat16, seed=0)
+    attached = {n: p.numel() for n, p in model.named_parameters() if "lora_" in n}
+    assert any("shared_experts" in name for name in attached)
+    assert counted == sum(attached.values())
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "glm4_moe_lite", "dots1"])

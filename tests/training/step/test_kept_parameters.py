@@ -11,7 +11,7 @@ from megablocks_utils.training.step.kept_parameters import find_narrowed
 from tests.support.tiny_families import build_tiny, save_tiny
 
 
-@pytest.mark.parametrize("family", ["flint", "ernie4_5_moe", "deepseek_v4", "gpt_oss"])
+@pytest.mark.parametrize("family", ["flint", "hunyuan_v1_moe", "deepseek_v4", "gpt_oss"])
 def test_dtypes_are_those_of_from_pretrained(tmp_path, family):
     save_tiny(family, tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

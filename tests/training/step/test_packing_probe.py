@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.training.data.batches import Packing, collate_examples
@@ -64,6 +65,13 @@ def test_a_batch_has_the_loss_and_every_gradient_of_its_examples_alone(model_typ
         if name in wanted and wanted[name].norm() > 1e-9:
             error = (parameter.grad - wanted[name]).norm() / wanted[name].norm()
             assert error < 2e-5, name
+
+
+def test_a_head_keeps_its_size_where_rotary_sections_must_fit_it():
+    """This class has no size of heads in its config, and sections of a fixed size in its code."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["ernie4_5_vl_moe"]())
+    assert choose(model).packing is Packing.MASKS
 
 
 def test_a_mask_that_is_dropped_is_noticed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Mend two faults of transformers 5.23 that stop models before any of our code runs.
+"""Mend three faults of transformers 5.23 around experts that run on our code.
 
 `tests/test_ep_implementation.py` fails when a release has mended one: it can then be deleted here.
 """
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import Transpose
 from transformers.distributed import DistributedConfig
 from transformers.distributed.mixin import DistributedMixin
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 __all__ = ["mend_transformers"]
 
@@ -32,6 +33,10 @@ def mend_transformers(ep_implementation: str) -> None:
 def _mend_plans(ep_implementation: str) -> None:
     """Split nothing but experts over the ep group where its ranks have examples of their own.
 
+    And sum over the tp group the gradients of norms on heads that are split over it: the TP plans
+    of Qwen3-VL-MoE and GLM-4 MoE leave them out, so that each rank trains its copy on its own
+    heads alone.
+
     The EP plans of Gemma 4 and DiffusionGemma split the dense MLP, too, by tensor parallelism over
     the ep group. That needs the same examples on all its ranks, and FSDP2 cannot shard the result
     again ("Cannot concatenate overlapping meshes").
@@ -40,8 +45,10 @@ def _mend_plans(ep_implementation: str) -> None:
 
     @wraps(original)
     def resolve(self: DistributedMixin, config: DistributedConfig) -> tuple[Plan, Plan, Plan]:
-        if config.ep_implementation == ep_implementation and config.dp_size > 1:
-            self._ep_plan = _keep_experts(self.ep_plan)
+        if config.ep_implementation == ep_implementation:
+            if config.dp_size > 1:
+                self._ep_plan = _keep_experts(self.ep_plan)
+            self._tp_plan = self.tp_plan | _find_norms_of_heads(self)
         return original(self, config)
 
     _replace(DistributedMixin, resolve)
@@ -59,6 +66,18 @@ def _keep_experts(plan: Plan) -> Plan:
     return {
         name: style for name, style in plan.items() if name in experts or name.startswith(inside)
     }
+
+
+def _find_norms_of_heads(model: DistributedMixin) -> Plan:
+    """Return rules for norms beside a projection that is split by heads, if they have none."""
+    assert isinstance(model, nn.Module)
+    modules = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
+    rules = {}
+    for name, style in model.tp_plan.items():
+        norm = name.removesuffix("_proj") + "_norm"
+        if style == "colwise" and norm in modules and norm not in model.tp_plan:
+            rules[norm] = "replicated_with_grad_allreduce"
+    return rules
 
 
 def _mend_transposes() -> None:

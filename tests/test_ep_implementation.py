@@ -21,6 +21,7 @@ CASES = {
     "nemotron_h": ("nemotron_h", Sizes(2, 2), {}),
     "gemma4_text": ("gemma4_text", Sizes(2, 2), {}),
     "qwen3_vl_moe": ("qwen3_vl_moe", Sizes(2, 2), {}),
+    "qwen3_vl_moe, tp 2": ("qwen3_vl_moe", Sizes(2, 1, 2), {}),
     "no token": ("olmoe", Sizes(2, 2), {"num_experts_per_tok": 1}),
     "no token, 4 ranks": ("olmoe", Sizes(4, 4), {"num_experts_per_tok": 1}),
 }

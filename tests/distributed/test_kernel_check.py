@@ -1,6 +1,6 @@
 """The kernel is checked on every rank, on the run's own weights, and leaves no trace in the run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp import fsdp1, fsdp2
-from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.placement import local_expert_range, local_tensor
@@ -140,29 +139,6 @@ def test_a_bug_on_one_rank_ends_all(pools, parity_folder, script, case):
         "kernel grouped_mm fails its check on this model's weights: its gradient of down_proj is "
         "off by 5.0e-02"
     )
-
-
-def replace_a_failing_kernel(rank: int, argv: list[str]) -> tuple[str, str, KernelCheck]:
-    """Build a run whose backend `auto` had selected beside another, and rank 1's has a bug."""
-    setup, build = prepare("fsdp2", argv)
-    setup.sharded.kernel = replace(setup.sharded.kernel, alternative="triton")
-    if rank == 1:
-        for module in setup.sharded.expert_modules.values():
-            module.backend = scale_a_gradient(module.backend)
-    check = build().kernel_check
-    assert all(m.backend is run_experts_triton for m in setup.sharded.expert_modules.values())
-    return setup.sharded.kernel.name, setup.sharded.kernel.reason, check
-
-
-def test_auto_takes_another_kernel_on_all_ranks_where_one_fails(pools, parity_folder):
-    case = ParityCase(Layout(2, 2, "replicate"), num_steps=1)
-    first, second = pools[2].run(replace_a_failing_kernel, parity_folder.argv(case))
-    assert first == second
-    name, reason, check = first
-    assert (name, reason) == ("triton", "auto: grouped_mm failed its check")
-    assert check.replaced.startswith("kernel grouped_mm fails its check on this model's weights: ")
-    assert check.replaced.endswith("; the experts run on triton instead.")
-    assert 0 < check.worst < 2 and check.skipped is None
 
 
 def watch_first_weights(rank: int, script: str, argv: list[str]) -> tuple[Tensor, Tensor]:

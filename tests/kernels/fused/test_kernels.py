@@ -236,6 +236,6 @@ def test_every_kernel_says_whether_products_and_sums_are_fused(monkeypatch):
         return launch(executor, *args, **options)
 
     monkeypatch.setattr(GridExecutor, "__call__", record)
-    assert_equals_obvious(LayerCase(3, 16, 16, num_experts=2), run_experts_triton, torch.float32)
+    assert_equals_obvious(LayerCase(1, 16, 16, num_experts=2), run_experts_triton, torch.float32)
     names = ("gate_up", "row_gemm", "gate_backward", "weight_grad", "combine")
     assert launched == {f"{name}_kernel": {True} for name in names}

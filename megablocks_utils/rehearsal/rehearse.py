@@ -282,14 +282,13 @@ class _Step:
 
     def _micro_batch(self) -> MicroBatch:
         run, row = self._run, self._run.row_tokens
-        num_rows = -(-run.tokens // row)
-        tokens = torch.zeros(num_rows, row, dtype=torch.int64)
+        tokens = torch.zeros(-(-run.tokens // row), row, dtype=torch.int64)
         labels = tokens.clone()
         labels.view(-1)[: labels.numel() - run.label_tokens] = IGNORED_LABEL
         positions = torch.arange(row)[None] % max(run.example_lengths)
         return MicroBatch(
             tokens,
-            positions.expand(num_rows, row),
+            positions.expand(tokens.shape),
             labels,
             is_dummy=False,
             packing=Packing(run.packing),

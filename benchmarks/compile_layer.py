@@ -11,6 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from megablocks_utils.kernels.adamw_step import AdamWStep
+from megablocks_utils.kernels.fused.adamw import run_adamw
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
@@ -171,3 +173,14 @@ def run_layer(dtype: torch.dtype, rank: int, tiles: TileTable, form: Form) -> No
         tokens, ExpertOrder(order, inverse, counts, TOP_K), weights, experts, tiles=tiles
     )
     output.backward(torch.empty_like(output))
+
+
+def run_optimizer(dtype: torch.dtype) -> None:
+    """Update a parameter of the layer's size on meta tensors, its moments in the same dtype."""
+    pieces = [
+        torch.empty(NUM_EXPERTS, HIDDEN, HIDDEN, dtype=dtype, device="meta") for _ in range(4)
+    ]
+    weight, gradient, exp_avg, exp_avg_sq = pieces
+    adamw = AdamWStep(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, step=1)
+    moments = (exp_avg, exp_avg_sq)
+    run_adamw(weight, gradient, *moments, adamw, seed=2**40, is_weight_stochastic=True)

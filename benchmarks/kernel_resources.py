@@ -27,6 +27,7 @@ from benchmarks.compile_layer import (
     TILE_OPTIONS,
     compile_only,
     run_layer,
+    run_optimizer,
 )
 from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.kernels.fused.tiles import (
@@ -48,6 +49,7 @@ CAPABILITIES = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NUM_COLUMNS = 3
+_WITHOUT_PRODUCTS = ("combine", "adamw")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Resources:
     def faults(self) -> list[str]:
         """Say what makes this kernel unfit to be shipped."""
         limit = SHARED_LIMIT_BYTES[name_architecture(CAPABILITIES[self.arch])]
-        wants_tensor_cores = self.kernel != "combine" and self.dtype != "float32"
+        wants_tensor_cores = self.kernel not in _WITHOUT_PRODUCTS and self.dtype != "float32"
         wants_wgmma = wants_tensor_cores and self.arch == "sm_90" and "thin" not in self.features
         checks = {
             f"{self.stack_bytes} bytes of stack: registers spill": self.stack_bytes > 0,
@@ -116,7 +118,7 @@ def compile_variant(
     forms: Sequence[str] = tuple(FORMS),
     kernels: Sequence[str] | None = None,
 ) -> list[Resources]:
-    """Compile the kernels of a layer that trains everything, adapters too where it has any."""
+    """Compile the optimizer's kernel, and those of a layer that trains all, adapters too."""
     major, minor = CAPABILITIES[variant.arch]
     found: list[Resources] = []
     capability = 10 * major + minor
@@ -125,6 +127,8 @@ def compile_variant(
             run_layer(DTYPES[variant.dtype], variant.rank, variant.tiles(), FORMS[form])
             found += [_describe(*entry, variant, form) for entry in compiled]
             compiled.clear()
+        run_optimizer(DTYPES[variant.dtype])
+        found += [_describe(*entry, variant, "optimizer") for entry in compiled]
     return found
 
 

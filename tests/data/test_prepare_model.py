@@ -32,7 +32,12 @@ def read_dense(path):
     from transformers import AutoModelForCausalLM
 
     short = keep_first_layers(read_gguf(str(path)))
-    with mock.patch.object(gguf, "GGUFReader", lambda path: short):
+    # transformers makes this table anew for every module of the model: 4 s.
+    table = functools.cache(gguf.get_tensor_name_map)
+    with (
+        mock.patch.object(gguf, "GGUFReader", lambda path: short),
+        mock.patch.object(gguf, "get_tensor_name_map", table),
+    ):
         dense = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32
         )

@@ -1,6 +1,7 @@
 """An adapter goes from ep 4 to plain PEFT and back to another mesh, and training goes on."""
 
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -58,18 +59,19 @@ def _save_stock(run: StockRun, trace, folder):
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("family", "script"), [("qwen3_moe", "fsdp1"), ("olmoe", "fsdp2")])
-def test_training_goes_on_at_another_ep_size(ranks4, parity_folder, tmp_path, family, script):
-    """Both optimizers start fresh in the second half; nothing else may tell that there are two."""
-    first = ParityCase(Layout(4, 4), family, NUM_STEPS, lora="all", lora_rank=4)
-    dp_mode = "shard" if script == "fsdp2" else "replicate"
-    second = ParityCase(Layout(4, 2, dp_mode), family, NUM_STEPS, lora="all", lora_rank=4)
+def test_training_goes_on_at_another_ep_size(ranks4, parity_folder, tmp_path):
+    """Both optimizers start fresh in the second half; nothing else may tell that there are two.
+
+    From FSDP2 to FSDP1; that FSDP2 goes on from what PEFT has written is tested by parity.
+    """
+    first = ParityCase(Layout(4, 4), "qwen3_moe", NUM_STEPS, lora="all", lora_rank=4)
+    second = replace(first, layout=Layout(4, 2, "replicate"))
     losses = _train(ranks4, parity_folder, first, "fsdp2", output_dir=tmp_path / "ep4")
     losses += _train(
         ranks4,
         parity_folder,
         second,
-        script,
+        "fsdp1",
         output_dir=tmp_path / "ep2",
         resume_adapter=tmp_path / "ep4",
     )

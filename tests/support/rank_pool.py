@@ -40,6 +40,8 @@ PRELOADED = (
     "megablocks_utils.training.recorder",
     "megablocks_utils.training.trainer",
     "matplotlib.figure",
+    "tests.support.parity",  # with every family's classes: else each rank imports them
+    "tests.support.resuming",
     "tests.support.frozen_imports",  # the last one
 )
 CLEAN_ENVIRONMENT = {

@@ -73,7 +73,6 @@ def folder_of(tmp_path_factory):
 @pytest.mark.parametrize(
     ("config", "layout", "changes"),
     [
-        (MIXTRAL, NONE, {"gradient_checkpointing": "none", "sync_each_batch": False}),
         (MIXTRAL, NONE, {"use_lora": "mlp-only", "gradient_checkpointing": "none"}),
         (MIXTRAL, WHOLE, {"accumulation": 1, "precision": "bf16_sr"}),
         (MIXTRAL, WHOLE, {"gradient_checkpointing": "none", "examples": 3, "imbalance": 1.25}),

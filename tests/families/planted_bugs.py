@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from torch import Tensor
 
+from megablocks_utils.attention.causal_blocks import CausalBlocks
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.kernels.gate import Clamp, KnownGate
 from megablocks_utils.moe.dropless_experts import DroplessExperts
@@ -30,14 +32,27 @@ from tests.support.rank_pool import RankPool
 __all__ = ["BUGS", "main", "train_with_bug"]
 
 
+def while_training(*patches: Any) -> Any:
+    """Plant something once the model is built and probed."""
+    own = run.fit
+
+    def fit(*args: Any) -> Iterator[StepMetrics]:
+        with ExitStack() as planted:
+            for patch in patches:
+                planted.enter_context(patch)
+            yield from own(*args)
+
+    return mock.patch.object(run, "fit", fit)
+
+
 def forget_clamp() -> Any:
     """Compute a clamped gate without its clamp."""
     own = KnownGate.__call__
 
     def unclamped(gate: KnownGate, *values: Tensor) -> Tensor:
-        return own(replace(gate, clamp=Clamp.NONE, limit=math.inf), *values)
+        return own(replace(gate, clamp=Clamp.NONE, limit=math.inf, alpha=1.0), *values)
 
-    return mock.patch.object(KnownGate, "__call__", unclamped)
+    return while_training(mock.patch.object(KnownGate, "__call__", unclamped))
 
 
 def shift_biases() -> Any:
@@ -73,16 +88,14 @@ def swap_interleaving() -> Any:
     return mock.patch.object(DroplessExperts, "__init__", build)
 
 
-def drop_masks() -> Any:
-    """Pack rows without the masks that keep their examples apart; only once the probe is over."""
-    own = run.fit
+def join_examples() -> Any:
+    """Let the examples of a packed row see each other."""
+    own = CausalBlocks.__init__
 
-    def fit(*args: Any) -> Iterator[StepMetrics]:
-        masks = "megablocks_utils.training.step.forward.create_masks_for_generate"
-        with mock.patch(masks, lambda *_, **__: None):
-            yield from own(*args)
+    def build(blocks: CausalBlocks, lengths: Sequence[int], *args: Any) -> None:
+        own(blocks, [sum(lengths)], *args)
 
-    return mock.patch.object(run, "fit", fit)
+    return while_training(mock.patch.object(CausalBlocks, "__init__", build))
 
 
 def leave_buffers() -> Any:
@@ -96,7 +109,7 @@ BUGS: Mapping[str, tuple[str, Callable[[], Any]]] = MappingProxyType(
         "bias on the wrong expert": ("gpt_oss", shift_biases),
         "interleaving swapped": ("gpt_oss", swap_interleaving),
         "weights applied twice": ("mixtral", weigh_twice),
-        "packed mask dropped": ("afmoe", drop_masks),
+        "examples of a row see each other": ("afmoe", join_examples),
         "buffer not read and saved": ("deepseek_v3", leave_buffers),
     }
 )

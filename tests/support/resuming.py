@@ -147,8 +147,9 @@ def assemble(ranks: Sequence[Shards], run: Run) -> dict[str, Tensor]:
                 key = block.offsets, tuple(block.tensor.shape)
                 blocks.setdefault(key, []).append(block.tensor)
         wholes[name] = _put_together(name, shards[0].whole_shape, blocks)
-        if not name.endswith(".step"):  # held by every rank that holds any of the parameter
-            wanted = {num_copies(name, run)}
+        if name.endswith(".step"):  # held by every rank that holds any of the parameter
+            continue
+        wanted = {num_copies(name, run)}
         if len(blocks) == 1:  # perhaps whole on every rank: a buffer, what stays in float32
             wanted.add(run.layout.world_size)
         assert {len(held) for held in blocks.values()} <= wanted, name

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.moe.model_facts import text_config
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.rehearsal.memory_ledger import LedgerPeak
@@ -56,6 +57,9 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedMod
     Its config still says how many there were: other parts can have a piece for each of them.
     """
     fewer = copy.deepcopy(model)
+    for own, copied in zip(model.parameters(), fewer.parameters(), strict=True):
+        if is_replicated(own):  # a copy of a parameter has none of its attributes
+            mark_replicated(copied)
     layers, config = find_layers(fewer), text_config(fewer)
     number = len(layers)
     kept = [layers[index] for index in indices]

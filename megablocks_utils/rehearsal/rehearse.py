@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes as FakeTensorMode
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes as FakeTensorMode
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation
@@ -52,6 +51,7 @@ from megablocks_utils.rehearsal.library_patches import (
 )
 from megablocks_utils.rehearsal.memory_ledger import IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
+from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.data.text import IGNORED_LABEL
@@ -156,12 +156,25 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
-            gradient_accumulation_steps=min(run.accumulation, _MICRO_STEPS),
+            gradient_accumulation_steps=_count_micro_steps(run),
             sync_each_batch=run.sync_each_batch,
         ),
         gradient_checkpointing=run.gradient_checkpointing,
         router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
     )
+
+
+def _count_micro_steps(run: PlannedRun) -> int:
+    """Say how many micro-steps are rehearsed: one where another would do the same, else two.
+
+    Where each one reduces its gradients, the next finds them; they can as well be there before.
+    """
+    return 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
+
+
+def _begins_with_gradients(run: PlannedRun) -> bool:
+    is_reduced = run.sync_each_batch and run.entry_point == "fsdp2"
+    return is_reduced and run.accumulation > 1
 
 
 def _build(
@@ -220,7 +233,7 @@ def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
     if run.examples == 1:
         yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.
-    yield FakeTensorMode(allow_non_fake_inputs=True)
+    yield RememberedFakes(allow_non_fake_inputs=True)
 
 
 class _Step:
@@ -245,7 +258,8 @@ class _Step:
         for parameter in self._trainable:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        optimizer.zero_grad()
+        if not _begins_with_gradients(self._run):
+            optimizer.zero_grad()
         states = (value for state in optimizer.state.values() for value in state.values())
         self._ledger.assign(states, "optimizer")
         self._traffic.take()

@@ -6,7 +6,7 @@ shapes, strides, offsets, dtypes and devices.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +20,21 @@ _PLAIN_TYPES = frozenset((*_PLAIN, torch.memory_format))
 
 
 class _Output(NamedTuple):
-    """What an operator returns.
+    """A tensor that an operator returns.
 
     Attributes:
         argument: number of the tensor that it is, or is a view of; None: new memory.
-        is_view: whether it is another tensor than that argument.
+        strided: its shape, strides and offset; None where it is that argument itself.
+        dtype: of its elements.
+        device: where it pretends to be.
+        attributes: what else a fake tensor has.
     """
 
     argument: int | None
-    is_view: bool = True
-    shape: Sequence[int] = ()
-    stride: Sequence[int] = ()
-    offset: int = 0
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    strided: tuple[tuple[int, ...], tuple[int, ...], int] | None
+    dtype: torch.dtype
+    device: torch.device
+    attributes: Mapping[str, object]
 
 
 class _Outputs(NamedTuple):
@@ -47,7 +48,7 @@ class _Outputs(NamedTuple):
     outputs: tuple[_Output | None, ...]
 
 
-class _Unknown(Exception):  # noqa: N818 - never seen by anyone
+class _Unknown(Exception):
     """An argument or an output is not described by what is remembered."""
 
 
@@ -105,31 +106,17 @@ class RememberedFakes(FakeTensorMode):
                 raise _Unknown
 
     def _remember(self, key: Hashable, found: object, tensors: Sequence[FakeTensor]) -> None:
-        kind = list if isinstance(found, list) else tuple if isinstance(found, tuple) else None
         parts = found if isinstance(found, list | tuple) else (found,)
-        arguments = {tensor.untyped_storage()._cdata: n for n, tensor in enumerate(tensors)}
-        own = {id(tensor): n for n, tensor in enumerate(tensors)}
         outputs = []
         for part in parts:
             if part is None:
                 outputs.append(None)
-                continue
-            if type(part) is not FakeTensor or part.constant is not None or part.dtype.is_complex:
+            elif type(part) is FakeTensor and part.constant is None and not part.is_complex():
+                outputs.append(_describe_output(part, tensors))
+            else:
                 return
-            if id(part) in own:
-                outputs.append(_Output(own[id(part)], is_view=False))
-                continue
-            outputs.append(
-                _Output(
-                    arguments.get(part.untyped_storage()._cdata),
-                    True,
-                    tuple(part.shape),
-                    part.stride(),
-                    part.storage_offset(),
-                    part.dtype,
-                    part.fake_device,
-                )
-            )
+        is_single = not isinstance(found, list | tuple)
+        kind = None if is_single else list if isinstance(found, list) else tuple
         self._remembered[key] = _Outputs(kind, tuple(outputs))
 
     def _build(self, known: _Outputs, tensors: Sequence[FakeTensor]) -> object:
@@ -137,14 +124,31 @@ class RememberedFakes(FakeTensorMode):
         return built[0] if known.kind is None else known.kind(built)
 
     def _build_one(self, output: _Output, tensors: Sequence[FakeTensor]) -> Tensor:
-        if output.argument is None:
-            elem = torch.empty_strided(
-                output.shape, output.stride, dtype=output.dtype, device="meta"
-            )
-        elif not output.is_view:
+        if output.strided is None:
+            assert output.argument is not None, "it is one of the arguments"
             return tensors[output.argument]
+        shape, stride, offset = output.strided
+        if output.argument is None:
+            elem = torch.empty_strided(shape, stride, dtype=output.dtype, device="meta")
         else:
-            storage: Any = tensors[output.argument].untyped_storage()
+            storage = tensors[output.argument].untyped_storage()
             elem = torch.empty(0, dtype=output.dtype, device="meta")
-            elem.set_(storage, output.offset, output.shape, output.stride)
-        return FakeTensor(self, elem, output.device)
+            elem.set_(storage, offset, shape, stride)  # type: ignore[call-overload] # untyped
+        fake = Tensor._make_subclass(
+            FakeTensor, elem, False, dispatch_device=True, device_for_backend_keys=output.device
+        )
+        vars(fake).update(output.attributes, fake_mode=self)
+        return fake
+
+
+def _describe_output(part: FakeTensor, tensors: Sequence[FakeTensor]) -> _Output:
+    """Describe a tensor that an operator has just returned for these arguments."""
+    attributes = {name: value for name, value in vars(part).items() if name != "fake_mode"}
+    for number, tensor in enumerate(tensors):
+        if part is tensor:
+            return _Output(number, None, part.dtype, part.fake_device, {})
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    address = part.untyped_storage()._cdata
+    argument = storages.index(address) if address in storages else None
+    strided = tuple(part.shape), part.stride(), part.storage_offset()
+    return _Output(argument, strided, part.dtype, part.fake_device, attributes)

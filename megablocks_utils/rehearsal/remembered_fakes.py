@@ -65,17 +65,22 @@ class RememberedFakes(FakeTensorMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         """Return what an operator would."""
-        kwargs = kwargs or {}
+        if func.namespace != "aten":
+            return super().dispatch(func, types, args, kwargs or {})
+        arguments = (*args, *sorted((kwargs or {}).items()))
         tensors: list[FakeTensor] = []
         try:
-            key = (func, *self._describe((*args, *sorted(kwargs.items())), tensors))
+            key = (func, *self._describe(arguments, tensors))
         except _Unknown:
-            return super().dispatch(func, types, args, kwargs)
-        known = self._remembered.get(key) if func.namespace == "aten" else None
+            return super().dispatch(func, types, args, kwargs or {})
+        known = self._remembered.get(key)
         if known is not None:
             return self._build(known, tensors)
-        found = super().dispatch(func, types, args, kwargs)
-        if func.namespace == "aten":
+        storages = [_address(tensor) for tensor in tensors]
+        found = super().dispatch(func, types, args, kwargs or {})
+        # Not what changes an argument's sizes or its storage, as `set_` does.
+        is_same = storages == [_address(tensor) for tensor in tensors]
+        if is_same and key[1:] == tuple(self._describe(arguments, [])):
             self._remember(key, found, tensors)
         return found
 
@@ -147,8 +152,12 @@ def _describe_output(part: FakeTensor, tensors: Sequence[FakeTensor]) -> _Output
     for number, tensor in enumerate(tensors):
         if part is tensor:
             return _Output(number, None, part.dtype, part.fake_device, {})
-    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
-    address = part.untyped_storage()._cdata
+    storages = [_address(tensor) for tensor in tensors]
+    address = _address(part)
     argument = storages.index(address) if address in storages else None
     strided = tuple(part.shape), part.stride(), part.storage_offset()
     return _Output(argument, strided, part.dtype, part.fake_device, attributes)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -25,6 +25,8 @@ from megablocks_utils.training.step.aux_loss import (
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.step.kept_parameters import find_narrowed
+from megablocks_utils.training.step.learn_logits_map import find_logits_map
+from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
 from megablocks_utils.training.step.packing_probe import OWN, PackingChoice, choose_packing
 from megablocks_utils.training.step.router_balance import RouterBalance, as_buffer
 from megablocks_utils.training.step.routers import (
@@ -51,6 +53,8 @@ class ModelProbe:
         routers: the kinds of routers; none where nothing is asked of them.
         unused: parameters that get no gradient from text, so that they are not trained.
         unused_reason: why these are not known.
+        logits_map: what the model does to its output head's logits; None if that is not known.
+        logits_reason: why not.
     """
 
     packing: PackingChoice
@@ -58,6 +62,8 @@ class ModelProbe:
     routers: tuple[BlockRouter, ...] = ()
     unused: tuple[str, ...] = ()
     unused_reason: str = ""
+    logits_map: LogitsMap | None = None
+    logits_reason: str = ""
 
     @property
     def is_varlen(self) -> bool:
@@ -96,6 +102,8 @@ def _notes(
     """Yield what a user should know of it, one line each."""
     if config.optim.per_device_train_batch_size > 1:
         yield f"micro-batches are {probe.packing.describe()}"
+    if probe.logits_reason:
+        yield f"the loss takes the logits of all labels at once: {probe.logits_reason}"
     if probe.unused:
         yield (
             f"{probe.unused[0]} ({len(probe.unused)} parameters in all) gets no gradient from "
@@ -138,13 +146,20 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         _refuse_no_bias(routers, optim.router_bias_update_rate, model.config.model_type)
     elif optim.freeze_router and not config.adapter.has_lora:
         routers = recognize_routers(_asked_by("freeze_router", False, small))
+    logits_map, logits_reason = find_logits_map(model)
+    found = ModelProbe(
+        packing,
+        aux_loss,
+        tuple(routers),
+        logits_map=logits_map,
+        logits_reason=logits_reason,
+    )
     if config.adapter.has_lora:
-        return ModelProbe(packing, aux_loss, tuple(routers))
+        return found
     try:
-        unused = find_unused(model, small(), has_aux_loss=coef > 0)
+        return replace(found, unused=find_unused(model, small(), has_aux_loss=coef > 0))
     except UserError as error:
-        return ModelProbe(packing, aux_loss, tuple(routers), unused_reason=str(error))
-    return ModelProbe(packing, aux_loss, tuple(routers), unused)
+        return replace(found, unused_reason=str(error))
 
 
 def _asked_by(

@@ -27,6 +27,14 @@ RECORD = """\
 echo "$(basename "$0") HEAD_NODE=$HEAD_NODE NODE_RANK=$NODE_RANK $*" >> "$RECORD"
 """
 
+COMMANDS = {
+    "torchrun": RECORD,
+    "accelerate": RECORD,
+    "scancel": RECORD,
+    "scontrol": f"{RECORD}echo node0; echo node1\n",
+    "srun": f'{RECORD}shift; SLURM_NODEID=1 exec "$@"\n',
+}
+
 
 def write_file(words, capsys):
     """Return the file that is printed for words after `--launcher`."""
@@ -34,12 +42,11 @@ def write_file(words, capsys):
     return capsys.readouterr().out
 
 
-def play(script, folder, **environment):
-    """Start a shell script where all commands of schedulers and launchers only write down."""
-    for name in ("torchrun", "accelerate", "scancel"):
-        _write_command(folder / name, RECORD)
-    _write_command(folder / "scontrol", RECORD + "echo node0; echo node1\n")
-    _write_command(folder / "srun", f'{RECORD}shift; SLURM_NODEID=1 exec "$@"\n')
+def play(script, folder, commands=None, **environment):
+    """Start a shell script where the commands of schedulers and launchers only write down."""
+    for name, text in (COMMANDS | (commands or {})).items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
     path = f"{folder}:{os.environ['PATH']}"
     environment = {"PATH": path, "RECORD": str(folder / "record"), **environment}
     return subprocess.Popen(["bash", "-c", script], env=environment, cwd=folder)

@@ -50,11 +50,12 @@ def write_skypilot_task(job: LaunchJob) -> str:
         raise ConfigurationError(
             "--launcher is skypilot, which rents GPUs by their kind, but --gpu is not given."
         )
+    accelerator = _ACCELERATORS[job.gpu.name]
     job = job.on_shared_volume()
     return _TASK.format(
         name=job.name,
         nodes=job.nodes,
-        accelerator=_ACCELERATORS[job.gpu.name],
+        accelerator=accelerator,
         gpus=job.gpus_per_node,
         mount=job.mount,
         command=job.command("  "),

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["BLOCK_BYTES", "LogitsMap", "linear_cross_entropy", "takes_blocks"]
+from megablocks_utils.planning.memory.loss_blocks import block_length
 
-BLOCK_BYTES = 256 * 2**20
-"""Of a block of logits in fp32: large enough to keep a GPU busy, small beside a layer's weights."""
+__all__ = ["LogitsMap", "linear_cross_entropy", "takes_blocks"]
 
 
 @dataclass(frozen=True)
@@ -191,8 +190,6 @@ def _head_gradients(
 
 
 def _blocks(length: int, width: int) -> Iterator[slice]:
-    """Yield slices of at most so many rows that `BLOCK_BYTES` hold `width` numbers of each."""
-    fitting = max(1, BLOCK_BYTES // (4 * max(1, width)))
-    count = -(-length // fitting)
-    for number in range(count):
-        yield slice(number * length // count, (number + 1) * length // count)
+    """Yield the slices of the blocks that `length` is cut into."""
+    step = block_length(length, width)
+    return (slice(start, start + step) for start in range(0, length, max(1, step)))

@@ -47,7 +47,7 @@ def run_loss(
     Returns:
         The model's outputs, and the sum of the token losses: a scalar in fp32.
     """
-    head = model.get_output_embeddings() if logits_map is not None else None
+    head = _find_head(model)
     if logits_map is None or not takes_blocks(head):
         outputs, logits, targets = run_forward(model, batch, device, router_logits=router_logits)
         return outputs, token_loss_sum(logits, targets)
@@ -147,6 +147,13 @@ def _sequence_indices(position_ids: Tensor, device: torch.device) -> dict[str, A
     }
 
 
+def _find_head(model: nn.Module) -> nn.Module | None:
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
+    assert head is None or isinstance(head, nn.Module), "an output head is a module"
+    return head
+
+
 @contextmanager
 def _keep_positions(
     model: nn.Module, positions: LabelPositions, shape: torch.Size, device: torch.device
@@ -156,8 +163,7 @@ def _keep_positions(
     Not by the argument `logits_to_keep`: some models lack it, and it means the same positions in
     each row.
     """
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = None if find_head is None else find_head()
+    head = _find_head(model)
     if head is None:
         yield
         return

@@ -11,7 +11,7 @@ rounds the head's gradient in every block, or holds it in fp32.
 Legend: P rows, H hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         chosen = torch.empty(len(targets), dtype=sum_dtype, device=hidden.device)
         losses = torch.empty_like(chosen)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_hidden = torch.empty_like(hidden if needs_hidden else hidden[:0])
         for rows in _blocks(len(targets), len(weight)):
             index = targets[rows, None]
             logits = logits_map.apply(F.linear(hidden[rows], weight, bias))
@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slopes = logits_map.slopes(logits) if needs_hidden else None
             logits = logits.log_softmax(-1)
             losses[rows] = -logits.gather(1, index)[:, 0]
-            if grad_hidden is not None:
+            if needs_hidden:
                 grads = logits.exp_().scatter_add_(1, index, -torch.ones_like(logits[:, :1]))
                 if slopes is not None:
                     grads.mul_(slopes)
@@ -125,9 +125,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 del grads
             del logits, slopes
         ctx.logits_map = logits_map
-        if has_backward:
-            head = (hidden, weight, bias, targets, chosen + losses) if any(needs_head) else ()
-            ctx.save_for_backward(grad_hidden, *head)
+        head = (hidden, weight, targets, chosen + losses) if any(needs_head) else ()
+        ctx.save_for_backward(grad_hidden, *head, *([] if bias is None else [bias]))
         return losses.sum(), hidden.new_empty((1, 0, len(weight)))
 
     @staticmethod
@@ -137,36 +136,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 6
-        grad_hidden, *head = ctx.saved_tensors
         factor = grad_loss * ctx.logits_map.scale
-        if ctx.needs_input_grad[0]:
-            grad_hidden = grad_hidden * factor
+        # Not on the context itself: that would outlive the pass.
+        grad_hidden, *head = ctx.saved_tensors
+        scaled = grad_hidden * factor if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         if any(ctx.needs_input_grad[1:3]):
-            grad_weight, grad_bias = _head_gradients(*head, ctx.logits_map, factor)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+            grad_weight, grad_bias = _head_gradients(head, ctx.logits_map, factor)
+        return scaled, grad_weight, grad_bias, None, None, None
 
 
 def _head_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    log_sums: Tensor,
-    logits_map: LogitsMap,
-    factor: Tensor,
+    head: Sequence[Tensor], logits_map: LogitsMap, factor: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the weight and the bias, block by block of the vocabulary.
-
-    Args:
-        hidden: (P, H).
-        weight: (V, H).
-        bias: (V,) or None.
-        targets: (P,) tokens.
-        log_sums: (P,) logarithms of the sums of exponentials.
-        logits_map: what the model does to the logits.
-        factor: scalar, of all gradients.
-    """
+    """Return the gradients of weight and bias, times a factor, by blocks of the vocabulary."""
+    hidden, weight, targets, log_sums, *biases = head
+    bias = biases[0] if biases else None
     grad_weight = torch.empty_like(weight)
     grad_bias = None if bias is None else torch.empty_like(bias)
     for columns in _blocks(len(weight), len(targets)):

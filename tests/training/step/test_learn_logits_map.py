@@ -69,5 +69,10 @@ def test_only_a_linear_layer_that_is_called_once_is_a_known_head(model):
     model.lm_head, plain = Doubled(32, VOCAB, device="meta"), model.lm_head
     assert "Doubled" in find_logits_map(model)[1]
     model.lm_head = plain
-    model.register_forward_hook(lambda *_: plain(torch.zeros(1, 2, 32)) is None)
+    assert find_logits_map(model)[0] == LogitsMap()
+
+    def call_again(*_):
+        plain(torch.zeros(1, 2, 32))
+
+    model.register_forward_hook(call_again)
     assert find_logits_map(model)[0] is None

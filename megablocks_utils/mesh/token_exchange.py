@@ -75,7 +75,7 @@ def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
     received = counts.received
     expert_major = rank_major = None
     if received.shape[1] > 1:
-        expert_major = _expert_major_order(received, sum(counts.receive_sizes))
+        expert_major = expert_major_order(received, sum(counts.receive_sizes))
         rank_major = invert_permutation(expert_major)
     return DispatchPlan(
         send_sizes=counts.send_sizes,
@@ -109,7 +109,7 @@ def invert_permutation(permutation: Tensor) -> Tensor:
     return inverse
 
 
-def _expert_major_order(received: Tensor, num_rows: int) -> Tensor:
+def expert_major_order(received: Tensor, num_rows: int) -> Tensor:
     """List rows that arrived as [sender][expert] in the order [expert][sender].
 
     Each (expert, sender) segment keeps its rows' order; `received (ep_size, L)` are the counts.

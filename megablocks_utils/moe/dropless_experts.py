@@ -18,6 +18,7 @@ from megablocks_utils.kernels.permute import (
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.mesh.token_dispatch import exchange_token_counts, find_ranks_of_tokens
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
@@ -28,6 +29,7 @@ from megablocks_utils.mesh.token_exchange import (
 )
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
+from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
 from megablocks_utils.moe.zero_experts import split_zero_experts
 
 
@@ -111,6 +113,7 @@ class DroplessExperts(nn.Module):
         self.mesh = mesh
         self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
+        self.once_per_rank = True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
@@ -135,6 +138,13 @@ class DroplessExperts(nn.Module):
     ) -> Tensor:
         order = sort_by_expert(top_k_index, self.num_experts)
         experts = self.local_weights(hidden_states.dtype)
+        if self.once_per_rank and axis_size(self.mesh, EP_AXIS) > 1:
+            ep_size = axis_size(self.mesh, EP_AXIS)
+            group = self.mesh.get_group(EP_AXIS)
+            goes = find_ranks_of_tokens(top_k_index, self.num_experts // ep_size, ep_size)
+            counts = exchange_token_counts(order.tokens_per_expert, goes.sum(0), group)
+            routing = RankRouting(top_k_index, top_k_weights, order, goes)
+            return run_once_per_rank(hidden_states, routing, counts, group, self.backend, experts)
         if axis_size(self.mesh, EP_AXIS) == 1 and self.post_expert_norm is None:
             return self.backend(hidden_states, order, top_k_weights, experts)
         rows = self._run_rows(hidden_states, order, experts)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from math import comb
 
+from megablocks_utils.config.backends import AUTO
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["DISPATCH_CHOICES", "ROWS", "TOKENS", "DispatchChoice", "TokenTraffic"]
+__all__ = ["DISPATCH_CHOICES", "ROWS", "ROW_DISPATCH", "TOKENS", "DispatchChoice", "TokenTraffic"]
 
 ROWS, TOKENS = "rows", "tokens"
-DISPATCH_CHOICES = ("auto", ROWS, TOKENS)
+DISPATCH_CHOICES = (AUTO, ROWS, TOKENS)
 
 ROUTING_BYTES, WEIGHT_GRADIENT_BYTES = 8, 4
 """Of a routed row, where tokens travel once a rank: its place and weight, the weight's gradient."""
@@ -68,6 +69,9 @@ class DispatchChoice:
         return self.name == TOKENS
 
 
+ROW_DISPATCH = DispatchChoice(ROWS, "nothing else was chosen")
+
+
 def choose_dispatch(
     wanted: str, traffic: TokenTraffic | None, unsupported_reason: str | None
 ) -> DispatchChoice:
@@ -83,10 +87,10 @@ def choose_dispatch(
     """
     if wanted == TOKENS and unsupported_reason is not None:
         raise ConfigurationError(
-            f"token_dispatch is {TOKENS}, but {unsupported_reason}; it must be auto or {ROWS}.",
+            f"token_dispatch is {TOKENS}, but {unsupported_reason}; it must be {AUTO} or {ROWS}.",
             parameters=("token_dispatch",),
         )
-    if wanted != "auto":
+    if wanted != AUTO:
         return DispatchChoice(wanted, "as asked for")
     if unsupported_reason is not None:
         return DispatchChoice(ROWS, unsupported_reason)

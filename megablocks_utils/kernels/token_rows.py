@@ -32,7 +32,9 @@ def sum_rows(values: Tensor, weights: Tensor | None, rows: TokenRows) -> Tensor:
     return _SumRows.apply(values, weights, rows.token, rows.by_token, rows.starts)
 
 
-def _sum_in_order(values: Tensor, weights: Tensor | None, by_token: Tensor, starts: Tensor) -> Tensor:
+def _sum_in_order(
+    values: Tensor, weights: Tensor | None, by_token: Tensor, starts: Tensor
+) -> Tensor:
     """Sum in one pass without a copy; see `permute._sum_slots` for weights of higher precision."""
     if weights is not None:
         weights = weights.index_select(0, by_token)

@@ -10,7 +10,6 @@ Legend: T tokens of this rank, K experts a token, N = T * K; P ranks of the grou
 them here; S copies of tokens that this rank sends, G tokens that it gets, R rows these become here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megablocks_utils.mesh.recomputation import keep
 from megablocks_utils.mesh.token_exchange import (
-    DispatchPlan,
-    combine_rows,
-    dispatch_rows,
+    ExchangedCounts,
+    SplitSizes,
+    TokenSizes,
     exchange_rows,
     expert_major_order,
 )
@@ -38,53 +38,6 @@ class TokenRows:
     token: Tensor
     by_token: Tensor
     starts: Tensor
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Who sends how much to whom.
-
-    `received (P, L)` counts, on the device, the rows at each expert here of each rank's tokens, and
-    `received_tokens (P,)` these tokens. On the host, by rank of the group: the tokens sent and got,
-    and the rows that they become.
-    """
-
-    received: Tensor
-    received_tokens: Tensor
-    send_tokens: list[int]
-    send_rows: list[int]
-    receive_tokens: list[int]
-    receive_rows: list[int]
-
-
-CountTokens = Callable[[Tensor, Tensor, ProcessGroup], TokenCounts]
-
-
-def exchange_token_counts(
-    tokens_per_expert: Tensor, tokens_per_rank: Tensor, group: ProcessGroup
-) -> TokenCounts:
-    """Tell every rank of the group how many tokens it will get, and how many rows they become.
-
-    **Collective:** one all-to-all of E + P integers on the ep group, then one host read.
-
-    Args:
-        tokens_per_expert: (E,) int64, this rank's rows for every expert of the layer.
-        tokens_per_rank: (P,) int64, this rank's tokens for every rank of the group.
-        group: the ep group.
-    """
-    sent = torch.cat([tokens_per_expert.view(len(tokens_per_rank), -1), tokens_per_rank[:, None]], 1)
-    received = exchange_rows(sent.view(-1), None, None, group).view_as(sent)
-    both = torch.stack([sent, received])
-    sizes = torch.stack([both[..., -1], both[..., :-1].sum(-1)], 1)  # (2, 2, P)
-    (send_tokens, send_rows), (receive_tokens, receive_rows) = sizes.tolist()
-    return TokenCounts(
-        received[:, :-1],
-        received[:, -1],
-        send_tokens,
-        send_rows,
-        receive_tokens,
-        receive_rows,
-    )
 
 
 def find_ranks_of_tokens(top_k_index: Tensor, num_local: int, ep_size: int) -> Tensor:
@@ -126,62 +79,45 @@ def find_places(goes: Tensor, top_k_index: Tensor, num_local: int) -> Tensor:
     return places.gather(1, top_k_index // num_local).view(-1)
 
 
-def list_received_rows(counts: TokenCounts, places: Tensor) -> tuple[TokenRows, Tensor]:
+def list_received_rows(
+    counts: ExchangedCounts, tokens: TokenSizes, places: Tensor
+) -> tuple[TokenRows, Tensor]:
     """List the rows that received tokens become, in expert order.
 
     Args:
-        counts: who sends what.
+        counts: of rows.
+        tokens: of tokens.
         places: (R,) as they came: which of its sender's tokens each row is of.
 
     Returns:
         The rows, and where each was among those that came (R,).
     """
-    first_token = counts.received_tokens.cumsum(0) - counts.received_tokens
     num_rows = len(places)
-    sender = counts.received.sum(dim=1)
-    token = places + first_token.repeat_interleave(sender, output_size=num_rows)
+    first_token = tokens.received.cumsum(0) - tokens.received
+    rows_of_sender = counts.received.sum(dim=1)
+    token = places + first_token.repeat_interleave(rows_of_sender, output_size=num_rows)
     expert_major = expert_major_order(counts.received, num_rows)
     token = token.index_select(0, expert_major)
     in_order, by_token = token.sort(stable=True)
-    tokens = torch.arange(sum(counts.receive_tokens), device=places.device)
-    return TokenRows(token, by_token, torch.searchsorted(in_order, tokens)), expert_major
+    numbers = torch.arange(sum(tokens.receive_sizes), device=places.device)
+    return TokenRows(token, by_token, torch.searchsorted(in_order, numbers)), expert_major
 
 
 def send_routing(
-    weights: Tensor, places: Tensor, counts: TokenCounts, group: ProcessGroup
+    weights: Tensor, places: Tensor, sizes: SplitSizes, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """Send weights (N,) and places (N,) of rows in expert order; returns those received, (R,) each.
 
     **Collective:** one all-to-all on the ep group, and one more in backward for the gradients of
-    the weights, where they need one.
+    the weights, where they need one. A recomputed layer has kept it.
 
     Args:
         weights: routing weights, fp32 or fp64.
         places: from `find_places`.
-        counts: who sends what.
+        sizes: of rows.
         group: the ep group.
     """
-    return _SendRouting.apply(weights, places, counts.receive_rows, counts.send_rows, group)
-
-
-def send_tokens(copies: Tensor, counts: TokenCounts, group: ProcessGroup) -> Tensor:
-    """Send copies of tokens (S, H), by rank; returns those received (G, H), by sender.
-
-    **Collective:** one all-to-all on the ep group, and one more in backward.
-    """
-    return dispatch_rows(copies, _plan(counts), group)
-
-
-def return_sums(sums: Tensor, counts: TokenCounts, group: ProcessGroup) -> Tensor:
-    """Send sums (G, H) of the tokens received back to the senders; returns (S, H).
-
-    **Collective:** one all-to-all on the ep group, and one more in backward.
-    """
-    return combine_rows(sums, _plan(counts), group)
-
-
-def _plan(counts: TokenCounts) -> DispatchPlan:
-    return DispatchPlan(counts.send_tokens, counts.receive_tokens, counts.received_tokens, None, None)
+    return _SendRouting.apply(weights, places, sizes.receive_sizes, sizes.send_sizes, group)
 
 
 class _SendRouting(torch.autograd.Function):
@@ -199,7 +135,7 @@ class _SendRouting(torch.autograd.Function):
         ctx.sizes, ctx.group = (output_sizes, input_sizes), group
         integer = torch.int64 if weights.dtype == torch.float64 else torch.int32
         pairs = torch.stack([weights.view(integer), places.to(integer)], dim=1)
-        pairs = exchange_rows(pairs, output_sizes, input_sizes, group)
+        pairs = keep(lambda: exchange_rows(pairs, output_sizes, input_sizes, group))
         received = pairs[:, 0].contiguous().view(weights.dtype), pairs[:, 1].to(places.dtype)
         ctx.mark_non_differentiable(received[1])
         return received

@@ -32,6 +32,7 @@ def collect_facts(setup: Setup) -> RunFacts:
         expert_dp=str(config.parallel.expert_dp),
         kernel=kernel,
         kernel_reason=reason,
+        dispatch=_describe_dispatch(setup),
         expert_bytes=expert_bytes,
         dense_bytes=count_local_bytes(setup.model.parameters()) - expert_bytes,
         examples_kept=len(examples),
@@ -61,6 +62,12 @@ def describe_kernel(setup: Setup) -> tuple[str, str]:
     if not setup.config.parallel.use_megablocks_sharding:
         return kernel.name, f"{kernel.reason}; experts with adapters are this project's at ep 1"
     return kernel.name, kernel.reason
+
+
+def _describe_dispatch(setup: Setup) -> str | None:
+    if setup.sharded is None or setup.mesh_sizes()["ep"] == 1:
+        return None
+    return setup.sharded.describe_dispatch()
 
 
 def describe_resolved(setup: Setup) -> dict[str, Any]:

@@ -40,6 +40,10 @@ class TokenTraffic:
         elsewhere = self.num_experts - self.num_experts // self.ep_size
         return self.ep_size * (1 - comb(elsewhere, self.top_k) / comb(self.num_experts, self.top_k))
 
+    def count_copies(self, tokens: int) -> int:
+        """Return how many copies of a rank's tokens go to ranks, itself among them."""
+        return round(tokens * self.ranks_per_token)
+
     @property
     def row_bytes(self) -> float:
         """Bytes that leave a rank for a token that travels once an expert, both passes."""

@@ -11,11 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megablocks_utils.config.dispatch_cost import TokenTraffic
 from megablocks_utils.kernels import permute
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
     PendingCounts,
+    TokenSizes,
     exchange_rows,
 )
 from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
@@ -23,25 +25,43 @@ from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
 __all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks"]
 
 
-def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
+def assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCounts:
     """Return an `exchange_counts` of a rank that sends evenly, and receives more than its share.
 
     It makes the same exchange, and does not look at what came of it.
 
     Args:
-        num_rows: rows that a rank routes in a layer.
-        imbalance: received rows over `num_rows`.
+        num_tokens: T.
+        top_k: K.
+        imbalance: received rows over routed ones.
     """
+    num_rows = num_tokens * top_k
 
-    def exchange(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> PendingCounts:
-        exchange_rows(tokens_per_expert, None, None, group)
-        cells = _spread(math.ceil(num_rows * imbalance), len(tokens_per_expert))
-        num_local = len(tokens_per_expert) // ep_size
-        rows = [cells[start : start + num_local] for start in range(0, len(cells), num_local)]
+    def exchange(
+        tokens_per_expert: Tensor,
+        tokens_per_rank: Tensor | None,
+        group: ProcessGroup,
+        ep_size: int,
+    ) -> PendingCounts:
+        device, tokens = tokens_per_expert.device, None
+        sent = tokens_per_expert.view(ep_size, -1)
+        cells = _spread(math.ceil(num_rows * imbalance), sent.numel())
+        rows = [
+            cells[start : start + sent.shape[1]] for start in range(0, len(cells), sent.shape[1])
+        ]
+        if tokens_per_rank is not None:
+            sent = torch.cat([sent, tokens_per_rank.unsqueeze(1)], dim=1)
+            copies = TokenTraffic(len(tokens_per_expert), top_k, ep_size, 0).count_copies(
+                num_tokens
+            )
+            came = _spread(math.ceil(copies * imbalance), ep_size)
+            tokens = TokenSizes(_spread(copies, ep_size), came, torch.tensor(came, device=device))
+        exchange_rows(sent.view(-1), None, None, group)
         counts = ExchangedCounts(
-            torch.tensor(rows, device=tokens_per_expert.device),
             send_sizes=_spread(num_rows, ep_size),
             receive_sizes=[sum(row) for row in rows],
+            received=torch.tensor(rows, device=device),
+            tokens=tokens,
         )
         return PendingCounts(lambda: counts)
 

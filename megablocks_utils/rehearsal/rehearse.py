@@ -152,6 +152,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             ep_size=layout.ep_size if has_ep else None,
             expert_dp=layout.expert_dp,
             kernel=run.kernel,
+            token_dispatch=run.token_dispatch,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
@@ -178,7 +179,7 @@ def _build(
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
-        counts = assume_counts(run.tokens * _top_k(model), run.imbalance)
+        counts = assume_counts(run.tokens, _top_k(model), run.imbalance)
         for module in sharded.expert_modules.values():
             module.exchange_counts = counts
     if config.adapter.has_lora:

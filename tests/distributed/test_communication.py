@@ -107,7 +107,6 @@ def count(ranks4, parity_folder) -> Callable[..., list[StepRecord]]:
 @pytest.mark.parametrize(
     ("layout", "checkpointing", "dispatch"),
     [
-        (LAYOUTS[1], "False", "tokens"),
         (EXPERT_SHARD, "True", "auto"),
         (LAYOUTS[4], "selective", "tokens"),
         (EXPERT_SHARD, "False", "rows"),

@@ -79,6 +79,7 @@ def test_start_summary_at_80_columns():
         "  examples    51,760 kept (12 of them cut), 3 dropped",
         "  steps       1,404, 32 examples each",
         "  mesh        dp 2 x ep 2: every rank holds 1/2 of each of its experts",
+        "  dispatch    tokens: a token sends 86 bytes a layer as tokens, 131 as rows",
         "",
         "         ep 0                  ep 1",
         "  ────────────────────────────────────────────────",

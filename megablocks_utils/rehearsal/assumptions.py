@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megablocks_utils.config.dispatch_cost import TokenTraffic
 from megablocks_utils.kernels import permute
+from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
@@ -20,12 +21,44 @@ from megablocks_utils.mesh.token_exchange import (
     TokenSizes,
     exchange_rows,
 )
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
 
-__all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks"]
+__all__ = ["AssumedValues", "assume_gpu_blocks", "assume_routing"]
 
 
-def assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCounts:
+def assume_routing(module: DroplessExperts, num_tokens: int, top_k: int, imbalance: float) -> None:
+    """Have a layer send evenly, and receive more than its share.
+
+    Args:
+        module: the layer.
+        num_tokens: T.
+        top_k: K.
+        imbalance: received rows over routed ones.
+    """
+    module.exchange_counts = _assume_counts(num_tokens, top_k, imbalance)
+    if not module.dispatch.is_once_per_rank:
+        return
+    ep_size = axis_size(module.mesh, EP_AXIS)
+    copies = TokenTraffic(module.num_experts, top_k, ep_size, 0).count_copies(num_tokens)
+
+    def route(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_states, index, weights = inputs
+        return hidden_states, _route_evenly(index, copies, module.num_experts, ep_size), weights
+
+    module.register_forward_pre_hook(route)
+
+
+def _route_evenly(index: Tensor, copies: int, num_experts: int, ep_size: int) -> Tensor:
+    """Return experts (T, K) that lie on as many ranks as there shall be copies of tokens."""
+    token = torch.arange(len(index), device=index.device).unsqueeze(1)
+    slot = torch.arange(index.shape[1], device=index.device)
+    num_ranks = copies // len(index) + (token < copies % len(index)).long()
+    rank, num_local = (token + torch.minimum(slot, num_ranks - 1)) % ep_size, num_experts // ep_size
+    return rank * num_local + (token + slot) % num_local
+
+
+def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCounts:
     """Return an `exchange_counts` of a rank that sends evenly, and receives more than its share.
 
     It makes the same exchange, and does not look at what came of it.
@@ -88,7 +121,7 @@ class AssumedValues(TorchDispatchMode):
     """Answer, while entered, the questions that fake tensors cannot.
 
     So many positions have labels; the optimizer has made one step. Any other question is an error,
-    as it is without this.
+    as it is without this. Integers that come from other ranks are zeros.
     """
 
     def __init__(self, label_tokens: int) -> None:
@@ -107,4 +140,8 @@ class AssumedValues(TorchDispatchMode):
                 return 1.0
             if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:
                 return shape_grouped_mm(*args[:3])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            # What others would have sent: numbers of places must be numbers of some.
+            return result if result.is_floating_point() else result.zero_()
+        return result

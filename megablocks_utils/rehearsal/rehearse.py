@@ -41,8 +41,8 @@ from megablocks_utils.planning.model.prediction import (
 )
 from megablocks_utils.rehearsal.assumptions import (
     AssumedValues,
-    assume_counts,
     assume_gpu_blocks,
+    assume_routing,
 )
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import (
@@ -179,9 +179,8 @@ def _build(
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
-        counts = assume_counts(run.tokens, _top_k(model), run.imbalance)
         for module in sharded.expert_modules.values():
-            module.exchange_counts = counts
+            assume_routing(module, run.tokens, _top_k(model), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)

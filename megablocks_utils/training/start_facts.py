@@ -65,6 +65,7 @@ def describe_kernel(setup: Setup) -> tuple[str, str]:
 
 
 def _describe_dispatch(setup: Setup) -> str | None:
+    """Say how tokens travel, and why; None where none does."""
     if setup.sharded is None or setup.mesh_sizes()["ep"] == 1:
         return None
     return setup.sharded.describe_dispatch()
@@ -80,6 +81,7 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "compute_dtype": setup.precision.compute,
         "optim_dtype": setup.precision.optim,
         "ep_size": setup.mesh_sizes()["ep"],
+        "token_dispatch": _describe_dispatch(setup),
         "num_steps": setup.schedule.num_steps,
         "examples": len(setup.schedule.examples),
         "packing": setup.probe.packing.as_record(),

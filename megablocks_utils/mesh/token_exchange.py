@@ -153,8 +153,9 @@ def _read_counts(received: Tensor, sizes: Tensor) -> ExchangedCounts:
     send_rows, receive_rows, *tokens = sizes.tolist()
     if not tokens:
         return ExchangedCounts(send_rows, receive_rows, received)
-    sizes_of_tokens = TokenSizes(*tokens, received[:, -1])
-    return ExchangedCounts(send_rows, receive_rows, received[:, :-1], sizes_of_tokens)
+    send_tokens, receive_tokens = tokens
+    of_tokens = TokenSizes(send_tokens, receive_tokens, received[:, -1])
+    return ExchangedCounts(send_rows, receive_rows, received[:, :-1], of_tokens)
 
 
 def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:

@@ -78,6 +78,7 @@ class Scenario:
             packing=self.packing,
             is_varlen=self.is_varlen,
             has_whole_logits=self.has_whole_logits,
+            token_dispatch=config.parallel.token_dispatch,
         )
 
     def own_layout(self) -> ParallelLayout:

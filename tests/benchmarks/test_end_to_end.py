@@ -82,7 +82,7 @@ def merge(ranks):
 def test_systems_see_the_same_tokens_and_compute_the_same_losses(ranks2, tmp_path, use_lora):
     save_workload(TINY, tmp_path)
     case = Case(2, 2, use_lora=use_lora, gradient_checkpointing="True")
-    specs = build_systems(case, TINY, tmp_path, None, max_steps=NUM_STEPS)
+    specs = build_systems(case, TINY, tmp_path, None, max_steps=NUM_STEPS + 1)
     if use_lora == "none":
         specs.append(replace(specs[-1], name="padded", kind=PADDED))
     steps = merge(ranks2.run(train_all, specs))

@@ -63,7 +63,9 @@ def build_model(device: torch.device) -> MixtralForCausalLM:
         num_experts_per_tok=2,
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return MixtralForCausalLM(config).to(device, dtype)
+    model = MixtralForCausalLM(config)
+    nn.Module.to(model, device, dtype)
+    return model
 
 
 def build_batch(num_examples: int, num_tokens: int) -> MicroBatch:
@@ -79,9 +81,10 @@ def attention_step(model: MixtralForCausalLM, batch: MicroBatch, name: str) -> S
     num_tokens, size = batch.input_ids.shape[1], _head_size(config)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     rows = [torch.randn((1, num_tokens, n, size), generator=generator) for n in heads]
-    like = {"device": model.device, "dtype": model.dtype}
-    inputs = [row.to(**like).transpose(1, 2).requires_grad_() for row in rows]
-    embeddings, module = torch.empty(1, num_tokens, 0, **like), _attention_module(model)
+    device, dtype = model.device, model.dtype
+    inputs = [row.to(device, dtype).transpose(1, 2).requires_grad_() for row in rows]
+    embeddings = torch.empty(1, num_tokens, 0, device=device, dtype=dtype)
+    module = _attention_module(model)
     position_ids = None if batch.position_ids is None else batch.position_ids.to(model.device)
 
     def step() -> list[Tensor]:

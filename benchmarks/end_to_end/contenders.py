@@ -99,7 +99,9 @@ class StockStep:
             config.model.model_name_or_path,
             dtype=dtype,
             distributed_config=shard_config(config, schedule.world_size) if is_sharded else None,
-        ).to(device)
+        )
+        if not is_sharded:
+            nn.Module.to(model, device)
         if self._is_lora:
             _attach_adapters(model, config, dtype)
         apply_gradient_checkpointing(model, config.gradient_checkpointing)

@@ -38,12 +38,14 @@ def train_with_trainer(schedule: Schedule, device: torch.device, gate: Gate) -> 
         dtype=getattr(torch, resolve_precision(config, device.type).weights),
         distributed_config=shard_config(config, schedule.world_size),
     )
+    examples = _InOrder(schedule)
     trainer = _GatedTrainer(
         model=model,
         args=_build_arguments(config, device),
-        train_dataset=_InOrder(schedule),
+        train_dataset=examples,
         data_collator=DataCollatorWithFlattening(),
     )
+    trainer.sampler = SequentialSampler(examples)
     trainer.add_callback(_AtGate(gate, trainer, schedule.world_size))
     trainer.train()
 
@@ -68,13 +70,16 @@ class _GatedTrainer(Trainer):
     """A Trainer that keeps the order of its data, and adds up the losses of a step.
 
     Attributes:
+        sampler: gives the order.
         loss_sum: of the micro-batches since it was last taken, scaled as Trainer scales them.
     """
 
-    loss_sum = 0.0
+    sampler: Sampler
+    loss_sum: torch.Tensor | float = 0.0
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        del train_dataset
+        return self.sampler
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, *args, **kwargs)

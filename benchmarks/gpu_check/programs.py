@@ -142,7 +142,8 @@ def run_programs(
         jobs: how many run at once.
         on_poll: called again and again while they run.
     """
-    waiting, running = deque(programs), []
+    waiting = deque(programs)
+    running: list[_Started] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:

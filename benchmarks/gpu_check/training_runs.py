@@ -75,7 +75,7 @@ def list_cases() -> list[RunCase]:
         RunCase(kernel, precision, checkpointing)
         for checkpointing in CHECKPOINTING
         for precision in PRECISIONS
-        for kernel in reversed(BACKENDS)
+        for kernel in reversed(list(BACKENDS))
     ]
     adapters = [
         RunCase(kernel, "mixed", "selective", use_lora="all")

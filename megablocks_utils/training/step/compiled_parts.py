@@ -17,7 +17,7 @@ Facts about torch 2.13 that shape this module:
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import MethodType, MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ from megablocks_utils.attention.implementation import own_implementation
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.moe.expert_spec import find_expert_modules
 
-__all__ = ["INDUCTOR", "PartCode", "check_compiler", "compile_parts", "find_parts"]
+__all__ = ["BACKEND", "PartCode", "check_compiler", "compile_parts", "find_parts"]
 
-INDUCTOR = "inductor"
+BACKEND = "inductor"
 _OPTIONS: Mapping[str, Any] = MappingProxyType({"deterministic": True})
 """Of inductor: no choice by measured times, which may round otherwise in the next process."""
 _TRACED_ATTENTION = ("sdpa", "eager")
@@ -50,7 +50,7 @@ class PartCode:
     Args:
         kind: the class.
         backend: of torch.compile.
-        report: told once, in a sentence, if the class is not compiled.
+        report: told, in a sentence, if the class turns out not to be compiled.
         reason: why the class is not compiled, known before.
 
     Attributes:
@@ -68,7 +68,7 @@ class PartCode:
     ) -> None:
         self.kind, self.reason, self.num_graphs = kind, reason, 0
         self._compile_graph: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
-        self._options = {"config_patches": dict(_OPTIONS)} if backend == INDUCTOR else {}
+        self._options = {"config_patches": dict(_OPTIONS)} if backend == "inductor" else {}
         self._report = report
         self._has_breaks = False
         self._compiled = self._compile()
@@ -82,10 +82,9 @@ class PartCode:
                 self._look_at(error)
         return self.kind.forward(module, *args, **kwargs)
 
-    def stop(self, reason: str) -> None:
-        """Run eager from now on."""
-        self.reason = reason
-        self._report(f"warning: {self.kind.__name__} is not compiled: {reason}")
+    def describe(self) -> str:
+        """Say that the class is not compiled, and why."""
+        return f"warning: {self.kind.__name__} is not compiled: {self.reason}"
 
     def _compile(self) -> Callable[..., Any]:
         return torch.compile(
@@ -109,22 +108,27 @@ class PartCode:
         if self.num_graphs > num_graphs:
             breaks = [text for text in counters["graph_break"] if text not in known]
             if other := [text for text in breaks if _ALONE not in text]:
-                self.stop(_shorten(other[0]))
+                self._stop(_shorten(other[0]))
         return output
 
     def _look_at(self, error: Exception) -> None:
         if not self._has_breaks and _ALONE in str(error):
-            self._has_breaks = True
+            self._has_breaks, self.num_graphs = True, 0
             self._compiled = self._compile()
             return
         cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
-        self.stop(_shorten(str(cause) or type(cause).__name__))
+        self._stop(_shorten(str(cause) or type(cause).__name__))
+
+    def _stop(self, reason: str) -> None:
+        """Run eager from now on."""
+        self.reason = reason
+        self._report(self.describe())
 
 
 def compile_parts(
     model: PreTrainedModel,
     *,
-    backend: str = INDUCTOR,
+    backend: str | None = None,
     eager: Mapping[str, str] = MappingProxyType({}),
     report: Callable[[str], None],
 ) -> list[PartCode]:
@@ -134,24 +138,22 @@ def compile_parts(
 
     Args:
         model: adapters attached, checkpointing applied, its attention chosen.
-        backend: of torch.compile.
+        backend: of torch.compile; None: `BACKEND`.
         eager: classes that cannot be compiled, with reasons.
-        report: told, in a sentence, of each class that is not compiled.
+        report: told, in a sentence, of each further class that turns out not to be compiled.
     """
     _leave_attention_alone(model)
     codes: dict[type[nn.Module], PartCode] = {}
     for part in find_parts(model).values():
         kind = type(part)
         if kind not in codes:
-            codes[kind] = PartCode(kind, backend, report)
-            if kind.__name__ in eager:
-                codes[kind].stop(eager[kind.__name__])
+            codes[kind] = PartCode(kind, backend or BACKEND, report, eager.get(kind.__name__, ""))
         part.forward = MethodType(codes[kind], part)
     return list(codes.values())
 
 
 def find_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return what of the decoder layers can be compiled, by name, from modules around no experts."""
+    """Return the modules of decoder layers that can be compiled: those with no experts inside."""
     experts = {id(module) for module in find_expert_modules(model).values()}
     kinds = set(model._no_split_modules or ())
     parts: dict[str, nn.Module] = {}
@@ -167,7 +169,7 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ConfigurationError: torch cannot compile here.
     """
-    function = torch.compile(lambda x: x.sin() + 1, backend=INDUCTOR)
+    function = torch.compile(lambda x: x.sin() + 1, backend=BACKEND)
     try:
         function(torch.zeros(8, device=device))
     except _ERRORS as error:

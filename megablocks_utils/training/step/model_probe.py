@@ -1,9 +1,8 @@
 """What a run must know of its model's forward pass, found out on a small model before it starts."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from types import MappingProxyType
 
 import torch
 from rich.console import Console
@@ -26,6 +25,7 @@ from megablocks_utils.training.step.aux_loss import (
     resolve_aux_loss_coef,
 )
 from megablocks_utils.training.step.compile_probe import find_eager_parts
+from megablocks_utils.training.step.compiled_parts import check_compiler
 from megablocks_utils.training.step.kept_parameters import find_narrowed
 from megablocks_utils.training.step.packing_probe import OWN, PackingChoice, choose_packing
 from megablocks_utils.training.step.router_balance import RouterBalance, as_buffer
@@ -61,7 +61,7 @@ class ModelProbe:
     routers: tuple[BlockRouter, ...] = ()
     unused: tuple[str, ...] = ()
     unused_reason: str = ""
-    eager_parts: Mapping[str, str] = MappingProxyType({})
+    eager_parts: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_varlen(self) -> bool:
@@ -76,11 +76,13 @@ def probe_model(
 
     The model's attention is set, too. Call it before experts are split and FSDP wraps the model.
 
-    **Collective:** one broadcast over the world.
+    **Collective:** up to three exchanges of small objects over the world.
 
     Raises:
         ConfigurationError: on every rank, for an option that this model cannot serve.
     """
+    if config.compile:
+        raise_on_all_ranks(lambda: check_compiler(device))
     given = config.model.attn_implementation
     if given not in _CHOSEN_HERE:
         raise_on_all_ranks(lambda: set_named_implementation(model, given))
@@ -152,7 +154,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         attention=packing.attention,
         has_router_logits=coef > 0,
     )
-    return replace(probe, eager_parts=eager_parts)
+    return replace(probe, eager_parts=tuple(eager_parts.items()))
 
 
 def _with_unused(

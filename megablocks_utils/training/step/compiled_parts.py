@@ -13,7 +13,7 @@ Facts about torch 2.13 that shape this module:
 - Compiled code is cached by function, not by module, so that all layers share it.
 - All sizes are dynamic at once: otherwise what is computed would depend on which sizes came first,
   and a resumed run would differ from one that was not interrupted.
-- Selective checkpointing does not look into compiled code. What it keeps is of the experts.
+- What a checkpointed layer keeps by name (`mesh.recomputation`) is of the experts alone.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -116,8 +118,7 @@ class PartCode:
             self._has_breaks, self.num_graphs = True, 0
             self._compiled = self._compile()
             return
-        cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
-        self._stop(_shorten(str(cause) or type(cause).__name__))
+        self._stop(_describe(error))
 
     def _stop(self, reason: str) -> None:
         """Run eager from now on."""
@@ -169,13 +170,15 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ConfigurationError: torch cannot compile here.
     """
-    function = torch.compile(lambda x: x.sin() + 1, backend=BACKEND)
+    function = torch.compile(lambda x: x.sin() + 1, backend="inductor")
     try:
+        if device.type == "cpu":
+            get_cpp_compiler()  # what an earlier run has left needs none
         function(torch.zeros(8, device=device))
-    except _ERRORS as error:
+    except (*_ERRORS, InvalidCxxCompiler) as error:
         raise ConfigurationError(
-            f"compile is True, but it must be False on this machine, or torch be able to compile: "
-            f"{_shorten(str(error))}.",
+            "compile is True, but torch cannot compile on this machine, so that it must be False: "
+            f"{_describe(error)}.",
             parameters=("compile",),
         ) from error
 
@@ -202,6 +205,11 @@ def _leave_attention_alone(model: PreTrainedModel) -> None:
     function = ALL_ATTENTION_FUNCTIONS[name]
     if not getattr(function, "_torchdynamo_disable", False):
         AttentionInterface.register(name, torch.compiler.disable(function, reason=_ALONE))
+
+
+def _describe(error: Exception) -> str:
+    cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+    return _shorten(str(cause)) or type(cause).__name__
 
 
 def _shorten(text: str) -> str:

@@ -28,7 +28,7 @@ def _no_code_is_left():
 
 def test_gpt_oss_has_the_same_gradients_and_one_code_for_all_layers_and_lengths():
     """Windows in every other layer, sinks, biases; examples one by one, without a mask."""
-    stock = build_tiny_model("gpt_oss", num_hidden_layers=4, sliding_window=8).double().train()
+    stock = build_tiny_model("gpt_oss", num_hidden_layers=2, sliding_window=8).double().train()
     set_implementation(stock, VARLEN)
     stock.set_experts_implementation("eager")  # torch's grouped matmul takes no fp64
     model = copy.deepcopy(stock)
@@ -36,14 +36,14 @@ def test_gpt_oss_has_the_same_gradients_and_one_code_for_all_layers_and_lengths(
     refused: list[str] = []
     codes = compile_parts(model, backend="aot_eager", report=refused.append)
     assert names == set(model.state_dict())
-    for length in (37, 24, 53):
+    for length in (37, 24):
         wanted, seen = _gradients(stock, length), _gradients(model, length)
         assert wanted.keys() == seen.keys()
         assert max(relative_error(seen[name], wanted[name]) for name in wanted) < BOUND
     assert refused == []
     # Attention is computed between two graphs; one of the three is for layers with a window.
     counts = {code.kind.__name__: code.num_graphs for code in codes}
-    assert counts == {"GptOssAttention": 2, "GptOssTopKRouter": 1, "GptOssRMSNorm": 1}
+    assert counts == {"GptOssAttention": 3, "GptOssTopKRouter": 1, "GptOssRMSNorm": 1}
     assert all("attention is computed as without" in text for text in counters["graph_break"])
 
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_compiled_is_named_and_runs_eager():
     wanted = model(input_ids=torch.arange(5)[None]).logits
     eager = find_eager_parts(model, attention="sdpa", has_router_logits=True)
     assert eager.keys() == {"_Branches", "_Loops"}
-    assert "item" in eager["_Branches"]
+    assert "data-dependent" in eager["_Branches"]
     assert eager["_Loops"] == "it would be compiled for each number of tokens"
     assert "forward" not in vars(layer.self_attn)
     # A run that was not told finds out when it calls them.

@@ -40,8 +40,8 @@ from megablocks_utils.planning.model.prediction import (
 )
 from megablocks_utils.rehearsal.assumptions import (
     AssumedValues,
-    assume_counts,
     assume_gpu_blocks,
+    assume_routing,
 )
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import (
@@ -152,6 +152,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             ep_size=layout.ep_size if has_ep else None,
             expert_dp=layout.expert_dp,
             kernel=run.kernel,
+            token_dispatch=run.token_dispatch,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
@@ -191,9 +192,8 @@ def _build(
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
-        counts = assume_counts(run.tokens * _top_k(model), run.imbalance)
         for module in sharded.expert_modules.values():
-            module.exchange_counts = counts
+            assume_routing(module, run.tokens, _top_k(model), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
@@ -267,7 +267,10 @@ class _Step:
     def take(self, micro_steps: int) -> None:
         """Run the micro-steps, and end the step."""
         rehearsed, ledger = self._rehearsed, self._ledger
-        weights = LossWeights(self._run.label_tokens, micro_steps, self._aux_loss_coef())
+        aux_loss_coef = 0.01 if self._run.has_aux_loss else 0.0
+        weights = LossWeights(
+            self._run.label_tokens, micro_steps, aux_loss_coef, logits_map=rehearsed.logits_map
+        )
         self.sent_by_micro_step = []
         for number in range(micro_steps):
             ledger.moment = "forward"
@@ -309,6 +312,3 @@ class _Step:
             attention_mask=torch.ones_like(tokens) if run.is_padded else None,
             lengths=run.example_lengths,
         )
-
-    def _aux_loss_coef(self) -> float:
-        return 0.01 if self._run.has_aux_loss else 0.0

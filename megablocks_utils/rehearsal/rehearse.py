@@ -145,6 +145,7 @@ def rehearse(
 def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
     """Return the options that make the training code do what is planned."""
     has_ep = layout.ep_size > 1 or layout.is_dmoe
+    steps = 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
     return RunConfig(
         entry_point=run.entry_point,
         parallel=ParallelConfig(
@@ -157,7 +158,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
-            gradient_accumulation_steps=_count_micro_steps(run),
+            gradient_accumulation_steps=steps,
             sync_each_batch=run.sync_each_batch,
         ),
         gradient_checkpointing=run.gradient_checkpointing,
@@ -165,17 +166,9 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
     )
 
 
-def _count_micro_steps(run: PlannedRun) -> int:
-    """Say how many micro-steps are rehearsed: one where another would do the same, else two.
-
-    Where each one reduces its gradients, the next finds them; they can as well be there before.
-    """
-    return 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
-
-
 def _begins_with_gradients(run: PlannedRun) -> bool:
-    is_reduced = run.sync_each_batch and run.entry_point == "fsdp2"
-    return is_reduced and run.accumulation > 1
+    """Say whether one micro-step, begun with gradients, does what every later one does."""
+    return run.sync_each_batch and run.entry_point == "fsdp2" and run.accumulation > 1
 
 
 def _build(
@@ -193,7 +186,7 @@ def _build(
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
         for module in sharded.expert_modules.values():
-            assume_routing(module, run.tokens, _top_k(model), run.imbalance)
+            assume_routing(module, run.tokens, (find_top_k(model) or 1), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
@@ -201,11 +194,6 @@ def _build(
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
     return kind(RehearsalInputs(model, sharded, config, run, device)), layers
-
-
-def _top_k(model: PreTrainedModel) -> int:
-    """Return how many experts a token has; 1 where nothing says it."""
-    return find_top_k(model) or 1
 
 
 def _move_to_meta(model: nn.Module) -> None:

@@ -70,7 +70,7 @@ class RememberedFakes(FakeTensorMode):
         arguments = (*args, *sorted((kwargs or {}).items()))
         tensors: list[FakeTensor] = []
         try:
-            key = (func, *self._describe(arguments, tensors))
+            key: tuple[Hashable, ...] = (func, *self._describe(arguments, tensors))
         except _Unknown:
             return super().dispatch(func, types, args, kwargs or {})
         known = self._remembered.get(key)
@@ -90,7 +90,7 @@ class RememberedFakes(FakeTensorMode):
         """Yield all that decides an output of these arguments, and collect the tensors."""
         for argument in arguments:
             kind = type(argument)
-            yield kind  # 1 is 1.0 is True
+            yield kind.__name__  # 1 is 1.0 is True
             if isinstance(argument, FakeTensor):
                 if kind is not FakeTensor or argument.constant is not None:
                     raise _Unknown
@@ -112,7 +112,7 @@ class RememberedFakes(FakeTensorMode):
 
     def _remember(self, key: Hashable, found: object, tensors: Sequence[FakeTensor]) -> None:
         parts = found if isinstance(found, list | tuple) else (found,)
-        outputs = []
+        outputs: list[_Output | None] = []
         for part in parts:
             if part is None:
                 outputs.append(None)
@@ -138,7 +138,7 @@ class RememberedFakes(FakeTensorMode):
         else:
             storage = tensors[output.argument].untyped_storage()
             elem = torch.empty(0, dtype=output.dtype, device="meta")
-            elem.set_(storage, offset, shape, stride)  # type: ignore[call-overload] # untyped
+            elem.set_(storage, offset, shape, stride)
         fake = Tensor._make_subclass(
             FakeTensor, elem, False, dispatch_device=True, device_for_backend_keys=output.device
         )
@@ -155,7 +155,7 @@ def _describe_output(part: FakeTensor, tensors: Sequence[FakeTensor]) -> _Output
     storages = [_address(tensor) for tensor in tensors]
     address = _address(part)
     argument = storages.index(address) if address in storages else None
-    strided = tuple(part.shape), part.stride(), part.storage_offset()
+    strided = tuple(part.shape), part.stride(), int(part.storage_offset())
     return _Output(argument, strided, part.dtype, part.fake_device, attributes)
 
 

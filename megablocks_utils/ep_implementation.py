@@ -16,10 +16,10 @@ from megablocks_utils.config.backends import AUTO
 from megablocks_utils.ep_workarounds import mend_transformers
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
 from megablocks_utils.kernels.permute import (
     count_by_expert,
     sort_counted_rows,
-    unpermute_and_combine,
 )
 from megablocks_utils.kernels.selection.backend_selection import select_and_load_backend
 from megablocks_utils.mesh.recomputation import keep
@@ -108,7 +108,7 @@ class DroplessEP(EPImplementation):
             rows = run_where_experts_are(tokens, order, counts, group, backend, experts)
             if spec.has_post_norm:
                 rows = self.experts.get_submodule("post_expert_norm")(rows)
-            return unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)
+            return fused_unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)
 
     def _read_spec(self) -> ExpertSpec:
         """Return what this rank's experts are; at the first call, when they are all there."""

@@ -9,12 +9,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
 from megablocks_utils.kernels.permute import (
     ExpertOrder,
     count_by_expert,
     permute_tokens,
     sort_counted_rows,
-    unpermute_and_combine,
 )
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
@@ -145,7 +145,7 @@ class DroplessExperts(nn.Module):
         rows = self._run_rows(hidden_states, order, counts, experts)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
-        return unpermute_and_combine(rows, top_k_weights, order)
+        return fused_unpermute_and_combine(rows, top_k_weights, order)
 
     def _exchange_counts(self, tokens_per_expert: Tensor) -> PendingCounts | None:
         """Begin the exchange of counts; None where all experts are here.

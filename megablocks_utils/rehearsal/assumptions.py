@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megablocks_utils.kernels import permute
+from megablocks_utils.kernels.fused import unpermute
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
@@ -20,7 +20,7 @@ from megablocks_utils.mesh.token_exchange import (
 )
 from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
 
-__all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks"]
+__all__ = ["AssumedValues", "assume_counts", "assume_gpu_combine"]
 
 
 def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
@@ -54,14 +54,37 @@ def _spread(total: int, parts: int) -> list[int]:
 
 
 @contextmanager
-def assume_gpu_blocks() -> Iterator[None]:
-    """Cut dot products into blocks as on a GPU, while entered, though tensors are on a CPU."""
-    original = permute._BLOCK_ELEMENTS_CPU
-    permute._BLOCK_ELEMENTS_CPU = permute._BLOCK_ELEMENTS
+def assume_gpu_combine() -> Iterator[None]:
+    """Sum rows in the memory that a GPU's kernels take, while entered, though tensors are on a CPU.
+
+    No kernel is launched: what it would fill is made, and left as it is.
+    """
+    original = unpermute._find_kernels
+    kernels = unpermute.CombineKernels(_shape_sums, _shape_gradients)
+    unpermute._find_kernels = lambda _rows: kernels
     try:
         yield
     finally:
-        permute._BLOCK_ELEMENTS_CPU = original
+        unpermute._find_kernels = original
+
+
+def _shape_sums(rows: Tensor, weights: Tensor, _top_k: int, _inverse: Tensor) -> Tensor:
+    return rows.new_empty(weights.shape[0], rows.shape[1])
+
+
+def _shape_gradients(
+    _grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    _inverse: Tensor,
+    *,
+    wants_rows: bool,
+    wants_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        torch.empty_like(rows) if wants_rows else None,
+        torch.empty_like(weights) if wants_weights else None,
+    )
 
 
 class AssumedValues(TorchDispatchMode):

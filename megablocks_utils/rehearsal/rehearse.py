@@ -42,7 +42,7 @@ from megablocks_utils.planning.model.prediction import (
 from megablocks_utils.rehearsal.assumptions import (
     AssumedValues,
     assume_counts,
-    assume_gpu_blocks,
+    assume_gpu_combine,
 )
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import (
@@ -215,7 +215,7 @@ def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
     if run.kernel == "triton":
         yield no_launches()
     if run.device_type == "cuda":
-        yield assume_gpu_blocks()
+        yield assume_gpu_combine()
         yield attention_of_a_gpu()
     if run.examples == 1:
         yield one_example_a_row()

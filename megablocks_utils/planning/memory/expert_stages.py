@@ -211,9 +211,15 @@ def _inner(sizes: Sizes) -> int:
 
 
 def _dot_blocks(sizes: Sizes) -> int:
-    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32."""
+    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32.
+
+    On a GPU one kernel makes the routing weights' gradients, without any; `eager` has its own way.
+    """
+    run = sizes.run
+    if run.device_type == "cuda" and (run.kernel != "eager" or sizes.layout.ep_size > 1):
+        return 0
     elements = sizes.num_routed * sizes.shape.hidden_size
-    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[sizes.run.device_type]) * FP32
+    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[run.device_type]) * FP32
 
 
 def _gradients(sizes: Sizes, num_in: int, num_out: int) -> int:

@@ -16,6 +16,7 @@ from benchmarks.kernel_resources import Resources
 from megablocks_utils.kernels.fused.tiles import KINDS, list_candidates, shared_bytes
 
 KERNELS = {"gate_up", "row_gemm", "gate_backward", "weight_grad", "combine", "adamw"}
+KERNELS.add("combine_backward")
 ARCH, COLUMN = "sm_90", 1
 FORMS = ("swiglu", "as gpt-oss", "relu squared, no gate")
 

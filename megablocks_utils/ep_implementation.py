@@ -99,7 +99,7 @@ class DroplessEP(EPImplementation):
             experts = spec.build_weights(tensors).map_tensors(lambda tensor: tensor.to(dtype))
             group, ep_size = self.ep_mesh.get_group(), self.ep_mesh.size()
             # Kept as by `DroplessExperts`, under this project's checkpointing.
-            top_k_index = keep(lambda: top_k_index)
+            top_k_index = keep(top_k_index.contiguous)
             tokens_per_expert = count_by_expert(top_k_index, spec.num_experts * ep_size)
             counts = keep(lambda: exchange_counts(tokens_per_expert, group, ep_size))
             order = sort_counted_rows(top_k_index, tokens_per_expert)

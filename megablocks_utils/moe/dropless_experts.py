@@ -126,7 +126,7 @@ class DroplessExperts(nn.Module):
         backward, none where it has one rank; every rank of the axis must call, also with no token.
         """
         # What is recomputed in backward must be routed as the rows were that other ranks hold.
-        top_k_index = keep(lambda: top_k_index)
+        top_k_index = keep(top_k_index.contiguous)
         if self.spec.num_zero_experts == 0:
             return self._apply_experts(hidden_states, top_k_index, top_k_weights)
         routed = split_zero_experts(top_k_index, top_k_weights, self.num_experts)

@@ -59,9 +59,12 @@ def assume_gpu_combine() -> Iterator[None]:
 
     No kernel is launched: what it would fill is made, and left as it is.
     """
+
+    def find_kernels(rows: Tensor) -> unpermute.CombineKernels | None:
+        return unpermute.CombineKernels(_shape_sums, _shape_gradients)
+
     original = unpermute._find_kernels
-    kernels = unpermute.CombineKernels(_shape_sums, _shape_gradients)
-    unpermute._find_kernels = lambda _rows: kernels
+    unpermute._find_kernels = find_kernels
     try:
         yield
     finally:

@@ -156,6 +156,7 @@ def multiply(
     cols = first_col + tl.arange(0, BLOCK_N)
     is_col = cols < num_cols
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    tl.assume(num_k > 0)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
@@ -177,18 +178,48 @@ def add_low_rank(
     cols,
     is_col,
     BLOCK_R: tl.constexpr,
+    RANK_FITS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Add LoRA rows (N, r), which are scaled, @ factor (r, columns) of an expert to acc."""
-    lora_rows_ptr, factor_ptr, rank, strides = adapter
-    # One step for ranks up to 64: `block_rank` makes them one block.
-    for first in range(0, rank, BLOCK_R):
-        ranks = first + tl.arange(0, BLOCK_R)
-        lora_rows = load_rows(lora_rows_ptr, rows.to(tl.int64), exists, ranks, rank, rank, False)
-        factor = load_weights(factor_ptr, strides, expert, ranks, cols, is_col, rank, False)
-        acc = dot(lora_rows, factor, acc, PRECISION, INTERPRET)
+    """Add LoRA rows (N, r), which are scaled, @ factor (r, columns) of an expert to acc.
+
+    RANK_FITS promises a rank of BLOCK_R at most, so that there is no loop.
+    """
+    if RANK_FITS:
+        acc = add_ranks(
+            *(acc, adapter, 0, expert, rows, exists, cols, is_col, BLOCK_R, PRECISION, INTERPRET)
+        )
+    else:
+        # One step for ranks up to 64: `block_rank` makes them one block.
+        for first in range(0, adapter[2], BLOCK_R):
+            acc = add_ranks(
+                *(acc, adapter, first, expert, rows, exists, cols, is_col, BLOCK_R),
+                *(PRECISION, INTERPRET),
+            )
     return acc
+
+
+@triton.jit
+def add_ranks(
+    acc,
+    adapter,
+    first,
+    expert,
+    rows,
+    exists,
+    cols,
+    is_col,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add the product of BLOCK_R ranks of an adapter to acc."""
+    lora_rows_ptr, factor_ptr, rank, strides = adapter
+    ranks = first + tl.arange(0, BLOCK_R)
+    lora_rows = load_rows(lora_rows_ptr, rows.to(tl.int64), exists, ranks, rank, rank, False)
+    factor = load_weights(factor_ptr, strides, expert, ranks, cols, is_col, rank, False)
+    return dot(lora_rows, factor, acc, PRECISION, INTERPRET)
 
 
 @triton.jit

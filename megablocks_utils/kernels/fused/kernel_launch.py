@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megablocks_utils.kernels.device import is_interpreted
+from megablocks_utils.kernels.fused.layer_tiles import count_processors
 from megablocks_utils.kernels.fused.tiles import Tile
 from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 
@@ -160,6 +161,19 @@ class KernelLaunch:
     def grid(self, num_cols: int) -> tuple[int, int]:
         """Return the numbers of row tiles and of column tiles."""
         return self.routing.num_tiles(self.tile.block_m), triton.cdiv(num_cols, self.tile.block_n)
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether few programs walk all tiles; an adapter must be one step of its ranks then."""
+        fits = self.lora is None or self.lora.factor.num_rows <= _MAX_BLOCK_RANK
+        return self.tile.programs_per_processor > 0 and fits
+
+    def count_programs(self, tiles_m: int, tiles_n: int) -> int:
+        """Return how many programs share the tiles: one for each, or those that walk."""
+        if not self.is_persistent:
+            return tiles_m * tiles_n
+        walking = self.tile.programs_per_processor * count_processors(self.weights.tensor.device)
+        return min(walking, tiles_m * tiles_n)
 
     def weights_argument(self) -> Tensor | TensorDescriptor:
         """Return what the kernel loads weights by: a descriptor of boxes, or the tensor."""

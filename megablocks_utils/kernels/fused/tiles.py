@@ -42,6 +42,8 @@ class Tile:
         num_warps: groups of 32 threads.
         num_stages: pieces of the operands that lie in shared memory at once.
         uses_tma: whether weights are loaded by tensor descriptors, where their sizes allow it.
+        programs_per_processor: how many on each processor walk all tiles in turn, as `tile_walk`
+            says; 0 is one program a tile.
     """
 
     block_m: int
@@ -50,6 +52,7 @@ class Tile:
     num_warps: int
     num_stages: int
     uses_tma: bool = False
+    programs_per_processor: int = 0
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,13 @@ def read_order(order_ptr, rows, exists, HAS_ORDER: tl.constexpr):
 
 @triton.jit
 def load_rows(x_ptr, source, exists, k, num_k, stride_m, EVEN_K: tl.constexpr):
-    """Load columns `k` of rows `source` (int64) of a matrix whose columns lie side by side."""
+    """Load columns `k` of rows `source` of a matrix whose columns lie side by side."""
     mask = exists[:, None]
     # Where K is a multiple of BLOCK_K the mask is one of rows alone, and loads are wide.
     if not EVEN_K:
         mask = mask & (k < num_k)[None, :]
-    return tl.load(x_ptr + source[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
+    starts = source.to(tl.int64)[:, None] * stride_m
+    return tl.load(x_ptr + starts + k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

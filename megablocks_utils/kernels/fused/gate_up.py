@@ -205,7 +205,7 @@ def gate_up_kernel(
             expert, rows, exists, tile_n = find_tile(
                 *(listed, tile, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
-            source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
+            source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
             gate, up = multiply_both(
                 *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
                 *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),

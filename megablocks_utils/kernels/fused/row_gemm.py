@@ -18,7 +18,7 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.gate_code import activate, apply_gate, split_pairs
+from megablocks_utils.kernels.fused.gate_code import activate, apply_gate, halve, split_pairs
 from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
@@ -177,9 +177,9 @@ def row_gemm_kernel(
             expert, rows, exists, tile_n = find_tile(
                 *(listed, tile, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
-            source = rows.to(tl.int64)
+            source = rows
             if GATHER:
-                source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
+                source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
             acc = multiply(
                 *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
                 *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
@@ -189,12 +189,20 @@ def row_gemm_kernel(
                 *(listed, finished, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
             finished += tl.num_programs(0)
-            finish_rows(
-                *(acc, expert, rows, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),
-                *(order_ptr, bias_ptr, adapter, num_cols, scale, BLOCK_N, BLOCK_R, HAS_ORDER),
-                *(SCATTER, GATED, ACTIVATION, CLAMP, ALPHA, LIMIT, KEEP_GATE_UP_OUT, HAS_BIAS),
-                *(HAS_LORA, True, PRECISION, INTERPRET),
-            )
+            # A wide tile's halves in turn: its loads of the next tile leave few registers.
+            if BLOCK_N > 128:
+                left, right = halve(acc, BLOCK_M, BLOCK_N)
+                parts = halve(left, BLOCK_M, BLOCK_N // 2) + halve(right, BLOCK_M, BLOCK_N // 2)
+            else:
+                parts = (acc,)
+            size: tl.constexpr = BLOCK_N // (4 if BLOCK_N > 128 else 1)
+            for i in tl.static_range(BLOCK_N // size):
+                finish_rows(
+                    *(parts[i], expert, rows, exists, tile_n * BLOCK_N + i * size, out_ptr),
+                    *(gate_up_out_ptr, order_ptr, bias_ptr, adapter, num_cols, scale, size),
+                    *(BLOCK_R, HAS_ORDER, SCATTER, GATED, ACTIVATION, CLAMP, ALPHA, LIMIT),
+                    *(KEEP_GATE_UP_OUT, HAS_BIAS, HAS_LORA, True, PRECISION, INTERPRET),
+                )
     else:
         tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
         expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)

@@ -197,11 +197,8 @@ def gate_up_kernel(
     """
     if PERSISTENT:
         listed = list_experts(offsets_ptr, num_experts, num_tiles_n, EXPERTS_POW2, BLOCK_M)
-        finished = tl.program_id(0)
-        # Not kept from the loads, which run ahead by some steps: found again when it is stored.
-        for tile in tl.range(
-            tl.program_id(0), tl.max(listed[2], 0), tl.num_programs(0), flatten=True
-        ):
+        finished, step = tl.program_id(0), tl.num_programs(0)
+        for tile in tl.range(finished, tl.max(listed[2], 0), step, flatten=True):
             expert, rows, exists, tile_n = find_tile(
                 *(listed, tile, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
@@ -211,10 +208,11 @@ def gate_up_kernel(
                 *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
                 *(PRECISION, INTERPRET),
             )
+            # Found again: by now the loads may have gone on to the next tile.
             expert, rows, exists, tile_n = find_tile(
                 *(listed, finished, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
-            finished += tl.num_programs(0)
+            finished += step
             finish_gate_up(
                 *(gate, up, expert, rows, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),
                 *(bias_ptr, adapter, num_cols, BLOCK_N, BLOCK_R, ACTIVATION, CLAMP, ALPHA, LIMIT),

@@ -17,7 +17,8 @@ from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 GROUP_M = 8
 """Row tiles that share a column tile's weights while these are in L2."""
 
-_MAX_BLOCK_RANK = 64
+MAX_BLOCK_RANK = 64
+"""Ranks of an adapter that a program multiplies at a time."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class KernelLaunch:
     @property
     def is_persistent(self) -> bool:
         """Whether few programs walk all tiles; an adapter must be one step of its ranks then."""
-        fits = self.lora is None or self.lora.factor.num_rows <= _MAX_BLOCK_RANK
+        fits = self.lora is None or self.lora.factor.num_rows <= MAX_BLOCK_RANK
         return self.tile.programs_per_processor > 0 and fits
 
     def count_programs(self, tiles_m: int, tiles_n: int) -> int:
@@ -212,7 +213,7 @@ class KernelLaunch:
 
 def block_rank(rank: int) -> int:
     """Return how many ranks of an adapter a program multiplies at a time (16 at least, for dot)."""
-    return min(max(16, triton.next_power_of_2(rank)), _MAX_BLOCK_RANK)
+    return min(max(16, triton.next_power_of_2(rank)), MAX_BLOCK_RANK)
 
 
 def compile_options(tile: Tile) -> dict[str, Any]:

@@ -29,6 +29,9 @@ from megablocks_utils.kernels.fused.kernel_launch import (
 from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
 from megablocks_utils.kernels.fused.tiles import Tile
 
+NARROW = tl.constexpr(128)
+"""Columns of a tile that a walk stores at once; of a wider tile it does a quarter at a time."""
+
 _NO_GATE = {"ACTIVATION": "none", "CLAMP": "none", "ALPHA": 1.0, "LIMIT": math.inf}
 
 
@@ -169,11 +172,8 @@ def row_gemm_kernel(
     """
     if PERSISTENT:
         listed = list_experts(offsets_ptr, num_experts, num_tiles_n, EXPERTS_POW2, BLOCK_M)
-        finished = tl.program_id(0)
-        # Not kept from the loads, which run ahead by some steps: found again when it is stored.
-        for tile in tl.range(
-            tl.program_id(0), tl.max(listed[2], 0), tl.num_programs(0), flatten=True
-        ):
+        finished, step = tl.program_id(0), tl.num_programs(0)
+        for tile in tl.range(finished, tl.max(listed[2], 0), step, flatten=True):
             expert, rows, exists, tile_n = find_tile(
                 *(listed, tile, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
@@ -185,17 +185,18 @@ def row_gemm_kernel(
                 *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
                 *(PRECISION, INTERPRET),
             )
+            # Found again: by now the loads may have gone on to the next tile.
             expert, rows, exists, tile_n = find_tile(
                 *(listed, finished, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
-            finished += tl.num_programs(0)
-            # A wide tile's halves in turn: its loads of the next tile leave few registers.
-            if BLOCK_N > 128:
+            finished += step
+            # Loads of the next tile are under way, and leave few registers.
+            if BLOCK_N > NARROW:
                 left, right = halve(acc, BLOCK_M, BLOCK_N)
                 parts = halve(left, BLOCK_M, BLOCK_N // 2) + halve(right, BLOCK_M, BLOCK_N // 2)
             else:
                 parts = (acc,)
-            size: tl.constexpr = BLOCK_N // (4 if BLOCK_N > 128 else 1)
+            size: tl.constexpr = BLOCK_N // (4 if BLOCK_N > NARROW else 1)
             for i in tl.static_range(BLOCK_N // size):
                 finish_rows(
                     *(parts[i], expert, rows, exists, tile_n * BLOCK_N + i * size, out_ptr),
@@ -248,8 +249,7 @@ def row_gemm(
         gather: read `x` by token.
         scatter: write routed rows, token by token, instead of expert order.
         scale: factor of the product.
-        lora: a low-rank product to add, unscaled.
-        bias: (L, columns), to add, unscaled.
+        lora, bias: a low-rank product and (L, columns), to add, unscaled.
         layout: the gate, of columns in turn, or the activation of all these.
         gate_up_out: (N, columns), filled with what that is given.
     """

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from megablocks_utils.kernels.fused.kernel_launch import MAX_BLOCK_RANK
+from megablocks_utils.kernels.fused.row_gemm import NARROW
 from megablocks_utils.kernels.fused.tiles import Tile
 
 __all__ = ["SHARED_LIMIT_BYTES", "shared_bytes"]
@@ -10,8 +12,6 @@ __all__ = ["SHARED_LIMIT_BYTES", "shared_bytes"]
 _KIB = 1024
 _ORDER_BYTES = 8
 _BARRIER_BYTES = 8
-_MAX_BLOCK_RANK = 64  # ranks of an adapter that are multiplied at a time
-_MAX_PART = 128  # columns of a tile that a walk stores at once; of a wider tile a quarter
 
 SHARED_LIMIT_BYTES: Mapping[str, int] = MappingProxyType(
     {"sm_80": 163 * _KIB, "sm_86": 99 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB}
@@ -24,18 +24,18 @@ def shared_bytes(kind: str, tile: Tile, itemsize: int) -> int:
 
     The operands of `num_stages` steps lie there at once; `up` has two on the side of the weights.
     `weight_grad` looks its rows up, and has the order of one step less there too. The result passes
-    through the same memory once these are done with. A walk loads meanwhile, and so has room of its
-    own for results, or for the adapter's operands, and waits for each weight's loads at a barrier.
+    through the same memory once these are done with. Persistent programs load meanwhile, and so have
+    room of its own for results, or for the adapter's operands; each step of weights has a barrier.
 
-    Exactly what Triton 3.9 allocates on sm_90, of a walk with rank 64. On sm_100 a walk takes up to
-    96 bytes more. Before Hopper one step less is kept, and this is an upper bound.
+    Exactly what Triton 3.9 allocates on sm_90, of persistent programs with rank 64; on sm_100
+    these take up to 96 bytes more. Before Hopper one step less is kept, and this is an upper bound.
     """
     num_sides = 2 if kind == "up" else 1
     step = (tile.block_m + num_sides * tile.block_n) * tile.block_k
     operands = itemsize * tile.num_stages * step
     if tile.programs_per_processor:
-        part = tile.block_n if tile.block_n <= _MAX_PART else tile.block_n // 4
-        adapter = (tile.block_m + part) * _MAX_BLOCK_RANK
+        part = tile.block_n if tile.block_n <= NARROW.value else tile.block_n // 4
+        adapter = (tile.block_m + part) * MAX_BLOCK_RANK
         barriers = _BARRIER_BYTES * tile.num_stages * num_sides
         return operands + itemsize * max(tile.block_m * part, adapter) + barriers
     order = _ORDER_BYTES * tile.block_k * (tile.num_stages - 1) if kind == "weight_grad" else 0

@@ -1,9 +1,11 @@
-"""The persistent walk: a fixed number of programs, each of which computes many tiles in turn.
+"""Persistent programs: a fixed number of them, each of which computes many tiles in turn.
 
-A kernel of one program a tile ends each tile with its epilogue while nothing is loaded, unless
-another program of the same processor loads meanwhile; large tiles leave no room for one. A program
-that walks loads the next tile's first steps during the epilogue: both loops, over tiles and over K,
-are one to the compiler (`flatten`).
+A program of one tile loads nothing during its epilogue, and large tiles leave no room for a second
+program on the same processor that could. A persistent one loads the next tile's first steps then:
+the loops over tiles and over K are one to the compiler (`flatten`).
+
+Not `warp_specialize`: with Triton 3.9 it fails on sm_100 with an adapter in the epilogue, and on
+sm_90 with rows that are loaded by pointers, as gathered ones are (triton#9728).
 """
 
 import triton

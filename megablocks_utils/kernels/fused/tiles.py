@@ -38,8 +38,8 @@ class Tile:
         num_warps: groups of 32 threads.
         num_stages: pieces of the operands that lie in shared memory at once.
         uses_tma: whether weights are loaded by tensor descriptors, where their sizes allow it.
-        programs_per_processor: how many on each processor walk all tiles in turn, as `tile_walk`
-            says; 0 is one program a tile.
+        programs_per_processor: how many persistent programs on each processor share all tiles,
+            as `tile_walk` says; 0 is one program a tile.
     """
 
     block_m: int
@@ -71,14 +71,14 @@ class TileTable:
     weight_grad: Tile
 
     def __post_init__(self) -> None:
-        """Refuse a walk of kernels that have none.
+        """Refuse persistent programs of kernels that have none.
 
         Raises:
             ValueError: there is one.
         """
         for kind in ("act_backward", "weight_grad"):
             if getattr(self, kind).programs_per_processor:
-                raise ValueError(f"{kind} has no persistent walk: {getattr(self, kind)}")
+                raise ValueError(f"{kind} has no persistent programs: {getattr(self, kind)}")
 
     def as_json(self) -> dict[str, dict[str, int]]:
         """Return what JSON can hold; `from_json` takes it back."""
@@ -91,15 +91,15 @@ class TileTable:
         Raises:
             ValueError: anything else.
         """
-        names, walk = {field.name for field in fields(Tile)}, "programs_per_processor"
+        names, count = {field.name for field in fields(Tile)}, "programs_per_processor"
         if set(payload) != set(KINDS):
             raise ValueError(f"tiles are for {', '.join(payload)} instead of {', '.join(KINDS)}")
         for kind, tile in payload.items():
-            sizes = [size for name, size in tile.items() if name not in ("uses_tma", walk)]
+            sizes = [size for name, size in tile.items() if name not in ("uses_tma", count)]
             is_whole = all(type(size) is int and size > 0 for size in sizes)
-            is_whole &= type(tile.get(walk, 0)) is int and tile.get(walk, 0) >= 0
-            # Files that are older than the walk do not say it.
-            if {*tile, walk} != names or not is_whole or type(tile["uses_tma"]) is not bool:
+            is_whole &= type(tile.get(count, 0)) is int and tile.get(count, 0) >= 0
+            # Files that are older than persistent programs do not say it.
+            if {*tile, count} != names or not is_whole or type(tile["uses_tma"]) is not bool:
                 raise ValueError(f"the tile for {kind} is {dict(tile)}")
         return cls(**{kind: Tile(**tile) for kind, tile in payload.items()})
 
@@ -107,7 +107,7 @@ class TileTable:
 KINDS: tuple[str, ...] = tuple(field.name for field in fields(TileTable))
 
 # For each kind the tiles for few and for many rows per expert, then more to measure: one, and last
-# where there are four, one whose programs walk.
+# where there are four, one for persistent programs.
 _Candidates = Mapping[str, tuple[Tile, ...]]
 _SM_90: _Candidates = {
     "up": (
@@ -127,8 +127,8 @@ _SM_90: _Candidates = {
         *(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
     ),
 }
-# On Blackwell 4 warps of a half-high tile have too few registers for the gate's gradients. A walk has
-# two accumulators in tensor memory, which has 512 columns, and a third for an adapter.
+# On Blackwell 4 warps of a half-high tile have too few registers for the gate's gradients. Persistent
+# programs have two accumulators in tensor memory, of 512 columns, and a third for an adapter.
 _SM_100 = {
     **_SM_90,
     "linear": (*_SM_90["linear"][:3], Tile(128, 128, 64, 8, 4, _TMA, 1)),

@@ -111,9 +111,9 @@ def compile_only(
     ) -> Any:
         name = self.fn.__name__.removesuffix("_kernel")
         tile = (name, *(kwargs.get(option) for option in TILE_OPTIONS + _FORM_OPTIONS))
-        is_wanted = (kernels is None or name in kernels) and (
-            kwargs.get("PERSISTENT") or not only_persistent
-        )
+        is_wanted = kernels is None or name in kernels
+        if only_persistent:
+            is_wanted &= kwargs.get("PERSISTENT", False)
         if not is_wanted or (once_a_tile and tile in seen):
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)

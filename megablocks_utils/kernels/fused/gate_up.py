@@ -268,8 +268,7 @@ def gate_up(
     if routing.num_rows == 0:
         return out, gate_up_out
     launch = KernelLaunch(weights, routing, tile, lora)
-    tiles_m, tiles_n = launch.grid(num_cols)
-    gate_up_kernel[(launch.count_programs(tiles_m, tiles_n),)](
+    gate_up_kernel[(launch.count_programs(num_cols),)](
         tokens,
         launch.weights_argument(),
         out,
@@ -281,8 +280,7 @@ def gate_up(
         routing.num_experts,
         weights.num_rows,
         num_cols,
-        tiles_m,
-        tiles_n,
+        *launch.grid(num_cols),
         tokens.stride(0),
         weights.strides,
         PERSISTENT=launch.is_persistent,

@@ -165,16 +165,17 @@ class KernelLaunch:
 
     @property
     def is_persistent(self) -> bool:
-        """Whether few programs walk all tiles; an adapter must be one step of its ranks then."""
+        """Whether few programs share all tiles; an adapter must be one step of its ranks then."""
         fits = self.lora is None or self.lora.factor.num_rows <= MAX_BLOCK_RANK
         return self.tile.programs_per_processor > 0 and fits
 
-    def count_programs(self, tiles_m: int, tiles_n: int) -> int:
-        """Return how many programs share the tiles: one for each, or those that walk."""
+    def count_programs(self, num_cols: int) -> int:
+        """Return how many programs share the tiles: one for each, or the persistent ones."""
+        tiles_m, tiles_n = self.grid(num_cols)
         if not self.is_persistent:
             return tiles_m * tiles_n
-        walking = self.tile.programs_per_processor * count_processors(self.weights.tensor.device)
-        return min(walking, tiles_m * tiles_n)
+        persistent = self.tile.programs_per_processor * count_processors(self.weights.tensor.device)
+        return min(persistent, tiles_m * tiles_n)
 
     def weights_argument(self) -> Tensor | TensorDescriptor:
         """Return what the kernel loads weights by: a descriptor of boxes, or the tensor."""

@@ -249,7 +249,8 @@ def row_gemm(
         gather: read `x` by token.
         scatter: write routed rows, token by token, instead of expert order.
         scale: factor of the product.
-        lora, bias: a low-rank product and (L, columns), to add, unscaled.
+        lora: a low-rank product to add, unscaled.
+        bias: (L, columns), to add, unscaled.
         layout: the gate, of columns in turn, or the activation of all these.
         gate_up_out: (N, columns), filled with what that is given.
     """
@@ -258,8 +259,7 @@ def row_gemm(
     if routing.num_rows == 0:
         return out
     launch = KernelLaunch(weights, routing, tile, lora)
-    tiles = launch.grid(weights.num_cols)
-    row_gemm_kernel[(launch.count_programs(*tiles),)](
+    row_gemm_kernel[(launch.count_programs(weights.num_cols),)](
         x,
         launch.weights_argument(),
         out,
@@ -271,7 +271,7 @@ def row_gemm(
         routing.num_experts,
         weights.num_rows,
         weights.num_cols,
-        *tiles,
+        *launch.grid(weights.num_cols),
         scale,
         x.stride(0),
         weights.strides,

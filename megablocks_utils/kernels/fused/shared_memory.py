@@ -24,8 +24,8 @@ def shared_bytes(kind: str, tile: Tile, itemsize: int) -> int:
 
     The operands of `num_stages` steps lie there at once; `up` has two on the side of the weights.
     `weight_grad` looks its rows up, and has the order of one step less there too. The result passes
-    through the same memory once these are done with. Persistent programs load meanwhile, and so have
-    room of its own for results, or for the adapter's operands; each step of weights has a barrier.
+    through the same memory once these are done with. Persistent programs load meanwhile, and have
+    separate room for results, or for the adapter's operands; each step of weights has a barrier.
 
     Exactly what Triton 3.9 allocates on sm_90, of persistent programs with rank 64; on sm_100
     these take up to 96 bytes more. Before Hopper one step less is kept, and this is an upper bound.

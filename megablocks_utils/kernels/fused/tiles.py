@@ -127,8 +127,9 @@ _SM_90: _Candidates = {
         *(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)),
     ),
 }
-# On Blackwell 4 warps of a half-high tile have too few registers for the gate's gradients. Persistent
-# programs have two accumulators in tensor memory, of 512 columns, and a third for an adapter.
+# On Blackwell 4 warps of a half-high tile have too few registers for the gate's gradients.
+# Persistent programs have two accumulators in tensor memory, which has 512 columns, and a third for
+# an adapter.
 _SM_100 = {
     **_SM_90,
     "linear": (*_SM_90["linear"][:3], Tile(128, 128, 64, 8, 4, _TMA, 1)),

@@ -163,7 +163,7 @@ def test_gates_of_row_gemm(gate, dtype, num_cols, count_written):
     assert_walks_alike(count_written, _run_row_gemm, tile, build_routing([1, 0, 20]), gate, **kind)
 
 
-def test_an_adapter_of_more_than_one_step_does_not_walk():
+def test_an_adapter_of_more_than_one_step_has_a_program_a_tile():
     routing, walk = build_routing(), replace(TILE, programs_per_processor=2)
     matrix = Matrix(draw(3, 32, 40), rows_are_last=False)
     for rank, programs in ((64, 2), (65, 4 * 2)):

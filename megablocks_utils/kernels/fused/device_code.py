@@ -157,7 +157,6 @@ def multiply(
     cols = first_col + tl.arange(0, BLOCK_N)
     is_col = cols < num_cols
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    tl.assume(num_k > 0)  # so that persistent programs need one loop only
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)

@@ -55,7 +55,6 @@ def multiply_both(
     # of one accumulator cannot meet without passing through shared memory.
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    tl.assume(num_k > 0)  # so that persistent programs need one loop only
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
@@ -197,6 +196,7 @@ def gate_up_kernel(
     The program owns the same BLOCK_N columns of gate and of up. `num_cols` is I.
     """
     if PERSISTENT:
+        tl.assume(num_k > 0)  # so that the two loops can be one
         listed = list_experts(offsets_ptr, num_experts, num_tiles_n, EXPERTS_POW2, BLOCK_M)
         finished, step = tl.program_id(0), tl.num_programs(0)
         for tile in tl.range(finished, tl.max(listed[2], 0), step, flatten=True):

@@ -40,19 +40,17 @@ def finish_rows(
     acc,
     expert,
     rows,
+    target,
     exists,
     first_col,
     out_ptr,
     gate_up_out_ptr,
-    order_ptr,
     bias_ptr,
     adapter,
     num_cols,
     scale,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    SCATTER: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -65,7 +63,7 @@ def finish_rows(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Scale a tile's product, add adapter and bias, apply the gate, and store the results."""
+    """Scale a tile's product, add adapter and bias, apply the gate, store it as rows `target`."""
     cols = first_col + tl.arange(0, BLOCK_N)
     is_col = cols < num_cols
     # Before the adapter, whose rows were scaled when they were made.
@@ -78,9 +76,6 @@ def finish_rows(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * num_cols + cols, mask=is_col, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    target = rows.to(tl.int64)
-    if SCATTER:
-        target = read_order(order_ptr, rows, exists, HAS_ORDER)
     places = target[:, None] * num_cols + cols[None, :]
     mask = exists[:, None] & is_col[None, :]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -171,13 +166,14 @@ def row_gemm_kernel(
     comes last.
     """
     if PERSISTENT:
+        tl.assume(num_k > 0)  # so that the two loops can be one
         listed = list_experts(offsets_ptr, num_experts, num_tiles_n, EXPERTS_POW2, BLOCK_M)
         finished, step = tl.program_id(0), tl.num_programs(0)
         for tile in tl.range(finished, tl.max(listed[2], 0), step, flatten=True):
             expert, rows, exists, tile_n = find_tile(
                 *(listed, tile, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
-            source = rows
+            source = rows.to(tl.int64)
             if GATHER:
                 source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
             acc = multiply(
@@ -190,6 +186,9 @@ def row_gemm_kernel(
                 *(listed, finished, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
             )
             finished += step
+            target = rows.to(tl.int64)
+            if SCATTER:
+                target = read_order(order_ptr, rows, exists, HAS_ORDER)
             # Loads of the next tile are under way, and leave few registers.
             if BLOCK_N > NARROW:
                 left, right = halve(acc, BLOCK_M, BLOCK_N)
@@ -199,9 +198,9 @@ def row_gemm_kernel(
             size: tl.constexpr = BLOCK_N // (4 if BLOCK_N > NARROW else 1)
             for i in tl.static_range(BLOCK_N // size):
                 finish_rows(
-                    *(parts[i], expert, rows, exists, tile_n * BLOCK_N + i * size, out_ptr),
-                    *(gate_up_out_ptr, order_ptr, bias_ptr, adapter, num_cols, scale, size),
-                    *(BLOCK_R, HAS_ORDER, SCATTER, GATED, ACTIVATION, CLAMP, ALPHA, LIMIT),
+                    *(parts[i], expert, rows, target, exists, tile_n * BLOCK_N + i * size),
+                    *(out_ptr, gate_up_out_ptr, bias_ptr, adapter, num_cols, scale, size),
+                    *(BLOCK_R, GATED, ACTIVATION, CLAMP, ALPHA, LIMIT),
                     *(KEEP_GATE_UP_OUT, HAS_BIAS, HAS_LORA, True, PRECISION, INTERPRET),
                 )
     else:
@@ -209,18 +208,18 @@ def row_gemm_kernel(
         expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
         if expert >= num_experts:
             return  # the grid has more row tiles than these counts need
-        source = rows.to(tl.int64)
-        if GATHER:
-            source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
+        routed = read_order(order_ptr, rows, exists, HAS_ORDER)
+        source = routed // TOP_K if GATHER else rows.to(tl.int64)
         acc = multiply(
             *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
             *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
             *(PRECISION, INTERPRET),
         )
+        target = routed if SCATTER else rows.to(tl.int64)
         finish_rows(
-            *(acc, expert, rows, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),
-            *(order_ptr, bias_ptr, adapter, num_cols, scale, BLOCK_N, BLOCK_R, HAS_ORDER),
-            *(SCATTER, GATED, ACTIVATION, CLAMP, ALPHA, LIMIT, KEEP_GATE_UP_OUT, HAS_BIAS),
+            *(acc, expert, rows, target, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),
+            *(bias_ptr, adapter, num_cols, scale, BLOCK_N, BLOCK_R),
+            *(GATED, ACTIVATION, CLAMP, ALPHA, LIMIT, KEEP_GATE_UP_OUT, HAS_BIAS),
             *(HAS_LORA, False, PRECISION, INTERPRET),
         )
 

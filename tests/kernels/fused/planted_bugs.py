@@ -79,8 +79,8 @@ BUGS = (
     Bug(
         "persistent: every part of a wide tile is stored as its first",
         "row_gemm.py",
-        "tile_n * BLOCK_N + i * size, out_ptr",
-        "tile_n * BLOCK_N, out_ptr",
+        "tile_n * BLOCK_N + i * size)",
+        "tile_n * BLOCK_N)",
     ),
     Bug(
         "persistent: an adapter of more ranks than one step has is cut off",
@@ -344,14 +344,14 @@ BUGS = (
     Bug(
         "rows are read by slot instead of by token",
         "row_gemm.py",
-        "            source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K\n        acc",
-        "            source = read_order(order_ptr, rows, exists, HAS_ORDER)\n        acc",
+        "routed // TOP_K if GATHER",
+        "routed if GATHER",
     ),
     Bug(
         "results stay in expert order",
         "row_gemm.py",
-        "    if SCATTER:\n",
-        "    if SCATTER and BLOCK_N == 0:\n",
+        "routed if SCATTER else rows.to(tl.int64)",
+        "rows.to(tl.int64)",
     ),
     Bug(
         "bias of expert 0 for all",

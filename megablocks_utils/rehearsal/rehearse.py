@@ -41,8 +41,8 @@ from megablocks_utils.planning.model.prediction import (
 )
 from megablocks_utils.rehearsal.assumptions import (
     AssumedValues,
-    assume_counts,
     assume_gpu_blocks,
+    assume_routing,
 )
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import (
@@ -152,6 +152,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             ep_size=layout.ep_size if has_ep else None,
             expert_dp=layout.expert_dp,
             kernel=run.kernel,
+            token_dispatch=run.token_dispatch,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
@@ -178,9 +179,8 @@ def _build(
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
-        counts = assume_counts(run.tokens * _top_k(model), run.imbalance)
         for module in sharded.expert_modules.values():
-            module.exchange_counts = counts
+            assume_routing(module, run.tokens, _top_k(model), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)

@@ -75,6 +75,7 @@ class Scenario:
             examples=self.examples,
             packing=self.packing,
             is_varlen=self.is_varlen,
+            token_dispatch=config.parallel.token_dispatch,
         )
 
     def own_layout(self) -> ParallelLayout:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.config.backends import AUTO
 
 __all__ = [
     "COLLECTIVES",
@@ -87,6 +88,7 @@ class PlannedRun:
         has_aux_loss: whether the load-balancing loss is on.
         device_type: `cuda` or `cpu`.
         examples: in that micro-batch.
+        token_dispatch: how tokens travel, as the option has it.
         packing: how they are laid out. Where each is padded to a row of its own, padding is part of
             `tokens`, and a mask has only the tokens of a row in its second dim.
         is_varlen: whether attention takes them one by one. More than one are else kept apart by a
@@ -111,6 +113,7 @@ class PlannedRun:
     examples: int = 1
     is_varlen: bool = False
     packing: str = ONE_ROW
+    token_dispatch: str = AUTO
 
     @property
     def is_padded(self) -> bool:

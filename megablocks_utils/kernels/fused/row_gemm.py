@@ -36,6 +36,17 @@ _NO_GATE = {"ACTIVATION": "none", "CLAMP": "none", "ALPHA": 1.0, "LIMIT": math.i
 
 
 @triton.jit
+def cut_wide(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the quarters of a tile of more columns than NARROW, or the one narrow tile."""
+    if BLOCK_N > NARROW:
+        left, right = halve(acc, BLOCK_M, BLOCK_N)
+        parts = halve(left, BLOCK_M, BLOCK_N // 2) + halve(right, BLOCK_M, BLOCK_N // 2)
+    else:
+        parts = (acc,)
+    return parts
+
+
+@triton.jit
 def finish_rows(
     acc,
     expert,
@@ -190,11 +201,7 @@ def row_gemm_kernel(
             if SCATTER:
                 target = read_order(order_ptr, rows, exists, HAS_ORDER)
             # Loads of the next tile are under way, and leave few registers.
-            if BLOCK_N > NARROW:
-                left, right = halve(acc, BLOCK_M, BLOCK_N)
-                parts = halve(left, BLOCK_M, BLOCK_N // 2) + halve(right, BLOCK_M, BLOCK_N // 2)
-            else:
-                parts = (acc,)
+            parts = cut_wide(acc, BLOCK_M, BLOCK_N)
             size: tl.constexpr = BLOCK_N // (4 if BLOCK_N > NARROW else 1)
             for i in tl.static_range(BLOCK_N // size):
                 finish_rows(

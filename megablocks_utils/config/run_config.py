@@ -51,6 +51,7 @@ class RunConfig:
         overwrite_output_dir: Whether a finished run there may be overwritten.
         ignore_plan: Whether a run starts that the plan says cannot fit.
         gradient_checkpointing: "full", "none" or "selective".
+        compile: Whether torch compiles the dense parts of the layers.
         router_aux_loss_coef: Weight of the load-balancing loss; None: as the model's config says.
         seed: Seed of data order and random numbers.
         logging_steps: Steps between two log lines.
@@ -93,6 +94,13 @@ class RunConfig:
             translation=MappingProxyType(_CHECKPOINTING),
         ),
     ] = "full"
+    compile: Annotated[
+        bool,
+        Option(
+            "let torch compile the dense parts of each layer (norms, attention, routers), not the "
+            "experts"
+        ),
+    ] = False
     router_aux_loss_coef: Annotated[
         float | None,
         Option(

@@ -40,7 +40,7 @@ from megablocks_utils.planning.model.prediction import (
 )
 from megablocks_utils.rehearsal.assumptions import (
     AssumedValues,
-    assume_gpu_blocks,
+    assume_gpu_sums,
     assume_routing,
 )
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
@@ -216,7 +216,7 @@ def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
     if run.kernel == "triton":
         yield no_launches()
     if run.device_type == "cuda":
-        yield assume_gpu_blocks()
+        yield assume_gpu_sums()
         yield attention_of_a_gpu()
     if run.examples == 1:
         yield one_example_a_row()

@@ -197,10 +197,7 @@ def _build(
 
 
 def _move_to_meta(model: nn.Module) -> None:
-    """Forget the adapters' values: they are filled like the weights, and booked.
-
-    A parameter that is in two places stays in two places: tied embeddings stay tied.
-    """
+    """Forget the adapters' values, which are filled like weights; tied parameters stay tied."""
     on_meta: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation
@@ -41,7 +40,7 @@ from megablocks_utils.planning.model.prediction import (
 )
 from megablocks_utils.rehearsal.assumptions import (
     AssumedValues,
-    assume_gpu_blocks,
+    assume_gpu_sums,
     assume_routing,
 )
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
@@ -52,6 +51,7 @@ from megablocks_utils.rehearsal.library_patches import (
 )
 from megablocks_utils.rehearsal.memory_ledger import IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
+from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.data.text import IGNORED_LABEL
@@ -145,6 +145,7 @@ def rehearse(
 def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
     """Return the options that make the training code do what is planned."""
     has_ep = layout.ep_size > 1 or layout.is_dmoe
+    steps = 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
     return RunConfig(
         entry_point=run.entry_point,
         parallel=ParallelConfig(
@@ -157,12 +158,17 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
-            gradient_accumulation_steps=min(run.accumulation, _MICRO_STEPS),
+            gradient_accumulation_steps=steps,
             sync_each_batch=run.sync_each_batch,
         ),
         gradient_checkpointing=run.gradient_checkpointing,
         router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
     )
+
+
+def _begins_with_gradients(run: PlannedRun) -> bool:
+    """Say whether one micro-step, begun with gradients, does what every later one does."""
+    return run.sync_each_batch and run.entry_point == "fsdp2" and run.accumulation > 1
 
 
 def _build(
@@ -180,7 +186,7 @@ def _build(
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
         for module in sharded.expert_modules.values():
-            assume_routing(module, run.tokens, _top_k(model), run.imbalance)
+            assume_routing(module, run.tokens, (find_top_k(model) or 1), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
@@ -190,16 +196,8 @@ def _build(
     return kind(RehearsalInputs(model, sharded, config, run, device)), layers
 
 
-def _top_k(model: PreTrainedModel) -> int:
-    """Return how many experts a token has; 1 where nothing says it."""
-    return find_top_k(model) or 1
-
-
 def _move_to_meta(model: nn.Module) -> None:
-    """Forget the adapters' values: they are filled like the weights, and booked.
-
-    A parameter that is in two places stays in two places: tied embeddings stay tied.
-    """
+    """Forget the adapters' values, which are filled like weights; tied parameters stay tied."""
     on_meta: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -215,12 +213,12 @@ def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
     if run.kernel == "triton":
         yield no_launches()
     if run.device_type == "cuda":
-        yield assume_gpu_blocks()
+        yield assume_gpu_sums()
         yield attention_of_a_gpu()
     if run.examples == 1:
         yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.
-    yield FakeTensorMode(allow_non_fake_inputs=True)
+    yield RememberedFakes(allow_non_fake_inputs=True)
 
 
 class _Step:
@@ -245,7 +243,8 @@ class _Step:
         for parameter in self._trainable:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        optimizer.zero_grad()
+        if not _begins_with_gradients(self._run):
+            optimizer.zero_grad()
         states = (value for state in optimizer.state.values() for value in state.values())
         self._ledger.assign(states, "optimizer")
         self._traffic.take()

@@ -35,6 +35,11 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
             "use train_accelerate_fsdp2.py."
         )
+    if entry_point == "fsdp1" and values["cpu_offload"] == "params":
+        raise ConfigurationError(
+            "--cpu_offload is params, but FSDP1 leaves the experts, most of the weights, on the "
+            "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
+        )
     if values["resume_adapter"] is not None and values["use_lora"] == "none":
         raise ConfigurationError(
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "

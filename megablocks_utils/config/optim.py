@@ -1,6 +1,7 @@
 """How a step is made and how many there are. Torch-free."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated
 
 from megablocks_utils.config.option import Option
@@ -16,6 +17,14 @@ _SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+_ADAMW = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw": "adamw"}
+# Tried with torchao 0.18 on torch 2.13: a bfloat16 DTensor fails in `lerp` (compiled, in a view of
+# another dtype); noise comes from the rank's own generator, so copies of experts would drift apart;
+# blocks of 256 that lie across two shards cannot be read on another number of ranks.
+_REFUSED_OPTIMIZERS = {
+    "adamw_8bit": "torchao's 8-bit AdamW fails on sharded bfloat16 weights and cannot be resumed "
+    "on every number of processes (--optim_dtype bfloat16 halves float32 states)"
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class OptimConfig:
     """Say how a step is made and how many there are; names and meanings are Hugging Face's.
 
     Attributes:
+        optim: The optimizer, "adamw".
         learning_rate: Peak of the schedule.
         lr_scheduler_type: Name for `transformers.get_scheduler`.
         warmup_steps: Whole steps, or below 1 the share of all steps.
@@ -40,7 +50,16 @@ class OptimConfig:
         router_bias_update_rate: What correction biases of routers move by in a step; 0 keeps them.
     """
 
-    learning_rate: Annotated[float, Option("peak learning rate of AdamW", minimum=0)] = 5e-5
+    optim: Annotated[
+        str,
+        Option(
+            "optimizer",
+            choices=tuple(reversed(_ADAMW)),
+            refused=MappingProxyType(_REFUSED_OPTIMIZERS),
+            translation=MappingProxyType(_ADAMW),
+        ),
+    ] = "adamw"
+    learning_rate: Annotated[float, Option("peak learning rate", minimum=0)] = 5e-5
     lr_scheduler_type: Annotated[
         str, Option("schedule of the learning rate", choices=_SCHEDULES)
     ] = "linear"
@@ -54,7 +73,7 @@ class OptimConfig:
         ),
     ] = 0
     weight_decay: Annotated[
-        float, Option("weight decay of AdamW; biases and norms are left out", minimum=0)
+        float, Option("weight decay; biases and norms are left out", minimum=0)
     ] = 0.0
     max_grad_norm: Annotated[
         float,
@@ -63,9 +82,7 @@ class OptimConfig:
     num_train_epochs: Annotated[float, Option("passes over the data", above=0, limit=10**6)] = 3.0
     max_steps: Annotated[
         int,
-        Option(
-            "optimizer steps of the run, instead of --num_train_epochs; -1: not set", minimum=-1
-        ),
+        Option("optimizer steps, instead of --num_train_epochs; -1: not set", minimum=-1),
     ] = -1
     per_device_train_batch_size: Annotated[
         int, Option("examples of a micro-batch of one process", minimum=1, limit=2**20)

@@ -68,6 +68,7 @@ class Option:
     Attributes:
         help: One line for people.
         choices: The words it may be; empty where any text or number goes.
+        refused: Other words that people will try -> why they are refused.
         aliases: Other names that mean the same.
         minimum: Smallest number allowed, or None.
         maximum: Largest number allowed, or None.
@@ -90,6 +91,7 @@ class Option:
     help: str
     _: dataclasses.KW_ONLY
     choices: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     aliases: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None

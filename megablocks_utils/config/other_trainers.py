@@ -27,6 +27,7 @@ _NAMES = {
     "num_train_epochs": "epochs num_epochs n_epochs epoch train_epochs",
     "max_steps": "steps num_steps train_steps total_steps max_train_steps max_steps_per_epoch"
     " iterations",
+    "optim": "optimizer optimizer_name optimizer_type",
     "learning_rate": "lr max_lr peak_lr base_lr",
     "lr_scheduler_type": "lr_scheduler scheduler lr_schedule learning_rate_scheduler",
     "warmup_steps": "warmup warmup_ratio lr_warmup_steps num_warmup_steps",

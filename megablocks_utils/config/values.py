@@ -80,6 +80,11 @@ def convert_value(option: Option, flag: str, text: str) -> object:
     error = ConfigurationError(
         f"{flag} is {text or 'empty'}, but it must be {describe_wanted(option)}."
     )
+    if text in option.refused:
+        wanted = describe_wanted(option)
+        raise ConfigurationError(
+            f"{flag} is {text}, but {option.refused[text]}: it must be {wanted}."
+        )
     if option.choices:
         choices = {choice.lower(): choice for choice in option.choices}
         choice = choices.get(text.lower() if "True" in option.choices else text)

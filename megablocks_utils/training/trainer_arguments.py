@@ -80,8 +80,6 @@ _ACCELERATOR_SETTINGS = {
 }
 """Settings of `--accelerator_config`: what they may be, and why nothing else."""
 
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
-
 
 def parse_trainer_flags(leftovers: Sequence[GivenOption]) -> dict[str, Any]:
     """Read the options that `config.parse_known_args` left, without touching any device.
@@ -99,8 +97,6 @@ def parse_trainer_flags(leftovers: Sequence[GivenOption]) -> dict[str, Any]:
     _check_numbers(parser, leftovers)
     words = [word for given in leftovers for word in given.words()]
     values = vars(parser.parse_args(words))
-    if values["optim"] not in _ADAMW:
-        raise ConfigurationError(f"--optim is {values['optim']}, but {_OWN_OPTIMIZER}.")
     for name, reason in _FIXED.items():
         if values[name] != defaults[name]:
             raise ConfigurationError(f"--{name} is {values[name]}, but {reason}.")

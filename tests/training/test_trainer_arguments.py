@@ -9,8 +9,6 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags
 
 REFUSED = {
-    "--optim sgd": "--optim is sgd, but the optimizer is AdamW with betas 0.9 and 0.999 and eps "
-    "1e-8.",
     "--adam_beta2 0.95": "--adam_beta2 is 0.95, but the optimizer is AdamW with betas 0.9 and "
     "0.999 and eps 1e-8.",
     "--fsdp full_shard": "--fsdp is full_shard, but FSDP is set up from accelerate.yaml and the "

@@ -160,6 +160,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             sync_each_batch=run.sync_each_batch,
         ),
         gradient_checkpointing=run.gradient_checkpointing,
+        cpu_offload=run.cpu_offload,
         router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
     )
 

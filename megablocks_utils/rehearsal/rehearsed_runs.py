@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, fill_and_wrap_fsdp1, strip_wrappers
-from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
+from megablocks_utils.fsdp.fsdp2 import (
+    build_accelerator,
+    fill_layers,
+    find_layers,
+    prefetches_units,
+    wrap_fsdp2,
+)
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.training.data.batches import MicroBatch
@@ -65,14 +71,19 @@ class Fsdp2Run:
         classes = layer_classes(model)
         self._accelerator = build_accelerator(inputs.config, precision, classes, inputs.device.type)
         self._layers = find_layers(model, self._accelerator)
-        self.model = wrap_fsdp2(self._accelerator, model, inputs.sharded)
+        prefetches = prefetches_units(inputs.sharded, inputs.run.device_type)
+        self.model = wrap_fsdp2(self._accelerator, model, inputs.sharded, prefetches=prefetches)
 
     def fill(self) -> None:
         """Give all parameters their memory, and make the optimizer."""
         accelerator, inputs = self._accelerator, self._inputs
-        fill_layers(self.model, self._layers, fill_at_random, accelerator.device)
+        fill_layers(accelerator, self.model, self._layers, fill_at_random)
         self.optimizer = build_optimizer(
-            self.model.named_parameters(), inputs.config.optim, inputs.run.precision, seed=_SEED
+            self.model.named_parameters(),
+            inputs.config.optim,
+            inputs.run.precision,
+            seed=_SEED,
+            cpu_offload=inputs.run.cpu_offload,
         )
         scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
         prepared = accelerator.prepare_optimizer(self.optimizer)
@@ -116,7 +127,11 @@ class Fsdp1Run:
         )
         named = ((strip_wrappers(name), p) for name, p in self.model.named_parameters())
         self.optimizer = build_optimizer(
-            named, inputs.config.optim, inputs.run.precision, seed=_SEED
+            named,
+            inputs.config.optim,
+            inputs.run.precision,
+            seed=_SEED,
+            cpu_offload=inputs.run.cpu_offload,
         )
         self._scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
         self._finish = StepFinish(self.model, inputs.sharded, _MAX_GRAD_NORM)

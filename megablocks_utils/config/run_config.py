@@ -22,6 +22,7 @@ from megablocks_utils.config.precision import (
     resolve_preset,
 )
 from megablocks_utils.config.saving import SavingConfig
+from megablocks_utils.errors import ConfigurationError
 
 __all__ = [
     "OPTIONS",

@@ -14,24 +14,19 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.files import TRACKERS_FOLDER_NAME
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.cpu_offload import build_offload_policy
+from megablocks_utils.fsdp.expert_units import holds_experts, shard_experts_over_dp
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.fsdp.prefetch import prefetch_in_order
-from megablocks_utils.mesh.device_mesh import DP_AXIS, EP_AXIS, axis_size
-from megablocks_utils.mesh.placement import is_replicated, local_tensor
+from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
+from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 
@@ -228,46 +223,6 @@ def fill_layers(
         materialize(layer, fill_local, device, prefix=f"{name}.", offload=offload)
         on_layer(1)
     materialize(model, fill_local, device, offload=offload)
-
-
-def shards_over_dp(sharded: ShardedMoE) -> bool:
-    """Return whether FSDP shards the experts: asked for, and more than one rank to shard over."""
-    return sharded.expert_dp == "shard" and axis_size(sharded.mesh, DP_AXIS) > 1
-
-
-def holds_experts(sharded: ShardedMoE, offload: OffloadPolicy) -> bool:
-    """Return whether FSDP has the experts: to shard them, or to copy them from host memory.
-
-    Copies of them it would shard, so `params` is refused where experts are replicated over dp.
-    """
-    is_only_copy = axis_size(sharded.mesh, DP_AXIS) == 1
-    return shards_over_dp(sharded) or (is_only_copy and isinstance(offload, CPUOffloadPolicy))
-
-
-def shard_experts_over_dp(
-    sharded: ShardedMoE, policy: MixedPrecisionPolicy, offload: OffloadPolicy
-) -> None:
-    """Shard each experts module over the dp axis, so that a rank holds 1/world of the weights.
-
-    Whole experts where they divide evenly, else rows of every expert, else (adapters of small rank)
-    columns: without padding wherever one of them divides.
-    """
-    dp_mesh = sharded.mesh[DP_AXIS]
-
-    def choose_dim(parameter: nn.Parameter) -> Shard:
-        sizes = local_tensor(parameter).shape
-        even = (dim for dim, size in enumerate(sizes) if size % dp_mesh.size() == 0)
-        return Shard(next(even, 0))
-
-    for module in sharded.expert_modules.values():
-        fully_shard(
-            module,
-            mesh=dp_mesh,
-            mp_policy=policy,
-            offload_policy=offload,
-            shard_placement_fn=choose_dim,
-            ignored_params={p for p in module.parameters() if is_replicated(p)},
-        )
 
 
 def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:

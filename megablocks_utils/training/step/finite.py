@@ -85,7 +85,7 @@ class FiniteCheck:
             share.append(on_cpu[(self._next_weight + len(share)) % len(on_cpu)])
             num_elements += weights[share[-1]].numel()
         self._next_weight = (self._next_weight + len(share)) % max(1, len(on_cpu))
-        return sorted({*range(len(weights))}.difference(on_cpu)) + share
+        return [number for number, weight in enumerate(weights) if weight.is_cuda] + share
 
     def conclude(self, metrics: StepMetrics, num_weights: int) -> None:
         """End the run, or warn, if a step has left values that are not finite.

@@ -1,21 +1,28 @@
 """What nobody can know before a run, assumed: where tokens go, above all."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megablocks_utils.kernels import permute
 from megablocks_utils.mesh.token_exchange import ExchangeCounts, ExchangedCounts, exchange_rows
-from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
+from megablocks_utils.planning.model.prediction import PlannedRun
+from megablocks_utils.rehearsal.library_patches import (
+    attention_of_a_gpu,
+    copied_between_memories,
+    no_launches,
+    one_example_a_row,
+    shape_grouped_mm,
+)
 
-__all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks"]
+__all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks", "pretend"]
 
 
 def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
@@ -56,6 +63,26 @@ def assume_gpu_blocks() -> Iterator[None]:
         yield
     finally:
         permute._BLOCK_ELEMENTS_CPU = original
+
+
+def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[AbstractContextManager]:
+    """Yield what makes tensors fake, and libraries right about them.
+
+    Args:
+        run: what is planned.
+        on_host: called with what is copied to host memory.
+    """
+    if run.kernel == "triton":
+        yield no_launches()
+    if run.device_type == "cuda":
+        yield assume_gpu_blocks()
+        yield attention_of_a_gpu()
+    if run.offloaded != "none":
+        yield copied_between_memories(on_host)
+    if run.examples == 1:
+        yield one_example_a_row()
+    # Rotary frequencies are real: every model computes them when it is built.
+    yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class AssumedValues(TorchDispatchMode):

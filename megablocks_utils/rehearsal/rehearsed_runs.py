@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from megablocks_utils.fsdp.fsdp2 import (
     prefetches_units,
     wrap_fsdp2,
 )
+from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.training.data.batches import MicroBatch
@@ -26,7 +27,7 @@ from megablocks_utils.training.step.finish import StepFinish
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 
-__all__ = ["Fsdp1Run", "Fsdp2Run", "RehearsalInputs"]
+__all__ = ["Fsdp1Run", "Fsdp2Run", "RehearsalInputs", "move_to_meta"]
 
 _SEED = 42
 _NUM_STEPS = 1000
@@ -150,6 +151,22 @@ class Fsdp1Run:
     def update(self) -> None:
         """Update the weights and drop the gradients."""
         self._finish.update(self.optimizer, self._scheduler)
+
+
+def move_to_meta(model: nn.Module) -> None:
+    """Forget the adapters' values: they are filled like the weights, and booked.
+
+    A parameter that is in two places stays in two places: tied embeddings stay tied.
+    """
+    on_meta: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in on_meta:
+                values = parameter.detach().to("meta")
+                on_meta[parameter] = nn.Parameter(values, parameter.requires_grad)
+                if is_replicated(parameter):
+                    mark_replicated(on_meta[parameter])
+            setattr(module, name, on_meta[parameter])
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation
@@ -217,10 +217,10 @@ class _Step:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        for parameter, state in optimizer.state.items():
+        for trained, state in optimizer.state.items():
             for value in state.values():
                 is_moved = self._run.offloaded == "optimizer" and value.dim() > 0
-                on_host = is_moved or self._is_on_host(parameter)
+                on_host = is_moved or self._is_on_host(trained)
                 self._ledger.assign([value], HOST if on_host else "optimizer")
         self._traffic.take()
 
@@ -259,7 +259,7 @@ class _Step:
             self._ledger.assign([parameter], HOST if on_host else "parameters")
             self._ledger.assign([parameter.grad], HOST if on_host else "gradients")
 
-    def _is_on_host(self, parameter: nn.Parameter) -> bool:
+    def _is_on_host(self, parameter: Tensor) -> bool:
         """Return whether FSDP2 keeps a parameter, with its gradient and states, in host memory."""
         return self._run.offloaded == "params" and not is_replicated(parameter)
 

@@ -38,10 +38,12 @@ class RunPlan:
     def describe(self) -> str:
         """Say the peak in one line, for the summary at the start."""
         of_it = format_gb(self.prediction.components[self.prediction.largest_component])
+        host_bytes = self.prediction.host_bytes
         return (
             f"peak {format_gb(self.verdict.peak_bytes)} in the {self.prediction.moment} "
             f"({of_it} {self.verdict.cause}) of {format_gb(self.verdict.capacity_bytes)}: "
             f"{self.verdict.name}"
+            + (f"; {format_gb(host_bytes)} in host memory" if host_bytes else "")
         )
 
     def describe_impossible(self) -> str:

@@ -46,6 +46,20 @@ def test_every_change_alone_with_its_peak(simple):
     ]
 
 
+def test_host_memory_where_it_is_another_one(monkeypatch):
+    def predict(shape, layout, run):
+        held = {"none": 100, "optimizer": 60, "params": 30}[run.offloaded] * GB
+        return build_prediction(optimizer=held)
+
+    monkeypatch.setattr(scenario_module, "predict", predict)
+    both = ["--cpu_offload optimizer: 60.0 GB", "--cpu_offload params: 30.0 GB"]
+    assert remedies(BF16, SHARED, 80) == both[:1]  # the milder
+    assert remedies(BF16, SHARED, 50) == both[1:]
+    assert remedies(BF16, COPIES, 50) == []
+    assert remedies(BF16, COPIES, 80, entry_point="fsdp1") == both[:1]
+    assert remedies(BF16, SHARED, 80, device_type="cpu") == []
+
+
 def test_the_nearest_ep_size_that_fits(simple):
     # FSDP1 keeps copies: 320 GB a rank with ep 2, 80 with ep 8, as without expert parallelism.
     options = {"entry_point": "fsdp1"}

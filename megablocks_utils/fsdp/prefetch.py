@@ -55,6 +55,6 @@ def _chains(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[list[nn.M
         parts = list(module.modules())
         chain: list[nn.Module] = [part for part in parts if isinstance(part, FSDPModule)]
         has_experts = any(isinstance(part, DroplessExperts) for part in parts)
-        if isinstance(head, FSDPModule) and has_experts:
+        if has_experts and isinstance(head, nn.Module) and isinstance(head, FSDPModule):
             chain.append(head)
         yield chain

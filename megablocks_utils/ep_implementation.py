@@ -101,7 +101,7 @@ class DroplessEP(EPImplementation):
             # Kept as by `DroplessExperts`, under this project's checkpointing.
             top_k_index = keep(lambda: top_k_index)
             tokens_per_expert = count_by_expert(top_k_index, spec.num_experts * ep_size)
-            counts = keep(lambda: exchange_counts(tokens_per_expert, group, ep_size))
+            counts = keep(lambda: exchange_counts(tokens_per_expert, None, group, ep_size))
             order = sort_counted_rows(top_k_index, tokens_per_expert)
             tokens = hidden_states.to(dtype)
             backend = self._find_backend(spec, dtype, device_type)

@@ -40,6 +40,13 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--cpu_offload is params, but FSDP1 leaves the experts, most of the weights, on the "
             "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
         )
+    accumulation = values["gradient_accumulation_steps"]
+    if values["compile"] and entry_point == "fsdp1" and accumulation > 1:
+        raise ConfigurationError(
+            f"--compile is True, but torch compiles no layers of FSDP1 that hold gradients of "
+            f"earlier micro-batches: --gradient_accumulation_steps is {accumulation} and must be "
+            "1, or use train_accelerate_fsdp2.py."
+        )
     if values["resume_adapter"] is not None and values["use_lora"] == "none":
         raise ConfigurationError(
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "

@@ -20,7 +20,7 @@ _FSDP_FILE = "FSDP is set up by this script"
 _RESHARD = "weights are let go after the forward pass and gathered again"
 _LAYERS = "every decoder layer becomes one FSDP unit"
 _OFFLOAD = "--cpu_offload says what lies in host memory"
-_COMPILE = "exchanges of changing sizes are not compiled"
+_COMPILE = "--compile True compiles what can be compiled here, the dense parts of the layers"
 _MESH = "--ep_size and --expert_dp give the mesh"
 _DTYPES = "dtypes come from --precision"
 

@@ -6,18 +6,22 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megablocks_utils.config.dispatch_cost import TokenTraffic
 from megablocks_utils.kernels import permute
+from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
     PendingCounts,
+    TokenSizes,
     exchange_rows,
 )
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.rehearsal.library_patches import (
     attention_of_a_gpu,
@@ -27,28 +31,77 @@ from megablocks_utils.rehearsal.library_patches import (
     shape_grouped_mm,
 )
 
-__all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks", "pretend"]
+__all__ = ["AssumedValues", "assume_gpu_blocks", "assume_routing", "pretend"]
 
 
-def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
+def assume_routing(module: DroplessExperts, num_tokens: int, top_k: int, imbalance: float) -> None:
+    """Have a layer send evenly, and receive more than its share.
+
+    Args:
+        module: the layer.
+        num_tokens: T.
+        top_k: K.
+        imbalance: received rows over routed ones.
+    """
+    module.exchange_counts = _assume_counts(num_tokens, top_k, imbalance)
+    if not module.dispatch.is_once_per_rank:
+        return
+    ep_size = axis_size(module.mesh, EP_AXIS)
+    copies = TokenTraffic(module.num_experts, top_k, ep_size, 0).count_copies(num_tokens)
+
+    def route(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_states, index, weights = inputs
+        return hidden_states, _route_evenly(index, copies, module.num_experts, ep_size), weights
+
+    module.register_forward_pre_hook(route)
+
+
+def _route_evenly(index: Tensor, copies: int, num_experts: int, ep_size: int) -> Tensor:
+    """Return experts (T, K) that lie on as many ranks as there shall be copies of tokens."""
+    token = torch.arange(len(index), device=index.device).unsqueeze(1)
+    slot = torch.arange(index.shape[1], device=index.device)
+    num_ranks = copies // len(index) + (token < copies % len(index)).long()
+    rank, num_local = (token + torch.minimum(slot, num_ranks - 1)) % ep_size, num_experts // ep_size
+    return rank * num_local + (token + slot) % num_local
+
+
+def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCounts:
     """Return an `exchange_counts` of a rank that sends evenly, and receives more than its share.
 
     It makes the same exchange, and does not look at what came of it.
 
     Args:
-        num_rows: rows that a rank routes in a layer.
-        imbalance: received rows over `num_rows`.
+        num_tokens: T.
+        top_k: K.
+        imbalance: received rows over routed ones.
     """
+    num_rows = num_tokens * top_k
 
-    def exchange(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> PendingCounts:
-        exchange_rows(tokens_per_expert, None, None, group)
-        cells = _spread(math.ceil(num_rows * imbalance), len(tokens_per_expert))
-        num_local = len(tokens_per_expert) // ep_size
-        rows = [cells[start : start + num_local] for start in range(0, len(cells), num_local)]
+    def exchange(
+        tokens_per_expert: Tensor,
+        tokens_per_rank: Tensor | None,
+        group: ProcessGroup,
+        ep_size: int,
+    ) -> PendingCounts:
+        device, tokens = tokens_per_expert.device, None
+        sent = tokens_per_expert.view(ep_size, -1)
+        cells = _spread(math.ceil(num_rows * imbalance), sent.numel())
+        rows = [
+            cells[start : start + sent.shape[1]] for start in range(0, len(cells), sent.shape[1])
+        ]
+        if tokens_per_rank is not None:
+            sent = torch.cat([sent, tokens_per_rank.unsqueeze(1)], dim=1)
+            copies = TokenTraffic(len(tokens_per_expert), top_k, ep_size, 0).count_copies(
+                num_tokens
+            )
+            came = _spread(math.ceil(copies * imbalance), ep_size)
+            tokens = TokenSizes(_spread(copies, ep_size), came, torch.tensor(came, device=device))
+        exchange_rows(sent.view(-1), None, None, group)
         counts = ExchangedCounts(
-            torch.tensor(rows, device=tokens_per_expert.device),
             send_sizes=_spread(num_rows, ep_size),
             receive_sizes=[sum(row) for row in rows],
+            received=torch.tensor(rows, device=device),
+            tokens=tokens,
         )
         return PendingCounts(lambda: counts)
 
@@ -95,7 +148,7 @@ class AssumedValues(TorchDispatchMode):
     """Answer, while entered, the questions that fake tensors cannot.
 
     So many positions have labels; the optimizer has made one step. Any other question is an error,
-    as it is without this.
+    as it is without this. Integers that come from other ranks are zeros.
     """
 
     def __init__(self, label_tokens: int) -> None:
@@ -114,4 +167,8 @@ class AssumedValues(TorchDispatchMode):
                 return 1.0
             if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:
                 return shape_grouped_mm(*args[:3])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            # What others would have sent: numbers of places must be numbers of some.
+            return result if result.is_floating_point() else result.zero_()
+        return result

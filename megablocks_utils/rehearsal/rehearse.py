@@ -38,7 +38,7 @@ from megablocks_utils.planning.model.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_counts, pretend
+from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing, pretend
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.memory_ledger import HOST, IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import (
@@ -150,6 +150,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             ep_size=layout.ep_size if has_ep else None,
             expert_dp=layout.expert_dp,
             kernel=run.kernel,
+            token_dispatch=run.token_dispatch,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
@@ -177,9 +178,8 @@ def _build(
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
-        counts = assume_counts(run.tokens * _top_k(model), run.imbalance)
         for module in sharded.expert_modules.values():
-            module.exchange_counts = counts
+            assume_routing(module, run.tokens, _top_k(model), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)

@@ -142,4 +142,5 @@ def split_experts(
         compute_dtype=compute_dtype,
         expert_mode=config.adapter.expert_mode,
         tokens_per_rank=tokens_per_rank,
+        token_dispatch=config.parallel.token_dispatch,
     )

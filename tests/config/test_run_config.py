@@ -324,6 +324,9 @@ def test_fsdp1_specifics():
         "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
         "use train_accelerate_fsdp2.py."
     )
+    assert refusal("--compile True --gradient_accumulation_steps 2", "fsdp1").endswith(
+        "--gradient_accumulation_steps is 2 and must be 1, or use train_accelerate_fsdp2.py."
+    )
     line = "--bf16 False --label_names a b --adam_beta1=0.8 --evaluation_strategy=steps --use_cpu"
     _, leftovers = parse_known_args(line.split(), entry_point="fsdp1")
     assert words_of(leftovers) == [

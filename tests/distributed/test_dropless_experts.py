@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megablocks_utils.config.dispatch_cost import DispatchChoice
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
@@ -53,16 +54,17 @@ def _weights(dtype):
     return gate_up.to(dtype), down.to(dtype)
 
 
-def _build_layer(ep_size, backend, dtype):
+def _build_layer(ep_size, backend, dtype, dispatch):
     mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, NUM_EXPERTS), "cpu")
     weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
     spec = ExpertSpec(NUM_EXPERTS, HIDDEN, INTERMEDIATE)
     named = dict(zip(spec.projections, weights, strict=True))
-    return DroplessExperts(spec, named, mesh=mesh, backend=BACKENDS[backend])
+    choice = DispatchChoice(dispatch, "")
+    return DroplessExperts(spec, named, mesh=mesh, backend=BACKENDS[backend], dispatch=choice)
 
 
-def _run_layer(rank, ep_size, backend, routing, dtype):
-    return _step(_build_layer(ep_size, backend, dtype), rank, routing, dtype)
+def _run_layer(rank, ep_size, backend, routing, dtype, dispatch):
+    return _step(_build_layer(ep_size, backend, dtype, dispatch), rank, routing, dtype)
 
 
 def _step(layer, rank, routing, dtype):
@@ -99,15 +101,17 @@ def _reference(world_size, routing):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
+    ("backend", "dtype", "dispatch"),
     [
-        ("eager", torch.float64),
-        ("eager", torch.float32),
-        ("grouped_mm", torch.float32),
+        ("eager", torch.float64, "rows"),
+        ("eager", torch.float64, "tokens"),
+        ("eager", torch.float32, "rows"),
+        ("grouped_mm", torch.float32, "rows"),
+        ("grouped_mm", torch.float32, "tokens"),
     ],
 )
-def test_layer_equals_reference(ranks4, ep_size, backend, dtype, routing):
-    results = ranks4.run(_run_layer, ep_size, backend, routing, dtype)
+def test_layer_equals_reference(ranks4, ep_size, backend, dtype, dispatch, routing):
+    results = ranks4.run(_run_layer, ep_size, backend, routing, dtype, dispatch)
     by_token = [torch.cat([r[i] for r in results]) for i in range(3)]
     wanted = _reference(4, routing)
     for seen, expected in zip(by_token, wanted[:3], strict=True):
@@ -130,8 +134,8 @@ def _adapters(dtype):
     ]
 
 
-def _run_layer_with_adapters(rank, ep_size, backend, routing, dtype):
-    layer = _build_layer(ep_size, backend, dtype).requires_grad_(False)
+def _run_layer_with_adapters(rank, ep_size, backend, routing, dtype, dispatch):
+    layer = _build_layer(ep_size, backend, dtype, dispatch).requires_grad_(False)
     adapters = [distribute_experts(w, layer.mesh) for w in _adapters(dtype)]
     gate_up_a, gate_up_b, down_a, down_b = adapters
     layer.gate_up_proj_lora = ExpertLora(gate_up_a, gate_up_b, SCALING)
@@ -157,11 +161,13 @@ def _reference_with_adapters(world_size, routing):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("eager", torch.float64), ("grouped_mm", torch.float32)],
+    ("backend", "dtype", "dispatch"),
+    [("eager", torch.float64, "tokens"), ("grouped_mm", torch.float32, "rows")],
 )
-def test_layer_with_adapters_equals_merged_reference(ranks4, ep_size, backend, dtype, routing):
-    results = ranks4.run(_run_layer_with_adapters, ep_size, backend, routing, dtype)
+def test_layer_with_adapters_equals_merged_reference(
+    ranks4, ep_size, backend, dtype, dispatch, routing
+):
+    results = ranks4.run(_run_layer_with_adapters, ep_size, backend, routing, dtype, dispatch)
     wanted = _reference_with_adapters(4, routing)
     for i, expected in enumerate(wanted):
         by_rank = [result[i] for result in results]
@@ -171,14 +177,17 @@ def test_layer_with_adapters_equals_merged_reference(ranks4, ep_size, backend, d
 
 # Triton's interpreter is slow: each ep size, and each routing, once.
 @pytest.mark.parametrize(
-    ("ep_size", "routing"), [(1, "empty_experts"), (2, "random"), (4, "idle_rank")]
+    ("ep_size", "dispatch", "routing"),
+    [(1, "rows", "empty_experts"), (2, "tokens", "random"), (4, "rows", "idle_rank")],
 )
-def test_fused_layer_equals_reference(ranks4, ep_size, routing):
-    test_layer_equals_reference(ranks4, ep_size, "triton", torch.float32, routing)
+def test_fused_layer_equals_reference(ranks4, ep_size, dispatch, routing):
+    test_layer_equals_reference(ranks4, ep_size, "triton", torch.float32, dispatch, routing)
 
 
-@pytest.mark.parametrize(("ep_size", "routing"), [(2, "one_expert"), (4, "random")])
-def test_fused_layer_with_adapters_equals_merged_reference(ranks4, ep_size, routing):
+@pytest.mark.parametrize(
+    ("ep_size", "dispatch", "routing"), [(2, "rows", "one_expert"), (4, "tokens", "random")]
+)
+def test_fused_layer_with_adapters_equals_merged_reference(ranks4, ep_size, dispatch, routing):
     test_layer_with_adapters_equals_merged_reference(
-        ranks4, ep_size, "triton", torch.float32, routing
+        ranks4, ep_size, "triton", torch.float32, dispatch, routing
     )

@@ -76,6 +76,7 @@ class Scenario:
             packing=self.packing,
             is_varlen=self.is_varlen,
             cpu_offload=config.cpu_offload,
+            token_dispatch=config.parallel.token_dispatch,
         )
 
     def own_layout(self) -> ParallelLayout:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.config.backends import AUTO
 
 __all__ = [
     "COLLECTIVES",
@@ -89,6 +90,7 @@ class PlannedRun:
         examples: in that micro-batch.
         cpu_offload: what lies in host memory: `none`, `optimizer` or `params`. On a CPU it is the
             same memory.
+        token_dispatch: how tokens travel, as the option has it.
         packing: how they are laid out. Where each is padded to a row of its own, padding is part of
             `tokens`, and a mask has only the tokens of a row in its second dim.
         is_varlen: whether attention takes them one by one. More than one are else kept apart by a
@@ -113,6 +115,7 @@ class PlannedRun:
     examples: int = 1
     is_varlen: bool = False
     packing: str = ONE_ROW
+    token_dispatch: str = AUTO
     cpu_offload: str = "none"
 
     @property

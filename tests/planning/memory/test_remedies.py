@@ -1,5 +1,7 @@
 """What would help, on a model of memory that is known, and on the real formulas."""
 
+from dataclasses import replace
+
 import pytest
 
 from megablocks_utils.planning.memory import scenario as scenario_module
@@ -57,7 +59,8 @@ def test_host_memory_where_it_is_another_one(monkeypatch):
     assert remedies(BF16, SHARED, 50) == both[1:]
     assert remedies(BF16, COPIES, 50) == []
     assert remedies(BF16, COPIES, 80, entry_point="fsdp1") == both[:1]
-    assert remedies(BF16, SHARED, 80, device_type="cpu") == []
+    on_cpu = replace(build_scenario(BF16), device_type="cpu")
+    assert find_remedies(on_cpu, SHARED, 80 * GB) == []
 
 
 def test_the_nearest_ep_size_that_fits(simple):

@@ -227,7 +227,10 @@ class _Step:
     def take(self, micro_steps: int) -> None:
         """Run the micro-steps, and end the step."""
         rehearsed, ledger = self._rehearsed, self._ledger
-        weights = LossWeights(self._run.label_tokens, micro_steps, self._aux_loss_coef())
+        aux_loss_coef = 0.01 if self._run.has_aux_loss else 0.0
+        weights = LossWeights(
+            self._run.label_tokens, micro_steps, aux_loss_coef, logits_map=rehearsed.logits_map
+        )
         self.sent_by_micro_step = []
         for number in range(micro_steps):
             ledger.moment = "forward"
@@ -278,6 +281,3 @@ class _Step:
             attention_mask=torch.ones_like(tokens) if run.is_padded else None,
             lengths=run.example_lengths,
         )
-
-    def _aux_loss_coef(self) -> float:
-        return 0.01 if self._run.has_aux_loss else 0.0

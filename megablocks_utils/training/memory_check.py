@@ -25,6 +25,7 @@ from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.report.memory import read_available_memory, read_memory
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import count_local_bytes
+from megablocks_utils.training.step.model_probe import ModelProbe
 
 __all__ = ["MemoryCheck", "check_memory", "read_kept_bytes"]
 
@@ -93,7 +94,7 @@ def check_memory(
     device: torch.device,
     sharded: ShardedMoE | None,
     *,
-    is_varlen: bool,
+    probe: ModelProbe,
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -105,7 +106,7 @@ def check_memory(
         schedule: its micro-batches.
         device: where this rank computes; its free memory is what a rank may take.
         sharded: experts and the kernel that runs them; None: transformers does.
-        is_varlen: whether attention takes examples one by one, without a mask.
+        probe: how its attention and its loss are computed.
 
     Raises:
         PlanError: on every rank, for a plan that cannot fit, unless `ignore_plan` is True.
@@ -124,7 +125,8 @@ def check_memory(
             label_tokens=label_tokens,
             examples=examples,
             packing=schedule.packing.value,
-            is_varlen=is_varlen,
+            is_varlen=probe.is_varlen,
+            has_whole_logits=probe.logits_map is None,
             kernel="transformers" if sharded is None else sharded.kernel.name,
         )
     except UserError as error:

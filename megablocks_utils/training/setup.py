@@ -179,7 +179,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = check_memory(config, description, schedule, device, sharded, is_varlen=probe.is_varlen)
+    plan = check_memory(config, description, schedule, device, sharded, probe=probe)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_layer_options(model, config, probe, console)

@@ -90,6 +90,7 @@ def plan_run(
     packing: str,
     kernel: str,
     is_varlen: bool = False,
+    has_whole_logits: bool = False,
 ) -> RunPlan:
     """Predict exactly this run, with the formulas: no torch, milliseconds.
 
@@ -105,6 +106,7 @@ def plan_run(
         packing: how they are laid out.
         kernel: the backend that was chosen.
         is_varlen: whether attention takes examples one by one, without a mask.
+        has_whole_logits: whether the loss takes the logits of all labels at once.
 
     Raises:
         ConfigurationError: the formulas do not know the model.
@@ -120,6 +122,7 @@ def plan_run(
         examples=examples,
         packing=packing,
         is_varlen=is_varlen,
+        has_whole_logits=has_whole_logits,
     )
     layout = scenario.own_layout()
     prediction = scenario.predict(layout)

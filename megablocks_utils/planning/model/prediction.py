@@ -96,6 +96,8 @@ class PlannedRun:
         is_varlen: whether attention takes them one by one. More than one are else kept apart by a
             mask (T, T), which transformers makes once, and torch's attention again in floating
             point in every layer.
+        has_whole_logits: whether the loss takes the logits of all labels at once: where what the
+            model does to them is not known.
     """
 
     world_size: int
@@ -115,6 +117,7 @@ class PlannedRun:
     examples: int = 1
     is_varlen: bool = False
     packing: str = ONE_ROW
+    has_whole_logits: bool = False
     token_dispatch: str = AUTO
     cpu_offload: str = "none"
 

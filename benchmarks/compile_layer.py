@@ -81,7 +81,11 @@ class _NoDevice:
 
 @contextmanager
 def compile_only(
-    capability: int, *, once_a_tile: bool, kernels: Collection[str] | None = None
+    capability: int,
+    *,
+    once_a_tile: bool,
+    kernels: Collection[str] | None = None,
+    only_persistent: bool = False,
 ) -> Iterator[list[tuple[Any, Any, dict]]]:
     """Compile kernels that are launched inside for a GPU, and launch none.
 
@@ -93,6 +97,7 @@ def compile_only(
         once_a_tile: whether a kernel is compiled once for each tile and form of the experts,
             whatever else differs.
         kernels: names of those to compile, or None for all.
+        only_persistent: whether kernels of one program a tile are left out.
 
     Yields:
         Kernel, compiled kernel and launch options, for each new one.
@@ -106,7 +111,10 @@ def compile_only(
     ) -> Any:
         name = self.fn.__name__.removesuffix("_kernel")
         tile = (name, *(kwargs.get(option) for option in TILE_OPTIONS + _FORM_OPTIONS))
-        if (kernels is not None and name not in kernels) or (once_a_tile and tile in seen):
+        is_wanted = kernels is None or name in kernels
+        if only_persistent:
+            is_wanted &= kwargs.get("PERSISTENT", False)
+        if not is_wanted or (once_a_tile and tile in seen):
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in seen:

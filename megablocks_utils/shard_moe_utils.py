@@ -194,7 +194,8 @@ def _dispatch_chooser(
     """Return what chooses how the tokens of a layer travel."""
     _check_choice("token_dispatch", wanted, DISPATCH_CHOICES)
     top_k, ep_size = find_top_k(model), axis_size(mesh, EP_AXIS)
-    dtype = compute_dtype or next(model.parameters()).dtype
+    first = next(iter(find_expert_modules(model).values()))
+    dtype = compute_dtype or first.get_parameter("down_proj").dtype
     return lambda spec: choose_layer_dispatch(
         wanted, spec, top_k=top_k, ep_size=ep_size, dtype=dtype
     )

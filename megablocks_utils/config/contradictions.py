@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megablocks_utils.config.backends import AUTO, list_backends
+from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["check_together"]
@@ -23,7 +24,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
     if not values["use_megablocks_sharding"]:
-        idle = {"ep_size": (None, 1), "expert_dp": (None,)}
+        idle = {"ep_size": (None, 1), "expert_dp": (None,), "token_dispatch": (AUTO, ROWS)}
         for name, harmless in idle.items():
             if values[name] not in harmless:
                 raise ConfigurationError(

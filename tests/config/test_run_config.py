@@ -279,6 +279,9 @@ REFUSALS = {
     "--ep_size 2": "--ep_size is 2, but it needs --use_megablocks_sharding True.",
     "--expert_dp shard": "--expert_dp is shard, but it needs --use_megablocks_sharding True.",
     "--kernel eager": "--kernel is eager, but it needs --use_megablocks_sharding True.",
+    "--token_dispatch tokens": (
+        "--token_dispatch is tokens, but it needs --use_megablocks_sharding True."
+    ),
     f"{SHARDING} --ep_size 0": "--ep_size is 0, but it must be a whole number of at least 1.",
     "--precision fp32 --dtype bfloat16": "--dtype is bfloat16, but --precision fp32 means float32; "
     "leave one of the two out.",

@@ -121,6 +121,13 @@ def test_layer_equals_reference(ranks4, ep_size, backend, dtype, dispatch, routi
         assert all(torch.equal(r[i], results[0][i]) for r in results)
 
 
+def test_tokens_once_per_rank_repeat_bit_for_bit(ranks4):
+    arguments = 2, "grouped_mm", "random", torch.float32, "tokens"
+    one, other = (ranks4.run(_run_layer, *arguments) for _ in range(2))
+    for first, second in zip(one, other, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 RANK, SCALING = 3, 0.5
 
 

@@ -177,7 +177,7 @@ def check_compiler(device: torch.device) -> None:
         function(torch.zeros(8, device=device))
     except (*_ERRORS, InvalidCxxCompiler) as error:
         raise ConfigurationError(
-            "compile is True, but torch cannot compile on this machine, so that it must be False: "
+            "compile is True, but it must be False on this machine, where torch builds no code: "
             f"{_describe(error)}.",
             parameters=("compile",),
         ) from error

@@ -13,6 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from megablocks_utils.kernels.adamw_step import AdamWStep
 from megablocks_utils.kernels.fused.adamw import run_adamw
+from megablocks_utils.kernels.fused.combine import combine
+from megablocks_utils.kernels.fused.combine_backward import combine_backward
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
@@ -181,6 +183,20 @@ def run_layer(dtype: torch.dtype, rank: int, tiles: TileTable, form: Form) -> No
         tokens, ExpertOrder(order, inverse, counts, TOP_K), weights, experts, tiles=tiles
     )
     output.backward(torch.empty_like(output))
+
+
+def run_combine(dtype: torch.dtype, top_k: int) -> None:
+    """Sum K rows a token that lie in expert order, and go back, on meta tensors.
+
+    Args:
+        dtype: of the rows.
+        top_k: K; the size of a tile depends on it.
+    """
+    rows = torch.empty(NUM_TOKENS * top_k, HIDDEN, dtype=dtype, device="meta")
+    weights = torch.empty(NUM_TOKENS, top_k, device="meta")
+    inverse = torch.empty(len(rows), dtype=torch.int64, device="meta")
+    grad = combine(rows, weights, top_k, inverse)
+    combine_backward(grad, rows, weights, inverse, wants_rows=True, wants_weights=True)
 
 
 def run_optimizer(dtype: torch.dtype) -> None:

@@ -26,6 +26,7 @@ from benchmarks.compile_layer import (
     FORMS,
     TILE_OPTIONS,
     compile_only,
+    run_combine,
     run_layer,
     run_optimizer,
 )
@@ -50,7 +51,9 @@ CAPABILITIES = {
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NUM_COLUMNS = 4
 _PERSISTENT_COLUMN = 3
-_WITHOUT_PRODUCTS = ("combine", "adamw")
+_WITHOUT_PRODUCTS = ("combine", "combine_backward", "adamw")
+_TOP_K = (2, 8, 10)
+"""How many rows a token has: Mixtral's, Qwen3's, and one that is no power of two."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def compile_variant(
     forms: Sequence[str] = tuple(FORMS),
     kernels: Sequence[str] | None = None,
 ) -> list[Resources]:
-    """Compile the optimizer's kernel, and those of a layer that trains all, adapters too."""
+    """Compile the kernels of a layer that trains all, adapters too, and those beside it."""
     major, minor = CAPABILITIES[variant.arch]
     found: list[Resources] = []
     capability = 10 * major + minor
@@ -134,6 +137,10 @@ def compile_variant(
             run_layer(DTYPES[variant.dtype], variant.rank, variant.tiles(), FORMS[form])
             found += [_describe(*entry, variant, form) for entry in compiled]
             compiled.clear()
+        for top_k in _TOP_K:
+            run_combine(DTYPES[variant.dtype], top_k)
+        found += [_describe(*entry, variant, "weighted sum") for entry in compiled]
+        compiled.clear()
         run_optimizer(DTYPES[variant.dtype])
         found += [_describe(*entry, variant, "optimizer") for entry in compiled]
     return found

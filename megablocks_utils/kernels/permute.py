@@ -48,9 +48,8 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> ExpertOrder:
 
 def count_by_expert(top_k_index: Tensor, num_experts: int) -> Tensor:
     """Count the routed rows (T, K) of every expert: (E,) int64."""
-    experts = top_k_index.reshape(-1)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-    return counts.scatter_add_(0, experts, torch.ones_like(experts))
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=top_k_index.device)
+    return counts.scatter_(0, top_k_index.reshape(-1), 1, reduce="add")
 
 
 def sort_counted_rows(top_k_index: Tensor, tokens_per_expert: Tensor) -> ExpertOrder:

@@ -192,9 +192,8 @@ def combine_rows(rows: Tensor, sizes: SplitSizes, group: ProcessGroup) -> Tensor
 
 def invert_permutation(permutation: Tensor) -> Tensor:
     """Return the permutation that undoes a permutation (N,)."""
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
-    return inverse
+    places = torch.arange(permutation.numel(), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, places)
 
 
 def expert_major_order(received: Tensor, num_rows: int) -> Tensor:
@@ -202,10 +201,10 @@ def expert_major_order(received: Tensor, num_rows: int) -> Tensor:
 
     Each (expert, sender) segment keeps its rows' order; `received (ep_size, L)` are the counts.
     """
-    flat = received.reshape(-1)
-    starts = (flat.cumsum(0) - flat).view_as(received).t().reshape(-1)
     lengths = received.t().reshape(-1)
-    shift = starts - (lengths.cumsum(0) - lengths)
+    # Of segments in both orders; what they begin at differs by as much as what they end at.
+    ends = received.reshape(-1).cumsum(0).view_as(received).t().reshape(-1)
+    shift = ends - lengths.cumsum(0)
     positions = torch.arange(num_rows, device=received.device)
     return positions + shift.repeat_interleave(lengths, output_size=num_rows)
 

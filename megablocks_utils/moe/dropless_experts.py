@@ -10,12 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megablocks_utils.config.dispatch_cost import ROW_DISPATCH, DispatchChoice
 from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
 from megablocks_utils.kernels.permute import (
     ExpertOrder,
     count_by_expert,
     permute_tokens,
     sort_counted_rows,
-    unpermute_and_combine,
 )
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
@@ -134,7 +134,7 @@ class DroplessExperts(nn.Module):
         axis has one rank; every rank of it must call, also with no token.
         """
         # What is recomputed in backward must be routed as the rows were that other ranks hold.
-        top_k_index = keep(lambda: top_k_index)
+        top_k_index = keep(top_k_index.contiguous)
         if self.spec.num_zero_experts == 0:
             return self._apply_experts(hidden_states, top_k_index, top_k_weights)
         routed = split_zero_experts(top_k_index, top_k_weights, self.num_experts)
@@ -158,7 +158,7 @@ class DroplessExperts(nn.Module):
         rows = self._run_rows(hidden_states, order, counts, experts)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
-        return unpermute_and_combine(rows, top_k_weights, order)
+        return fused_unpermute_and_combine(rows, top_k_weights, order)
 
     def _find_ranks(self, top_k_index: Tensor) -> Tensor | None:
         """Say to which ranks each token goes; None where rows travel, or nothing does."""

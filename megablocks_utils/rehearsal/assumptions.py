@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megablocks_utils.config.dispatch_cost import TokenTraffic
 from megablocks_utils.kernels import permute
+from megablocks_utils.kernels.fused import unpermute
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
@@ -31,7 +32,7 @@ from megablocks_utils.rehearsal.library_patches import (
     shape_grouped_mm,
 )
 
-__all__ = ["AssumedValues", "assume_gpu_blocks", "assume_routing", "pretend"]
+__all__ = ["AssumedValues", "assume_gpu_sums", "assume_routing", "pretend"]
 
 
 def assume_routing(module: DroplessExperts, num_tokens: int, top_k: int, imbalance: float) -> None:
@@ -114,14 +115,42 @@ def _spread(total: int, parts: int) -> list[int]:
 
 
 @contextmanager
-def assume_gpu_blocks() -> Iterator[None]:
-    """Cut dot products into blocks as on a GPU, while entered, though tensors are on a CPU."""
-    original = permute._BLOCK_ELEMENTS_CPU
+def assume_gpu_sums() -> Iterator[None]:
+    """Weight and sum rows in the memory that a GPU takes, while entered, with tensors on a CPU.
+
+    Dot products are cut into blocks as there. No kernel is launched: what it would fill is made,
+    and left as it is.
+    """
+
+    def find_kernels(rows: Tensor) -> unpermute.CombineKernels | None:
+        return unpermute.CombineKernels(_shape_sums, _shape_gradients)
+
+    originals = permute._BLOCK_ELEMENTS_CPU, unpermute._find_kernels
     permute._BLOCK_ELEMENTS_CPU = permute._BLOCK_ELEMENTS
+    unpermute._find_kernels = find_kernels
     try:
         yield
     finally:
-        permute._BLOCK_ELEMENTS_CPU = original
+        permute._BLOCK_ELEMENTS_CPU, unpermute._find_kernels = originals
+
+
+def _shape_sums(rows: Tensor, weights: Tensor, _top_k: int, _inverse: Tensor) -> Tensor:
+    return rows.new_empty(weights.shape[0], rows.shape[1])
+
+
+def _shape_gradients(
+    _grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    _inverse: Tensor,
+    *,
+    wants_rows: bool,
+    wants_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        torch.empty_like(rows) if wants_rows else None,
+        torch.empty_like(weights) if wants_weights else None,
+    )
 
 
 def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[AbstractContextManager]:
@@ -134,7 +163,7 @@ def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[Abst
     if run.kernel == "triton":
         yield no_launches()
     if run.device_type == "cuda":
-        yield assume_gpu_blocks()
+        yield assume_gpu_sums()
         yield attention_of_a_gpu()
     if run.offloaded != "none":
         yield copied_between_memories(on_host)

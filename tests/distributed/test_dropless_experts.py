@@ -1,8 +1,13 @@
 """The sharded experts layer on real ranks against the reference on one, in values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from megablocks_utils.config.dispatch_cost import DispatchChoice
 from megablocks_utils.kernels.backends.eager import run_experts_eager
@@ -12,10 +17,12 @@ from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import distribute_experts
+from megablocks_utils.mesh.recomputation import recomputation_contexts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.reference import experts_reference
+from tests.support.communication import CommunicationCounter
 from tests.support.compare import relative_error
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 16, 12, 2
@@ -198,3 +205,85 @@ def test_fused_layer_with_adapters_equals_merged_reference(ranks4, ep_size, disp
     test_layer_with_adapters_equals_merged_reference(
         ranks4, ep_size, "triton", torch.float32, dispatch, routing
     )
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that do something while it is entered: views cost a GPU nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the reads of values, which a GPU's host would wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        reads = ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "numpy")
+        self.count += getattr(func, "__name__", "") in reads
+        return func(*args, **(kwargs or {}))
+
+
+def _run_checkpointed(rank, ep_size, dispatch):
+    """Return gradients of two steps whose forward passes come first, and what one step costs."""
+    layer = _build_layer(ep_size, "grouped_mm", torch.float32, dispatch)
+    grads, costs = {}, {}
+    for mode in ("none", "full", "selective"):
+        reads = HostReads()
+
+        def run(*inputs, reads=reads):
+            with reads:
+                return layer(*inputs)
+
+        contexts = partial(recomputation_contexts, keeps_rows=mode == "selective")
+        if mode != "none":
+            run = partial(checkpoint, run, use_reentrant=False, context_fn=contexts)
+        for operators in (None, OperatorCounter()):
+            layer.zero_grad()
+            reads.count = 0
+            routings = ("random", "idle_rank") if operators is None else ("random",)
+            steps = [_tokens(rank, routing, torch.float32) for routing in routings]
+            leaves = [leaf.requires_grad_() for h, _, w, _ in steps for leaf in (h, w)]
+            with operators or CommunicationCounter() as counter:
+                outputs = [run(*inputs) for *inputs, _ in steps]
+                for output, (*_, upstream) in zip(outputs, steps, strict=True):
+                    output.backward(upstream)
+            if operators is None:
+                grads[mode] = [p.grad for p in layer.parameters()] + [x.grad for x in leaves]
+                calls = dict(counter.calls)
+        costs[mode] = operators.count, reads.count, calls
+    equal = [all(map(torch.equal, grads[mode], grads["none"])) for mode in ("full", "selective")]
+    return equal, costs
+
+
+# Operators that are no views, forward and backward; on a GPU each is a launch, or more.
+BUDGETS = {
+    (1, "rows"): {"none": 36, "full": 51, "selective": 51},
+    (4, "rows"): {"none": 72, "full": 110, "selective": 104},
+    (4, "tokens"): {"none": 122, "full": 203, "selective": 197},
+}
+ROW_EXCHANGES = {"none": 4, "full": 6, "selective": 4}
+
+
+@pytest.mark.parametrize(("ep_size", "dispatch"), BUDGETS)
+def test_a_checkpointed_layer_keeps_its_routing_and_its_budget(ranks4, ep_size, dispatch):
+    """Bit for bit the gradients of a layer that is not; no second read, no second count."""
+    for equal, costs in ranks4.run(_run_checkpointed, ep_size, dispatch):
+        assert equal == [True, True]
+        seen = {mode: operators for mode, (operators, *_) in costs.items()}
+        budget = BUDGETS[ep_size, dispatch]
+        assert all(seen[mode] <= budget[mode] for mode in seen), seen
+        for mode, (_, host_reads, calls) in costs.items():
+            assert host_reads == (ep_size > 1)
+            wanted = {"all_to_all of counts": 2, "all_to_all of rows": 2 * ROW_EXCHANGES[mode]}
+            if dispatch == "tokens":
+                wanted["all_to_all of routing"] = 4  # and the weights' gradients
+            assert calls == (wanted if ep_size > 1 else {})

@@ -258,10 +258,20 @@ def _inner(sizes: Sizes) -> int:
 
 
 def _dot_blocks(sizes: Sizes) -> int:
-    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32."""
-    num_rows = sizes.num_received if sizes.sends_tokens else sizes.num_routed
+    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32.
+
+    On a GPU one kernel makes the gradients of routing weights at home, without any.
+    """
+    run, at_home = sizes.run, not sizes.sends_tokens
+    if (
+        run.device_type == "cuda"
+        and at_home
+        and (run.kernel != "eager" or sizes.layout.ep_size > 1)
+    ):
+        return 0
+    num_rows = sizes.num_routed if at_home else sizes.num_received
     elements = num_rows * sizes.shape.hidden_size
-    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[sizes.run.device_type]) * FP32
+    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[run.device_type]) * FP32
 
 
 def _gradients(sizes: Sizes, num_in: int, num_out: int) -> int:

@@ -19,6 +19,7 @@ from megablocks_utils.kernels.fused.shared_memory import shared_bytes
 from megablocks_utils.kernels.fused.tiles import KINDS, list_candidates
 
 KERNELS = {"gate_up", "row_gemm", "gate_backward", "weight_grad", "combine", "adamw"}
+KERNELS.add("combine_backward")
 ARCH, COLUMN = "sm_90", 1
 FORMS = ("swiglu", "as gpt-oss", "relu squared, no gate")
 PERSISTENT = 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +31,7 @@ from megablocks_utils.rehearsal.library_patches import (
     one_example_a_row,
     shape_grouped_mm,
 )
+from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes
 
 __all__ = ["AssumedValues", "assume_gpu_sums", "assume_routing", "pretend"]
 
@@ -170,7 +171,7 @@ def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[Abst
     if run.examples == 1:
         yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.
-    yield FakeTensorMode(allow_non_fake_inputs=True)
+    yield RememberedFakes(allow_non_fake_inputs=True)
 
 
 class AssumedValues(TorchDispatchMode):
@@ -184,11 +185,18 @@ class AssumedValues(TorchDispatchMode):
         super().__init__()
         self._label_tokens = label_tokens
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each operator the guard against torch.compile, which a rehearsal never uses."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if args and isinstance(args[0], FakeTensor):
             tensor = args[0]
+            if func is torch.ops.prim.device.default:  # as often asked as all operators are called
+                return tensor.fake_device
             if func is torch.ops.aten.nonzero.default and tensor.dim() == 1:
                 count = min(len(tensor), self._label_tokens)
                 return torch.empty(count, 1, dtype=torch.int64, device=tensor.device)

@@ -143,6 +143,7 @@ def rehearse(
 def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
     """Return the options that make the training code do what is planned."""
     has_ep = layout.ep_size > 1 or layout.is_dmoe
+    steps = 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
     return RunConfig(
         entry_point=run.entry_point,
         parallel=ParallelConfig(
@@ -155,13 +156,18 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
-            gradient_accumulation_steps=min(run.accumulation, _MICRO_STEPS),
+            gradient_accumulation_steps=steps,
             sync_each_batch=run.sync_each_batch,
         ),
         gradient_checkpointing=run.gradient_checkpointing,
         cpu_offload=run.cpu_offload,
         router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
     )
+
+
+def _begins_with_gradients(run: PlannedRun) -> bool:
+    """Say whether one micro-step, begun with gradients, does what every later one does."""
+    return run.sync_each_batch and run.entry_point == "fsdp2" and run.accumulation > 1
 
 
 def _build(
@@ -179,7 +185,7 @@ def _build(
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
         for module in sharded.expert_modules.values():
-            assume_routing(module, run.tokens, _top_k(model), run.imbalance)
+            assume_routing(module, run.tokens, (find_top_k(model) or 1), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
@@ -187,11 +193,6 @@ def _build(
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
     return kind(RehearsalInputs(model, sharded, config, run, device)), layers
-
-
-def _top_k(model: PreTrainedModel) -> int:
-    """Return how many experts a token has; 1 where nothing says it."""
-    return find_top_k(model) or 1
 
 
 class _Step:
@@ -216,7 +217,8 @@ class _Step:
         for parameter in self._trainable:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        optimizer.zero_grad()
+        if not _begins_with_gradients(self._run):
+            optimizer.zero_grad()
         for trained, state in optimizer.state.items():
             for value in state.values():
                 is_moved = self._run.offloaded == "optimizer" and value.dim() > 0

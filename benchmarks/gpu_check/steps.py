@@ -27,6 +27,7 @@ _TRACES: Mapping[str, tuple[Mapping[str, str], int, int]] = MappingProxyType(
         "full, 1 example a micro-batch": (_FULL, 1, 4),
         "lora all, 64 examples a micro-batch": (_LORA, 64, 1),
         "lora all, 1 example a micro-batch": (_LORA, 1, 4),
+        "full, 1 example a micro-batch, compiled": ({**_FULL, "compile": "True"}, 1, 4),
     }
 )
 """Options, examples of a micro-batch and micro-batches of a step, by name."""
@@ -34,8 +35,9 @@ _DRY_TRACES: Mapping[str, tuple[Mapping[str, str], int, int]] = MappingProxyType
     {"lora all, 2 examples a micro-batch": ({**_LORA, "precision": "fp32"}, 2, 2)}
 )
 _TIMEOUT_S = 180.0
-_MOST_ATTENTION_ERROR = 0.05
-"""Of gradients in bfloat16 against another way to sum the same; a wrong mask is off by far more."""
+_MOST_ERROR: Mapping[str, float] = MappingProxyType({"attention": 0.05, "step of a model": 0.3})
+"""Of gradients in bfloat16 against another way to sum the same: in a model, some tokens then go to
+other experts. A wrong mask is off by about 1."""
 
 
 def run(part: Part) -> None:
@@ -45,7 +47,7 @@ def run(part: Part) -> None:
     if any(part.is_wanted(_name(title)) for title in traces):
         _save(part)
     programs = [_trace(part, title, *traces[title]) for title in traces]
-    part.run(programs, _read_figures)
+    part.run(programs, lambda finished: _read_trace(finished, is_dry=part.is_dry))
     path = part.output / f"packed_attention_{device}.json"
     sizes = {"examples": 2, "tokens": 16, "rounds": 1} if part.is_dry else {}
     words = as_words({**sizes, "device": device, "output": path})
@@ -101,10 +103,24 @@ def _read_figures(finished: Finished) -> Row:
     return found
 
 
+def _read_trace(finished: Finished, *, is_dry: bool) -> Row:
+    """Read the figures of a trace.
+
+    Raises:
+        WrongFigureError: a GPU's trace holds no kernels.
+    """
+    found = _read_figures(finished)
+    if found["device"] is None and not is_dry:
+        raise WrongFigureError(
+            "the trace holds no kernels: the profiler cannot see this GPU", found
+        )
+    return found
+
+
 def _read_attention(record: Record) -> Row:
     rows = {row["part"]: row for row in record.rows}
     for name, row in rows.items():
-        if not row["gradient_error"] <= _MOST_ATTENTION_ERROR:
+        if not row["gradient_error"] <= _MOST_ERROR[name]:
             reason = f"{name}: gradients are off by {row['gradient_error']:.1e}"
-            raise WrongFigureError(f"{reason}, but it may be {_MOST_ATTENTION_ERROR}", rows)
+            raise WrongFigureError(f"{reason}, but it may be {_MOST_ERROR[name]}", {"parts": rows})
     return {"parts": rows}

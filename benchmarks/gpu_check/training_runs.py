@@ -82,7 +82,11 @@ def list_cases() -> list[RunCase]:
         for kernel in ("triton", "grouped_mm", "eager")
     ]
     other_script = [RunCase("triton", "bf16", "True", script=FSDP1)]
-    return [*grid, *adapters, *other_script]
+    compiled = [
+        RunCase("triton", "bf16_sr", checkpointing, options=(("compile", True),))
+        for checkpointing in CHECKPOINTING
+    ]
+    return [*grid, *adapters, *other_script, *compiled]
 
 
 def list_dry_cases() -> list[RunCase]:

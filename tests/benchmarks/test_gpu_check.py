@@ -7,12 +7,16 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import packed_attention
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check.part import WrongFigureError, build_row
+from benchmarks.gpu_check import steps, training_runs
+from benchmarks.gpu_check.options import CheckOptions
+from benchmarks.gpu_check.part import Part, WrongFigureError, build_row, run_part
 from benchmarks.gpu_check.programs import (
     ERROR_NAME,
     OUTPUT_NAME,
@@ -24,7 +28,12 @@ from benchmarks.gpu_check.programs import (
 from benchmarks.gpu_check.trace_figures import Units, summarise
 from benchmarks.gpu_check.training_runs import RunCase, compare, find_unsupported, list_cases
 from benchmarks.harness.outcome import Ending
+from benchmarks.harness.record import Record
+from benchmarks.moe_layer import __main__ as moe_layer
+from megablocks_utils import tune
+from megablocks_utils.config import parse_args
 from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.rehearsal.worker import read_request
 from tests.support.rank_pool import start_forkserver
 
 
@@ -267,3 +276,50 @@ def test_figures_of_a_trace():
     assert kernels["idle_share"] == pytest.approx((5 + 9 + 18) / 70)
     assert kernels["step_s"] == pytest.approx(70e-6)
     assert found["host"]["waits_per_layer"]["experts"] == 1
+
+
+# --- what a GPU would run ----------------------------------------------------------------------
+
+
+def test_a_gpus_programs_have_options_that_they_take(tmp_path, monkeypatch):
+    """Nothing runs: every program ends at once, after its words were kept."""
+    started = []
+
+    class Kept:
+        def __init__(self, program, folder):
+            started.append(program)
+
+        def poll(self):
+            return 1
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141 * 10**9)
+    )
+    monkeypatch.setattr(training_runs, "save_workload", lambda *_: None)
+    monkeypatch.setattr(steps, "_save", lambda _: None)
+    for number in (2, 3, 4, 5):
+        options = CheckOptions(number, str(tmp_path), "cuda")
+        record = Record(None, {"rows": []})
+        part = Part(options, record, tmp_path, tmp_path, time.monotonic() + 500, Kept)
+        run_part(part)
+        assert part.finish() and len(record.rows) >= 5
+    assert len({program.name for program in started}) == len(started) > 55
+    for program in started:
+        assert program.hides_gpu == program.name.startswith("reference")
+        words = list(program.words)
+        if words[0].endswith(".py"):
+            entry_point = "fsdp1" if words[0] == "train_fsdp1.py" else "fsdp2"
+            parse_args(words[1:], entry_point=entry_point)
+        elif words[1].endswith("trace_step"):
+            parse_args(words[3:], entry_point="fsdp2")
+        elif words[1].endswith("tune"):
+            assert (Path(tune.parse_options(words[2:]).model_name_or_path) / "config.json").exists()
+        elif words[1].endswith("moe_layer"):
+            assert moe_layer._parse(words[2:]).minutes == 3
+        elif words[1].endswith("packed_attention"):
+            assert packed_attention.build_parser().parse_args(words[2:]).device == "cuda"
+        elif words[1].endswith("one_gpu"):
+            assert read_request(program.stdin)[2].device_type == "cuda"
+        else:
+            assert words[1:] == ["benchmarks.gpu_check.optimizer_rate", "cuda"]

@@ -22,6 +22,8 @@ __all__ = [
     "ADAPTER_CONFIG_NAME",
     "ADAPTER_WEIGHTS_NAME",
     "DISK_FAULTS",
+    "EXPERT_LOAD_NAME",
+    "EXPERT_LOAD_PLOT_NAME",
     "GENERATION_CONFIG_NAME",
     "LOSS_PLOT_NAME",
     "METRICS_NAME",
@@ -51,6 +53,8 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 METRICS_NAME = "metrics.jsonl"
 RUN_RECORD_NAME = "run.json"
 LOSS_PLOT_NAME = "loss.png"
+EXPERT_LOAD_NAME = "expert_load.jsonl"
+EXPERT_LOAD_PLOT_NAME = "expert_load.png"
 TRACKERS_FOLDER_NAME = "runs"
 """Where trackers that write files do so: Trainer's own name for it."""
 

@@ -57,6 +57,7 @@ class RunConfig:
         router_aux_loss_coef: Weight of the load-balancing loss; None: as the model's config says.
         seed: Seed of data order and random numbers.
         logging_steps: Steps between two log lines.
+        expert_load_steps: Steps between two in which the experts' loads are measured; 0: never.
         report_to: Trackers; empty for none.
         debug: Whether placements are printed and replicas checked in every step.
         lost_rank_timeout_s: Seconds without a sign of life after which a rank on another machine is
@@ -132,6 +133,15 @@ class RunConfig:
             minimum=1,
         ),
     ] = 1
+    expert_load_steps: Annotated[
+        int,
+        Option(
+            "measure in every N-th optimizer step how the tokens are spread over each layer's "
+            "experts: expert_load.jsonl, and expert_load.png at the end; 0: never",
+            metavar="N",
+            minimum=0,
+        ),
+    ] = 0
     report_to: Annotated[
         tuple[str, ...],
         Option("where metrics go besides metrics.jsonl", choices=("none", "tensorboard")),

@@ -16,6 +16,8 @@ from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
+    EXPERT_LOAD_NAME,
+    EXPERT_LOAD_PLOT_NAME,
     LOSS_PLOT_NAME,
     METRICS_NAME,
     MODEL_INDEX_NAME,
@@ -52,9 +54,14 @@ LATEST_NAME = "checkpoint-latest"
 MANIFEST_NAME = "manifest.json"
 _MAX_NAME_BYTES = 100
 _FINISHED_FILES = (RUN_RECORD_NAME, "model*.safetensors", ADAPTER_WEIGHTS_NAME)
-_RESULT_FILES = (*_FINISHED_FILES, MODEL_INDEX_NAME)
-_OWN_FILES = (METRICS_NAME, RUN_RECORD_NAME, LOSS_PLOT_NAME, CLAIM_NAME, LATEST_NAME)
-_OWN_NAMES = (METRICS_NAME, LOSS_PLOT_NAME, TRACKERS_FOLDER_NAME, STAGING_FOLDER_NAME)
+# A run that resumes takes the loads of its steps from its checkpoint.
+_LOAD_FILES = (EXPERT_LOAD_NAME, EXPERT_LOAD_PLOT_NAME)
+_RESULT_FILES = (*_FINISHED_FILES, MODEL_INDEX_NAME, *_LOAD_FILES)
+_OWN_FILES = (METRICS_NAME, RUN_RECORD_NAME, LOSS_PLOT_NAME, *_LOAD_FILES, CLAIM_NAME, LATEST_NAME)
+_OWN_NAMES = (
+    *(METRICS_NAME, LOSS_PLOT_NAME, *_LOAD_FILES),
+    *(TRACKERS_FOLDER_NAME, STAGING_FOLDER_NAME),
+)
 
 
 def find_checkpoints(folder: Path) -> list[tuple[int, Path]]:

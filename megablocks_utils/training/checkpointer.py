@@ -18,7 +18,7 @@ from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.config.secrets import redact_record
 from megablocks_utils.errors import CheckpointError, NonFiniteError
-from megablocks_utils.files import METRICS_NAME
+from megablocks_utils.files import EXPERT_LOAD_NAME
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
 from megablocks_utils.processes.output_folder import CHECKPOINT_PREFIX
@@ -137,10 +137,10 @@ class Checkpointer(StepHooks):
         shards = state.shards()
         if config.async_save:
             shards = {name: shard.copied_to_cpu() for name, shard in shards.items()}
-        metrics = raise_on_all_ranks(self._read_metrics)
+        logs = raise_on_all_ranks(self._read_logs)
         write_all = partial(
             write_checkpoint,
-            self._take_snapshot(step, shards, metrics),
+            self._take_snapshot(step, shards, logs),
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
@@ -173,13 +173,14 @@ class Checkpointer(StepHooks):
             pending.result()
 
     def _take_snapshot(
-        self, step: int, shards: Mapping[str, TensorShard], metrics: bytes
+        self, step: int, shards: Mapping[str, TensorShard], logs: Mapping[str, bytes]
     ) -> Snapshot:
         setup = self._setup
         model = setup.model
 
         def write_shared(folder: Path) -> None:
-            (folder / METRICS_NAME).write_bytes(metrics)
+            for name, content in logs.items():
+                (folder / name).write_bytes(content)
             write_companions(
                 model.config,
                 model.generation_config,
@@ -197,12 +198,17 @@ class Checkpointer(StepHooks):
             contents=self._describe(step) if self._is_first else {},
         )
 
-    def _read_metrics(self) -> bytes:
-        """Return the metrics so far, on rank 0, which writes them."""
+    def _read_logs(self) -> dict[str, bytes]:
+        """Return metrics and loads so far by file name, on rank 0, which writes them."""
+        if not self._is_first:
+            return {}
+        paths = [self._metrics_path]
+        if (loads := self._metrics_path.with_name(EXPERT_LOAD_NAME)).exists():
+            paths.append(loads)
         try:
-            return self._metrics_path.read_bytes() if self._is_first else b""
+            return {path.name: path.read_bytes() for path in paths}
         except OSError as error:
-            raise CheckpointError(f"cannot read {self._metrics_path}: {error.strerror}") from error
+            raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
 
     def _describe(self, step: int) -> dict[str, Any]:
         """Return what the manifest holds besides its files."""

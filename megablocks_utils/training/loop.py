@@ -29,7 +29,7 @@ from megablocks_utils.training.step.micro_batch import (
     compute_micro_batch_loss,
 )
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
-from megablocks_utils.training.step.router_balance import RouterBalance
+from megablocks_utils.training.step.routing_hooks import RoutingHooks
 from megablocks_utils.training.step_hooks import StepHooks
 from megablocks_utils.training.value_checks import (
     build_finite_check,
@@ -48,7 +48,7 @@ class TrainingState:
         scheduler: of the learning rate, stepped once an optimizer step.
         sharded: what `shard_moe` returned; None without expert parallelism.
         kernel_check: what comparing the kernel with eager found; None without `sharded`.
-        balance: moves the routers' correction biases; None where they stay.
+        routing: counts the tokens of experts, to balance them or to measure their loads.
     """
 
     accelerator: Accelerator
@@ -57,7 +57,7 @@ class TrainingState:
     scheduler: LRScheduler
     sharded: ShardedMoE | None
     kernel_check: KernelCheck | None = None
-    balance: RouterBalance | None = None
+    routing: RoutingHooks = RoutingHooks()
 
     def run_state(self) -> RunState:
         """Return what a checkpoint holds of it."""
@@ -92,7 +92,7 @@ def build_training_state(setup: Setup) -> TrainingState:
         )
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
     state = TrainingState(
-        accelerator, model, optimizer, scheduler, setup.sharded, balance=setup.balance
+        accelerator, model, optimizer, scheduler, setup.sharded, routing=setup.routing
     )
     if setup.resume is not None:
         restore_finite(setup, state.run_state())
@@ -139,12 +139,14 @@ def _train(
         optim.max_grad_norm,
         setup.config.debug,
         finite,
-        state.balance,
+        state.routing.balance,
     )
-    meter = StepMeter(state.accelerator.device)
+    meter, loads = StepMeter(state.accelerator.device), state.routing.loads
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
         meter.start_step()
+        if loads is not None:
+            loads.start_step(step)
         weights = LossWeights(
             plan.num_label_tokens,
             plan.num_real_micro_batches,
@@ -172,6 +174,7 @@ def _train(
             num_input_tokens=plan.num_input_tokens,
             grad_norm=norm,
             learning_rate=learning_rate,
+            loads=None if loads is None else loads.finish_step(step),
         )
         yield metrics, meter.num_nonfinite_weights
 
@@ -202,7 +205,7 @@ def run_micro_batch(
     **Collective:** every rank of the world must call, also with a dummy.
     """
     accelerator = state.accelerator
-    loss = compute_micro_batch_loss(state.model, batch, weights, accelerator.device, state.balance)
+    loss = compute_micro_batch_loss(state.model, batch, weights, accelerator.device, state.routing)
     # Accelerate divides by the number of micro-batches; our loss has its weight already.
     accelerator.backward(loss.objective * accelerator.gradient_accumulation_steps)
     return loss

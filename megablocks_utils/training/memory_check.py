@@ -49,6 +49,11 @@ class MemoryCheck:
     device_type: str
     base_bytes: int
 
+    @property
+    def imbalance(self) -> float | None:
+        """Rows that the plan takes the busiest rank to receive, over its fair share."""
+        return None if self.run_plan is None else self.run_plan.scenario.imbalance
+
     def describe(self) -> str:
         """Say the peak in one line, or why there is none."""
         if self.run_plan is None:

@@ -4,26 +4,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megablocks_utils.checkpoint.model_folder import WrittenModel, export_model
 from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
 from megablocks_utils.errors import CheckpointError, UserError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
     DISK_FAULTS,
+    EXPERT_LOAD_NAME,
+    EXPERT_LOAD_PLOT_NAME,
     LOSS_PLOT_NAME,
     METRICS_NAME,
     RUN_RECORD_NAME,
 )
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
-from megablocks_utils.fsdp.places import find_buffers
-from megablocks_utils.lora.adapter_files import export_adapter
-from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.output_claim import OutputClaim, claim_output_dir
@@ -31,8 +27,10 @@ from megablocks_utils.processes.output_folder import find_incomplete
 from megablocks_utils.training.adapter_check import (
     AdapterCheck,
     AdapterReport,
-    build_plain_model,
 )
+from megablocks_utils.training.final_weights import write_adapter, write_model
+from megablocks_utils.training.report.expert_load import LoadWriter
+from megablocks_utils.training.report.load_summary import report_loads
 from megablocks_utils.training.report.loss_plot import plot_loss
 from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import (
@@ -49,7 +47,6 @@ from megablocks_utils.training.report.summary import (
     show_start_summary,
 )
 from megablocks_utils.training.resume.run_state import RunState
-from megablocks_utils.training.saved_specs import choose_saved_specs
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.start_facts import (
     collect_facts,
@@ -74,6 +71,7 @@ class RunRecorder:
         self._is_main = setup.launch.rank == 0
         self._totals = RunTotals()
         self._losses: list[float] = []
+        self._load_writer: LoadWriter | None = None
         self._has_learned = False
         self._open = ExitStack()
         self._started_s = 0.0
@@ -149,15 +147,23 @@ class RunRecorder:
         if self._is_main:
             with self._as_sentence(self.metrics_path):
                 self._writer.write(metrics)
+                if metrics.loads is not None and self._load_writer is not None:
+                    self._load_writer.write(metrics.loads)
             self._show(metrics)
 
     def _open_metrics(self) -> None:
         if not self._is_main:
             return
+        resume = self._setup.resume
         with self._as_sentence(self.metrics_path):
-            done = None if self._setup.resume is None else self._setup.resume.metrics_path
+            done = None if resume is None else resume.metrics_path
             writer = MetricsWriter(self.metrics_path, after=done)
         self._writer = self._open.enter_context(writer)
+        done = None if resume is None else resume.loads_path
+        if self._setup.config.expert_load_steps or done is not None:
+            path = self.output_dir / EXPERT_LOAD_NAME
+            with self._as_sentence(path):
+                self._load_writer = self._open.enter_context(LoadWriter(path, after=done))
 
     def _add(self, metrics: StepMetrics) -> None:
         self._totals = self._totals.plus(metrics)
@@ -188,16 +194,17 @@ class RunRecorder:
         plan = setup.plan.as_record(state.model, state.optimizer, self._totals)
         with self._as_sentence(self.output_dir):
             if setup.lora is None:
-                self._export_model(state, tensors)
+                write_model(setup, state, tensors)
             else:
                 has_learned = self._has_learned
                 adapter_check = AdapterCheck(setup, setup.lora, state, has_learned=has_learned)
-                self._export_adapter(setup.lora, tensors, adapter_check)
+                write_adapter(setup, setup.lora, tensors, adapter_check)
         if not self._is_main:
             return
         adapter_report = None if adapter_check is None else adapter_check.report
         with self._as_sentence(self.output_dir / LOSS_PLOT_NAME):
             plot_loss(self.metrics_path, self.output_dir / LOSS_PLOT_NAME)
+        expert_load = self._report_loads()
         kernel, reason = describe_kernel(setup)
         record = build_run_record(
             sys.argv,
@@ -217,7 +224,16 @@ class RunRecorder:
         )
         with self._as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)
-        show_end_summary(setup.console, self._result(kernel_check, adapter_report))
+        show_end_summary(setup.console, self._result(kernel_check, adapter_report, expert_load))
+
+    def _report_loads(self) -> str | None:
+        """Draw the loads of experts, where any were measured, and say what they have cost."""
+        if self._load_writer is None:
+            return None
+        with self._as_sentence(self.output_dir / EXPERT_LOAD_PLOT_NAME):
+            return report_loads(
+                self.output_dir, self._setup.mesh_sizes()["ep"], self._setup.plan.imbalance
+            )
 
     @contextmanager
     def _as_sentence(self, path: Path) -> Iterator[None]:
@@ -231,42 +247,13 @@ class RunRecorder:
                 raise
             raise CheckpointError(f"{error}; {describe_kept(self.output_dir)}") from error
 
-    def _export_model(self, state: RunState, tensors: NamedTensors) -> None:
-        setup, model = self._setup, self._setup.model
-        buffers = find_buffers(model)
-        specs = [(name, tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()]
-        export_model(
-            WrittenModel(
-                setup.reader.layout,
-                model.config,
-                model.generation_config,
-                setup.tokenizer,
-                base=setup.reader if setup.config.model.truncate_layers is None else None,
-            ),
-            choose_saved_specs(setup, state.model, [*setup.parameter_specs, *specs]),
-            chain(tensors, buffers.items()),
-            self.output_dir,
-            is_writer=self._is_main,
-        )
-
-    def _export_adapter(
-        self, lora: LoraSettings, tensors: NamedTensors, check: AdapterCheck
-    ) -> None:
-        export_adapter(
-            lora,
-            self._setup.tokenizer,
-            tensors,
-            self.output_dir,
-            generation_config=self._setup.model.generation_config,
-            base_model=partial(build_plain_model, self._setup),
-            base_model_name=self._setup.config.model.model_name_or_path,
-            is_writer=self._is_main,
-            check=check,
-        )
-
     def _result(
-        self, kernel_check: KernelCheck | None, adapter_report: AdapterReport | None
+        self,
+        kernel_check: KernelCheck | None,
+        adapter_report: AdapterReport | None,
+        expert_load: str | None,
     ) -> RunResult:
+        loads = () if expert_load is None else ((EXPERT_LOAD_NAME, "the loads of experts"),)
         weights = ADAPTER_WEIGHTS_NAME if self._setup.config.adapter.has_lora else "model"
         return RunResult(
             totals=self._totals,
@@ -276,11 +263,13 @@ class RunRecorder:
             memory_source=describe_memory_source(self._setup.device),
             kernel_check=None if kernel_check is None else kernel_check.describe(),
             adapter_check=None if adapter_report is None else adapter_report.describe(),
+            expert_load=expert_load,
             output_dir=str(self.output_dir),
             files=(
                 (weights, "the trained weights, with configuration and tokenizer"),
                 (LOSS_PLOT_NAME, "the loss of each step"),
                 (METRICS_NAME, "every step's numbers"),
+                *loads,
                 (RUN_RECORD_NAME, "what ran, on what"),
             ),
         )

@@ -47,7 +47,7 @@ from megablocks_utils.training.step.model_probe import (
     apply_router_options,
     probe_model,
 )
-from megablocks_utils.training.step.router_balance import RouterBalance
+from megablocks_utils.training.step.routing_hooks import RoutingHooks
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Setup:
         resume: the checkpoint to resume from; None for a run that starts fresh.
         plan: the memory that was predicted, or why it was not.
         probe: what was found out of the model's forward pass.
-        balance: moves the routers' correction biases; None where they stay.
+        routing: counts the tokens of experts, to balance them or to measure their loads.
     """
 
     config: RunConfig
@@ -103,7 +103,7 @@ class Setup:
     resume: ResumePoint | None
     plan: MemoryCheck
     probe: ModelProbe
-    balance: RouterBalance | None
+    routing: RoutingHooks
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -177,7 +177,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
-    balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
+    routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)
     if adapters is not None:
@@ -206,7 +206,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         resume=resume,
         plan=plan,
         probe=probe,
-        balance=balance,
+        routing=routing,
     )
 
 

@@ -117,7 +117,7 @@ class MoETrainer(Trainer):
             config.optim.max_grad_norm,
             config.debug,
             finite,
-            setup.balance,
+            setup.routing.balance,
         )
         self._callback = StepCallback(
             setup,
@@ -207,7 +207,7 @@ class MoETrainer(Trainer):
             self._setup.probe.logits_map,
         )
         loss = compute_micro_batch_loss(
-            model, inputs["micro_batch"], weights, self.args.device, self._setup.balance
+            model, inputs["micro_batch"], weights, self.args.device, self._setup.routing
         )
         self._callback.add_micro_batch(plan, loss)
         return loss.objective

@@ -55,7 +55,7 @@ class StepCallback(TrainerCallback):
         self._schedule = setup.schedule
         self._on_step, self._hooks = on_step, hooks
         self._finish, self._finite, self._get_state = finish, finite, get_state
-        self._meter = StepMeter(setup.device)
+        self._meter, self._loads = StepMeter(setup.device), setup.routing.loads
         self._learning_rate = 0.0
 
     def add_micro_batch(self, plan: StepPlan, loss: MicroBatchLoss) -> None:
@@ -69,6 +69,8 @@ class StepCallback(TrainerCallback):
     ) -> None:
         """Start the step's clock."""
         self._meter.start_step()
+        if self._loads is not None:
+            self._loads.start_step(state.global_step + 1)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,6 +100,7 @@ class StepCallback(TrainerCallback):
             num_input_tokens=self._plan.num_input_tokens,
             grad_norm=self.grad_norm,
             learning_rate=self._learning_rate,
+            loads=None if self._loads is None else self._loads.finish_step(state.global_step),
         )
         self._on_step(self.metrics)
         # Before anything of the step is saved.

@@ -3,17 +3,16 @@
 import json
 import math
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megablocks_utils.files import finite_or_none, publish_file
+from megablocks_utils.training.report.expert_load import StepLoads
+from megablocks_utils.training.report.json_lines import JsonLinesWriter
 from megablocks_utils.training.report.memory import read_memory
 
 __all__ = ["MetricsWriter", "RunTotals", "StepMeter", "StepMetrics", "read_metrics"]
@@ -37,6 +36,9 @@ class StepMetrics:
         mem_alloc_bytes: Memory held after `zero_grad`, largest over ranks.
         aux_loss: Load-balancing loss before its coefficient, mean over the micro-batches of all
             ranks that gave one; None when none did.
+        moe_load_max_over_mean: Tokens of the busiest expert over the mean of its layer's experts,
+            in the worst layer; None in a step whose loads are not measured.
+        loads: All that is measured of the experts' loads; it stands in a file of its own.
     """
 
     step: int
@@ -51,13 +53,13 @@ class StepMetrics:
     mem_peak_bytes: int
     mem_alloc_bytes: int
     aux_loss: float | None = None
+    moe_load_max_over_mean: float | None = None
+    loads: StepLoads | None = field(default=None, compare=False, repr=False)
 
     def as_record(self) -> dict[str, Any]:
-        """Return the step as it stands in `metrics.jsonl`: no `aux_loss` key when there is none."""
-        record = asdict(self)
-        if self.aux_loss is None:
-            del record["aux_loss"]
-        return record
+        """Return the step as it stands in `metrics.jsonl`: no key for what was not measured."""
+        record = vars(self) | {"loads": None}
+        return {name: value for name, value in record.items() if value is not None}
 
 
 class StepMeter:
@@ -111,6 +113,7 @@ class StepMeter:
         num_input_tokens: int,
         grad_norm: float | Tensor,
         learning_rate: float,
+        loads: StepLoads | None = None,
     ) -> StepMetrics:
         """End the step, after `optimizer.step()` and `zero_grad()`, and return its numbers.
 
@@ -123,6 +126,7 @@ class StepMeter:
             num_input_tokens: Input tokens of the global batch, all ranks.
             grad_norm: Global norm before clipping, already the same on every rank.
             learning_rate: Rate this step used.
+            loads: Of the experts, the same on every rank; None where they are not measured.
 
         Raises:
             RuntimeError: `start_step` was not called for this step.
@@ -150,6 +154,8 @@ class StepMeter:
             mem_peak_bytes=int(peak_bytes),
             mem_alloc_bytes=int(allocated_bytes),
             aux_loss=aux_sum / num_aux if num_aux else None,
+            moe_load_max_over_mean=None if loads is None else loads.max_over_mean,
+            loads=loads,
         )
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> list[float]:
@@ -181,23 +187,8 @@ class RunTotals:
         )
 
 
-class MetricsWriter:
-    """Write `metrics.jsonl`: one line a step, on disk as soon as the step is over. Rank 0 only.
-
-    Args:
-        path: The file. What an earlier run left there is dropped.
-        after: The metrics of the steps done before, whose copy is continued.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-
-    def __init__(self, path: str | Path, *, after: str | Path | None = None) -> None:
-        path = Path(path)
-        done = b"" if after is None else Path(after).read_bytes()
-        with publish_file(path) as temporary:
-            temporary.write_bytes(done)
-        self._file = path.open("a", encoding="utf-8")
+class MetricsWriter(JsonLinesWriter):
+    """Write `metrics.jsonl`: one line a step, on disk as soon as the step is over. Rank 0 only."""
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step; a number that is not finite becomes null.
@@ -205,24 +196,7 @@ class MetricsWriter:
         Raises:
             OSError: The file cannot be written.
         """
-        self._file.write(json.dumps(finite_or_none(metrics.as_record()), allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; every line that could be written is in it."""
-        with suppress(OSError):  # of a line that `write` has failed on: closing tries it again
-            self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        self.append([metrics.as_record()])
 
 
 def read_metrics(path: str | Path) -> list[StepMetrics]:

@@ -97,6 +97,8 @@ class RunResult:
         memory_source: What the peak measures, from `describe_memory_source`.
         kernel_check: What comparing the kernel with eager found, in words; None if it is not ours.
         adapter_check: What checking the written adapter found, in words; None without LoRA.
+        expert_load: What the spread of tokens over experts has cost, in words; None if it was
+            not measured.
         output_dir: Where the files are.
         files: (path, what it is) of each file or group of files, in reading order.
     """
@@ -108,6 +110,7 @@ class RunResult:
     memory_source: str
     kernel_check: str | None
     adapter_check: str | None
+    expert_load: str | None
     output_dir: str
     files: tuple[tuple[str, str], ...]
 
@@ -173,6 +176,8 @@ def build_end_summary(result: RunResult) -> Group:
         rows["kernel"] = result.kernel_check
     if result.adapter_check is not None:
         rows["adapter"] = result.adapter_check
+    if result.expert_load is not None:
+        rows["expert load"] = result.expert_load
     rows |= {
         "output": Group(Text(result.output_dir), _build_grid(dict(result.files), style="none")),
     }

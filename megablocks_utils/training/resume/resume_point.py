@@ -16,10 +16,11 @@ from megablocks_utils.checkpoint.run_manifest import (
 )
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import METRICS_NAME
+from megablocks_utils.files import EXPERT_LOAD_NAME, METRICS_NAME
 from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.output_folder import choose_checkpoint
+from megablocks_utils.training.report.expert_load import read_loads
 from megablocks_utils.training.report.metrics import read_metrics
 from megablocks_utils.training.resume.random_states import restore_random_states
 from megablocks_utils.training.resume.resume_compatibility import changed_options
@@ -61,6 +62,12 @@ class ResumePoint:
     def metrics_path(self) -> Path:
         """The metrics of the steps done."""
         return self.folder / METRICS_NAME
+
+    @property
+    def loads_path(self) -> Path | None:
+        """The loads of experts in the steps done; None where none were measured."""
+        path = self.folder / EXPERT_LOAD_NAME
+        return path if path.name in self.manifest["files"] else None
 
     def describe(self, options: Mapping[str, Any]) -> str:
         """Describe the checkpoint and the options that have changed since.
@@ -117,6 +124,7 @@ def find_resume_point(config: RunConfig, launch: LaunchEnvironment) -> ResumePoi
     raise_on_all_ranks(lambda: check_files(folder, files, mine))
     point = ResumePoint(folder, manifest)
     broadcast_from_rank0(lambda: _check_metrics(point))
+    broadcast_from_rank0(lambda: _check_loads(point))
     return point
 
 
@@ -151,6 +159,31 @@ def _check_metrics(point: ResumePoint) -> None:
                 )
     if len(lines) != point.step or any(line.step != n for n, line in enumerate(lines, start=1)):
         raise CheckpointError(f"{path} does not hold each of the {point.step} steps done once")
+
+
+def _check_loads(point: ResumePoint) -> None:
+    """Refuse loads that are not those of some of the steps done, in their order.
+
+    Raises:
+        CheckpointError: a line that is not the load of a layer, or of another step.
+    """
+    path = point.loads_path
+    if path is None:
+        return
+    try:
+        steps = [loads.step for loads in read_loads(path)]
+        is_whole = all(0 < step <= point.step for step in steps) and steps == sorted(set(steps))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} holds a line that is no load of experts: {reason}"
+        ) from error
+    if not is_whole:
+        raise CheckpointError(
+            f"{path} does not hold loads of the {point.step} steps done, each step once"
+        )
 
 
 def rank_file_name(rank: int) -> str:

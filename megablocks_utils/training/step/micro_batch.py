@@ -1,6 +1,5 @@
 """Run the model on one micro-batch and weigh its loss: the same for both entry points."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.aux_loss import AuxLoss
 from megablocks_utils.training.step.forward import run_loss
 from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
-from megablocks_utils.training.step.router_balance import RouterBalance
+from megablocks_utils.training.step.routing_hooks import RoutingHooks
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def compute_micro_batch_loss(
     batch: MicroBatch,
     weights: LossWeights,
     device: torch.device,
-    balance: RouterBalance | None = None,
+    routing: RoutingHooks = RoutingHooks(),
 ) -> MicroBatchLoss:
     """Run the forward pass on a micro-batch.
 
@@ -61,7 +60,7 @@ def compute_micro_batch_loss(
     micro-batches. A dummy takes part in every exchange and counts nothing.
     """
     has_aux_loss = weights.aux_loss_coef > 0
-    with nullcontext() if balance is None else balance.counting(batch):
+    with routing.counting(batch):
         outputs, loss_sum = run_loss(
             model, batch, device, weights.logits_map, router_logits=has_aux_loss
         )

@@ -26,6 +26,7 @@ from megablocks_utils.training.step.aux_loss import (
 )
 from megablocks_utils.training.step.compile_probe import find_eager_parts
 from megablocks_utils.training.step.compiled_parts import check_compiler
+from megablocks_utils.training.step.expert_loads import ExpertLoads
 from megablocks_utils.training.step.kept_parameters import find_narrowed
 from megablocks_utils.training.step.learn_logits_map import find_logits_map
 from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
@@ -37,6 +38,7 @@ from megablocks_utils.training.step.routers import (
     freeze_routers,
     recognize_routers,
 )
+from megablocks_utils.training.step.routing_hooks import RoutingHooks
 from megablocks_utils.training.step.small_model import build_small_model
 from megablocks_utils.training.step.unused_parameters import find_unused
 
@@ -209,8 +211,8 @@ def apply_router_options(
     probe: ModelProbe,
     device: torch.device,
     fill_local: FillLocal,
-) -> RouterBalance | None:
-    """Freeze the routers, or prepare to move their biases, as the options say.
+) -> RoutingHooks:
+    """Freeze the routers, or prepare to move their biases; measure loads, as the options say.
 
     Call it when the experts are split, and before FSDP wraps the model.
 
@@ -222,15 +224,17 @@ def apply_router_options(
         fill_local: reads the biases that are on meta.
 
     Returns:
-        What counts tokens and moves the biases; None where they stay.
+        What counts the tokens of experts in forward passes.
     """
     optim, routers = config.optim, list(probe.routers)
     if optim.freeze_router and not config.adapter.has_lora:
         freeze_routers(model, routers)
+    experts, every = find_expert_modules(model), config.expert_load_steps
+    loads = ExpertLoads(experts, every, device) if every else None
     if not optim.router_bias_update_rate:
-        return None
+        return RoutingHooks(loads=loads)
     biases = find_correction_biases(model, routers)
     for bias in biases:
         as_buffer(bias, fill_local)
-    experts = find_expert_modules(model)
-    return RouterBalance(biases, experts, optim.router_bias_update_rate, device)
+    balance = RouterBalance(biases, experts, optim.router_bias_update_rate, device)
+    return RoutingHooks(balance, loads)

@@ -3,17 +3,14 @@
 Source: DeepSeek-V3 technical report, section 2.1.2 (auxiliary-loss-free load balancing).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megablocks_utils.fsdp.materialize import FillLocal
-from megablocks_utils.training.data.batches import MicroBatch
-from megablocks_utils.training.step.routers import CorrectionBias, routing_of
+from megablocks_utils.training.step.routers import CorrectionBias
+from megablocks_utils.training.step.routing_counts import RoutingCounts
 
 __all__ = ["RouterBalance", "as_buffer"]
 
@@ -26,6 +23,9 @@ class RouterBalance:
         experts: the experts modules by name, as they are called.
         rate: what a bias moves by.
         device: where the counts are.
+
+    Attributes:
+        routing: what is counted on this rank.
     """
 
     def __init__(
@@ -36,36 +36,9 @@ class RouterBalance:
         device: torch.device,
     ) -> None:
         self._biases, self._rate = list(biases), rate
-        sizes = [bias.tensor.numel() for bias in self._biases]
-        self._counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self._is_real: Tensor | None = None
-        self._is_counting = False
-        for bias, counts in zip(self._biases, self._counts.split(sizes), strict=True):
-            self._watch(experts[bias.experts], counts)
-
-    def _watch(self, experts: nn.Module, counts: Tensor) -> None:
-        def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._is_counting:
-                index, _ = routing_of(args, kwargs)
-                assert index is not None, "a bias was found by what it chooses"
-                chosen = index if self._is_real is None else index[self._is_real]
-                counts.add_(torch.bincount(chosen.flatten(), minlength=len(counts)))
-
-        experts.register_forward_pre_hook(count, with_kwargs=True)
-
-    @contextmanager
-    def counting(self, batch: MicroBatch) -> Iterator[None]:
-        """Count what is routed while entered: real tokens, no padding and no dummies.
-
-        A backward pass that recomputes must be outside.
-        """
-        mask = batch.attention_mask
-        self._is_real = None if mask is None else mask.flatten().bool().to(self._counts.device)
-        self._is_counting = not batch.is_dummy
-        try:
-            yield
-        finally:
-            self._is_counting = False
+        self.routing = RoutingCounts(
+            {bias.experts: experts[bias.experts] for bias in biases}, device
+        )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,15 +53,14 @@ class RouterBalance:
 
         **Collective:** one all-reduce of the counts over the world.
         """
-        if dist.is_initialized():
-            dist.all_reduce(self._counts)
-        sizes = [bias.tensor.numel() for bias in self._biases]
-        for bias, counts in zip(self._biases, self._counts.split(sizes), strict=True):
+        self.routing.sum_over_ranks()
+        for bias in self._biases:
+            counts = self.routing.tokens[bias.experts][:-1]
             # Whole numbers: the same on every rank and any number of ranks.
             signs = torch.sign(counts.sum() - counts * len(counts)).to(bias.tensor.dtype)
             moves = self._rate * (signs - signs.mean())
             bias.tensor.add_(moves.view_as(bias.tensor).to(bias.tensor.device))
-        self._counts.zero_()
+        self.routing.clear()
 
 
 @torch.no_grad()

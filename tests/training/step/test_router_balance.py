@@ -15,6 +15,7 @@ from megablocks_utils.training.step.model_probe import (
     apply_router_options,
     probe_model,
 )
+from megablocks_utils.training.step.routing_hooks import RoutingHooks
 from megablocks_utils.training.step.small_model import build_small_model
 from tests.support.tiny_families import build_tiny
 from tests.support.tokenized import examples_of
@@ -32,17 +33,18 @@ def make_examples():
 def apply(model, **optim):
     config = RunConfig(optim=OptimConfig(per_device_train_batch_size=1, **optim))
     probe = probe_model(config, model, CPU, build_console(False))
-    return apply_router_options(config, model, probe, CPU, lambda *_: None)
+    return apply_router_options(config, model, probe, CPU, lambda *_: None).balance
 
 
 def take_step(model, balance, packing, *micro_batches):
     """Run micro-batches forward and backward, and move the biases."""
     for rows in micro_batches:
         batch = collate_examples(make_examples(), rows, packing)
-        loss = compute_micro_batch_loss(model, batch, LossWeights(1, 1), CPU, balance)
+        loss = compute_micro_batch_loss(model, batch, LossWeights(1, 1), CPU, RoutingHooks(balance))
         loss.objective.backward()
     num_tokens = sum(LENGTHS[row] for rows in micro_batches for row in rows)
-    assert balance._counts.sum() == 3 * 2 * num_tokens  # once, also where layers are recomputed
+    counts = torch.cat(list(balance.routing.tokens.values()))
+    assert counts.sum() == 3 * 2 * num_tokens  # once, also where layers are recomputed
     balance.update()
 
 

@@ -1,0 +1,80 @@
+"""Measure what the experts of every layer have to do in a step, over all ranks."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megablocks_utils.mesh.device_mesh import DP_AXIS, EP_AXIS
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.training.report.expert_load import StepLoads, describe_layer
+from megablocks_utils.training.step.routing_counts import RoutingCounts
+
+__all__ = ["ExpertLoads"]
+
+
+class ExpertLoads:
+    """Count the tokens of every expert in each N-th step, and reduce them over the world.
+
+    Args:
+        experts: the experts modules by name, as they are called; split over ranks or not.
+        every: N.
+        device: where this rank computes.
+
+    Attributes:
+        routing: what is counted on this rank.
+    """
+
+    def __init__(self, experts: Mapping[str, nn.Module], every: int, device: torch.device) -> None:
+        self._every = every
+        self.routing = RoutingCounts(experts, device, with_margins=True)
+        self.routing.is_on = False
+        self._dp_rank, self._dp_size, self._ep_size = 0, 1, 1
+        for module in experts.values():
+            if isinstance(module, DroplessExperts):
+                mesh = module.mesh
+                self._dp_rank = mesh.get_local_rank(DP_AXIS)
+                self._dp_size, self._ep_size = mesh[DP_AXIS].size(), mesh[EP_AXIS].size()
+
+    def start_step(self, step: int) -> None:
+        """Begin to count if `step` is one of those that are measured."""
+        self.routing.is_on = step % self._every == 0
+        if self.routing.is_on:
+            self.routing.clear()
+
+    def finish_step(self, step: int) -> StepLoads | None:
+        """Return the loads of the global batch; None in a step that is not measured.
+
+        **Collective:** in one that is, an all-reduce over the world; every rank must call.
+        """
+        if not self.routing.is_on:
+            return None
+        self.routing.is_on = False
+        parts = list(self._parts())
+        numbers = torch.cat([part.flatten().double() for part in parts])
+        if dist.is_initialized():
+            dist.all_reduce(numbers)
+        reduced = iter(numbers.split([part.numel() for part in parts]))
+        layers = []
+        for name in self.routing.tokens:
+            *tokens, _no_expert = next(reduced).tolist()
+            margin, num_margins = next(reduced).tolist()
+            groups = next(reduced).view(-1, self._ep_size).tolist()
+            if sum(tokens):
+                top1_margin = margin / num_margins if num_margins else None
+                layers.append(describe_layer(name, tokens, groups, top1_margin))
+        return StepLoads(step, tuple(layers))
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Yield for each layer its counts, its margins, and rows of each rank: (dp, ep)."""
+        for name, tokens in self.routing.tokens.items():
+            yield tokens
+            yield self.routing.margins[name]
+            # Experts of an ep group run what its own ranks route; the others have their own.
+            rows = torch.zeros(self._dp_size, self._ep_size, dtype=torch.float64)
+            rows = rows.to(tokens.device)
+            # Rows of zero experts go to all ranks in turn, see `moe.zero_experts`.
+            own = tokens[:-1].view(self._ep_size, -1).sum(-1) + tokens[-1] / self._ep_size
+            rows[self._dp_rank] = own
+            yield rows

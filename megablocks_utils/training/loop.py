@@ -29,7 +29,7 @@ from megablocks_utils.training.step.micro_batch import (
     compute_micro_batch_loss,
 )
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
-from megablocks_utils.training.step.routing_hooks import RoutingHooks
+from megablocks_utils.training.step.routing_hooks import NO_ROUTING_HOOKS, RoutingHooks
 from megablocks_utils.training.step_hooks import StepHooks
 from megablocks_utils.training.value_checks import (
     build_finite_check,
@@ -57,7 +57,7 @@ class TrainingState:
     scheduler: LRScheduler
     sharded: ShardedMoE | None
     kernel_check: KernelCheck | None = None
-    routing: RoutingHooks = RoutingHooks()
+    routing: RoutingHooks = NO_ROUTING_HOOKS
 
     def run_state(self) -> RunState:
         """Return what a checkpoint holds of it."""

@@ -45,6 +45,7 @@ def _paths(folder):
 def test_two_steps_as_the_contract_writes_them(folder):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port"]
     command += [str(free_port()), *LAUNCH.split(), *FLAGS.split(), *_paths(folder)]
+    command += ["--expert_load_steps", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "info"}
     answer = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
@@ -57,6 +58,12 @@ def test_two_steps_as_the_contract_writes_them(folder):
     assert [step["tokens"] for step in steps] == [24, 6]
     assert [step["epoch"] for step in steps] == pytest.approx([1 / 2, 1])
     assert steps[0]["learning_rate"] == 5e-5
+    assert "moe_load_max_over_mean" not in steps[0]
+    loads = [json.loads(x) for x in (folder / "out" / "expert_load.jsonl").read_text().splitlines()]
+    assert {load["step"] for load in loads} == {2}
+    assert steps[1]["moe_load_max_over_mean"] == max(load["max_over_mean"] for load in loads)
+    assert (folder / "out" / "expert_load.png").read_bytes().startswith(b"\x89PNG")
+    assert "(--imbalance)" in " ".join(answer.stderr.split())
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
     before = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16

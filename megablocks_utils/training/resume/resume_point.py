@@ -177,9 +177,7 @@ def _check_loads(point: ResumePoint) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path} holds a line that is no load of experts: {reason}"
-        ) from error
+        raise CheckpointError(f"{path} holds a line that is no expert load: {reason}") from error
     if not is_whole:
         raise CheckpointError(
             f"{path} does not hold loads of the {point.step} steps done, each step once"

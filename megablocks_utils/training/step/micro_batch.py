@@ -9,7 +9,7 @@ from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.aux_loss import AuxLoss
 from megablocks_utils.training.step.forward import run_loss
 from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
-from megablocks_utils.training.step.routing_hooks import RoutingHooks
+from megablocks_utils.training.step.routing_hooks import NO_ROUTING_HOOKS, RoutingHooks
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def compute_micro_batch_loss(
     batch: MicroBatch,
     weights: LossWeights,
     device: torch.device,
-    routing: RoutingHooks = RoutingHooks(),
+    routing: RoutingHooks = NO_ROUTING_HOOKS,
 ) -> MicroBatchLoss:
     """Run the forward pass on a micro-batch.
 

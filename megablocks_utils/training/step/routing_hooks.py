@@ -8,7 +8,7 @@ from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.expert_loads import ExpertLoads
 from megablocks_utils.training.step.router_balance import RouterBalance
 
-__all__ = ["RoutingHooks"]
+__all__ = ["NO_ROUTING_HOOKS", "RoutingHooks"]
 
 
 @dataclass(frozen=True)
@@ -31,3 +31,7 @@ class RoutingHooks:
                 if user is not None:
                     stack.enter_context(user.routing.counting(batch))
             yield
+
+
+NO_ROUTING_HOOKS = RoutingHooks()
+"""Nothing is counted."""

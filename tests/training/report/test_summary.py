@@ -50,6 +50,7 @@ RESULT = RunResult(
     memory_source="CUDA tensors",
     kernel_check=None,
     adapter_check=None,
+    expert_load=None,
     output_dir="./results",
     files=(("metrics.jsonl", "one line a step"), ("loss.png", "the loss curve")),
 )

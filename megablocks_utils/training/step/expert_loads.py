@@ -72,9 +72,8 @@ class ExpertLoads:
             yield tokens
             yield self.routing.margins[name]
             # Experts of an ep group run what its own ranks route; the others have their own.
-            rows = torch.zeros(self._dp_size, self._ep_size, dtype=torch.float64)
-            rows = rows.to(tokens.device)
+            rows = tokens.new_zeros(self._dp_size, self._ep_size, dtype=torch.float64)
+            of_ranks = tokens[:-1].view(self._ep_size, -1).sum(-1)
             # Rows of zero experts go to all ranks in turn, see `moe.zero_experts`.
-            own = tokens[:-1].view(self._ep_size, -1).sum(-1) + tokens[-1] / self._ep_size
-            rows[self._dp_rank] = own
+            rows[self._dp_rank] = of_ranks + tokens[-1] / self._ep_size
             yield rows

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def measure(model, packing, micro_batches, every=1):
     """The loads of one step, whose layers are recomputed."""
-    probe = ModelProbe(PackingChoice(packing, "a test"))
+    probe = ModelProbe(PackingChoice(packing, "eager", "a test", {}))
     config = RunConfig(expert_load_steps=every)
     hooks = apply_router_options(config, model, probe, CPU, lambda *_: None)
     apply_gradient_checkpointing(model, "full")

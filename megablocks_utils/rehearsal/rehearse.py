@@ -149,6 +149,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             use_megablocks_sharding=has_ep,
             ep_size=layout.ep_size if has_ep else None,
             expert_dp=layout.expert_dp,
+            dp_replicate_size=run.dp_replicate_size,
             kernel=run.kernel,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 
 _LEFT_OFF = (DistributedType.MULTI_CPU, DistributedType.NO)
 
@@ -61,12 +61,9 @@ def shard_within_groups(accelerator: Accelerator, dp_replicate_size: int) -> Non
         dp_shard_size=accelerator.num_processes // dp_replicate_size,
     )
     accelerator.state.parallelism_config = parallelism
-    accelerator.state.device_mesh = parallelism.get_device_mesh(accelerator.device.type)
-
-
-def find_fsdp_mesh(accelerator: Accelerator) -> DeviceMesh | None:
-    """Return the mesh that FSDP2 shards over; None for the world."""
-    mesh = accelerator.torch_device_mesh
-    if mesh is None:
-        return None
-    return mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    # Not Accelerate's own mesh, which has no axis to shard over in groups of one rank.
+    accelerator.state.device_mesh = init_device_mesh(
+        accelerator.device.type,
+        (parallelism.dp_replicate_size, parallelism.dp_shard_size),
+        mesh_dim_names=tuple(parallelism.fsdp_dim_names),
+    )

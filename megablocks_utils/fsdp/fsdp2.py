@@ -22,7 +22,6 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.files import TRACKERS_FOLDER_NAME
 from megablocks_utils.fsdp.accelerate_state import (
     assert_fsdp_is_on,
-    find_fsdp_mesh,
     shard_within_groups,
     turn_fsdp_on,
 )
@@ -153,7 +152,7 @@ def wrap_fsdp2(
         for norm in sharded.post_expert_norms.values():
             fully_shard(
                 norm,
-                mesh=find_fsdp_mesh(accelerator),
+                mesh=accelerator.torch_device_mesh,
                 mp_policy=plugin.mixed_precision_policy,
                 offload_policy=plugin.cpu_offload,
                 ignored_params=set(replicated),

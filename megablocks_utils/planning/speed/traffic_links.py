@@ -81,11 +81,8 @@ def split_traffic(
         across, sent["all_reduce"] = sent["all_reduce"] - within, within
     over_world = dict(sent)
     if layout.ep_size > 1 and dp_size > 1 and layout.expert_dp == "shard":
-        over_world = dict(
-            scenario.one_group()
-            .predict(ParallelLayout(layout.ep_size, "replicate"))
-            .sent_bytes_per_step
-        )
+        copies = ParallelLayout(layout.ep_size, "replicate")
+        over_world = dict(scenario.one_group().predict(copies).sent_bytes_per_step)
     if layout.expert_dp == "replicate":
         over_world["all_reduce"] = 0
     traffic = {"all_to_all": cluster.all_to_all(sent["all_to_all"], layout.ep_size)}

@@ -67,7 +67,6 @@ class RunFacts:
     precision: str
     dp_size: int
     ep_size: int
-    dp_replicate_size: int
     num_experts: int
     top_k: int | None
     expert_dp: str
@@ -83,6 +82,7 @@ class RunFacts:
     examples_per_step: int
     resumed: str | None = None
     ignored_keys: tuple[str, ...] = ()
+    dp_replicate_size: int = 1
 
 
 @dataclass(frozen=True)

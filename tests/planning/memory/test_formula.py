@@ -84,6 +84,7 @@ def folder_of(tmp_path_factory):
             {"gradient_checkpointing": "none", "has_aux_loss": True, "precision": "mixed"},
         ),
         (MIXTRAL, COPIES, {"entry_point": "fsdp1", "sync_each_batch": False}),
+        (QWEN, ParallelLayout(2, "shard"), {"dp_replicate_size": 2}),
         (
             TIED,
             SHARD,

@@ -16,8 +16,13 @@ from megablocks_utils.config.backends import AUTO
 from megablocks_utils.ep_workarounds import mend_transformers
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
-from megablocks_utils.kernels.permute import sort_by_expert, unpermute_and_combine
+from megablocks_utils.kernels.permute import (
+    count_by_expert,
+    sort_counted_rows,
+    unpermute_and_combine,
+)
 from megablocks_utils.kernels.selection.backend_selection import select_and_load_backend
+from megablocks_utils.mesh.recomputation import keep
 from megablocks_utils.mesh.token_exchange import exchange_counts
 from megablocks_utils.moe.dropless_experts import run_where_experts_are
 from megablocks_utils.moe.expert_spec import ExpertSpec, read_expert_spec
@@ -93,10 +98,12 @@ class DroplessEP(EPImplementation):
             tensors = {name: getattr(self.experts, name) for name in spec.parameter_names}
             experts = spec.build_weights(tensors).map_tensors(lambda tensor: tensor.to(dtype))
             group, ep_size = self.ep_mesh.get_group(), self.ep_mesh.size()
-            # A copy of its own: see `DroplessExperts.forward`.
-            order = sort_by_expert(top_k_index.clone(), spec.num_experts * ep_size)
+            # Kept as by `DroplessExperts`, under this project's checkpointing.
+            top_k_index = keep(lambda: top_k_index)
+            tokens_per_expert = count_by_expert(top_k_index, spec.num_experts * ep_size)
+            counts = keep(lambda: exchange_counts(tokens_per_expert, group, ep_size))
+            order = sort_counted_rows(top_k_index, tokens_per_expert)
             tokens = hidden_states.to(dtype)
-            counts = exchange_counts(order.tokens_per_expert, group, ep_size)
             backend = self._find_backend(spec, dtype, device_type)
             rows = run_where_experts_are(tokens, order, counts, group, backend, experts)
             if spec.has_post_norm:

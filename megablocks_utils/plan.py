@@ -4,7 +4,6 @@ Torch is imported in other processes alone: by the runs of `calibrate`, and to b
 config.json does not say enough.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.config import check_world
@@ -21,6 +19,7 @@ from megablocks_utils.config.reader import choose_model
 from megablocks_utils.config.record import format_config, format_record, read_recorded_options
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME, write_json_atomically
+from megablocks_utils.planning.launcher.launch_file import build_launch_file
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
@@ -29,7 +28,7 @@ from megablocks_utils.planning.model.config_file import (
 )
 from megablocks_utils.planning.model.config_values import KNOWN_MODEL_TYPES
 from megablocks_utils.planning.model.described_shape import shape_of
-from megablocks_utils.planning.model.gpus import GPUS
+from megablocks_utils.planning.model.gpus import DEFAULT_GPU, GPUS
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import (
     ONE_ROW,
@@ -53,7 +52,7 @@ from megablocks_utils.planning.report.plan_record import (
 )
 from megablocks_utils.planning.report.prediction_check import build_check_table, read_run_plan
 from megablocks_utils.planning.report.scale_chart import draw_scale
-from megablocks_utils.planning.report.tables import show_plan, show_scale
+from megablocks_utils.planning.report.tables import build_console, show_plan, show_scale
 from megablocks_utils.planning.speed.calibration import Calibration, read_calibration
 from megablocks_utils.planning.speed.layout_plan import PlanRequest, choose_row, plan_layouts
 from megablocks_utils.planning.speed.scale import plan_scale
@@ -61,14 +60,9 @@ from megablocks_utils.planning.speed.traffic_links import Cluster
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.rehearsal.worker import RehearsalWorker
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 __all__ = ["build_request", "main", "open_model", "plan_world", "plan_worlds", "print_config"]
 
 DOES_NOT_FIT = 3
-_REPORT_WIDTH = 120
-_DEFAULT_GPU = "a100-80g"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
         return
     own, line = read_arguments(argv)
     if own.check is not None:
-        _build_console().print(build_check_table(read_run_plan(own.check)))
+        build_console().print(build_check_table(read_run_plan(own.check)))
         return
     if own.print_config:
         sys.stdout.write(print_config(own, line))
@@ -169,14 +163,18 @@ def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
     request = build_request(options, model)
     rows = plan_layouts(request)
     assumptions = _list_assumptions(request, options)
-    show_plan(_build_console(), request, rows, assumptions)
     own = options.own
+    show_plan(build_console(stderr=own.launcher is not None), request, rows, assumptions)
+    chosen = choose_row(rows)
+    if own.launcher is not None and chosen is not None:
+        gpu = None if own.gpu is None else GPUS[own.gpu]
+        sys.stdout.write(build_launch_file(own.launcher, request, chosen.layout, gpu))
     if own.json:
         record = build_plan_record(request, rows, asdict(own), assumptions)
         _write("json", own.json, lambda path: write_json_atomically(path, record))
     if own.plot:
         _write("plot", own.plot, lambda path: draw_plan(request, rows, path))
-    return choose_row(rows) is not None
+    return chosen is not None
 
 
 def plan_worlds(options: PlanOptions, model: PlannedModel) -> bool:
@@ -193,7 +191,7 @@ def plan_worlds(options: PlanOptions, model: PlannedModel) -> bool:
             f"{request.scenario.shape.num_experts} experts of this model."
         )
     assumptions = _list_assumptions(request, options)
-    show_scale(_build_console(), request, points, assumptions)
+    show_scale(build_console(), request, points, assumptions)
     own = options.own
     if own.json:
         record = build_scale_record(request, points, asdict(own), assumptions)
@@ -211,7 +209,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         UserError: an ep_size or number of GPUs that does not fit the model.
     """
     own, config, shape = options.own, options.config, model.shape
-    gpu = GPUS[own.gpu or _DEFAULT_GPU]
+    gpu = GPUS[own.gpu or DEFAULT_GPU]
     per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:
         _check_nodes(world_size, per_node)
@@ -283,17 +281,6 @@ def _write(name: str, path: str, write: Callable[[Path], None]) -> None:
         raise ConfigurationError(
             f"--{name} is {path}, but it cannot be written ({error.strerror})."
         ) from error
-
-
-def _build_console() -> "Console":
-    """Build the console of the report: as wide as the terminal, or 120 columns in a file."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    is_set = "COLUMNS" in os.environ
-    if console.is_terminal or is_set:
-        return console
-    return Console(highlight=False, width=_REPORT_WIDTH)
 
 
 if __name__ == "__main__":

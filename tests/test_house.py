@@ -35,7 +35,7 @@ ORDER = (
     ("planning.model", "processes"),
     ("planning.memory",),
     ("planning.speed",),
-    ("planning.report",),
+    ("planning.launcher", "planning.report"),
     ("planning",),
     ("mesh",),
     ("kernels",),

@@ -3,8 +3,9 @@
 FSDP2 gathers a unit when the CPU comes to its forward pass. With expert parallelism the CPU waits
 in every layer for the device, to read how many rows will come; what it has not asked for by then is
 asked for too late. So each unit's forward pass first asks for the next unit's weights: a layer's
-for those of its experts (where FSDP has them), the experts' for the next layer's. In the backward
-pass FSDP2 does that by itself, in the reverse of the order that it has recorded.
+for those of its experts (where FSDP has them), the experts' for the next layer's. The backward
+pass is left as it is: FSDP2 asks ahead by itself, in the reverse of the order that it has recorded,
+and the CPU waits for no counts there.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -43,11 +43,21 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> ExpertOrder:
         top_k_index: (T, K) expert of each token's slots.
         num_experts: E.
     """
+    return sort_counted_rows(top_k_index, count_by_expert(top_k_index, num_experts))
+
+
+def count_by_expert(top_k_index: Tensor, num_experts: int) -> Tensor:
+    """Count the routed rows (T, K) of every expert: (E,) int64."""
     experts = top_k_index.reshape(-1)
-    order = experts.argsort(stable=True)
     counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-    counts.scatter_add_(0, experts, torch.ones_like(experts))
-    return ExpertOrder(order, invert_permutation(order), counts, top_k_index.shape[1])
+    return counts.scatter_add_(0, experts, torch.ones_like(experts))
+
+
+def sort_counted_rows(top_k_index: Tensor, tokens_per_expert: Tensor) -> ExpertOrder:
+    """Sort routed rows (T, K) that were counted before: see `sort_by_expert`."""
+    order = top_k_index.reshape(-1).argsort(stable=True)
+    inverse = invert_permutation(order)
+    return ExpertOrder(order, inverse, tokens_per_expert, top_k_index.shape[1])
 
 
 def permute_tokens(hidden_states: Tensor, order: ExpertOrder) -> Tensor:

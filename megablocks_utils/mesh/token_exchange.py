@@ -1,21 +1,24 @@
 """Send tokens to the ranks that hold their experts, and their results back.
 
-Dropless: every routed row travels, in buffers of exactly the needed size. A layer makes one small
-all-to-all of counts, reads the split sizes back to the host once, then makes one all-to-all of rows
-on the way out (`dispatch`) and one on the way back (`combine`); the backward pass makes the two
-row exchanges again in the other direction.
+Dropless: every routed row travels, in buffers of exactly the needed size. A layer starts one small
+all-to-all of counts, reads the split sizes back to the host once while rows are sorted, then makes
+one all-to-all of rows on the way out (`dispatch`) and one on the way back (`combine`); the backward
+pass makes the two row exchanges again in the other direction.
 
 Every rank of the ep group must enter every exchange, also with no row to send.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megablocks_utils.mesh.recomputation import keep_rows
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,83 @@ class ExchangedCounts:
     receive_sizes: list[int]
 
 
-ExchangeCounts = Callable[[Tensor, ProcessGroup, int], ExchangedCounts]
+class PendingCounts:
+    """Counts that are on their way."""
+
+    def __init__(self, read: Callable[[], ExchangedCounts]) -> None:
+        """Take what waits for them: it is called once at most."""
+        self._read: Callable[[], ExchangedCounts] | None = read
+        self._counts: ExchangedCounts | None = None
+
+    def wait(self) -> ExchangedCounts:
+        """Return them; the first call makes the layer's one host read."""
+        if self._read is not None:
+            self._counts, self._read = self._read(), None
+        assert self._counts is not None
+        return self._counts
 
 
-def exchange_counts(
-    tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int
-) -> ExchangedCounts:
-    """Tell every rank of the group how many rows it will get.
+ExchangeCounts = Callable[[Tensor, ProcessGroup, int], PendingCounts]
 
-    **Collective:** one all-to-all of E integers on the ep group, then the layer's one host read.
+
+def exchange_counts(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> PendingCounts:
+    """Begin to tell every rank of the group how many rows it will get.
+
+    What is launched between this call and `wait` runs while the counts travel.
+
+    **Collective:** one all-to-all of E integers on the ep group.
 
     Args:
         tokens_per_expert: (E,) int64, this rank's rows for every expert of the layer.
         group: the ep group.
         ep_size: its size.
     """
-    # The functional collective, not `dist.all_to_all_single`: selective checkpointing keeps the
-    # result of an op, and would keep garbage of one that fills its output in place.
-    received = exchange_rows(tokens_per_expert, None, None, group).view(ep_size, -1)
-    send_sizes = tokens_per_expert.view(ep_size, -1).sum(dim=1)
-    return ExchangedCounts(received, *torch.stack([send_sizes, received.sum(dim=1)]).tolist())
+    pending = functional_collectives.all_to_all_single(tokens_per_expert, None, None, group)
+    receive = partial(_receive_counts, tokens_per_expert.view(ep_size, -1), pending)
+    if tokens_per_expert.is_cuda:
+        return PendingCounts(_copy_to_host(receive, tokens_per_expert.device))
+    return PendingCounts(lambda: _read_counts(*receive()))
+
+
+def _receive_counts(sent: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the counts (ep_size, L) that came, and rows sent to and from each rank (2, ep_size).
+
+    `sent (ep_size, L)` are those that left.
+    """
+    received = functional_collectives.wait_tensor(pending).view_as(sent)
+    return received, torch.stack([sent, received]).sum(dim=2)
+
+
+def _copy_to_host(
+    receive: Callable[[], tuple[Tensor, Tensor]], device: torch.device
+) -> Callable[[], ExchangedCounts]:
+    """Have a GPU copy the sizes to the host once they are there; return what waits for that.
+
+    On a stream of its own: the sorting of rows, which is launched next, waits for no other rank.
+    """
+    stream = _counts_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        received, sizes = receive()
+        on_host = sizes.to("cpu", non_blocking=True)  # pinned
+        copied = stream.record_event()
+
+    def read() -> ExchangedCounts:
+        # The host's wait is also what lets the memory of both streams be used again.
+        copied.synchronize()
+        torch.cuda.current_stream(device).wait_event(copied)
+        return _read_counts(received, on_host)
+
+    return read
+
+
+@cache
+def _counts_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _read_counts(received: Tensor, sizes: Tensor) -> ExchangedCounts:
+    return ExchangedCounts(received, *sizes.tolist())
 
 
 def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
@@ -152,7 +212,7 @@ class _AllToAll(torch.autograd.Function):
     ) -> Tensor:
         ctx.sizes = output_sizes, input_sizes
         ctx.group = group
-        return exchange_rows(rows.contiguous(), output_sizes, input_sizes, group)
+        return keep_rows(lambda: exchange_rows(rows.contiguous(), output_sizes, input_sizes, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,16 +11,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.permute import (
     ExpertOrder,
+    count_by_expert,
     permute_tokens,
-    sort_by_expert,
+    sort_counted_rows,
     unpermute_and_combine,
 )
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.mesh.recomputation import keep
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
-    ExchangedCounts,
+    PendingCounts,
     combine_rows,
     dispatch_rows,
     exchange_counts,
@@ -34,7 +36,7 @@ from megablocks_utils.moe.zero_experts import split_zero_experts
 def run_where_experts_are(
     hidden_states: Tensor,
     order: ExpertOrder,
-    counts: ExchangedCounts,
+    counts: PendingCounts,
     group: ProcessGroup,
     backend: ExpertBackend,
     experts: ExpertWeights,
@@ -46,15 +48,17 @@ def run_where_experts_are(
     Args:
         hidden_states: tokens of this rank.
         order: of its rows.
-        counts: who sends how many rows to whom, from `exchange_counts`.
+        counts: who sends how many rows to whom, from `exchange_counts`; waited for when the rows
+            lie in order.
         group: the ep group.
         backend: runs the experts of this rank.
         experts: of this rank.
     """
-    plan = plan_dispatch(counts)
-    received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
     # No name, here or in a caller, keeps rows that were sent while others are computed.
-    rows = dispatch_rows(permute_tokens(hidden_states, order), plan, group)
+    rows = permute_tokens(hidden_states, order)
+    plan = plan_dispatch(counts.wait())
+    received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
+    rows = dispatch_rows(rows, plan, group)
     rows = backend(rows, received, None, experts)
     return combine_rows(rows, plan, group)
 
@@ -74,8 +78,8 @@ class DroplessExperts(nn.Module):
         spec: what the experts are.
         num_experts: E.
         post_expert_norm: normalises each expert's result before it is weighted; or None.
-        exchange_counts: finds out who sends how many rows to whom; a run that is only rehearsed
-            assumes it instead (see `rehearsal`).
+        exchange_counts: begins to find out who sends how many rows to whom; a run that is only
+            rehearsed assumes it instead (see `rehearsal`).
     """
 
     post_expert_norm: nn.Module | None
@@ -121,9 +125,8 @@ class DroplessExperts(nn.Module):
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
         backward, none where it has one rank; every rank of the axis must call, also with no token.
         """
-        # A copy of its own, which selective checkpointing keeps: what is recomputed in backward
-        # must be routed as the rows were that other ranks hold.
-        top_k_index = top_k_index.clone()
+        # What is recomputed in backward must be routed as the rows were that other ranks hold.
+        top_k_index = keep(lambda: top_k_index)
         if self.spec.num_zero_experts == 0:
             return self._apply_experts(hidden_states, top_k_index, top_k_weights)
         routed = split_zero_experts(top_k_index, top_k_weights, self.num_experts)
@@ -133,25 +136,41 @@ class DroplessExperts(nn.Module):
     def _apply_experts(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        order = sort_by_expert(top_k_index, self.num_experts)
+        tokens_per_expert = count_by_expert(top_k_index, self.num_experts)
+        counts = self._exchange_counts(tokens_per_expert)
+        order = sort_counted_rows(top_k_index, tokens_per_expert)
         experts = self.local_weights(hidden_states.dtype)
-        if axis_size(self.mesh, EP_AXIS) == 1 and self.post_expert_norm is None:
+        if counts is None and self.post_expert_norm is None:
             return self.backend(hidden_states, order, top_k_weights, experts)
-        rows = self._run_rows(hidden_states, order, experts)
+        rows = self._run_rows(hidden_states, order, counts, experts)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
         return unpermute_and_combine(rows, top_k_weights, order)
 
+    def _exchange_counts(self, tokens_per_expert: Tensor) -> PendingCounts | None:
+        """Begin the exchange of counts; None where all experts are here.
+
+        What a recomputed layer needs of it was kept: it makes no exchange and no host read.
+        """
+        ep_size = axis_size(self.mesh, EP_AXIS)
+        if ep_size == 1:
+            return None
+        # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
+        group = self.mesh.get_group(EP_AXIS)
+        return keep(lambda: self.exchange_counts(tokens_per_expert, group, ep_size))
+
     def _run_rows(
-        self, hidden_states: Tensor, order: ExpertOrder, experts: ExpertWeights
+        self,
+        hidden_states: Tensor,
+        order: ExpertOrder,
+        counts: PendingCounts | None,
+        experts: ExpertWeights,
     ) -> Tensor:
         """Run this rank's tokens through experts wherever they are: (N, H), in expert order."""
-        # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
-        group, ep_size = self.mesh.get_group(EP_AXIS), axis_size(self.mesh, EP_AXIS)
-        if ep_size == 1:
+        if counts is None:
             rows = permute_tokens(hidden_states, order)
             return self.backend(rows, order.of_sorted_rows(), None, experts)
-        counts = self.exchange_counts(order.tokens_per_expert, group, ep_size)
+        group = self.mesh.get_group(EP_AXIS)
         return run_where_experts_are(hidden_states, order, counts, group, self.backend, experts)
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:

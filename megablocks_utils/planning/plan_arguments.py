@@ -7,6 +7,7 @@ from megablocks_utils.config import OPTIONS
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.option import Option, list_options
+from megablocks_utils.planning.launcher.launch_file import LAUNCHERS
 from megablocks_utils.planning.memory.scenario import DEFAULT_IMBALANCE
 from megablocks_utils.planning.model.gpus import GPUS
 
@@ -28,8 +29,13 @@ class PlanArguments:
             "GPUs of the run; A..B plans for A, 2A, 4A ... up to B, a line each",
             metavar="{N|A..B}",
             wanted="a whole number of at least 1, or two of them as in 8..4096",
+            shown_default="8, or all of --nodes",
         ),
     ] = "8"
+    nodes: Annotated[
+        int | None,
+        Option("nodes of the run", minimum=1, limit=MAX_GPUS, shown_default="as --gpus needs"),
+    ] = None
     gpu: Annotated[
         str | None,
         Option(
@@ -61,8 +67,21 @@ class PlanArguments:
     ] = DEFAULT_IMBALANCE
     entry_point: Annotated[
         str,
-        Option("the script: train_accelerate_fsdp2.py or train_fsdp1.py", choices=tuple(SCRIPTS)),
+        Option(
+            "the script: train_accelerate_fsdp2.py or train_fsdp1.py",
+            choices=tuple(SCRIPTS),
+            shown_default="fsdp2, with --launcher accelerate fsdp1",
+        ),
     ] = "fsdp2"
+    launcher: Annotated[
+        str | None,
+        Option(
+            "print a file that starts the chosen layout, and the plan on standard error: a shell "
+            "script for every node, a batch script, a task or a TrainJob",
+            choices=tuple(LAUNCHERS),
+            shown_default="none; the report has the command",
+        ),
+    ] = None
     json: Annotated[
         str | None, Option("write the plan there too", metavar="FILE", wanted=_FILE)
     ] = None
@@ -109,6 +128,7 @@ class PlanArguments:
 COMMAND = Command(
     usage=(
         "python -m megablocks_utils.plan MODEL --gpus N --gpu NAME [--option value] ...",
+        "python -m megablocks_utils.plan MODEL --gpu NAME --nodes N --launcher slurm > FILE",
         "python -m megablocks_utils.plan --check RUN_JSON",
         "python -m megablocks_utils.plan [MODEL] [--option value] ... --print_config",
         "python -m megablocks_utils.plan --print_config --run RUN_JSON",

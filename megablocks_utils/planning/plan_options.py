@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megablocks_utils.config import RunConfig
@@ -14,6 +14,7 @@ from megablocks_utils.config.reader import build_section, choose_model, refuse_u
 from megablocks_utils.config.secrets import redact_words
 from megablocks_utils.config.values import describe_wanted
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.planning.model.gpus import DEFAULT_GPU, GPUS
 from megablocks_utils.planning.plan_arguments import COMMAND, MAX_GPUS, PlanArguments
 from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
 
@@ -31,6 +32,7 @@ _SLIP_OF_OURS = 0.88
 """No name of TrainingArguments is as like one of ours."""
 _GPUS = re.compile(r"([0-9]{1,40})(?:\.\.([0-9]{1,40}))?")
 _OF_A_LAYOUT = (*LAYOUT_OPTIONS, "model_name_or_path")
+_LAUNCHED = {"torchrun": "fsdp2", "accelerate": "fsdp1"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[PlanArguments, CommandLine]:
     """
     line = scan_words(argv, COMMAND)
     own, rest = split_line(line, COMMAND.options)
-    arguments = build_section(PlanArguments, own.read_values())
+    given = own.read_values()
+    arguments = _settle(build_section(PlanArguments, given), given)
     if arguments.entry_point == "fsdp2":
         refuse_unknown(rest.given, COMMAND.names)
     else:
@@ -153,6 +156,46 @@ def check_output_file(name: str, path: Path) -> None:
         raise ConfigurationError(f"--{name} is {path}, but that is a folder; {wanted}.")
     if not path.absolute().parent.is_dir():
         raise ConfigurationError(f"--{name} is {path}, but {path.parent} is no folder; {wanted}.")
+
+
+def _settle(own: PlanArguments, given: Mapping[str, object]) -> PlanArguments:
+    """Work out what follows from `--launcher` and `--nodes`.
+
+    Raises:
+        ConfigurationError: where they and other options cannot both be.
+    """
+    if own.launcher == "accelerate" and "entry_point" not in given:
+        own = replace(own, entry_point="fsdp1")
+    if own.launcher in _LAUNCHED and own.entry_point != _LAUNCHED[own.launcher]:
+        raise ConfigurationError(
+            f"--launcher is {own.launcher}, but --entry_point is {own.entry_point}, and "
+            f"{own.launcher} starts {_LAUNCHED[own.launcher]}."
+        )
+    if own.nodes is not None:
+        own = _spread_over_nodes(own, own.nodes, is_gpus_given="gpus" in given)
+    if own.launcher is not None and ".." in own.gpus:
+        raise ConfigurationError(
+            f"--launcher is {own.launcher}, but --gpus is {own.gpus}; it must be one number."
+        )
+    return own
+
+
+def _spread_over_nodes(own: PlanArguments, nodes: int, *, is_gpus_given: bool) -> PlanArguments:
+    if not is_gpus_given:
+        per_node = own.gpus_per_node or GPUS[own.gpu or DEFAULT_GPU].gpus_per_node
+        return replace(own, gpus=str(nodes * per_node))
+    gpus = _read_world_sizes(own.gpus)
+    if len(gpus) > 1 or gpus[0] % nodes:
+        raise ConfigurationError(
+            f"--nodes is {nodes}, but --gpus is {own.gpus}; it must be a multiple of it."
+        )
+    per_node = gpus[0] // nodes
+    if own.gpus_per_node not in (None, per_node):
+        raise ConfigurationError(
+            f"--gpus_per_node is {own.gpus_per_node}, but --gpus {own.gpus} on --nodes {nodes} "
+            f"are {per_node} a node."
+        )
+    return replace(own, gpus_per_node=per_node)
 
 
 def _refuse_slips(given: Iterable[GivenOption]) -> None:

@@ -12,7 +12,12 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megablocks_utils.kernels import permute
-from megablocks_utils.mesh.token_exchange import ExchangeCounts, ExchangedCounts, exchange_rows
+from megablocks_utils.mesh.token_exchange import (
+    ExchangeCounts,
+    ExchangedCounts,
+    PendingCounts,
+    exchange_rows,
+)
 from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.rehearsal.library_patches import (
     attention_of_a_gpu,
@@ -35,16 +40,17 @@ def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
         imbalance: received rows over `num_rows`.
     """
 
-    def exchange(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> ExchangedCounts:
+    def exchange(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> PendingCounts:
         exchange_rows(tokens_per_expert, None, None, group)
         cells = _spread(math.ceil(num_rows * imbalance), len(tokens_per_expert))
         num_local = len(tokens_per_expert) // ep_size
         rows = [cells[start : start + num_local] for start in range(0, len(cells), num_local)]
-        return ExchangedCounts(
+        counts = ExchangedCounts(
             torch.tensor(rows, device=tokens_per_expert.device),
             send_sizes=_spread(num_rows, ep_size),
             receive_sizes=[sum(row) for row in rows],
         )
+        return PendingCounts(lambda: counts)
 
     return exchange
 

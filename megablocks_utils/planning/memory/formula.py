@@ -120,6 +120,10 @@ def _host_bytes(units: ModelUnits, run: PlannedRun) -> int:
         return sum(_moment_bytes(unit, units, run) for unit in units.all())
     offloaded = [unit for unit in units.all() if _is_offloaded(unit, run)]
     held = sum(unit.stored_bytes + unit.trained_bytes for unit in offloaded)
+    # A later micro-step's gradients are copied one by one, and added to those there.
+    largest = max((unit.largest_trained_numel for unit in offloaded), default=0)
+    added = largest * itemsize(run.precision.adapter)
+    held += added * _last_micro_step(run).has_reduced
     return held + sum(_state_bytes(unit, units, run) for unit in offloaded)
 
 

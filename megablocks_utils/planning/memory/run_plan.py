@@ -67,6 +67,7 @@ class RunPlan:
                 "peak_bytes": self.prediction.peak_bytes,
                 "allocated_bytes": self.prediction.allocated_bytes,
                 "moment": self.prediction.moment,
+                "host_bytes": self.prediction.host_bytes,
             },
             "capacity_bytes": self.verdict.capacity_bytes,
             "reserve_bytes": self.verdict.reserve_bytes,

@@ -52,12 +52,11 @@ def _count_exchanges(sizes: Sizes) -> int:
     ep_size, run = sizes.layout.ep_size, sizes.run
     if ep_size == 1:
         return 0
-    recomputes = run.gradient_checkpointing == "full"
-    num_pairs = 3 if recomputes else 2
+    num_pairs = 3 if run.gradient_checkpointing == "full" else 2
     away = sizes.num_routed - _kept_by_first(sizes.num_routed, ep_size)
     returned = sizes.num_received - _kept_by_first(sizes.num_received, ep_size)
     row = sizes.shape.hidden_size * sizes.compute
-    counts = (1 + recomputes) * sizes.shape.num_experts * INDEX * (ep_size - 1) // ep_size
+    counts = sizes.shape.num_experts * INDEX * (ep_size - 1) // ep_size
     sent = sizes.shape.num_moe_layers * (num_pairs * (away + returned) * row + counts)
     return sent - returned * row * sizes.first_experts_send_nothing_back
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from megablocks_utils.byte_units import GIB
 
-__all__ = ["GPUS", "Gpu"]
+__all__ = ["DEFAULT_GPU", "GPUS", "Gpu"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,6 @@ ways (data sheets), halved; L40S has none: PCIe 4.0 x16, 64 GB/s both ways. Betw
 has a 200 Gb/s adapter a GPU, DGX H100, H200 and B200 one of 400 Gb/s (data sheets); L40S as in AWS
 g6e.48xlarge, 400 Gb/s for 8 GPUs. A cloud's network may be slower.
 """
+
+DEFAULT_GPU = "a100-80g"
+"""Whose speed and links are taken where only memory is given."""

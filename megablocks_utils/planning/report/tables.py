@@ -1,5 +1,6 @@
 """The plan for people: two tables, the choice and its command, remedies, what it rests on."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-__all__ = ["build_memory_table", "build_speed_table", "show_plan", "show_scale"]
+__all__ = ["build_console", "build_memory_table", "build_speed_table", "show_plan", "show_scale"]
 
-WIDE, _TEXT_WIDTH = 100, 100
+WIDE, _TEXT_WIDTH, _REPORT_WIDTH = 100, 100, 120
 _STYLES = {FITS: "green", TIGHT: "yellow", OOM: "red"}
 _HEADS = {
     "parameters": "param-\neters",
@@ -33,6 +34,17 @@ _SENT_HEADS = {
     "all_to_all": "all-to-\nall",
     "all_reduce": "all-\nreduce",
 }
+
+
+def build_console(*, stderr: bool = False) -> "Console":
+    """Build the console of a report: as wide as the terminal, or 120 columns in a file."""
+    from rich.console import Console
+
+    console = Console(highlight=False, stderr=stderr)
+    is_set = "COLUMNS" in os.environ
+    if console.is_terminal or is_set:
+        return console
+    return Console(highlight=False, width=_REPORT_WIDTH, stderr=stderr)
 
 
 def show_plan(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megablocks_utils.planning.model.prediction import ParallelLayout
 
-__all__ = ["LAYOUT_OPTIONS", "break_line", "build_launch"]
+__all__ = ["LAYOUT_OPTIONS", "break_line", "build_head", "build_launch", "list_run_options"]
 
 LAYOUT_OPTIONS = ("ep_size", "expert_degree", "expert_dp", "use_megablocks_sharding")
 """What a layout decides, so that the user's own are replaced."""
@@ -36,10 +36,21 @@ def build_launch(
         gpus_per_node: of one.
         words: the user's other training options.
     """
-    nodes = max(1, gpus // gpus_per_node)
-    launcher = _torchrun if entry_point == "fsdp2" else _accelerate
+    head = build_head(entry_point, gpus, max(1, gpus // gpus_per_node))
+    return " ".join([*head, *list_run_options(model, layout, entry_point, words)])
+
+
+def build_head(entry_point: str, gpus: int, nodes: int) -> list[str]:
+    """Return the launcher with its options, and the script."""
+    return _torchrun(gpus, nodes) if entry_point == "fsdp2" else _accelerate(gpus, nodes)
+
+
+def list_run_options(
+    model: str, layout: ParallelLayout, entry_point: str, words: Sequence[str]
+) -> list[str]:
+    """Return the options of the run, quoted for a shell; arguments as of `build_launch`."""
     own = ["--model_name_or_path", model, *_layout_words(layout, entry_point)]
-    return " ".join([*launcher(gpus, nodes), *map(shlex.quote, [*own, *words])])
+    return [shlex.quote(word) for word in (*own, *words)]
 
 
 def break_line(command: str, width: int) -> str:

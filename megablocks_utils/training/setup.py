@@ -42,7 +42,7 @@ from megablocks_utils.training.resume.resume_point import (
     find_resume_point,
 )
 from megablocks_utils.training.same_run import check_run_inputs
-from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.step.layer_options import apply_layer_options
 from megablocks_utils.training.step.model_probe import (
     ModelProbe,
     apply_router_options,
@@ -181,10 +181,10 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = check_memory(config, description, schedule, device, sharded, is_varlen=probe.is_varlen)
+    plan = check_memory(config, description, schedule, device, sharded, probe=probe)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
-    apply_gradient_checkpointing(model, config.gradient_checkpointing)
+    apply_layer_options(model, config, probe, console)
     return Setup(
         config=config,
         launch=launch,

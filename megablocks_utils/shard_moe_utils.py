@@ -103,14 +103,12 @@ def shard_moe(
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.
-        expert_mode: which expert parameters will be trained: "full" all weights, "frozen" none,
-            "lora" adapters. Counts for the selection of the kernel alone.
-        tokens_per_rank: about how many tokens a rank will have at a time; `auto` finds measurements
-            by it.
-        dp_replicate_size: groups of ranks that each hold all experts; the mesh then begins with an
-            axis "dp_replicate".
-        token_dispatch: how tokens travel: `rows`, once for each expert; `tokens`, once for each
-            rank that has experts of theirs; `auto`, what is fewer bytes.
+        expert_mode: which expert parameters are trained, for the selection of the kernel alone:
+            "full" all weights, "frozen" none, "lora" adapters.
+        tokens_per_rank: about how many tokens a rank has at a time; for measurements of kernels.
+        dp_replicate_size: groups of ranks that each hold all experts: a first mesh axis.
+        token_dispatch: `rows` sends a token once for each expert, `tokens` once for each rank that
+            has experts of its; `auto` takes what is fewer bytes.
 
     Raises:
         ConfigurationError: no process group, not a supported MoE model, a value that there is not,

@@ -113,10 +113,9 @@ class Setup:
     def mesh_sizes(self) -> dict[str, int]:
         """Ranks along the axes of the experts' mesh, also where there is none."""
         groups = self.config.parallel.dp_replicate_size
-        outer = {} if groups == 1 else {DP_REPLICATE_AXIS: groups}
         ep_size = 1 if self.sharded is None else axis_size(self.sharded.mesh, EP_AXIS)
-        dp_size = self.launch.world_size // groups // ep_size
-        return {**outer, DP_AXIS: dp_size, EP_AXIS: ep_size}
+        sizes = {DP_AXIS: self.launch.world_size // groups // ep_size, EP_AXIS: ep_size}
+        return sizes if groups == 1 else {DP_REPLICATE_AXIS: groups} | sizes
 
     def verify_kernel(self) -> KernelCheck | None:
         """Compare the kernel with `eager`, all weights being there; None if it is not ours.
@@ -246,10 +245,9 @@ def _describe_compatibility(
 def _split_experts(
     model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
-    batch_size = schedule.config.optim.per_device_train_batch_size
-    tokens = round(schedule.examples.lengths.mean() * batch_size)
-    compute_dtype = getattr(torch, precision.compute)
-    return split_experts(model, schedule.config, device, compute_dtype, tokens)
+    config = schedule.config
+    tokens = round(schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

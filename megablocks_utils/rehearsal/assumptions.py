@@ -123,7 +123,7 @@ def assume_gpu_sums() -> Iterator[None]:
     and left as it is.
     """
 
-    def find_kernels(_device: torch.device, _dtype: torch.dtype) -> unpermute.CombineKernels:
+    def find_kernels(device: torch.device, dtype: torch.dtype) -> unpermute.CombineKernels | None:
         return unpermute.CombineKernels(_shape_sums, _shape_gradients)
 
     originals = permute._BLOCK_ELEMENTS_CPU, unpermute.find_combine_kernels

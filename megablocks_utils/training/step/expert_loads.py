@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megablocks_utils.mesh.device_mesh import DP_AXIS, EP_AXIS
+from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.training.report.expert_load import StepLoads, describe_layer
 from megablocks_utils.training.step.routing_counts import RoutingCounts
@@ -30,12 +30,12 @@ class ExpertLoads:
         self._every = every
         self.routing = RoutingCounts(experts, device, with_margins=True)
         self.routing.is_on = False
-        self._dp_rank, self._dp_size, self._ep_size = 0, 1, 1
+        self._group, self._num_groups, self._ep_size = 0, 1, 1
         for module in experts.values():
             if isinstance(module, DroplessExperts):
-                mesh = module.mesh
-                self._dp_rank = mesh.get_local_rank(DP_AXIS)
-                self._dp_size, self._ep_size = mesh[DP_AXIS].size(), mesh[EP_AXIS].size()
+                self._ep_size = axis_size(module.mesh, EP_AXIS)
+                self._num_groups = module.mesh.size() // self._ep_size
+                self._group = dist.get_rank() // self._ep_size  # ep is the innermost axis
 
     def start_step(self, step: int) -> None:
         """Begin to count if `step` is one of those that are measured."""
@@ -67,13 +67,13 @@ class ExpertLoads:
         return StepLoads(step, tuple(layers))
 
     def _parts(self) -> Iterator[Tensor]:
-        """Yield for each layer its counts, its margins, and rows of each rank: (dp, ep)."""
+        """Yield for each layer its counts, its margins, and rows of each rank, by ep group."""
         for name, tokens in self.routing.tokens.items():
             yield tokens
             yield self.routing.margins[name]
             # Experts of an ep group run what its own ranks route; the others have their own.
-            rows = tokens.new_zeros(self._dp_size, self._ep_size, dtype=torch.float64)
+            rows = tokens.new_zeros(self._num_groups, self._ep_size, dtype=torch.float64)
             of_ranks = tokens[:-1].view(self._ep_size, -1).sum(-1)
             # Rows of zero experts go to all ranks in turn, see `moe.zero_experts`.
-            rows[self._dp_rank] = of_ranks + tokens[-1] / self._ep_size
+            rows[self._group] = of_ranks + tokens[-1] / self._ep_size
             yield rows

@@ -131,10 +131,12 @@ def test_ranks_measure_what_one_process_does(runs):
         assert found.top1_margin == pytest.approx(wanted.top1_margin, abs=1e-6)
         assert replace(found, top1_margin=0) == replace(wanted, top1_margin=0)
     assert [layer.rows for layer in four[1].layers] == [layer.rows for layer in one[1].layers]
+    gaps = []
     for layer in four[0].layers:
         half = len(layer.share) // 2
-        halves = sum(layer.share[:half]), sum(layer.share[half:])
-        assert layer.rank_max_over_mean > 2 * max(halves)  # one of the groups is worse than both
+        of_both = 2 * max(sum(layer.share[:half]), sum(layer.share[half:]))
+        gaps.append(layer.rank_max_over_mean - of_both)
+    assert min(gaps) > -1e-6 and max(gaps) > 1e-3  # one group is worse than both together
     sentence = report_loads(runs / "four", 2, 1.25)
     assert "the others waited for a rank with 1." in sentence and "plan takes 1.25" in sentence
     assert (runs / "four" / "expert_load.png").exists()

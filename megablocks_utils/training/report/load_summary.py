@@ -119,6 +119,8 @@ def build_load_figure(summary: LoadSummary) -> "Figure":
 
 
 def _draw_map(figure: "Figure", axes: "Axes", loads: list[list[float]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     width = max(len(layer) for layer in loads)
     rows = [[*layer, *[float("nan")] * (width - len(layer))] for layer in loads]
     highest = max(2.0, *(load for layer in loads for load in layer))
@@ -130,10 +132,12 @@ def _draw_map(figure: "Figure", axes: "Axes", loads: list[list[float]]) -> None:
     axes.set_xlabel("expert", color=TEXT_COLOUR)
     axes.set_ylabel("MoE layer", color=TEXT_COLOUR)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _draw_curves(axes: "Axes", summary: LoadSummary) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     curves = (
         (summary.max_over_mean, RAW_COLOUR, "busiest expert, worst layer"),
         (summary.rank_max_over_mean, SMOOTH_COLOUR, "busiest rank of an ep group, mean of layers"),
@@ -144,7 +148,7 @@ def _draw_curves(axes: "Axes", summary: LoadSummary) -> None:
     axes.set_xlabel("optimizer step", color=TEXT_COLOUR)
     axes.set_ylabel("rows, max over mean", color=TEXT_COLOUR)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(frameon=False, labelcolor=TEXT_COLOUR)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megablocks_utils.checkpoint.writer import TensorSpec
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
-__all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
+__all__ = ["COMMAND", "MergeOptions", "find_base_name", "main", "merge_adapter", "parse_options"]
 
 # Files of the adapter that win over the base's: what it was trained with, and where it stops.
 TRAINED_COMPANIONS = (GENERATION_CONFIG_NAME, "chat_template.jinja")
@@ -121,7 +121,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
     adapter_folder = resolve_adapter_folder(options.adapter)
-    base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
+    base = resolve_checkpoint_folder(find_base_name(options.model_name_or_path, adapter_folder))
     model = build_model_on_meta(base)
     dtype = model.config.dtype
     index = open_checkpoint(base, dtype=None if isinstance(dtype, str) else dtype)
@@ -148,11 +148,16 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     return "\n".join((*index.notes, line))
 
 
-def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
+def find_base_name(given: str | None, adapter_folder: Path) -> str:
+    """Return the base model that is given, or else the one that an adapter's configuration names.
+
+    Raises:
+        ConfigurationError: neither names one.
+    """
     from megablocks_utils.lora.adapter_config import read_adapter_config
 
     config = read_adapter_config(adapter_folder)
-    name = options.model_name_or_path or config.base_model_name
+    name = given or config.base_model_name
     if name is None:
         raise ConfigurationError(
             f"--model_name_or_path is not given, and {config.path} names no"

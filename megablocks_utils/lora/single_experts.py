@@ -52,6 +52,17 @@ class SingleExpertNames:
         """Return the experts of a parameter."""
         return self._places[name].num_stored
 
+    def linear(self, name: str) -> str | None:
+        """Return the Hub name of a linear layer; None for one that is not stored as it is.
+
+        Args:
+            name: of the layer in the model, `model.layers.0.self_attn.q_proj`.
+        """
+        weight = f"{name}.weight"
+        if not self._layout.is_plain(weight):
+            return None
+        return self._layout.sources(weight)[0].removesuffix(".weight")
+
     def layers(self, name: str, expert: int) -> tuple[SingleExpertLayer, ...]:
         """Return the layers of one expert of a parameter, in the order of its rows.
 

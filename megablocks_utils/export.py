@@ -78,7 +78,8 @@ class ExportOptions:
     model_name_or_path: Annotated[
         str | None,
         Option(
-            "the adapter's base model, of which config.json is read: local folder or Hub name",
+            "the adapter's base model, whose configuration and names are read: local folder or Hub "
+            "name",
             metavar="BASE",
             shown_default="base_model_name_or_path of the adapter's configuration",
         ),
@@ -168,7 +169,7 @@ def export_adapter_layout(options: ExportOptions) -> str:
     model = build_model_on_meta(base)
     model.tie_weights()
     check_serves_this_model(base, model)
-    layout = plan_per_expert(open_adapter(folder, model), model)
+    layout = plan_per_expert(open_adapter(folder, model), model, base)
     with removed_on_error(options.output):
         num_pairs = export_per_expert(
             layout,

@@ -140,7 +140,30 @@ def test_options():
         "unknown option --chekpoint; did you mean --checkpoint?"
     )
     assert refusal(parse_options, ["--checkpoint", "a"]).startswith("--output is not given")
-    assert export.COMMAND.names == ("checkpoint", "output", "save_dtype", "config")
+    assert export.COMMAND.names == (
+        *("output", "checkpoint", "adapter", "adapter_layout", "model_name_or_path"),
+        *("save_dtype", "config"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "--checkpoint or --adapter must be given, but neither is."),
+        ("--checkpoint a --adapter b", "--checkpoint or --adapter must be given, but both are."),
+        ("--adapter b", "--adapter_layout is not given, but --adapter is; it must be per-expert."),
+        (
+            "--checkpoint a --adapter_layout per-expert",
+            "--adapter_layout is per-expert, but --checkpoint takes no such option.",
+        ),
+        (
+            "--adapter b --adapter_layout per-expert --save_dtype float16",
+            "--save_dtype is float16, but --adapter takes no such option.",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(words, sentence):
+    assert refusal(parse_options, ["--output", "out", *words.split()]) == sentence
 
 
 def test_help_needs_no_torch():

@@ -98,19 +98,23 @@ def export_per_expert(
 def _build_config(
     layout: PerExpertLayout, model: PreTrainedModel, base_model_name: str
 ) -> LoraConfig:
-    """Return what `adapter_config.json` holds: linear layers and experts by their last names."""
+    """Return what `adapter_config.json` holds: what PEFT and the servers find the layers by."""
     modules, by_weight = split_by_reach(model, list(layout.linears))
     of_experts = layout.names.last_names if layout.experts else ()
-    return LoraConfig(
+    lasts = {tuple(n.rpartition(".")[2] for n in names) for names in layout.linears.items()}
+    renamed = {stored for own, stored in lasts if stored != own}
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
         inference_mode=True,
         r=layout.rank,
         lora_alpha=layout.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it, whatever it is
         lora_dropout=0.0,
-        target_modules=list(dict.fromkeys((*modules, *of_experts))),
         target_parameters=[f"{end}.weight" for end in by_weight] or None,
     )
+    # PEFT would keep a set, whose order in the file changes from run to run.
+    config.target_modules = sorted({*modules, *of_experts, *renamed})  # type: ignore[assignment]
+    return config
 
 
 def _check_turned_back(written: CheckpointIndex, layout: PerExpertLayout) -> None:

@@ -17,12 +17,15 @@ nothing, and of the fused gate_up each half has all of A and its own rows of B.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from megablocks_utils.checkpoint.index import open_checkpoint
+from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.writer import TensorSpec
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.adapter_reader import AdapterReader
@@ -111,18 +114,25 @@ class PerExpertLayout:
         yield linear_key(name, "B"), pad(lora_b, (0, missing)).to(self.dtype)
 
 
-def plan_per_expert(reader: AdapterReader, model: PreTrainedModel) -> PerExpertLayout:
+def plan_per_expert(reader: AdapterReader, model: PreTrainedModel, base: Path) -> PerExpertLayout:
     """Choose what an adapter becomes in the layout of the servers; no weight is read.
+
+    Names are those of the base's own files where they are there, since transformers' mapping back
+    to the Hub's names is not one to one for every family.
 
     Args:
         reader: the adapter.
         model: its base, on meta or not.
+        base: folder of the base, with or without its weights.
 
     Raises:
         ConfigurationError: a server would load it wrongly or not at all.
+        CheckpointError: the base's files are damaged or not all there.
     """
     _refuse_other_tensors(reader, model)
-    names = SingleExpertNames(model)
+    has_weights = any(base.glob("*.safetensors"))
+    stored = ModelLayout(model, open_checkpoint(base)) if has_weights else None
+    names = SingleExpertNames(model, stored)
     experts = find_expert_places(model) if reader.expert_parameters else {}
     if experts:
         _check_single_experts(model, names, experts)

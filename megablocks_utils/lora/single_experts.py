@@ -36,10 +36,11 @@ class SingleExpertNames:
 
     Args:
         model: as transformers builds it, on meta or not.
+        layout: of the checkpoint whose names are wanted; None is that which transformers saves.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._layout = ModelLayout.of_saved(model)
+    def __init__(self, model: PreTrainedModel, layout: ModelLayout | None = None) -> None:
+        self._layout = layout or ModelLayout.of_saved(model)
         self._places = find_expert_places(model)
 
     @cached_property
@@ -59,9 +60,8 @@ class SingleExpertNames:
             name: of the layer in the model, `model.layers.0.self_attn.q_proj`.
         """
         weight = f"{name}.weight"
-        if not self._layout.is_plain(weight):
-            return None
-        return self._layout.sources(weight)[0].removesuffix(".weight")
+        stored = self._layout.sources(weight) if self._layout.is_plain(weight) else ()
+        return stored[0].removesuffix(".weight") if stored else None
 
     def layers(self, name: str, expert: int) -> tuple[SingleExpertLayer, ...]:
         """Return the layers of one expert of a parameter, in the order of its rows.

@@ -57,8 +57,9 @@ class Run:
         return self.case.layout
 
     def on(self, other: "Run") -> "Run":
-        """Return the same training, on the script and layout of another run."""
-        return replace(self, script=other.script, case=replace(self.case, layout=other.layout))
+        """Return the same training, on the script, layout and memory of another run."""
+        place = {"layout": other.layout, "cpu_offload": other.case.cpu_offload}
+        return replace(self, script=other.script, case=replace(self.case, **place))
 
 
 def make_run(
@@ -160,7 +161,7 @@ def num_copies(name: str, run: Run) -> int:
     """Return how many ranks hold the same part of a tensor."""
     layout = run.layout
     is_copied = ".experts." in name and layout.expert_dp == "replicate" and layout.ep_size
-    return layout.world_size // layout.ep_size if is_copied else 1
+    return layout.world_size // layout.ep_size if is_copied else layout.groups
 
 
 def _put_together(

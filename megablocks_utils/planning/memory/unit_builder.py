@@ -63,13 +63,13 @@ class _Builder:
         )
 
     def base(self, parameter: ParameterShape) -> ParamShard:
-        """Return a weight of the model, sharded over the world."""
+        """Return a weight of the model, sharded over the ranks of a group."""
         is_trained = self.run.use_lora == "none"
         stored = itemsize(self.run.precision.weights)
         return self._shard(parameter.shape, stored, is_trained)
 
     def adapter(self, shape: tuple[int, ...]) -> ParamShard:
-        """Return an adapter's factor, sharded over the world."""
+        """Return an adapter's factor, sharded over the ranks of a group."""
         return self._shard(shape, itemsize(self.run.precision.adapter), True)
 
     def kept(self) -> FsdpUnit | None:
@@ -85,27 +85,28 @@ class _Builder:
         return self.run.precision.compute != "float32"
 
     def unit(self, shards: list[ParamShard]) -> FsdpUnit:
-        """Put parameters that are sharded over the world in a unit."""
-        compute, world_size = itemsize(self.run.precision.compute), self.run.world_size
+        """Put parameters that are sharded over the ranks of a group in a unit."""
+        compute, shard_size = itemsize(self.run.precision.compute), self.run.shard_size
         if self.run.entry_point == "fsdp2":
-            return FsdpUnit(tuple(shards), world_size, True, compute)
-        padding = _flat_padding(shards, world_size)
-        return FsdpUnit(tuple(shards), world_size, True, compute, padding)
+            return FsdpUnit(tuple(shards), shard_size, True, compute)
+        padding = _flat_padding(shards, shard_size)
+        return FsdpUnit(tuple(shards), shard_size, True, compute, padding)
 
     def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> ParamShard:
-        world_size = self.run.world_size
+        shard_size = self.run.shard_size
         if self.run.entry_point == "fsdp1":
             # Exact to the element only with what `_flat_padding` adds.
-            return ParamShard(shape, prod(shape) // world_size, stored, is_trained)
-        return ParamShard(shape, _held(shape, 0, world_size), stored, is_trained)
+            return ParamShard(shape, prod(shape) // shard_size, stored, is_trained)
+        return ParamShard(shape, _held(shape, 0, shard_size), stored, is_trained)
 
     def _expert_unit(self, experts: Iterable[ParameterShape]) -> FsdpUnit:
         precision, run = self.run.precision, self.run
-        num_copies = run.world_size // self.layout.ep_size
+        num_copies = run.shard_size // self.layout.ep_size
         # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
         is_sharded = (
             self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"
         )
+        is_fsdp = is_sharded or (num_copies == 1 and run.cpu_offload == "params")
         ranks = num_copies if is_sharded else 1
         shards = []
         for parameter in experts:
@@ -117,7 +118,7 @@ class _Builder:
                 stored = itemsize(precision.adapter)
                 factors = ((num_local, rank, num_in), (num_local, num_out, rank))
                 shards += [_cut(factor, ranks, stored, True) for factor in factors]
-        return FsdpUnit(tuple(shards), ranks, is_sharded, itemsize(precision.compute))
+        return FsdpUnit(tuple(shards), ranks, is_fsdp, itemsize(precision.compute))
 
     def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, int]]:
         is_adapted = {MIXER: self.run.trains_attention, DENSE: self.run.trains_dense}

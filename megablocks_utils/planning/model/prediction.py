@@ -50,8 +50,8 @@ class ParallelLayout:
     Attributes:
         ep_size: ranks that one copy of the experts is split over; 1 is no expert parallelism:
             FSDP shards the experts over the world like all else.
-        expert_dp: `shard` or `replicate`: what the `world_size / ep_size` ranks with the same
-            experts do; `shard` where there is one such rank, and for ep_size 1.
+        expert_dp: `shard` or `replicate`: what the ranks of a group with the same experts do;
+            `shard` where there is one such rank, and for ep_size 1.
         is_dmoe: whether the experts are this project's also at ep_size 1, as
             `--use_megablocks_sharding True --ep_size 1` makes them; then expert_dp counts.
     """
@@ -88,6 +88,9 @@ class PlannedRun:
         has_aux_loss: whether the load-balancing loss is on.
         device_type: `cuda` or `cpu`.
         examples: in that micro-batch.
+        cpu_offload: what lies in host memory: `none`, `optimizer` or `params`. On a CPU it is the
+            same memory.
+        dp_replicate_size: groups of ranks that each hold the whole model.
         token_dispatch: how tokens travel, as the option has it.
         packing: how they are laid out. Where each is padded to a row of its own, padding is part of
             `tokens`, and a mask has only the tokens of a row in its second dim.
@@ -117,6 +120,18 @@ class PlannedRun:
     packing: str = ONE_ROW
     has_whole_logits: bool = False
     token_dispatch: str = AUTO
+    cpu_offload: str = "none"
+    dp_replicate_size: int = 1
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks of a group, which the model is sharded over."""
+        return self.world_size // self.dp_replicate_size
+
+    @property
+    def offloaded(self) -> str:
+        """What of a run on GPUs lies in host memory."""
+        return self.cpu_offload if self.device_type == "cuda" else "none"
 
     @property
     def is_padded(self) -> bool:
@@ -162,6 +177,7 @@ class Prediction:
         components: bytes of each of `COMPONENTS` at the moment of the peak.
         moment: when that is, in a word or two: `forward`, `loss`, `backward`, `optimizer`.
         allocated_bytes: held between two steps, after zero_grad.
+        host_bytes: the most that is held in host memory instead, of what is offloaded.
         sent_bytes_per_step: by kind of `COLLECTIVES`, bytes that leave this rank in one optimizer
             step, all micro-steps. Of n ranks that share W bytes, all-gather and reduce-scatter send
             W * (n - 1) / n, all-reduce twice that; all-to-all what goes to other ranks.
@@ -171,6 +187,7 @@ class Prediction:
     moment: str
     allocated_bytes: int
     sent_bytes_per_step: Mapping[str, int]
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:

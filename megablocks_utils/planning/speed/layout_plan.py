@@ -49,14 +49,14 @@ class PlanRequest:
 
     def layouts(self) -> list[ParallelLayout]:
         """List the layouts that were asked for; where one rank holds an expert, both words fit."""
-        world_size = self.scenario.world_size
+        shard_size = self.scenario.shard_size
         return [
             layout
             for layout in self.scenario.legal_layouts()
             if self.ep_size in (None, layout.ep_size)
             and (
                 self.expert_dp is None
-                or layout.ep_size == world_size
+                or layout.ep_size == shard_size
                 or (layout.ep_size > 1 and layout.expert_dp == self.expert_dp)
             )
         ]
@@ -116,6 +116,7 @@ class PlanRow:
             "reserve_bytes": self.verdict.reserve_bytes,
             "headroom_bytes": self.verdict.headroom_bytes,
             "allocated_bytes": self.prediction.allocated_bytes,
+            "host_bytes": self.prediction.host_bytes,
             "sent_bytes_per_micro_step": self.sent_bytes_per_micro_step(),
             "sent_bytes_per_step": {n: self.prediction.sent_bytes_per_step[n] for n in COLLECTIVES},
             "sent_bytes_per_step_by_link": {

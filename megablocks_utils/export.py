@@ -39,7 +39,6 @@ __all__ = [
     "parse_options",
 ]
 
-_BASE_OPTION = "model_name_or_path"
 # Name -> shape and dtype (named Any, since torch is not imported yet).
 Stored = Mapping[str, tuple[tuple[int, ...], Any]]
 
@@ -128,60 +127,45 @@ def parse_options(argv: Sequence[str]) -> ExportOptions:
         ConfigurationError: for a word or name that is not known, or a value that is missing.
     """
     options = build_section(ExportOptions, read_command(argv, COMMAND)[0])
+    _refuse_combinations(options)
+    return options
+
+
+def _refuse_combinations(options: ExportOptions) -> None:
     if (options.checkpoint is None) == (options.adapter is None):
         given = "neither is" if options.adapter is None else "both are"
         raise ConfigurationError(f"--checkpoint or --adapter must be given, but {given}.")
+    source, refused = "--adapter", ["save_dtype"]
     if options.adapter is None:
-        refused = {name: getattr(options, name) for name in ("adapter_layout", _BASE_OPTION)}
-    else:
-        refused = {"save_dtype": options.save_dtype}
-    for name, value in refused.items():
-        if value is not None:
-            source = "--checkpoint" if options.adapter is None else "--adapter"
+        source, refused = "--checkpoint", ["adapter_layout", "model_name_or_path"]
+    for name in refused:
+        if value := getattr(options, name):
             raise ConfigurationError(f"--{name} is {value}, but {source} takes no such option.")
     if options.adapter is not None and options.adapter_layout is None:
         raise ConfigurationError(
             "--adapter_layout is not given, but --adapter is; it must be per-expert."
         )
-    return options
 
 
 def export_adapter_layout(options: ExportOptions) -> str:
     """Write an adapter as servers load it, and return a line that says what was done.
 
     Raises:
-        ConfigurationError: an output that cannot be used, no base, or an adapter that no server
-            would apply.
+        ConfigurationError: an output that cannot be used, or an adapter that no server applies.
         CheckpointError: an adapter or base that cannot be read, or a disk that is full.
     """
     check_output(options.output)
-    from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
-    from megablocks_utils.checkpoint.load import build_model_on_meta
-    from megablocks_utils.files import MODEL_CONFIG_NAME
-    from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
-    from megablocks_utils.lora.per_expert_export import check_serves_this_model, export_per_expert
-    from megablocks_utils.lora.per_expert_layout import plan_per_expert
-    from megablocks_utils.merge import find_base_name
+    from megablocks_utils.lora.per_expert_export import export_per_expert
 
-    folder = resolve_adapter_folder(str(options.adapter))
-    base_name = find_base_name(options.model_name_or_path, folder)
-    base = resolve_checkpoint_folder(base_name, patterns=(MODEL_CONFIG_NAME,))
-    model = build_model_on_meta(base)
-    model.tie_weights()
-    check_serves_this_model(base, model)
-    layout = plan_per_expert(open_adapter(folder, model), model, base)
     with removed_on_error(options.output):
-        num_pairs = export_per_expert(
-            layout,
-            model,
+        num_pairs, rank = export_per_expert(
+            str(options.adapter),
             options.output,
-            base_model_name=base_name,
+            base_name_or_path=options.model_name_or_path,
             show_progress=show_progress,
         )
-    return (
-        f"wrote {options.output}: {num_pairs} LoRA pairs of rank {layout.rank}, equal to {folder}"
-        " bit for bit when turned back"
-    )
+    what = f"{num_pairs} LoRA pairs of rank {rank}"
+    return f"wrote {options.output}: {what}, {options.adapter} bit for bit when turned back"
 
 
 def export_checkpoint(options: ExportOptions) -> str:

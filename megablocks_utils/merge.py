@@ -15,7 +15,7 @@ from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.precision import SAVE_DTYPE_OPTION
 from megablocks_utils.config.reader import build_section, read_command
-from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import GENERATION_CONFIG_NAME
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megablocks_utils.checkpoint.writer import TensorSpec
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
-__all__ = ["COMMAND", "MergeOptions", "find_base_name", "main", "merge_adapter", "parse_options"]
+__all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
 
 # Files of the adapter that win over the base's: what it was trained with, and where it stops.
 TRAINED_COMPANIONS = (GENERATION_CONFIG_NAME, "chat_template.jinja")
@@ -117,7 +117,11 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     from megablocks_utils.checkpoint.model_check import check_against_model
     from megablocks_utils.checkpoint.saved_dtype import choose_saved_dtypes
     from megablocks_utils.checkpoint.writer import TensorSpec
-    from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
+    from megablocks_utils.lora.adapter_reader import (
+        find_base_name,
+        open_adapter,
+        resolve_adapter_folder,
+    )
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
     adapter_folder = resolve_adapter_folder(options.adapter)
@@ -146,24 +150,6 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         f" {written_bytes:,} bytes"
     )
     return "\n".join((*index.notes, line))
-
-
-def find_base_name(given: str | None, adapter_folder: Path) -> str:
-    """Return the base model that is given, or else the one that an adapter's configuration names.
-
-    Raises:
-        ConfigurationError: neither names one.
-    """
-    from megablocks_utils.lora.adapter_config import read_adapter_config
-
-    config = read_adapter_config(adapter_folder)
-    name = given or config.base_model_name
-    if name is None:
-        raise ConfigurationError(
-            f"--model_name_or_path is not given, and {config.path} names no"
-            " base_model_name_or_path; give the base model of this adapter."
-        )
-    return name
 
 
 def _list_companions(base: Path, adapter: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -12,10 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.companions import find_companions
-from megablocks_utils.checkpoint.index import CheckpointIndex, open_safetensors_file
+from megablocks_utils.checkpoint.index import (
+    CheckpointIndex,
+    open_safetensors_file,
+    resolve_checkpoint_folder,
+)
 from megablocks_utils.checkpoint.json_file import read_settings
 from megablocks_utils.checkpoint.library_errors import DiskErrorsAsOSErrors
-from megablocks_utils.checkpoint.writer import SafetensorsWriter, staged_folder
+from megablocks_utils.checkpoint.load import build_model_on_meta
+from megablocks_utils.checkpoint.writer import SafetensorsWriter, TensorSpec, staged_folder
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.files import (
     ADAPTER_CONFIG_NAME,
@@ -23,17 +28,62 @@ from megablocks_utils.files import (
     MODEL_CONFIG_NAME,
     MODEL_WEIGHTS_NAME,
 )
+from megablocks_utils.lora.adapter_reader import (
+    find_base_name,
+    open_adapter,
+    resolve_adapter_folder,
+)
 from megablocks_utils.lora.file_check import AdapterCheckError
 from megablocks_utils.lora.peft_format import linear_key
 from megablocks_utils.lora.peft_targets import split_by_reach
-from megablocks_utils.lora.per_expert_layout import PerExpertLayout
+from megablocks_utils.lora.per_expert_layout import PerExpertLayout, plan_per_expert
 
-__all__ = ["check_serves_this_model", "export_per_expert"]
+__all__ = ["export_per_expert"]
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
-def check_serves_this_model(base: Path, model: PreTrainedModel) -> None:
+def export_per_expert(
+    adapter: str, output: Path, *, base_name_or_path: str | None, show_progress: Progress
+) -> tuple[int, int]:
+    """Write the folder, complete or not at all; return how many pairs it holds, and their rank.
+
+    Args:
+        adapter: local folder or Hub name.
+        output: the folder.
+        base_name_or_path: the base; None is what the adapter's configuration names.
+        show_progress: shows what has been written of so many bytes.
+
+    Raises:
+        AdapterCheckError: the file turned back is not the adapter.
+        ConfigurationError: no base, or an adapter that no server would apply.
+        CheckpointError: an adapter or base that cannot be read, or the folder cannot be written.
+    """
+    source = resolve_adapter_folder(adapter)
+    base_name = find_base_name(base_name_or_path, source)
+    base = resolve_checkpoint_folder(base_name, patterns=(MODEL_CONFIG_NAME,))
+    model = build_model_on_meta(base)
+    model.tie_weights()
+    _check_is_whole_model(base, model)
+    layout = plan_per_expert(open_adapter(source, model), model, base)
+    config = _build_config(layout, model, base_name)
+    specs = list(layout.specs())
+    try:
+        with staged_folder(output, last=ADAPTER_CONFIG_NAME) as folder:
+            with show_progress("exporting", sum(spec.num_bytes for spec in specs)) as advance:
+                _write_weights(folder, layout, specs, advance)
+            _check_turned_back(open_safetensors_file(folder / ADAPTER_WEIGHTS_NAME), layout)
+            with DiskErrorsAsOSErrors():
+                config.save_pretrained(str(folder))
+            for path in find_companions(source):
+                shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"cannot write the adapter to {output}: {reason}") from error
+    return len(specs) // 2, layout.rank
+
+
+def _check_is_whole_model(base: Path, model: PreTrainedModel) -> None:
     """Refuse an adapter of the text part of a larger model, whose layers a server names otherwise.
 
     Raises:
@@ -51,48 +101,17 @@ def check_serves_this_model(base: Path, model: PreTrainedModel) -> None:
         )
 
 
-def export_per_expert(
+def _write_weights(
+    folder: Path,
     layout: PerExpertLayout,
-    model: PreTrainedModel,
-    output: Path,
-    *,
-    base_model_name: str,
-    show_progress: Progress,
-) -> int:
-    """Write the folder, complete or not at all; return how many pairs it holds.
-
-    Args:
-        layout: what `plan_per_expert` chose.
-        model: the base, on meta or not.
-        output: the folder.
-        base_model_name: what the configuration names as base.
-        show_progress: shows what has been written of so many bytes.
-
-    Raises:
-        AdapterCheckError: the file turned back is not the adapter.
-        CheckpointError: values that are not finite, or the folder cannot be written.
-    """
-    specs = list(layout.specs())
-    source = layout.reader.index.folder
-    try:
-        with staged_folder(output, last=ADAPTER_CONFIG_NAME) as folder:
-            with (
-                SafetensorsWriter(folder, specs, max_shard_bytes=sys.maxsize) as writer,
-                show_progress("exporting", sum(spec.num_bytes for spec in specs)) as advance,
-            ):
-                for key, tensor in layout.tensors():
-                    writer.append(key, tensor)
-                    advance(tensor.numel() * tensor.itemsize)
-            (folder / MODEL_WEIGHTS_NAME).rename(folder / ADAPTER_WEIGHTS_NAME)
-            _check_turned_back(open_safetensors_file(folder / ADAPTER_WEIGHTS_NAME), layout)
-            with DiskErrorsAsOSErrors():
-                _build_config(layout, model, base_model_name).save_pretrained(str(folder))
-            for path in find_companions(source):
-                shutil.copyfile(path, folder / path.name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"cannot write the adapter to {output}: {reason}") from error
-    return len(specs) // 2
+    specs: Sequence[TensorSpec],
+    advance: Callable[[int], None],
+) -> None:
+    with SafetensorsWriter(folder, specs, max_shard_bytes=sys.maxsize) as writer:
+        for key, tensor in layout.tensors():
+            writer.append(key, tensor)
+            advance(tensor.numel() * tensor.itemsize)
+    (folder / MODEL_WEIGHTS_NAME).rename(folder / ADAPTER_WEIGHTS_NAME)
 
 
 def _build_config(

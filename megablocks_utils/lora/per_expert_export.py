@@ -132,7 +132,7 @@ def _build_config(
         target_parameters=[f"{end}.weight" for end in by_weight] or None,
     )
     # PEFT would keep a set, whose order in the file changes from run to run.
-    config.target_modules = sorted({*modules, *of_experts, *renamed})  # type: ignore[assignment]
+    config.target_modules = sorted({*modules, *of_experts, *renamed})
     return config
 
 

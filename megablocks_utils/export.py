@@ -165,7 +165,7 @@ def export_adapter_layout(options: ExportOptions) -> str:
             show_progress=show_progress,
         )
     what = f"{num_pairs} LoRA pairs of rank {rank}"
-    return f"wrote {options.output}: {what}, {options.adapter} bit for bit when turned back"
+    return f"wrote {options.output}: {what}; turned back they are {options.adapter} bit for bit"
 
 
 def export_checkpoint(options: ExportOptions) -> str:

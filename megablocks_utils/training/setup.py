@@ -13,9 +13,9 @@ from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
+from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.mesh.device_mesh import DP_AXIS, DP_REPLICATE_AXIS, EP_AXIS, axis_size
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.model_facts import find_top_k, vocab_size
@@ -68,6 +68,7 @@ class Setup:
         model: on meta until FSDP has wrapped it; adapters, where asked for, have their values.
         sharded: how its experts are split; None without expert parallelism and without adapters of
             experts, which are this project's at ep 1 also then.
+        placement: how every parameter will lie on the ranks.
         lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.
@@ -93,6 +94,7 @@ class Setup:
     model_folder: Path
     model: PreTrainedModel
     sharded: ShardedMoE | None
+    placement: PlacementPlan
     lora: LoraSettings | None
     counts: ParameterCounts
     num_experts: int
@@ -112,11 +114,7 @@ class Setup:
 
     def mesh_sizes(self) -> dict[str, int]:
         """Ranks along the axes of the experts' mesh, also where there is none."""
-        groups = self.config.parallel.dp_replicate_size
-        outer = {} if groups == 1 else {DP_REPLICATE_AXIS: groups}
-        ep_size = 1 if self.sharded is None else axis_size(self.sharded.mesh, EP_AXIS)
-        dp_size = self.launch.world_size // groups // ep_size
-        return {**outer, DP_AXIS: dp_size, EP_AXIS: ep_size}
+        return dict(self.placement.axis_sizes)
 
     def verify_kernel(self) -> KernelCheck | None:
         """Compare the kernel with `eager`, all weights being there; None if it is not ours.
@@ -197,6 +195,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model_folder=folder,
         model=model,
         sharded=sharded,
+        placement=build_placement_plan(model, sharded, config.parallel.dp_replicate_size),
         lora=lora,
         counts=_count(model, sharded),
         num_experts=source.num_experts,

@@ -48,6 +48,7 @@ def verify_placements(model: nn.Module, plan: PlacementPlan) -> None:
             )
 
 
+@torch.no_grad()
 def _check_here(model: nn.Module, plan: PlacementPlan) -> Sequence[int]:
     """Check what one rank can see; returns how many elements it holds of each entry."""
     entries: dict[str, list[PlacementEntry]] = {}
@@ -62,13 +63,12 @@ def _check_here(model: nn.Module, plan: PlacementPlan) -> Sequence[int]:
         entry = _only_entry(name, matching)
         _check_placement(name, entry, finder.find(tensor))
         num_parameters[entry.pattern] += 1
-        num_elements[entry.pattern] += local_tensor(tensor.detach()).numel()
+        num_elements[entry.pattern] += local_tensor(tensor).numel()
     for entry in plan.entries:
         if num_parameters[entry.pattern] != entry.num_parameters:
             raise PlacementError(
-                f"the placement plan has {entry.pattern} ({entry.rule.kind}), which must be "
-                f"{entry.num_parameters} in the wrapped model, but it has "
-                f"{num_parameters[entry.pattern]} of that name."
+                f"the placement plan declares {entry.num_parameters} parameters {entry.pattern} "
+                f"({entry.rule.kind}), but the wrapped model has {num_parameters[entry.pattern]}."
             )
     return [num_elements[entry.pattern] for entry in plan.entries]
 

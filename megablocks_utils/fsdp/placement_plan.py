@@ -120,15 +120,17 @@ def find_pattern(name: str) -> str:
 
 
 def describe_plan(plan: PlacementPlan) -> Iterator[str]:
-    """Yield a line for each entry: names, kind, placements, reason, gradient."""
+    """Yield a line for each kind (placements, reason, gradient), then one for each of its names."""
+    kinds: dict[tuple[str, bool], list[PlacementEntry]] = {}
     for entry in plan.entries:
-        rule = entry.rule
+        kinds.setdefault((entry.rule.kind, entry.is_trained), []).append(entry)
+    for (kind, is_trained), entries in kinds.items():
+        rule = entries[0].rule
         where = ", ".join(f"{axis}: {rule.placements[axis]}" for axis in plan.axis_sizes)
-        gradient = rule.gradient_sum if entry.is_trained else "none"
-        yield (
-            f"{entry.pattern} ({entry.num_parameters} of {rule.kind}, {entry.num_elements:,} "
-            f"elements) on {where}: {rule.reason}; gradient: {gradient}"
-        )
+        gradient = rule.gradient_sum if is_trained else "none"
+        yield f"{kind} on {where} ({rule.reason}); gradients summed: {gradient}"
+        for entry in entries:
+            yield f"  {entry.num_parameters} x {entry.pattern}, {entry.num_elements:,} elements"
 
 
 def _find_axis_sizes(sharded: ShardedMoE | None, dp_replicate_size: int) -> dict[str, int]:
@@ -157,7 +159,7 @@ def _lies(dp_replicate: str, dp: str, ep: str) -> Mapping[str, str]:
 _DENSE = PlacementRule(
     "dense parameters",
     _lies(COPIES, SHARD, SHARD),
-    "every rank needs them for its own tokens, so FSDP gathers them",
+    "FSDP gathers them for the tokens of each rank",
     "over all axes by FSDP",
 )
 _ADAPTERS = PlacementRule(
@@ -169,9 +171,7 @@ _KEPT = PlacementRule(
     "FSDP gathers a unit in one dtype",
     "over all axes by an all-reduce once a step",
 )
-_BUFFERS = PlacementRule(
-    "buffers", _KEPT.placements, "FSDP shards parameters only", "none: what moves is summed first"
-)
+_BUFFERS = PlacementRule("buffers", _KEPT.placements, "FSDP shards parameters only", "none")
 
 
 def _find_dense_rule(name: str, parameter: Tensor) -> PlacementRule:

@@ -30,7 +30,7 @@ types: $(VENV)/.installed-dev
 	$(PY) -m mypy
 
 bench: $(VENV)/.installed-run $(VENV)/.installed-model
-	PYTHONPATH=. $(PY) -m benchmarks.end_to_end
+	PYTHONPATH=. $(PY) -m benchmarks.end_to_end --baseline c79345c
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.expert_lora
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.moe_layer --cpu
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) -m benchmarks.table --cpu

@@ -13,6 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from megablocks_utils.kernels.adamw_step import AdamWStep
 from megablocks_utils.kernels.fused.adamw import run_adamw
+from megablocks_utils.kernels.fused.combine import combine
+from megablocks_utils.kernels.fused.combine_backward import combine_backward
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
@@ -81,7 +83,11 @@ class _NoDevice:
 
 @contextmanager
 def compile_only(
-    capability: int, *, once_a_tile: bool, kernels: Collection[str] | None = None
+    capability: int,
+    *,
+    once_a_tile: bool,
+    kernels: Collection[str] | None = None,
+    only_persistent: bool = False,
 ) -> Iterator[list[tuple[Any, Any, dict]]]:
     """Compile kernels that are launched inside for a GPU, and launch none.
 
@@ -93,6 +99,7 @@ def compile_only(
         once_a_tile: whether a kernel is compiled once for each tile and form of the experts,
             whatever else differs.
         kernels: names of those to compile, or None for all.
+        only_persistent: whether kernels of one program a tile are left out.
 
     Yields:
         Kernel, compiled kernel and launch options, for each new one.
@@ -106,7 +113,10 @@ def compile_only(
     ) -> Any:
         name = self.fn.__name__.removesuffix("_kernel")
         tile = (name, *(kwargs.get(option) for option in TILE_OPTIONS + _FORM_OPTIONS))
-        if (kernels is not None and name not in kernels) or (once_a_tile and tile in seen):
+        is_wanted = kernels is None or name in kernels
+        if only_persistent:
+            is_wanted &= kwargs.get("PERSISTENT", False)
+        if not is_wanted or (once_a_tile and tile in seen):
             return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in seen:
@@ -173,6 +183,20 @@ def run_layer(dtype: torch.dtype, rank: int, tiles: TileTable, form: Form) -> No
         tokens, ExpertOrder(order, inverse, counts, TOP_K), weights, experts, tiles=tiles
     )
     output.backward(torch.empty_like(output))
+
+
+def run_combine(dtype: torch.dtype, top_k: int) -> None:
+    """Sum K rows a token that lie in expert order, and go back, on meta tensors.
+
+    Args:
+        dtype: of the rows.
+        top_k: K; the size of a tile depends on it.
+    """
+    rows = torch.empty(NUM_TOKENS * top_k, HIDDEN, dtype=dtype, device="meta")
+    weights = torch.empty(NUM_TOKENS, top_k, device="meta")
+    inverse = torch.empty(len(rows), dtype=torch.int64, device="meta")
+    grad = combine(rows, weights, top_k, inverse)
+    combine_backward(grad, rows, weights, inverse, wants_rows=True, wants_weights=True)
 
 
 def run_optimizer(dtype: torch.dtype) -> None:

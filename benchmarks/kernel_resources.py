@@ -26,13 +26,14 @@ from benchmarks.compile_layer import (
     FORMS,
     TILE_OPTIONS,
     compile_only,
+    run_combine,
     run_layer,
     run_optimizer,
 )
 from benchmarks.harness.provenance import build_provenance
+from megablocks_utils.kernels.fused.shared_memory import SHARED_LIMIT_BYTES
 from megablocks_utils.kernels.fused.tiles import (
     KINDS,
-    SHARED_LIMIT_BYTES,
     TileTable,
     list_candidates,
     name_architecture,
@@ -48,8 +49,11 @@ CAPABILITIES = {
     "sm_120": (12, 0),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_NUM_COLUMNS = 3
-_WITHOUT_PRODUCTS = ("combine", "adamw")
+_NUM_COLUMNS = 4
+_PERSISTENT_COLUMN = 3
+_WITHOUT_PRODUCTS = ("combine", "combine_backward", "adamw")
+_TOP_K = (2, 8, 10)
+"""How many rows a token has: Mixtral's, Qwen3's, and one that is no power of two."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Variant:
     Attributes:
         arch: key of `CAPABILITIES`.
         dtype: key of `DTYPES`.
-        column: 0 is for few rows per expert, 1 for many, 2 is what a search tries besides.
+        column: 0 is for few rows per expert, 1 for many, 2 is what a search tries besides, and 3
+            for persistent programs, for kernels that have them.
         rank: of adapters on both projections; 0 is none.
     """
 
@@ -73,7 +78,9 @@ class Variant:
         itemsize = DTYPES[self.dtype].itemsize
         arch = name_architecture(CAPABILITIES[self.arch])
         candidates = {k: list_candidates(k, arch=arch, itemsize=itemsize) for k in KINDS}
-        return TileTable(**{kind: tiles[self.column] for kind, tiles in candidates.items()})
+        return TileTable(
+            **{kind: tiles[min(self.column, len(tiles) - 1)] for kind, tiles in candidates.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -118,15 +125,22 @@ def compile_variant(
     forms: Sequence[str] = tuple(FORMS),
     kernels: Sequence[str] | None = None,
 ) -> list[Resources]:
-    """Compile the optimizer's kernel, and those of a layer that trains all, adapters too."""
+    """Compile the kernels of a layer that trains all, adapters too, and those beside it."""
     major, minor = CAPABILITIES[variant.arch]
     found: list[Resources] = []
     capability = 10 * major + minor
-    with compile_only(capability, once_a_tile=once_a_tile, kernels=kernels) as compiled:
+    only_persistent = variant.column == _PERSISTENT_COLUMN
+    with compile_only(
+        capability, once_a_tile=once_a_tile, kernels=kernels, only_persistent=only_persistent
+    ) as compiled:
         for form in forms:
             run_layer(DTYPES[variant.dtype], variant.rank, variant.tiles(), FORMS[form])
             found += [_describe(*entry, variant, form) for entry in compiled]
             compiled.clear()
+        for top_k in _TOP_K:
+            run_combine(DTYPES[variant.dtype], top_k)
+        found += [_describe(*entry, variant, "weighted sum") for entry in compiled]
+        compiled.clear()
         run_optimizer(DTYPES[variant.dtype])
         found += [_describe(*entry, variant, "optimizer") for entry in compiled]
     return found
@@ -142,6 +156,7 @@ def _describe(function: Any, kernel: Any, options: dict, variant: Variant, form:
         "thin": bool(blocks) and min(blocks) < 64,
         "tma": options.get("USE_TMA", False),
         "shared out": options.get("SPLITS", 1) > 1,
+        "persistent": options.get("PERSISTENT", False),
     }
     return Resources(
         kernel=function.fn.__name__.removesuffix("_kernel"),

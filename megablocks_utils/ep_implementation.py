@@ -16,10 +16,10 @@ from megablocks_utils.config.backends import AUTO
 from megablocks_utils.ep_workarounds import mend_transformers
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
 from megablocks_utils.kernels.permute import (
     count_by_expert,
     sort_counted_rows,
-    unpermute_and_combine,
 )
 from megablocks_utils.kernels.selection.backend_selection import select_and_load_backend
 from megablocks_utils.mesh.recomputation import keep
@@ -99,16 +99,16 @@ class DroplessEP(EPImplementation):
             experts = spec.build_weights(tensors).map_tensors(lambda tensor: tensor.to(dtype))
             group, ep_size = self.ep_mesh.get_group(), self.ep_mesh.size()
             # Kept as by `DroplessExperts`, under this project's checkpointing.
-            top_k_index = keep(lambda: top_k_index)
+            top_k_index = keep(top_k_index.contiguous)
             tokens_per_expert = count_by_expert(top_k_index, spec.num_experts * ep_size)
-            counts = keep(lambda: exchange_counts(tokens_per_expert, group, ep_size))
+            counts = keep(lambda: exchange_counts(tokens_per_expert, None, group, ep_size))
             order = sort_counted_rows(top_k_index, tokens_per_expert)
             tokens = hidden_states.to(dtype)
             backend = self._find_backend(spec, dtype, device_type)
             rows = run_where_experts_are(tokens, order, counts, group, backend, experts)
             if spec.has_post_norm:
                 rows = self.experts.get_submodule("post_expert_norm")(rows)
-            return unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)
+            return fused_unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)
 
     def _read_spec(self) -> ExpertSpec:
         """Return what this rank's experts are; at the first call, when they are all there."""

@@ -147,19 +147,19 @@ def held_out_loss(model: "PreTrainedModel", examples: "TokenizedExamples") -> fl
     """
     import torch
 
-    from megablocks_utils.training.step.forward import run_forward
-    from megablocks_utils.training.step.objective import token_loss_sum
+    from megablocks_utils.training.step.forward import run_loss
+    from megablocks_utils.training.step.learn_logits_map import find_logits_map
     from megablocks_utils.training.step.packing_probe import choose_packing
     from megablocks_utils.training.step.small_model import build_small_model
 
     device = next(model.parameters()).device
     small = partial(build_small_model, model, device)
     choice = choose_packing(small, packing="auto", batch_size=len(examples), device=device)
+    logits_map, _ = find_logits_map(model)
     total = 0.0
     with torch.no_grad():
         for batch in _batches(examples, choice.packing):
-            _, logits, targets = run_forward(model, batch, device)
-            total += token_loss_sum(logits, targets).item()
+            total += run_loss(model, batch, device, logits_map)[1].item()
     return total / int(examples.num_label_tokens.sum())
 
 

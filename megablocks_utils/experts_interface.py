@@ -16,10 +16,10 @@ from megablocks_utils.errors import ConfigurationError, MissingKernelError
 from megablocks_utils.kernels.backends.backend import Backend, ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
 from megablocks_utils.kernels.permute import (
     permute_tokens,
     sort_by_expert,
-    unpermute_and_combine,
 )
 from megablocks_utils.kernels.shapes import name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
@@ -85,7 +85,7 @@ def _run_experts(
             return run(tokens, order, top_k_weights, experts).to(hidden_states.dtype)
         rows = run(permute_tokens(tokens, order), order.of_sorted_rows(), None, experts)
         rows = module.get_submodule("post_expert_norm")(rows)
-        return unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)
+        return fused_unpermute_and_combine(rows, top_k_weights, order).to(hidden_states.dtype)
 
 
 def _load(backend: Backend) -> ExpertBackend:

@@ -19,10 +19,17 @@ from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoin
 from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.load import load_experts
 from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.config.dispatch_cost import DISPATCH_CHOICES, DispatchChoice
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.selection.rank_agreement import select_for_all_ranks
-from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh, compute_mesh_sizes
+from megablocks_utils.mesh.device_mesh import (
+    EP_AXIS,
+    MeshSizes,
+    axis_size,
+    build_mesh,
+    compute_mesh_sizes,
+)
 from megablocks_utils.mesh.placement import (
     distribute_experts,
     local_expert_range,
@@ -32,6 +39,7 @@ from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_spec import ExpertSpec, find_expert_modules, read_expert_specs
 from megablocks_utils.moe.expert_use import ExpertUse
 from megablocks_utils.moe.model_facts import find_top_k
+from megablocks_utils.moe.once_per_rank import choose_layer_dispatch
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.moe.weighted_before import route_before_experts
 
@@ -76,6 +84,7 @@ def shard_moe(
     expert_mode: str = "full",
     tokens_per_rank: int | None = None,
     dp_replicate_size: int = 1,
+    token_dispatch: str = "auto",
 ) -> ShardedMoE:
     """Split the experts of a transformers MoE model over the ranks, in place.
 
@@ -94,12 +103,12 @@ def shard_moe(
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.
-        expert_mode: which expert parameters will be trained: "full" all weights, "frozen" none,
-            "lora" adapters. Counts for the selection of the kernel alone.
-        tokens_per_rank: about how many tokens a rank will have at a time; `auto` finds measurements
-            by it.
-        dp_replicate_size: groups of ranks that each hold all experts; the mesh then begins with an
-            axis "dp_replicate".
+        expert_mode: which expert parameters are trained, for the selection of the kernel alone:
+            "full" all weights, "frozen" none, "lora" adapters.
+        tokens_per_rank: about how many tokens a rank has at a time; for measurements of kernels.
+        dp_replicate_size: groups of ranks that each hold all experts: a first mesh axis.
+        token_dispatch: `rows` sends a token once for each expert, `tokens` once for each rank that
+            has experts of its; `auto` takes what is fewer bytes.
 
     Raises:
         ConfigurationError: no process group, not a supported MoE model, a value that there is not,
@@ -116,10 +125,12 @@ def shard_moe(
     _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     sharded = _plan(model, (ep_size, dp_replicate_size), kernel, expert_dp, use)
+    choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
     device = _local_device(device_type)
     source = _ExpertSource(model, checkpoint_name_or_path, sharded.mesh, device)
     for name, spec in require_experts(model).items():
-        _swap(sharded, name, spec, source.take(name, model.get_submodule(name), spec))
+        weights = source.take(name, model.get_submodule(name), spec)
+        _swap(sharded, name, spec, weights, choose(spec))
         on_layer(1)
     return sharded
 
@@ -135,6 +146,7 @@ def split_experts_on_meta(
     expert_mode: str = "full",
     tokens_per_rank: int | None = None,
     dp_replicate_size: int = 1,
+    token_dispatch: str = "auto",
 ) -> ShardedMoE:
     """Do what `shard_moe` does for a model on meta, and leave it there for `fsdp` to fill.
 
@@ -145,12 +157,13 @@ def split_experts_on_meta(
     """
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     sharded = _plan(model, (ep_size, dp_replicate_size), kernel, expert_dp, use)
+    choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
     for name, spec in require_experts(model).items():
         module = model.get_submodule(name)
         num_local = len(local_expert_range(spec.num_experts, sharded.mesh))
         parts = {p: module.get_parameter(p).detach()[:num_local] for p in spec.parameter_names}
         weights = {p: wrap_local_experts(part, sharded.mesh) for p, part in parts.items()}
-        _swap(sharded, name, spec, weights)
+        _swap(sharded, name, spec, weights, choose(spec))
     return sharded
 
 
@@ -180,7 +193,26 @@ def _check_choice(name: str, value: str, wanted: Sequence[str]) -> None:
         )
 
 
-def _swap(sharded: ShardedMoE, name: str, spec: ExpertSpec, weights: dict[str, DTensor]) -> None:
+def _dispatch_chooser(
+    model: "PreTrainedModel", wanted: str, mesh: DeviceMesh, compute_dtype: torch.dtype | None
+) -> Callable[[ExpertSpec], DispatchChoice]:
+    """Return what chooses how the tokens of a layer travel."""
+    _check_choice("token_dispatch", wanted, DISPATCH_CHOICES)
+    top_k, ep_size = find_top_k(model), axis_size(mesh, EP_AXIS)
+    first = next(iter(find_expert_modules(model).values()))
+    dtype = compute_dtype or first.get_parameter("down_proj").dtype
+    return lambda spec: choose_layer_dispatch(
+        wanted, spec, top_k=top_k, ep_size=ep_size, dtype=dtype
+    )
+
+
+def _swap(
+    sharded: ShardedMoE,
+    name: str,
+    spec: ExpertSpec,
+    weights: dict[str, DTensor],
+    dispatch: DispatchChoice,
+) -> None:
     """Put ours in the place of transformers' module of experts."""
     module = sharded.model.get_submodule(name)
     experts = DroplessExperts(
@@ -189,6 +221,7 @@ def _swap(sharded: ShardedMoE, name: str, spec: ExpertSpec, weights: dict[str, D
         mesh=sharded.mesh,
         backend=sharded.kernel.run,
         post_expert_norm=module.get_submodule("post_expert_norm") if spec.has_post_norm else None,
+        dispatch=dispatch,
     )
     for parameter_name in spec.parameter_names:
         is_trained = module.get_parameter(parameter_name).requires_grad

@@ -206,9 +206,10 @@ def build_table(model: str, entry: "Entry", measured: "LayerTimes") -> "Table":
         table.add_row("all", "as the package has them", "", "", _format_ms(search.start_ms), "")
     for trial in search.trials if search is not None else ():
         tile = trial.tile
+        mark = ", persistent" if tile.programs_per_processor else ""
         table.add_row(
             trial.kind,
-            f"{tile.block_m} x {tile.block_n} x {tile.block_k}",
+            f"{tile.block_m} x {tile.block_n} x {tile.block_k}{mark}",
             str(tile.num_warps),
             str(tile.num_stages),
             _format_ms(trial.time_ms),

@@ -1,79 +1,151 @@
-"""Tokens per second of our FSDP2 step against transformers' own expert parallelism, on CPU ranks.
+"""Training steps of our script against an earlier revision of it, transformers' own, and PEFT.
 
-    PYTHONPATH=. python -m benchmarks.end_to_end
+    PYTHONPATH=. python -m benchmarks.end_to_end --baseline c79345c
 
-The contenders train in the same processes and take turns, a block of steps each, so that whatever
-else the machine does hits all of them. Before anything is timed, the losses of the first steps must
-agree. Each case has processes of its own.
+Every system has processes of its own, and all systems of a case live at once and take turns, so
+that whatever else the machine does hits all of them. Before anything is timed, the tokens of the
+first steps must be the same and their losses equal within a bound. Each case is a row.
 """
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.end_to_end.contenders import Case
-from benchmarks.end_to_end.measure import NAMES, PACKED, PADDED, Plan, measure, summarise
-from benchmarks.harness.processes import run_ranks
-from benchmarks.harness.provenance import RESULTS, build_provenance
-from benchmarks.harness.record import Record, Row
-from benchmarks.harness.report import format_spread, show
-from benchmarks.harness.workload import Workload, save_workload
+import torch
 
-RESULT = RESULTS / "end_to_end_cpu.json"
-CASES = [
-    Case(2, 2),
-    Case(2, 2, gradient_checkpointing="True"),
-    Case(2, 2, use_lora="attn-only"),
-    Case(2, 2, use_lora="attn-only", gradient_checkpointing="True"),
-    Case(4, 2),
-    Case(4, 2, gradient_checkpointing="True"),
-    Case(4, 4),
-    Case(4, 4, gradient_checkpointing="True"),
-]
+from benchmarks.end_to_end.cases import OURS, build_systems, count_tokens, list_cases
+from benchmarks.end_to_end.measure import LOSS_BOUNDS, Machine, Plan, measure, summarise
+from benchmarks.end_to_end.settings import Case
+from benchmarks.harness.case import has_words
+from benchmarks.harness.provenance import RESULTS, ROOT, build_provenance
+from benchmarks.harness.record import Record, Row
+from benchmarks.harness.report import format_spread, markdown_table, show
+from benchmarks.harness.workload import Workload, save_workload
+from megablocks_utils.byte_units import MIB
+
+_WORKLOAD = Workload(num_layers=3)
+_PRECISION_ON = {"cpu": "fp32", "cuda": "bf16"}
+_COLUMNS = ("system", "tokens/s", "time / ours", "CPU time / ours", "peak MiB", "peak / ours")
 
 
 def main(argv: list[str]) -> None:
     """Run the cases; after each, write its row in place of an older one of the same case."""
     options = _parse(argv)
-    plan, workload = Plan(options.rounds, options.steps_per_block), Workload()
-    settings = {"workload": asdict(workload), "plan": asdict(plan)}
-    path = Path(options.output)
-    record = Record.read(path) if path.exists() else Record(path, {})
+    # Fork after the libraries are imported: they must not ask CUDA itself what there is.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    plan = Plan(options.runs, options.rounds, options.steps_per_turn)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = Path(options.output or RESULTS / f"end_to_end_{device}.json")
+    is_added_to = bool(options.only) and path.exists()
+    record = Record.read(path) if is_added_to else Record(path, {})
+    with tempfile.TemporaryDirectory() as name, _checkout(options.baseline) as tree:
+        save_workload(_WORKLOAD, Path(name))
+        for case in list_cases(options.ranks, _PRECISION_ON[device]):
+            if has_words(case.label(), options.only):
+                row = run_case(case, plan, Path(name), tree, argv)
+                record.add(row, "case")
+                show(build_table(row))
+
+
+def run_case(
+    case: Case,
+    plan: Plan,
+    folder: Path,
+    tree: Path | None,
+    argv: list[str],
+    *,
+    workload: Workload = _WORKLOAD,
+) -> Row:
+    """Measure the systems of a case and return its row.
+
+    Args:
+        case: which.
+        plan: how long.
+        folder: with the workload's model and data.
+        tree: checkout of the revision to compare with; None: there is none.
+        argv: the command line, for the record.
+        workload: what is trained.
+    """
+    specs = build_systems(case, workload, folder, tree, max_steps=plan.max_steps)
+    machine = Machine(case.world_size, workload.vocab_size, case.precision)
+    result = measure(specs, machine, plan)
+    tokens = count_tokens(specs[0].argv, case.world_size)[plan.warmup_steps :]
+    size = plan.steps_per_turn
+    turns = [sum(tokens[place * size : (place + 1) * size]) for place in range(plan.rounds)]
+    settings = {
+        "workload": asdict(workload),
+        "plan": asdict(plan),
+        "baseline_commit": None if tree is None else _read_commit(tree),
+        "loss_bound": LOSS_BOUNDS[case.precision],
+        "peak": "resident memory since the start, above that of the libraries, all ranks"
+        if case.precision == "fp32"
+        else "torch.cuda.max_memory_allocated, all ranks",
+    }
+    provenance = build_provenance("benchmarks.end_to_end", argv)
+    row = (
+        {"case": asdict(case)} | provenance | settings | summarise(result, turns * plan.runs, OURS)
+    )
+    return row | {"tokens_per_turn": turns, "rounds": result}
+
+
+def build_table(row: Row) -> str:
+    """Return the table of a case."""
+    lines = []
+    for name, rate in row["tokens_per_s"].items():
+        ratios = [
+            format_spread(row[key][name], is_bold=True) if name in row[key] else "1"
+            for key in ("ratio", "ratio_of_cpu_time", "ratio_of_peak")
+        ]
+        peak = format_spread(row["peak_bytes"][name], 0, unit=MIB)
+        lines.append((name, format_spread(rate, 0), *ratios[:2], peak, ratios[2]))
+    return f"{Case(**row['case']).label()}\n\n{markdown_table(_COLUMNS, lines)}\n"
+
+
+@contextmanager
+def _checkout(revision: str | None) -> Iterator[Path | None]:
+    """Yield a worktree of a revision of this repository, which is removed again."""
+    if revision is None:
+        yield None
+        return
     with tempfile.TemporaryDirectory() as name:
-        save_workload(workload, Path(name))
-        for case in CASES:
-            if options.only not in case.label():
-                continue
-            [result, *_] = run_ranks(measure, case.world_size, case, workload, Path(name), plan)
-            provenance = build_provenance("benchmarks.end_to_end", argv)
-            row = {"case": asdict(case)} | provenance | settings | summarise(result)
-            record.add(row | {"rounds": result}, "case")
-            show(table_line(row))
+        tree = Path(name, "tree")
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--detach", str(tree), revision], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
 
 
-def table_line(row: Row) -> str:
-    """Return a line of the Markdown table in the results' page."""
-    case, others = row["case"], (PACKED, PADDED)
-    cells = [
-        f"{case['world_size']}, ep {case['ep_size']}",
-        "full" if case["use_lora"] == "none" else f"LoRA {case['use_lora']}",
-        "full" if case["gradient_checkpointing"] == "True" else "none",
-        *(f"{row['tokens_per_s'][name]['median']:.0f}" for name in NAMES),
-        *(format_spread(row["ratio"][name], is_bold=True) for name in others),
-        *(format_spread(row["ratio_of_cpu_time"][name], is_bold=True) for name in others),
-    ]
-    return f"| {' | '.join(cells)} |"
+def _read_commit(tree: Path) -> str:
+    command = ["git", "-C", str(tree), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
+    plan = Plan()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
-    parser.add_argument("--steps-per-block", type=int, default=2, help="steps of a turn")
-    parser.add_argument("--only", default="", help="cases whose label holds this text")
-    parser.add_argument("--output", default=RESULT, help="the JSON file")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--baseline", metavar="REV", help="a revision whose script is a system, too")
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4], choices=(1, 2, 4))
+    add("--runs", type=int, default=plan.runs, help="how often the processes are started")
+    add("--rounds", type=int, default=plan.rounds, help="turns of each system in a run")
+    add("--steps-per-turn", type=int, default=plan.steps_per_turn)
+    add("--only", default="", help="cases whose label holds all these words")
+    add("--output", help="the JSON file; with --only, rows of other cases are kept")
+    options = parser.parse_args(argv)
+    for name in ("runs", "rounds", "steps_per_turn"):
+        value = getattr(options, name)
+        if value < 1:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} is {value}, but it must be a whole number of at least 1")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Our FSDP2 step, and transformers' own expert parallelism.
+"""What our FSDP2 step is compared with: transformers' own expert parallelism, and PEFT.
 
-All contenders load the same checkpoint, see the same global batches in the same order, and take the
+All systems load the same checkpoint, see the same global batches in the same order, and take the
 same step: the token mean of the global batch as loss, its gradient clipped to norm 1, fused AdamW
 with a constant learning rate.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,84 +17,50 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.distributed import DistributedConfig
 
-from benchmarks.harness.processes import as_words
-from benchmarks.harness.workload import Workload
+from benchmarks.end_to_end.drive import Gate
+from benchmarks.end_to_end.settings import LEARNING_RATE, MAX_GRAD_NORM, shard_config
+from benchmarks.end_to_end.trainer_step import train_with_trainer
 from megablocks_utils.config import RunConfig, parse_args, resolve_precision
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.lora.settings import build_peft_config
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.data.batches import MicroBatch, epoch_order
+from megablocks_utils.training.data.examples import load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.data.text import IGNORED_LABEL
-from megablocks_utils.training.loop import build_training_state, fit
-from megablocks_utils.training.setup import build_setup
 from megablocks_utils.training.step.forward import run_forward
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.step.objective import token_loss_sum
 
-LEARNING_RATE = 1e-4
-MAX_GRAD_NORM = 1.0
+PACKED, PADDED, TRAINER, PEFT = "packed", "padded", "trainer", "peft"
+KINDS = (PACKED, PADDED, TRAINER, PEFT)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One comparison: `use_lora` and `gradient_checkpointing` as the options of the same names."""
+def train_other(kind: str, argv: Sequence[str], gate: Gate) -> None:
+    """Train as options of our script say, but with transformers, waiting between steps.
 
-    world_size: int
-    ep_size: int
-    use_lora: str = "none"
-    gradient_checkpointing: str = "False"
+    **Collective:** a process of each rank, with the launcher's environment.
 
-    def label(self) -> str:
-        """Name the case in a line, for selection and logs."""
-        return (
-            f"{self.world_size} ranks, ep {self.ep_size}, lora {self.use_lora}, "
-            f"checkpointing {self.gradient_checkpointing}"
-        )
-
-
-class OurStep:
-    """The step of `train_accelerate_fsdp2.py`, metrics included, as `fit` yields it."""
-
-    def __init__(self, case: Case, workload: Workload, folder: Path, *, max_steps: int) -> None:
-        argv = build_arguments(case, workload, folder, max_steps=max_steps)
-        self.config: RunConfig = parse_args(argv, entry_point="fsdp2")
-        launch = check_environment(self.config)
-        self.device = start_processes(launch)
-        setup = build_setup(self.config, launch, self.device)
-        self.schedule: Schedule = setup.schedule
-        self._steps = fit(build_training_state(setup), setup)
-
-    def step(self) -> float:
-        """Train one optimizer step and return its loss."""
-        return next(self._steps).loss
-
-
-def build_arguments(case: Case, workload: Workload, folder: Path, *, max_steps: int) -> list[str]:
-    """Return the command line of our step."""
-    accumulation = workload.global_batch // (workload.per_device_batch * case.world_size)
-    options = {
-        "model_name_or_path": folder / "model",
-        "data_path": folder / "data.jsonl",
-        "output_dir": folder / "output",
-        "use_megablocks_sharding": True,
-        "ep_size": case.ep_size,
-        "use_lora": case.use_lora,
-        "gradient_checkpointing": case.gradient_checkpointing,
-        "precision": "fp32",
-        "per_device_train_batch_size": workload.per_device_batch,
-        "gradient_accumulation_steps": accumulation,
-        "max_steps": max_steps,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": MAX_GRAD_NORM,
-        "router_aux_loss_coef": 0,
-    }
-    return as_words(options)
+    Args:
+        kind: `packed` and `padded` are `StockStep`, `trainer` is transformers' Trainer, `peft` PEFT
+            over the whole model on every rank.
+        argv: of our script.
+        gate: where to wait.
+    """
+    config = parse_args(argv, entry_point="fsdp2")
+    launch = check_environment(config)
+    device = start_processes(launch)
+    examples = load_examples(config.data, None, launch)
+    schedule = Schedule(config, examples, launch.rank, launch.world_size)
+    if kind == TRAINER:
+        train_with_trainer(schedule, device, gate)
+        return
+    stock = StockStep(schedule, device, padded=kind == PADDED, is_sharded=kind != PEFT)
+    while True:
+        gate.wait()
+        gate.answer(stock.step() / launch.world_size)
 
 
 class StockStep:
@@ -108,13 +73,22 @@ class StockStep:
         padded: as most scripts do, examples in file order, padded to the longest of their
             micro-batch, an attention mask, the model's own loss over all positions. False: as
             lean as the stock model allows: our packed rows, and logits of label positions only.
+        is_sharded: whether transformers shards the model; else every rank holds it whole, and the
+            gradients of its adapters are averaged over the ranks.
 
     Attributes:
         num_positions: tokens that this rank computed so far, padding included.
         grad_norm: of the last step, before clipping.
     """
 
-    def __init__(self, schedule: Schedule, device: torch.device, *, padded: bool) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        device: torch.device,
+        *,
+        padded: bool,
+        is_sharded: bool = True,
+    ) -> None:
         config = schedule.config
         self._schedule, self._device = schedule, device
         self._is_lora = config.adapter.has_lora
@@ -124,10 +98,10 @@ class StockStep:
         model = AutoModelForCausalLM.from_pretrained(
             config.model.model_name_or_path,
             dtype=dtype,
-            distributed_config=DistributedConfig(
-                fsdp_size=schedule.world_size, ep_size=config.parallel.ep_size
-            ),
+            distributed_config=shard_config(config, schedule.world_size) if is_sharded else None,
         )
+        if not is_sharded:
+            nn.Module.to(model, device)
         if self._is_lora:
             _attach_adapters(model, config, dtype)
         apply_gradient_checkpointing(model, config.gradient_checkpointing)

@@ -1,134 +1,158 @@
-"""Check that the contenders of a case compute the same, and time them in turns."""
+"""Check that the systems of a case compute the same of the same tokens, and time them in turns."""
 
-import time
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from benchmarks.end_to_end.systems import StepTaken, System, SystemSpec
+from benchmarks.harness.report import say
+from benchmarks.harness.timing import compare_rounds, in_turn, spread
 
-from benchmarks.end_to_end.contenders import Case, OurStep, StockStep
-from benchmarks.harness.timing import Times, compare_rounds, in_turn, spread
-from benchmarks.harness.workload import Workload
-
-OURS, PACKED, PADDED = NAMES = ("ours", "stock, packed", "stock, padded")
-LOSS_TOLERANCE = 1e-4
+LOSS_BOUNDS: Mapping[str, float] = {"fp32": 1e-5, "bf16": 5e-3}
+"""By precision: what the losses of two systems may differ by, relative."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure: warm-up steps, then rounds of a block of steps, of each contender."""
+    """How long to measure.
 
-    rounds: int = 7
-    steps_per_block: int = 2
-    warmup_steps: int = 3
+    Attributes:
+        runs: how often all processes are started; the order of the systems alternates.
+        rounds: turns of each system in a run.
+        steps_per_turn: steps of a turn.
+        warmup_steps: of each system, before its first turn: what is compared between systems.
+    """
+
+    runs: int = 2
+    rounds: int = 2
+    steps_per_turn: int = 1
+    warmup_steps: int = 2
 
     @property
     def max_steps(self) -> int:
-        """Steps each contender takes in all."""
-        return self.warmup_steps + self.rounds * self.steps_per_block
+        """Steps each system takes in a run."""
+        return self.warmup_steps + self.rounds * self.steps_per_turn
 
 
 @dataclass(frozen=True)
-class Contenders:
-    """All contenders of a case."""
+class Machine:
+    """What all systems of a case run on and with: processes, vocabulary, precision."""
 
-    ours: OurStep
-    packed: StockStep
-    padded: StockStep
-
-    def named(self) -> dict[str, OurStep | StockStep]:
-        """Return them by name."""
-        return {OURS: self.ours, PACKED: self.packed, PADDED: self.padded}
-
-    def train(self, steps: int) -> dict[str, list[float]]:
-        """Train each for some steps and return the losses by name."""
-        return {name: [one.step() for _ in range(steps)] for name, one in self.named().items()}
+    ranks: int
+    vocab_size: int
+    precision: str = "fp32"
 
 
-def build_contenders(case: Case, workload: Workload, folder: Path, max_steps: int) -> Contenders:
-    """Build all contenders of a case.
-
-    **Collective:** every rank of an initialised world must call, with the launcher's environment.
-    """
-    ours = OurStep(case, workload, folder, max_steps=max_steps)
-    packed, padded = (
-        StockStep(ours.schedule, ours.device, padded=padded) for padded in (False, True)
-    )
-    return Contenders(ours, packed, padded)
+class DifferentError(RuntimeError):
+    """Report that two systems do not compute the same, so that their times mean nothing."""
 
 
-def measure(case: Case, workload: Workload, folder: Path, plan: Plan) -> dict[str, Any]:
-    """Warm all contenders up, check that they compute the same, and time them in turns.
-
-    **Collective:** as `build_contenders`.
+def measure(specs: Sequence[SystemSpec], machine: Machine, plan: Plan) -> dict[str, Any]:
+    """Run the systems of a case, all of whose processes live at once.
 
     Returns:
-        `tokens` of each round; `padded_positions_per_token`; by name, `wall_s` and `cpu_s` (summed
-        over ranks) of each round, and `first_losses`.
+        By name of a system: `wall_s` and `cpu_s` of a turn's steps, in turns of all runs;
+        `peak_bytes` (all ranks) of each run; `losses` of the warm-up. And `tokens_sha256` of those
+        of the warm-up.
 
     Raises:
-        RuntimeError: the losses differ.
+        DifferentError: the systems do not compute the same.
+        SystemEndedError: a system has ended.
     """
-    contenders = build_contenders(case, workload, folder, plan.max_steps)
-    losses = contenders.train(plan.warmup_steps)
-    check_losses(losses)
-    times: Times = {key: {name: [] for name in NAMES} for key in ("wall_s", "cpu_s")}
-    for turn in range(plan.rounds):
-        for name in in_turn(NAMES, turn):
-            block = _time_block(contenders.named()[name], plan.steps_per_block)
-            for key, seconds in zip(times, block, strict=True):
-                times[key][name].append(seconds)
-    return {
-        "tokens": _tokens_per_round(contenders.ours, plan),
-        "padded_positions_per_token": _padding(contenders),
-        "first_losses": losses,
-        **times,
-    }
+    results = [_measure_run(in_turn(specs, run), machine, plan) for run in range(plan.runs)]
+    merged: dict[str, Any] = {"losses": results[0]["losses"]}
+    merged["tokens_sha256"] = results[0]["tokens_sha256"]
+    for key in ("wall_s", "cpu_s", "peak_bytes"):
+        merged[key] = {
+            spec.name: [value for one in results for value in one[key][spec.name]] for spec in specs
+        }
+    return merged
 
 
-def check_losses(losses: dict[str, list[float]]) -> None:
-    """Raise RuntimeError if the contenders do not compute the same."""
-    for name, found in losses.items():
-        for ours, theirs in zip(losses[OURS], found, strict=True):
-            if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
-                raise RuntimeError(f"the losses differ: ours {losses[OURS]}, {name} {found}")
+def check_same(
+    specs: Sequence[SystemSpec], steps: Mapping[str, Sequence[StepTaken]], bound: float
+) -> str:
+    """Check tokens and losses of the first steps against those of the first system.
 
+    Returns:
+        The hash of the tokens.
 
-def summarise(result: dict[str, Any]) -> dict[str, dict]:
-    """Turn times into tokens per second of each contender, and ratios of ours to each other.
-
-    A ratio compares two blocks of the same round.
+    Raises:
+        DifferentError: they differ.
     """
-    summary: dict[str, dict] = {"tokens_per_s": {}, "ratio": {}, "ratio_of_cpu_time": {}}
+    first = specs[0].name
+    for spec in specs:
+        for place, (ours, theirs) in enumerate(zip(steps[first], steps[spec.name], strict=True)):
+            if ours.tokens != theirs.tokens:
+                raise DifferentError(
+                    f"step {place + 1}: {spec.name} has other tokens than {first}: "
+                    f"{sum(theirs.tokens or [])} and {sum(ours.tokens or [])} of them"
+                )
+            is_compared = place == 0 or spec.compares_later_steps
+            if is_compared and not abs(ours.loss - theirs.loss) <= bound * abs(ours.loss):
+                raise DifferentError(
+                    f"step {place + 1}: the loss of {spec.name} is {theirs.loss}, that of {first} "
+                    f"{ours.loss}; they may differ by {bound:g}"
+                )
+    counts = [step.tokens for step in steps[first]]
+    return hashlib.sha256(repr(counts).encode()).hexdigest()
+
+
+def summarise(result: Mapping[str, Any], tokens: Sequence[int], ours: str) -> dict[str, Any]:
+    """Turn times into tokens per second, and into ratios of each system to ours.
+
+    A ratio compares two turns of the same round; above 1 ours is faster, or needs less memory.
+
+    Args:
+        result: as `measure` returns it.
+        tokens: of the steps of each turn.
+        ours: name of the system that the others are compared with.
+    """
+    summary: dict[str, Any] = {"tokens_per_s": {}, "ratio": {}, "ratio_of_cpu_time": {}}
+    summary |= {"peak_bytes": {}, "ratio_of_peak": {}}
+    peaks = result["peak_bytes"]
     for name, walls in result["wall_s"].items():
-        rates = [t / wall for t, wall in zip(result["tokens"], walls, strict=True)]
+        rates = [t / wall for t, wall in zip(tokens, walls, strict=True)]
         summary["tokens_per_s"][name] = spread(rates)
-        if name != OURS:
+        summary["peak_bytes"][name] = spread(peaks[name])
+        if name != ours:
             for ratio, key in (("ratio", "wall_s"), ("ratio_of_cpu_time", "cpu_s")):
-                summary[ratio][name] = compare_rounds(result[key][OURS], result[key][name])
+                summary[ratio][name] = compare_rounds(result[key][ours], result[key][name])
+            summary["ratio_of_peak"][name] = compare_rounds(peaks[ours], peaks[name])
     return summary
 
 
-def _tokens_per_round(ours: OurStep, plan: Plan) -> list[int]:
-    tokens = [step.num_input_tokens for _, step in ours.schedule.plans()]
-    starts = range(plan.warmup_steps, plan.max_steps, plan.steps_per_block)
-    return [sum(tokens[start : start + plan.steps_per_block]) for start in starts]
+def _measure_run(specs: Sequence[SystemSpec], machine: Machine, plan: Plan) -> dict[str, Any]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        systems = [stack.enter_context(_start(spec, machine, folder)) for spec in specs]
+        for system in systems:
+            system.wait_until_ready()
+        warm = {
+            system.spec.name: [system.step(counts_tokens=True) for _ in range(plan.warmup_steps)]
+            for system in systems
+        }
+        token_hash = check_same(specs, warm, LOSS_BOUNDS[machine.precision])
+        say(f"{machine.ranks} ranks: the losses of {', '.join(warm)} agree")
+        turns: dict[str, list[list[StepTaken]]] = {spec.name: [] for spec in specs}
+        for turn in range(plan.rounds):
+            for system in in_turn(systems, turn):
+                taken = [system.step() for _ in range(plan.steps_per_turn)]
+                turns[system.spec.name].append(taken)
+    return {
+        "losses": {name: [step.loss for step in steps] for name, steps in warm.items()},
+        "tokens_sha256": token_hash,
+        "wall_s": {name: [sum(s.wall_s for s in t) for t in all_] for name, all_ in turns.items()},
+        "cpu_s": {name: [sum(s.cpu_s for s in t) for t in all_] for name, all_ in turns.items()},
+        "peak_bytes": {name: [sum(all_[-1][-1].peak_bytes)] for name, all_ in turns.items()},
+    }
 
 
-def _padding(contenders: Contenders) -> float:
-    positions = torch.tensor([contenders.packed.num_positions, contenders.padded.num_positions])
-    dist.all_reduce(positions)
-    return positions[1].item() / positions[0].item()
-
-
-def _time_block(contender: OurStep | StockStep, steps: int) -> tuple[float, float]:
-    """Return wall seconds until the last rank is done, and CPU seconds of all ranks."""
-    dist.barrier()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        contender.step()
-    cpu_s = torch.tensor(time.process_time() - cpu_start, dtype=torch.float64)
-    dist.all_reduce(cpu_s)  # waits for all ranks
-    return time.perf_counter() - start, cpu_s.item()
+def _start(spec: SystemSpec, machine: Machine, folder: Path) -> System:
+    own = folder / str(len(list(folder.iterdir())))
+    own.mkdir()
+    return System(spec, machine.ranks, machine.vocab_size, own)

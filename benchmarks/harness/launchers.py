@@ -115,7 +115,7 @@ class ForkedRanks:
         """Run a job to its end."""
         context = torch.multiprocessing.start_processes(
             _be_rank,
-            (job, _free_port(), self._frees_at_once),
+            (job, free_port(), self._frees_at_once),
             nprocs=job.ranks,
             join=False,
             start_method="forkserver",
@@ -198,7 +198,8 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -6,6 +6,7 @@ from typing import Any
 
 MEASURED, OOM, FAILED = "measured", "OOM", "failed"
 NOT_INSTALLED, LEFT_OUT, NOT_MEASURED = "not installed", "left out", "not measured"
+NOT_REACHED = "not reached"
 TIMED_OUT = -1
 
 _KILLED = -9

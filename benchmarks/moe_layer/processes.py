@@ -15,12 +15,12 @@ import torch
 
 from benchmarks.harness.case import has_words
 from benchmarks.harness.device_timing import Machine, measure_machine
-from benchmarks.harness.outcome import FAILED, Ending
+from benchmarks.harness.outcome import FAILED, NOT_REACHED, Ending
 from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.report import show
 from benchmarks.moe_layer.cases import Case
-from benchmarks.moe_layer.measure import NOT_REACHED, SKIPPED, Effort, measure_case
+from benchmarks.moe_layer.measure import SKIPPED, Effort, measure_case
 
 CRASHES_ALLOWED = 3
 STARTED = "interrupted while it was measured"

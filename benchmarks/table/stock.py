@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.end_to_end.contenders import LEARNING_RATE, StockStep
+from benchmarks.end_to_end.contenders import StockStep
+from benchmarks.end_to_end.settings import LEARNING_RATE
 from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.config import parse_args
 from megablocks_utils.files import METRICS_NAME, RUN_RECORD_NAME, write_json_atomically

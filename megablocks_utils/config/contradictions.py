@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megablocks_utils.config.backends import AUTO, list_backends
+from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["check_together"]
@@ -23,7 +24,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
     if not values["use_megablocks_sharding"]:
-        idle = {"ep_size": (None, 1), "expert_dp": (None,)}
+        idle = {"ep_size": (None, 1), "expert_dp": (None,), "token_dispatch": (AUTO, ROWS)}
         for name, harmless in idle.items():
             if values[name] not in harmless:
                 raise ConfigurationError(
@@ -41,6 +42,13 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
         )
     _check_groups(values, entry_point)
+    accumulation = values["gradient_accumulation_steps"]
+    if values["compile"] and entry_point == "fsdp1" and accumulation > 1:
+        raise ConfigurationError(
+            f"--compile is True, but torch compiles no layers of FSDP1 that hold gradients of "
+            f"earlier micro-batches: --gradient_accumulation_steps is {accumulation} and must be "
+            "1, or use train_accelerate_fsdp2.py."
+        )
     if values["resume_adapter"] is not None and values["use_lora"] == "none":
         raise ConfigurationError(
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "

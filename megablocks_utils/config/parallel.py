@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from megablocks_utils.config.backends import AUTO, KERNEL_CHOICES
+from megablocks_utils.config.dispatch_cost import DISPATCH_CHOICES
 from megablocks_utils.config.option import Option
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
@@ -24,6 +25,7 @@ class ParallelConfig:
         dp_replicate_size: Groups of ranks that each hold the whole model, sharded within.
         kernel: Backend that runs the experts, or "auto".
         verify_kernel: Whether it is compared with "eager" before the first step.
+        token_dispatch: How tokens travel to their experts: "rows", "tokens" or "auto".
     """
 
     use_megablocks_sharding: Annotated[
@@ -77,6 +79,15 @@ class ParallelConfig:
             "train nothing if it is off by more than twice what rounding explains"
         ),
     ] = True
+    token_dispatch: Annotated[
+        str,
+        Option(
+            "how tokens travel to other processes: rows: once for each expert; tokens: once for "
+            "each process that has experts of theirs, which weights and sums the results; auto: "
+            "what is fewer bytes if all experts are as likely",
+            choices=DISPATCH_CHOICES,
+        ),
+    ] = AUTO
 
 
 def legal_ep_sizes(world_size: int, num_experts: int | None = None) -> list[int]:

@@ -53,6 +53,7 @@ class RunConfig:
         ignore_plan: Whether a run starts that the plan says cannot fit.
         gradient_checkpointing: "full", "none" or "selective".
         cpu_offload: "none", "optimizer" or "params".
+        compile: Whether torch compiles the dense parts of the layers.
         router_aux_loss_coef: Weight of the load-balancing loss; None: as the model's config says.
         seed: Seed of data order and random numbers.
         logging_steps: Steps between two log lines.
@@ -104,6 +105,13 @@ class RunConfig:
             choices=("none", "optimizer", "params"),
         ),
     ] = "none"
+    compile: Annotated[
+        bool,
+        Option(
+            "let torch compile the dense parts of each layer (norms, attention, routers), not the "
+            "experts"
+        ),
+    ] = False
     router_aux_loss_coef: Annotated[
         float | None,
         Option(

@@ -61,7 +61,8 @@ class HostStates(Optimizer):
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [id(parameter) for group in self.param_groups for parameter in group["params"]]
         number_of = dict(zip(own, numbers, strict=True))
-        saved, loaded = state_dict["state"], {}
+        saved = state_dict["state"]
+        loaded: dict[Tensor, Any] = {}
         for part in list(self._parts()):
             wanted = (number_of[id(parameter)] for parameter in part)
             states = {number: saved[number] for number in wanted if number in saved}

@@ -267,4 +267,6 @@ def gather_whole(parameter: nn.Parameter) -> Tensor:
         return sharded
     assert isinstance(sharded, DTensor), "FSDP2 and the experts' mesh shard as DTensors"
     # From host memory by way of the device, whose network is the faster one.
-    return sharded.to(sharded.device_mesh.device_type).full_tensor()
+    on_device = sharded.to(sharded.device_mesh.device_type)
+    assert isinstance(on_device, DTensor)
+    return on_device.full_tensor()

@@ -96,9 +96,7 @@ def shard_grad_norms(parameters: Iterable[Tensor]) -> Tensor:
     )
 
 
-def map_by_device(
-    tensors: Sequence[Tensor], compute: Callable[[Sequence[Tensor]], Tensor]
-) -> Tensor:
+def map_by_device(tensors: Sequence[Tensor], compute: Callable[[list[Tensor]], Tensor]) -> Tensor:
     """Compute a number for each tensor, (N,) fp32, where the tensors lie.
 
     Args:

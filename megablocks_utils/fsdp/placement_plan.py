@@ -134,10 +134,10 @@ def describe_plan(plan: PlacementPlan) -> Iterator[str]:
 
 
 def _find_axis_sizes(sharded: ShardedMoE | None, dp_replicate_size: int) -> dict[str, int]:
-    outer = {} if dp_replicate_size == 1 else {DP_REPLICATE_AXIS: dp_replicate_size}
     ep_size = 1 if sharded is None else axis_size(sharded.mesh, EP_AXIS)
     dp_size = dist.get_world_size() // dp_replicate_size // ep_size
-    return {**outer, DP_AXIS: dp_size, EP_AXIS: ep_size}
+    sizes = {DP_AXIS: dp_size, EP_AXIS: ep_size}
+    return sizes if dp_replicate_size == 1 else {DP_REPLICATE_AXIS: dp_replicate_size} | sizes
 
 
 def _build_entries(

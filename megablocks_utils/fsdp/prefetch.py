@@ -33,6 +33,7 @@ def prefetch_in_order(sharded: ShardedMoE, layers: Sequence[nn.Module]) -> None:
     """
     for chain in _chains(sharded.model, layers):
         for unit, following in pairwise(chain):
+            assert isinstance(following, FSDPModule)
             unit.register_forward_pre_hook(_ask_for(following), prepend=True)
 
 
@@ -45,15 +46,15 @@ def _ask_for(following: FSDPModule) -> Callable[[Any, Any], None]:
     return ask
 
 
-def _chains(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[list[FSDPModule]]:
+def _chains(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
     """Yield units in the order of their forward passes, a list for each list of layers."""
     wanted, head = set(layers), getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         if not isinstance(module, nn.ModuleList) or wanted.isdisjoint(module):
             continue
         parts = list(module.modules())
-        chain = [part for part in parts if isinstance(part, FSDPModule)]
+        chain: list[nn.Module] = [part for part in parts if isinstance(part, FSDPModule)]
         has_experts = any(isinstance(part, DroplessExperts) for part in parts)
-        if isinstance(head, FSDPModule) and has_experts:
+        if has_experts and isinstance(head, nn.Module) and isinstance(head, FSDPModule):
             chain.append(head)
         yield chain

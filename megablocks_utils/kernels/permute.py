@@ -48,9 +48,8 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> ExpertOrder:
 
 def count_by_expert(top_k_index: Tensor, num_experts: int) -> Tensor:
     """Count the routed rows (T, K) of every expert: (E,) int64."""
-    experts = top_k_index.reshape(-1)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
-    return counts.scatter_add_(0, experts, torch.ones_like(experts))
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=top_k_index.device)
+    return counts.scatter_(0, top_k_index.reshape(-1), 1, reduce="add")
 
 
 def sort_counted_rows(top_k_index: Tensor, tokens_per_expert: Tensor) -> ExpertOrder:
@@ -100,7 +99,7 @@ def _sum_slots(rows: Tensor, inverse: Tensor, weights: Tensor | None, top_k: int
     return embedding_bag(slots, rows, mode="sum", per_sample_weights=weights)
 
 
-def _dot_rows(one: Tensor, other: Tensor) -> Tensor:
+def dot_rows(one: Tensor, other: Tensor) -> Tensor:
     """Return the dot product of every pair of rows (N, H), in fp32 or better: (N,).
 
     In blocks, so that copies in fp32 stay small; on a CPU, in its cache.
@@ -155,7 +154,7 @@ class _CombineRows(torch.autograd.Function):
         token = order.div(top_k_weights.shape[1], rounding_mode="floor")
         grad_rows, grad_weights = grad.index_select(0, token), None
         if ctx.needs_input_grad[1]:
-            by_slot = _dot_rows(rows, grad_rows).index_select(0, inverse)
+            by_slot = dot_rows(rows, grad_rows).index_select(0, inverse)
             grad_weights = by_slot.view_as(top_k_weights).to(top_k_weights.dtype)
         if ctx.needs_input_grad[0]:
             # In place, each product is rounded to the dtype of the rows once.

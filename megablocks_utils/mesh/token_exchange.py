@@ -22,33 +22,44 @@ from megablocks_utils.mesh.recomputation import keep_rows
 
 
 @dataclass(frozen=True)
-class DispatchPlan:
-    """Split sizes of one layer's exchange, on the host, and the order its rows are computed in.
-
-    `send_sizes` and `receive_sizes` count rows per rank of the ep group. `tokens_per_expert (L,)`
-    counts, on the device, the received rows of each local expert. `expert_major (R,)` lists the
-    received rows by local expert, and `rank_major (R,)` undoes it; both are None where the rows
-    arrive in that order.
-    """
+class SplitSizes:
+    """Rows that go to and come from each rank of the ep group; on the host."""
 
     send_sizes: list[int]
     receive_sizes: list[int]
+
+
+@dataclass(frozen=True)
+class DispatchPlan(SplitSizes):
+    """Split sizes of one layer's exchange, and the order its rows are computed in.
+
+    `tokens_per_expert (L,)` counts, on the device, the received rows of each local expert.
+    `expert_major (R,)` lists the received rows by local expert, and `rank_major (R,)` undoes it;
+    both are None where the rows arrive in that order.
+    """
+
     tokens_per_expert: Tensor
     expert_major: Tensor | None
     rank_major: Tensor | None
 
 
 @dataclass(frozen=True)
-class ExchangedCounts:
+class TokenSizes(SplitSizes):
+    """Tokens, not rows, that go to and come from each rank; `received (ep_size,)` on the device."""
+
+    received: Tensor
+
+
+@dataclass(frozen=True)
+class ExchangedCounts(SplitSizes):
     """Who sends how many rows to whom.
 
-    `received (ep_size, L)` counts, on the device, the rows that each rank of the group sends to
-    each expert here; `send_sizes` and `receive_sizes` are rows per rank of the group, on the host.
+    `received (ep_size, L)` counts, on the device, the rows that each rank of the group has for each
+    expert here; `tokens` says of how many tokens they are, where a token travels once to a rank.
     """
 
     received: Tensor
-    send_sizes: list[int]
-    receive_sizes: list[int]
+    tokens: TokenSizes | None = None
 
 
 class PendingCounts:
@@ -67,35 +78,47 @@ class PendingCounts:
         return self._counts
 
 
-ExchangeCounts = Callable[[Tensor, ProcessGroup, int], PendingCounts]
+ExchangeCounts = Callable[[Tensor, Tensor | None, ProcessGroup, int], PendingCounts]
 
 
-def exchange_counts(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> PendingCounts:
+def exchange_counts(
+    tokens_per_expert: Tensor, tokens_per_rank: Tensor | None, group: ProcessGroup, ep_size: int
+) -> PendingCounts:
     """Begin to tell every rank of the group how many rows it will get.
 
     What is launched between this call and `wait` runs while the counts travel.
 
-    **Collective:** one all-to-all of E integers on the ep group.
+    **Collective:** one all-to-all of E integers on the ep group; where tokens travel once to a
+    rank, of E + ep_size.
 
     Args:
         tokens_per_expert: (E,) int64, this rank's rows for every expert of the layer.
+        tokens_per_rank: (ep_size,) int64, the tokens that they are of; None where rows travel.
         group: the ep group.
         ep_size: its size.
     """
-    pending = functional_collectives.all_to_all_single(tokens_per_expert, None, None, group)
-    receive = partial(_receive_counts, tokens_per_expert.view(ep_size, -1), pending)
-    if tokens_per_expert.is_cuda:
-        return PendingCounts(_copy_to_host(receive, tokens_per_expert.device))
+    sent = tokens_per_expert.view(ep_size, -1)
+    if tokens_per_rank is not None:
+        sent = torch.cat([sent, tokens_per_rank.unsqueeze(1)], dim=1)
+    pending = functional_collectives.all_to_all_single(sent.view(-1), None, None, group)
+    receive = partial(_receive_counts, sent, pending, has_tokens=tokens_per_rank is not None)
+    if sent.is_cuda:
+        return PendingCounts(_copy_to_host(receive, sent.device))
     return PendingCounts(lambda: _read_counts(*receive()))
 
 
-def _receive_counts(sent: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+def _receive_counts(sent: Tensor, pending: Tensor, *, has_tokens: bool) -> tuple[Tensor, Tensor]:
     """Return the counts (ep_size, L) that came, and rows sent to and from each rank (2, ep_size).
 
-    `sent (ep_size, L)` are those that left.
+    With tokens the counts have one more column, and their numbers follow those of the rows.
+
+    `sent` are the counts that left.
     """
     received = functional_collectives.wait_tensor(pending).view_as(sent)
-    return received, torch.stack([sent, received]).sum(dim=2)
+    both = torch.stack([sent, received])
+    if not has_tokens:
+        return received, both.sum(dim=2)
+    return received, torch.cat([both[..., :-1].sum(dim=2), both[..., -1]])
 
 
 def _copy_to_host(
@@ -127,7 +150,12 @@ def _counts_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _read_counts(received: Tensor, sizes: Tensor) -> ExchangedCounts:
-    return ExchangedCounts(received, *sizes.tolist())
+    send_rows, receive_rows, *tokens = sizes.tolist()
+    if not tokens:
+        return ExchangedCounts(send_rows, receive_rows, received)
+    send_tokens, receive_tokens = tokens
+    of_tokens = TokenSizes(send_tokens, receive_tokens, received[:, -1])
+    return ExchangedCounts(send_rows, receive_rows, received[:, :-1], of_tokens)
 
 
 def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
@@ -135,7 +163,7 @@ def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
     received = counts.received
     expert_major = rank_major = None
     if received.shape[1] > 1:
-        expert_major = _expert_major_order(received, sum(counts.receive_sizes))
+        expert_major = expert_major_order(received, sum(counts.receive_sizes))
         rank_major = invert_permutation(expert_major)
     return DispatchPlan(
         send_sizes=counts.send_sizes,
@@ -146,38 +174,37 @@ def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
     )
 
 
-def dispatch_rows(rows: Tensor, plan: DispatchPlan, group: ProcessGroup) -> Tensor:
+def dispatch_rows(rows: Tensor, sizes: SplitSizes, group: ProcessGroup) -> Tensor:
     """Send rows (N, H), sorted by expert, to their experts' ranks; returns (R, H), by sender.
 
     **Collective:** one all-to-all on the ep group, and one more in backward.
     """
-    return _AllToAll.apply(rows, plan.receive_sizes, plan.send_sizes, group)
+    return _AllToAll.apply(rows, sizes.receive_sizes, sizes.send_sizes, group)
 
 
-def combine_rows(rows: Tensor, plan: DispatchPlan, group: ProcessGroup) -> Tensor:
+def combine_rows(rows: Tensor, sizes: SplitSizes, group: ProcessGroup) -> Tensor:
     """Send results (R, H), in the order received, back to the senders; returns (N, H).
 
     **Collective:** one all-to-all on the ep group, and one more in backward.
     """
-    return _AllToAll.apply(rows, plan.send_sizes, plan.receive_sizes, group)
+    return _AllToAll.apply(rows, sizes.send_sizes, sizes.receive_sizes, group)
 
 
 def invert_permutation(permutation: Tensor) -> Tensor:
     """Return the permutation that undoes a permutation (N,)."""
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
-    return inverse
+    places = torch.arange(permutation.numel(), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, places)
 
 
-def _expert_major_order(received: Tensor, num_rows: int) -> Tensor:
+def expert_major_order(received: Tensor, num_rows: int) -> Tensor:
     """List rows that arrived as [sender][expert] in the order [expert][sender].
 
     Each (expert, sender) segment keeps its rows' order; `received (ep_size, L)` are the counts.
     """
-    flat = received.reshape(-1)
-    starts = (flat.cumsum(0) - flat).view_as(received).t().reshape(-1)
     lengths = received.t().reshape(-1)
-    shift = starts - (lengths.cumsum(0) - lengths)
+    # Of segments in both orders; what they begin at differs by as much as what they end at.
+    ends = received.reshape(-1).cumsum(0).view_as(received).t().reshape(-1)
+    shift = ends - lengths.cumsum(0)
     positions = torch.arange(num_rows, device=received.device)
     return positions + shift.repeat_interleave(lengths, output_size=num_rows)
 

@@ -8,18 +8,20 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from megablocks_utils.config.dispatch_cost import ROW_DISPATCH, DispatchChoice
 from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
 from megablocks_utils.kernels.permute import (
     ExpertOrder,
     count_by_expert,
     permute_tokens,
     sort_counted_rows,
-    unpermute_and_combine,
 )
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.mesh.recomputation import keep
+from megablocks_utils.mesh.token_dispatch import find_ranks_of_tokens
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     PendingCounts,
@@ -30,6 +32,7 @@ from megablocks_utils.mesh.token_exchange import (
 )
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
+from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
 from megablocks_utils.moe.zero_experts import split_zero_experts
 
 
@@ -80,6 +83,7 @@ class DroplessExperts(nn.Module):
         post_expert_norm: normalises each expert's result before it is weighted; or None.
         exchange_counts: begins to find out who sends how many rows to whom; a run that is only
             rehearsed assumes it instead (see `rehearsal`).
+        dispatch: how tokens travel, and why.
     """
 
     post_expert_norm: nn.Module | None
@@ -92,6 +96,7 @@ class DroplessExperts(nn.Module):
         mesh: DeviceMesh,
         backend: ExpertBackend,
         post_expert_norm: nn.Module | None = None,
+        dispatch: DispatchChoice = ROW_DISPATCH,
     ) -> None:
         """Take the weights as they are: DTensors on the `ep` axis of `mesh`.
 
@@ -101,6 +106,7 @@ class DroplessExperts(nn.Module):
             mesh: axes ("dp", "ep").
             backend: runs the experts of this rank.
             post_expert_norm: transformers' own, where `spec.has_post_norm`.
+            dispatch: how tokens travel, where they do.
         """
         super().__init__()
         assert weights.keys() == set(spec.parameter_names), (weights.keys(), spec)
@@ -115,6 +121,7 @@ class DroplessExperts(nn.Module):
         self.mesh = mesh
         self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
+        self.dispatch = dispatch
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
@@ -123,10 +130,11 @@ class DroplessExperts(nn.Module):
         where FSDP gathered them in that dtype already.
 
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
-        backward, none where it has one rank; every rank of the axis must call, also with no token.
+        backward, one more each where tokens travel once to a rank (their routing), none where the
+        axis has one rank; every rank of it must call, also with no token.
         """
         # What is recomputed in backward must be routed as the rows were that other ranks hold.
-        top_k_index = keep(lambda: top_k_index)
+        top_k_index = keep(top_k_index.contiguous)
         if self.spec.num_zero_experts == 0:
             return self._apply_experts(hidden_states, top_k_index, top_k_weights)
         routed = split_zero_experts(top_k_index, top_k_weights, self.num_experts)
@@ -137,17 +145,31 @@ class DroplessExperts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         tokens_per_expert = count_by_expert(top_k_index, self.num_experts)
-        counts = self._exchange_counts(tokens_per_expert)
+        goes = self._find_ranks(top_k_index)
+        counts = self._exchange_counts(tokens_per_expert, goes)
         order = sort_counted_rows(top_k_index, tokens_per_expert)
         experts = self.local_weights(hidden_states.dtype)
         if counts is None and self.post_expert_norm is None:
             return self.backend(hidden_states, order, top_k_weights, experts)
+        if counts is not None and goes is not None:
+            routing = RankRouting(top_k_index, top_k_weights, order, goes)
+            group = self.mesh.get_group(EP_AXIS)
+            return run_once_per_rank(hidden_states, routing, counts, group, self.backend, experts)
         rows = self._run_rows(hidden_states, order, counts, experts)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
-        return unpermute_and_combine(rows, top_k_weights, order)
+        return fused_unpermute_and_combine(rows, top_k_weights, order)
 
-    def _exchange_counts(self, tokens_per_expert: Tensor) -> PendingCounts | None:
+    def _find_ranks(self, top_k_index: Tensor) -> Tensor | None:
+        """Say to which ranks each token goes; None where rows travel, or nothing does."""
+        ep_size = axis_size(self.mesh, EP_AXIS)
+        if ep_size == 1 or not self.dispatch.is_once_per_rank:
+            return None
+        return find_ranks_of_tokens(top_k_index, self.num_experts // ep_size, ep_size)
+
+    def _exchange_counts(
+        self, tokens_per_expert: Tensor, goes: Tensor | None
+    ) -> PendingCounts | None:
         """Begin the exchange of counts; None where all experts are here.
 
         What a recomputed layer needs of it was kept: it makes no exchange and no host read.
@@ -157,7 +179,10 @@ class DroplessExperts(nn.Module):
             return None
         # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
         group = self.mesh.get_group(EP_AXIS)
-        return keep(lambda: self.exchange_counts(tokens_per_expert, group, ep_size))
+        tokens_per_rank = None if goes is None else goes.sum(dim=0)
+        return keep(
+            lambda: self.exchange_counts(tokens_per_expert, tokens_per_rank, group, ep_size)
+        )
 
     def _run_rows(
         self,

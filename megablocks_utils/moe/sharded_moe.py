@@ -36,6 +36,11 @@ class ShardedMoE:
         for module in self.expert_modules.values():
             module.backend = kernel.run
 
+    def describe_dispatch(self) -> str:
+        """Say how tokens travel, and why; in layers that differ, each way once."""
+        choices = dict.fromkeys(module.dispatch for module in self.expert_modules.values())
+        return "; ".join(f"{choice.name}: {choice.reason}" for choice in choices)
+
     @property
     def expert_parameters(self) -> dict[str, DTensor]:
         """The experts' weights and adapters as they are now: name -> DTensor, Shard(0) on "ep".

@@ -6,18 +6,23 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megablocks_utils.config.dispatch_cost import TokenTraffic
 from megablocks_utils.kernels import permute
+from megablocks_utils.kernels.fused import unpermute
+from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
     PendingCounts,
+    TokenSizes,
     exchange_rows,
 )
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.rehearsal.library_patches import (
     attention_of_a_gpu,
@@ -26,29 +31,79 @@ from megablocks_utils.rehearsal.library_patches import (
     one_example_a_row,
     shape_grouped_mm,
 )
+from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes
 
-__all__ = ["AssumedValues", "assume_counts", "assume_gpu_blocks", "pretend"]
+__all__ = ["AssumedValues", "assume_gpu_sums", "assume_routing", "pretend"]
 
 
-def assume_counts(num_rows: int, imbalance: float) -> ExchangeCounts:
+def assume_routing(module: DroplessExperts, num_tokens: int, top_k: int, imbalance: float) -> None:
+    """Have a layer send evenly, and receive more than its share.
+
+    Args:
+        module: the layer.
+        num_tokens: T.
+        top_k: K.
+        imbalance: received rows over routed ones.
+    """
+    module.exchange_counts = _assume_counts(num_tokens, top_k, imbalance)
+    if not module.dispatch.is_once_per_rank:
+        return
+    ep_size = axis_size(module.mesh, EP_AXIS)
+    copies = TokenTraffic(module.num_experts, top_k, ep_size, 0).count_copies(num_tokens)
+
+    def route(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_states, index, weights = inputs
+        return hidden_states, _route_evenly(index, copies, module.num_experts, ep_size), weights
+
+    module.register_forward_pre_hook(route)
+
+
+def _route_evenly(index: Tensor, copies: int, num_experts: int, ep_size: int) -> Tensor:
+    """Return experts (T, K) that lie on as many ranks as there shall be copies of tokens."""
+    token = torch.arange(len(index), device=index.device).unsqueeze(1)
+    slot = torch.arange(index.shape[1], device=index.device)
+    num_ranks = copies // len(index) + (token < copies % len(index)).long()
+    rank, num_local = (token + torch.minimum(slot, num_ranks - 1)) % ep_size, num_experts // ep_size
+    return rank * num_local + (token + slot) % num_local
+
+
+def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCounts:
     """Return an `exchange_counts` of a rank that sends evenly, and receives more than its share.
 
     It makes the same exchange, and does not look at what came of it.
 
     Args:
-        num_rows: rows that a rank routes in a layer.
-        imbalance: received rows over `num_rows`.
+        num_tokens: T.
+        top_k: K.
+        imbalance: received rows over routed ones.
     """
+    num_rows = num_tokens * top_k
 
-    def exchange(tokens_per_expert: Tensor, group: ProcessGroup, ep_size: int) -> PendingCounts:
-        exchange_rows(tokens_per_expert, None, None, group)
-        cells = _spread(math.ceil(num_rows * imbalance), len(tokens_per_expert))
-        num_local = len(tokens_per_expert) // ep_size
-        rows = [cells[start : start + num_local] for start in range(0, len(cells), num_local)]
+    def exchange(
+        tokens_per_expert: Tensor,
+        tokens_per_rank: Tensor | None,
+        group: ProcessGroup,
+        ep_size: int,
+    ) -> PendingCounts:
+        device, tokens = tokens_per_expert.device, None
+        sent = tokens_per_expert.view(ep_size, -1)
+        cells = _spread(math.ceil(num_rows * imbalance), sent.numel())
+        rows = [
+            cells[start : start + sent.shape[1]] for start in range(0, len(cells), sent.shape[1])
+        ]
+        if tokens_per_rank is not None:
+            sent = torch.cat([sent, tokens_per_rank.unsqueeze(1)], dim=1)
+            copies = TokenTraffic(len(tokens_per_expert), top_k, ep_size, 0).count_copies(
+                num_tokens
+            )
+            came = _spread(math.ceil(copies * imbalance), ep_size)
+            tokens = TokenSizes(_spread(copies, ep_size), came, torch.tensor(came, device=device))
+        exchange_rows(sent.view(-1), None, None, group)
         counts = ExchangedCounts(
-            torch.tensor(rows, device=tokens_per_expert.device),
             send_sizes=_spread(num_rows, ep_size),
             receive_sizes=[sum(row) for row in rows],
+            received=torch.tensor(rows, device=device),
+            tokens=tokens,
         )
         return PendingCounts(lambda: counts)
 
@@ -61,14 +116,42 @@ def _spread(total: int, parts: int) -> list[int]:
 
 
 @contextmanager
-def assume_gpu_blocks() -> Iterator[None]:
-    """Cut dot products into blocks as on a GPU, while entered, though tensors are on a CPU."""
-    original = permute._BLOCK_ELEMENTS_CPU
+def assume_gpu_sums() -> Iterator[None]:
+    """Weight and sum rows in the memory that a GPU takes, while entered, with tensors on a CPU.
+
+    Dot products are cut into blocks as there. No kernel is launched: what it would fill is made,
+    and left as it is.
+    """
+
+    def find_kernels(rows: Tensor) -> unpermute.CombineKernels | None:
+        return unpermute.CombineKernels(_shape_sums, _shape_gradients)
+
+    originals = permute._BLOCK_ELEMENTS_CPU, unpermute._find_kernels
     permute._BLOCK_ELEMENTS_CPU = permute._BLOCK_ELEMENTS
+    unpermute._find_kernels = find_kernels
     try:
         yield
     finally:
-        permute._BLOCK_ELEMENTS_CPU = original
+        permute._BLOCK_ELEMENTS_CPU, unpermute._find_kernels = originals
+
+
+def _shape_sums(rows: Tensor, weights: Tensor, _top_k: int, _inverse: Tensor) -> Tensor:
+    return rows.new_empty(weights.shape[0], rows.shape[1])
+
+
+def _shape_gradients(
+    _grad: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    _inverse: Tensor,
+    *,
+    wants_rows: bool,
+    wants_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        torch.empty_like(rows) if wants_rows else None,
+        torch.empty_like(weights) if wants_weights else None,
+    )
 
 
 def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[AbstractContextManager]:
@@ -81,32 +164,39 @@ def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[Abst
     if run.kernel == "triton":
         yield no_launches()
     if run.device_type == "cuda":
-        yield assume_gpu_blocks()
+        yield assume_gpu_sums()
         yield attention_of_a_gpu()
     if run.offloaded != "none":
         yield copied_between_memories(on_host)
     if run.examples == 1:
         yield one_example_a_row()
     # Rotary frequencies are real: every model computes them when it is built.
-    yield FakeTensorMode(allow_non_fake_inputs=True)
+    yield RememberedFakes(allow_non_fake_inputs=True)
 
 
 class AssumedValues(TorchDispatchMode):
     """Answer, while entered, the questions that fake tensors cannot.
 
     So many positions have labels; the optimizer has made one step. Any other question is an error,
-    as it is without this.
+    as it is without this. Integers that come from other ranks are zeros.
     """
 
     def __init__(self, label_tokens: int) -> None:
         super().__init__()
         self._label_tokens = label_tokens
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each operator the guard against torch.compile, which a rehearsal never uses."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if args and isinstance(args[0], FakeTensor):
             tensor = args[0]
+            if func is torch.ops.prim.device.default:  # as often asked as all operators are called
+                return tensor.fake_device
             if func is torch.ops.aten.nonzero.default and tensor.dim() == 1:
                 count = min(len(tensor), self._label_tokens)
                 return torch.empty(count, 1, dtype=torch.int64, device=tensor.device)
@@ -114,4 +204,8 @@ class AssumedValues(TorchDispatchMode):
                 return 1.0
             if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:
                 return shape_grouped_mm(*args[:3])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            # What others would have sent: numbers of places must be numbers of some.
+            return result if result.is_floating_point() else result.zero_()
+        return result

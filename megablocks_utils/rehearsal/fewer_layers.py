@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.moe.model_facts import text_config
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
 from megablocks_utils.rehearsal.memory_ledger import LedgerPeak
@@ -55,13 +56,17 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedMod
 
     Its config still says how many there were: other parts can have a piece for each of them.
     """
-    fewer = copy.deepcopy(model)
-    layers, config = find_layers(fewer), text_config(fewer)
-    number = len(layers)
-    kept = [layers[index] for index in indices]
-    del layers[:]
+    layers = find_layers(model)
+    memo: dict[int, object] = {}
+    kept = nn.ModuleList(copy.deepcopy(layers[index], memo) for index in indices)
+    memo[id(layers)] = kept
+    fewer = copy.deepcopy(model, memo)
+    for parameter in model.parameters():
+        copied = memo.get(id(parameter))
+        if isinstance(copied, nn.Parameter) and is_replicated(parameter):
+            mark_replicated(copied)  # a copy of a parameter has none of its attributes
+    config, number = text_config(fewer), len(layers)
     for index, layer in enumerate(kept):
-        layers.append(layer)
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
                 vars(part)["layer_idx"] = index
@@ -87,7 +92,12 @@ def _settings(part: nn.Module) -> tuple[Hashable, ...]:
 
 
 def _choose(kinds: Sequence[Hashable]) -> list[int]:
-    chosen = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1}
+    """Return layers of each kind, the first and the last among them."""
+    last = len(kinds) - 1
+    of_each = {kind: index for index, kind in reversed([*enumerate(kinds)])}
+    if kinds[last] != kinds[0]:
+        of_each[kinds[last]] = last
+    chosen = {*of_each.values(), last}
     for index in range(len(kinds)):
         if len(chosen) >= _FEWEST:
             break

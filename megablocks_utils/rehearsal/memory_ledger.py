@@ -82,6 +82,11 @@ class MemoryLedger(TorchDispatchMode):
         self._resizes.__exit__(*error)
         super().__exit__(*error)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each operator the guard against torch.compile, which a rehearsal never uses."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation
@@ -38,7 +38,7 @@ from megablocks_utils.planning.model.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_counts, pretend
+from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing, pretend
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.memory_ledger import HOST, IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import (
@@ -143,6 +143,7 @@ def rehearse(
 def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
     """Return the options that make the training code do what is planned."""
     has_ep = layout.ep_size > 1 or layout.is_dmoe
+    steps = 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
     return RunConfig(
         entry_point=run.entry_point,
         parallel=ParallelConfig(
@@ -151,17 +152,23 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             expert_dp=layout.expert_dp,
             dp_replicate_size=run.dp_replicate_size,
             kernel=run.kernel,
+            token_dispatch=run.token_dispatch,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
-            gradient_accumulation_steps=min(run.accumulation, _MICRO_STEPS),
+            gradient_accumulation_steps=steps,
             sync_each_batch=run.sync_each_batch,
         ),
         gradient_checkpointing=run.gradient_checkpointing,
         cpu_offload=run.cpu_offload,
         router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
     )
+
+
+def _begins_with_gradients(run: PlannedRun) -> bool:
+    """Say whether one micro-step, begun with gradients, does what every later one does."""
+    return run.sync_each_batch and run.entry_point == "fsdp2" and run.accumulation > 1
 
 
 def _build(
@@ -178,9 +185,8 @@ def _build(
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
     if sharded is not None:
-        counts = assume_counts(run.tokens * _top_k(model), run.imbalance)
         for module in sharded.expert_modules.values():
-            module.exchange_counts = counts
+            assume_routing(module, run.tokens, (find_top_k(model) or 1), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
@@ -188,11 +194,6 @@ def _build(
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
     return kind(RehearsalInputs(model, sharded, config, run, device)), layers
-
-
-def _top_k(model: PreTrainedModel) -> int:
-    """Return how many experts a token has; 1 where nothing says it."""
-    return find_top_k(model) or 1
 
 
 class _Step:
@@ -217,18 +218,22 @@ class _Step:
         for parameter in self._trainable:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        optimizer.zero_grad()
-        for parameter, state in optimizer.state.items():
+        if not _begins_with_gradients(self._run):
+            optimizer.zero_grad()
+        for trained, state in optimizer.state.items():
             for value in state.values():
                 is_moved = self._run.offloaded == "optimizer" and value.dim() > 0
-                on_host = is_moved or self._is_on_host(parameter)
+                on_host = is_moved or self._is_on_host(trained)
                 self._ledger.assign([value], HOST if on_host else "optimizer")
         self._traffic.take()
 
     def take(self, micro_steps: int) -> None:
         """Run the micro-steps, and end the step."""
         rehearsed, ledger = self._rehearsed, self._ledger
-        weights = LossWeights(self._run.label_tokens, micro_steps, self._aux_loss_coef())
+        aux_loss_coef = 0.01 if self._run.has_aux_loss else 0.0
+        weights = LossWeights(
+            self._run.label_tokens, micro_steps, aux_loss_coef, logits_map=rehearsed.logits_map
+        )
         self.sent_by_micro_step = []
         for number in range(micro_steps):
             ledger.moment = "forward"
@@ -260,7 +265,7 @@ class _Step:
             self._ledger.assign([parameter], HOST if on_host else "parameters")
             self._ledger.assign([parameter.grad], HOST if on_host else "gradients")
 
-    def _is_on_host(self, parameter: nn.Parameter) -> bool:
+    def _is_on_host(self, parameter: Tensor) -> bool:
         """Return whether FSDP2 keeps a parameter, with its gradient and states, in host memory."""
         return self._run.offloaded == "params" and not is_replicated(parameter)
 
@@ -279,6 +284,3 @@ class _Step:
             attention_mask=torch.ones_like(tokens) if run.is_padded else None,
             lengths=run.example_lengths,
         )
-
-    def _aux_loss_coef(self) -> float:
-        return 0.01 if self._run.has_aux_loss else 0.0

@@ -25,6 +25,8 @@ from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.loop import TrainingState, run_micro_batch
 from megablocks_utils.training.step.finish import StepFinish
+from megablocks_utils.training.step.learn_logits_map import find_logits_map
+from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 
@@ -53,6 +55,10 @@ class RehearsalInputs:
     run: PlannedRun
     device: torch.device
 
+    def find_logits_map(self) -> LogitsMap | None:
+        """Return what the model does to its logits, unless all are to be there at once."""
+        return None if self.run.has_whole_logits else find_logits_map(self.model)[0]
+
 
 class Fsdp2Run:
     """What `train_accelerate_fsdp2.py` does.
@@ -63,12 +69,14 @@ class Fsdp2Run:
     Attributes:
         model: wrapped.
         optimizer: after `fill`.
+        logits_map: what the model does to its logits, see `LossWeights`.
     """
 
     optimizer: Optimizer
 
     def __init__(self, inputs: RehearsalInputs) -> None:
         self._inputs = inputs
+        self.logits_map = inputs.find_logits_map()
         model, precision = inputs.model, inputs.run.precision
         classes = layer_classes(model)
         self._accelerator = build_accelerator(inputs.config, precision, classes, inputs.device.type)
@@ -115,6 +123,7 @@ class Fsdp1Run:
 
     def __init__(self, inputs: RehearsalInputs) -> None:
         self._inputs = inputs
+        self.logits_map = inputs.find_logits_map()
         self._plugin = build_fsdp1_plugin(inputs.run.precision)
 
     def fill(self) -> None:

@@ -228,12 +228,30 @@ def _build(
     from megablocks_utils.training.model_source import build_bare_model
 
     with large_on_meta():
-        return build_bare_model(
+        model = build_bare_model(
             Path(folder),
             getattr(torch, dtype),
             getattr(torch, compute_dtype),
             truncate_layers=truncate_layers,
         )
+    _freeze_unused(model)
+    return model
+
+
+def _freeze_unused(model: "PreTrainedModel") -> None:
+    """Freeze what training on text gives no gradient, as a run does where it can find out."""
+    import torch
+
+    from megablocks_utils.training.step.small_model import build_small_model
+    from megablocks_utils.training.step.unused_parameters import find_unused
+
+    try:
+        small = build_small_model(model, torch.device("cpu"))
+        unused = find_unused(model, small, has_aux_loss=False)
+    except UserError:
+        return
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
 
 
 if __name__ == "__main__":

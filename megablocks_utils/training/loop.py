@@ -152,6 +152,7 @@ def _train(
             plan.num_real_micro_batches,
             aux_loss_coef,
             setup.probe.aux_loss,
+            setup.probe.logits_map,
         )
         if not _accumulate_gradients(state, plan, weights, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())

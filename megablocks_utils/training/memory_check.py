@@ -25,6 +25,7 @@ from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.report.memory import read_available_memory, read_memory
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import count_local_bytes
+from megablocks_utils.training.step.model_probe import ModelProbe
 
 __all__ = ["MemoryCheck", "check_memory", "read_kept_bytes"]
 
@@ -70,8 +71,8 @@ class MemoryCheck:
         """
         measured: dict[str, Any] = {
             "components": {
-                "parameters": count_local_bytes(model.parameters()),
-                "optimizer": count_local_bytes(_states(optimizer)),
+                "parameters": count_local_bytes(self._on_device(model.parameters())),
+                "optimizer": count_local_bytes(self._on_device(_states(optimizer))),
             },
             "peak_bytes": max(0, totals.mem_peak_bytes - self.base_bytes),
             "allocated_bytes": max(0, totals.mem_alloc_bytes - self.base_bytes),
@@ -81,6 +82,10 @@ class MemoryCheck:
         plan = {"not_planned": self.reason} if self.run_plan is None else self.run_plan.as_record()
         return plan | {"base_bytes": self.base_bytes, "measured": measured}
 
+    def _on_device(self, tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Leave out what is offloaded to host memory."""
+        return (tensor for tensor in tensors if tensor.device.type == self.device_type)
+
 
 def check_memory(
     config: RunConfig,
@@ -89,7 +94,7 @@ def check_memory(
     device: torch.device,
     sharded: ShardedMoE | None,
     *,
-    is_varlen: bool,
+    probe: ModelProbe,
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -101,7 +106,7 @@ def check_memory(
         schedule: its micro-batches.
         device: where this rank computes; its free memory is what a rank may take.
         sharded: experts and the kernel that runs them; None: transformers does.
-        is_varlen: whether attention takes examples one by one, without a mask.
+        probe: how its attention and its loss are computed.
 
     Raises:
         PlanError: on every rank, for a plan that cannot fit, unless `ignore_plan` is True.
@@ -120,7 +125,8 @@ def check_memory(
             label_tokens=label_tokens,
             examples=examples,
             packing=schedule.packing.value,
-            is_varlen=is_varlen,
+            is_varlen=probe.is_varlen,
+            has_whole_logits=probe.logits_map is None,
             kernel="transformers" if sharded is None else sharded.kernel.name,
         )
     except UserError as error:

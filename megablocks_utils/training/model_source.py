@@ -144,4 +144,5 @@ def split_experts(
         expert_mode=config.adapter.expert_mode,
         tokens_per_rank=tokens_per_rank,
         dp_replicate_size=groups,
+        token_dispatch=config.parallel.token_dispatch,
     )

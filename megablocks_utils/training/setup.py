@@ -42,7 +42,7 @@ from megablocks_utils.training.resume.resume_point import (
     find_resume_point,
 )
 from megablocks_utils.training.same_run import check_run_inputs
-from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
+from megablocks_utils.training.step.layer_options import apply_layer_options
 from megablocks_utils.training.step.model_probe import (
     ModelProbe,
     apply_router_options,
@@ -179,10 +179,10 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = check_memory(config, description, schedule, device, sharded, is_varlen=probe.is_varlen)
+    plan = check_memory(config, description, schedule, device, sharded, probe=probe)
     if adapters is not None:
         raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
-    apply_gradient_checkpointing(model, config.gradient_checkpointing)
+    apply_layer_options(model, config, probe, console)
     return Setup(
         config=config,
         launch=launch,
@@ -245,10 +245,9 @@ def _describe_compatibility(
 def _split_experts(
     model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
-    batch_size = schedule.config.optim.per_device_train_batch_size
-    tokens = round(schedule.examples.lengths.mean() * batch_size)
-    compute_dtype = getattr(torch, precision.compute)
-    return split_experts(model, schedule.config, device, compute_dtype, tokens)
+    config = schedule.config
+    tokens = round(schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

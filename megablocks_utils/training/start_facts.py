@@ -33,6 +33,7 @@ def collect_facts(setup: Setup) -> RunFacts:
         expert_dp=str(config.parallel.expert_dp),
         kernel=kernel,
         kernel_reason=reason,
+        dispatch=_describe_dispatch(setup),
         expert_bytes=expert_bytes,
         dense_bytes=count_local_bytes(setup.model.parameters()) - expert_bytes,
         examples_kept=len(examples),
@@ -64,6 +65,13 @@ def describe_kernel(setup: Setup) -> tuple[str, str]:
     return kernel.name, kernel.reason
 
 
+def _describe_dispatch(setup: Setup) -> str | None:
+    """Say how tokens travel, and why; None where none does."""
+    if setup.sharded is None or setup.mesh_sizes()["ep"] == 1:
+        return None
+    return setup.sharded.describe_dispatch()
+
+
 def describe_resolved(setup: Setup) -> dict[str, Any]:
     """Return what the options have come to on this machine, for `run.json`."""
     return {
@@ -74,6 +82,7 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "compute_dtype": setup.precision.compute,
         "optim_dtype": setup.precision.optim,
         "ep_size": setup.mesh_sizes()["ep"],
+        "token_dispatch": _describe_dispatch(setup),
         "num_steps": setup.schedule.num_steps,
         "examples": len(setup.schedule.examples),
         "packing": setup.probe.packing.as_record(),

@@ -206,6 +206,7 @@ class MoETrainer(Trainer):
             plan.num_real_micro_batches,
             self._aux_loss_coef,
             self._setup.probe.aux_loss,
+            self._setup.probe.logits_map,
         )
         loss = compute_micro_batch_loss(
             model, inputs["micro_batch"], weights, self.args.device, self._setup.balance

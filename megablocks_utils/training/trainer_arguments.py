@@ -18,6 +18,7 @@ __all__ = ["build_trainer_arguments", "parse_trainer_flags"]
 
 _OWN_OPTIMIZER = "the optimizer is AdamW with betas 0.9 and 0.999 and eps 1e-8"
 _OWN_CHECKPOINTING = "--gradient_checkpointing True, False or selective says all there is to say"
+_OWN_COMPILE = "--compile True compiles what can be compiled here, the dense parts of the layers"
 _NO_EVALUATION = "this script has no evaluation data"
 _OWN_LOSS = "the loss is the mean over the label tokens of the global batch"
 _OWN_ORDER = "the order of the examples follows from --seed and --shuffle alone"
@@ -43,9 +44,9 @@ _FIXED = {
     "fsdp": _OWN_LAUNCH,
     "fsdp_config": _OWN_LAUNCH,
     "parallelism_config": _OWN_LAUNCH,
-    "torch_compile": "exchanges of changing sizes are not compiled",
-    "torch_compile_backend": "exchanges of changing sizes are not compiled",
-    "torch_compile_mode": "exchanges of changing sizes are not compiled",
+    "torch_compile": _OWN_COMPILE,
+    "torch_compile_backend": _OWN_COMPILE,
+    "torch_compile_mode": _OWN_COMPILE,
     "use_liger_kernel": "experts run on --kernel",
     "use_cache": "packed rows are only kept apart without a cache",
     "bf16_full_eval": _NO_EVALUATION,

@@ -281,6 +281,9 @@ REFUSALS = {
     "--ep_size 2": "--ep_size is 2, but it needs --use_megablocks_sharding True.",
     "--expert_dp shard": "--expert_dp is shard, but it needs --use_megablocks_sharding True.",
     "--kernel eager": "--kernel is eager, but it needs --use_megablocks_sharding True.",
+    "--token_dispatch tokens": (
+        "--token_dispatch is tokens, but it needs --use_megablocks_sharding True."
+    ),
     f"{SHARDING} --ep_size 0": "--ep_size is 0, but it must be a whole number of at least 1.",
     "--precision fp32 --dtype bfloat16": "--dtype is bfloat16, but --precision fp32 means float32; "
     "leave one of the two out.",
@@ -328,6 +331,9 @@ def test_fsdp1_specifics():
     assert refusal(f"{SHARDING} --expert_dp shard", "fsdp1") == (
         "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
         "use train_accelerate_fsdp2.py."
+    )
+    assert refusal("--compile True --gradient_accumulation_steps 2", "fsdp1").endswith(
+        "--gradient_accumulation_steps is 2 and must be 1, or use train_accelerate_fsdp2.py."
     )
     line = "--bf16 False --label_names a b --adam_beta1=0.8 --evaluation_strategy=steps --use_cpu"
     _, leftovers = parse_known_args(line.split(), entry_point="fsdp1")

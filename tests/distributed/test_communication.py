@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
@@ -24,7 +24,8 @@ class StepRecord:
     Attributes:
         calls: by kind of collective, how many.
         num_bytes: by kind, see `CommunicationCounter`.
-        routed: for each layer, and each call of its experts, routed rows by ep rank.
+        routed: for each layer, and each call of its experts, routed rows by ep rank, and the tokens
+            that they are of.
         from_others: of each parameter that FSDP shards, the bytes other ranks of its group hold.
         expert_bytes: bytes of the expert weights this rank holds.
         ep_rank: this rank's place in its ep group.
@@ -32,7 +33,7 @@ class StepRecord:
 
     calls: dict[str, int]
     num_bytes: dict[str, int]
-    routed: dict[str, list[list[int]]] = field(default_factory=dict)
+    routed: dict[str, list[dict[str, list[int]]]] = field(default_factory=dict)
     from_others: dict[str, int] = field(default_factory=dict)
     expert_bytes: int = 0
     ep_rank: int = 0
@@ -64,8 +65,10 @@ def _record_routing(sharded):
 
     def note(calls):
         def hook(_module, inputs):
-            owners = inputs[1].flatten() // (NUM_EXPERTS // ep_size)
-            calls.append(owners.bincount(minlength=ep_size).tolist())
+            owners = inputs[1] // (NUM_EXPERTS // ep_size)
+            rows = owners.flatten().bincount(minlength=ep_size).tolist()
+            tokens = [(owners == rank).any(dim=1).sum().item() for rank in range(ep_size)]
+            calls.append({"rows": rows, "tokens": tokens})
 
         return hook
 
@@ -102,20 +105,30 @@ def count(ranks4, parity_folder) -> Callable[..., list[StepRecord]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "checkpointing"),
-    [(EXPERT_SHARD, "False"), (EXPERT_SHARD, "True"), (LAYOUTS[4], "selective")],
+    ("layout", "checkpointing", "dispatch"),
+    [
+        (EXPERT_SHARD, "True", "auto"),
+        (LAYOUTS[4], "selective", "tokens"),
+        (EXPERT_SHARD, "False", "rows"),
+    ],
     ids=str,
 )
-def test_exchange_of_tokens(count, layout, checkpointing):
+def test_exchange_of_tokens(count, layout, checkpointing, dispatch):
     ep_size = layout.ep_size
-    # The default is left out, so that the run is the one of the tests below.
-    records = count(layout, **({} if checkpointing == "True" else {"checkpointing": checkpointing}))
+    # Defaults are left out, so that the run is the one of the tests below.
+    options = {"checkpointing": checkpointing, "token_dispatch": dispatch}
+    defaults = {"checkpointing": "True", "token_dispatch": "auto"}
+    records = count(layout, **dict(options.items() - defaults.items()))
+    what = "rows" if dispatch == "rows" else "tokens"
     for rank, record in enumerate(records):
         group = [r for i, r in enumerate(records) if i // ep_size == rank // ep_size]
-        rows = sum(
-            _rows_sent(group, record.ep_rank, layer, call)
-            for layer in record.routed
-            for call in _forward_calls(record, layer, checkpointing)
+        rows, away, returned = (
+            sum(
+                count_rows(group, record.ep_rank, layer, call)
+                for layer in record.routed
+                for call in _forward_calls(record, layer, checkpointing)
+            )
+            for count_rows in (partial(_rows_sent, what=what), _rows_away, _rows_returned)
         )
         moe_calls = NUM_LAYERS * ACCUMULATION
         per_direction = HIDDEN * FLOAT_BYTES
@@ -125,8 +138,13 @@ def test_exchange_of_tokens(count, layout, checkpointing):
         # `rows` holds those sent out and those sent back: one exchange of each kind.
         exchanges = ROW_EXCHANGES[checkpointing] // 2
         assert record.num_bytes["all_to_all of rows"] == exchanges * rows * per_direction
-        foreign_experts = NUM_EXPERTS - NUM_EXPERTS // ep_size
-        assert record.num_bytes["all_to_all of counts"] == counts * foreign_experts * COUNT_BYTES
+        num_counts = NUM_EXPERTS + (ep_size if what == "tokens" else 0)
+        foreign_counts = num_counts - num_counts // ep_size
+        assert record.num_bytes["all_to_all of counts"] == counts * foreign_counts * COUNT_BYTES
+        # Places and weights of rows, once also with recomputing; their weights' gradients.
+        routing = away * 2 * FLOAT_BYTES + returned * FLOAT_BYTES if what == "tokens" else 0
+        assert record.num_bytes.get("all_to_all of routing", 0) == routing
+        assert record.calls.get("all_to_all of routing", 0) == 2 * moe_calls * bool(routing)
 
 
 def _forward_calls(record, layer, checkpointing):
@@ -138,12 +156,20 @@ def _forward_calls(record, layer, checkpointing):
     return range(0, len(calls), 2)
 
 
-def _rows_sent(group, ep_rank, layer, call):
+def _rows_sent(group, ep_rank, layer, call, what):
     """Rows that leave a rank: its own to other ranks, and other ranks' results back to them."""
-    own = group[ep_rank].routed[layer][call]
-    away = sum(own) - own[ep_rank]
-    back = sum(r.routed[layer][call][ep_rank] for r in group if r.ep_rank != ep_rank)
-    return away + back
+    away = _rows_away(group, ep_rank, layer, call, what)
+    return away + _rows_returned(group, ep_rank, layer, call, what)
+
+
+def _rows_away(group, ep_rank, layer, call, what="rows"):
+    own = group[ep_rank].routed[layer][call][what]
+    return sum(own) - own[ep_rank]
+
+
+def _rows_returned(group, ep_rank, layer, call, what="rows"):
+    others = (r for r in group if r.ep_rank != ep_rank)
+    return sum(r.routed[layer][call][what][ep_rank] for r in others)
 
 
 def test_without_expert_parallelism_no_token_travels(count):

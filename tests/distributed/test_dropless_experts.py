@@ -1,9 +1,15 @@
 """The sharded experts layer on real ranks against the reference on one, in values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from megablocks_utils.config.dispatch_cost import DispatchChoice
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
@@ -11,10 +17,12 @@ from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import build_mesh, compute_mesh_sizes
 from megablocks_utils.mesh.placement import distribute_experts
+from megablocks_utils.mesh.recomputation import recomputation_contexts
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.reference import experts_reference
+from tests.support.communication import CommunicationCounter
 from tests.support.compare import relative_error
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 8, 16, 12, 2
@@ -53,16 +61,17 @@ def _weights(dtype):
     return gate_up.to(dtype), down.to(dtype)
 
 
-def _build_layer(ep_size, backend, dtype):
+def _build_layer(ep_size, backend, dtype, dispatch):
     mesh = build_mesh(compute_mesh_sizes(dist.get_world_size(), ep_size, NUM_EXPERTS), "cpu")
     weights = [distribute_experts(w, mesh) for w in _weights(dtype)]
     spec = ExpertSpec(NUM_EXPERTS, HIDDEN, INTERMEDIATE)
     named = dict(zip(spec.projections, weights, strict=True))
-    return DroplessExperts(spec, named, mesh=mesh, backend=BACKENDS[backend])
+    choice = DispatchChoice(dispatch, "")
+    return DroplessExperts(spec, named, mesh=mesh, backend=BACKENDS[backend], dispatch=choice)
 
 
-def _run_layer(rank, ep_size, backend, routing, dtype):
-    return _step(_build_layer(ep_size, backend, dtype), rank, routing, dtype)
+def _run_layer(rank, ep_size, backend, routing, dtype, dispatch):
+    return _step(_build_layer(ep_size, backend, dtype, dispatch), rank, routing, dtype)
 
 
 def _step(layer, rank, routing, dtype):
@@ -99,15 +108,17 @@ def _reference(world_size, routing):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
+    ("backend", "dtype", "dispatch"),
     [
-        ("eager", torch.float64),
-        ("eager", torch.float32),
-        ("grouped_mm", torch.float32),
+        ("eager", torch.float64, "rows"),
+        ("eager", torch.float64, "tokens"),
+        ("eager", torch.float32, "rows"),
+        ("grouped_mm", torch.float32, "rows"),
+        ("grouped_mm", torch.float32, "tokens"),
     ],
 )
-def test_layer_equals_reference(ranks4, ep_size, backend, dtype, routing):
-    results = ranks4.run(_run_layer, ep_size, backend, routing, dtype)
+def test_layer_equals_reference(ranks4, ep_size, backend, dtype, dispatch, routing):
+    results = ranks4.run(_run_layer, ep_size, backend, routing, dtype, dispatch)
     by_token = [torch.cat([r[i] for r in results]) for i in range(3)]
     wanted = _reference(4, routing)
     for seen, expected in zip(by_token, wanted[:3], strict=True):
@@ -115,6 +126,13 @@ def test_layer_equals_reference(ranks4, ep_size, backend, dtype, routing):
     for i in (3, 4):
         assert relative_error(results[0][i], wanted[i]) < BOUNDS[dtype]
         assert all(torch.equal(r[i], results[0][i]) for r in results)
+
+
+def test_tokens_once_per_rank_repeat_bit_for_bit(ranks4):
+    arguments = 2, "grouped_mm", "random", torch.float32, "tokens"
+    one, other = (ranks4.run(_run_layer, *arguments) for _ in range(2))
+    for first, second in zip(one, other, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 RANK, SCALING = 3, 0.5
@@ -130,8 +148,8 @@ def _adapters(dtype):
     ]
 
 
-def _run_layer_with_adapters(rank, ep_size, backend, routing, dtype):
-    layer = _build_layer(ep_size, backend, dtype).requires_grad_(False)
+def _run_layer_with_adapters(rank, ep_size, backend, routing, dtype, dispatch):
+    layer = _build_layer(ep_size, backend, dtype, dispatch).requires_grad_(False)
     adapters = [distribute_experts(w, layer.mesh) for w in _adapters(dtype)]
     gate_up_a, gate_up_b, down_a, down_b = adapters
     layer.gate_up_proj_lora = ExpertLora(gate_up_a, gate_up_b, SCALING)
@@ -157,11 +175,13 @@ def _reference_with_adapters(world_size, routing):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("eager", torch.float64), ("grouped_mm", torch.float32)],
+    ("backend", "dtype", "dispatch"),
+    [("eager", torch.float64, "tokens"), ("grouped_mm", torch.float32, "rows")],
 )
-def test_layer_with_adapters_equals_merged_reference(ranks4, ep_size, backend, dtype, routing):
-    results = ranks4.run(_run_layer_with_adapters, ep_size, backend, routing, dtype)
+def test_layer_with_adapters_equals_merged_reference(
+    ranks4, ep_size, backend, dtype, dispatch, routing
+):
+    results = ranks4.run(_run_layer_with_adapters, ep_size, backend, routing, dtype, dispatch)
     wanted = _reference_with_adapters(4, routing)
     for i, expected in enumerate(wanted):
         by_rank = [result[i] for result in results]
@@ -171,14 +191,99 @@ def test_layer_with_adapters_equals_merged_reference(ranks4, ep_size, backend, d
 
 # Triton's interpreter is slow: each ep size, and each routing, once.
 @pytest.mark.parametrize(
-    ("ep_size", "routing"), [(1, "empty_experts"), (2, "random"), (4, "idle_rank")]
+    ("ep_size", "dispatch", "routing"),
+    [(1, "rows", "empty_experts"), (2, "tokens", "random"), (4, "rows", "idle_rank")],
 )
-def test_fused_layer_equals_reference(ranks4, ep_size, routing):
-    test_layer_equals_reference(ranks4, ep_size, "triton", torch.float32, routing)
+def test_fused_layer_equals_reference(ranks4, ep_size, dispatch, routing):
+    test_layer_equals_reference(ranks4, ep_size, "triton", torch.float32, dispatch, routing)
 
 
-@pytest.mark.parametrize(("ep_size", "routing"), [(2, "one_expert"), (4, "random")])
-def test_fused_layer_with_adapters_equals_merged_reference(ranks4, ep_size, routing):
+@pytest.mark.parametrize(
+    ("ep_size", "dispatch", "routing"), [(2, "rows", "one_expert"), (4, "tokens", "random")]
+)
+def test_fused_layer_with_adapters_equals_merged_reference(ranks4, ep_size, dispatch, routing):
     test_layer_with_adapters_equals_merged_reference(
-        ranks4, ep_size, "triton", torch.float32, routing
+        ranks4, ep_size, "triton", torch.float32, dispatch, routing
     )
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that do something while it is entered: views cost a GPU nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the reads of values, which a GPU's host would wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        reads = ("tolist", "item", "nonzero", "__bool__", "__int__", "__index__", "numpy")
+        self.count += getattr(func, "__name__", "") in reads
+        return func(*args, **(kwargs or {}))
+
+
+def _run_checkpointed(rank, ep_size, dispatch):
+    """Return gradients of two steps whose forward passes come first, and what one step costs."""
+    layer = _build_layer(ep_size, "grouped_mm", torch.float32, dispatch)
+    grads, costs = {}, {}
+    for mode in ("none", "full", "selective"):
+        reads = HostReads()
+
+        def run(*inputs, reads=reads):
+            with reads:
+                return layer(*inputs)
+
+        contexts = partial(recomputation_contexts, keeps_rows=mode == "selective")
+        if mode != "none":
+            run = partial(checkpoint, run, use_reentrant=False, context_fn=contexts)
+        for operators in (None, OperatorCounter()):
+            layer.zero_grad()
+            reads.count = 0
+            routings = ("random", "idle_rank") if operators is None else ("random",)
+            steps = [_tokens(rank, routing, torch.float32) for routing in routings]
+            leaves = [leaf.requires_grad_() for h, _, w, _ in steps for leaf in (h, w)]
+            with operators or CommunicationCounter() as counter:
+                outputs = [run(*inputs) for *inputs, _ in steps]
+                for output, (*_, upstream) in zip(outputs, steps, strict=True):
+                    output.backward(upstream)
+            if operators is None:
+                grads[mode] = [p.grad for p in layer.parameters()] + [x.grad for x in leaves]
+                calls = dict(counter.calls)
+        costs[mode] = operators.count, reads.count, calls
+    equal = [all(map(torch.equal, grads[mode], grads["none"])) for mode in ("full", "selective")]
+    return equal, costs
+
+
+# Operators that are no views, forward and backward; on a GPU each is a launch, or more.
+BUDGETS = {
+    (1, "rows"): {"none": 36, "full": 51, "selective": 51},
+    (4, "rows"): {"none": 72, "full": 110, "selective": 104},
+    (4, "tokens"): {"none": 122, "full": 203, "selective": 197},
+}
+ROW_EXCHANGES = {"none": 4, "full": 6, "selective": 4}
+
+
+@pytest.mark.parametrize(("ep_size", "dispatch"), BUDGETS)
+def test_a_checkpointed_layer_keeps_its_routing_and_its_budget(ranks4, ep_size, dispatch):
+    """Bit for bit the gradients of a layer that is not; no second read, no second count."""
+    for equal, costs in ranks4.run(_run_checkpointed, ep_size, dispatch):
+        assert equal == [True, True]
+        seen = {mode: operators for mode, (operators, *_) in costs.items()}
+        budget = BUDGETS[ep_size, dispatch]
+        assert all(seen[mode] <= budget[mode] for mode in seen), seen
+        for mode, (_, host_reads, calls) in costs.items():
+            assert host_reads == (ep_size > 1)
+            wanted = {"all_to_all of counts": 2, "all_to_all of rows": 2 * ROW_EXCHANGES[mode]}
+            if dispatch == "tokens":
+                wanted["all_to_all of routing"] = 4  # and the weights' gradients
+            assert calls == (wanted if ep_size > 1 else {})

@@ -11,7 +11,7 @@ RECEIVED = torch.tensor([[1, 2], [3, 4]])
 
 
 def test_counts_are_read_once():
-    read = MagicMock(return_value=ExchangedCounts(RECEIVED, [2, 2], [3, 7]))
+    read = MagicMock(return_value=ExchangedCounts([2, 2], [3, 7], RECEIVED))
     pending = PendingCounts(read)
     read.assert_not_called()
     assert pending.wait() is pending.wait()

@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
+from megablocks_utils.rehearsal import assumptions
+from megablocks_utils.rehearsal import rehearse as rehearse_module
 from megablocks_utils.rehearsal.fewer_layers import rehearse_few_layers
 from megablocks_utils.rehearsal.rehearse import rehearse
 from megablocks_utils.training.model_source import build_bare_model
@@ -44,6 +48,15 @@ def rehearse_alone(rank: int, folder: Path, layout: ParallelLayout, run: Planned
     """Rehearse on fake tensors; a prediction."""
     with _without_group():
         return rehearse(folder, layout, run, device=CPU).as_prediction()
+
+
+def rehearse_slowly(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun):
+    """Rehearse as `rehearse_alone`, with torch's own fake tensors and both micro-steps."""
+    with (
+        patch.object(assumptions, "RememberedFakes", FakeTensorMode),
+        patch.object(rehearse_module, "_begins_with_gradients", lambda run: False),
+    ):
+        return rehearse_alone(rank, folder, layout, run)
 
 
 def rehearse_few_alone(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun):

@@ -3,10 +3,19 @@
 from pathlib import Path
 
 import pytest
-from transformers import MixtralConfig
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.planning.model.prediction import ParallelLayout
-from tests.rehearsal.lone import measure_alone, plan, rehearse_alone, rehearse_few_alone
+from megablocks_utils.rehearsal.fewer_layers import keep_layers
+from tests.rehearsal.lone import (
+    measure_alone,
+    plan,
+    rehearse_alone,
+    rehearse_few_alone,
+    rehearse_slowly,
+)
 
 NONE, SHARD, COPIES, WHOLE = (
     ParallelLayout(1, "shard"),
@@ -53,6 +62,29 @@ def test_fakes_need_what_real_tensors_need(ranks1, folder, layout, changes):
     [fake] = ranks1.run(rehearse_alone, folder, layout, run)
     [real] = ranks1.run(measure_alone, folder, layout, run)
     assert fake.peak_bytes == pytest.approx(real, rel=INSIDE_OPERATORS)
+
+
+@pytest.mark.parametrize("layout", [SHARD], ids=str)
+def test_short_cuts_change_no_byte(ranks1, folder, layout):
+    """Remembered operators, and gradients that are there before the first micro-step."""
+    run = plan(tokens=64, precision="bf16_sr", device_type="cuda")
+    [fast] = ranks1.run(rehearse_alone, folder, layout, run)
+    [slow] = ranks1.run(rehearse_slowly, folder, layout, run)
+    assert fast == slow
+    assert fast.components["gradients"] > 0
+
+
+def test_a_copy_with_few_layers_keeps_what_was_said_of_parameters():
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**SIZES))
+    kept = model.model.layers[1].input_layernorm.weight
+    mark_replicated(kept)
+    fewer = keep_layers(model, [1])
+    assert [n for n, p in fewer.named_parameters() if is_replicated(p)] == [
+        "model.layers.0.input_layernorm.weight"
+    ]
+    assert (len(fewer.model.layers), len(model.model.layers)) == (1, 2)
+    assert fewer.model.layers[0].input_layernorm.weight is not kept
 
 
 @pytest.mark.parametrize(("layout", "expert_share"), [(NONE, 8), (SHARD, 8), (COPIES, 4)], ids=str)

@@ -15,7 +15,8 @@ class CommunicationCounter(TorchDispatchMode):
 
     Attributes:
         calls: by kind, collectives entered.
-        num_bytes: by kind: all-to-all, what leaves this rank; all-gather, what it receives from
+        num_bytes: by kind: all-to-all, what leaves this rank, of counts, rows (also of tokens), or
+            routing (places and weights, or gradients of weights); all-gather, what it receives from
             others; reduce-scatter, what it gives to others; all-reduce, the size of the tensors.
     """
 
@@ -41,7 +42,8 @@ def _count_all_to_all(
     if rows.dim() == 1:
         return "all_to_all of counts", _size(rows) * (group.size() - 1) // group.size()
     num_rows = sum(input_sizes) - input_sizes[group.rank()]
-    return "all_to_all of rows", num_rows * rows.shape[1] * rows.element_size()
+    kind = "routing" if rows.shape[1] <= 2 else "rows"
+    return f"all_to_all of {kind}", num_rows * rows.shape[1] * rows.element_size()
 
 
 def _count_all_gather(whole: Tensor, own: Tensor, *_: Any) -> tuple[str, int]:

@@ -105,6 +105,7 @@ class ParityCase:
     max_grad_norm: float = 1.0
     precision: str = "fp32"
     kernel: str = "auto"
+    token_dispatch: str = "auto"
     packing: str = "auto"
     learning_rate: float = LEARNING_RATE
     cpu_offload: str = "none"
@@ -162,6 +163,7 @@ class ParityFolder:
                 "ep_size": case.layout.ep_size,
                 "expert_dp": case.layout.expert_dp,
                 "kernel": case.kernel,
+                "token_dispatch": case.token_dispatch,
                 "debug": True,  # copies of experts are compared bit by bit in every step
             }
         if case.lora != "none":

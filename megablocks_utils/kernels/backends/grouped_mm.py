@@ -10,8 +10,9 @@ from torch.nn.functional import grouped_mm, pad, silu
 from megablocks_utils.config import backends
 from megablocks_utils.kernels.backends.backend import Backend
 from megablocks_utils.kernels.device import DeviceFacts
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
 from megablocks_utils.kernels.gate import SWIGLU
-from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens, unpermute_and_combine
+from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens
 from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 
@@ -59,7 +60,7 @@ def run_experts_grouped_mm(
     activations = _apply_gate(_add_bias(gate_up_out, experts.gate_up_bias, order), experts)
     output = _project(activations, down, experts.down_lora, offsets)
     output = _add_bias(output, experts.down_bias, order)
-    return unpermute_and_combine(output, top_k_weights, order)
+    return fused_unpermute_and_combine(output, top_k_weights, order)
 
 
 def _project(rows: Tensor, weights: Tensor, lora: LowRank | None, offsets: Tensor) -> Tensor:

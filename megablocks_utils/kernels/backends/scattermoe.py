@@ -19,7 +19,8 @@ from megablocks_utils.config import backends
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends.backend import Backend
 from megablocks_utils.kernels.device import DeviceFacts
-from megablocks_utils.kernels.permute import ExpertOrder, unpermute_and_combine
+from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
+from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights
 
@@ -59,7 +60,7 @@ def run_experts_scattermoe(
     if _is_trained(down, experts.down_bias):
         # A copy, because it is a view: FSDP2 warns of those, and adding to one in place raises.
         return second(gates=top_k_weights.to(tokens.dtype), grouped_out=False).clone()
-    return unpermute_and_combine(second(grouped_out=True), top_k_weights, order)
+    return fused_unpermute_and_combine(second(grouped_out=True), top_k_weights, order)
 
 
 def _check_can_run(num_rows: int, experts: ExpertWeights) -> None:

@@ -74,12 +74,13 @@ def read_order(order_ptr, rows, exists, HAS_ORDER: tl.constexpr):
 
 @triton.jit
 def load_rows(x_ptr, source, exists, k, num_k, stride_m, EVEN_K: tl.constexpr):
-    """Load columns `k` of rows `source` (int64) of a matrix whose columns lie side by side."""
+    """Load columns `k` of rows `source` of a matrix whose columns lie side by side."""
     mask = exists[:, None]
     # Where K is a multiple of BLOCK_K the mask is one of rows alone, and loads are wide.
     if not EVEN_K:
         mask = mask & (k < num_k)[None, :]
-    return tl.load(x_ptr + source[:, None] * stride_m + k[None, :], mask=mask, other=0.0)
+    starts = source.to(tl.int64)[:, None] * stride_m
+    return tl.load(x_ptr + starts + k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -177,18 +178,48 @@ def add_low_rank(
     cols,
     is_col,
     BLOCK_R: tl.constexpr,
+    RANK_FITS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Add LoRA rows (N, r), which are scaled, @ factor (r, columns) of an expert to acc."""
-    lora_rows_ptr, factor_ptr, rank, strides = adapter
-    # One step for ranks up to 64: `block_rank` makes them one block.
-    for first in range(0, rank, BLOCK_R):
-        ranks = first + tl.arange(0, BLOCK_R)
-        lora_rows = load_rows(lora_rows_ptr, rows.to(tl.int64), exists, ranks, rank, rank, False)
-        factor = load_weights(factor_ptr, strides, expert, ranks, cols, is_col, rank, False)
-        acc = dot(lora_rows, factor, acc, PRECISION, INTERPRET)
+    """Add LoRA rows (N, r), which are scaled, @ factor (r, columns) of an expert to acc.
+
+    RANK_FITS promises a rank of BLOCK_R at most, so that there is no loop.
+    """
+    if RANK_FITS:
+        acc = add_ranks(
+            *(acc, adapter, 0, expert, rows, exists, cols, is_col, BLOCK_R, PRECISION, INTERPRET)
+        )
+    else:
+        # One step for ranks up to 64: `block_rank` makes them one block.
+        for first in range(0, adapter[2], BLOCK_R):
+            acc = add_ranks(
+                *(acc, adapter, first, expert, rows, exists, cols, is_col, BLOCK_R),
+                *(PRECISION, INTERPRET),
+            )
     return acc
+
+
+@triton.jit
+def add_ranks(
+    acc,
+    adapter,
+    first,
+    expert,
+    rows,
+    exists,
+    cols,
+    is_col,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add the product of BLOCK_R ranks of an adapter to acc."""
+    lora_rows_ptr, factor_ptr, rank, strides = adapter
+    ranks = first + tl.arange(0, BLOCK_R)
+    lora_rows = load_rows(lora_rows_ptr, rows.to(tl.int64), exists, ranks, rank, rank, False)
+    factor = load_weights(factor_ptr, strides, expert, ranks, cols, is_col, rank, False)
+    return dot(lora_rows, factor, acc, PRECISION, INTERPRET)
 
 
 @triton.jit

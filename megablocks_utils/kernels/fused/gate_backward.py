@@ -115,7 +115,7 @@ def gate_backward_kernel(
         cols = first_col + tl.arange(0, BLOCK_N)
         acc = add_low_rank(
             *(acc, adapter, expert, rows, exists, cols, cols < num_cols, BLOCK_R),
-            *(PRECISION, INTERPRET),
+            *(False, PRECISION, INTERPRET),
         )
     # Some of the columns after others: for a whole tile, what follows would spill registers, and
     # with pairs to take apart for a half, too.

@@ -23,6 +23,7 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     Matrix,
     Routing,
 )
+from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
@@ -36,8 +37,6 @@ def multiply_both(
     strides,
     expert,
     first_col,
-    gate_cols,
-    up_cols,
     num_k,
     num_cols,
     BLOCK_M: tl.constexpr,
@@ -50,7 +49,8 @@ def multiply_both(
     INTERPRET: tl.constexpr,
 ):
     """Multiply rows by the same columns of gate and of up: the rows are loaded once for both."""
-    is_col = first_col + tl.arange(0, BLOCK_N) < num_cols
+    cols = first_col + tl.arange(0, BLOCK_N)
+    is_col = cols < num_cols
     # Two accumulators and not one of twice the columns: the gate pairs their columns up, and values
     # of one accumulator cannot meet without passing through shared memory.
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -65,11 +65,69 @@ def multiply_both(
             first_up = first_col + num_cols
             w_up = load_weights_tma(w, expert, first_k, first_up, num_k, all_cols, K_IS_LAST)
         else:
-            w_gate = load_weights(w, strides, expert, k, gate_cols, is_col, num_k, EVEN_K)
-            w_up = load_weights(w, strides, expert, k, up_cols, is_col, num_k, EVEN_K)
+            w_gate = load_weights(w, strides, expert, k, cols, is_col, num_k, EVEN_K)
+            w_up = load_weights(w, strides, expert, k, cols + num_cols, is_col, num_k, EVEN_K)
         gate = dot(x, w_gate, gate, PRECISION, INTERPRET)
         up = dot(x, w_up, up, PRECISION, INTERPRET)
     return gate, up
+
+
+@triton.jit
+def finish_gate_up(
+    gate,
+    up,
+    expert,
+    rows,
+    exists,
+    first_col,
+    out_ptr,
+    gate_up_out_ptr,
+    bias_ptr,
+    adapter,
+    num_cols,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    KEEP_GATE_UP_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    RANK_FITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Add adapter and bias to a tile's two products, apply the gate, and store the results."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    is_col = cols < num_cols
+    up_cols = cols + num_cols
+    # Its rows x @ A, (N, r), were made by a thin `row_gemm`: every column tile needs them.
+    if HAS_LORA:
+        gate = add_low_rank(
+            *(gate, adapter, expert, rows, exists, cols, is_col, BLOCK_R),
+            *(RANK_FITS, PRECISION, INTERPRET),
+        )
+        up = add_low_rank(
+            *(up, adapter, expert, rows, exists, up_cols, is_col, BLOCK_R),
+            *(RANK_FITS, PRECISION, INTERPRET),
+        )
+    if HAS_BIAS:
+        bias_ptr += expert.to(tl.int64) * (2 * num_cols)
+        gate += tl.load(bias_ptr + cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_ptr + up_cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    gate, up = round_to(gate, dtype, INTERPRET), round_to(up, dtype, INTERPRET)
+    mask = exists[:, None] & is_col[None, :]
+    row_starts = rows.to(tl.int64)[:, None] * num_cols
+    if KEEP_GATE_UP_OUT:
+        tl.store(gate_up_out_ptr + 2 * row_starts + cols[None, :], gate, mask=mask)
+        tl.store(gate_up_out_ptr + 2 * row_starts + up_cols[None, :], up, mask=mask)
+    # From the rounded values, as the backward pass will make it again.
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    out = apply_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT)
+    out = round_to(out, dtype, INTERPRET)
+    tl.store(out_ptr + row_starts + cols[None, :], out, mask=mask)
 
 
 # One program computes the same columns of gate and of up, for a row tile of one expert:
@@ -129,6 +187,7 @@ def gate_up_kernel(
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_IS_LAST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -136,46 +195,46 @@ def gate_up_kernel(
 
     The program owns the same BLOCK_N columns of gate and of up. `num_cols` is I.
     """
-    tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
-    expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
-    if expert >= num_experts:
-        return  # the grid has more row tiles than these counts need
-    source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
-    first_col = tile_n * BLOCK_N
-    cols = first_col + tl.arange(0, BLOCK_N)
-    is_col = cols < num_cols
-    up_cols = cols + num_cols
-    gate, up = multiply_both(
-        *(x_ptr, stride_xm, source, exists, w, strides, expert, first_col, cols, up_cols),
-        *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
-        *(PRECISION, INTERPRET),
-    )
-    # Its rows x @ A, (N, r), were made by a thin `row_gemm`: every column tile needs them.
-    if HAS_LORA:
-        gate = add_low_rank(
-            *(gate, adapter, expert, rows, exists, cols, is_col, BLOCK_R),
+    if PERSISTENT:
+        tl.assume(num_k > 0)  # so that the two loops can be one
+        listed = list_experts(offsets_ptr, num_experts, num_tiles_n, EXPERTS_POW2, BLOCK_M)
+        finished, step = tl.program_id(0), tl.num_programs(0)
+        for tile in tl.range(finished, tl.max(listed[2], 0), step, flatten=True):
+            expert, rows, exists, tile_n = find_tile(
+                *(listed, tile, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
+            )
+            source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
+            gate, up = multiply_both(
+                *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
+                *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+                *(PRECISION, INTERPRET),
+            )
+            # Found again: by now the loads may have gone on to the next tile.
+            expert, rows, exists, tile_n = find_tile(
+                *(listed, finished, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
+            )
+            finished += step
+            finish_gate_up(
+                *(gate, up, expert, rows, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),
+                *(bias_ptr, adapter, num_cols, BLOCK_N, BLOCK_R, ACTIVATION, CLAMP, ALPHA, LIMIT),
+                *(KEEP_GATE_UP_OUT, HAS_BIAS, HAS_LORA, True, PRECISION, INTERPRET),
+            )
+    else:
+        tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
+        expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
+        if expert >= num_experts:
+            return  # the grid has more row tiles than these counts need
+        source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
+        gate, up = multiply_both(
+            *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
+            *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
             *(PRECISION, INTERPRET),
         )
-        up = add_low_rank(
-            *(up, adapter, expert, rows, exists, up_cols, is_col, BLOCK_R),
-            *(PRECISION, INTERPRET),
+        finish_gate_up(
+            *(gate, up, expert, rows, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),
+            *(bias_ptr, adapter, num_cols, BLOCK_N, BLOCK_R, ACTIVATION, CLAMP, ALPHA, LIMIT),
+            *(KEEP_GATE_UP_OUT, HAS_BIAS, HAS_LORA, False, PRECISION, INTERPRET),
         )
-    if HAS_BIAS:
-        bias_ptr += expert.to(tl.int64) * (2 * num_cols)
-        gate += tl.load(bias_ptr + cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias_ptr + up_cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    gate, up = round_to(gate, dtype, INTERPRET), round_to(up, dtype, INTERPRET)
-    mask = exists[:, None] & is_col[None, :]
-    row_starts = rows.to(tl.int64)[:, None] * num_cols
-    if KEEP_GATE_UP_OUT:
-        tl.store(gate_up_out_ptr + 2 * row_starts + cols[None, :], gate, mask=mask)
-        tl.store(gate_up_out_ptr + 2 * row_starts + up_cols[None, :], up, mask=mask)
-    # From the rounded values, as the backward pass will make it again.
-    gate, up = gate.to(tl.float32), up.to(tl.float32)
-    out = apply_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT)
-    out = round_to(out, dtype, INTERPRET)
-    tl.store(out_ptr + row_starts + cols[None, :], out, mask=mask)
 
 
 def gate_up(
@@ -210,8 +269,7 @@ def gate_up(
     if routing.num_rows == 0:
         return out, gate_up_out
     launch = KernelLaunch(weights, routing, tile, lora)
-    tiles_m, tiles_n = launch.grid(num_cols)
-    gate_up_kernel[(tiles_m * tiles_n,)](
+    gate_up_kernel[(launch.count_programs(num_cols),)](
         tokens,
         launch.weights_argument(),
         out,
@@ -223,10 +281,10 @@ def gate_up(
         routing.num_experts,
         weights.num_rows,
         num_cols,
-        tiles_m,
-        tiles_n,
+        *launch.grid(num_cols),
         tokens.stride(0),
         weights.strides,
+        PERSISTENT=launch.is_persistent,
         KEEP_GATE_UP_OUT=keeps_gate_up_out,
         HAS_BIAS=bias is not None,
         **layout.constants(),

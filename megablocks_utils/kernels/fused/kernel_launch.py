@@ -10,13 +10,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megablocks_utils.kernels.device import is_interpreted
+from megablocks_utils.kernels.fused.layer_tiles import count_processors
 from megablocks_utils.kernels.fused.tiles import Tile
 from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 
 GROUP_M = 8
 """Row tiles that share a column tile's weights while these are in L2."""
 
-_MAX_BLOCK_RANK = 64
+MAX_BLOCK_RANK = 64
+"""Ranks of an adapter that a program multiplies at a time."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,20 @@ class KernelLaunch:
         """Return the numbers of row tiles and of column tiles."""
         return self.routing.num_tiles(self.tile.block_m), triton.cdiv(num_cols, self.tile.block_n)
 
+    @property
+    def is_persistent(self) -> bool:
+        """Whether few programs share all tiles; an adapter must be one step of its ranks then."""
+        fits = self.lora is None or self.lora.factor.num_rows <= MAX_BLOCK_RANK
+        return self.tile.programs_per_processor > 0 and fits
+
+    def count_programs(self, num_cols: int) -> int:
+        """Return how many programs share the tiles: one for each, or the persistent ones."""
+        tiles_m, tiles_n = self.grid(num_cols)
+        if not self.is_persistent:
+            return tiles_m * tiles_n
+        persistent = self.tile.programs_per_processor * count_processors(self.weights.tensor.device)
+        return min(persistent, tiles_m * tiles_n)
+
     def weights_argument(self) -> Tensor | TensorDescriptor:
         """Return what the kernel loads weights by: a descriptor of boxes, or the tensor."""
         if not self.uses_tma:
@@ -198,7 +214,7 @@ class KernelLaunch:
 
 def block_rank(rank: int) -> int:
     """Return how many ranks of an adapter a program multiplies at a time (16 at least, for dot)."""
-    return min(max(16, triton.next_power_of_2(rank)), _MAX_BLOCK_RANK)
+    return min(max(16, triton.next_power_of_2(rank)), MAX_BLOCK_RANK)
 
 
 def compile_options(tile: Tile) -> dict[str, Any]:

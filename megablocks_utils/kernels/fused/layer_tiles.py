@@ -7,7 +7,7 @@ from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_a
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights
 
-__all__ = ["choose_layer_tiles", "count_programs"]
+__all__ = ["choose_layer_tiles", "count_processors", "count_programs"]
 
 
 def choose_layer_tiles(tokens: Tensor, order: ExpertOrder, experts: ExpertWeights) -> TileTable:
@@ -26,11 +26,11 @@ def choose_layer_tiles(tokens: Tensor, order: ExpertOrder, experts: ExpertWeight
             "skinny": max((lora.lora_a.shape[1] for lora in loras), default=1),
             "act_backward": intermediate_size,
         },
-        num_processors=_count_processors(tokens.device),
+        num_processors=count_processors(tokens.device),
     )
 
 
-def _count_processors(device: torch.device) -> int:
+def count_processors(device: torch.device) -> int:
     """Return how many programs run at once, one on each; the interpreter has one process."""
     if device.type != "cuda":
         return 1
@@ -39,4 +39,4 @@ def _count_processors(device: torch.device) -> int:
 
 def count_programs(device: torch.device) -> int:
     """Return how many programs keep the device busy; the interpreter gets a few, to test with."""
-    return 2 * _count_processors(device) if device.type == "cuda" else 8
+    return 2 * count_processors(device) if device.type == "cuda" else 8

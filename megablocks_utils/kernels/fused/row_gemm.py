@@ -18,7 +18,7 @@ from megablocks_utils.kernels.fused.device_code import (
     round_to,
     swizzle,
 )
-from megablocks_utils.kernels.fused.gate_code import activate, apply_gate, split_pairs
+from megablocks_utils.kernels.fused.gate_code import activate, apply_gate, halve, split_pairs
 from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
@@ -26,9 +26,88 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     Matrix,
     Routing,
 )
+from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
 from megablocks_utils.kernels.fused.tiles import Tile
 
+NARROW = tl.constexpr(128)
+"""Columns of a tile that a walk stores at once; of a wider tile it does a quarter at a time."""
+
 _NO_GATE = {"ACTIVATION": "none", "CLAMP": "none", "ALPHA": 1.0, "LIMIT": math.inf}
+
+
+@triton.jit
+def cut_wide(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the quarters of a tile of more columns than NARROW, or the one narrow tile."""
+    if BLOCK_N > NARROW:
+        left, right = halve(acc, BLOCK_M, BLOCK_N)
+        parts = halve(left, BLOCK_M, BLOCK_N // 2) + halve(right, BLOCK_M, BLOCK_N // 2)
+    else:
+        parts = (acc,)
+    return parts
+
+
+@triton.jit
+def finish_rows(
+    acc,
+    expert,
+    rows,
+    target,
+    exists,
+    first_col,
+    out_ptr,
+    gate_up_out_ptr,
+    bias_ptr,
+    adapter,
+    num_cols,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    KEEP_GATE_UP_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    RANK_FITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Scale a tile's product, add adapter and bias, apply the gate, store it as rows `target`."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    is_col = cols < num_cols
+    # Before the adapter, whose rows were scaled when they were made.
+    acc *= scale
+    if HAS_LORA:
+        acc = add_low_rank(
+            *(acc, adapter, expert, rows, exists, cols, is_col, BLOCK_R, RANK_FITS),
+            *(PRECISION, INTERPRET),
+        )
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * num_cols + cols, mask=is_col, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    places = target[:, None] * num_cols + cols[None, :]
+    mask = exists[:, None] & is_col[None, :]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    out = round_to(acc, dtype, INTERPRET)
+    if KEEP_GATE_UP_OUT:
+        tl.store(gate_up_out_ptr + places, out, mask=mask)
+    # From the rounded values, as the backward pass will make it again.
+    if GATED:
+        gate, up = split_pairs(out.to(tl.float32), BLOCK_N // 2)
+        results = round_to(apply_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT), dtype, INTERPRET)
+        num_pairs = num_cols // 2
+        pairs = first_col // 2 + tl.arange(0, BLOCK_N // 2)
+        tl.store(
+            out_ptr + target[:, None] * num_pairs + pairs[None, :],
+            results,
+            mask=exists[:, None] & (pairs < num_pairs)[None, :],
+        )
+    else:
+        if ACTIVATION != "none":
+            out = round_to(activate(out.to(tl.float32), ACTIVATION, ALPHA), dtype, INTERPRET)
+        tl.store(out_ptr + places, out, mask=mask)
 
 
 # One program computes a tile of the result, for rows of one expert:
@@ -87,6 +166,7 @@ def row_gemm_kernel(
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
     K_IS_LAST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -96,50 +176,59 @@ def row_gemm_kernel(
     or, with SCATTER, in the order of routed rows. An ACTIVATION other than "none", GATED or not,
     comes last.
     """
-    tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
-    expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
-    if expert >= num_experts:
-        return  # the grid has more row tiles than these counts need
-    routed = read_order(order_ptr, rows, exists, HAS_ORDER)
-    source = routed // TOP_K if GATHER else rows.to(tl.int64)
-    first_col = tile_n * BLOCK_N
-    cols = first_col + tl.arange(0, BLOCK_N)
-    is_col = cols < num_cols
-    acc = multiply(
-        *(x_ptr, stride_xm, source, exists, w, strides, expert, first_col, num_k, num_cols),
-        *(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST, PRECISION, INTERPRET),
-    )
-    # Before the adapter, whose rows were scaled when they were made.
-    acc *= scale
-    if HAS_LORA:
-        acc = add_low_rank(
-            *(acc, adapter, expert, rows, exists, cols, is_col, BLOCK_R, PRECISION, INTERPRET)
-        )
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + expert.to(tl.int64) * num_cols + cols, mask=is_col, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    target = routed if SCATTER else rows.to(tl.int64)
-    places = target[:, None] * num_cols + cols[None, :]
-    mask = exists[:, None] & is_col[None, :]
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    out = round_to(acc, dtype, INTERPRET)
-    if KEEP_GATE_UP_OUT:
-        tl.store(gate_up_out_ptr + places, out, mask=mask)
-    # From the rounded values, as the backward pass will make it again.
-    if GATED:
-        gate, up = split_pairs(out.to(tl.float32), BLOCK_N // 2)
-        results = round_to(apply_gate(gate, up, ACTIVATION, CLAMP, ALPHA, LIMIT), dtype, INTERPRET)
-        num_pairs = num_cols // 2
-        pairs = first_col // 2 + tl.arange(0, BLOCK_N // 2)
-        tl.store(
-            out_ptr + target[:, None] * num_pairs + pairs[None, :],
-            results,
-            mask=exists[:, None] & (pairs < num_pairs)[None, :],
-        )
+    if PERSISTENT:
+        tl.assume(num_k > 0)  # so that the two loops can be one
+        listed = list_experts(offsets_ptr, num_experts, num_tiles_n, EXPERTS_POW2, BLOCK_M)
+        finished, step = tl.program_id(0), tl.num_programs(0)
+        for tile in tl.range(finished, tl.max(listed[2], 0), step, flatten=True):
+            expert, rows, exists, tile_n = find_tile(
+                *(listed, tile, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
+            )
+            source = rows.to(tl.int64)
+            if GATHER:
+                source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
+            acc = multiply(
+                *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
+                *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+                *(PRECISION, INTERPRET),
+            )
+            # Found again: by now the loads may have gone on to the next tile.
+            expert, rows, exists, tile_n = find_tile(
+                *(listed, finished, num_tiles_n, EXPERTS_POW2, BLOCK_M, GROUP_M)
+            )
+            finished += step
+            target = rows.to(tl.int64)
+            if SCATTER:
+                target = read_order(order_ptr, rows, exists, HAS_ORDER)
+            # Loads of the next tile are under way, and leave few registers.
+            parts = cut_wide(acc, BLOCK_M, BLOCK_N)
+            size: tl.constexpr = BLOCK_N // (4 if BLOCK_N > NARROW else 1)
+            for i in tl.static_range(BLOCK_N // size):
+                finish_rows(
+                    *(parts[i], expert, rows, target, exists, tile_n * BLOCK_N + i * size),
+                    *(out_ptr, gate_up_out_ptr, bias_ptr, adapter, num_cols, scale, size),
+                    *(BLOCK_R, GATED, ACTIVATION, CLAMP, ALPHA, LIMIT),
+                    *(KEEP_GATE_UP_OUT, HAS_BIAS, HAS_LORA, True, PRECISION, INTERPRET),
+                )
     else:
-        if ACTIVATION != "none":
-            out = round_to(activate(out.to(tl.float32), ACTIVATION, ALPHA), dtype, INTERPRET)
-        tl.store(out_ptr + places, out, mask=mask)
+        tile_m, tile_n = swizzle(tl.program_id(0), num_tiles_m, num_tiles_n, GROUP_M)
+        expert, rows, exists = find_rows(offsets_ptr, tile_m, num_experts, EXPERTS_POW2, BLOCK_M)
+        if expert >= num_experts:
+            return  # the grid has more row tiles than these counts need
+        routed = read_order(order_ptr, rows, exists, HAS_ORDER)
+        source = routed // TOP_K if GATHER else rows.to(tl.int64)
+        acc = multiply(
+            *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
+            *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+            *(PRECISION, INTERPRET),
+        )
+        target = routed if SCATTER else rows.to(tl.int64)
+        finish_rows(
+            *(acc, expert, rows, target, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),
+            *(bias_ptr, adapter, num_cols, scale, BLOCK_N, BLOCK_R),
+            *(GATED, ACTIVATION, CLAMP, ALPHA, LIMIT, KEEP_GATE_UP_OUT, HAS_BIAS),
+            *(HAS_LORA, False, PRECISION, INTERPRET),
+        )
 
 
 def row_gemm(
@@ -176,8 +265,7 @@ def row_gemm(
     if routing.num_rows == 0:
         return out
     launch = KernelLaunch(weights, routing, tile, lora)
-    tiles = launch.grid(weights.num_cols)
-    row_gemm_kernel[(tiles[0] * tiles[1],)](
+    row_gemm_kernel[(launch.count_programs(weights.num_cols),)](
         x,
         launch.weights_argument(),
         out,
@@ -189,10 +277,11 @@ def row_gemm(
         routing.num_experts,
         weights.num_rows,
         weights.num_cols,
-        *tiles,
+        *launch.grid(weights.num_cols),
         scale,
         x.stride(0),
         weights.strides,
+        PERSISTENT=launch.is_persistent,
         GATHER=gather,
         SCATTER=scatter,
         GATED=is_gated,

@@ -12,7 +12,6 @@ from typing import Any, Self
 __all__ = [
     "FEW_ROWS",
     "KINDS",
-    "SHARED_LIMIT_BYTES",
     "Tile",
     "TileTable",
     "bucket_of",
@@ -20,14 +19,11 @@ __all__ = [
     "choose_tiles",
     "list_candidates",
     "name_architecture",
-    "shared_bytes",
 ]
 
 FEW_ROWS = 512
 """Rows per expert below which half-high tiles waste less."""
 
-_KIB = 1024
-_ORDER_BYTES = 8
 _TMA = True
 
 
@@ -42,6 +38,8 @@ class Tile:
         num_warps: groups of 32 threads.
         num_stages: pieces of the operands that lie in shared memory at once.
         uses_tma: whether weights are loaded by tensor descriptors, where their sizes allow it.
+        programs_per_processor: how many persistent programs on each processor share all tiles,
+            as `tile_walk` says; 0 is one program a tile.
     """
 
     block_m: int
@@ -50,6 +48,7 @@ class Tile:
     num_warps: int
     num_stages: int
     uses_tma: bool = False
+    programs_per_processor: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,16 @@ class TileTable:
     act_backward: Tile
     weight_grad: Tile
 
+    def __post_init__(self) -> None:
+        """Refuse persistent programs of kernels that have none.
+
+        Raises:
+            ValueError: there is one.
+        """
+        for kind in ("act_backward", "weight_grad"):
+            if getattr(self, kind).programs_per_processor:
+                raise ValueError(f"{kind} has no persistent programs: {getattr(self, kind)}")
+
     def as_json(self) -> dict[str, dict[str, int]]:
         """Return what JSON can hold; `from_json` takes it back."""
         return asdict(self)
@@ -82,34 +91,32 @@ class TileTable:
         Raises:
             ValueError: anything else.
         """
-        names = {field.name for field in fields(Tile)}
+        names, count = {field.name for field in fields(Tile)}, "programs_per_processor"
         if set(payload) != set(KINDS):
             raise ValueError(f"tiles are for {', '.join(payload)} instead of {', '.join(KINDS)}")
         for kind, tile in payload.items():
-            sizes = [size for name, size in tile.items() if name != "uses_tma"]
+            sizes = [size for name, size in tile.items() if name not in ("uses_tma", count)]
             is_whole = all(type(size) is int and size > 0 for size in sizes)
-            if set(tile) != names or not is_whole or type(tile["uses_tma"]) is not bool:
+            is_whole &= type(tile.get(count, 0)) is int and tile.get(count, 0) >= 0
+            # Files that are older than persistent programs do not say it.
+            if {*tile, count} != names or not is_whole or type(tile["uses_tma"]) is not bool:
                 raise ValueError(f"the tile for {kind} is {dict(tile)}")
         return cls(**{kind: Tile(**tile) for kind, tile in payload.items()})
 
 
 KINDS: tuple[str, ...] = tuple(field.name for field in fields(TileTable))
 
-SHARED_LIMIT_BYTES: Mapping[str, int] = MappingProxyType(
-    {"sm_80": 163 * _KIB, "sm_86": 99 * _KIB, "sm_90": 227 * _KIB, "sm_100": 227 * _KIB}
-)
-"""Shared memory that one program may have, by architecture."""
-
-# For each kind the tiles for few and for many rows per expert, then one more to measure.
+# For each kind the tiles for few and for many rows per expert, then more to measure: one, and last
+# where there are four, one for persistent programs.
 _Candidates = Mapping[str, tuple[Tile, ...]]
 _SM_90: _Candidates = {
     "up": (
         *(Tile(64, 128, 64, 4, 3, _TMA), Tile(128, 128, 64, 8, 4, _TMA)),
-        Tile(128, 64, 64, 8, 4, _TMA),
+        *(Tile(128, 64, 64, 8, 4, _TMA), Tile(128, 128, 64, 8, 4, _TMA, 1)),
     ),
     "linear": (
         *(Tile(64, 128, 64, 4, 4, _TMA), Tile(128, 256, 64, 8, 3, _TMA)),
-        Tile(128, 128, 64, 8, 4, _TMA),
+        *(Tile(128, 128, 64, 8, 4, _TMA), Tile(128, 256, 64, 8, 4, _TMA, 1)),
     ),
     "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4), Tile(128, 32, 128, 4, 3)),
     "act_backward": (
@@ -121,8 +128,11 @@ _SM_90: _Candidates = {
     ),
 }
 # On Blackwell 4 warps of a half-high tile have too few registers for the gate's gradients.
+# Persistent programs have two accumulators in tensor memory, which has 512 columns, and a third for
+# an adapter.
 _SM_100 = {
     **_SM_90,
+    "linear": (*_SM_90["linear"][:3], Tile(128, 128, 64, 8, 4, _TMA, 1)),
     "act_backward": (Tile(64, 128, 64, 8, 4, _TMA), *_SM_90["act_backward"][1:]),
 }
 _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
@@ -130,8 +140,14 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
         ("sm_90", 2): _SM_90,
         ("sm_100", 2): _SM_100,
         ("sm_80", 2): {
-            "up": (Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 8, 4), Tile(64, 128, 32, 8, 3)),
-            "linear": (Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
+            "up": (
+                *(Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 8, 4), Tile(64, 128, 32, 8, 3)),
+                Tile(128, 64, 32, 8, 4, programs_per_processor=2),
+            ),
+            "linear": (
+                *(Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
+                Tile(128, 128, 32, 8, 4, programs_per_processor=1),
+            ),
             "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), Tile(128, 32, 64, 4, 4)),
             "act_backward": (
                 *(Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
@@ -141,8 +157,14 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
             ),
         },
         ("sm_86", 2): {
-            "up": (Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
-            "linear": (Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 4, 3)),
+            "up": (
+                *(Tile(64, 64, 32, 4, 3), Tile(128, 64, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
+                Tile(64, 128, 32, 8, 3, programs_per_processor=1),
+            ),
+            "linear": (
+                *(Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 4, 3)),
+                Tile(128, 128, 32, 8, 3, programs_per_processor=1),
+            ),
             "skinny": (Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4), Tile(64, 32, 64, 4, 3)),
             "act_backward": (
                 *(Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
@@ -260,21 +282,6 @@ def list_candidates(kind: str, *, arch: str, itemsize: int) -> tuple[Tile, ...]:
     if arch == "interpret":
         return (getattr(_INTERPRET, kind),)
     return _list_tiles(kind, arch, itemsize)
-
-
-def shared_bytes(kind: str, tile: Tile, itemsize: int) -> int:
-    """Return the shared memory that a program of a kind needs.
-
-    The operands of `num_stages` steps lie there at once; `up` has two on the side of the weights.
-    `weight_grad` looks its rows up, and has the order of one step less there too. The result passes
-    through the same memory once these are done with. Exactly what Triton 3.9 allocates on sm_90;
-    before Hopper it keeps one step less, and this is an upper bound.
-    """
-    num_sides = 2 if kind == "up" else 1
-    step = (tile.block_m + num_sides * tile.block_n) * tile.block_k
-    result = tile.block_m * tile.block_n
-    order = _ORDER_BYTES * tile.block_k * (tile.num_stages - 1) if kind == "weight_grad" else 0
-    return max(itemsize * tile.num_stages * step + order, itemsize * result)
 
 
 def _list_tiles(kind: str, arch: str, itemsize: int) -> tuple[Tile, ...]:

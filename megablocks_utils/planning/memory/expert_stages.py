@@ -5,6 +5,7 @@ project's, transformers runs them with its own grouped_mm. `eager`, `scattermoe`
 are taken for `grouped_mm`: they keep the same rows between the same products.
 """
 
+from megablocks_utils.config.dispatch_cost import ROUTING_BYTES
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit
 from megablocks_utils.planning.memory.sizes import FP32, INDEX, Sizes
 from megablocks_utils.planning.memory.stages import DISPATCH, Stage
@@ -30,6 +31,8 @@ def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
         inside = [_gate_up_stage(sizes), _gate_stage(sizes), _down_stage(sizes)]
     stages = [_sort_stage(sizes, unit), *inside]
     if sizes.layout.ep_size > 1:
+        if sizes.sends_tokens:
+            return [*stages[:1], _send_stage(sizes), *inside, _sum_stage(sizes)]
         return [*stages[:1], _dispatch_stage(sizes), *inside, _combine_stage(sizes)]
     return [*stages, _combine_stage(sizes)]
 
@@ -56,6 +59,30 @@ def _dispatch_stage(sizes: Sizes) -> Stage:
         backward={"gradients received": received, "sorted, or sent back": sorted_again},
         kept=received,
     )
+
+
+def _send_stage(sizes: Sizes) -> Stage:
+    """Send tokens once to a rank, which makes the rows of its experts of them."""
+    sent, came, rows = _sent(sizes), _came(sizes), sizes.received(sizes.shape.hidden_size)
+    places = 2 * sizes.num_sent + sizes.tokens + 3 * sizes.num_received + sizes.num_came
+    return Stage(
+        "dispatch",
+        DISPATCH,
+        saved={"order of copies and received rows": places * INDEX},
+        forward={"tokens": came, "sent, or rows of them": max(sent, rows)},
+        backward={"tokens' gradients": came, "rows' gradients, or sent back": max(sent, rows)},
+        kept=came + sizes.num_received * ROUTING_BYTES,
+    )
+
+
+def _sent(sizes: Sizes) -> int:
+    """S copies of tokens in the dtype of compute."""
+    return sizes.num_sent * sizes.shape.hidden_size * sizes.compute
+
+
+def _came(sizes: Sizes) -> int:
+    """G received tokens in the dtype of compute."""
+    return sizes.num_came * sizes.shape.hidden_size * sizes.compute
 
 
 def _gate_up_stage(sizes: Sizes) -> Stage:
@@ -90,7 +117,7 @@ def _down_stage(sizes: Sizes) -> Stage:
         sizes.received(sizes.shape.expert_size),
     )
     inner, saves = _inner(sizes), _saves_inputs(sizes)
-    is_sorted_back = sizes.layout.ep_size > 1 and sizes.num_local > 1
+    is_sorted_back = _is_sorted_again(sizes)
     return Stage(
         "down projection",
         DISPATCH,
@@ -151,6 +178,19 @@ def _combine_stage(sizes: Sizes) -> Stage:
     )
 
 
+def _sum_stage(sizes: Sizes) -> Stage:
+    """Weight and sum the rows of each token, bring the sums home, and sum them."""
+    sent, came, rows = _sent(sizes), _came(sizes), sizes.received(sizes.shape.hidden_size)
+    return Stage(
+        "combine",
+        DISPATCH,
+        saved={"rows": rows, "weights": sizes.num_received * FP32},
+        forward={"sums": came, "sums at home": sent},
+        backward={"sums' gradients": came, "rows'": max(sent, rows + _dot_blocks(sizes))},
+        kept=sent,
+    )
+
+
 def _transformers_stages(sizes: Sizes) -> list[Stage]:
     """Return what transformers' `grouped_mm_experts_forward` does, without adapters of experts."""
     hidden_size, expert_size = sizes.shape.hidden_size, sizes.shape.expert_size
@@ -201,8 +241,15 @@ def _saves_inputs(sizes: Sizes) -> bool:
 def _lasting(sizes: Sizes) -> dict[str, int]:
     """Return what names of Python hold while the experts run, though autograd does not need it."""
     rows = sizes.received(sizes.shape.hidden_size)
-    is_sorted_again = sizes.layout.ep_size > 1 and sizes.num_local > 1
-    return {"rows as received": rows * is_sorted_again, "rows": rows * (not _saves_inputs(sizes))}
+    return {
+        "rows as received": rows * _is_sorted_again(sizes),
+        "rows": rows * (not _saves_inputs(sizes)),
+    }
+
+
+def _is_sorted_again(sizes: Sizes) -> bool:
+    """Say whether rows come in another order than that of the experts."""
+    return sizes.layout.ep_size > 1 and sizes.num_local > 1 and not sizes.sends_tokens
 
 
 def _inner(sizes: Sizes) -> int:
@@ -211,9 +258,20 @@ def _inner(sizes: Sizes) -> int:
 
 
 def _dot_blocks(sizes: Sizes) -> int:
-    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32."""
-    elements = sizes.num_routed * sizes.shape.hidden_size
-    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[sizes.run.device_type]) * FP32
+    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32.
+
+    On a GPU one kernel makes the gradients of routing weights at home, without any.
+    """
+    run, at_home = sizes.run, not sizes.sends_tokens
+    if (
+        run.device_type == "cuda"
+        and at_home
+        and (run.kernel != "eager" or sizes.layout.ep_size > 1)
+    ):
+        return 0
+    num_rows = sizes.num_routed if at_home else sizes.num_received
+    elements = num_rows * sizes.shape.hidden_size
+    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[run.device_type]) * FP32
 
 
 def _gradients(sizes: Sizes, num_in: int, num_out: int) -> int:

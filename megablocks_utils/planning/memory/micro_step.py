@@ -6,6 +6,7 @@ from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.memory.fsdp2_buffers import Fsdp2Buffers
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
 from megablocks_utils.planning.memory.ledger import Ledger
+from megablocks_utils.planning.memory.loss_steps import build_loss_steps
 from megablocks_utils.planning.memory.model_stages import HeadPlan, LayerPlan, plan_head
 from megablocks_utils.planning.memory.sizes import Sizes
 from megablocks_utils.planning.memory.stages import ACTIVATIONS, DISPATCH, Stage
@@ -41,6 +42,7 @@ class MicroStep:
         self._units = units
         self._layers = layers
         self._head: HeadPlan = plan_head(sizes)
+        self._loss = build_loss_steps(sizes, self._head, ledger)
         self._ledger = ledger
         self._buffers = buffers
         self._has_expert_gradients = has_expert_gradients
@@ -55,11 +57,11 @@ class MicroStep:
         self._embed()
         for layer in self._layers:
             self._forward_layer(layer)
-        self._compute_logits()
+        self._compute_head()
         self._ledger.moment = "loss"
-        self._compute_loss()
+        self._loss.compute_loss()
         self._ledger.moment = "backward"
-        self._backward_loss()
+        self._loss.backward_loss()
         self._backward_head()
         for layer in reversed(self._layers):
             self._backward_layer(layer)
@@ -123,39 +125,22 @@ class MicroStep:
             self._ledger.hold(stage.component, stage.saved_bytes)
             self._ledger.transient(stage.component, stage.forward_bytes)
 
-    def _compute_logits(self) -> None:
+    def _compute_head(self) -> None:
         ledger, head = self._ledger, self._head
         if self._units.embedding is not None:
             self._buffers.enter(self._units.tail)
         ledger.hold(ACTIVATIONS, head.norm.saved_bytes)
         ledger.transient(ACTIVATIONS, head.norm.forward_bytes)
-        ledger.hold(ACTIVATIONS, head.saved_rows)
-        ledger.hold(ACTIVATIONS, head.logits)
-        ledger.transient(ACTIVATIONS, head.rows - head.saved_rows + self._sizes.hidden_bytes)
+        self._loss.compute_head()
         self._buffers.end_forward()
         if not self._recomputes:
             ledger.free(ACTIVATIONS, head.mask)
-
-    def _compute_loss(self) -> None:
-        """Pass log-softmax in fp32, whose result is kept."""
-        ledger, head = self._ledger, self._head
-        ledger.transient(ACTIVATIONS, head.logits_fp32 * (1 + self._sizes.casts))
-        ledger.hold(ACTIVATIONS, head.logits_fp32)
-        ledger.free(ACTIVATIONS, head.logits)
-
-    def _backward_loss(self) -> None:
-        """Go back through log-softmax; the gradients of the logits are left."""
-        ledger, head = self._ledger, self._head
-        ledger.transient(ACTIVATIONS, 2 * head.logits_fp32)
-        ledger.transient(ACTIVATIONS, head.logits * self._sizes.casts)
-        ledger.hold(ACTIVATIONS, head.logits - head.logits_fp32)
 
     def _backward_head(self) -> None:
         ledger, head, tail = self._ledger, self._head, self._units.tail
         self._buffers.enter_backward(tail, is_whole=True)
         ledger.hold(_BUFFERS, head.gradient)
-        ledger.transient(ACTIVATIONS, head.rows)
-        ledger.free(ACTIVATIONS, head.logits + head.saved_rows)
+        self._loss.backward_head()
         ledger.transient(ACTIVATIONS, 2 * self._sizes.hidden_bytes)
         gradients = head.gradient + self._backward_stages((head.norm,), tail)
         ledger.hold(ACTIVATIONS, self._sizes.hidden_bytes)  # the hidden states' gradients

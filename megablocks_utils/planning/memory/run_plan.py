@@ -38,10 +38,12 @@ class RunPlan:
     def describe(self) -> str:
         """Say the peak in one line, for the summary at the start."""
         of_it = format_gb(self.prediction.components[self.prediction.largest_component])
+        host_bytes = self.prediction.host_bytes
         return (
             f"peak {format_gb(self.verdict.peak_bytes)} in the {self.prediction.moment} "
             f"({of_it} {self.verdict.cause}) of {format_gb(self.verdict.capacity_bytes)}: "
             f"{self.verdict.name}"
+            + (f"; {format_gb(host_bytes)} in host memory" if host_bytes else "")
         )
 
     def describe_impossible(self) -> str:
@@ -88,6 +90,7 @@ def plan_run(
     packing: str,
     kernel: str,
     is_varlen: bool = False,
+    has_whole_logits: bool = False,
 ) -> RunPlan:
     """Predict exactly this run, with the formulas: no torch, milliseconds.
 
@@ -103,6 +106,7 @@ def plan_run(
         packing: how they are laid out.
         kernel: the backend that was chosen.
         is_varlen: whether attention takes examples one by one, without a mask.
+        has_whole_logits: whether the loss takes the logits of all labels at once.
 
     Raises:
         ConfigurationError: the formulas do not know the model.
@@ -118,6 +122,7 @@ def plan_run(
         examples=examples,
         packing=packing,
         is_varlen=is_varlen,
+        has_whole_logits=has_whole_logits,
     )
     layout = scenario.own_layout()
     prediction = scenario.predict(layout)

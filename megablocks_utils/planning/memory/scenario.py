@@ -37,6 +37,7 @@ class Scenario:
         examples: in that micro-batch; more than one need a mask.
         packing: how they are laid out.
         is_varlen: whether attention takes them one by one, without a mask.
+        has_whole_logits: whether the loss takes the logits of all labels at once.
         imbalance: rows that the busiest rank of an ep group receives, over its fair share.
         rehearse: predicts what the formulas do not know; None: nothing does.
     """
@@ -51,6 +52,7 @@ class Scenario:
     examples: int = 1
     packing: str = ONE_ROW
     is_varlen: bool = False
+    has_whole_logits: bool = False
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
@@ -88,6 +90,8 @@ class Scenario:
             is_varlen=self.is_varlen,
             dp_replicate_size=config.parallel.dp_replicate_size,
             cpu_offload=config.cpu_offload,
+            has_whole_logits=self.has_whole_logits,
+            token_dispatch=config.parallel.token_dispatch,
         )
 
     def own_layout(self) -> ParallelLayout:

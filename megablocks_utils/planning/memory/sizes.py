@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
+from megablocks_utils.config.dispatch_cost import TokenTraffic, choose_dispatch
 from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.parameter_shapes import AttentionShape
@@ -113,6 +115,30 @@ class Sizes:
         if self.layout.ep_size == 1:
             return self.num_routed
         return math.ceil(self.num_routed * self.run.imbalance)
+
+    @cached_property
+    def sends_tokens(self) -> bool:
+        """Whether a token travels once to a rank, not once for each of its experts there."""
+        if self.layout.ep_size == 1:
+            return False
+        return choose_dispatch(self.run.token_dispatch, self._traffic, None).is_once_per_rank
+
+    @property
+    def num_sent(self) -> int:
+        """Rows, or copies of tokens, that a rank sends, itself among the receivers."""
+        return self._traffic.count_copies(self.tokens) if self.sends_tokens else self.num_routed
+
+    @property
+    def num_came(self) -> int:
+        """Rows, or tokens, that come to the rank that receives most."""
+        if not self.sends_tokens:
+            return self.num_received
+        return math.ceil(self.num_sent * self.run.imbalance)
+
+    @property
+    def _traffic(self) -> TokenTraffic:
+        shape, hidden_bytes = self.shape, self.shape.hidden_size * self.compute
+        return TokenTraffic(shape.num_experts, shape.top_k, self.layout.ep_size, hidden_bytes)
 
     def routed(self, width: int) -> int:
         """N rows in the dtype of compute."""

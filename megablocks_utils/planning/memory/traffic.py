@@ -6,6 +6,7 @@ are left out.
 
 from collections.abc import Iterable
 
+from megablocks_utils.config.dispatch_cost import ROUTING_BYTES, WEIGHT_GRADIENT_BYTES
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
 from megablocks_utils.planning.memory.sizes import INDEX, Sizes
 from megablocks_utils.planning.model.prediction import COLLECTIVES
@@ -53,17 +54,20 @@ def _count_exchanges(sizes: Sizes) -> int:
     if ep_size == 1:
         return 0
     num_pairs = 3 if run.gradient_checkpointing == "full" else 2
-    away = sizes.num_routed - _kept_by_first(sizes.num_routed, ep_size)
-    returned = sizes.num_received - _kept_by_first(sizes.num_received, ep_size)
+    away, returned = _leaving(sizes.num_sent, ep_size), _leaving(sizes.num_came, ep_size)
     row = sizes.shape.hidden_size * sizes.compute
-    counts = sizes.shape.num_experts * INDEX * (ep_size - 1) // ep_size
-    sent = sizes.shape.num_moe_layers * (num_pairs * (away + returned) * row + counts)
-    return sent - returned * row * sizes.first_experts_send_nothing_back
+    num_counts = sizes.shape.num_experts + ep_size * sizes.sends_tokens
+    counts = num_counts * INDEX * (ep_size - 1) // ep_size
+    routing = _leaving(sizes.num_routed, ep_size) * ROUTING_BYTES * sizes.sends_tokens
+    weights = _leaving(sizes.num_received, ep_size) * WEIGHT_GRADIENT_BYTES * sizes.sends_tokens
+    in_layer = num_pairs * (away + returned) * row + counts + routing + weights
+    sent = sizes.shape.num_moe_layers * in_layer
+    return sent - (returned * row + weights) * sizes.first_experts_send_nothing_back
 
 
-def _kept_by_first(num_rows: int, ep_size: int) -> int:
-    """Return the rows that the first rank of an ep group has with itself."""
-    return -(-num_rows // ep_size)
+def _leaving(num_rows: int, ep_size: int) -> int:
+    """Return the rows that the first rank of an ep group has not with itself."""
+    return num_rows - -(-num_rows // ep_size)
 
 
 def _count_all_reduces(sizes: Sizes, units: ModelUnits) -> int:

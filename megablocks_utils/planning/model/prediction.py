@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.config.backends import AUTO
 
 __all__ = [
     "COLLECTIVES",
@@ -90,11 +91,14 @@ class PlannedRun:
         cpu_offload: what lies in host memory: `none`, `optimizer` or `params`. On a CPU it is the
             same memory.
         dp_replicate_size: groups of ranks that each hold the whole model.
+        token_dispatch: how tokens travel, as the option has it.
         packing: how they are laid out. Where each is padded to a row of its own, padding is part of
             `tokens`, and a mask has only the tokens of a row in its second dim.
         is_varlen: whether attention takes them one by one. More than one are else kept apart by a
             mask (T, T), which transformers makes once, and torch's attention again in floating
             point in every layer.
+        has_whole_logits: whether the loss takes the logits of all labels at once: where what the
+            model does to them is not known.
     """
 
     world_size: int
@@ -114,6 +118,8 @@ class PlannedRun:
     examples: int = 1
     is_varlen: bool = False
     packing: str = ONE_ROW
+    has_whole_logits: bool = False
+    token_dispatch: str = AUTO
     cpu_offload: str = "none"
     dp_replicate_size: int = 1
 

@@ -54,6 +54,7 @@ class RunFacts:
         examples_kept: Examples trained on, cut ones included.
         examples_cut: Those of them shortened to `--max_seq_length`.
         examples_dropped: Examples left out because nothing in them is learned.
+        dispatch: How tokens travel and why; None where none does.
         plan: The predicted peak, in words.
         steps: Optimizer steps of the run.
         examples_per_step: Examples in one global batch.
@@ -72,6 +73,7 @@ class RunFacts:
     expert_dp: str
     kernel: str
     kernel_reason: str
+    dispatch: str | None
     expert_bytes: int
     dense_bytes: int
     examples_kept: int
@@ -147,6 +149,8 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         "steps": f"{facts.steps:,}, {facts.examples_per_step:,} examples each",
         "mesh": _describe_mesh(facts),
     }
+    if facts.dispatch is not None:
+        rows["dispatch"] = facts.dispatch
     if facts.ignored_keys:
         rows["ignored"] = f"{', '.join(facts.ignored_keys)}: no meaning for training"
     if facts.resumed is not None:

@@ -151,7 +151,7 @@ def largest_values(tensors: Sequence[Tensor]) -> Tensor:
     return map_by_device(tensors, _largest_on_device)
 
 
-def _largest_on_device(tensors: Sequence[Tensor]) -> Tensor:
+def _largest_on_device(tensors: list[Tensor]) -> Tensor:
     if tensors[0].is_cuda:
         norms: Iterable[Tensor] = torch._foreach_norm(tensors, math.inf, dtype=torch.float32)
         return torch.stack(tuple(norms))

@@ -1,4 +1,4 @@
-"""Give a micro-batch to a model, and take the logits of its label positions."""
+"""Give a micro-batch to a model, and take the logits or the loss of its label positions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,9 +11,64 @@ from transformers.masking_utils import create_masks_for_generate
 
 from megablocks_utils.attention.varlen_interface import example_lengths
 from megablocks_utils.training.data.batches import MicroBatch, Packing
-from megablocks_utils.training.step.objective import LabelPositions, label_positions
+from megablocks_utils.training.step.linear_cross_entropy import (
+    LogitsMap,
+    linear_cross_entropy,
+    takes_blocks,
+)
+from megablocks_utils.training.step.objective import (
+    LabelPositions,
+    label_positions,
+    token_loss_sum,
+)
+from megablocks_utils.training.step.replaced_forward import replaced_forward
 
-__all__ = ["run_forward"]
+__all__ = ["run_forward", "run_loss"]
+
+
+def run_loss(
+    model: nn.Module,
+    batch: MicroBatch,
+    device: torch.device,
+    logits_map: LogitsMap | None,
+    *,
+    router_logits: bool = False,
+) -> tuple[Any, Tensor]:
+    """Run a transformers model, wrapped or not, on a micro-batch, and sum its token losses.
+
+    Args:
+        model: a causal language model.
+        batch: its examples.
+        device: where the model computes.
+        logits_map: what the model does to its head's logits, so that all of them are never there
+            at once; None: they are.
+        router_logits: whether it is asked for its router logits and auxiliary loss.
+
+    Returns:
+        The model's outputs, and the sum of the token losses: a scalar in fp32.
+    """
+    head = _find_head(model)
+    if logits_map is None or not takes_blocks(head):
+        outputs, logits, targets = run_forward(model, batch, device, router_logits=router_logits)
+        return outputs, token_loss_sum(logits, targets)
+    positions = label_positions(batch.labels).to(device)
+    losses: list[Tensor] = []
+
+    def compute_loss(hidden: Tensor) -> Tensor:
+        # Here FSDP has gathered the head's weights.
+        assert hidden.shape[:2] == batch.labels.shape, "the head sees every position"
+        rows = positions.take_from(hidden)[0]
+        loss_sum, no_logits = linear_cross_entropy(
+            rows, head.weight, head.bias, positions.targets, logits_map
+        )
+        losses.append(loss_sum)
+        return no_logits
+
+    with replaced_forward(head, compute_loss):
+        outputs = _call(model, batch, device, router_logits=router_logits)
+    [loss_sum] = losses
+    # FSDP gathers weights for backward when it comes to what a module has returned.
+    return outputs, loss_sum + outputs.logits.sum()
 
 
 def run_forward(
@@ -33,20 +88,24 @@ def run_forward(
         The model's outputs, (1, P, V) logits and (P,) target tokens.
     """
     positions = label_positions(batch.labels)
-    config = model.config
-    assert isinstance(config, PreTrainedConfig), "a transformers model has one"
-    rows = batch.row_lengths
-    told = example_lengths(rows) if rows else nullcontext()
-    with _keep_positions(model, positions, batch.labels.shape, device), told:
-        outputs = model(
-            **_model_inputs(config, batch, device),
-            use_cache=False,
-            output_router_logits=router_logits,
-        )
+    with _keep_positions(model, positions, batch.labels.shape, device):
+        outputs = _call(model, batch, device, router_logits=router_logits)
     logits = outputs.logits
     if logits.shape[:2] != (1, len(positions.targets)):
         logits = positions.take_from(logits)
     return outputs, logits, positions.targets.to(device)
+
+
+def _call(model: nn.Module, batch: MicroBatch, device: torch.device, *, router_logits: bool) -> Any:
+    config = model.config
+    assert isinstance(config, PreTrainedConfig), "a transformers model has one"
+    rows = batch.row_lengths
+    with example_lengths(rows) if rows else nullcontext():
+        return model(
+            **_model_inputs(config, batch, device),
+            use_cache=False,
+            output_router_logits=router_logits,
+        )
 
 
 def _model_inputs(
@@ -88,6 +147,13 @@ def _sequence_indices(position_ids: Tensor, device: torch.device) -> dict[str, A
     }
 
 
+def _find_head(model: nn.Module) -> nn.Module | None:
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
+    assert head is None or isinstance(head, nn.Module), "an output head is a module"
+    return head
+
+
 @contextmanager
 def _keep_positions(
     model: nn.Module, positions: LabelPositions, shape: torch.Size, device: torch.device
@@ -97,8 +163,7 @@ def _keep_positions(
     Not by the argument `logits_to_keep`: some models lack it, and it means the same positions in
     each row.
     """
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = None if find_head is None else find_head()
+    head = _find_head(model)
     if head is None:
         yield
         return

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.aux_loss import AuxLoss
-from megablocks_utils.training.step.forward import run_forward
-from megablocks_utils.training.step.objective import token_loss_sum
+from megablocks_utils.training.step.forward import run_loss
+from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
 from megablocks_utils.training.step.router_balance import RouterBalance
 
 
@@ -22,12 +22,14 @@ class LossWeights:
         num_micro_batches: micro-batches with examples of the whole global batch.
         aux_loss_coef: weight of the load-balancing loss; 0 leaves it out.
         aux_loss: where that loss comes from.
+        logits_map: what the model does to its head's logits; None: the loss takes them all at once.
     """
 
     num_label_tokens: int
     num_micro_batches: int
     aux_loss_coef: float = 0.0
     aux_loss: AuxLoss = AuxLoss()
+    logits_map: LogitsMap | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def compute_micro_batch_loss(
     """
     has_aux_loss = weights.aux_loss_coef > 0
     with nullcontext() if balance is None else balance.counting(batch):
-        outputs, logits, targets = run_forward(model, batch, device, router_logits=has_aux_loss)
-    loss_sum = token_loss_sum(logits, targets)
+        outputs, loss_sum = run_loss(
+            model, batch, device, weights.logits_map, router_logits=has_aux_loss
+        )
     objective = loss_sum / weights.num_label_tokens
     if not has_aux_loss:
         return MicroBatchLoss(objective, loss_sum.detach(), None)

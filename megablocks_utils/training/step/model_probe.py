@@ -24,7 +24,11 @@ from megablocks_utils.training.step.aux_loss import (
     choose_aux_loss,
     resolve_aux_loss_coef,
 )
+from megablocks_utils.training.step.compile_probe import find_eager_parts
+from megablocks_utils.training.step.compiled_parts import check_compiler
 from megablocks_utils.training.step.kept_parameters import find_narrowed
+from megablocks_utils.training.step.learn_logits_map import find_logits_map
+from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
 from megablocks_utils.training.step.packing_probe import OWN, PackingChoice, choose_packing
 from megablocks_utils.training.step.router_balance import RouterBalance, as_buffer
 from megablocks_utils.training.step.routers import (
@@ -51,6 +55,9 @@ class ModelProbe:
         routers: the kinds of routers; none where nothing is asked of them.
         unused: parameters that get no gradient from text, so that they are not trained.
         unused_reason: why these are not known.
+        logits_map: what the model does to its output head's logits; None if that is not known.
+        logits_reason: why not.
+        eager_parts: classes of modules that torch cannot compile, with reasons.
     """
 
     packing: PackingChoice
@@ -58,6 +65,9 @@ class ModelProbe:
     routers: tuple[BlockRouter, ...] = ()
     unused: tuple[str, ...] = ()
     unused_reason: str = ""
+    logits_map: LogitsMap | None = None
+    logits_reason: str = ""
+    eager_parts: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_varlen(self) -> bool:
@@ -72,11 +82,13 @@ def probe_model(
 
     The model's attention is set, too. Call it before experts are split and FSDP wraps the model.
 
-    **Collective:** one broadcast over the world.
+    **Collective:** up to three exchanges of small objects over the world.
 
     Raises:
         ConfigurationError: on every rank, for an option that this model cannot serve.
     """
+    if config.compile:
+        raise_on_all_ranks(lambda: check_compiler(device))
     given = config.model.attn_implementation
     if given not in _CHOSEN_HERE:
         raise_on_all_ranks(lambda: set_named_implementation(model, given))
@@ -96,6 +108,8 @@ def _notes(
     """Yield what a user should know of it, one line each."""
     if config.optim.per_device_train_batch_size > 1:
         yield f"micro-batches are {probe.packing.describe()}"
+    if probe.logits_reason:
+        yield f"the loss takes the logits of all labels at once: {probe.logits_reason}"
     if probe.unused:
         yield (
             f"{probe.unused[0]} ({len(probe.unused)} parameters in all) gets no gradient from "
@@ -138,13 +152,33 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         _refuse_no_bias(routers, optim.router_bias_update_rate, model.config.model_type)
     elif optim.freeze_router and not config.adapter.has_lora:
         routers = recognize_routers(_asked_by("freeze_router", False, small))
-    if config.adapter.has_lora:
-        return ModelProbe(packing, aux_loss, tuple(routers))
+    logits_map, logits_reason = find_logits_map(model)
+    probe = ModelProbe(
+        packing, aux_loss, tuple(routers), logits_map=logits_map, logits_reason=logits_reason
+    )
+    if not config.adapter.has_lora:
+        probe = _with_unused(probe, model, small, has_aux_loss=coef > 0)
+    if not config.compile:
+        return probe
+    eager_parts = find_eager_parts(
+        _asked_by("compile", False, small),
+        attention=packing.attention,
+        has_router_logits=coef > 0,
+    )
+    return replace(probe, eager_parts=tuple(eager_parts.items()))
+
+
+def _with_unused(
+    probe: ModelProbe,
+    model: PreTrainedModel,
+    small: Callable[[], PreTrainedModel],
+    *,
+    has_aux_loss: bool,
+) -> ModelProbe:
     try:
-        unused = find_unused(model, small(), has_aux_loss=coef > 0)
+        return replace(probe, unused=find_unused(model, small(), has_aux_loss=has_aux_loss))
     except UserError as error:
-        return ModelProbe(packing, aux_loss, tuple(routers), unused_reason=str(error))
-    return ModelProbe(packing, aux_loss, tuple(routers), unused)
+        return replace(probe, unused_reason=str(error))
 
 
 def _asked_by(

@@ -19,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 KERNELS = Path("megablocks_utils/kernels/fused")
-TESTS = tuple(f"tests/kernels/fused/test_{of}.py" for of in ("adamw", "kernels", "fused_experts"))
+TESTS = tuple(
+    f"tests/kernels/fused/test_{of}.py" for of in ("tile_walk", "adamw", "kernels", "fused_experts")
+)
 TIMEOUT_S = 1200
 
 
@@ -41,6 +43,51 @@ class Bug:
 
 
 BUGS = (
+    Bug(
+        "persistent: the last tile is skipped", "row_gemm.py", "listed[2], 0)", "listed[2], 0) - 1"
+    ),
+    Bug(
+        "persistent: later tiles are computed by many programs",
+        "gate_up.py",
+        "tl.program_id(0), tl.num_programs(0)",
+        "tl.program_id(0), 1",
+    ),
+    Bug(
+        "persistent: the first tile after an expert's last counts as that expert's",
+        "tile_walk.py",
+        "(tiles_end <= tile)",
+        "(tiles_end < tile)",
+    ),
+    Bug(
+        "persistent: groups of row tiles do not begin with their expert",
+        "tile_walk.py",
+        "swizzle(tile - first_tile, num_tiles_m, num_tiles_n, GROUP_M)",
+        "swizzle(tile, num_tiles_m, num_tiles_n, GROUP_M)",
+    ),
+    Bug(
+        "persistent: the epilogue stays with the first tile",
+        "row_gemm.py",
+        "            finished += step\n",
+        "",
+    ),
+    Bug(
+        "persistent: the epilogue takes the former tile's offsets",
+        "gate_up.py",
+        "(listed, finished, ",
+        "(listed, tl.maximum(finished - step, 0), ",
+    ),
+    Bug(
+        "persistent: every part of a wide tile is stored as its first",
+        "row_gemm.py",
+        "tile_n * BLOCK_N + i * size)",
+        "tile_n * BLOCK_N)",
+    ),
+    Bug(
+        "persistent: an adapter of more ranks than one step has is cut off",
+        "kernel_launch.py",
+        "num_rows <= MAX_BLOCK_RANK",
+        "num_rows <= 2 * MAX_BLOCK_RANK",
+    ),
     Bug("row tiles of later groups are lost", "device_code.py", "first_m + within %", "within %"),
     Bug(
         "a tile begins at its expert's end",
@@ -69,7 +116,7 @@ BUGS = (
     Bug(
         "partial sum dropped: ranks past the first block",
         "device_code.py",
-        "range(0, rank, BLOCK_R)",
+        "range(0, adapter[2], BLOCK_R)",
         "range(0, BLOCK_R, BLOCK_R)",
     ),
     Bug(

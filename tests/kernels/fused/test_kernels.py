@@ -196,9 +196,12 @@ def test_combine_weights_each_slot():
 
 
 def test_a_layer_with_weights_loaded_by_descriptors():
-    """Sums of whole boxes are; the second projection's 40 columns are not, and fall to pointers."""
-    case = LayerCase(5, 32, 40, rank=4)
-    tiles = TileTable(TMA, TMA, replace(TMA, block_n=16), TMA, TILE)
+    """Sums of whole boxes are; the second projection's 40 columns are not, and fall to pointers.
+
+    Two programs walk the tiles of the kernels that have a walk.
+    """
+    case, walk = LayerCase(5, 32, 40, rank=4), replace(TMA, programs_per_processor=2)
+    tiles = TileTable(walk, walk, replace(walk, block_n=16), TMA, TILE)
     assert_equals_obvious(case, lambda *args: run_experts_triton(*args, tiles=tiles), torch.float32)
 
 

@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 
+from megablocks_utils.kernels.fused.shared_memory import SHARED_LIMIT_BYTES, shared_bytes
 from megablocks_utils.kernels.fused.tiles import (
     FEW_ROWS,
     KINDS,
-    SHARED_LIMIT_BYTES,
     Tile,
     TileTable,
     bucket_of,
@@ -17,7 +17,6 @@ from megablocks_utils.kernels.fused.tiles import (
     choose_tiles,
     list_candidates,
     name_architecture,
-    shared_bytes,
 )
 
 COMBINATIONS = list(product(SHARED_LIMIT_BYTES, (2, 4), KINDS))
@@ -26,7 +25,9 @@ COMBINATIONS = list(product(SHARED_LIMIT_BYTES, (2, 4), KINDS))
 @pytest.mark.parametrize(("arch", "itemsize", "kind"), COMBINATIONS)
 def test_every_tile_fits(arch, itemsize, kind):
     tiles = list_candidates(kind, arch=arch, itemsize=itemsize)
-    assert 2 <= len(set(tiles)) == len(tiles) <= 3
+    assert 2 <= len(set(tiles)) == len(tiles) <= 4
+    # Persistent programs are what a search tries, and never what runs unmeasured.
+    assert [t for t in tiles if t.programs_per_processor] == list(tiles[3:])
     for tile in tiles:
         assert shared_bytes(kind, tile, itemsize) <= SHARED_LIMIT_BYTES[arch], tile
         sides = (tile.block_m, tile.block_n, tile.block_k)
@@ -46,6 +47,9 @@ def test_shared_memory_is_what_triton_allocates():
     # Rows are looked up: with 5 and 7 of Triton's stages.
     assert shared_bytes("weight_grad", Tile(128, 256, 64, 8, 3), 2) == 148480
     assert shared_bytes("weight_grad", Tile(128, 128, 64, 8, 4), 2) == 132608
+    # Persistent programs, which have room for results besides, with adapters of rank 64.
+    assert shared_bytes("up", Tile(128, 128, 64, 8, 4, True, 1), 2) == 229440
+    assert shared_bytes("linear", Tile(128, 256, 64, 8, 4, True, 1), 2) == 221216
 
 
 def test_a_result_larger_than_the_operands_counts():
@@ -129,6 +133,11 @@ def test_round_trip():
     table = TileTable.from_json(json.loads(json.dumps(TABLE.as_json())))
     assert table == TABLE and hash(table) == hash(TABLE)
     assert table != replace(TABLE, up=replace(TABLE.up, num_stages=9))
+    walk = replace(TABLE, up=replace(TABLE.up, programs_per_processor=2))
+    assert TileTable.from_json(walk.as_json()) == walk
+    older = TABLE.as_json()
+    del older["up"]["programs_per_processor"]
+    assert TileTable.from_json(older) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -140,6 +149,8 @@ def test_round_trip():
         lambda payload: payload["up"].update(block_m=0),
         lambda payload: payload["up"].update(block_m="128"),
         lambda payload: payload["up"].update(block_m=True),
+        lambda payload: payload["up"].update(programs_per_processor=-1),
+        lambda payload: payload["weight_grad"].update(programs_per_processor=1),
     ],
 )
 def test_tables_that_are_none(spoil):

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback
 
@@ -78,7 +79,7 @@ def argv_of(folder, model, layout, options):
 def run_fsdp2(rank, argv):
     """Take two steps in which every expert gets as many rows; a `Measured`."""
     setup, state = build_run(argv)
-    _spread_rows(setup.sharded)
+    _spread_rows(setup.sharded, setup.config.parallel.token_dispatch)
     gradients = []
     trained = [p for p in state.model.parameters() if p.requires_grad]
     optimizer = state.optimizer.optimizer
@@ -117,12 +118,15 @@ def run_fsdp1(rank, argv):
     return Measured(_sum_bytes((*flat, *experts)), 0, 0, dict(counter.num_bytes))
 
 
-def _spread_rows(sharded):
-    """Have every expert get the same number of rows."""
+def _spread_rows(sharded, dispatch):
+    """Have every expert get the same number of rows, and every pair of them where tokens travel."""
 
     def hook(module, inputs):
         hidden_states, index, weights = inputs
         spread = index.new_tensor(range(index.numel())) % module.num_experts
+        if dispatch != "rows":
+            pairs = torch.combinations(torch.arange(module.num_experts), index.shape[1])
+            spread = pairs.repeat(-(-len(index) // len(pairs)), 1)[: len(index)]
         return hidden_states, spread.view_as(index), weights
 
     for module in sharded.expert_modules.values() if sharded else ():
@@ -155,6 +159,7 @@ def plan_of(folder, model, argv, entry_point):
         has_aux_loss=False,
         device_type="cpu",
         examples=BATCH,
+        token_dispatch=config.parallel.token_dispatch,
     )
 
 
@@ -165,10 +170,24 @@ def plan_of(folder, model, argv, entry_point):
         (
             "uneven",
             COPIES,
-            {"gradient_accumulation_steps": 2, "sync_each_batch": False, "precision": "mixed"},
+            {
+                "gradient_accumulation_steps": 2,
+                "sync_each_batch": False,
+                "precision": "mixed",
+                "token_dispatch": "rows",
+            },
         ),
         ("even", WHOLE, {"precision": "bf16_sr", "gradient_checkpointing": "False"}),
-        ("uneven", SHARD, {"use_lora": "all", "lora_r": 3, "gradient_accumulation_steps": 2}),
+        (
+            "uneven",
+            SHARD,
+            {
+                "use_lora": "all",
+                "lora_r": 3,
+                "gradient_accumulation_steps": 2,
+                "token_dispatch": "rows",
+            },
+        ),
         ("even", COPIES, {"use_lora": "mlp-only", "gradient_checkpointing": "False"}),
         ("even", WHOLE, {"use_lora": "attn-only", "precision": "mixed"}),
     ],
@@ -185,7 +204,8 @@ def test_fsdp2(ranks4, folder, model, layout, options):
     sent = told.sent_bytes_per_step
     rows = first.num_bytes.get("all_to_all of rows", 0)
     counts = first.num_bytes.get("all_to_all of counts", 0)
-    assert sent["all_to_all"] == rows + counts
+    routing = first.num_bytes.get("all_to_all of routing", 0)
+    assert sent["all_to_all"] == rows + counts + routing
     for kind in COLLECTIVES:
         assert sent[kind] == first.num_bytes.get(kind, 0), kind
     # Of the copies over dp a rank sends what it holds once, 2 * (2 - 1) / 2. Besides, the norm's 8

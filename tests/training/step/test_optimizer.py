@@ -337,12 +337,14 @@ def test_only_a_part_of_the_states_is_on_the_device(monkeypatch):
         optimizer = build_optimizer(
             named, optim_config(), precision(), seed=0, cpu_offload="optimizer"
         )
-        seen = []
+        on_device, update = [], torch.optim.AdamW.step
 
-        def watch(optimizer, _args, _kwargs):
-            states = [s["exp_avg"] for s in optimizer.state.values() if s]
-            seen.append([len(s) for s in states if s.device.type == "cuda"])
+        def watch(optimizer):
+            averages = [state["exp_avg"] for state in optimizer.state.values() if state]
+            on_device.append([len(average) for average in averages if average.is_cuda])
+            update(optimizer)
 
+        monkeypatch.setattr(torch.optim.AdamW, "step", watch)
         for _ in range(2):
             for _, parameter in named:
                 parameter.grad = torch.empty_like(parameter)
@@ -350,3 +352,4 @@ def test_only_a_part_of_the_states_is_on_the_device(monkeypatch):
         for _, parameter in named:
             state = optimizer.state[parameter]
             assert {state[name].device.type for name in ("exp_avg", "exp_avg_sq")} == {"cpu"}
+    assert on_device == [[], [], [], [4], [9], [5]]  # made in the first step, brought in the second

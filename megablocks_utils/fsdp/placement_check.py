@@ -67,7 +67,7 @@ def _check_here(model: nn.Module, plan: PlacementPlan) -> Sequence[int]:
     for entry in plan.entries:
         if num_parameters[entry.pattern] != entry.num_parameters:
             raise PlacementError(
-                f"the placement plan declares {entry.num_parameters} parameters {entry.pattern} "
+                f"the placement plan declares {entry.num_parameters} of {entry.pattern} "
                 f"({entry.rule.kind}), but the wrapped model has {num_parameters[entry.pattern]}."
             )
     return [num_elements[entry.pattern] for entry in plan.entries]

@@ -203,13 +203,13 @@ class _ExpertKinds:
 def _declare_expert_rules(*, is_sharded_over_dp: bool) -> tuple[PlacementRule, PlacementRule]:
     """Return the rules of experts and of their adapters."""
     if is_sharded_over_dp:
-        dp, reason = SHARD, "a rank holds whole experts, and of these its share of dp"
+        dp, reason = SHARD, "tokens travel to them over ep; FSDP2 shards them again over dp"
         summed = "over ep by the exchange's backward pass, over the other axes by FSDP2"
     else:
-        dp, reason = COPIES, "a rank holds whole experts"
+        dp, reason = COPIES, "tokens travel to them over ep; along dp all hold the same"
         summed = "over ep by the exchange's backward pass, over the other axes once a step"
     placements = _lies(COPIES, dp, SHARD_DIM_0)
     return (
         PlacementRule("experts", placements, reason, summed),
-        PlacementRule("adapters of experts", placements, f"as their experts: {reason}", summed),
+        PlacementRule("adapters of experts", placements, "beside their experts", summed),
     )

@@ -83,9 +83,9 @@ def test_each_deviation_ends_all_ranks_with_a_sentence(ranks4, argv):
         "extra": "model.extra is in no entry of the placement plan, but it must be in exactly one.",
         "twice": f"{ROUTER} is in 2 entries of the placement plan, {ROUTER} (dense parameters) and "
         "model.layers.*.mlp.gate.weight (dense parameters), but it must be in exactly one.",
-        "empty": "the placement plan declares 1 parameters model.absent (dense parameters), but "
+        "empty": "the placement plan declares 1 of model.absent (dense parameters), but "
         "the wrapped model has 0.",
-        "lost": "the placement plan declares 2 parameters model.layers.*.mlp.gate.weight (dense "
+        "lost": "the placement plan declares 2 of model.layers.*.mlp.gate.weight (dense "
         "parameters), but the wrapped model has 1.",
         "whole": f"{ROUTER} is whole on every rank, {says} {DENSE}.",
         "axis": f"{EXPERT} is dp: shard of dim 0, ep: copies, {says} dp: copies, ep: shard of dim "

@@ -63,9 +63,11 @@ def _runs_in_flat_parameters(modules: Iterable[nn.Module]) -> dict[int, RunPlace
     runs = {}
     for handle in flat_handles(modules):
         flat = handle.flat_param
+        assert flat._params is not None, "build_fsdp1_plugin keeps the original parameters"
         described = zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True)
         for parameter, shape, info in described:
             if info.in_shard:
+                assert info.intra_param_start_idx is not None, "it has elements here"
                 runs[id(parameter)] = RunPlace(tuple(shape), info.intra_param_start_idx)
     return runs
 

@@ -180,8 +180,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)
-    if adapters is not None:
-        raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
+    raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_layer_options(model, config, probe, console)
     return Setup(
         config=config,
@@ -257,11 +256,13 @@ def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapter
 def _apply_lora(
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
-    adapters: ChosenAdapters,
+    adapters: ChosenAdapters | None,
     config: RunConfig,
     precision: ResolvedPrecision,
 ) -> None:
-    apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=config.seed)
+    dtype = getattr(torch, precision.adapter)
+    if adapters is not None:
+        apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
 
 
 def _load_data(

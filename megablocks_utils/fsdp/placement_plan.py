@@ -80,11 +80,12 @@ class PlacementPlan:
     """How everything lies that a run holds.
 
     Attributes:
-        axis_sizes: ranks along "dp_replicate" (where there is one), "dp" and "ep", in this order.
+        axis_sizes: ranks along "dp_replicate" (where there is one), "dp" and "ep", in this order; of
+            the experts' mesh, also where there is none.
         entries: each parameter and persistent buffer is in exactly one.
     """
 
-    axis_sizes: Mapping[str, int]
+    axis_sizes: dict[str, int]
     entries: tuple[PlacementEntry, ...]
 
     def count_copies(self, entry: PlacementEntry) -> int:

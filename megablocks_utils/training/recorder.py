@@ -204,7 +204,7 @@ class RunRecorder:
             sys.argv,
             setup.config,
             resolved=describe_resolved(setup),
-            mesh=setup.mesh_sizes(),
+            mesh=setup.placement.axis_sizes,
             kernel=kernel,
             kernel_reason=reason,
             kernel_probe=None if kernel_check is None else kernel_check.as_record(),

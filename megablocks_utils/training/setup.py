@@ -112,10 +112,6 @@ class Setup:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
         return find_expert_parameters(self.model)
 
-    def mesh_sizes(self) -> dict[str, int]:
-        """Ranks along the axes of the experts' mesh, also where there is none."""
-        return dict(self.placement.axis_sizes)
-
     def verify_kernel(self) -> KernelCheck | None:
         """Compare the kernel with `eager`, all weights being there; None if it is not ours.
 

@@ -80,8 +80,8 @@ class PlacementPlan:
     """How everything lies that a run holds.
 
     Attributes:
-        axis_sizes: ranks along "dp_replicate" (where there is one), "dp" and "ep", in this order; of
-            the experts' mesh, also where there is none.
+        axis_sizes: ranks along "dp_replicate" (where there is one), "dp" and "ep", in this order:
+            those of the experts' mesh, also where there is none.
         entries: each parameter and persistent buffer is in exactly one.
     """
 

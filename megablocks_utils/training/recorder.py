@@ -20,6 +20,7 @@ from megablocks_utils.files import (
     RUN_RECORD_NAME,
 )
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.fsdp.placement_plan import describe_plan
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.output_claim import OutputClaim, claim_output_dir
@@ -108,7 +109,7 @@ class RunRecorder:
             line = f"warning: {setup.answer_end.warning}"
             setup.console.print(line, markup=False, soft_wrap=True)
         if setup.config.debug:
-            for line in describe_placements(setup.model):
+            for line in (*describe_plan(setup.placement), *describe_placements(setup.model)):
                 setup.console.print(line, markup=False, soft_wrap=True)
         raise_on_all_ranks(self._open_metrics)
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
@@ -210,7 +211,7 @@ class RunRecorder:
             sys.argv,
             setup.config,
             resolved=describe_resolved(setup),
-            mesh=setup.mesh_sizes(),
+            mesh=setup.placement.axis_sizes,
             kernel=kernel,
             kernel_reason=reason,
             kernel_probe=None if kernel_check is None else kernel_check.as_record(),

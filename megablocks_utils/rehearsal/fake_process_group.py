@@ -1,4 +1,4 @@
-"""Be rank 0 of a run whose other ranks do not exist."""
+"""Be one rank of a run whose other ranks do not exist."""
 
 import os
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ __all__ = ["fake_process_group"]
 
 
 @contextmanager
-def fake_process_group(world_size: int, device_type: str) -> Iterator[None]:
+def fake_process_group(world_size: int, device_type: str, rank: int = 0) -> Iterator[None]:
     """Initialise torch's fake process group: every collective returns at once, with anything.
 
     Accelerate reads the launcher's variables, so they are set too, for this process.
     """
     os.environ |= {
-        "RANK": "0",
+        "RANK": str(rank),
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
@@ -26,7 +26,7 @@ def fake_process_group(world_size: int, device_type: str) -> Iterator[None]:
         "ACCELERATE_USE_CPU": str(device_type == "cpu"),
         "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",  # as accelerate.yaml has it
     }
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:

@@ -36,6 +36,11 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
             "use train_accelerate_fsdp2.py."
         )
+    if entry_point == "fsdp1" and values["cpu_offload"] == "params":
+        raise ConfigurationError(
+            "--cpu_offload is params, but FSDP1 leaves the experts, most of the weights, on the "
+            "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
+        )
     accumulation = values["gradient_accumulation_steps"]
     if values["compile"] and entry_point == "fsdp1" and accumulation > 1:
         raise ConfigurationError(

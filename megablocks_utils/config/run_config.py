@@ -22,6 +22,7 @@ from megablocks_utils.config.precision import (
     resolve_preset,
 )
 from megablocks_utils.config.saving import SavingConfig
+from megablocks_utils.errors import ConfigurationError
 
 __all__ = [
     "OPTIONS",
@@ -51,6 +52,7 @@ class RunConfig:
         overwrite_output_dir: Whether a finished run there may be overwritten.
         ignore_plan: Whether a run starts that the plan says cannot fit.
         gradient_checkpointing: "full", "none" or "selective".
+        cpu_offload: "none", "optimizer" or "params".
         compile: Whether torch compiles the dense parts of the layers.
         router_aux_loss_coef: Weight of the load-balancing loss; None: as the model's config says.
         seed: Seed of data order and random numbers.
@@ -94,6 +96,15 @@ class RunConfig:
             translation=MappingProxyType(_CHECKPOINTING),
         ),
     ] = "full"
+    cpu_offload: Annotated[
+        str,
+        Option(
+            "what lies in host memory instead of a GPU's: optimizer (Adam's states, brought to the "
+            "GPU piece by piece for the update) or params (FSDP2: weights, gradients and Adam's "
+            "states; weights are copied in unit by unit, the CPU makes the update)",
+            choices=("none", "optimizer", "params"),
+        ),
+    ] = "none"
     compile: Annotated[
         bool,
         Option(
@@ -199,7 +210,7 @@ def resolve_precision(config: RunConfig, device_type: str) -> ResolvedPrecision:
 
 
 def check_world(config: RunConfig, world_size: int, num_experts: int | None = None) -> None:
-    """Refuse an ep_size that does not fit the number of processes or of experts.
+    """Refuse an ep_size or a way of offloading that does not fit the number of processes.
 
     Args:
         config: The run.
@@ -218,3 +229,11 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
         num_experts=num_experts,
         note=" (the number of processes)" if given is None else "",
     )
+    has_copies = config.parallel.expert_dp == "replicate" and given not in (None, world_size)
+    if config.cpu_offload == "params" and has_copies:
+        raise ConfigurationError(
+            f"cpu_offload is params, but with expert_dp replicate and ep_size {given} on "
+            f"{world_size} processes FSDP leaves copies of the experts on the devices: expert_dp "
+            "must be shard.",
+            parameters=("cpu_offload", "expert_dp", "ep_size"),
+        )

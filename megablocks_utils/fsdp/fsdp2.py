@@ -15,15 +15,18 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.files import TRACKERS_FOLDER_NAME
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
+from megablocks_utils.fsdp.cpu_offload import build_offload_policy
+from megablocks_utils.fsdp.expert_units import holds_experts, shard_experts_over_dp
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
-from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
-from megablocks_utils.mesh.placement import is_replicated, local_tensor
+from megablocks_utils.fsdp.prefetch import prefetch_in_order
+from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
+from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 
@@ -52,6 +55,7 @@ def build_accelerator(
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=layer_classes,
         mixed_precision_policy=build_mixed_precision_policy(precision),
+        cpu_offload=build_offload_policy(config.cpu_offload, device_type),
         cpu_ram_efficient_loading=False,  # it takes every parameter for a full tensor of rank 0
         reshard_after_forward=True,
         activation_checkpointing=False,  # that is --gradient_checkpointing, whatever says it
@@ -110,17 +114,31 @@ def prepare_fsdp2(
         UserError: on every rank, what `fill_local` raised on one.
     """
     layers = find_layers(model, accelerator)
-    model = wrap_fsdp2(accelerator, model, sharded)
-    raise_on_all_ranks(lambda: fill_layers(model, layers, fill_local, accelerator.device, on_layer))
+    prefetches = prefetches_units(sharded, accelerator.device.type)
+    model = wrap_fsdp2(accelerator, model, sharded, prefetches=prefetches)
+    raise_on_all_ranks(lambda: fill_layers(accelerator, model, layers, fill_local, on_layer))
     return model, accelerator.prepare_optimizer(make_optimizer(model.named_parameters()))
 
 
-def wrap_fsdp2(accelerator: Accelerator, model: nn.Module, sharded: ShardedMoE | None) -> nn.Module:
+def wrap_fsdp2(
+    accelerator: Accelerator,
+    model: nn.Module,
+    sharded: ShardedMoE | None,
+    *,
+    prefetches: bool = False,
+) -> nn.Module:
     """Do what `prepare_fsdp2` does up to the filling: what is on meta stays there.
 
     **Collective:** every rank of the world must call; process groups are made.
+
+    Args:
+        accelerator: from `build_accelerator`.
+        model: sharded by `shard_moe`, adapters attached.
+        sharded: what `shard_moe` returned; None without expert parallelism.
+        prefetches: whether the units' forward passes ask for the next one's weights.
     """
     plugin = accelerator.state.fsdp_plugin
+    layers = list(find_layers(model, accelerator).values())
     replicated = [p for p in model.parameters() if is_replicated(p)]
     # Accelerate takes modules only, of which it wants nothing but the parameters.
     plugin.ignored_modules = [nn.ParameterList(replicated)]
@@ -128,10 +146,13 @@ def wrap_fsdp2(accelerator: Accelerator, model: nn.Module, sharded: ShardedMoE |
         # First, and as units of their own: what is done with the experts would take them along.
         for norm in sharded.post_expert_norms.values():
             fully_shard(
-                norm, mp_policy=plugin.mixed_precision_policy, ignored_params=set(replicated)
+                norm,
+                mp_policy=plugin.mixed_precision_policy,
+                offload_policy=plugin.cpu_offload,
+                ignored_params=set(replicated),
             )
-        if shards_over_dp(sharded):
-            shard_experts_over_dp(sharded, plugin.mixed_precision_policy)
+        if holds_experts(sharded, plugin.cpu_offload):
+            shard_experts_over_dp(sharded, plugin.mixed_precision_policy, plugin.cpu_offload)
         else:
             plugin.ignored_modules.extend(sharded.expert_modules.values())
     model = _prepare_model(accelerator, model)
@@ -142,8 +163,20 @@ def wrap_fsdp2(accelerator: Accelerator, model: nn.Module, sharded: ShardedMoE |
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_unshard_in_backward(needs_weights_in_backward(unit))
+    if prefetches and sharded is not None:
+        prefetch_in_order(sharded, layers)
     _assert_all_sharded(model)
     return model
+
+
+def prefetches_units(sharded: ShardedMoE | None, device_type: str) -> bool:
+    """Return whether units' forward passes ask for the next one's weights.
+
+    They do where the CPU waits for a GPU in every layer. On a CPU a gather is done when it is asked
+    for, so that asking early takes memory and gives nothing.
+    """
+    exchanges = sharded is not None and axis_size(sharded.mesh, EP_AXIS) > 1
+    return exchanges and device_type != "cpu"
 
 
 def needs_weights_in_backward(unit: nn.Module) -> bool:
@@ -175,48 +208,21 @@ def _prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def fill_layers(
+    accelerator: Accelerator,
     model: nn.Module,
     layers: dict[str, nn.Module],
     fill_local: FillLocal,
-    device: torch.device,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Fill a wrapped model's parameters that are on meta, layer by layer, then the rest.
 
     No communication, so that it may fail on one rank.
     """
+    device, offload = accelerator.device, accelerator.state.fsdp_plugin.cpu_offload
     for name, layer in layers.items():
-        materialize(layer, fill_local, device, prefix=f"{name}.")
+        materialize(layer, fill_local, device, prefix=f"{name}.", offload=offload)
         on_layer(1)
-    materialize(model, fill_local, device)
-
-
-def shards_over_dp(sharded: ShardedMoE) -> bool:
-    """Return whether FSDP shards the experts: asked for, and more than one rank to shard over."""
-    return sharded.expert_dp == "shard" and axis_size(sharded.mesh, DP_AXIS) > 1
-
-
-def shard_experts_over_dp(sharded: ShardedMoE, policy: MixedPrecisionPolicy) -> None:
-    """Shard each experts module over the dp axis, so that a rank holds 1/world of the weights.
-
-    Whole experts where they divide evenly, else rows of every expert, else (adapters of small rank)
-    columns: without padding wherever one of them divides.
-    """
-    dp_mesh = sharded.mesh[DP_AXIS]
-
-    def choose_dim(parameter: nn.Parameter) -> Shard:
-        sizes = local_tensor(parameter).shape
-        even = (dim for dim, size in enumerate(sizes) if size % dp_mesh.size() == 0)
-        return Shard(next(even, 0))
-
-    for module in sharded.expert_modules.values():
-        fully_shard(
-            module,
-            mesh=dp_mesh,
-            mp_policy=policy,
-            shard_placement_fn=choose_dim,
-            ignored_params={p for p in module.parameters() if is_replicated(p)},
-        )
+    materialize(model, fill_local, device, offload=offload)
 
 
 def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedTensors:
@@ -246,7 +252,10 @@ def gather_whole(parameter: nn.Parameter) -> Tensor:
     if is_replicated(parameter):
         return sharded
     assert isinstance(sharded, DTensor), "FSDP2 and the experts' mesh shard as DTensors"
-    return sharded.full_tensor()
+    # From host memory by way of the device, whose network is the faster one.
+    on_device = sharded.to(sharded.device_mesh.device_type)
+    assert isinstance(on_device, DTensor)
+    return on_device.full_tensor()
 
 
 def _assert_all_sharded(model: nn.Module) -> None:

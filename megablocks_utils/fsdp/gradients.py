@@ -7,7 +7,7 @@ by `sum_replicated_gradients`; an expert's gradient arrives summed over its ep g
 all-to-all, and what is left is the sum over the dp axis.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -79,22 +79,44 @@ def clip_gradients(
     norm = global_grad_norm(parameters, norms)
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's and transformers' formula
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for grad in _local_grads(parameters):
-            by_dtype.setdefault(grad.dtype, []).append(grad)
+            alike.setdefault((grad.device, grad.dtype), []).append(grad)
         # Not one factor in the first one's dtype: under FSDP1 that differs between ranks, and
         # copies would part.
-        for dtype, grads in by_dtype.items():
-            torch._foreach_mul_(grads, factor.to(dtype))
+        for (device, dtype), grads in alike.items():
+            torch._foreach_mul_(grads, factor.to(device, dtype))
     return norm
 
 
 def shard_grad_norms(parameters: Iterable[Tensor]) -> Tensor:
     """Return the L2 norm of this rank's shard of every gradient there is, (G,) fp32."""
-    grads = _local_grads(parameters)
-    if not grads:
+    return map_by_device(
+        _local_grads(parameters),
+        lambda grads: torch.stack(tuple(torch._foreach_norm(grads, 2, dtype=torch.float32))),
+    )
+
+
+def map_by_device(tensors: Sequence[Tensor], compute: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Compute a number for each tensor, (N,) fp32, where the tensors lie.
+
+    Args:
+        tensors: on one device, or on a GPU and, offloaded, in host memory; the results are then
+            all on the GPU, which is not waited for.
+        compute: the numbers of tensors on one device.
+    """
+    numbers: dict[torch.device, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        numbers.setdefault(tensor.device, []).append(number)
+    if not numbers:
         return torch.zeros(0)
-    return torch.stack(tuple(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+    parts = [compute([tensors[n] for n in own]) for own in numbers.values()]
+    if len(parts) == 1:
+        return parts[0]
+    device = next(device for device in numbers if device.type != "cpu")
+    joined = torch.cat([part.to(device, non_blocking=True) for part in parts])
+    order = torch.tensor([n for own in numbers.values() for n in own])
+    return joined[order.argsort().to(device, non_blocking=True)]
 
 
 def global_grad_norm(parameters: Iterable[Tensor], norms: Tensor | None = None) -> Tensor:
@@ -111,14 +133,16 @@ def global_grad_norm(parameters: Iterable[Tensor], norms: Tensor | None = None) 
     """
     parameters = list(parameters)
     world_size = dist.get_world_size()
-    device = parameters[0].device if parameters else torch.device("cpu")
+    devices = [p.device for p in parameters] or [torch.device("cpu")]
+    # A GPU's, where there is one: ranks without gradients there must reduce on the same one.
+    device = next((d for d in devices if d.type != "cpu"), devices[0])
     parameters = [p for p in parameters if p.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if parameters:
         norms = shard_grad_norms(parameters) if norms is None else norms
         replicas = [count_replicas(p, world_size) for p in parameters]
         squares = norms.double().square()
-        total += (squares / torch.tensor(replicas, device=device)).sum()
+        total += (squares / torch.tensor(replicas, device=norms.device)).sum().to(device)
     dist.all_reduce(total)
     return total.sqrt()
 

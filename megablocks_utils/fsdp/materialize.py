@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.mesh.placement import (
@@ -22,7 +23,12 @@ _ADAPTED_LAYER = "base_layer."
 
 @torch.no_grad()
 def materialize(
-    module: nn.Module, fill_local: FillLocal, device: torch.device, *, prefix: str = ""
+    module: nn.Module,
+    fill_local: FillLocal,
+    device: torch.device,
+    *,
+    prefix: str = "",
+    offload: OffloadPolicy | None = None,
 ) -> None:
     """Fill every parameter that is on meta; others (adapters) stay as they are.
 
@@ -34,13 +40,14 @@ def materialize(
         fill_local: where the values come from.
         device: where they go.
         prefix: what the names of the module's parameters begin with in the model.
+        offload: FSDP2's, which has shards in host memory; None: all are on the device.
     """
     places: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if local_tensor(parameter.detach()).is_meta:
             places.setdefault(parameter, []).append(name)
     for parameter, names in places.items():
-        local = torch.empty_like(local_tensor(parameter.detach()), device=device)
+        local = _allocate(parameter, device, offload)
         fill_local(
             f"{prefix}{names[0]}".replace(_ADAPTED_LAYER, ""), local, local_offsets(parameter)
         )
@@ -52,15 +59,20 @@ def materialize(
             setattr(module.get_submodule(owner), attribute, filled)
 
 
+def _allocate(
+    parameter: nn.Parameter, device: torch.device, offload: OffloadPolicy | None
+) -> Tensor:
+    """Return memory for this rank's part of a parameter."""
+    part = local_tensor(parameter.detach())
+    if isinstance(offload, CPUOffloadPolicy) and isinstance(parameter, DTensor):
+        # Pinned at once: FSDP2 would copy what is not.
+        return torch.empty_like(part, device="cpu", pin_memory=offload.pin_memory)
+    return torch.empty_like(part, device=device)
+
+
 def _place_like(parameter: nn.Parameter, local: Tensor) -> Tensor:
     """Declare a local tensor to be this rank's part of a parameter's whole tensor."""
     if not isinstance(parameter, DTensor):
         return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    # Not `from_local`, which moves what lies in host memory to the mesh's devices.
+    return DTensor(local, parameter._spec, requires_grad=False)

@@ -19,7 +19,7 @@ _YES, _NO = ("true", "1", "yes", "y", "t", "on"), ("false", "0", "no", "n", "f",
 _FSDP_FILE = "FSDP is set up by this script"
 _RESHARD = "weights are let go after the forward pass and gathered again"
 _LAYERS = "every decoder layer becomes one FSDP unit"
-_STAYS = "weights, gradients and Adam's states stay on the devices"
+_OFFLOAD = "--cpu_offload says what lies in host memory"
 _COMPILE = "--compile True compiles what can be compiled here, the dense parts of the layers"
 _MESH = "--ep_size and --expert_dp give the mesh"
 _DTYPES = "dtypes come from --precision"
@@ -80,7 +80,7 @@ _SETTINGS = {
     ),
 }
 _FSDP_SETTINGS = {
-    "FSDP_OFFLOAD_PARAMS": _Setting("fsdp_offload_params", _NO, _STAYS),
+    "FSDP_OFFLOAD_PARAMS": _Setting("fsdp_offload_params", _NO, _OFFLOAD),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": _Setting(
         "fsdp_activation_checkpointing_offload", _NO, "activations stay on the devices"
     ),

@@ -1,8 +1,8 @@
 """What nobody can know before a run, assumed: where tokens go, above all."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +23,17 @@ from megablocks_utils.mesh.token_exchange import (
     exchange_rows,
 )
 from megablocks_utils.moe.dropless_experts import DroplessExperts
-from megablocks_utils.rehearsal.library_patches import shape_grouped_mm
+from megablocks_utils.planning.model.prediction import PlannedRun
+from megablocks_utils.rehearsal.library_patches import (
+    attention_of_a_gpu,
+    copied_between_memories,
+    no_launches,
+    one_example_a_row,
+    shape_grouped_mm,
+)
+from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes
 
-__all__ = ["AssumedValues", "assume_gpu_sums", "assume_routing"]
+__all__ = ["AssumedValues", "assume_gpu_sums", "assume_routing", "pretend"]
 
 
 def assume_routing(module: DroplessExperts, num_tokens: int, top_k: int, imbalance: float) -> None:
@@ -144,6 +152,26 @@ def _shape_gradients(
         torch.empty_like(rows) if wants_rows else None,
         torch.empty_like(weights) if wants_weights else None,
     )
+
+
+def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[AbstractContextManager]:
+    """Yield what makes tensors fake, and libraries right about them.
+
+    Args:
+        run: what is planned.
+        on_host: called with what is copied to host memory.
+    """
+    if run.kernel == "triton":
+        yield no_launches()
+    if run.device_type == "cuda":
+        yield assume_gpu_sums()
+        yield attention_of_a_gpu()
+    if run.offloaded != "none":
+        yield copied_between_memories(on_host)
+    if run.examples == 1:
+        yield one_example_a_row()
+    # Rotary frequencies are real: every model computes them when it is built.
+    yield RememberedFakes(allow_non_fake_inputs=True)
 
 
 class AssumedValues(TorchDispatchMode):

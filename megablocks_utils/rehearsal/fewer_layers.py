@@ -123,8 +123,12 @@ def _extrapolate(first: Rehearsal, more: Sequence[tuple[int, Rehearsal]]) -> Reh
         peaks.append(LedgerPeak(_add(peak.components, others), peak.moment))
     sent = [(count, one_more.sent_bytes_per_step) for count, one_more in more]
     allocated = sum(count * (one.allocated_bytes - first.allocated_bytes) for count, one in more)
+    on_host = sum(count * (one.host_bytes - first.host_bytes) for count, one in more)
     return Rehearsal(
-        peaks, first.allocated_bytes + allocated, _add(first.sent_bytes_per_step, sent)
+        peaks,
+        first.allocated_bytes + allocated,
+        _add(first.sent_bytes_per_step, sent),
+        first.host_bytes + on_host,
     )
 
 

@@ -4,6 +4,7 @@ Each patch names its cause. `tests/rehearsal/test_library_patches.py` asserts th
 needed: when an upgrade makes one of those tests fail, its patch can go.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "attention_of_a_gpu",
+    "copied_between_memories",
     "large_on_meta",
     "no_launches",
     "one_example_a_row",
@@ -24,6 +26,35 @@ __all__ = [
 
 _MAKES_TENSORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand)
 _LARGE_BYTES = 2**28
+_COPY_IN, _COPY_OUT = ("_fsdp_param.py", "cpu_offload.py"), "_fsdp_collectives.py"
+
+
+@contextmanager
+def copied_between_memories(on_host: Callable[[Tensor], None]) -> Iterator[None]:
+    """Let what is offloaded be copied, while entered, as between a GPU's and host memory.
+
+    Cause: `to` copies nothing where both are one device's.
+
+    Args:
+        on_host: called with each copy that goes to host memory.
+    """
+    original = Tensor.to
+
+    def copy(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        moved = original(tensor, *args, **kwargs)
+        source = sys._getframe(1).f_code.co_filename
+        if moved is not tensor or not source.endswith((*_COPY_IN, _COPY_OUT)):
+            return moved
+        moved = tensor.clone()
+        if source.endswith(_COPY_OUT):
+            on_host(moved)
+        return moved
+
+    setattr(Tensor, "to", copy)  # noqa: B010 - as below
+    try:
+        yield
+    finally:
+        setattr(Tensor, "to", original)  # noqa: B010
 
 
 class large_on_meta(TorchFunctionMode):

@@ -22,8 +22,10 @@ from torch.utils._pytree import tree_leaves
 from megablocks_utils.rehearsal.library_patches import watch_resizes
 from megablocks_utils.rehearsal.memory_origin import FSDP_BUFFERS, find_origin
 
-__all__ = ["IN_LAYERS", "LedgerPeak", "MemoryLedger"]
+__all__ = ["HOST", "IN_LAYERS", "LedgerPeak", "MemoryLedger"]
 
+HOST = "host"
+"""What is in host memory, and so not on the device."""
 _JOINS_GRADIENTS = "chunk_cat"
 IN_LAYERS = "backward of the layers"
 """The moment from when the way back has reached the last layer: with the head it is another peak,
@@ -134,12 +136,18 @@ class MemoryLedger(TorchDispatchMode):
 
     @property
     def held_bytes(self) -> int:
-        """What is held now."""
-        return sum(self._sizes.values())
+        """What is held on the device now."""
+        return sum(n for number, n in self._sizes.items() if self._origins[number] != HOST)
+
+    def find_host_peak(self) -> int:
+        """Return how much was held in host memory at most, since `open`."""
+        changes = (n if self._origins[number] == HOST else 0 for number, n in self._events)
+        return max(list(accumulate(changes))[self._first_event :], default=0)
 
     def find_peaks(self) -> list[LedgerPeak]:
         """Return when most was held in each moment that the owner has named, since `open`."""
-        totals = list(accumulate(change for _, change in self._events))
+        changes = (0 if self._origins[number] == HOST else n for number, n in self._events)
+        totals = list(accumulate(changes))
         starts = [start for start, _ in self._moments]
         fullest: dict[str, int] = {}
         for event in range(self._first_event, len(totals)):
@@ -152,6 +160,7 @@ class MemoryLedger(TorchDispatchMode):
         held: Counter[str] = Counter()
         for number, change in self._events[: event + 1]:
             held[self._origins[number]] += change
+        del held[HOST]
         return LedgerPeak({name: size for name, size in held.items() if size}, moment)
 
     def _book(self, storage: torch.UntypedStorage) -> None:

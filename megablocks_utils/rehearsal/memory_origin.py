@@ -16,6 +16,7 @@ _PLACES = (
     # DTensor works out placements on fakes of the whole tensor: no memory of any real run.
     ("/torch/distributed/tensor/_sharding_prop", _NOTHING),
     ("/torch/distributed/fsdp/", FSDP_BUFFERS),
+    ("/megablocks_utils/fsdp/cpu_offload", "optimizer"),
     ("/torch/optim/", "optimizer"),
     ("/megablocks_utils/training/step/stochastic_rounding", "optimizer"),
     ("/megablocks_utils/fsdp/materialize", "parameters"),

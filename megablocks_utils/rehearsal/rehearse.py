@@ -11,13 +11,13 @@ are made before the first micro-step.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation
@@ -29,7 +29,7 @@ from megablocks_utils.config import (
     RunConfig,
 )
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
-from megablocks_utils.mesh.placement import is_replicated, mark_replicated
+from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.planning.model.prediction import (
     COLLECTIVES,
@@ -38,20 +38,15 @@ from megablocks_utils.planning.model.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.rehearsal.assumptions import (
-    AssumedValues,
-    assume_gpu_sums,
-    assume_routing,
-)
+from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing, pretend
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
-from megablocks_utils.rehearsal.library_patches import (
-    attention_of_a_gpu,
-    no_launches,
-    one_example_a_row,
+from megablocks_utils.rehearsal.memory_ledger import HOST, IN_LAYERS, LedgerPeak, MemoryLedger
+from megablocks_utils.rehearsal.rehearsed_runs import (
+    Fsdp1Run,
+    Fsdp2Run,
+    RehearsalInputs,
+    move_to_meta,
 )
-from megablocks_utils.rehearsal.memory_ledger import IN_LAYERS, LedgerPeak, MemoryLedger
-from megablocks_utils.rehearsal.rehearsed_runs import Fsdp1Run, Fsdp2Run, RehearsalInputs
-from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes
 from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.data.text import IGNORED_LABEL
@@ -72,12 +67,14 @@ class Rehearsal:
     Attributes:
         peaks: when tensors held most in each moment of the step, as the ledger has booked it.
         allocated_bytes: held after zero_grad.
+        host_bytes: held in host memory at most, of what is offloaded.
         sent_bytes_per_step: by kind of collective, scaled to all micro-steps of the run.
     """
 
     peaks: list[LedgerPeak]
     allocated_bytes: int
     sent_bytes_per_step: dict[str, int]
+    host_bytes: int = 0
 
     @property
     def peak(self) -> LedgerPeak:
@@ -91,6 +88,7 @@ class Rehearsal:
             "backward" if self.peak.moment == IN_LAYERS else self.peak.moment,
             self.allocated_bytes,
             self.sent_bytes_per_step,
+            self.host_bytes,
         )
 
 
@@ -122,8 +120,8 @@ def rehearse(
         UserError: a model or kernel that cannot be run.
     """
     config = _build_config(layout, run)
-    fakes = () if is_real else _fakes(run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
+    fakes = () if is_real else pretend(run, lambda copy: ledger.assign([copy], HOST))
     with fake_process_group(run.world_size, device.type):
         rehearsed, layers = _build(model, config, run, device)
         ledger.watch_layers(layers[-1])
@@ -162,6 +160,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             sync_each_batch=run.sync_each_batch,
         ),
         gradient_checkpointing=run.gradient_checkpointing,
+        cpu_offload=run.cpu_offload,
         router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
     )
 
@@ -190,35 +189,10 @@ def _build(
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
-        _move_to_meta(model)
+        move_to_meta(model)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
     return kind(RehearsalInputs(model, sharded, config, run, device)), layers
-
-
-def _move_to_meta(model: nn.Module) -> None:
-    """Forget the adapters' values, which are filled like weights; tied parameters stay tied."""
-    on_meta: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in on_meta:
-                values = parameter.detach().to("meta")
-                on_meta[parameter] = nn.Parameter(values, parameter.requires_grad)
-                if is_replicated(parameter):
-                    mark_replicated(on_meta[parameter])
-            setattr(module, name, on_meta[parameter])
-
-
-def _fakes(run: PlannedRun) -> Iterator[AbstractContextManager]:
-    if run.kernel == "triton":
-        yield no_launches()
-    if run.device_type == "cuda":
-        yield assume_gpu_sums()
-        yield attention_of_a_gpu()
-    if run.examples == 1:
-        yield one_example_a_row()
-    # Rotary frequencies are real: every model computes them when it is built.
-    yield RememberedFakes(allow_non_fake_inputs=True)
 
 
 class _Step:
@@ -245,8 +219,11 @@ class _Step:
         optimizer.step()
         if not _begins_with_gradients(self._run):
             optimizer.zero_grad()
-        states = (value for state in optimizer.state.values() for value in state.values())
-        self._ledger.assign(states, "optimizer")
+        for trained, state in optimizer.state.items():
+            for value in state.values():
+                is_moved = self._run.offloaded == "optimizer" and value.dim() > 0
+                on_host = is_moved or self._is_on_host(trained)
+                self._ledger.assign([value], HOST if on_host else "optimizer")
         self._traffic.take()
 
     def take(self, micro_steps: int) -> None:
@@ -276,11 +253,20 @@ class _Step:
             sent[kind] += size * (self._run.accumulation - 1)
         sent += self.sent_at_end
         sent_bytes = {kind: sent[kind] for kind in COLLECTIVES}
-        return Rehearsal(self._ledger.find_peaks(), self._ledger.held_bytes, sent_bytes)
+        ledger = self._ledger
+        return Rehearsal(
+            ledger.find_peaks(), ledger.held_bytes, sent_bytes, ledger.find_host_peak()
+        )
 
     def _assign(self) -> None:
-        self._ledger.assign(self._rehearsed.model.parameters(), "parameters")
-        self._ledger.assign((p.grad for p in self._trainable), "gradients")
+        for parameter in self._rehearsed.model.parameters():
+            on_host = self._is_on_host(parameter)
+            self._ledger.assign([parameter], HOST if on_host else "parameters")
+            self._ledger.assign([parameter.grad], HOST if on_host else "gradients")
+
+    def _is_on_host(self, parameter: Tensor) -> bool:
+        """Return whether FSDP2 keeps a parameter, with its gradient and states, in host memory."""
+        return self._run.offloaded == "params" and not is_replicated(parameter)
 
     def _micro_batch(self) -> MicroBatch:
         run, row = self._run, self._run.row_tokens

@@ -4,14 +4,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, fill_and_wrap_fsdp1, strip_wrappers
-from megablocks_utils.fsdp.fsdp2 import build_accelerator, fill_layers, find_layers, wrap_fsdp2
+from megablocks_utils.fsdp.fsdp2 import (
+    build_accelerator,
+    fill_layers,
+    find_layers,
+    prefetches_units,
+    wrap_fsdp2,
+)
+from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.model.prediction import PlannedRun
 from megablocks_utils.training.data.batches import MicroBatch
@@ -22,7 +29,7 @@ from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 
-__all__ = ["Fsdp1Run", "Fsdp2Run", "RehearsalInputs"]
+__all__ = ["Fsdp1Run", "Fsdp2Run", "RehearsalInputs", "move_to_meta"]
 
 _SEED = 42
 _NUM_STEPS = 1000
@@ -73,14 +80,19 @@ class Fsdp2Run:
         classes = layer_classes(model)
         self._accelerator = build_accelerator(inputs.config, precision, classes, inputs.device.type)
         self._layers = find_layers(model, self._accelerator)
-        self.model = wrap_fsdp2(self._accelerator, model, inputs.sharded)
+        prefetches = prefetches_units(inputs.sharded, inputs.run.device_type)
+        self.model = wrap_fsdp2(self._accelerator, model, inputs.sharded, prefetches=prefetches)
 
     def fill(self) -> None:
         """Give all parameters their memory, and make the optimizer."""
         accelerator, inputs = self._accelerator, self._inputs
-        fill_layers(self.model, self._layers, fill_at_random, accelerator.device)
+        fill_layers(accelerator, self.model, self._layers, fill_at_random)
         self.optimizer = build_optimizer(
-            self.model.named_parameters(), inputs.config.optim, inputs.run.precision, seed=_SEED
+            self.model.named_parameters(),
+            inputs.config.optim,
+            inputs.run.precision,
+            seed=_SEED,
+            cpu_offload=inputs.run.cpu_offload,
         )
         scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
         prepared = accelerator.prepare_optimizer(self.optimizer)
@@ -125,7 +137,11 @@ class Fsdp1Run:
         )
         named = ((strip_wrappers(name), p) for name, p in self.model.named_parameters())
         self.optimizer = build_optimizer(
-            named, inputs.config.optim, inputs.run.precision, seed=_SEED
+            named,
+            inputs.config.optim,
+            inputs.run.precision,
+            seed=_SEED,
+            cpu_offload=inputs.run.cpu_offload,
         )
         self._scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
         self._finish = StepFinish(self.model, inputs.sharded, _MAX_GRAD_NORM)
@@ -144,6 +160,22 @@ class Fsdp1Run:
     def update(self) -> None:
         """Update the weights and drop the gradients."""
         self._finish.update(self.optimizer, self._scheduler)
+
+
+def move_to_meta(model: nn.Module) -> None:
+    """Forget the adapters' values: they are filled like the weights, and booked.
+
+    A parameter that is in two places stays in two places: tied embeddings stay tied.
+    """
+    on_meta: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in on_meta:
+                values = parameter.detach().to("meta")
+                on_meta[parameter] = nn.Parameter(values, parameter.requires_grad)
+                if is_replicated(parameter):
+                    mark_replicated(on_meta[parameter])
+            setattr(module, name, on_meta[parameter])
 
 
 def layer_classes(model: PreTrainedModel) -> list[str]:

@@ -79,6 +79,7 @@ def build_training_state(setup: Setup) -> TrainingState:
         optim_config=config.optim,
         precision=setup.precision,
         seed=config.seed,
+        cpu_offload=config.cpu_offload,
     )
     with track_sharding(setup.console, setup.num_layers) as on_layer:
         model, optimizer = prepare_fsdp2(

@@ -71,8 +71,8 @@ class MemoryCheck:
         """
         measured: dict[str, Any] = {
             "components": {
-                "parameters": count_local_bytes(model.parameters()),
-                "optimizer": count_local_bytes(_states(optimizer)),
+                "parameters": count_local_bytes(self._on_device(model.parameters())),
+                "optimizer": count_local_bytes(self._on_device(_states(optimizer))),
             },
             "peak_bytes": max(0, totals.mem_peak_bytes - self.base_bytes),
             "allocated_bytes": max(0, totals.mem_alloc_bytes - self.base_bytes),
@@ -81,6 +81,10 @@ class MemoryCheck:
             measured[KEPT_BYTES] = read_kept_bytes()
         plan = {"not_planned": self.reason} if self.run_plan is None else self.run_plan.as_record()
         return plan | {"base_bytes": self.base_bytes, "measured": measured}
+
+    def _on_device(self, tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Leave out what is offloaded to host memory."""
+        return (tensor for tensor in tensors if tensor.device.type == self.device_type)
 
 
 def check_memory(

@@ -152,6 +152,7 @@ class MoETrainer(Trainer):
                 self._setup.precision,
                 seed=self._setup.config.seed,
                 plain_shard=self._setup.launch.rank,
+                cpu_offload=self._setup.config.cpu_offload,
             )
         return self.optimizer
 

@@ -308,6 +308,20 @@ def test_fsdp1_refuses_a_second_rule_for_dtypes(flag):
     )
 
 
+def test_what_cannot_be_offloaded():
+    assert refusal("--cpu_offload params", "fsdp1") == (
+        "--cpu_offload is params, but FSDP1 leaves the experts, most of the weights, on the "
+        "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
+    )
+    words = f"{SHARDING} --cpu_offload params --expert_dp replicate --ep_size"
+    with pytest.raises(ConfigurationError) as caught:
+        check_world(parse(f"{words} 2"), 4)
+    assert caught.value.as_options().startswith(
+        "--cpu_offload is params, but with --expert_dp replicate and --ep_size 2 on 4 processes"
+    )
+    check_world(parse(f"{words} 4"), 4)  # there is one copy of each expert
+
+
 def test_fsdp1_specifics():
     assert refusal(f"{SHARDING} --expert_dp shard", "fsdp1") == (
         "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "

@@ -17,7 +17,14 @@ FOUR_TWO = Layout(4, 2, "replicate")
 FOUR = Layout(4, 4, "replicate")
 
 CASES = [
-    ParityCase(TWO, "qwen3_moe", accumulation=2, checkpointing="selective", **SHORT),
+    ParityCase(
+        TWO,
+        "qwen3_moe",
+        accumulation=2,
+        checkpointing="selective",
+        cpu_offload="optimizer",
+        **SHORT,
+    ),
     ParityCase(TWO, "olmoe", accumulation=2, sync_each_batch=False, max_grad_norm=0.0, **SHORT),
     ParityCase(FOUR_TWO, "mixtral", accumulation=2, aux_loss_coef=0.02, **SHORT),
     ParityCase(FOUR_TWO, "qwen3_moe", checkpointing="False", weight_decay=0.1, **SHORT),

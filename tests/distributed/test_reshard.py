@@ -24,9 +24,9 @@ IN_BACKGROUND = ("--async_save", "True")  # the save is held back until the next
 # Rows of experts are cut where there are fewer experts than ranks or odd sizes; FSDP1's flat shards
 # cut within rows.
 ONE = make_run("fsdp2", Layout(1, 0))
-TWO = make_run("fsdp2", Layout(2, 2), *IN_BACKGROUND, model="qwen3_moe, tied")
+TWO = make_run("fsdp2", Layout(2, 2), *IN_BACKGROUND, model="qwen3_moe, tied", cpu_offload="params")
 FOUR_TWO = make_run("fsdp2", Layout(4, 2), model="olmoe, 2 experts")
-FOUR_TWO_COPIES = make_run("fsdp2", Layout(4, 2, "replicate"))
+FOUR_TWO_COPIES = make_run("fsdp2", Layout(4, 2, "replicate"), cpu_offload="optimizer")
 FOUR = make_run("fsdp2", Layout(4, 4))
 ONE_FSDP1 = make_run("fsdp1", Layout(1, 0, "replicate"), model="mixtral, wide")
 TWO_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), model="mixtral, wide")
@@ -61,6 +61,7 @@ SAME_LAYOUT = [
             sync_each_batch=False,
             checkpointing=checkpointing,
             num_examples=num_examples,
+            cpu_offload="optimizer" if precision == "bf16_sr" else "none",
         )
         for script, precision, checkpointing, num_examples in (
             ("fsdp2", "bf16_sr", "False", MID_EPOCH),

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megablocks_utils.config.precision import PrecisionConfig, resolve_preset
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun
+from megablocks_utils.rehearsal import assumptions
 from megablocks_utils.rehearsal import rehearse as rehearse_module
 from megablocks_utils.rehearsal.fewer_layers import rehearse_few_layers
 from megablocks_utils.rehearsal.rehearse import rehearse
@@ -52,7 +53,7 @@ def rehearse_alone(rank: int, folder: Path, layout: ParallelLayout, run: Planned
 def rehearse_slowly(rank: int, folder: Path, layout: ParallelLayout, run: PlannedRun):
     """Rehearse as `rehearse_alone`, with torch's own fake tensors and both micro-steps."""
     with (
-        patch.object(rehearse_module, "RememberedFakes", FakeTensorMode),
+        patch.object(assumptions, "RememberedFakes", FakeTensorMode),
         patch.object(rehearse_module, "_begins_with_gradients", lambda run: False),
     ):
         return rehearse_alone(rank, folder, layout, run)

@@ -9,6 +9,7 @@ from transformers import masking_utils
 
 from megablocks_utils.rehearsal.library_patches import (
     attention_of_a_gpu,
+    copied_between_memories,
     no_launches,
     one_example_a_row,
     shape_grouped_mm,
@@ -53,6 +54,18 @@ def test_attention_on_a_cpu_keeps_scores_where_values_are_narrower():
             output = functional.scaled_dot_product_attention(query, query, value)
     assert "softmax" not in Watch.names
     assert output.shape == value.shape
+
+
+def test_nothing_is_copied_to_the_same_device():
+    fully_shard_places = "/torch/_fsdp_param.py", "/torch/_fsdp_collectives.py", "/elsewhere.py"
+    tensor, on_host, is_copied = torch.ones(2), [], []
+    assert tensor.to("cpu", non_blocking=True) is tensor
+    with copied_between_memories(on_host.append):
+        for place in fully_shard_places:
+            moved = eval(compile('tensor.to("cpu")', place, "eval"), {"tensor": tensor})
+            is_copied.append(moved is not tensor)
+    assert is_copied == [True, True, False]
+    assert len(on_host) == 1  # gradients
 
 
 def test_no_dispatch_mode_sees_a_storage_resized():

@@ -99,6 +99,18 @@ def test_static_bytes_by_hand(ranks1, folder, layout, expert_share):
     assert fake.allocated_bytes == pytest.approx(3 * held, rel=1e-3)
 
 
+@pytest.mark.parametrize(("offload", "share"), [("params", 4), ("optimizer", 2)])
+def test_offloaded_bytes_lie_in_host_memory(ranks1, folder, offload, share):
+    """Of four times the weights: with gradients and both moments, or the moments alone."""
+    run = plan(tokens=16, device_type="cuda", cpu_offload=offload, accumulation=1)
+    [fake] = ranks1.run(rehearse_alone, folder, WHOLE, run)
+    held = 4 * (NUM_DENSE // 8 + NUM_EXPERTS // 8)
+    assert fake.host_bytes == pytest.approx(share * held, rel=1e-3)
+    on_device = 0 if offload == "params" else held
+    assert fake.allocated_bytes == pytest.approx(on_device, rel=1e-3)
+    assert fake.components.get("parameters") == on_device
+
+
 def test_own_experts_at_ep_1(ranks1, folder):
     """Every rank keeps all experts where they are copies, and an eighth where they are sharded."""
     for expert_dp, share in (("replicate", 1), ("shard", 8)):

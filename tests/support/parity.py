@@ -102,6 +102,7 @@ class ParityCase:
     token_dispatch: str = "auto"
     packing: str = "auto"
     learning_rate: float = LEARNING_RATE
+    cpu_offload: str = "none"
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -146,6 +147,7 @@ class ParityFolder:
             "router_aux_loss_coef": case.aux_loss_coef,
             "precision": case.precision,
             "packing": case.packing,
+            "cpu_offload": case.cpu_offload,
             "report_to": "none",
         }
         if case.layout.ep_size:

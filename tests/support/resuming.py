@@ -57,8 +57,9 @@ class Run:
         return self.case.layout
 
     def on(self, other: "Run") -> "Run":
-        """Return the same training, on the script and layout of another run."""
-        return replace(self, script=other.script, case=replace(self.case, layout=other.layout))
+        """Return the same training, on the script, layout and memory of another run."""
+        place = {"layout": other.layout, "cpu_offload": other.case.cpu_offload}
+        return replace(self, script=other.script, case=replace(self.case, **place))
 
 
 def make_run(

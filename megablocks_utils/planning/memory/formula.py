@@ -7,7 +7,7 @@ of stages, and `traffic`.
 from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.memory.fsdp2_buffers import Accumulation, Fsdp2Buffers
-from megablocks_utils.planning.memory.fsdp_units import ModelUnits
+from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
 from megablocks_utils.planning.memory.ledger import Ledger
 from megablocks_utils.planning.memory.micro_step import MicroStep
 from megablocks_utils.planning.memory.model_stages import plan_layers
@@ -49,8 +49,9 @@ def predict(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> Predi
         run: the run.
     """
     sizes, units = Sizes(shape, layout, run), build_units(shape, layout, run)
-    ledger = Ledger()
-    ledger.hold("parameters", units.sum("stored_bytes"))
+    ledger, host_bytes = Ledger(), _host_bytes(units, run)
+    parameters = sum(g.stored_bytes for g in units.all() if not _is_offloaded(g, run))
+    ledger.hold("parameters", parameters)
     ledger.hold("optimizer", _optimizer_bytes(units, run))
     allocated_bytes = ledger.total + _left_gradients(units, run)
     accumulation = _last_micro_step(run)
@@ -61,28 +62,93 @@ def predict(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> Predi
         units,
         plan_layers(sizes, units),
         ledger=ledger,
-        buffers=_build_buffers(ledger, units, accumulation, run),
+        buffers=_build_buffers(
+            ledger,
+            units,
+            accumulation,
+            run,
+            prefetches=layout.ep_size > 1 and run.device_type == "cuda",
+        ),
         has_expert_gradients=run.accumulation > 1,
     ).run()
+    ledger.moment = "optimizer"
+    ledger.transient("optimizer", _updated_bytes(units, run))
     sent = count_sent_bytes(sizes, units)
-    return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent)
+    return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent, host_bytes)
 
 
 def _build_buffers(
-    ledger: Ledger, units: ModelUnits, accumulation: Accumulation, run: PlannedRun
+    ledger: Ledger,
+    units: ModelUnits,
+    accumulation: Accumulation,
+    run: PlannedRun,
+    *,
+    prefetches: bool,
 ) -> Fsdp1Buffers | Fsdp2Buffers:
     order = [unit for unit in units.all() if unit.is_fsdp]
     if run.entry_point == "fsdp1":
         return Fsdp1Buffers(ledger, order, accumulation)
-    num_not_gathered = int(units.embedding is not None)
-    return Fsdp2Buffers(ledger, order, accumulation, num_not_gathered=num_not_gathered)
+    return Fsdp2Buffers(
+        ledger,
+        order,
+        accumulation,
+        num_not_gathered=int(units.embedding is not None),
+        asking=_asking(units) if prefetches else (),
+        is_offloaded=run.offloaded == "params",
+    )
+
+
+def _asking(units: ModelUnits) -> list[FsdpUnit]:
+    """Return the units that ask for the next one's weights, as `fsdp.prefetch` chooses them."""
+    asking = [
+        unit
+        for layer in units.layers
+        for unit in (*layer.dense, layer.experts)
+        if unit is not None and unit.is_fsdp
+    ]
+    return asking if units.embedding is None else [*asking, units.tail]
+
+
+def _is_offloaded(unit: FsdpUnit, run: PlannedRun) -> bool:
+    """Return whether a unit's shards lie in host memory, with their gradients and states."""
+    return unit.is_fsdp and run.offloaded == "params"
+
+
+def _host_bytes(units: ModelUnits, run: PlannedRun) -> int:
+    """Return what is held in host memory, at its most."""
+    if run.offloaded == "optimizer":
+        return sum(_moment_bytes(unit, units, run) for unit in units.all())
+    offloaded = [unit for unit in units.all() if _is_offloaded(unit, run)]
+    held = sum(unit.stored_bytes + unit.trained_bytes for unit in offloaded)
+    # A later micro-step's gradients are copied one by one, and added to those there.
+    largest = max((unit.largest_trained_numel for unit in offloaded), default=0)
+    added = largest * itemsize(run.precision.adapter)
+    held += added * _last_micro_step(run).has_reduced
+    return held + sum(_state_bytes(unit, units, run) for unit in offloaded)
 
 
 def _optimizer_bytes(units: ModelUnits, run: PlannedRun) -> int:
-    state = itemsize(run.precision.optim)
-    counters = units.sum("num_trained") * _STEP_COUNTER_BYTES
-    kept = 0 if units.kept is None else units.kept.trained_numel
-    return 2 * (units.sum("trained_numel") - kept) * state + 2 * kept * FP32 + counters
+    """Return Adam's states on the device."""
+    on_device = [unit for unit in units.all() if not _is_offloaded(unit, run)]
+    states = sum(_state_bytes(unit, units, run) for unit in on_device)
+    return states - (_host_bytes(units, run) if run.offloaded == "optimizer" else 0)
+
+
+def _updated_bytes(units: ModelUnits, run: PlannedRun) -> int:
+    """Return states that an update brings from host memory: at most those of one parameter."""
+    if run.offloaded != "optimizer":
+        return 0
+    largest = max(unit.largest_trained_numel for unit in units.all())
+    return 2 * largest * itemsize(run.precision.optim)
+
+
+def _state_bytes(unit: FsdpUnit, units: ModelUnits, run: PlannedRun) -> int:
+    return _moment_bytes(unit, units, run) + unit.num_trained * _STEP_COUNTER_BYTES
+
+
+def _moment_bytes(unit: FsdpUnit, units: ModelUnits, run: PlannedRun) -> int:
+    state = FP32 if unit is units.kept else itemsize(run.precision.optim)
+    return 2 * unit.trained_numel * state
 
 
 def _left_gradients(units: ModelUnits, run: PlannedRun) -> int:
@@ -110,6 +176,7 @@ def _hold_gradients(
         if not unit.is_fsdp:
             ledger.hold("gradients", unit.trained_bytes * (run.accumulation > 1))
             continue
-        ledger.hold("gradients", unit.trained_bytes * accumulation.has_reduced)
+        if not _is_offloaded(unit, run):
+            ledger.hold("gradients", unit.trained_bytes * accumulation.has_reduced)
         unreduced = unit.flat_gradient_bytes if is_fsdp1 else unit.whole_gradient_bytes
         ledger.hold("fsdp_buffers", unreduced * accumulation.has_unreduced)

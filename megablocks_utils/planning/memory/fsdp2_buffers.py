@@ -2,8 +2,9 @@
 
 One all-gather gives one buffer of all ranks' shards, which is copied into the whole parameters. In
 forward the buffer stays until the next unit has been copied, so that the two may overlap; in
-backward it is freed at once, but the next unit's is gathered ahead. A reduce-scatter reads one
-buffer of all gradients, which stays until the next unit's is made.
+backward it is freed at once, but the next unit's is gathered ahead, as it is in forward where units
+ask for each other's. A reduce-scatter reads one buffer of all gradients, which stays until the next
+unit's is made. Shards in host memory are copied in before, and their gradients out afterwards.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ class Fsdp2Buffers:
         order: units in the order in which the forward pass is done with them.
         accumulation: where in the step.
         num_not_gathered: units at the front of `order` whose weights backward does not need.
+        asking: units in the order of their forward passes that ask for the one after them.
+        is_offloaded: whether shards lie in host memory.
     """
 
     def __init__(
@@ -49,11 +52,15 @@ class Fsdp2Buffers:
         accumulation: Accumulation,
         *,
         num_not_gathered: int,
+        asking: Sequence[FsdpUnit] = (),
+        is_offloaded: bool = False,
     ) -> None:
         self._ledger = ledger
         self._order = order
         self._accumulation = accumulation
         self._num_not_gathered = num_not_gathered
+        self._is_offloaded = is_offloaded
+        self._to_ask = list(reversed(asking))
         self._place = len(order) - 1
         self._ahead = 0
         self._deferred = 0
@@ -67,6 +74,10 @@ class Fsdp2Buffers:
         self._copy_out(unit)
         self._ledger.free(_BUFFERS, self._deferred)
         self._deferred = buffer
+        if self._to_ask and self._to_ask[-1] is unit:
+            self._to_ask.pop()
+            if self._to_ask:
+                self._gather_ahead(self._to_ask[-1])
 
     def leave(self, unit: FsdpUnit) -> None:
         """Free the whole weights."""
@@ -92,8 +103,7 @@ class Fsdp2Buffers:
             self._ledger.free(_BUFFERS, buffer)
         self._place -= 1
         if self._place >= self._num_not_gathered:
-            self._ahead = self._order[self._place].buffer_bytes
-            self._ledger.hold(_BUFFERS, self._ahead)
+            self._gather_ahead(self._order[self._place])
 
     def holds_gradients(self, unit: FsdpUnit) -> bool:
         """Say whether a unit's gradients lie side by side until its backward pass ends.
@@ -127,7 +137,9 @@ class Fsdp2Buffers:
         # FSDP's loop has the last gradient in hand when it makes room for the reduced ones.
         last = min(unit.last_gradient_bytes, gradient_bytes)
         ledger.free(_BUFFERS, gradient_bytes - last)
-        if accumulation.has_reduced:
+        if unit.ranks == 1:
+            ledger.transient(_BUFFERS, 2 * unit.trained_bytes)  # divided by 1, and copied
+        if accumulation.has_reduced or self._is_offloaded:
             ledger.transient(_BUFFERS, unit.trained_bytes)
         else:
             ledger.hold(_GRADIENTS, unit.trained_bytes)
@@ -140,13 +152,22 @@ class Fsdp2Buffers:
 
     def _start(self, unit: FsdpUnit) -> int:
         """Have a unit's gathered buffer, and return its size."""
-        buffer = unit.buffer_bytes
         if not self._ahead:
-            self._ledger.transient(_BUFFERS, buffer + unit.cast_bytes)
-            self._ledger.hold(_BUFFERS, buffer)
+            self._gather(unit)
         self._ahead = 0
-        return buffer
+        return unit.buffer_bytes
+
+    def _gather_ahead(self, unit: FsdpUnit) -> None:
+        self._gather(unit)
+        self._ahead = unit.buffer_bytes
+
+    def _gather(self, unit: FsdpUnit) -> None:
+        copied = unit.copied_in_bytes if self._is_offloaded else unit.cast_bytes
+        self._ledger.transient(_BUFFERS, unit.buffer_bytes + copied)
+        self._ledger.hold(_BUFFERS, unit.buffer_bytes)
 
     def _copy_out(self, unit: FsdpUnit) -> None:
         self._ledger.hold(_BUFFERS, unit.gathered_bytes)
+        if self._is_offloaded and unit.ranks == 1:
+            self._ledger.transient(_BUFFERS, unit.copied_alone_bytes)
         self._ledger.transient(_BUFFERS, unit.restacked_bytes)

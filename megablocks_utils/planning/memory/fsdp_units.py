@@ -93,6 +93,32 @@ class FsdpUnit:
         return held * self.compute if self.is_fsdp and self.ranks > 1 else 0
 
     @cached_property
+    def copied_in_bytes(self) -> int:
+        """What copying own shards from host memory leaves on the device until they are gathered."""
+        held = sum(shard.numel for shard in self.shards)
+        return held * self.compute if self.ranks > 1 else 0
+
+    @cached_property
+    def copied_alone_bytes(self) -> int:
+        """What one rank that gathers nothing has at the most beside the whole parameters.
+
+        They are copied from host memory, cast and put into the whole one after the other, and each
+        stays until the next one is cast.
+        """
+        whole = before = most = 0
+        for shard in self.shards:
+            stored, computed = shard.numel * shard.stored, shard.numel * self.compute
+            cast = computed if shard.stored != self.compute else 0
+            most = max(most, whole + before + stored + cast, whole + 2 * computed)
+            whole, before = whole + computed, computed
+        return most - whole
+
+    @cached_property
+    def largest_trained_numel(self) -> int:
+        """Elements held of the largest parameter that is trained."""
+        return max((shard.numel for shard in self._trained), default=0)
+
+    @cached_property
     def restacked_bytes(self) -> int:
         """Second copies of gathered parameters that are put together along another dim."""
         return sum(shard.whole for shard in self.shards if shard.is_restacked) * self.compute

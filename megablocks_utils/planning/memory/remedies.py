@@ -201,6 +201,17 @@ def _shorter(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
         yield Attempt(f"--max_seq_length {length}", replace(smaller, config=config), layout)
 
 
+def _cpu_offload(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
+    """Offer host memory, which takes time but changes no number, if it is another memory."""
+    if scenario.config.cpu_offload != "none" or scenario.device_type == "cpu":
+        return
+    has_copies = layout.expert_dp == "replicate" and layout.ep_size < scenario.world_size
+    can_offload_params = scenario.config.entry_point == "fsdp2" and not has_copies
+    for what in ("optimizer", *(("params",) if can_offload_params else ())):
+        config = replace(scenario.config, cpu_offload=what)
+        yield Attempt(f"--cpu_offload {what}", replace(scenario, config=config), layout)
+
+
 def _smaller_dtypes(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     precision = resolve_precision(scenario.config, scenario.device_type)
     if precision.optim == "float32":
@@ -250,6 +261,7 @@ _CHANGES: tuple[Change, ...] = (
     _checkpointing,
     _smaller_batch,
     _shorter,
+    _cpu_offload,
     _smaller_dtypes,
     _lora,
     _more_ranks,

@@ -38,10 +38,12 @@ class RunPlan:
     def describe(self) -> str:
         """Say the peak in one line, for the summary at the start."""
         of_it = format_gb(self.prediction.components[self.prediction.largest_component])
+        host_bytes = self.prediction.host_bytes
         return (
             f"peak {format_gb(self.verdict.peak_bytes)} in the {self.prediction.moment} "
             f"({of_it} {self.verdict.cause}) of {format_gb(self.verdict.capacity_bytes)}: "
             f"{self.verdict.name}"
+            + (f"; {format_gb(host_bytes)} in host memory" if host_bytes else "")
         )
 
     def describe_impossible(self) -> str:
@@ -67,6 +69,7 @@ class RunPlan:
                 "peak_bytes": self.prediction.peak_bytes,
                 "allocated_bytes": self.prediction.allocated_bytes,
                 "moment": self.prediction.moment,
+                "host_bytes": self.prediction.host_bytes,
             },
             "capacity_bytes": self.verdict.capacity_bytes,
             "reserve_bytes": self.verdict.reserve_bytes,

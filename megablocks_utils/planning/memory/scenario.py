@@ -77,6 +77,7 @@ class Scenario:
             examples=self.examples,
             packing=self.packing,
             is_varlen=self.is_varlen,
+            cpu_offload=config.cpu_offload,
             has_whole_logits=self.has_whole_logits,
             token_dispatch=config.parallel.token_dispatch,
         )
@@ -95,7 +96,9 @@ class Scenario:
 
     def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
-        return legal_layouts(self.shape, self.world_size, self.config.entry_point)
+        layouts = legal_layouts(self.shape, self.world_size, self.config.entry_point)
+        has_copies = self.config.cpu_offload != "params"  # which it refuses
+        return [layout for layout in layouts if has_copies or layout.expert_dp == "shard"]
 
     def predict(self, layout: ParallelLayout) -> Prediction:
         """Predict one layout with the formulas, or by a rehearsal where they do not know the model.

@@ -106,6 +106,7 @@ class _Builder:
         is_sharded = (
             self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"
         )
+        is_fsdp = is_sharded or (num_copies == 1 and run.cpu_offload == "params")
         ranks = num_copies if is_sharded else 1
         shards = []
         for parameter in experts:
@@ -117,7 +118,7 @@ class _Builder:
                 stored = itemsize(precision.adapter)
                 factors = ((num_local, rank, num_in), (num_local, num_out, rank))
                 shards += [_cut(factor, ranks, stored, True) for factor in factors]
-        return FsdpUnit(tuple(shards), ranks, is_sharded, itemsize(precision.compute))
+        return FsdpUnit(tuple(shards), ranks, is_fsdp, itemsize(precision.compute))
 
     def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, int]]:
         is_adapted = {MIXER: self.run.trains_attention, DENSE: self.run.trains_dense}

@@ -88,6 +88,8 @@ class PlannedRun:
         has_aux_loss: whether the load-balancing loss is on.
         device_type: `cuda` or `cpu`.
         examples: in that micro-batch.
+        cpu_offload: what lies in host memory: `none`, `optimizer` or `params`. On a CPU it is the
+            same memory.
         token_dispatch: how tokens travel, as the option has it.
         packing: how they are laid out. Where each is padded to a row of its own, padding is part of
             `tokens`, and a mask has only the tokens of a row in its second dim.
@@ -117,6 +119,12 @@ class PlannedRun:
     packing: str = ONE_ROW
     has_whole_logits: bool = False
     token_dispatch: str = AUTO
+    cpu_offload: str = "none"
+
+    @property
+    def offloaded(self) -> str:
+        """What of a run on GPUs lies in host memory."""
+        return self.cpu_offload if self.device_type == "cuda" else "none"
 
     @property
     def is_padded(self) -> bool:
@@ -162,6 +170,7 @@ class Prediction:
         components: bytes of each of `COMPONENTS` at the moment of the peak.
         moment: when that is, in a word or two: `forward`, `loss`, `backward`, `optimizer`.
         allocated_bytes: held between two steps, after zero_grad.
+        host_bytes: the most that is held in host memory instead, of what is offloaded.
         sent_bytes_per_step: by kind of `COLLECTIVES`, bytes that leave this rank in one optimizer
             step, all micro-steps. Of n ranks that share W bytes, all-gather and reduce-scatter send
             W * (n - 1) / n, all-reduce twice that; all-to-all what goes to other ranks.
@@ -171,6 +180,7 @@ class Prediction:
     moment: str
     allocated_bytes: int
     sent_bytes_per_step: Mapping[str, int]
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:

@@ -49,6 +49,11 @@ def list_assumptions(request: PlanRequest, own: Mapping[str, Any]) -> list[str]:
             "--kernel auto is planned as grouped_mm: triton is taken where it was measured to be "
             "faster, and no measurements are shipped yet."
         )
+    if config.cpu_offload != "none":
+        says.append(
+            f"With --cpu_offload {config.cpu_offload}, what lies in pinned host memory is not in "
+            "these figures (--json has it, as host_bytes), nor is the time of copying it."
+        )
     if request.calibration is not None:
         says.append("Seconds come from the calibration: two runs on one node, this workload.")
     if config.adapter.resume_adapter is not None:

@@ -116,6 +116,7 @@ class PlanRow:
             "reserve_bytes": self.verdict.reserve_bytes,
             "headroom_bytes": self.verdict.headroom_bytes,
             "allocated_bytes": self.prediction.allocated_bytes,
+            "host_bytes": self.prediction.host_bytes,
             "sent_bytes_per_micro_step": self.sent_bytes_per_micro_step(),
             "sent_bytes_per_step": {n: self.prediction.sent_bytes_per_step[n] for n in COLLECTIVES},
             "sent_bytes_per_step_by_link": {

@@ -17,6 +17,7 @@ from megablocks_utils.checkpoint.distributed_checkpoint import (
 )
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace, TensorShard
 from megablocks_utils.errors import CheckpointError
+from megablocks_utils.fsdp.cpu_offload import choose_state_device
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.fsdp.places import PlacedParameters, find_buffers, find_places
 from megablocks_utils.mesh.placement import local_tensor
@@ -111,10 +112,11 @@ class RunState:
                 continue
             state = states[numbers[id(parameter)]] = {"step": torch.zeros(1)}
             shards[_state_key(name, "step")] = _STEP.shard(state["step"])
+            device = choose_state_device(self.optimizer, parameter)
             for moment in _MOMENTS:
                 key = _state_key(name, moment)
                 _shape, dtype = stored[key]
-                state[moment] = torch.zeros_like(parameter.detach(), dtype=dtype)
+                state[moment] = torch.zeros_like(parameter.detach(), dtype=dtype, device=device)
                 shards[key] = place.shard(local_tensor(state[moment]))
         read_shards(shards, folder)
         for state in states.values():

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from megablocks_utils.fsdp.fsdp2 import shards_over_dp
+from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.gradients import (
     clip_gradients,
     shard_grad_norms,

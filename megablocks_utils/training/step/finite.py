@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.errors import NonFiniteError
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
+from megablocks_utils.fsdp.gradients import map_by_device
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.processes.agreement import gather_from_all_ranks
 from megablocks_utils.training.report.metrics import StepMetrics
@@ -70,20 +71,21 @@ class FiniteCheck:
             rate: learning rate of this step, times 1 or the weight decay where that is more.
         """
         weights = [local_tensor(parameter.detach()) for parameter in self._parameters]
-        must_see_all = is_last or rate > _RISKY_RATE or any(w.is_cuda for w in weights[:1])
-        self._weights = list(range(len(weights))) if must_see_all else self._choose_share(weights)
+        must_see_all = is_last or rate > _RISKY_RATE
+        self._weights = list(range(len(weights))) if must_see_all else self._choose(weights)
         self._largest_weights = largest_values([weights[number] for number in self._weights])
         return (~self._largest_weights.isfinite()).sum()
 
-    def _choose_share(self, weights: Sequence[Tensor]) -> list[int]:
-        """Return the numbers of the next weights in turn."""
-        chosen: list[int] = []
+    def _choose(self, weights: Sequence[Tensor]) -> list[int]:
+        """Return the numbers of all weights on a GPU, and of the next ones in turn on the CPU."""
+        on_cpu = [number for number, weight in enumerate(weights) if not weight.is_cuda]
+        share: list[int] = []
         num_elements = 0
-        while len(chosen) < len(weights) and num_elements < _CPU_ELEMENTS:
-            chosen.append((self._next_weight + len(chosen)) % len(weights))
-            num_elements += weights[chosen[-1]].numel()
-        self._next_weight = (self._next_weight + len(chosen)) % max(1, len(weights))
-        return chosen
+        while len(share) < len(on_cpu) and num_elements < _CPU_ELEMENTS:
+            share.append(on_cpu[(self._next_weight + len(share)) % len(on_cpu)])
+            num_elements += weights[share[-1]].numel()
+        self._next_weight = (self._next_weight + len(share)) % max(1, len(on_cpu))
+        return [number for number, weight in enumerate(weights) if weight.is_cuda] + share
 
     def conclude(self, metrics: StepMetrics, num_weights: int) -> None:
         """End the run, or warn, if a step has left values that are not finite.
@@ -144,10 +146,12 @@ def check_shards(shards: Shards, place: str) -> None:
 
 def largest_values(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest absolute value of each tensor, (N,) fp32; NaN where there is one."""
-    if not tensors:
-        return torch.zeros(0)
     # An empty one has no largest value; a zero stands for it.
     tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    return map_by_device(tensors, _largest_on_device)
+
+
+def _largest_on_device(tensors: list[Tensor]) -> Tensor:
     if tensors[0].is_cuda:
         norms: Iterable[Tensor] = torch._foreach_norm(tensors, math.inf, dtype=torch.float32)
         return torch.stack(tuple(norms))

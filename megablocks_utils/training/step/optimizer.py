@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from megablocks_utils.config import OptimConfig, ResolvedPrecision
 from megablocks_utils.errors import MissingKernelError
+from megablocks_utils.fsdp.cpu_offload import HostStates
 from megablocks_utils.kernels.backends.triton import TRITON
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.training.step.stochastic_rounding import StochasticRoundingAdamW
@@ -23,6 +24,14 @@ _EPS = 1e-8
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
+class HostAdamW(HostStates, torch.optim.AdamW):
+    """PyTorch's AdamW with its states in host memory."""
+
+
+class HostStochasticRoundingAdamW(HostStates, StochasticRoundingAdamW):
+    """The same of AdamW with stochastic rounding."""
+
+
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     optim_config: OptimConfig,
@@ -30,6 +39,7 @@ def build_optimizer(
     *,
     seed: int,
     plain_shard: int = 0,
+    cpu_offload: str = "none",
 ) -> torch.optim.Optimizer:
     """Build AdamW (betas 0.9 and 0.999, eps 1e-8) over the trainable parameters.
 
@@ -46,6 +56,7 @@ def build_optimizer(
         seed: of stochastic rounding; equal on all ranks.
         plain_shard: which shard of the plain parameters this rank holds: 0 where each rank holds
             all of them, the rank under FSDP1, whose shards are plain tensors.
+        cpu_offload: `optimizer` keeps the states in host memory.
 
     Raises:
         ValueError: no parameter is trainable.
@@ -53,19 +64,21 @@ def build_optimizer(
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     groups = _group_parameters(trainable, optim_config.weight_decay)
-    lr = optim_config.learning_rate
+    lr, keeps_on_host = optim_config.learning_rate, cpu_offload == "optimizer"
     state_dtype = getattr(torch, precision.optim)
     # What is kept in float32 beside narrower weights then has float32 states too.
     same_dtype = all(p.dtype == state_dtype for _, p in trainable if not is_replicated(p))
     if same_dtype and not precision.stochastic_rounding:
-        return torch.optim.AdamW(groups, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
-    if trainable[0][1].is_cuda and not TRITON.is_installed():
+        adamw = HostAdamW if keeps_on_host else torch.optim.AdamW
+        return adamw(groups, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
+    if any(p.is_cuda for _, p in trainable) and not TRITON.is_installed():
         raise MissingKernelError(
             "On a GPU, the optimizer of this precision is a Triton kernel, and Triton is not "
             f"installed; install it with: {TRITON.install}",
             parameters=("precision",),
         )
-    return StochasticRoundingAdamW(
+    rounding = HostStochasticRoundingAdamW if keeps_on_host else StochasticRoundingAdamW
+    return rounding(
         groups,
         lr=lr,
         betas=_BETAS,

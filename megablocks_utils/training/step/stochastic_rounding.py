@@ -100,6 +100,7 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
         self._stochastic_weights = stochastic_weights
         self._seed = seed
         self._plain_shard = plain_shard
+        self._numbers: dict[torch.Tensor, int] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -110,11 +111,20 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbered = enumerate((group, p) for group in self.param_groups for p in group["params"])
-        for number, (group, parameter) in numbered:
-            if parameter.grad is not None:
-                self._update(number, parameter, group)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(self._numbers[parameter], parameter, group)
         return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, and number them: their random bits depend on it.
+
+        An update of some of them must not number them anew.
+        """
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._numbers[parameter] = len(self._numbers)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -77,18 +77,38 @@ def folder_of(tmp_path_factory):
         (MIXTRAL, NONE, {"use_lora": "mlp-only", "gradient_checkpointing": "none"}),
         (MIXTRAL, WHOLE, {"accumulation": 1, "precision": "bf16_sr", "has_whole_logits": True}),
         (MIXTRAL, WHOLE, {"gradient_checkpointing": "none", "examples": 3, "imbalance": 1.25}),
-        (MIXTRAL, SHARD, {"gradient_checkpointing": "selective", "precision": "bf16"}),
+        (
+            MIXTRAL,
+            SHARD,
+            {"gradient_checkpointing": "selective", "precision": "bf16", "device_type": "cuda"},
+        ),
+        (MIXTRAL, WHOLE, {"precision": "bf16", "device_type": "cuda", "cpu_offload": "params"}),
         (MIXTRAL, COPIES, {"use_lora": "attn-only", "kernel": "triton", "precision": "bf16"}),
         (
             QWEN,
             COPIES,
             {"gradient_checkpointing": "none", "has_aux_loss": True, "precision": "mixed"},
         ),
-        (MIXTRAL, COPIES, {"entry_point": "fsdp1", "sync_each_batch": False}),
+        (
+            MIXTRAL,
+            COPIES,
+            {
+                "entry_point": "fsdp1",
+                "sync_each_batch": False,
+                "device_type": "cuda",
+                "cpu_offload": "optimizer",
+            },
+        ),
         (
             TIED,
             SHARD,
-            {"use_lora": "all", "gradient_checkpointing": "none", "precision": "mixed"},
+            {
+                "use_lora": "all",
+                "gradient_checkpointing": "none",
+                "precision": "mixed",
+                "device_type": "cuda",
+                "cpu_offload": "params",
+            },
         ),
     ],
     ids=lambda value: (
@@ -104,6 +124,7 @@ def test_formulas_and_rehearsal_say_the_same(ranks1, folder_of, config, layout, 
         name: fake.components[name] for name in STATIC
     }
     assert told.allocated_bytes == pytest.approx(fake.allocated_bytes, rel=1e-3)
+    assert told.host_bytes == pytest.approx(fake.host_bytes, rel=AGREEMENT)
     assert dict(told.sent_bytes_per_step) == fake.sent_bytes_per_step
 
 
@@ -166,7 +187,14 @@ def test_everything_that_is_taken_is_given_back(ledgers, model, use_lora):
         for kernel in ("grouped_mm", "triton")
         for accumulation in (1, 2)
     ]
-    for change in (*changes, {"precision": "mixed"}, {"sync_each_batch": False}, {"world_size": 1}):
+    changes += [
+        {"precision": "mixed"},
+        {"sync_each_batch": False},
+        {"world_size": 1},
+        {"device_type": "cuda", "cpu_offload": "params"},
+        {"device_type": "cuda", "cpu_offload": "optimizer"},
+    ]
+    for change in changes:
         for entry_point in ("fsdp2", "fsdp1"):
             run = plan(use_lora=use_lora, entry_point=entry_point, **change)
             for layout in legal_layouts(shape, run.world_size, entry_point)[:6:2]:

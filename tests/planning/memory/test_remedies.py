@@ -1,5 +1,7 @@
 """What would help, on a model of memory that is known, and on the real formulas."""
 
+from dataclasses import replace
+
 import pytest
 
 from megablocks_utils.planning.memory import scenario as scenario_module
@@ -44,6 +46,21 @@ def test_every_change_alone_with_its_peak(simple):
         "--max_seq_length 500: 162.0 GB, tight",
         "--use_lora attn-only: 44.0 GB",
     ]
+
+
+def test_host_memory_where_it_is_another_one(monkeypatch):
+    def predict(shape, layout, run):
+        held = {"none": 100, "optimizer": 60, "params": 30}[run.offloaded] * GB
+        return build_prediction(optimizer=held)
+
+    monkeypatch.setattr(scenario_module, "predict", predict)
+    both = ["--cpu_offload optimizer: 60.0 GB", "--cpu_offload params: 30.0 GB"]
+    assert remedies(BF16, SHARED, 80) == both[:1]  # the milder
+    assert remedies(BF16, SHARED, 50) == both[1:]
+    assert remedies(BF16, COPIES, 50) == []
+    assert remedies(BF16, COPIES, 80, entry_point="fsdp1") == both[:1]
+    on_cpu = replace(build_scenario(BF16), device_type="cpu")
+    assert find_remedies(on_cpu, SHARED, 80 * GB) == []
 
 
 def test_the_nearest_ep_size_that_fits(simple):

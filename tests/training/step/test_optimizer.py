@@ -1,10 +1,12 @@
 """The optimizer and schedule a run gets: class, groups, decay, values on several meshes."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import (
@@ -270,3 +272,84 @@ def test_meshes_and_plain_tensors_in_one_optimizer_equal_one_process(ranks4, sto
         assert full.keys() == expected.keys()
         for name, value in full.items():
             torch.testing.assert_close(value, expected[name].detach(), rtol=1e-6, atol=1e-7)
+
+
+def offloaded(kind, states, stochastic=False):
+    """Build one of the two optimizers over nine parameters, of which one is the largest by far."""
+    sizes = (40, 7, 9, 16, 3, 30, 5, 1, 12)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if stochastic else torch.float32
+    named = [
+        (f"w{n}", torch.nn.Parameter(torch.randn(size).to(dtype))) for n, size in enumerate(sizes)
+    ]
+    optimizer = build_optimizer(
+        named,
+        optim_config(weight_decay=0.1),
+        precision(states, stochastic),
+        seed=3,
+        cpu_offload=kind,
+    )
+    return optimizer, [parameter for _, parameter in named]
+
+
+def take_steps(optimizer, parameters, first, last):
+    """Update from step `first` on; one parameter has no gradient in odd steps."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for number, parameter in enumerate(parameters):
+            grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.grad = None if number == 2 and step % 2 else grad
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("states", "stochastic"), [("float32", False), ("bfloat16", True)], ids=str
+)
+def test_states_in_host_memory_change_no_bit(states, stochastic):
+    plain, wanted = offloaded("none", states, stochastic)
+    hosted, seen = offloaded("optimizer", states, stochastic)
+    take_steps(plain, wanted, 0, 2)
+    take_steps(hosted, seen, 0, 2)
+    # Each resumes from what the other has saved.
+    plain_saved, hosted_saved = copy.deepcopy(plain.state_dict()), hosted.state_dict()
+    plain.load_state_dict(copy.deepcopy(hosted_saved))
+    hosted.load_state_dict(plain_saved)
+    assert [len(part) for part in hosted._parts()] == [1, 4, 3, 1]
+    take_steps(plain, wanted, 2, 4)
+    take_steps(hosted, seen, 2, 4)
+    assert all(map(torch.equal, seen, wanted))
+    for parameter, other in zip(seen, wanted, strict=True):
+        ours, theirs = hosted.state[parameter], plain.state[other]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_only_a_part_of_the_states_is_on_the_device(monkeypatch):
+    """On tensors that say they are a GPU's: it is the update's operators that meet states there."""
+    monkeypatch.setattr(
+        torch.accelerator, "current_stream", lambda: SimpleNamespace(synchronize=int)
+    )
+    with FakeTensorMode():
+        named = [
+            (f"w{n}", torch.nn.Parameter(torch.empty(size, device="cuda")))
+            for n, size in enumerate((4, 9, 5))
+        ]
+        optimizer = build_optimizer(
+            named, optim_config(), precision(), seed=0, cpu_offload="optimizer"
+        )
+        on_device, update = [], torch.optim.AdamW.step
+
+        def watch(optimizer):
+            averages = [state["exp_avg"] for state in optimizer.state.values() if state]
+            on_device.append([len(average) for average in averages if average.is_cuda])
+            update(optimizer)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+        for _ in range(2):
+            for _, parameter in named:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+        for _, parameter in named:
+            state = optimizer.state[parameter]
+            assert {state[name].device.type for name in ("exp_avg", "exp_avg_sq")} == {"cpu"}
+    assert on_device == [[], [], [], [4], [9], [5]]  # made in the first step, brought in the second

@@ -1,0 +1,56 @@
+"""The experts as FSDP2 units of their own: sharded over dp, or copied in from host memory."""
+
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard
+
+from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
+from megablocks_utils.mesh.placement import is_replicated, local_tensor
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+
+__all__ = ["holds_experts", "shard_experts_over_dp", "shards_over_dp"]
+
+
+def shards_over_dp(sharded: ShardedMoE) -> bool:
+    """Return whether FSDP shards the experts: asked for, and more than one rank to shard over."""
+    return sharded.expert_dp == "shard" and axis_size(sharded.mesh, DP_AXIS) > 1
+
+
+def holds_experts(sharded: ShardedMoE, offload: OffloadPolicy) -> bool:
+    """Return whether FSDP has the experts: to shard them, or to copy them from host memory.
+
+    Copies of them it would shard, so `params` is refused where experts are replicated over dp.
+    """
+    is_only_copy = axis_size(sharded.mesh, DP_AXIS) == 1
+    return shards_over_dp(sharded) or (is_only_copy and isinstance(offload, CPUOffloadPolicy))
+
+
+def shard_experts_over_dp(
+    sharded: ShardedMoE, policy: MixedPrecisionPolicy, offload: OffloadPolicy
+) -> None:
+    """Shard each experts module over the dp axis, so that a rank holds 1/world of the weights.
+
+    Whole experts where they divide evenly, else rows of every expert, else (adapters of small rank)
+    columns: without padding wherever one of them divides.
+    """
+    dp_mesh = sharded.mesh[DP_AXIS]
+
+    def choose_dim(parameter: nn.Parameter) -> Shard:
+        sizes = local_tensor(parameter).shape
+        even = (dim for dim, size in enumerate(sizes) if size % dp_mesh.size() == 0)
+        return Shard(next(even, 0))
+
+    for module in sharded.expert_modules.values():
+        fully_shard(
+            module,
+            mesh=dp_mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            shard_placement_fn=choose_dim,
+            ignored_params={p for p in module.parameters() if is_replicated(p)},
+        )

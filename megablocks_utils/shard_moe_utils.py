@@ -83,6 +83,7 @@ def shard_moe(
     on_layer: Callable[[int], None] = lambda _: None,
     expert_mode: str = "full",
     tokens_per_rank: int | None = None,
+    dp_replicate_size: int = 1,
     token_dispatch: str = "auto",
 ) -> ShardedMoE:
     """Split the experts of a transformers MoE model over the ranks, in place.
@@ -102,12 +103,12 @@ def shard_moe(
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.
-        expert_mode: which expert parameters will be trained: "full" all weights, "frozen" none,
-            "lora" adapters. Counts for the selection of the kernel alone.
-        tokens_per_rank: about how many tokens a rank will have at a time; `auto` finds measurements
-            by it.
-        token_dispatch: how tokens travel: `rows`, once for each expert; `tokens`, once for each
-            rank that has experts of theirs; `auto`, what is fewer bytes.
+        expert_mode: which expert parameters are trained, for the selection of the kernel alone:
+            "full" all weights, "frozen" none, "lora" adapters.
+        tokens_per_rank: about how many tokens a rank has at a time; for measurements of kernels.
+        dp_replicate_size: groups of ranks that each hold all experts: a first mesh axis.
+        token_dispatch: `rows` sends a token once for each expert, `tokens` once for each rank that
+            has experts of its; `auto` takes what is fewer bytes.
 
     Raises:
         ConfigurationError: no process group, not a supported MoE model, a value that there is not,
@@ -123,7 +124,7 @@ def shard_moe(
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
-    sharded = _plan(model, ep_size, kernel, expert_dp, use)
+    sharded = _plan(model, (ep_size, dp_replicate_size), kernel, expert_dp, use)
     choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
     device = _local_device(device_type)
     source = _ExpertSource(model, checkpoint_name_or_path, sharded.mesh, device)
@@ -144,6 +145,7 @@ def split_experts_on_meta(
     compute_dtype: torch.dtype,
     expert_mode: str = "full",
     tokens_per_rank: int | None = None,
+    dp_replicate_size: int = 1,
     token_dispatch: str = "auto",
 ) -> ShardedMoE:
     """Do what `shard_moe` does for a model on meta, and leave it there for `fsdp` to fill.
@@ -154,7 +156,7 @@ def split_experts_on_meta(
         UserError: as `shard_moe`.
     """
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
-    sharded = _plan(model, ep_size, kernel, expert_dp, use)
+    sharded = _plan(model, (ep_size, dp_replicate_size), kernel, expert_dp, use)
     choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
     for name, spec in require_experts(model).items():
         module = model.get_submodule(name)
@@ -166,17 +168,20 @@ def split_experts_on_meta(
 
 
 def _plan(
-    model: "PreTrainedModel", ep_size: int, kernel: str, expert_dp: str, use: ExpertUse
+    model: "PreTrainedModel", grid: tuple[int, int], kernel: str, expert_dp: str, use: ExpertUse
 ) -> ShardedMoE:
-    """Make the mesh and select the kernel; no experts are swapped yet."""
+    """Make the mesh and select the kernel; no experts are swapped yet.
+
+    `grid` are ep_size and dp_replicate_size.
+    """
     _check_choice("expert_dp", expert_dp, _EXPERT_DP)
     specs = require_experts(model)
-    mesh = build_mesh(_common_mesh_sizes(specs.values(), ep_size), use.device_type)
+    mesh = build_mesh(_common_mesh_sizes(specs.values(), *grid), use.device_type)
     first = next(iter(specs))
     dtype = model.get_submodule(first).get_parameter("down_proj").dtype
     kinds = {spec.kind: spec for spec in reversed(specs.values())}
     top_k = find_top_k(model)
-    shapes, *others = (use.shapes(spec, dtype, top_k, ep_size) for spec in reversed(kinds.values()))
+    shapes, *others = (use.shapes(spec, dtype, top_k, grid[0]) for spec in reversed(kinds.values()))
     backend = select_for_all_ranks(kernel, shapes, others)
     return ShardedMoE(model, mesh, {}, expert_dp, backend)
 
@@ -271,9 +276,11 @@ class _ExpertSource:
         return wrap_local_experts(local.to(self.device), self.mesh)
 
 
-def _common_mesh_sizes(specs: Iterable[ExpertSpec], ep_size: int) -> MeshSizes:
-    counts = dict.fromkeys(spec.num_experts for spec in specs)
-    sizes = [compute_mesh_sizes(dist.get_world_size(), ep_size, count) for count in counts]
+def _common_mesh_sizes(
+    specs: Iterable[ExpertSpec], ep_size: int, dp_replicate_size: int
+) -> MeshSizes:
+    counts, world_size = dict.fromkeys(spec.num_experts for spec in specs), dist.get_world_size()
+    sizes = [compute_mesh_sizes(world_size, ep_size, n, dp_replicate_size) for n in counts]
     return sizes[0]
 
 

@@ -41,6 +41,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--cpu_offload is params, but FSDP1 leaves the experts, most of the weights, on the "
             "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
         )
+    _check_groups(values, entry_point)
     accumulation = values["gradient_accumulation_steps"]
     if values["compile"] and entry_point == "fsdp1" and accumulation > 1:
         raise ConfigurationError(
@@ -70,6 +71,23 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
         raise ConfigurationError(
             f"--report_to is {', '.join(values['report_to'])}, but none excludes all others."
+        )
+
+
+def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
+    """Refuse groups of processes where they cannot be."""
+    groups = values["dp_replicate_size"]
+    if groups == 1:
+        return
+    if entry_point == "fsdp1":
+        raise ConfigurationError(
+            f"--dp_replicate_size is {groups}, but train_fsdp1.py shards over all processes: it "
+            "must be 1, or use train_accelerate_fsdp2.py."
+        )
+    if values["cpu_offload"] == "params":
+        raise ConfigurationError(
+            f"--dp_replicate_size is {groups}, but with --cpu_offload params it must be 1: FSDP "
+            "leaves copies of the experts on the devices."
         )
 
 

@@ -67,7 +67,7 @@ PLANNED = frozenset(
         *("data_weights", "dataset_config", "dataset_split"),
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
         "early_stopping_patience",
-        *("expert_load_steps", "dp_replicate_size", "tp_size"),
+        *("expert_load_steps", "tp_size"),
         *("expert_tp_size", "sp_size", "expert_quantization"),
         *("adapter_layout", "launcher", "nodes"),
     )

@@ -10,7 +10,7 @@ from megablocks_utils.config.option import Option
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["ParallelConfig", "check_ep_size", "legal_ep_sizes"]
+__all__ = ["ParallelConfig", "check_ep_size", "count_shard_ranks", "legal_ep_sizes"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ParallelConfig:
         ep_size: Ranks that one copy of the experts is split over; None: the world size.
         expert_dp: "shard" or "replicate"; the parsers fill in the entry point's own (see
             `RunConfig.entry_point`), None only in a config built directly.
+        dp_replicate_size: Groups of ranks that each hold the whole model, sharded within.
         kernel: Backend that runs the experts, or "auto".
         verify_kernel: Whether it is compared with "eager" before the first step.
         token_dispatch: How tokens travel to their experts: "rows", "tokens" or "auto".
@@ -38,10 +39,10 @@ class ParallelConfig:
         int | None,
         Option(
             "processes that one copy of the experts is split over; must divide the number of "
-            "processes and the number of experts",
+            "processes (of a group, with --dp_replicate_size) and the number of experts",
             aliases=("expert_degree",),
             minimum=1,
-            shown_default="the number of processes",
+            shown_default="the number of processes, of a group",
         ),
     ] = None
     expert_dp: Annotated[
@@ -53,6 +54,15 @@ class ParallelConfig:
             shown_default="shard with FSDP2, replicate with FSDP1",
         ),
     ] = None
+    dp_replicate_size: Annotated[
+        int,
+        Option(
+            "HSDP: groups of neighbouring processes, such as nodes, that each hold the whole model "
+            "and shard it within; between groups gradients alone are sent, once a step",
+            minimum=1,
+            shown_default="1, all processes are one group",
+        ),
+    ] = 1
     kernel: Annotated[
         str,
         Option(
@@ -87,23 +97,47 @@ def legal_ep_sizes(world_size: int, num_experts: int | None = None) -> list[int]
     return sorted({*small, *(common // size for size in small)})
 
 
+def count_shard_ranks(world_size: int, dp_replicate_size: int) -> int:
+    """Return the ranks of a group, which the model is sharded over.
+
+    Raises:
+        ConfigurationError: dp_replicate_size does not divide the processes.
+    """
+    if world_size % dp_replicate_size:
+        would = join_words(legal_ep_sizes(world_size), "and")
+        raise ConfigurationError(
+            f"dp_replicate_size is {dp_replicate_size}, but it must divide the {world_size} "
+            f"processes of this run; {would} would work.",
+            parameters=("dp_replicate_size",),
+        )
+    return world_size // dp_replicate_size
+
+
 def check_ep_size(
-    ep_size: int, *, world_size: int | None = None, num_experts: int | None = None, note: str = ""
+    ep_size: int,
+    *,
+    world_size: int | None = None,
+    num_experts: int | None = None,
+    num_groups: int = 1,
+    note: str = "",
 ) -> None:
     """Refuse an ep_size that does not divide the processes or the experts.
 
     Args:
         ep_size: Ranks that one copy of the experts is split over.
-        world_size: Processes of the run; None where there is no run.
+        world_size: Processes of the run, of a group where there are several; None where there is
+            no run.
         num_experts: Experts of a layer of the model; None while it is not known yet.
+        num_groups: Groups of processes that each hold the whole model.
         note: What is said beside the value, such as where it comes from.
 
     Raises:
         ConfigurationError: with the numbers, and the ep sizes that would work.
     """
     processes = "process" if world_size == 1 else "processes"
+    owner = "this run" if num_groups == 1 else "a group"
     counts = {
-        f"the {world_size} {processes} of this run": world_size,
+        f"the {world_size} {processes} of {owner}": world_size,
         f"the {num_experts} experts of this model": num_experts,
     }
     for name, count in counts.items():

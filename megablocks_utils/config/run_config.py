@@ -15,7 +15,7 @@ from megablocks_utils.config.adapter import AdapterConfig
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.option import Option, list_options
-from megablocks_utils.config.parallel import ParallelConfig, check_ep_size
+from megablocks_utils.config.parallel import ParallelConfig, check_ep_size, count_shard_ranks
 from megablocks_utils.config.precision import (
     PrecisionConfig,
     ResolvedPrecision,
@@ -220,6 +220,8 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
     Raises:
         ConfigurationError: with the numbers, and the ep sizes that would work.
     """
+    num_groups = config.parallel.dp_replicate_size
+    world_size = count_shard_ranks(world_size, num_groups)
     if not config.parallel.use_megablocks_sharding:
         return
     given = config.parallel.ep_size
@@ -227,6 +229,7 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
         world_size if given is None else given,
         world_size=world_size,
         num_experts=num_experts,
+        num_groups=num_groups,
         note=" (the number of processes)" if given is None else "",
     )
     has_copies = config.parallel.expert_dp == "replicate" and given not in (None, world_size)

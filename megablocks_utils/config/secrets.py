@@ -20,6 +20,7 @@ _SECRET_NAME = re.compile(
     r"|(?:^|_)(?:key|pwd|pat|auth))(?:_|$)",
     re.IGNORECASE,
 )
+_OF_TEXT = frozenset({"token_dispatch"})  # tokens of text
 _ADDRESS = re.compile(r"(?<=://)[^/\s?#'\"]+(?=@)")
 _QUERY = re.compile(r"([?&][\w.-]*?(?:token|key|secret|password|signature|sig)=)[^&\s'\"#]+", re.I)
 _HUB_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
@@ -30,6 +31,8 @@ _SHORTEST = 8
 
 def is_secret_name(name: str) -> bool:
     """Return whether an option, key or variable of this name holds a secret."""
+    if name.lstrip("-").replace("-", "_") in _OF_TEXT:
+        return False
     return _SECRET_NAME.search(name.lstrip("-").replace("-", "_").replace(".", "_")) is not None
 
 

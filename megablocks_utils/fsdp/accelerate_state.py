@@ -7,9 +7,10 @@ a GPU runs.
 """
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.device_mesh import init_device_mesh
 
 _LEFT_OFF = (DistributedType.MULTI_CPU, DistributedType.NO)
 
@@ -44,3 +45,25 @@ def assert_fsdp_is_on(accelerator: Accelerator) -> None:
             f"Accelerate runs {accelerator.distributed_type.value} instead of FSDP: experts and "
             "the rest of the model would not be sharded"
         )
+
+
+def shard_within_groups(accelerator: Accelerator, dp_replicate_size: int) -> None:
+    """Have FSDP2 shard over groups of neighbouring ranks, and keep a copy in each.
+
+    Not by the argument `parallelism_config`: Accelerate checks it before FSDP is on (see above).
+
+    **Collective:** every rank of the world must call, where there are groups: they are made.
+    """
+    if dp_replicate_size == 1:
+        return
+    parallelism = ParallelismConfig(
+        dp_replicate_size=dp_replicate_size,
+        dp_shard_size=accelerator.num_processes // dp_replicate_size,
+    )
+    accelerator.state.parallelism_config = parallelism
+    # Not Accelerate's own mesh, which has no axis to shard over in groups of one rank.
+    accelerator.state.device_mesh = init_device_mesh(
+        accelerator.device.type,
+        (parallelism.dp_replicate_size, parallelism.dp_shard_size),
+        mesh_dim_names=tuple(parallelism.fsdp_dim_names),
+    )

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
-from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
+from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size, copy_axes
 from megablocks_utils.mesh.placement import is_replicated, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
@@ -26,7 +26,7 @@ def holds_experts(sharded: ShardedMoE, offload: OffloadPolicy) -> bool:
 
     Copies of them it would shard, so `params` is refused where experts are replicated over dp.
     """
-    is_only_copy = axis_size(sharded.mesh, DP_AXIS) == 1
+    is_only_copy = not copy_axes(sharded.mesh)
     return shards_over_dp(sharded) or (is_only_copy and isinstance(offload, CPUOffloadPolicy))
 
 
@@ -38,11 +38,13 @@ def shard_experts_over_dp(
     Whole experts where they divide evenly, else rows of every expert, else (adapters of small rank)
     columns: without padding wherever one of them divides.
     """
-    dp_mesh = sharded.mesh[DP_AXIS]
+    axes, dp_size = copy_axes(sharded.mesh), axis_size(sharded.mesh, DP_AXIS)
+    # Of two axes FSDP shards over the last and keeps copies over the first.
+    dp_mesh = sharded.mesh[tuple(axes) or (DP_AXIS,)]
 
     def choose_dim(parameter: nn.Parameter) -> Shard:
         sizes = local_tensor(parameter).shape
-        even = (dim for dim, size in enumerate(sizes) if size % dp_mesh.size() == 0)
+        even = (dim for dim, size in enumerate(sizes) if size % dp_size == 0)
         return Shard(next(even, 0))
 
     for module in sharded.expert_modules.values():

@@ -1,4 +1,4 @@
-"""FSDP2: experts sharded over the dp axis, everything else over the world.
+"""FSDP2: experts sharded over the dp axis, everything else over the world, or over groups of it.
 
 Experts that are replicated over dp (or that only one rank holds) are left out of FSDP, and so is
 what every rank holds whole (parameters kept in float32: a unit computes in one dtype); the router
@@ -20,7 +20,11 @@ from torch.optim import Optimizer
 
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.files import TRACKERS_FOLDER_NAME
-from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
+from megablocks_utils.fsdp.accelerate_state import (
+    assert_fsdp_is_on,
+    shard_within_groups,
+    turn_fsdp_on,
+)
 from megablocks_utils.fsdp.cpu_offload import build_offload_policy
 from megablocks_utils.fsdp.expert_units import holds_experts, shard_experts_over_dp
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
@@ -76,6 +80,7 @@ def build_accelerator(
     )
     turn_fsdp_on(accelerator, plugin)
     assert_fsdp_is_on(accelerator)
+    shard_within_groups(accelerator, config.parallel.dp_replicate_size)
     return accelerator
 
 
@@ -147,6 +152,7 @@ def wrap_fsdp2(
         for norm in sharded.post_expert_norms.values():
             fully_shard(
                 norm,
+                mesh=accelerator.torch_device_mesh,
                 mp_policy=plugin.mixed_precision_policy,
                 offload_policy=plugin.cpu_offload,
                 ignored_params=set(replicated),
@@ -167,6 +173,15 @@ def wrap_fsdp2(
         prefetch_in_order(sharded, layers)
     _assert_all_sharded(model)
     return model
+
+
+def reduce_across_groups(model: nn.Module, *, is_last: bool) -> None:
+    """Say whether the next backward pass sums gradients over the groups of HSDP: once a step.
+
+    Until then a rank keeps the sum of its own group, in memory of its own.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
 
 
 def prefetches_units(sharded: ShardedMoE | None, device_type: str) -> bool:

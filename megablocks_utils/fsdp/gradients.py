@@ -14,26 +14,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size
+from megablocks_utils.mesh.device_mesh import copy_axes
 from megablocks_utils.mesh.placement import count_replicas, is_replicated, local_tensor
 
 
 def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
-    """Sum the gradients of experts that are replicated over the dp axis, in place.
+    """Sum the gradients of experts whose copies FSDP does not know, in place.
 
     An expert without tokens has a gradient of zeros. Without a gradient are those of a module that
     is not called on any rank: it is not for text.
 
-    **Collective:** one all-reduce a parameter on the `dp` axis (none if its size is 1), in the
-    order given, which must be the same on every rank.
+    **Collective:** one all-reduce a parameter on each of the axes `dp` and `dp_replicate` (none if
+    its size is 1), in the order given, which must be the same on every rank.
     """
-    if axis_size(mesh, DP_AXIS) == 1:
-        return
-    group = mesh.get_group(DP_AXIS)
     grads = _local_grads(p for p in parameters if p.requires_grad)
-    pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
-    for work in pending:
-        work.wait()
+    for axis in copy_axes(mesh):
+        group = mesh.get_group(axis)
+        pending = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]
+        for work in pending:
+            work.wait()
 
 
 def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:

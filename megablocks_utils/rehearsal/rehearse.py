@@ -150,6 +150,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             use_megablocks_sharding=has_ep,
             ep_size=layout.ep_size if has_ep else None,
             expert_dp=layout.expert_dp,
+            dp_replicate_size=run.dp_replicate_size,
             kernel=run.kernel,
             token_dispatch=run.token_dispatch,
         ),

@@ -16,6 +16,7 @@ from megablocks_utils.fsdp.fsdp2 import (
     fill_layers,
     find_layers,
     prefetches_units,
+    reduce_across_groups,
     wrap_fsdp2,
 )
 from megablocks_utils.mesh.placement import is_replicated, mark_replicated
@@ -101,6 +102,7 @@ class Fsdp2Run:
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; Accelerate counts the micro-steps itself."""
+        reduce_across_groups(self.model, is_last=is_last)
         with self._accelerator.accumulate(self.model):
             run_micro_batch(self._state, batch, weights)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.integrations.integration_utils import rewrite_logs
 
-from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2
+from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, reduce_across_groups
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.accelerate_settings import check_layer_classes
@@ -184,10 +184,12 @@ def _accumulate_gradients(
     hooks: StepHooks,
 ) -> bool:
     """Run the micro-batches of a step; False if the run was asked to stop on the way."""
-    accelerator = state.accelerator
+    accelerator, number = state.accelerator, len(plan.micro_batches)
     for batch in plan.micro_batches:
         if hooks.should_stop():
             return False
+        number -= 1
+        reduce_across_groups(state.model, is_last=number == 0)
         with accelerator.accumulate(state.model):
             loss = run_micro_batch(state, batch, weights)
             meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)

@@ -133,14 +133,16 @@ def split_experts(
     if not has_ep and not config.adapter.trains_experts:
         return None
     assert expert_dp is not None, "parsers fill it in"
+    groups = config.parallel.dp_replicate_size
     return split_experts_on_meta(
         model,
-        (config.parallel.ep_size or dist.get_world_size()) if has_ep else 1,
+        (config.parallel.ep_size or dist.get_world_size() // groups) if has_ep else 1,
         kernel=config.parallel.kernel,
         expert_dp=expert_dp,
         device_type=device.type,
         compute_dtype=compute_dtype,
         expert_mode=config.adapter.expert_mode,
         tokens_per_rank=tokens_per_rank,
+        dp_replicate_size=groups,
         token_dispatch=config.parallel.token_dispatch,
     )

@@ -15,6 +15,7 @@ from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, r
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.mesh.device_mesh import DP_AXIS, DP_REPLICATE_AXIS, EP_AXIS, axis_size
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.model_facts import find_top_k, vocab_size
@@ -111,10 +112,10 @@ class Setup:
 
     def mesh_sizes(self) -> dict[str, int]:
         """Ranks along the axes of the experts' mesh, also where there is none."""
-        if self.sharded is None:
-            return {"dp": self.launch.world_size, "ep": 1}
-        mesh = self.sharded.mesh
-        return {"dp": mesh["dp"].size(), "ep": mesh["ep"].size()}
+        groups = self.config.parallel.dp_replicate_size
+        ep_size = 1 if self.sharded is None else axis_size(self.sharded.mesh, EP_AXIS)
+        sizes = {DP_AXIS: self.launch.world_size // groups // ep_size, EP_AXIS: ep_size}
+        return sizes if groups == 1 else {DP_REPLICATE_AXIS: groups} | sizes
 
     def verify_kernel(self) -> KernelCheck | None:
         """Compare the kernel with `eager`, all weights being there; None if it is not ours.
@@ -244,10 +245,9 @@ def _describe_compatibility(
 def _split_experts(
     model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
-    batch_size = schedule.config.optim.per_device_train_batch_size
-    tokens = round(schedule.examples.lengths.mean() * batch_size)
-    compute_dtype = getattr(torch, precision.compute)
-    return split_experts(model, schedule.config, device, compute_dtype, tokens)
+    config = schedule.config
+    tokens = round(schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

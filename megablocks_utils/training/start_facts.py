@@ -27,6 +27,7 @@ def collect_facts(setup: Setup) -> RunFacts:
         precision=describe_precision(setup.precision),
         dp_size=mesh["dp"],
         ep_size=mesh["ep"],
+        dp_replicate_size=config.parallel.dp_replicate_size,
         num_experts=setup.num_experts,
         top_k=setup.top_k,
         expert_dp=str(config.parallel.expert_dp),

@@ -187,6 +187,8 @@ def test_when_checkpoints_are_due(line):
 
 
 REFUSALS = {
+    "--dp_replicate_size 2 --cpu_offload params": "--dp_replicate_size is 2, but with "
+    "--cpu_offload params it must be 1: FSDP leaves copies of the experts on the devices.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
     "--learning_rat=1": "unknown option --learning_rat; did you mean --learning_rate?",
     "--expert_degre 1": "unknown option --expert_degre; did you mean --expert_degree?",
@@ -323,6 +325,9 @@ def test_what_cannot_be_offloaded():
 
 
 def test_fsdp1_specifics():
+    assert refusal("--dp_replicate_size 2", "fsdp1").startswith(
+        "--dp_replicate_size is 2, but train_fsdp1.py shards over all processes"
+    )
     assert refusal(f"{SHARDING} --expert_dp shard", "fsdp1") == (
         "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
         "use train_accelerate_fsdp2.py."
@@ -384,6 +389,10 @@ WORLDS = [
      "1 and 2 would work."),
     ("", 3, 8, "--ep_size is 3 (the number of processes), but it must divide the 8 experts of this "
      "model; 1 would work."),
+    ("--dp_replicate_size 3", 4, None, "--dp_replicate_size is 3, but it must divide the 4 "
+     "processes of this run; 1, 2 and 4 would work."),
+    ("--dp_replicate_size 2 --ep_size 4", 4, None, "--ep_size is 4, but it must divide the 2 "
+     "processes of a group; 1 and 2 would work."),
 ]  # fmt: skip
 
 
@@ -401,6 +410,8 @@ def test_worlds_that_fit():
     check_world(parse(SHARDING), 4, 8)
     check_world(parse(SHARDING), 3)
     check_world(parse(""), 3, 8)
+    check_world(parse("--dp_replicate_size 2"), 4)
+    check_world(parse(f"{SHARDING} --dp_replicate_size 2"), 4, 2)  # ep 2, and not 4
 
 
 def test_help_lists_every_option():

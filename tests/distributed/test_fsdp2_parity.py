@@ -60,6 +60,15 @@ def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
     )
 
 
+GROUPS = [
+    # Experts in one copy a group, which FSDP does not hold; sharded over dp; copied over dp too.
+    ParityCase(Layout(4, 2, groups=2), accumulation=2, **SHORT),
+    ParityCase(Layout(4, 1, groups=2), "qwen3_moe", accumulation=2, sync_each_batch=False, **SHORT),
+    ParityCase(Layout(4, 1, "replicate", 2), "gpt_oss", accumulation=2, **SHORT),
+    # No expert parallelism; a group of one rank.
+    ParityCase(Layout(4, 0, groups=2), accumulation=2, aux_loss_coef=0.02, **SHORT),
+    ParityCase(Layout(4, 1, groups=4), checkpointing="selective", **SHORT),
+]
 SPECIAL = [
     # One expert a rank on dp 2: FSDP shards its rows, Shard(1), and not whole experts.
     ParityCase(Layout(4, 2), "olmoe, 2 experts", accumulation=2, sync_each_batch=False, **SHORT),
@@ -89,7 +98,7 @@ SPECIAL = [
 ]
 
 
-@pytest.mark.parametrize("case", [*(_case(*pair) for pair in PAIRS), *SPECIAL], ids=str)
+@pytest.mark.parametrize("case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SPECIAL], ids=str)
 def test_run_equals_one_stock_process(pools, parity_folder, case):
     wanted = parity_folder.reference(parity_folder.stock_run(case))
     seen = run_case(pools, parity_folder, case)

@@ -28,6 +28,9 @@ TWO = make_run("fsdp2", Layout(2, 2), *IN_BACKGROUND, model="qwen3_moe, tied", c
 FOUR_TWO = make_run("fsdp2", Layout(4, 2), model="olmoe, 2 experts")
 FOUR_TWO_COPIES = make_run("fsdp2", Layout(4, 2, "replicate"), cpu_offload="optimizer")
 FOUR = make_run("fsdp2", Layout(4, 4))
+# In two groups that each hold the whole model.
+FOUR_GROUPS = make_run("fsdp2", Layout(4, 2, groups=2))
+FOUR_GROUPS_SHARDED = make_run("fsdp2", Layout(4, 1, groups=2))
 ONE_FSDP1 = make_run("fsdp1", Layout(1, 0, "replicate"), model="mixtral, wide")
 TWO_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), model="mixtral, wide")
 FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe")
@@ -40,7 +43,8 @@ RESHARDS = [
     (TWO, FOUR),
     (TWO, ONE_FSDP1),
     (FOUR_TWO_COPIES, FOUR_TWO_FSDP1),
-    (FOUR, ONE),
+    (FOUR, FOUR_GROUPS_SHARDED),
+    (FOUR_GROUPS, ONE),
     (TWO_FSDP1, TWO),
     (FOUR_UNSHARDED_FSDP1, FOUR_TWO),
     (ADAPTERS, TWO_FSDP1),

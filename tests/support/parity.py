@@ -58,14 +58,20 @@ MODELS: dict[str, tuple[str, dict]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks and what is done with the experts; `ep_size` 0 is no expert parallelism."""
+    """Ranks and what is done with the experts; `ep_size` 0 is no expert parallelism.
+
+    `groups` of ranks hold the whole model each (`--dp_replicate_size`).
+    """
 
     world_size: int
     ep_size: int
     expert_dp: str = "shard"
+    groups: int = 1
 
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        if self.groups > 1:
+            ranks += f" in {self.groups} groups"
         if not self.ep_size:
             return f"{ranks} unsharded"
         return f"{ranks} ep{self.ep_size} {self.expert_dp}"
@@ -148,6 +154,7 @@ class ParityFolder:
             "precision": case.precision,
             "packing": case.packing,
             "cpu_offload": case.cpu_offload,
+            "dp_replicate_size": case.layout.groups,
             "report_to": "none",
         }
         if case.layout.ep_size:

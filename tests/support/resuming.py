@@ -161,7 +161,7 @@ def num_copies(name: str, run: Run) -> int:
     """Return how many ranks hold the same part of a tensor."""
     layout = run.layout
     is_copied = ".experts." in name and layout.expert_dp == "replicate" and layout.ep_size
-    return layout.world_size // layout.ep_size if is_copied else 1
+    return layout.world_size // layout.ep_size if is_copied else layout.groups
 
 
 def _put_together(

@@ -23,19 +23,19 @@ _STEP_COUNTER_BYTES = 4
 """Adam counts steps in a number of its own for every parameter."""
 
 
-def legal_layouts(shape: ModelShape, world_size: int, entry_point: str) -> list[ParallelLayout]:
-    """List every way to spread the experts of a model over the ranks.
+def legal_layouts(shape: ModelShape, shard_size: int, entry_point: str) -> list[ParallelLayout]:
+    """List every way to spread the experts of a model over the ranks of a group.
 
     Without expert parallelism first; then each ep_size above 1 that divides ranks and experts,
     sharded over dp before copied. FSDP1 leaves the experts alone, so there they can only be copied.
     """
     layouts = [ParallelLayout(1, "shard")]
-    for ep_size in range(2, world_size + 1):
-        if world_size % ep_size or shape.num_experts % ep_size:
+    for ep_size in range(2, shard_size + 1):
+        if shard_size % ep_size or shape.num_experts % ep_size:
             continue
         if entry_point == "fsdp2":
             layouts.append(ParallelLayout(ep_size, "shard"))
-        if entry_point == "fsdp1" or ep_size < world_size:
+        if entry_point == "fsdp1" or ep_size < shard_size:
             layouts.append(ParallelLayout(ep_size, "replicate"))
     return layouts
 

@@ -1,7 +1,7 @@
 """A run to be planned: its options, its model's shape and how many ranks there are."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,6 +56,17 @@ class Scenario:
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
+    @property
+    def shard_size(self) -> int:
+        """Ranks of a group, which the model is sharded over."""
+        return self.world_size // self.config.parallel.dp_replicate_size
+
+    def one_group(self) -> "Scenario":
+        """Return the same run on the ranks of one group."""
+        parallel = replace(self.config.parallel, dp_replicate_size=1)
+        config = replace(self.config, parallel=parallel)
+        return replace(self, config=config, world_size=self.shard_size)
+
     def planned_run(self) -> PlannedRun:
         """Return what the engines want to know."""
         config = self.config
@@ -77,6 +88,7 @@ class Scenario:
             examples=self.examples,
             packing=self.packing,
             is_varlen=self.is_varlen,
+            dp_replicate_size=config.parallel.dp_replicate_size,
             cpu_offload=config.cpu_offload,
             has_whole_logits=self.has_whole_logits,
             token_dispatch=config.parallel.token_dispatch,
@@ -87,16 +99,16 @@ class Scenario:
         parallel = self.config.parallel
         if not parallel.use_megablocks_sharding:
             return ParallelLayout(1, "shard")
-        ep_size = parallel.ep_size or self.world_size
+        ep_size = parallel.ep_size or self.shard_size
         is_dmoe = ep_size == 1
         if self.config.entry_point == "fsdp1":
             return ParallelLayout(ep_size, "replicate", is_dmoe)
-        has_copies = ep_size < self.world_size and parallel.expert_dp == "replicate"
+        has_copies = ep_size < self.shard_size and parallel.expert_dp == "replicate"
         return ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
 
     def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
-        layouts = legal_layouts(self.shape, self.world_size, self.config.entry_point)
+        layouts = legal_layouts(self.shape, self.shard_size, self.config.entry_point)
         has_copies = self.config.cpu_offload != "params"  # which it refuses
         return [layout for layout in layouts if has_copies or layout.expert_dp == "shard"]
 

@@ -71,10 +71,12 @@ def _leaving(num_rows: int, ep_size: int) -> int:
 
 
 def _count_all_reduces(sizes: Sizes, units: ModelUnits) -> int:
-    """Reduce the norm over the world, and copies of experts over dp."""
-    world_size, num_copies = sizes.run.world_size, sizes.run.world_size // sizes.layout.ep_size
+    """Reduce the norm over the world, copies of experts over dp, and all shards over groups."""
+    run, world_size = sizes.run, sizes.run.world_size
+    num_copies = run.shard_size // sizes.layout.ep_size
     copies = (g for layer in units.layers for g in layer.all if not g.is_fsdp)
     sent = sum(_all_reduced(unit.trained_bytes, num_copies) for unit in copies)
+    sent += sum(_all_reduced(unit.trained_bytes, run.dp_replicate_size) for unit in units.all())
     if units.kept is not None:
         sent += _all_reduced(units.kept.trained_bytes, world_size)
     return sent + _all_reduced(_NORM_BYTES, world_size)

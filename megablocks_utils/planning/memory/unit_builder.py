@@ -63,13 +63,13 @@ class _Builder:
         )
 
     def base(self, parameter: ParameterShape) -> ParamShard:
-        """Return a weight of the model, sharded over the world."""
+        """Return a weight of the model, sharded over the ranks of a group."""
         is_trained = self.run.use_lora == "none"
         stored = itemsize(self.run.precision.weights)
         return self._shard(parameter.shape, stored, is_trained)
 
     def adapter(self, shape: tuple[int, ...]) -> ParamShard:
-        """Return an adapter's factor, sharded over the world."""
+        """Return an adapter's factor, sharded over the ranks of a group."""
         return self._shard(shape, itemsize(self.run.precision.adapter), True)
 
     def kept(self) -> FsdpUnit | None:
@@ -85,23 +85,23 @@ class _Builder:
         return self.run.precision.compute != "float32"
 
     def unit(self, shards: list[ParamShard]) -> FsdpUnit:
-        """Put parameters that are sharded over the world in a unit."""
-        compute, world_size = itemsize(self.run.precision.compute), self.run.world_size
+        """Put parameters that are sharded over the ranks of a group in a unit."""
+        compute, shard_size = itemsize(self.run.precision.compute), self.run.shard_size
         if self.run.entry_point == "fsdp2":
-            return FsdpUnit(tuple(shards), world_size, True, compute)
-        padding = _flat_padding(shards, world_size)
-        return FsdpUnit(tuple(shards), world_size, True, compute, padding)
+            return FsdpUnit(tuple(shards), shard_size, True, compute)
+        padding = _flat_padding(shards, shard_size)
+        return FsdpUnit(tuple(shards), shard_size, True, compute, padding)
 
     def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> ParamShard:
-        world_size = self.run.world_size
+        shard_size = self.run.shard_size
         if self.run.entry_point == "fsdp1":
             # Exact to the element only with what `_flat_padding` adds.
-            return ParamShard(shape, prod(shape) // world_size, stored, is_trained)
-        return ParamShard(shape, _held(shape, 0, world_size), stored, is_trained)
+            return ParamShard(shape, prod(shape) // shard_size, stored, is_trained)
+        return ParamShard(shape, _held(shape, 0, shard_size), stored, is_trained)
 
     def _expert_unit(self, experts: Iterable[ParameterShape]) -> FsdpUnit:
         precision, run = self.run.precision, self.run
-        num_copies = run.world_size // self.layout.ep_size
+        num_copies = run.shard_size // self.layout.ep_size
         # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
         is_sharded = (
             self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"

@@ -50,8 +50,8 @@ class ParallelLayout:
     Attributes:
         ep_size: ranks that one copy of the experts is split over; 1 is no expert parallelism:
             FSDP shards the experts over the world like all else.
-        expert_dp: `shard` or `replicate`: what the `world_size / ep_size` ranks with the same
-            experts do; `shard` where there is one such rank, and for ep_size 1.
+        expert_dp: `shard` or `replicate`: what the ranks of a group with the same experts do;
+            `shard` where there is one such rank, and for ep_size 1.
         is_dmoe: whether the experts are this project's also at ep_size 1, as
             `--use_megablocks_sharding True --ep_size 1` makes them; then expert_dp counts.
     """
@@ -90,6 +90,7 @@ class PlannedRun:
         examples: in that micro-batch.
         cpu_offload: what lies in host memory: `none`, `optimizer` or `params`. On a CPU it is the
             same memory.
+        dp_replicate_size: groups of ranks that each hold the whole model.
         token_dispatch: how tokens travel, as the option has it.
         packing: how they are laid out. Where each is padded to a row of its own, padding is part of
             `tokens`, and a mask has only the tokens of a row in its second dim.
@@ -120,6 +121,12 @@ class PlannedRun:
     has_whole_logits: bool = False
     token_dispatch: str = AUTO
     cpu_offload: str = "none"
+    dp_replicate_size: int = 1
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks of a group, which the model is sharded over."""
+        return self.world_size // self.dp_replicate_size
 
     @property
     def offloaded(self) -> str:

@@ -49,14 +49,14 @@ class PlanRequest:
 
     def layouts(self) -> list[ParallelLayout]:
         """List the layouts that were asked for; where one rank holds an expert, both words fit."""
-        world_size = self.scenario.world_size
+        shard_size = self.scenario.shard_size
         return [
             layout
             for layout in self.scenario.legal_layouts()
             if self.ep_size in (None, layout.ep_size)
             and (
                 self.expert_dp is None
-                or layout.ep_size == world_size
+                or layout.ep_size == shard_size
                 or (layout.ep_size > 1 and layout.expert_dp == self.expert_dp)
             )
         ]

@@ -70,24 +70,31 @@ def split_traffic(
     """Return the traffic of one optimizer step by kind of collective, over its links.
 
     What is gathered over dp is the difference to the same layout with copies, which are not
-    gathered at all. Copies are reduced over dp, the rest over all ranks.
+    gathered at all. Copies are reduced over dp, the rest over all ranks of a group; what a run of
+    one group does not send goes from group to group.
     """
-    world_size, sent = scenario.world_size, prediction.sent_bytes_per_step
-    dp_size = world_size // layout.ep_size
+    shard_size, sent = scenario.shard_size, dict(prediction.sent_bytes_per_step)
+    dp_size = shard_size // layout.ep_size
+    groups, across = scenario.config.parallel.dp_replicate_size, 0
+    if groups > 1:
+        within = scenario.one_group().predict(layout).sent_bytes_per_step["all_reduce"]
+        across, sent["all_reduce"] = sent["all_reduce"] - within, within
     over_world = dict(sent)
     if layout.ep_size > 1 and dp_size > 1 and layout.expert_dp == "shard":
-        over_world = dict(
-            scenario.predict(ParallelLayout(layout.ep_size, "replicate")).sent_bytes_per_step
-        )
+        copies = ParallelLayout(layout.ep_size, "replicate")
+        over_world = dict(scenario.one_group().predict(copies).sent_bytes_per_step)
     if layout.expert_dp == "replicate":
         over_world["all_reduce"] = 0
     traffic = {"all_to_all": cluster.all_to_all(sent["all_to_all"], layout.ep_size)}
     for name in ("all_gather", "reduce_scatter", "all_reduce"):
         on_all = min(over_world[name], sent[name])
         traffic[name] = add_traffic(
-            cluster.ring(on_all, world_size, 1),
+            cluster.ring(on_all, shard_size, 1),
             cluster.ring(sent[name] - on_all, dp_size, layout.ep_size),
         )
+    traffic["all_reduce"] = add_traffic(
+        traffic["all_reduce"], cluster.ring(across, groups, shard_size)
+    )
     return traffic
 
 

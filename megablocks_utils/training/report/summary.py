@@ -43,6 +43,7 @@ class RunFacts:
         precision: In words, see `describe_precision`.
         dp_size: Ranks that hold the same experts.
         ep_size: Ranks the experts are split over; 1 without expert parallelism.
+        dp_replicate_size: Groups of ranks that each hold the whole model.
         num_experts: Experts of one MoE layer.
         top_k: Experts a token passes in one MoE layer; None where the model does not say.
         expert_dp: "shard" or "replicate": what the dp axis does with an expert.
@@ -83,6 +84,7 @@ class RunFacts:
     examples_per_step: int
     resumed: str | None = None
     ignored_keys: tuple[str, ...] = ()
+    dp_replicate_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         rows["ignored"] = f"{', '.join(facts.ignored_keys)}: no meaning for training"
     if facts.resumed is not None:
         rows["resumed"] = facts.resumed
-    mesh_table = build_mesh_table(facts.dp_size, facts.ep_size, facts.num_experts, width - 2)
+    mesh_table = build_mesh_table(
+        facts.dp_replicate_size * facts.dp_size, facts.ep_size, facts.num_experts, width - 2
+    )
     return Group(_build_rows("Training", rows), Padding(mesh_table, (1, 0, 1, 2)))
 
 
@@ -205,6 +209,8 @@ def _build_grid(rows: Mapping[str, RenderableType], style: str) -> Table:
 
 def _describe_mesh(facts: RunFacts) -> str:
     shape = f"dp {facts.dp_size} x ep {facts.ep_size}"
+    if facts.dp_replicate_size > 1:
+        shape = f"{facts.dp_replicate_size} groups, each {shape}"
     if facts.dp_size == 1:
         return f"{shape}: every rank holds its experts whole"
     if facts.expert_dp == "shard":

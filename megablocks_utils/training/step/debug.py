@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
-from megablocks_utils.mesh.device_mesh import DP_AXIS
-from megablocks_utils.mesh.placement import count_replicas, is_replicated, local_tensor
+from megablocks_utils.mesh.device_mesh import copy_axes
+from megablocks_utils.mesh.placement import is_replicated, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import max_over_ranks
 
@@ -32,9 +33,10 @@ def describe_placements(model: nn.Module) -> Iterator[str]:
 
 
 def check_replicas(model: nn.Module, sharded: ShardedMoE | None, step: int) -> None:
-    """Check bit by bit that replicas are equal: of experts on the dp axis, of others on all ranks.
+    """Check bit by bit that replicas are equal: of experts, of whole groups, of whole parameters.
 
-    **Collective:** one all-reduce (of maxima) a parameter that has replicas, one at the end.
+    **Collective:** one all-reduce (of maxima) for each axis along which a parameter has replicas,
+    one at the end.
 
     Raises:
         RuntimeError: on every rank of the world, naming the step and the first parameter that
@@ -56,13 +58,27 @@ def check_replicas(model: nn.Module, sharded: ShardedMoE | None, step: int) -> N
 def _replicas(
     model: nn.Module, sharded: ShardedMoE | None
 ) -> Iterator[tuple[str, Tensor, dist.ProcessGroup | None]]:
-    """Yield each parameter that has replicas, with the group of the ranks that hold them."""
+    """Yield each parameter that has replicas, with a group of ranks that hold them.
+
+    Where they lie along two axes it is yielded with each.
+    """
     for name, parameter in model.named_parameters():
         if is_replicated(parameter):
             yield strip_wrappers(name), parameter, None
-    if sharded is None:
+        for group in _groups_of_copies(parameter):
+            yield strip_wrappers(name), parameter, group
+    if sharded is None or shards_over_dp(sharded):
         return
-    group, world_size = sharded.mesh.get_group(DP_AXIS), dist.get_world_size()
     for name, weight in sharded.expert_parameters.items():
-        if count_replicas(weight, world_size) > 1:
-            yield name, weight, group
+        for axis in copy_axes(sharded.mesh):
+            yield name, weight, sharded.mesh.get_group(axis)
+
+
+def _groups_of_copies(parameter: Tensor) -> Iterator[dist.ProcessGroup]:
+    """Yield the groups in which FSDP keeps copies of a shard."""
+    if not isinstance(parameter, DTensor):
+        return
+    mesh = parameter.device_mesh
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_replicate() and mesh.size(axis) > 1:
+            yield mesh.get_group(axis)

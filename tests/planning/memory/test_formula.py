@@ -89,6 +89,7 @@ def folder_of(tmp_path_factory):
             COPIES,
             {"gradient_checkpointing": "none", "has_aux_loss": True, "precision": "mixed"},
         ),
+        (QWEN, ParallelLayout(2, "shard"), {"dp_replicate_size": 2}),
         (
             MIXTRAL,
             COPIES,

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megablocks_utils.processes import agreement
 
 __all__ = ["fake_process_group"]
 
@@ -14,6 +17,7 @@ __all__ = ["fake_process_group"]
 def fake_process_group(world_size: int, device_type: str, rank: int = 0) -> Iterator[None]:
     """Initialise torch's fake process group: every collective returns at once, with anything.
 
+    Where ranks agree on objects, the others think as this one does.
     Accelerate reads the launcher's variables, so they are set too, for this process.
     """
     os.environ |= {
@@ -27,7 +31,12 @@ def fake_process_group(world_size: int, device_type: str, rank: int = 0) -> Iter
         "FSDP_BACKWARD_PREFETCH": "BACKWARD_PRE",  # as accelerate.yaml has it
     }
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    is_alone = agreement._is_alone
+    agreement._is_alone = lambda group: True
     try:
         yield
     finally:
+        agreement._is_alone = is_alone
         dist.destroy_process_group()
+        # It has meshes, and those of another rank are equal to them but have other groups.
+        _clear_sharding_prop_cache()

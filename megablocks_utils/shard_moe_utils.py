@@ -98,8 +98,7 @@ def shard_moe(
             slices only; None takes them from the model.
         kernel: `auto`, or the name of a backend: `eager`, `grouped_mm`, `triton`, `scattermoe` or
             `megablocks`. All ranks run what rank 0 selects.
-        expert_dp: what the dp axis will do with an expert: `shard` it (FSDP2), or `replicate` it
-            and sum the gradients of the copies.
+        expert_dp: what the dp axis does with an expert: `shard` it (FSDP2) or `replicate` it.
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.

@@ -175,8 +175,12 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
 
 
 def _begins_with_gradients(run: PlannedRun) -> bool:
-    """Say whether one micro-step, begun with gradients, does what every later one does."""
-    return run.sync_each_batch and run.entry_point == "fsdp2" and run.accumulation > 1
+    """Say whether one micro-step, begun with gradients, does what every later one does.
+
+    With groups it does not: sums of a group wait in memory of their own.
+    """
+    is_one_group = run.entry_point == "fsdp2" and run.dp_replicate_size == 1
+    return run.sync_each_batch and run.accumulation > 1 and is_one_group
 
 
 def _build(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -38,5 +39,6 @@ def fake_process_group(world_size: int, device_type: str, rank: int = 0) -> Iter
     finally:
         agreement._is_alone = is_alone
         dist.destroy_process_group()
-        # It has meshes, and those of another rank are equal to them but have other groups.
+        # Both remember meshes: another rank's are equal to them, but their groups are others.
         _clear_sharding_prop_cache()
+        AcceleratorState._reset_state(reset_partial_state=True)

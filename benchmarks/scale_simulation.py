@@ -107,7 +107,7 @@ class Compared:
 
 
 def list_cases() -> Iterator[Case]:
-    """List the runs: ep groups of a node and larger ones, shards and copies, HSDP by node and by 4."""
+    """List the runs: ep groups of a node and larger ones, shards and copies, with HSDP."""
     for world_size in WORLD_SIZES:
         yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "replicate"))
         yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "shard"), world_size // 8)

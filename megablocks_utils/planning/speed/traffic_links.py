@@ -107,6 +107,8 @@ def _split_all_reduce(
         return sent, 0, 0
     whole, over_dp = replace(layout, expert_dp="shard"), 0
     on_all = scenario.with_groups(1).predict(whole).sent_bytes_per_step["all_reduce"]
+    if scenario.shard_size == scenario.world_size:
+        return on_all, sent - on_all, 0
     if has_copies:
         group = scenario.one_group()
         with_copies, without = (group.predict(own).sent_bytes_per_step for own in (layout, whole))

@@ -26,7 +26,7 @@ TILE_OPTIONS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 4096, 14336, 8, 2
 NUM_TOKENS = 4096
 # What of a kernel differs between the forms of experts.
-_FORM_OPTIONS = ("GATED", "INTERLEAVED", "ACTIVATION", "CLAMP", "KEEP_GATE_UP_OUT")
+_FORM_OPTIONS = ("GATED", "INTERLEAVED", "ACTIVATION", "CLAMP", "KEEP_GATE_UP_OUT", "TOP_K_POW2")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.fused.unpermute import (
+    find_combine_kernels,
+    fused_unpermute_and_combine,
+)
+from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens
 from megablocks_utils.kernels.probing.probe import (
     TOLERANCE,
     Deviation,
@@ -18,6 +25,7 @@ from megablocks_utils.kernels.probing.probe import (
     probe_backend,
 )
 from megablocks_utils.kernels.selection.backend_selection import BackendSelection, load_backend
+from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
@@ -120,9 +128,28 @@ def _first_of_each_kind(modules: Iterable[DroplessExperts]) -> list[DroplessExpe
 def _probe(name: str, module: DroplessExperts, dtype: torch.dtype) -> Deviation:
     has_own_routing = module.mesh[EP_AXIS].size() == 1 and module.post_expert_norm is None
     with _gathered(module):
-        return probe_backend(
-            name, module.backend, module.stored_weights(), dtype, is_weighted=has_own_routing
+        weights = module.stored_weights()
+        found = probe_backend(name, module.backend, weights, dtype, is_weighted=has_own_routing)
+        if has_own_routing or find_combine_kernels(weights.down_proj.device, dtype) is None:
+            return found
+        # What sums rows that came back is a kernel of its own, which no backend calls.
+        run = partial(_run_and_combine, module.backend)
+        combined = probe_backend(
+            f"{name} (or the sum of its rows)", run, weights, dtype, is_weighted=True
         )
+    return max(found, combined, key=lambda deviation: deviation.ratio)
+
+
+def _run_and_combine(
+    backend: ExpertBackend,
+    tokens: Tensor,
+    order: ExpertOrder,
+    top_k_weights: Tensor | None,
+    experts: ExpertWeights,
+) -> Tensor:
+    """Run tokens as if their rows had come from another rank, and sum what has come back."""
+    rows = backend(permute_tokens(tokens, order), order.of_sorted_rows(), None, experts)
+    return fused_unpermute_and_combine(rows, top_k_weights, order)
 
 
 @contextmanager

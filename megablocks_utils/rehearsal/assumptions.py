@@ -123,16 +123,16 @@ def assume_gpu_sums() -> Iterator[None]:
     and left as it is.
     """
 
-    def find_kernels(rows: Tensor) -> unpermute.CombineKernels | None:
+    def find_kernels(device: torch.device, dtype: torch.dtype) -> unpermute.CombineKernels | None:
         return unpermute.CombineKernels(_shape_sums, _shape_gradients)
 
-    originals = permute._BLOCK_ELEMENTS_CPU, unpermute._find_kernels
+    originals = permute._BLOCK_ELEMENTS_CPU, unpermute.find_combine_kernels
     permute._BLOCK_ELEMENTS_CPU = permute._BLOCK_ELEMENTS
-    unpermute._find_kernels = find_kernels
+    unpermute.find_combine_kernels = find_kernels
     try:
         yield
     finally:
-        permute._BLOCK_ELEMENTS_CPU, unpermute._find_kernels = originals
+        permute._BLOCK_ELEMENTS_CPU, unpermute.find_combine_kernels = originals
 
 
 def _shape_sums(rows: Tensor, weights: Tensor, _top_k: int, _inverse: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megablocks_utils.kernels.permute import ExpertOrder, unpermute_and_combine
 
-__all__ = ["CombineKernels", "fused_unpermute_and_combine"]
+__all__ = ["CombineKernels", "find_combine_kernels", "fused_unpermute_and_combine"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,15 +31,16 @@ def fused_unpermute_and_combine(
     rows: Tensor, top_k_weights: Tensor | None, order: ExpertOrder
 ) -> Tensor:
     """Do what `unpermute_and_combine` does, in one kernel each way where there is a GPU."""
-    kernels = _find_kernels(rows) if top_k_weights is not None else None
+    kernels = None if top_k_weights is None else find_combine_kernels(rows.device, rows.dtype)
     if kernels is None:
         return unpermute_and_combine(rows, top_k_weights, order)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         return _CombineRows.apply(kernels, rows, top_k_weights, order.inverse)
 
 
-def _find_kernels(rows: Tensor) -> CombineKernels | None:
-    return _load_kernels() if rows.is_cuda and rows.dtype in _DTYPES else None
+def find_combine_kernels(device: torch.device, dtype: torch.dtype) -> CombineKernels | None:
+    """Return what sums rows there; None where torch's operators do."""
+    return _load_kernels() if device.type == "cuda" and dtype in _DTYPES else None
 
 
 @cache

@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 KERNELS = Path("megablocks_utils/kernels/fused")
 TESTS = tuple(
-    f"tests/kernels/fused/test_{of}.py" for of in ("tile_walk", "adamw", "kernels", "fused_experts")
+    f"tests/kernels/fused/test_{of}.py"
+    for of in ("tile_walk", "adamw", "unpermute", "kernels", "fused_experts")
 )
 TIMEOUT_S = 1200
 
@@ -407,6 +408,24 @@ BUGS = (
         "combine.py",
         "        acc += row\n",
         "        acc = round_to(acc + row, out_ptr.dtype.element_ty, INTERPRET).to(tl.float32)\n",
+    ),
+    Bug(
+        "gradients of a token's rows with its first slot's weight",
+        "combine_backward.py",
+        "grad[None, :] * weights[:, None]",
+        "grad[None, :] * tl.sum(tl.where(slots == 0, weights, 0.0))",
+    ),
+    Bug(
+        "only the last tile of columns counts in the weights' gradients",
+        "combine_backward.py",
+        "products += rows * grad[None, :]",
+        "products = rows * grad[None, :]",
+    ),
+    Bug(
+        "the weights' gradients from rows in the order of tokens",
+        "combine_backward.py",
+        "rows = tl.load(rows_ptr + at,",
+        "rows = tl.load(rows_ptr + (routed[:, None] * num_cols + cols[None, :]),",
     ),
     Bug(
         "A's gradient without the scaling",

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Trito
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(unpermute, "_find_kernels", lambda _rows: unpermute._load_kernels())
+    monkeypatch.setattr(
+        unpermute, "find_combine_kernels", lambda _device, _dtype: unpermute._load_kernels()
+    )
 
 
 def step(combine, leaves, order, upstream, needed=(True, True)):
@@ -66,4 +68,4 @@ def test_rows_without_weights_and_of_fp64_take_torchs_way(monkeypatch):
     order = ExpertOrder(None, None, torch.tensor([3]), top_k=1)
     rows = torch.randn(3, 2)
     assert fused_unpermute_and_combine(rows, None, order) is rows
-    assert unpermute._find_kernels(rows) is None
+    assert unpermute.find_combine_kernels(rows.device, rows.dtype) is None

@@ -13,6 +13,7 @@ __all__ = [
     "DataError",
     "MissingKernelError",
     "NonFiniteError",
+    "PlacementError",
     "PlanError",
     "UserError",
 ]
@@ -75,5 +76,11 @@ class MissingKernelError(UserError):
 
 class NonFiniteError(UserError):
     """Report training that has led to values that are not finite; the input was well-formed."""
+
+    exit_code = 1
+
+
+class PlacementError(UserError):
+    """Report parameters that do not lie on the ranks as declared; the input was well-formed."""
 
     exit_code = 1

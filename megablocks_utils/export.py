@@ -30,7 +30,14 @@ from megablocks_utils.processes.output_folder import (
     follow_pointer,
 )
 
-__all__ = ["COMMAND", "ExportOptions", "export_checkpoint", "main", "parse_options"]
+__all__ = [
+    "COMMAND",
+    "ExportOptions",
+    "export_adapter_layout",
+    "export_checkpoint",
+    "main",
+    "parse_options",
+]
 
 # Name -> shape and dtype (named Any, since torch is not imported yet).
 Stored = Mapping[str, tuple[tuple[int, ...], Any]]
@@ -40,29 +47,61 @@ Stored = Mapping[str, tuple[tuple[int, ...], Any]]
 class ExportOptions:
     """Hold the options."""
 
+    output: Annotated[Path, OUTPUT_OPTION]
     checkpoint: Annotated[
-        Path,
+        Path | None,
         Option(
             "the checkpoint: a folder checkpoint-<step> of a run, or the checkpoint-latest beside "
             "it",
             metavar="DIR",
             wanted="a folder",
+            shown_default="none; this or --adapter is needed",
         ),
-    ]
-    output: Annotated[Path, OUTPUT_OPTION]
+    ] = None
+    adapter: Annotated[
+        str | None,
+        Option(
+            "a finished adapter to write in another layout: local folder or Hub name",
+            metavar="DIR",
+            wanted="a folder or Hub name",
+        ),
+    ] = None
+    adapter_layout: Annotated[
+        str | None,
+        Option(
+            "per-expert: one LoRA pair for each expert and projection, which vLLM and SGLang load; "
+            "needs --adapter",
+            choices=("per-expert",),
+        ),
+    ] = None
+    model_name_or_path: Annotated[
+        str | None,
+        Option(
+            "the adapter's base model, whose configuration and names are read: local folder or Hub "
+            "name",
+            metavar="BASE",
+            shown_default="base_model_name_or_path of the adapter's configuration",
+        ),
+    ] = None
     save_dtype: Annotated[
         str | None, replace(SAVE_DTYPE_OPTION, shown_default="that of the checkpoint")
     ] = None
 
 
 COMMAND = Command(
-    usage=("python -m megablocks_utils.export --checkpoint DIR --output DIR [--save_dtype DTYPE]",),
+    usage=(
+        "python -m megablocks_utils.export --checkpoint DIR --output DIR [--save_dtype DTYPE]",
+        "python -m megablocks_utils.export --adapter DIR --adapter_layout per-expert --output DIR",
+    ),
     about=(
         "Writes the model of a checkpoint as an ordinary Hugging Face folder, which transformers "
         "loads: with the Hub's own tensor names, configuration and tokenizer. A checkpoint of a "
         "LoRA run becomes a PEFT adapter. The training processes are not needed, nor as many "
         "processes as have written it. Every file is compared with its checksum first. Memory: one "
         "layer's experts (an adapter: all of it).",
+        "With --adapter, writes a PEFT adapter in the layout that servers load, and compares what "
+        "it wrote, turned back, bit for bit. Where a server could not apply it, says so and writes "
+        "nothing.",
     ),
     options=list_options(ExportOptions),
 )
@@ -76,7 +115,8 @@ def main(argv: Sequence[str]) -> None:
         UserError: for options or files that cannot be used.
     """
     options = parse_options(argv)
-    sys.stdout.write(f"{export_checkpoint(options)}\n")
+    export = export_checkpoint if options.adapter is None else export_adapter_layout
+    sys.stdout.write(f"{export(options)}\n")
 
 
 def parse_options(argv: Sequence[str]) -> ExportOptions:
@@ -86,7 +126,46 @@ def parse_options(argv: Sequence[str]) -> ExportOptions:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word or name that is not known, or a value that is missing.
     """
-    return build_section(ExportOptions, read_command(argv, COMMAND)[0])
+    options = build_section(ExportOptions, read_command(argv, COMMAND)[0])
+    _refuse_combinations(options)
+    return options
+
+
+def _refuse_combinations(options: ExportOptions) -> None:
+    if (options.checkpoint is None) == (options.adapter is None):
+        given = "neither is" if options.adapter is None else "both are"
+        raise ConfigurationError(f"--checkpoint or --adapter must be given, but {given}.")
+    source, refused = "--adapter", ["save_dtype"]
+    if options.adapter is None:
+        source, refused = "--checkpoint", ["adapter_layout", "model_name_or_path"]
+    for name in refused:
+        if value := getattr(options, name):
+            raise ConfigurationError(f"--{name} is {value}, but {source} takes no such option.")
+    if options.adapter is not None and options.adapter_layout is None:
+        raise ConfigurationError(
+            "--adapter_layout is not given, but --adapter is; it must be per-expert."
+        )
+
+
+def export_adapter_layout(options: ExportOptions) -> str:
+    """Write an adapter as servers load it, and return a line that says what was done.
+
+    Raises:
+        ConfigurationError: an output that cannot be used, or an adapter that no server applies.
+        CheckpointError: an adapter or base that cannot be read, or a disk that is full.
+    """
+    check_output(options.output)
+    from megablocks_utils.lora.per_expert_export import export_per_expert
+
+    with removed_on_error(options.output):
+        num_pairs, rank = export_per_expert(
+            str(options.adapter),
+            options.output,
+            base_name_or_path=options.model_name_or_path,
+            show_progress=show_progress,
+        )
+    what = f"{num_pairs} LoRA pairs of rank {rank}"
+    return f"wrote {options.output}: {what}; turned back they are {options.adapter} bit for bit"
 
 
 def export_checkpoint(options: ExportOptions) -> str:
@@ -97,6 +176,8 @@ def export_checkpoint(options: ExportOptions) -> str:
         CheckpointError: a damaged checkpoint, or a disk that is full.
     """
     check_output(options.output)
+    if options.checkpoint is None:
+        raise ConfigurationError("--checkpoint is not given, but it must be a folder.")
     _check_is_checkpoint(options.checkpoint)
     from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX, read_stored_tensors
     from megablocks_utils.checkpoint.manifest import check_files

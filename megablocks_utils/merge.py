@@ -15,7 +15,7 @@ from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.precision import SAVE_DTYPE_OPTION
 from megablocks_utils.config.reader import build_section, read_command
-from megablocks_utils.errors import CheckpointError, ConfigurationError
+from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import GENERATION_CONFIG_NAME
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
@@ -117,11 +117,15 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     from megablocks_utils.checkpoint.model_check import check_against_model
     from megablocks_utils.checkpoint.saved_dtype import choose_saved_dtypes
     from megablocks_utils.checkpoint.writer import TensorSpec
-    from megablocks_utils.lora.adapter_reader import open_adapter, resolve_adapter_folder
+    from megablocks_utils.lora.adapter_reader import (
+        find_base_name,
+        open_adapter,
+        resolve_adapter_folder,
+    )
     from megablocks_utils.lora.merge_weights import AdapterMerger
 
     adapter_folder = resolve_adapter_folder(options.adapter)
-    base = resolve_checkpoint_folder(_base_name(options, adapter_folder))
+    base = resolve_checkpoint_folder(find_base_name(options.model_name_or_path, adapter_folder))
     model = build_model_on_meta(base)
     dtype = model.config.dtype
     index = open_checkpoint(base, dtype=None if isinstance(dtype, str) else dtype)
@@ -146,19 +150,6 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         f" {written_bytes:,} bytes"
     )
     return "\n".join((*index.notes, line))
-
-
-def _base_name(options: MergeOptions, adapter_folder: Path) -> str:
-    from megablocks_utils.lora.adapter_config import read_adapter_config
-
-    config = read_adapter_config(adapter_folder)
-    name = options.model_name_or_path or config.base_model_name
-    if name is None:
-        raise ConfigurationError(
-            f"--model_name_or_path is not given, and {config.path} names no"
-            " base_model_name_or_path; give the base model of this adapter."
-        )
-    return name
 
 
 def _list_companions(base: Path, adapter: Path) -> list[Path]:

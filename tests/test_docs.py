@@ -42,6 +42,9 @@ FOREIGN_OPTIONS = frozenset(
         "accelerator_config",
         "dist",
         "no-deps",
+        "enable-lora",
+        "max-lora-rank",
+        "lora-modules",
         "help",
     ]
 )

@@ -55,7 +55,7 @@ def refusal(action, *args) -> str:
 )
 def test_transformers_loads_the_state_of_the_step(save, tmp_path, script, model):
     saved = save(script, model=model, precision="bf16" if model == "olmoe" else "fp32")
-    line = export_checkpoint(ExportOptions(saved.checkpoint, tmp_path / "out"))
+    line = export_checkpoint(ExportOptions(tmp_path / "out", saved.checkpoint))
     assert line == f"wrote {tmp_path / 'out'}: the model after step 3"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     weights = dict(loaded.named_parameters())
@@ -69,7 +69,7 @@ def test_transformers_loads_the_state_of_the_step(save, tmp_path, script, model)
 
 def test_an_adapter_is_what_was_trained(save, tmp_path):
     saved = save("fsdp2", lora="all")
-    line = export_checkpoint(ExportOptions(saved.checkpoint, tmp_path / "out"))
+    line = export_checkpoint(ExportOptions(tmp_path / "out", saved.checkpoint))
     assert line.endswith("the adapter after step 3")
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     trained = [name for name in saved.state if name.startswith(MODEL_PREFIX)]
@@ -101,7 +101,7 @@ def test_one_tensor_is_held_at_a_time(mixtral, tmp_path, monkeypatch):
         return tensor
 
     monkeypatch.setattr(stored_model, "read_whole_tensor", watch)
-    export_checkpoint(ExportOptions(mixtral.checkpoint, tmp_path / "out"))
+    export_checkpoint(ExportOptions(tmp_path / "out", mixtral.checkpoint))
     assert len(held) == sum(name.startswith(MODEL_PREFIX) for name in mixtral.state)
 
 
@@ -111,24 +111,24 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_written(mixtral, tmp_path)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    options = ExportOptions(damaged, tmp_path / "new" / "out")
+    options = ExportOptions(tmp_path / "new" / "out", damaged)
     assert refusal(export_checkpoint, options).startswith(f"{file} was altered: its checksum is ")
     assert not (tmp_path / "new").exists()
 
 
 def test_what_is_no_checkpoint(mixtral, tmp_path):
-    assert refusal(export_checkpoint, ExportOptions(tmp_path / "none", tmp_path / "out")) == (
+    assert refusal(export_checkpoint, ExportOptions(tmp_path / "out", tmp_path / "none")) == (
         f"--checkpoint is {tmp_path / 'none'}, but that is no folder; it must be a checkpoint of a "
         "run."
     )
     newest = mixtral.folder / f"checkpoint-{NUM_STEPS}"
-    assert refusal(export_checkpoint, ExportOptions(mixtral.folder, tmp_path / "out")) == (
+    assert refusal(export_checkpoint, ExportOptions(tmp_path / "out", mixtral.folder)) == (
         f"--checkpoint is {mixtral.folder}, but that holds no manifest.json; it must be a complete "
         f"checkpoint, such as {newest}."
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
-    assert refusal(export_checkpoint, ExportOptions(newest, tmp_path / "out")).startswith(
+    assert refusal(export_checkpoint, ExportOptions(tmp_path / "out", newest)).startswith(
         f"--output is {tmp_path / 'out'}, but it holds x; "
     )
 
@@ -140,7 +140,30 @@ def test_options():
         "unknown option --chekpoint; did you mean --checkpoint?"
     )
     assert refusal(parse_options, ["--checkpoint", "a"]).startswith("--output is not given")
-    assert export.COMMAND.names == ("checkpoint", "output", "save_dtype", "config")
+    assert export.COMMAND.names == (
+        *("output", "checkpoint", "adapter", "adapter_layout", "model_name_or_path"),
+        *("save_dtype", "config"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "--checkpoint or --adapter must be given, but neither is."),
+        ("--checkpoint a --adapter b", "--checkpoint or --adapter must be given, but both are."),
+        ("--adapter b", "--adapter_layout is not given, but --adapter is; it must be per-expert."),
+        (
+            "--checkpoint a --adapter_layout per-expert",
+            "--adapter_layout is per-expert, but --checkpoint takes no such option.",
+        ),
+        (
+            "--adapter b --adapter_layout per-expert --save_dtype float16",
+            "--save_dtype is float16, but --adapter takes no such option.",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(words, sentence):
+    assert refusal(parse_options, ["--output", "out", *words.split()]) == sentence
 
 
 def test_help_needs_no_torch():

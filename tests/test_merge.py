@@ -148,7 +148,7 @@ def test_no_base_is_named(folder):
     edit_settings(folder / "adapter", base_model_name_or_path=None)
     with pytest.raises(ConfigurationError) as error:
         merge_adapter(options_of(folder))
-    assert str(error.value) == (
+    assert error.value.as_options() == (
         f"--model_name_or_path is not given, and {folder / 'adapter' / 'adapter_config.json'} names"
         " no base_model_name_or_path; give the base model of this adapter."
     )

@@ -139,8 +139,8 @@ class RunConfig:
     debug: Annotated[
         bool,
         Option(
-            "print every parameter's mesh axes, placement and bytes; check in every step that "
-            "replicas are bit-equal and gradients finite"
+            "print the placement plan and every parameter's mesh axes, placement and bytes; check "
+            "in every step that replicas are bit-equal and gradients finite"
         ),
     ] = False
     lost_rank_timeout_s: Annotated[

@@ -27,7 +27,7 @@ from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.agreement import raise_on_all_ranks, sum_over_ranks
+from megablocks_utils.processes.agreement import raise_on_all_ranks
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -109,9 +109,7 @@ def wrap_fsdp1(
 
     Raises:
         UserError: on every rank, what `fill_local` raised on one.
-        RuntimeError: FSDP left a parameter out: its gradient would never be reduced.
     """
-    num_elements = _count_local_dense(model)
     root = raise_on_all_ranks(
         lambda: fill_and_wrap_fsdp1(
             model,
@@ -123,7 +121,6 @@ def wrap_fsdp1(
             on_layer=on_layer,
         )
     )
-    _assert_all_sharded(root, num_elements)
     root.register_comm_hook(root.process_group, _sum_over_ranks)
     return root
 
@@ -271,22 +268,6 @@ def _take_adapters_off(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module
         taken.append((place, child, getattr(place, child)))
         delattr(place, child)
     return taken
-
-
-def _assert_all_sharded(model: FullyShardedDataParallel, num_elements: int) -> None:
-    """Stop if a parameter is whole on every rank: its gradient would never be reduced.
-
-    **Collective:** one all-reduce of one number over the world.
-    """
-    total = sum_over_ranks(_count_local_dense(model))
-    if total != num_elements:
-        raise RuntimeError(
-            f"FSDP1 was given {num_elements} elements to shard, but the ranks hold {total}"
-        )
-
-
-def _count_local_dense(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if not _is_left_alone(p))
 
 
 def _is_left_alone(parameter: nn.Parameter) -> bool:

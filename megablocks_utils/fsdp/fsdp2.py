@@ -171,7 +171,6 @@ def wrap_fsdp2(
         unit.set_unshard_in_backward(needs_weights_in_backward(unit))
     if prefetches and sharded is not None:
         prefetch_in_order(sharded, layers)
-    _assert_all_sharded(model)
     return model
 
 
@@ -271,14 +270,3 @@ def gather_whole(parameter: nn.Parameter) -> Tensor:
     on_device = sharded.to(sharded.device_mesh.device_type)
     assert isinstance(on_device, DTensor)
     return on_device.full_tensor()
-
-
-def _assert_all_sharded(model: nn.Module) -> None:
-    """Stop if a parameter is a plain tensor: its gradient would never be reduced."""
-    plain = [
-        name
-        for name, parameter in model.named_parameters()
-        if not isinstance(parameter, DTensor) and not is_replicated(parameter)
-    ]
-    if plain:
-        raise RuntimeError(f"FSDP2 left {len(plain)} parameters unsharded, the first is {plain[0]}")

@@ -3,17 +3,18 @@
 What a checkpoint of any layout is written from and read into.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.checkpoint.tensor_shards import BlockPlace, Place, RunPlace
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.mesh.placement import is_replicated, local_offsets
 
-__all__ = ["PlacedParameters", "find_buffers", "find_places"]
+__all__ = ["PlacedParameters", "find_buffers", "find_places", "flat_handles"]
 
 PlacedParameters = dict[str, tuple[nn.Parameter, Place]]
 
@@ -60,13 +61,20 @@ def _runs_in_flat_parameters(modules: Iterable[nn.Module]) -> dict[int, RunPlace
     Without sharding (one rank) all of it is here, as they show.
     """
     runs = {}
-    for module in modules:
-        handle = getattr(module, "_handle", None)
-        if not isinstance(module, FullyShardedDataParallel) or handle is None:
-            continue
+    for handle in flat_handles(modules):
         flat = handle.flat_param
+        assert flat._params is not None, "build_fsdp1_plugin keeps the original parameters"
         described = zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True)
         for parameter, shape, info in described:
             if info.in_shard:
+                assert info.intra_param_start_idx is not None, "it has elements here"
                 runs[id(parameter)] = RunPlace(tuple(shape), info.intra_param_start_idx)
     return runs
+
+
+def flat_handles(modules: Iterable[nn.Module]) -> Iterator[FlatParamHandle]:
+    """Yield what FSDP1 knows of each flat parameter, which it has in private attributes only."""
+    for module in modules:
+        handle = getattr(module, "_handle", None)
+        if isinstance(module, FullyShardedDataParallel) and handle is not None:
+            yield handle

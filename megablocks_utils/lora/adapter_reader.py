@@ -17,14 +17,14 @@ from megablocks_utils.checkpoint.index import (
     open_safetensors_file,
     resolve_checkpoint_folder,
 )
-from megablocks_utils.errors import CheckpointError
+from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.files import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_checks import FoundAdapter, FoundAdapters, check_adapter
 from megablocks_utils.lora.adapter_config import AdapterConfigFile, read_adapter_config
 from megablocks_utils.lora.expert_formats import read_finite
 from megablocks_utils.lora.peft_format import linear_key
 
-__all__ = ["AdapterReader", "open_adapter", "resolve_adapter_folder"]
+__all__ = ["AdapterReader", "find_base_name", "open_adapter", "resolve_adapter_folder"]
 
 PICKLED_FILE_NAME = "adapter_model.bin"
 
@@ -100,6 +100,23 @@ def resolve_adapter_folder(name_or_path: str | Path) -> Path:
     """
     patterns = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
     return resolve_checkpoint_folder(str(name_or_path), kind="adapter", patterns=patterns)
+
+
+def find_base_name(given: str | None, adapter_folder: Path) -> str:
+    """Return the base model that is given, or else the one that an adapter's configuration names.
+
+    Raises:
+        ConfigurationError: neither names one.
+    """
+    config = read_adapter_config(adapter_folder)
+    name = given or config.base_model_name
+    if name is None:
+        raise ConfigurationError(
+            f"model_name_or_path is not given, and {config.path} names no"
+            " base_model_name_or_path; give the base model of this adapter.",
+            parameters=("model_name_or_path",),
+        )
+    return name
 
 
 def open_adapter(name_or_path: str | Path, model: PreTrainedModel) -> AdapterReader:

@@ -36,10 +36,11 @@ class SingleExpertNames:
 
     Args:
         model: as transformers builds it, on meta or not.
+        layout: of the checkpoint whose names are wanted; None is that which transformers saves.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._layout = ModelLayout.of_saved(model)
+    def __init__(self, model: PreTrainedModel, layout: ModelLayout | None = None) -> None:
+        self._layout = layout or ModelLayout.of_saved(model)
         self._places = find_expert_places(model)
 
     @cached_property
@@ -51,6 +52,16 @@ class SingleExpertNames:
     def num_experts(self, name: str) -> int:
         """Return the experts of a parameter."""
         return self._places[name].num_stored
+
+    def linear(self, name: str) -> str | None:
+        """Return the Hub name of a linear layer; None for one that is not stored as it is.
+
+        Args:
+            name: of the layer in the model, `model.layers.0.self_attn.q_proj`.
+        """
+        weight = f"{name}.weight"
+        stored = self._layout.sources(weight) if self._layout.is_plain(weight) else ()
+        return stored[0].removesuffix(".weight") if stored else None
 
     def layers(self, name: str, expert: int) -> tuple[SingleExpertLayer, ...]:
         """Return the layers of one expert of a parameter, in the order of its rows.

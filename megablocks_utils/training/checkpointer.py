@@ -212,7 +212,7 @@ class Checkpointer(StepHooks):
         return {
             "step": step,
             "world_size": setup.launch.world_size,
-            "mesh": setup.mesh_sizes(),
+            "mesh": setup.placement.axis_sizes,
             "expert_dp": parallel.expert_dp if setup.sharded else None,
             "entry_point": setup.config.entry_point,
             "versions": read_versions(),

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.integrations.integration_utils import rewrite_logs
 
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, reduce_across_groups
+from megablocks_utils.fsdp.placement_check import verify_placements
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.accelerate_settings import check_layer_classes
@@ -67,7 +68,7 @@ class TrainingState:
 def build_training_state(setup: Setup) -> TrainingState:
     """Wrap and fill the model with FSDP2, build optimizer and schedule, resume where asked.
 
-    With all weights there, the kernel is checked on them.
+    With all weights there, it is checked that they lie as declared, and the kernel on them.
 
     **Collective:** every rank of the world must call.
     """
@@ -90,6 +91,7 @@ def build_training_state(setup: Setup) -> TrainingState:
             fill_local=setup.fill_local,
             on_layer=on_layer,
         )
+    verify_placements(model, setup.placement)
     scheduler = build_lr_scheduler(optimizer.optimizer, config.optim, setup.schedule.num_steps)
     state = TrainingState(
         accelerator, model, optimizer, scheduler, setup.sharded, balance=setup.balance

@@ -21,6 +21,7 @@ from megablocks_utils.files import (
     RUN_RECORD_NAME,
 )
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
+from megablocks_utils.fsdp.placement_plan import describe_plan
 from megablocks_utils.fsdp.places import find_buffers
 from megablocks_utils.lora.adapter_files import export_adapter
 from megablocks_utils.lora.settings import LoraSettings
@@ -110,7 +111,7 @@ class RunRecorder:
             line = f"warning: {setup.answer_end.warning}"
             setup.console.print(line, markup=False, soft_wrap=True)
         if setup.config.debug:
-            for line in describe_placements(setup.model):
+            for line in (*describe_plan(setup.placement), *describe_placements(setup.model)):
                 setup.console.print(line, markup=False, soft_wrap=True)
         raise_on_all_ranks(self._open_metrics)
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
@@ -203,7 +204,7 @@ class RunRecorder:
             sys.argv,
             setup.config,
             resolved=describe_resolved(setup),
-            mesh=setup.mesh_sizes(),
+            mesh=setup.placement.axis_sizes,
             kernel=kernel,
             kernel_reason=reason,
             kernel_probe=None if kernel_check is None else kernel_check.as_record(),

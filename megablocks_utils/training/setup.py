@@ -13,9 +13,9 @@ from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
+from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.mesh.device_mesh import DP_AXIS, DP_REPLICATE_AXIS, EP_AXIS, axis_size
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.model_facts import find_top_k, vocab_size
@@ -68,6 +68,7 @@ class Setup:
         model: on meta until FSDP has wrapped it; adapters, where asked for, have their values.
         sharded: how its experts are split; None without expert parallelism and without adapters of
             experts, which are this project's at ep 1 also then.
+        placement: how every parameter will lie on the ranks.
         lora: which adapters; None where all weights are trained.
         counts: parameters of the whole model.
         num_experts: experts of a layer.
@@ -93,6 +94,7 @@ class Setup:
     model_folder: Path
     model: PreTrainedModel
     sharded: ShardedMoE | None
+    placement: PlacementPlan
     lora: LoraSettings | None
     counts: ParameterCounts
     num_experts: int
@@ -109,13 +111,6 @@ class Setup:
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
         return find_expert_parameters(self.model)
-
-    def mesh_sizes(self) -> dict[str, int]:
-        """Ranks along the axes of the experts' mesh, also where there is none."""
-        groups = self.config.parallel.dp_replicate_size
-        ep_size = 1 if self.sharded is None else axis_size(self.sharded.mesh, EP_AXIS)
-        sizes = {DP_AXIS: self.launch.world_size // groups // ep_size, EP_AXIS: ep_size}
-        return sizes if groups == 1 else {DP_REPLICATE_AXIS: groups} | sizes
 
     def verify_kernel(self) -> KernelCheck | None:
         """Compare the kernel with `eager`, all weights being there; None if it is not ours.
@@ -181,8 +176,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     balance = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)
-    if adapters is not None:
-        raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
+    raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_layer_options(model, config, probe, console)
     return Setup(
         config=config,
@@ -196,6 +190,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model_folder=folder,
         model=model,
         sharded=sharded,
+        placement=build_placement_plan(model, sharded, config.parallel.dp_replicate_size),
         lora=lora,
         counts=_count(model, sharded),
         num_experts=source.num_experts,
@@ -257,11 +252,13 @@ def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapter
 def _apply_lora(
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
-    adapters: ChosenAdapters,
+    adapters: ChosenAdapters | None,
     config: RunConfig,
     precision: ResolvedPrecision,
 ) -> None:
-    apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=config.seed)
+    dtype = getattr(torch, precision.adapter)
+    if adapters is not None:
+        apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
 
 
 def _load_data(

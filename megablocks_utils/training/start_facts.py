@@ -16,7 +16,7 @@ def collect_facts(setup: Setup) -> RunFacts:
     config, base = setup.config, setup.model
     experts = setup.expert_parameters()
     expert_bytes = count_local_bytes(experts.values())
-    mesh = setup.mesh_sizes()
+    mesh = setup.placement.axis_sizes
     optim = config.optim
     kernel, reason = describe_kernel(setup)
     examples = setup.schedule.examples
@@ -67,7 +67,7 @@ def describe_kernel(setup: Setup) -> tuple[str, str]:
 
 def _describe_dispatch(setup: Setup) -> str | None:
     """Say how tokens travel, and why; None where none does."""
-    if setup.sharded is None or setup.mesh_sizes()["ep"] == 1:
+    if setup.sharded is None or setup.placement.axis_sizes["ep"] == 1:
         return None
     return setup.sharded.describe_dispatch()
 
@@ -81,7 +81,7 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "weights_dtype": setup.precision.weights,
         "compute_dtype": setup.precision.compute,
         "optim_dtype": setup.precision.optim,
-        "ep_size": setup.mesh_sizes()["ep"],
+        "ep_size": setup.placement.axis_sizes["ep"],
         "token_dispatch": _describe_dispatch(setup),
         "num_steps": setup.schedule.num_steps,
         "examples": len(setup.schedule.examples),

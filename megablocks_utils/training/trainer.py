@@ -10,6 +10,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 
 from megablocks_utils.fsdp.accelerate_state import assert_fsdp_is_on, turn_fsdp_on
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, strip_wrappers, wrap_fsdp1
+from megablocks_utils.fsdp.placement_check import verify_placements
 from megablocks_utils.processes.accelerate_settings import check_layer_classes
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.data.schedule import Schedule
@@ -107,6 +108,7 @@ class MoETrainer(Trainer):
                 fill_local=setup.fill_local,
                 on_layer=on_layer,
             )
+        verify_placements(self._wrapped, setup.placement)
         # Before anything is written; weights of a checkpoint come in `train`.
         self.kernel_check = None if setup.resume else setup.verify_kernel()
         config = setup.config

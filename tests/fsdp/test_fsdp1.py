@@ -4,7 +4,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.errors import ConfigurationError
@@ -85,32 +84,6 @@ def test_adapters_have_units_of_their_own(ranks2, folder):
     assert not any("experts" in name for name, _ in frozen)
     assert len(trainable) == 16
     assert all(".lora_" in name for name in trainable)
-
-
-def _wrap_and_leave_one_out(rank):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    plugin = fsdp1.build_fsdp1_plugin(resolve_precision(RunConfig(), "cpu"))
-    real = fsdp1.FullyShardedDataParallel
-
-    def wrap_all_but_one(module, *, ignored_states, **kwargs):
-        return real(module, ignored_states=[*module[1].parameters()], **kwargs)
-
-    with (
-        mock.patch.object(fsdp1, "FullyShardedDataParallel", wrap_all_but_one),
-        pytest.raises(RuntimeError, match="given 40 elements to shard, but the ranks hold 60"),
-    ):
-        fsdp1.wrap_fsdp1(
-            model,
-            None,
-            plugin,
-            layer_classes=[],
-            device=torch.device("cpu"),
-            fill_local=pytest.fail,
-        )
-
-
-def test_a_parameter_that_is_not_sharded_stops_the_run(ranks2):
-    ranks2.run(_wrap_and_leave_one_out)
 
 
 @pytest.mark.parametrize("strategy", ["NO_SHARD", "HYBRID_SHARD"])

@@ -1,0 +1,216 @@
+"""The declared plan of a run: how each parameter lies along every mesh axis, why, and its gradient.
+
+It is made of the model as it is before FSDP wraps it. What FSDP then did is compared with it by
+`placement_check`: two statements that do not know each other.
+
+An entry's pattern is a name with `*` for every number; where the layers differ in kind, the name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megablocks_utils.fsdp.expert_units import shards_over_dp
+from megablocks_utils.fsdp.places import find_buffers
+from megablocks_utils.mesh.device_mesh import DP_AXIS, DP_REPLICATE_AXIS, EP_AXIS, axis_size
+from megablocks_utils.mesh.placement import is_replicated
+from megablocks_utils.moe.sharded_moe import ShardedMoE
+
+__all__ = [
+    "COPIES",
+    "SHARD",
+    "SHARD_DIM_0",
+    "PlacementEntry",
+    "PlacementPlan",
+    "PlacementRule",
+    "build_placement_plan",
+    "describe_plan",
+    "find_pattern",
+]
+
+COPIES, SHARD, SHARD_DIM_0 = "copies", "shard", "shard of dim 0"
+"""What an axis does with a parameter; a `SHARD` may be of any dim."""
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_ADAPTER = re.compile(r"\.lora_[AB]\.")
+
+
+@dataclass(frozen=True)
+class PlacementRule:
+    """How one kind of parameter lies.
+
+    Attributes:
+        kind: its name.
+        placements: `COPIES`, `SHARD` or `SHARD_DIM_0`, by mesh axis.
+        reason: why it lies so.
+        gradient_sum: who sums its gradient over which axes.
+    """
+
+    kind: str
+    placements: Mapping[str, str]
+    reason: str
+    gradient_sum: str
+
+
+@dataclass(frozen=True)
+class PlacementEntry:
+    """The parameters of a model that a pattern names.
+
+    Attributes:
+        pattern: what their names match.
+        rule: how they lie.
+        is_trained: whether they have gradients.
+        num_parameters: how many there are.
+        num_elements: of all of them, whole.
+    """
+
+    pattern: str
+    rule: PlacementRule
+    is_trained: bool
+    num_parameters: int
+    num_elements: int
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """How everything lies that a run holds.
+
+    Attributes:
+        axis_sizes: ranks along "dp_replicate" (where there is one), "dp" and "ep", in this order:
+            those of the experts' mesh, also where there is none.
+        entries: each parameter and persistent buffer is in exactly one.
+    """
+
+    axis_sizes: dict[str, int]
+    entries: tuple[PlacementEntry, ...]
+
+    def count_copies(self, entry: PlacementEntry) -> int:
+        """Return how many ranks hold the same part of a parameter."""
+        placements = entry.rule.placements
+        return prod(n for axis, n in self.axis_sizes.items() if placements[axis] == COPIES)
+
+
+def build_placement_plan(
+    model: nn.Module, sharded: ShardedMoE | None, dp_replicate_size: int = 1
+) -> PlacementPlan:
+    """Declare how every parameter and persistent buffer will lie. No communication.
+
+    Args:
+        model: not wrapped yet; its experts split, adapters attached.
+        sharded: how its experts are split; None where FSDP shards them like all else.
+        dp_replicate_size: groups of ranks that hold the whole model each.
+    """
+    kinds = _ExpertKinds(sharded)
+    held: dict[str, list[tuple[str, Tensor, PlacementRule]]] = {}
+    for name, parameter in model.named_parameters():
+        rule = kinds.find(name) or _find_dense_rule(name, parameter)
+        held.setdefault(find_pattern(name), []).append((name, parameter, rule))
+    for name, buffer in find_buffers(model).items():
+        held.setdefault(find_pattern(name), []).append((name, buffer, _BUFFERS))
+    entries = [entry for pattern, found in held.items() for entry in _build_entries(pattern, found)]
+    return PlacementPlan(_find_axis_sizes(sharded, dp_replicate_size), tuple(entries))
+
+
+def find_pattern(name: str) -> str:
+    """Return a parameter's name with `*` for every number in it."""
+    return _NUMBER.sub("*", name)
+
+
+def describe_plan(plan: PlacementPlan) -> Iterator[str]:
+    """Yield a line for each kind (placements, reason, gradient), then one for each of its names."""
+    kinds: dict[tuple[str, bool], list[PlacementEntry]] = {}
+    for entry in plan.entries:
+        kinds.setdefault((entry.rule.kind, entry.is_trained), []).append(entry)
+    for (kind, is_trained), entries in kinds.items():
+        rule = entries[0].rule
+        where = ", ".join(f"{axis}: {rule.placements[axis]}" for axis in plan.axis_sizes)
+        gradient = rule.gradient_sum if is_trained else "none"
+        yield f"{kind} on {where} ({rule.reason}); gradients summed: {gradient}"
+        for entry in entries:
+            yield f"  {entry.num_parameters} x {entry.pattern}, {entry.num_elements:,} elements"
+
+
+def _find_axis_sizes(sharded: ShardedMoE | None, dp_replicate_size: int) -> dict[str, int]:
+    ep_size = 1 if sharded is None else axis_size(sharded.mesh, EP_AXIS)
+    dp_size = dist.get_world_size() // dp_replicate_size // ep_size
+    sizes = {DP_AXIS: dp_size, EP_AXIS: ep_size}
+    return sizes if dp_replicate_size == 1 else {DP_REPLICATE_AXIS: dp_replicate_size} | sizes
+
+
+def _build_entries(
+    pattern: str, found: list[tuple[str, Tensor, PlacementRule]]
+) -> Iterator[PlacementEntry]:
+    """Yield an entry for all names of a pattern, or one a name where these are not of one kind."""
+    is_one = len({(rule.kind, tensor.requires_grad) for _, tensor, rule in found}) == 1
+    groups = {pattern: found} if is_one else {item[0]: [item] for item in found}
+    for names, items in groups.items():
+        _, tensor, rule = items[0]
+        num_elements = sum(tensor.numel() for _, tensor, _ in items)
+        yield PlacementEntry(names, rule, tensor.requires_grad, len(items), num_elements)
+
+
+def _lies(dp_replicate: str, dp: str, ep: str) -> Mapping[str, str]:
+    return {DP_REPLICATE_AXIS: dp_replicate, DP_AXIS: dp, EP_AXIS: ep}
+
+
+_DENSE = PlacementRule(
+    "dense parameters",
+    _lies(COPIES, SHARD, SHARD),
+    "FSDP gathers them for the tokens of each rank",
+    "over all axes by FSDP",
+)
+_ADAPTERS = PlacementRule(
+    "adapters of linear layers", _DENSE.placements, _DENSE.reason, _DENSE.gradient_sum
+)
+_KEPT = PlacementRule(
+    "parameters kept in float32",
+    _lies(COPIES, COPIES, COPIES),
+    "FSDP gathers a unit in one dtype",
+    "over all axes by an all-reduce once a step",
+)
+_BUFFERS = PlacementRule("buffers", _KEPT.placements, "FSDP shards parameters only", "none")
+
+
+def _find_dense_rule(name: str, parameter: Tensor) -> PlacementRule:
+    if is_replicated(parameter):
+        return _KEPT
+    return _ADAPTERS if _ADAPTER.search(name) else _DENSE
+
+
+class _ExpertKinds:
+    """The rules of expert parameters, by the specs of their modules."""
+
+    def __init__(self, sharded: ShardedMoE | None) -> None:
+        self._rules: dict[str, PlacementRule] = {}
+        if sharded is None:
+            return
+        weights, adapters = _declare_expert_rules(is_sharded_over_dp=shards_over_dp(sharded))
+        for path, module in sharded.expert_modules.items():
+            for name in module.spec.parameter_names:
+                self._rules[f"{path}.{name}"] = weights
+            for projection in module.spec.projections:
+                for factor in ("lora_A", "lora_B"):
+                    self._rules[f"{path}.{projection}_lora.{factor}"] = adapters
+
+    def find(self, name: str) -> PlacementRule | None:
+        """Return the rule of an expert's parameter; None for all else, as a norm behind experts."""
+        return self._rules.get(name)
+
+
+def _declare_expert_rules(*, is_sharded_over_dp: bool) -> tuple[PlacementRule, PlacementRule]:
+    """Return the rules of experts and of their adapters."""
+    if is_sharded_over_dp:
+        dp, reason = SHARD, "tokens travel to them over ep; FSDP2 shards them again over dp"
+        summed = "over ep by the exchange's backward pass, over the other axes by FSDP2"
+    else:
+        dp, reason = COPIES, "tokens travel to them over ep; along dp all hold the same"
+        summed = "over ep by the exchange's backward pass, over the other axes once a step"
+    placements = _lies(COPIES, dp, SHARD_DIM_0)
+    return (
+        PlacementRule("experts", placements, reason, summed),
+        PlacementRule("adapters of experts", placements, "beside their experts", summed),
+    )

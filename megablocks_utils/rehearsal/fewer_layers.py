@@ -7,6 +7,7 @@ layer of each kind and the last one are rehearsed, then one more of each kind th
 import copy
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,12 +22,18 @@ from megablocks_utils.training.describe_model import find_layers
 
 __all__ = ["keep_layers", "rehearse_few_layers"]
 
+_K = TypeVar("_K", bound=Hashable)
 _FEWEST = 3
 """Layers at least: FSDP gathers one ahead, and the first and the last are not like the others."""
 
 
 def rehearse_few_layers(
-    model: PreTrainedModel, layout: ParallelLayout, run: PlannedRun, *, device: torch.device
+    model: PreTrainedModel,
+    layout: ParallelLayout,
+    run: PlannedRun,
+    *,
+    device: torch.device,
+    rank: int = 0,
 ) -> Rehearsal:
     """Take one step on fake tensors with few layers, and say what all of them would need.
 
@@ -35,18 +42,19 @@ def rehearse_few_layers(
         layout: how the experts are spread.
         run: what is planned.
         device: where tensors pretend to be.
+        rank: whose step it is.
 
     Raises:
         UserError: a model or kernel that cannot be run.
     """
     kinds = [_kind_of(layer) for layer in find_layers(model)]
     few = _choose(kinds)
-    first = _rehearse(model, few, layout, run, device)
+    first = _rehearse(model, few, layout, run, device, rank)
     left = Counter(kinds) - Counter(kinds[index] for index in few)
     more = []
     for kind, count in left.items():
         index = next(i for i, own in enumerate(kinds) if own == kind and i not in few)
-        one_more = _rehearse(model, sorted([*few, index]), layout, run, device)
+        one_more = _rehearse(model, sorted([*few, index]), layout, run, device, rank)
         more.append((count, one_more))
     return _extrapolate(first, more)
 
@@ -111,8 +119,9 @@ def _rehearse(
     layout: ParallelLayout,
     run: PlannedRun,
     device: torch.device,
+    rank: int,
 ) -> Rehearsal:
-    return rehearse(keep_layers(model, indices), layout, run, device=device)
+    return rehearse(keep_layers(model, indices), layout, run, device=device, rank=rank)
 
 
 def _extrapolate(first: Rehearsal, more: Sequence[tuple[int, Rehearsal]]) -> Rehearsal:
@@ -121,13 +130,13 @@ def _extrapolate(first: Rehearsal, more: Sequence[tuple[int, Rehearsal]]) -> Reh
     for peak in first.peaks:
         others = [(count, _at(one_more, peak.moment)) for count, one_more in more]
         peaks.append(LedgerPeak(_add(peak.components, others), peak.moment))
-    sent = [(count, one_more.sent_bytes_per_step) for count, one_more in more]
+    sent = [(count, one_more.sent) for count, one_more in more]
     allocated = sum(count * (one.allocated_bytes - first.allocated_bytes) for count, one in more)
     on_host = sum(count * (one.host_bytes - first.host_bytes) for count, one in more)
     return Rehearsal(
         peaks,
         first.allocated_bytes + allocated,
-        _add(first.sent_bytes_per_step, sent),
+        _add(first.sent, sent),
         first.host_bytes + on_host,
     )
 
@@ -136,7 +145,7 @@ def _at(rehearsal: Rehearsal, moment: str) -> Mapping[str, int]:
     return next(peak.components for peak in rehearsal.peaks if peak.moment == moment)
 
 
-def _add(first: Mapping[str, int], more: Sequence[tuple[int, Mapping[str, int]]]) -> dict[str, int]:
+def _add(first: Mapping[_K, int], more: Sequence[tuple[int, Mapping[_K, int]]]) -> dict[_K, int]:
     total = Counter(first)
     for count, one_more in more:
         for name in {*first, *one_more}:

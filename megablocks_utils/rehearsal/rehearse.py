@@ -1,4 +1,4 @@
-"""Take one optimizer step of either script on rank 0, on a fake process group.
+"""Take one optimizer step of either script on one rank, on a fake process group.
 
 With fake tensors nothing is computed and almost no memory is used: a model of any size is rehearsed
 on a laptop. With real tensors (`is_real`) the step is computed on this machine's device, so that
@@ -11,7 +11,7 @@ are made before the first micro-step.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ from megablocks_utils.rehearsal.rehearsed_runs import (
     RehearsalInputs,
     move_to_meta,
 )
-from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
+from megablocks_utils.rehearsal.traffic_counter import Route, TrafficCounter, sum_kinds
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.describe_model import find_layers
@@ -68,13 +68,19 @@ class Rehearsal:
         peaks: when tensors held most in each moment of the step, as the ledger has booked it.
         allocated_bytes: held after zero_grad.
         host_bytes: held in host memory at most, of what is offloaded.
-        sent_bytes_per_step: by kind of collective, scaled to all micro-steps of the run.
+        sent: bytes by receivers, scaled to all micro-steps of the run.
     """
 
     peaks: list[LedgerPeak]
     allocated_bytes: int
-    sent_bytes_per_step: dict[str, int]
+    sent: Mapping[Route, int]
     host_bytes: int = 0
+
+    @property
+    def sent_bytes_per_step(self) -> dict[str, int]:
+        """Bytes by kind of collective."""
+        sent = sum_kinds(self.sent.items())
+        return {kind: sent[kind] for kind in COLLECTIVES}
 
     @property
     def peak(self) -> LedgerPeak:
@@ -98,18 +104,20 @@ def rehearse(
     run: PlannedRun,
     *,
     device: torch.device,
+    rank: int = 0,
     is_real: bool = False,
     on_wrapped: Callable[[], None] = lambda: None,
     on_ready: Callable[[], None] = lambda: None,
     on_done: Callable[[], None] = lambda: None,
 ) -> Rehearsal:
-    """Take one step as rank 0 of `run.world_size`; no process group may be initialised.
+    """Take one step as one rank of `run.world_size`; no process group may be initialised.
 
     Args:
         model: on meta, which is changed; or the folder with its config.json.
         layout: how the experts are spread.
         run: what is planned; of its micro-steps two at most are taken.
         device: where tensors are, or pretend to be.
+        rank: whose step it is.
         is_real: whether they are real.
         on_wrapped: called when the model is there, but none of its weights.
         on_ready: called when weights and optimizer state are there, before the first micro-step;
@@ -122,7 +130,7 @@ def rehearse(
     config = _build_config(layout, run)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     fakes = () if is_real else pretend(run, lambda copy: ledger.assign([copy], HOST))
-    with fake_process_group(run.world_size, device.type):
+    with fake_process_group(run.world_size, device.type, rank):
         rehearsed, layers = _build(model, config, run, device)
         ledger.watch_layers(layers[-1])
         with ExitStack() as modes:
@@ -254,14 +262,11 @@ class _Step:
         """Say what it needed."""
         first, last = self.sent_by_micro_step[0], self.sent_by_micro_step[-1]
         sent = Counter(last)
-        for kind, size in first.items():
-            sent[kind] += size * (self._run.accumulation - 1)
+        for route, size in first.items():
+            sent[route] += size * (self._run.accumulation - 1)
         sent += self.sent_at_end
-        sent_bytes = {kind: sent[kind] for kind in COLLECTIVES}
         ledger = self._ledger
-        return Rehearsal(
-            ledger.find_peaks(), ledger.held_bytes, sent_bytes, ledger.find_host_peak()
-        )
+        return Rehearsal(ledger.find_peaks(), ledger.held_bytes, sent, ledger.find_host_peak())
 
     def _assign(self) -> None:
         for parameter in self._rehearsed.model.parameters():

@@ -48,6 +48,7 @@ class RehearsalWorker:
     def __init__(self, folder: Path, *, truncate_layers: int | None = None) -> None:
         self._asked = {"folder": str(folder), "truncate_layers": truncate_layers}
         self._process: subprocess.Popen[str] | None = None
+        self._rehearsed: dict[tuple[ParallelLayout, PlannedRun], Prediction] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -75,14 +76,17 @@ class RehearsalWorker:
         return str(self._ask(self._asked | parts)["packing"])
 
     def rehearse(self, layout: ParallelLayout, run: PlannedRun) -> Prediction:
-        """Rehearse one layout with few layers of each kind.
+        """Rehearse one layout with few layers of each kind, once.
 
         Raises:
             ConfigurationError: it cannot be, with the sentence that says why.
         """
         kernel = run.kernel if run.kernel in _REHEARSED_KERNELS else _REHEARSED_KERNELS[0]
-        parts = {"layout": asdict(layout), "run": asdict(replace(run, kernel=kernel))}
-        return Prediction(**self._ask(self._asked | parts))
+        run = replace(run, kernel=kernel)
+        if (layout, run) not in self._rehearsed:
+            parts = {"layout": asdict(layout), "run": asdict(run)}
+            self._rehearsed[layout, run] = Prediction(**self._ask(self._asked | parts))
+        return self._rehearsed[layout, run]
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         process = self._process or self._start()

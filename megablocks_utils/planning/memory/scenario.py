@@ -61,11 +61,14 @@ class Scenario:
         """Ranks of a group, which the model is sharded over."""
         return self.world_size // self.config.parallel.dp_replicate_size
 
+    def with_groups(self, dp_replicate_size: int) -> "Scenario":
+        """Return the same run with so many groups."""
+        parallel = replace(self.config.parallel, dp_replicate_size=dp_replicate_size)
+        return replace(self, config=replace(self.config, parallel=parallel))
+
     def one_group(self) -> "Scenario":
         """Return the same run on the ranks of one group."""
-        parallel = replace(self.config.parallel, dp_replicate_size=1)
-        config = replace(self.config, parallel=parallel)
-        return replace(self, config=config, world_size=self.shard_size)
+        return replace(self.with_groups(1), world_size=self.shard_size)
 
     def planned_run(self) -> PlannedRun:
         """Return what the engines want to know."""

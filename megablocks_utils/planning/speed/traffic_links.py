@@ -6,7 +6,7 @@ sends to another node, and its rings share the adapters of all m.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.model.gpus import Gpu
@@ -70,32 +70,50 @@ def split_traffic(
     """Return the traffic of one optimizer step by kind of collective, over its links.
 
     What is gathered over dp is the difference to the same layout with copies, which are not
-    gathered at all. Copies are reduced over dp, the rest over all ranks of a group; what a run of
-    one group does not send goes from group to group.
+    gathered at all; the rest is gathered over all ranks of a group.
     """
-    shard_size, sent = scenario.shard_size, dict(prediction.sent_bytes_per_step)
-    dp_size = shard_size // layout.ep_size
-    groups, across = scenario.config.parallel.dp_replicate_size, 0
-    if groups > 1:
-        within = scenario.one_group().predict(layout).sent_bytes_per_step["all_reduce"]
-        across, sent["all_reduce"] = sent["all_reduce"] - within, within
-    over_world = dict(sent)
+    shard_size, sent = scenario.shard_size, prediction.sent_bytes_per_step
+    dp_size, over_group = shard_size // layout.ep_size, sent
     if layout.ep_size > 1 and dp_size > 1 and layout.expert_dp == "shard":
         copies = ParallelLayout(layout.ep_size, "replicate")
-        over_world = dict(scenario.one_group().predict(copies).sent_bytes_per_step)
-    if layout.expert_dp == "replicate":
-        over_world["all_reduce"] = 0
+        over_group = scenario.one_group().predict(copies).sent_bytes_per_step
     traffic = {"all_to_all": cluster.all_to_all(sent["all_to_all"], layout.ep_size)}
-    for name in ("all_gather", "reduce_scatter", "all_reduce"):
-        on_all = min(over_world[name], sent[name])
+    for name in ("all_gather", "reduce_scatter"):
+        on_all = min(over_group[name], sent[name])
         traffic[name] = add_traffic(
             cluster.ring(on_all, shard_size, 1),
             cluster.ring(sent[name] - on_all, dp_size, layout.ep_size),
         )
+    on_all, over_dp, across = _split_all_reduce(scenario, layout, sent["all_reduce"])
     traffic["all_reduce"] = add_traffic(
-        traffic["all_reduce"], cluster.ring(across, groups, shard_size)
+        cluster.ring(on_all, scenario.world_size, 1),
+        cluster.ring(over_dp, dp_size, layout.ep_size),
+        cluster.ring(across, scenario.world_size // shard_size, shard_size),
     )
     return traffic
+
+
+def _split_all_reduce(
+    scenario: Scenario, layout: ParallelLayout, sent: int
+) -> tuple[int, int, int]:
+    """Split what is all-reduced: over all ranks, over dp (copies), from group to group.
+
+    Over all ranks goes what is left without groups and copies; FSDP1 knows nothing but copies.
+    """
+    has_copies = layout.expert_dp == "replicate" and layout.ep_size < scenario.shard_size
+    if scenario.config.entry_point == "fsdp1":
+        return (0, sent, 0) if has_copies else (sent, 0, 0)
+    if not has_copies and scenario.shard_size == scenario.world_size:
+        return sent, 0, 0
+    whole, over_dp = replace(layout, expert_dp="shard"), 0
+    on_all = scenario.with_groups(1).predict(whole).sent_bytes_per_step["all_reduce"]
+    if scenario.shard_size == scenario.world_size:
+        return on_all, sent - on_all, 0
+    if has_copies:
+        group = scenario.one_group()
+        with_copies, without = (group.predict(own).sent_bytes_per_step for own in (layout, whole))
+        over_dp = with_copies["all_reduce"] - without["all_reduce"]
+    return on_all, over_dp, sent - on_all - over_dp
 
 
 def add_traffic(*parts: LinkTraffic) -> LinkTraffic:

@@ -169,7 +169,8 @@ def test_copies_are_reduced_over_dp():
     links = cost_step(scenario, ParallelLayout(8, "replicate"), reduced, A100_NODE).links[
         "all_reduce"
     ]
-    assert (links.intra_bytes, links.inter_bytes) == (0, 32 * GB)
+    # All but the norm's 8 bytes, which go round all ranks.
+    assert (links.intra_bytes, links.inter_bytes) == pytest.approx((0, 32 * GB), abs=16)
     inside = cost_step(
         scenario, ParallelLayout(8, "replicate"), reduced, Cluster(A100_NODE.gpu, 16)
     )

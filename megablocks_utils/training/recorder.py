@@ -21,6 +21,7 @@ from megablocks_utils.files import (
 )
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
 from megablocks_utils.fsdp.placement_plan import describe_plan
+from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.output_claim import OutputClaim, claim_output_dir
@@ -232,9 +233,8 @@ class RunRecorder:
         if self._load_writer is None:
             return None
         with self._as_sentence(self.output_dir / EXPERT_LOAD_PLOT_NAME):
-            return report_loads(
-                self.output_dir, self._setup.mesh_sizes()["ep"], self._setup.plan.imbalance
-            )
+            ep_size = self._setup.placement.axis_sizes[EP_AXIS]
+            return report_loads(self.output_dir, ep_size, self._setup.plan.imbalance)
 
     @contextmanager
     def _as_sentence(self, path: Path) -> Iterator[None]:

@@ -69,7 +69,6 @@ PLANNED = frozenset(
         "early_stopping_patience",
         "tp_size",
         *("expert_tp_size", "sp_size", "expert_quantization"),
-        *("adapter_layout", "launcher", "nodes"),
     )
 )
 """Options that are to come; each leaves this list when it is built."""

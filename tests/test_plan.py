@@ -283,7 +283,7 @@ def test_the_page_shows_what_the_command_prints(capsys, monkeypatch):
     """After a change of the formulas, the example in docs/planning.md has to be renewed."""
     monkeypatch.delenv("COLUMNS", raising=False)
     page = (MODELS.parents[1] / "docs" / "planning.md").read_text()
-    shown = page[page.index("    benchmarks/models/") : page.index("(`benchmarks/models/` holds")]
+    shown = page[page.index("    benchmarks/models/") : page.index("Below stand")]
     command = re.search(r"plan (benchmarks/.*?)\n\n", page, flags=re.DOTALL)[1]
     monkeypatch.chdir(MODELS.parents[1])
     code, out, _ = run(command.replace("\\\n", " "), capsys, model=None)

@@ -213,6 +213,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
     per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:
         _check_nodes(world_size, per_node)
+        config.count_data_ranks(world_size)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
     tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length

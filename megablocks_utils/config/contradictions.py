@@ -76,6 +76,11 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
     """Refuse groups of processes where they cannot be."""
+    for name in ("tp_size", "sp_size"):
+        if values[name] > 1:
+            raise ConfigurationError(
+                f"--{name} is {values[name]}, but it must be 1: its parallelism is not built yet."
+            )
     groups = values["dp_replicate_size"]
     if groups == 1:
         return

@@ -67,8 +67,7 @@ PLANNED = frozenset(
         *("data_weights", "dataset_config", "dataset_split"),
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
         "early_stopping_patience",
-        "tp_size",
-        *("expert_tp_size", "sp_size", "expert_quantization"),
+        *("expert_tp_size", "expert_quantization"),
     )
 )
 """Options that are to come; each leaves this list when it is built."""

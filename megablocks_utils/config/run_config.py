@@ -15,7 +15,12 @@ from megablocks_utils.config.adapter import AdapterConfig
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.option import Option, list_options
-from megablocks_utils.config.parallel import ParallelConfig, check_ep_size, count_shard_ranks
+from megablocks_utils.config.parallel import (
+    ParallelConfig,
+    check_ep_size,
+    count_data_ranks,
+    count_shard_ranks,
+)
 from megablocks_utils.config.precision import (
     PrecisionConfig,
     ResolvedPrecision,
@@ -172,6 +177,19 @@ class RunConfig:
         ),
     ] = 600
 
+    def count_data_ranks(self, world_size: int) -> int:
+        """Return how many of the ranks have rows of their own."""
+        parallel = self.parallel
+        return count_data_ranks(
+            world_size, parallel.tp_size, parallel.sp_size, parallel.dp_replicate_size
+        )
+
+    def count_global_batch(self, world_size: int) -> int:
+        """Return the examples of an optimizer step."""
+        optim = self.optim
+        per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
+        return self.count_data_ranks(world_size) * per_rank
+
     @property
     def may_be_varlen(self) -> bool:
         """Whether packed rows have no mask, if the model's attention is plain."""
@@ -220,7 +238,7 @@ def resolve_precision(config: RunConfig, device_type: str) -> ResolvedPrecision:
 
 
 def check_world(config: RunConfig, world_size: int, num_experts: int | None = None) -> None:
-    """Refuse an ep_size or a way of offloading that does not fit the number of processes.
+    """Refuse sizes of groups or a way of offloading that do not fit the number of processes.
 
     Args:
         config: The run.
@@ -231,6 +249,7 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
         ConfigurationError: with the numbers, and the ep sizes that would work.
     """
     num_groups = config.parallel.dp_replicate_size
+    config.count_data_ranks(world_size)
     world_size = count_shard_ranks(world_size, num_groups)
     if not config.parallel.use_megablocks_sharding:
         return

@@ -27,6 +27,7 @@ from megablocks_utils.config import (
 )
 from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.help_text import format_help, format_options_table
+from megablocks_utils.config.parallel import count_data_ranks
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
 
@@ -403,6 +404,13 @@ def test_world_refusals(line, world_size, num_experts, sentence):
         check_world(config, world_size, num_experts)
     assert caught.value.as_options(OPTION_NAMES) == sentence
     assert str(caught.value) == sentence.removeprefix("--")
+
+
+def test_data_ranks_are_one_of_each_group():
+    assert count_data_ranks(16, 2, 4, 2) == 2
+    sentence = r"tp_size is 2 and sp_size is 4, but their product must divide the 4 processes of a"
+    with pytest.raises(ConfigurationError, match=sentence):
+        count_data_ranks(8, 2, 4, 2)
 
 
 def test_worlds_that_fit():

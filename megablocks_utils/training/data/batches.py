@@ -1,8 +1,9 @@
 """Decide which examples a rank sees in which micro-step.
 
 Global batch i of an epoch holds examples ``[i*G, (i+1)*G)`` of the epoch's order, where G is batch
-size x ranks x accumulation steps; the last one may be smaller and is kept. The order depends on
-seed and epoch alone, so runs with equal G see the same global batches on any number of ranks.
+size x data ranks x accumulation steps (all ranks, but one of each tp and sp group); the last one
+may be smaller and is kept. The order depends on seed and epoch alone, so runs with equal G see the
+same global batches on any number of ranks.
 
 Who sees what *within* a global batch changes nothing in the result (loss and gradient are sums over
 it), so it is chosen for speed. All ranks meet in every layer's all-to-all, and each waits for the
@@ -146,7 +147,7 @@ def assign_examples(
 
     Args:
         lengths: tokens of each example of the global batch.
-        world_size: ranks.
+        world_size: data ranks.
         per_device_train_batch_size: examples a micro-batch can take.
         gradient_accumulation_steps: micro-steps.
         is_padded: whether an example takes the room of the longest of its micro-batch.
@@ -213,7 +214,7 @@ def build_step_plan(
         examples: all examples.
         order: the epoch's order, from ``epoch_order``.
         step: the step within the epoch, from 0 to ``steps_per_epoch - 1``.
-        world_size: ranks, each with examples of its own.
+        world_size: data ranks: those with examples of their own.
         rank: the one this plan is for.
         per_device_train_batch_size: examples a micro-batch can take.
         gradient_accumulation_steps: micro-batches of the plan.

@@ -29,7 +29,7 @@ class Schedule:
         config: the run.
         examples: all of them, the same on every rank.
         rank: this rank.
-        world_size: ranks of the run, each with its own examples.
+        world_size: ranks of the run; those of a tp or sp group share their examples.
         packing: how the examples of a micro-batch are laid out.
     """
 
@@ -40,9 +40,19 @@ class Schedule:
     packing: Packing = Packing.POSITIONS
 
     @property
+    def num_data_ranks(self) -> int:
+        """Ranks with examples of their own."""
+        return self.config.count_data_ranks(self.world_size)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them has this rank's examples."""
+        return self.rank // (self.world_size // self.num_data_ranks)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data; the last may be smaller."""
-        return steps_per_epoch(len(self.examples), world_size=self.world_size, **self._sizes())
+        return steps_per_epoch(len(self.examples), world_size=self.num_data_ranks, **self._sizes())
 
     @property
     def num_steps(self) -> int:
@@ -69,7 +79,7 @@ class Schedule:
                 break
             assigned = assign_examples(
                 lengths[chosen].tolist(),
-                world_size=self.world_size,
+                world_size=self.num_data_ranks,
                 is_padded=self.packing is Packing.PADDED,
                 **self._sizes(),
             )
@@ -94,7 +104,7 @@ class Schedule:
         """
         sizes = self._sizes()
         room = sizes["per_device_train_batch_size"]
-        num_batches = self.world_size * sizes["gradient_accumulation_steps"]
+        num_batches = self.num_data_ranks * sizes["gradient_accumulation_steps"]
         steps = []
         for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
             order = np.array(self._order(epoch))
@@ -136,8 +146,8 @@ class Schedule:
                 self.examples,
                 order,
                 step - start,
-                world_size=self.world_size,
-                rank=self.rank,
+                world_size=self.num_data_ranks,
+                rank=self.data_rank,
                 packing=self.packing,
                 **self._sizes(),
             )

@@ -92,12 +92,9 @@ def describe_compatibility(
     packing: Packing = Packing.ALONE,
 ) -> ResumeCompatibility:
     """Collect the facts of this run."""
-    optim = config.optim
     return ResumeCompatibility(
         model_type=model_type,
-        global_batch=world_size
-        * optim.per_device_train_batch_size
-        * optim.gradient_accumulation_steps,
+        global_batch=config.count_global_batch(world_size),
         seed=config.seed,
         shuffle=config.data.shuffle,
         num_examples=len(examples),
@@ -125,7 +122,7 @@ def check_compatibility(
         ConfigurationError: naming the parameter, its value and that of the checkpoint.
     """
     stored, step = manifest[COMPATIBILITY_KEY], manifest["step"]
-    _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.world_size)
+    _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.num_data_ranks)
     if own.template_date and not stored.get(DATE_KEY):
         _check_undated(stored, own)
     for name, (clause, parameters) in _CLAUSES.items():
@@ -164,20 +161,22 @@ def _check_undated(stored: Mapping[str, Any], own: ResumeCompatibility) -> None:
         )
 
 
-def _check_global_batch(wanted: int, found: int, config: RunConfig, world_size: int) -> None:
+def _check_global_batch(wanted: int, found: int, config: RunConfig, num_data_ranks: int) -> None:
     if found == wanted:
         return
     optim = config.optim
-    if wanted % world_size == 0:
-        share = wanted // world_size
+    is_grouped = config.parallel.tp_size * config.parallel.sp_size > 1
+    ranks = f"{num_data_ranks} " + ("groups of processes" if is_grouped else "processes")
+    if wanted % num_data_ranks == 0:
+        share = wanted // num_data_ranks
         advice = (
-            f"; with {world_size} processes their product must be {share}, for example "
+            f"; with {ranks} their product must be {share}, for example "
             f"per_device_train_batch_size {share} and gradient_accumulation_steps 1"
         )
     else:
-        advice = f"; {world_size} processes cannot share it evenly"
+        advice = f"; {ranks} cannot share it evenly"
     raise ConfigurationError(
-        f"{world_size} processes x per_device_train_batch_size "
+        f"{ranks} x per_device_train_batch_size "
         f"{optim.per_device_train_batch_size} x gradient_accumulation_steps "
         f"{optim.gradient_accumulation_steps} give steps of {found} examples, but the checkpoint "
         f"to resume from has steps of {wanted}{advice}.",

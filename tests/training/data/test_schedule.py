@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 
-from megablocks_utils.config import DataConfig, OptimConfig, RunConfig
+from megablocks_utils.config import DataConfig, OptimConfig, ParallelConfig, RunConfig
 from megablocks_utils.training.data.schedule import Schedule
 from tests.support.tokenized import examples_of
 
 
-def build_schedule(rank, world_size, batch_size, accumulation, **optim):
+def build_schedule(rank, world_size, batch_size, accumulation, sp_size=1, **optim):
     generator = np.random.default_rng(3)
     examples = [([1] * n, [1] * n) for n in generator.integers(2, 200, 61)]
     config = RunConfig(
         data=DataConfig(shuffle=True),
+        parallel=ParallelConfig(sp_size=sp_size),
         optim=OptimConfig(
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
@@ -52,3 +53,14 @@ def test_the_largest_micro_batch_of_a_run_without_end_is_found_at_once():
     assert (tokens, labels, examples) == (longest.sum(), longest.sum() - 3, 3)
     finite = build_schedule(0, 2, 3, 1, max_steps=200).largest_micro_batch()
     assert finite <= (tokens, labels, examples)
+
+
+def test_ranks_of_a_group_share_the_examples_of_one_data_rank():
+    alone = [build_schedule(rank, 2, 3, 2) for rank in range(2)]
+    grouped = [build_schedule(rank, 4, 3, 2, sp_size=2) for rank in range(4)]
+    assert [schedule.data_rank for schedule in grouped] == [0, 0, 1, 1]
+    assert {schedule.num_steps for schedule in grouped} == {alone[0].num_steps}
+    for schedule in grouped:
+        own = [plan.num_label_tokens for _, plan in schedule.plans()]
+        assert own == [plan.num_label_tokens for _, plan in alone[schedule.data_rank].plans()]
+    assert grouped[0].config.count_global_batch(4) == alone[0].config.count_global_batch(2)

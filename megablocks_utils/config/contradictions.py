@@ -76,11 +76,11 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
     """Refuse groups of processes where they cannot be."""
-    for name in ("tp_size", "sp_size"):
-        if values[name] > 1:
-            raise ConfigurationError(
-                f"--{name} is {values[name]}, but it must be 1: its parallelism is not built yet."
-            )
+    if values["sp_size"] > 1:
+        raise ConfigurationError(
+            f"--sp_size is {values['sp_size']}, but it must be 1: its parallelism is not built yet."
+        )
+    _check_tensor_parallelism(values, entry_point)
     groups = values["dp_replicate_size"]
     if groups == 1:
         return
@@ -94,6 +94,32 @@ def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
             f"--dp_replicate_size is {groups}, but with --cpu_offload params it must be 1: FSDP "
             "leaves copies of the experts on the devices."
         )
+
+
+def _check_tensor_parallelism(values: Mapping[str, Any], entry_point: str) -> None:
+    """Refuse what tensor parallelism has not been built together with."""
+    size = values["tp_size"]
+    if size == 1:
+        return
+    named = f"--tp_size is {size}, but"
+    if entry_point == "fsdp1":
+        raise ConfigurationError(
+            f"{named} FSDP1 shards no tensors that are split already: it must be 1, or use "
+            "train_accelerate_fsdp2.py."
+        )
+    if not values["use_megablocks_sharding"]:
+        raise ConfigurationError(
+            f"{named} it needs --use_megablocks_sharding True (also --ep_size 1), so that ranks "
+            "with the same rows share the work of the experts."
+        )
+    for name, wanted in (
+        ("sp_size", 1),
+        ("dp_replicate_size", 1),
+        ("cpu_offload", "none"),
+        ("compile", False),
+    ):
+        if values[name] != wanted:
+            raise ConfigurationError(f"{named} with --{name} {values[name]} it must be 1.")
 
 
 def _check_routers(values: Mapping[str, Any]) -> None:

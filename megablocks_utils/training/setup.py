@@ -25,6 +25,7 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.dense_layers import prepare_dense_layers
 from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
@@ -177,6 +178,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)
     raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
+    dense_mesh = prepare_dense_layers(model, sharded, config, device, console)
     apply_layer_options(model, config, probe, console)
     return Setup(
         config=config,
@@ -190,7 +192,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model_folder=folder,
         model=model,
         sharded=sharded,
-        placement=build_placement_plan(model, sharded, config.parallel.dp_replicate_size),
+        placement=build_placement_plan(model, sharded, dense_mesh),
         lora=lora,
         counts=_count(model, sharded),
         num_experts=source.num_experts,

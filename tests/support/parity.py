@@ -60,18 +60,27 @@ MODELS: dict[str, tuple[str, dict]] = {
 class Layout:
     """Ranks and what is done with the experts; `ep_size` 0 is no expert parallelism.
 
-    `groups` of ranks hold the whole model each (`--dp_replicate_size`).
+    `groups` of ranks hold the whole model each (`--dp_replicate_size`); `tp_size` ranks split
+    dense layers and share their rows.
     """
 
     world_size: int
     ep_size: int
     expert_dp: str = "shard"
     groups: int = 1
+    tp_size: int = 1
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks with rows of their own."""
+        return self.world_size // self.tp_size
 
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         if self.groups > 1:
             ranks += f" in {self.groups} groups"
+        if self.tp_size > 1:
+            ranks += f" tp{self.tp_size}"
         if not self.ep_size:
             return f"{ranks} unsharded"
         return f"{ranks} ep{self.ep_size} {self.expert_dp}"
@@ -125,7 +134,7 @@ class ParityCase:
     @property
     def batch_size(self) -> int:
         """Examples of a micro-batch, so that every case has the same global batches."""
-        return GLOBAL_BATCH // (self.layout.world_size * self.accumulation)
+        return GLOBAL_BATCH // (self.layout.num_data_ranks * self.accumulation)
 
 
 class ParityFolder:
@@ -155,6 +164,7 @@ class ParityFolder:
             "packing": case.packing,
             "cpu_offload": case.cpu_offload,
             "dp_replicate_size": case.layout.groups,
+            "tp_size": case.layout.tp_size,
             "report_to": "none",
         }
         if case.layout.ep_size:
@@ -176,7 +186,7 @@ class ParityFolder:
 
     def stock_run(self, case: ParityCase, dtype: str = "float32") -> StockRun:
         """Return the reference of a case; cases that mean the same steps share one."""
-        deal = (case.layout.world_size, case.batch_size, case.accumulation)
+        deal = (case.layout.num_data_ranks, case.batch_size, case.accumulation)
         return StockRun(
             model_folder=str(self._model(case.model)),
             data_path=str(self._data(case.num_examples)),

@@ -70,12 +70,20 @@ class StepMeter:
     Args:
         device: Where this rank computes.
         group: Ranks of the run; None for all of them, or for a run without processes.
+        num_copies: Ranks that have the same rows, whose losses count once.
 
     Attributes:
         num_nonfinite_weights: Of the last step: counts of `add_nonfinite_weights`, all ranks.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        *,
+        num_copies: int = 1,
+    ) -> None:
+        self._num_copies = num_copies
         self._device = device
         self._group = group
         self.num_nonfinite_weights = 0
@@ -144,7 +152,7 @@ class StepMeter:
         return StepMetrics(
             step=step,
             epoch=epoch,
-            loss=loss_sum / num_label_tokens,
+            loss=loss_sum / self._num_copies / num_label_tokens,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             tokens=num_label_tokens,

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from megablocks_utils.attention.varlen_interface import example_lengths
+from megablocks_utils.fsdp.tensor_parallel import gather_split_linear
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.step.linear_cross_entropy import (
     LogitsMap,
@@ -57,11 +58,12 @@ def run_loss(
     def compute_loss(hidden: Tensor) -> Tensor:
         # Here FSDP has gathered the head's weights.
         assert hidden.shape[:2] == batch.labels.shape, "the head sees every position"
-        rows = positions.take_from(hidden)[0]
-        loss_sum, no_logits = linear_cross_entropy(
-            rows, head.weight, head.bias, positions.targets, logits_map
-        )
-        losses.append(loss_sum)
+        rows, targets = positions.take_from(hidden)[0], positions.targets
+        split, weight, bias = gather_split_linear(head)
+        if split is not None:
+            rows, targets = split.take(rows), split.take(targets)
+        loss_sum, no_logits = linear_cross_entropy(rows, weight, bias, targets, logits_map)
+        losses.append(loss_sum if split is None else split.total(loss_sum))
         return no_logits
 
     with replaced_forward(head, compute_loss):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism
 
-from megablocks_utils.fsdp.tp_plan import GRADIENT_SUM, TensorParallelPlan, choose_tp_plan
+from megablocks_utils.fsdp.tp_plan import BY_WIDTH, GRADIENT_SUM, TensorParallelPlan, choose_tp_plan
 from megablocks_utils.mesh.dense_mesh import TP_AXIS
 from megablocks_utils.mesh.token_split import TokenSplit, sum_gradient_over
 from megablocks_utils.moe.sharded_moe import ShardedMoE
@@ -42,13 +42,22 @@ def split_dense_layers(
     split = _build_token_split(tp_mesh)
     plan = choose_tp_plan(model, split.size)
     styles = {name: s for name, s in plan.styles.items() if s != GRADIENT_SUM}
+    modules = dict(model.named_modules())
     apply_tensor_parallelism(model, tp_mesh, styles)
     for name, style in plan.styles.items():
         if style == GRADIENT_SUM:
             _sum_gradients(model.get_submodule(name), split.group)
+        elif style == BY_WIDTH and name in modules:
+            _copy_output(modules[name])
     for experts in sharded.expert_modules.values():
         experts.token_split = split
     return plan
+
+
+def _copy_output(module: nn.Module) -> None:
+    """Let an FSDP unit return no view: models change embeddings in place, and hooks would go."""
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs).clone()
 
 
 def gather_split_linear(

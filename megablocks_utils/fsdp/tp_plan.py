@@ -20,7 +20,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.expert_spec import find_expert_modules
 
-__all__ = ["GRADIENT_SUM", "Styles", "TensorParallelPlan", "choose_tp_plan"]
+__all__ = ["BY_WIDTH", "GRADIENT_SUM", "Styles", "TensorParallelPlan", "choose_tp_plan"]
 
 Styles = dict[str, str]
 """Name of a module or parameter -> name of transformers' style."""
@@ -30,7 +30,7 @@ GRADIENT_SUM = "replicated_with_grad_allreduce"
 _WHOLE_OUTPUT = ("colwise_gather_output", "colwise_rep")
 _WHOLE_INPUT = ("rowwise_split_input", "rowwise_rep")
 _BY_COLUMNS, _BY_ROWS = (COLUMNS, *_WHOLE_OUTPUT), (ROWS, *_WHOLE_INPUT)
-_BY_TOKEN, _BY_WIDTH = "embedding_rowwise", "embedding_colwise"
+_BY_TOKEN, BY_WIDTH = "embedding_rowwise", "embedding_colwise"
 _BASE_LAYER = "base_layer"
 
 
@@ -133,7 +133,7 @@ def _common_attention(module: nn.Module) -> Styles:
 
 def _independent(styles: Styles) -> Iterable[Styles]:
     """Return the styles that must be applied together; whole inputs and outputs bind nobody."""
-    alone = (*_WHOLE_OUTPUT, *_WHOLE_INPUT, _BY_TOKEN, _BY_WIDTH)
+    alone = (*_WHOLE_OUTPUT, *_WHOLE_INPUT, _BY_TOKEN, BY_WIDTH)
     bound = {name: style for name, style in styles.items() if style not in alone}
     return [
         *([bound] if bound else []),
@@ -155,7 +155,7 @@ def _check_heads(model: PreTrainedModel, by_module: Mapping[str, Styles], tp_siz
                 counts[name.rpartition(".")[2]] = linear.out_features // head_dim
     common = math.gcd(*counts.values())
     if counts and common % tp_size:
-        found = " and ".join(f"{count} in {name}" for name, count in counts.items())
+        found = join_words([f"{count} in {name}" for name, count in counts.items()], "and")
         raise ConfigurationError(
             f"tp_size is {tp_size}, but it must divide the heads of the attention ({found}); "
             f"{join_words(legal_ep_sizes(common), 'and')} would work.",
@@ -175,7 +175,7 @@ def _why_not(model: PreTrainedModel, name: str, style: str, tp_size: int) -> str
         is_even = style == COLUMNS and target.shape[-1] % tp_size == 0
         return None if is_even else f"{name} is not split evenly by {style}"
     layer = _linear(target)
-    if style in (_BY_TOKEN, _BY_WIDTH):
+    if style in (_BY_TOKEN, BY_WIDTH):
         return _why_no_embedding(name, layer, tp_size)
     if style not in (*_BY_COLUMNS, *_BY_ROWS):
         return f"{name} is of style {style}"
@@ -218,7 +218,7 @@ def _expand(model: PreTrainedModel, styles: Styles) -> Iterator[tuple[str, str]]
         if isinstance(target, nn.Parameter) or style in (GRADIENT_SUM, LOCAL):
             yield name, style
             continue
-        style = _BY_WIDTH if style == _BY_TOKEN else style
+        style = BY_WIDTH if style == _BY_TOKEN else style
         split = {name: target}
         if isinstance(target, LoraLayer):
             assert isinstance(target, nn.Module)

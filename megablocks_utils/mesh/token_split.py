@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup
 
+# Of torch 2.13; the other is its name before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 __all__ = ["TokenSplit", "sum_gradient_over"]
 
 
@@ -76,8 +79,9 @@ class TokenSplit:
         padded = part.new_zeros(length, *part.shape[1:])
         padded[: len(part)] = part
         whole = part.new_empty(self.size * length, *part.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
-        return whole[:num_rows]
+        _all_gather(whole, padded, group=self.group)
+        # No view: FSDP's hooks on what a module returns would go if it were changed in place.
+        return whole if len(whole) == num_rows else whole[:num_rows].clone()
 
     def _longest(self, num_rows: int) -> int:
         return -(-num_rows // self.size)

@@ -4,6 +4,7 @@ The ids of the runs are kept in the output folder: a run that resumes there cont
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ from megablocks_utils.training.report.trackers import (
 
 __all__ = ["TrackerRuns", "flatten_config"]
 
+_NOT_IN_NAMES = re.compile(r"[^\w. :/-]", re.ASCII)
+"""What MLflow, the strictest, takes in no name."""
+
 
 class TrackerRuns:
     """Send a run's numbers to its trackers. Rank 0 only; without `names` nothing is sent.
@@ -43,6 +47,7 @@ class TrackerRuns:
         self._names = tuple(names)
         self._console = console
         self._open: dict[str, GeneralTracker] = {}
+        self._last_steps: dict[str, dict[str, int]] = {}
 
     def start(
         self,
@@ -107,6 +112,7 @@ class TrackerRuns:
         tracker = LOGGER_TYPE_TO_CLASS[name](**known.arguments(run))
         tracker.start()
         self._open[name] = tracker
+        self._last_steps[name] = known.read_last_steps(tracker) if run.run_id else {}
         if run.run_id is None or not known.has_one_config:
             known.store_config(tracker, dict(config))
 
@@ -117,8 +123,10 @@ class TrackerRuns:
     def _log_one(self, name: str, step: int, values: dict[str, Any]) -> None:
         tracker, read_step = self._open[name], TRACKERS[name].read_step
         # What was done before the run was stopped is done again, to the same end.
-        if read_step is None or step >= read_step(tracker):
-            tracker.log(values, step=step)
+        last = self._last_steps[name]
+        fresh = {key: value for key, value in values.items() if step > last.get(key, -1)}
+        if fresh and (read_step is None or step >= read_step(tracker)):
+            tracker.log(fresh, step=step)
 
     def _try(self, name: str, action: partial[None]) -> None:
         try:
@@ -144,12 +152,13 @@ def flatten_config(
     """
     flat: dict[str, Any] = {}
     for name, value in redact_record(dict(sections), secrets).items():
+        key = _NOT_IN_NAMES.sub("_", prefix + name)
         if isinstance(value, Mapping):
             flat |= flatten_config(value, secrets, prefix)
         elif value is None or isinstance(value, bool | int | float | str):
-            flat[prefix + name] = finite_or_none(value)
+            flat[key] = finite_or_none(value)
         else:
-            flat[prefix + name] = ", ".join(map(str, value))
+            flat[key] = ", ".join(map(str, value))
     return flat
 
 

@@ -56,6 +56,8 @@ class Tracker:
         end: ends the run as finished, stopped or failed.
         has_one_config: whether what is stored once can never change.
         read_step: returns its last step, where it takes none below that; None: it takes any.
+        read_last_steps: returns the last step of each number that it has, where a number that is
+            sent again would be doubled.
     """
 
     package: str
@@ -65,6 +67,7 @@ class Tracker:
     end: Callable[[Any, str], None] = lambda tracker, _status: tracker.finish()
     has_one_config: bool = False
     read_step: Callable[[Any], int] | None = None
+    read_last_steps: Callable[[Any], dict[str, int]] = lambda _tracker: {}
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -136,6 +139,14 @@ def _end_mlflow(_tracker: Any, status: str) -> None:
     mlflow.end_run(status)
 
 
+def _read_last_mlflow_steps(tracker: Any) -> dict[str, int]:
+    import mlflow
+
+    client, run_id = mlflow.MlflowClient(), tracker.tracker.info.run_id
+    names = client.get_run(run_id).data.metrics
+    return {n: max(m.step for m in client.get_metric_history(run_id, n)) for n in names}
+
+
 def _trackio_arguments(run: TrackerRun) -> dict[str, Any]:
     """Return what it takes; a run is known by its name alone, which must be its own."""
     name = run.run_id or f"{run.name}-{os.urandom(3).hex()}"
@@ -162,6 +173,7 @@ TRACKERS: Mapping[str, Tracker] = MappingProxyType(
             arguments=_mlflow_arguments,
             read_id=lambda tracker: str(tracker.tracker.info.run_id),
             end=_end_mlflow,
+            read_last_steps=_read_last_mlflow_steps,
             has_one_config=True,
         ),
         "trackio": Tracker(

@@ -1,6 +1,7 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
+from megablocks_utils.training.report.progress import track_tokenizing
 from megablocks_utils.training.report.summary import build_console
 from megablocks_utils.training.report.trackers import check_trackers
 from megablocks_utils.training.resume.resume_compatibility import (
@@ -270,7 +272,13 @@ def _load_data(
     *,
     console: Console,
 ) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer, launch, today=choose_template_date(resume))
+    examples = load_examples(
+        config.data,
+        tokenizer,
+        launch,
+        today=choose_template_date(resume),
+        track=partial(track_tokenizing, console),
+    )
     raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)

@@ -86,6 +86,16 @@ class Schedule:
             return optim.max_steps
         return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
 
+    def describe_order(self) -> str:
+        """Say what becomes of the examples in an epoch, as the end of a sentence; else nothing."""
+        parts = []
+        if self.config.data.data_weights is not None:
+            parts.append(f"; {len(self.order):,} drawn an epoch")
+        if self.rows is not None:
+            filled = self.rows.lengths.mean() / (self.config.data.packing_length or 1)
+            parts.append(f"; {len(self.rows):,} rows, {filled:.1%} full")
+        return "".join(parts)
+
     def largest_micro_batch(self) -> tuple[int, int, int]:
         """Return tokens, labels and examples of the largest micro-batch that any rank will see.
 
@@ -99,7 +109,7 @@ class Schedule:
             return self._size_of(np.argsort(-lengths, kind="stable")[:room])
         largest = (0, 0, 0)
         for size, chosen in self._steps_by_bound():
-            if size <= largest[0]:
+            if size < largest[0]:
                 break
             assigned = assign_examples(
                 lengths[chosen].tolist(),

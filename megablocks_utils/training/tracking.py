@@ -1,6 +1,7 @@
 """What a run tells its trackers, from its first step to its end."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -52,6 +53,10 @@ class Tracking:
         """Report a step, if it is one of `logging_steps`."""
         if metrics.step % self._setup.config.logging_steps == 0:
             self._runs.log_step(metrics)
+
+    def record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Report an evaluation after `step`: its line in `metrics.jsonl`."""
+        self._runs.log_evaluation(step, values)
 
     def finish(self, record: RunRecord, *, first_loss: float, final_loss: float) -> None:
         """Report what the run has come to."""

@@ -20,6 +20,7 @@ from megablocks_utils.config.record import format_config, format_record, read_re
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME, write_json_atomically
 from megablocks_utils.planning.launcher.launch_file import build_launch_file
+from megablocks_utils.planning.memory.run_plan import refuse_unplanned
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
@@ -213,6 +214,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         UserError: an ep_size or number of GPUs that does not fit the model.
     """
     own, config, shape = options.own, options.config, model.shape
+    refuse_unplanned(config)
     gpu = GPUS[own.gpu or DEFAULT_GPU]
     per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:

@@ -1,27 +1,27 @@
-"""Make the mesh of what is not experts, and split the dense layers over its tp axis."""
+"""Place what is not experts on its own mesh, its layers split over the tp axis."""
 
 import torch
 from rich.console import Console
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from megablocks_utils.config import RunConfig
+from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
 from megablocks_utils.fsdp.tensor_parallel import split_dense_layers
 from megablocks_utils.mesh.dense_mesh import build_dense_mesh
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 
-__all__ = ["prepare_dense_layers"]
+__all__ = ["place_parameters"]
 
 
-def prepare_dense_layers(
+def place_parameters(
     model: PreTrainedModel,
     sharded: ShardedMoE | None,
     config: RunConfig,
     device: torch.device,
     console: Console,
-) -> DeviceMesh | None:
-    """Make the mesh of the dense parameters, and split these where the options say so.
+) -> PlacementPlan:
+    """Declare how every parameter will lie; split dense layers where the options say so.
 
     What transformers' plan would split and this does not, it says in a line each.
 
@@ -34,9 +34,6 @@ def prepare_dense_layers(
         device: where this rank computes.
         console: of rank 0.
 
-    Returns:
-        The mesh; None where FSDP shards over the world.
-
     Raises:
         ConfigurationError: on every rank, of a model that cannot be split so.
     """
@@ -44,11 +41,10 @@ def prepare_dense_layers(
     mesh = build_dense_mesh(
         device.type, tp_size=parallel.tp_size, dp_replicate_size=parallel.dp_replicate_size
     )
-    if mesh is None or parallel.tp_size == 1:
-        return mesh
-    assert sharded is not None, "the options were checked together"
-    plan = raise_on_all_ranks(lambda: split_dense_layers(model, sharded, mesh))
-    for pattern, reason in plan.left_whole.items():
-        note = f"whole on every rank of a tp group: {pattern} ({reason})"
-        console.print(note, markup=False, soft_wrap=True)
-    return mesh
+    if parallel.tp_size > 1:
+        assert mesh is not None and sharded is not None, "the options were checked together"
+        plan = raise_on_all_ranks(lambda: split_dense_layers(model, sharded, mesh))
+        for pattern, reason in plan.left_whole.items():
+            note = f"whole on every rank of a tp group: {pattern} ({reason})"
+            console.print(note, markup=False, soft_wrap=True)
+    return build_placement_plan(model, sharded, mesh)

@@ -13,7 +13,7 @@ from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
-from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
+from megablocks_utils.fsdp.placement_plan import PlacementPlan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.expert_spec import find_expert_parameters
@@ -24,7 +24,7 @@ from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd
 from megablocks_utils.training.data.schedule import Schedule
-from megablocks_utils.training.dense_layers import prepare_dense_layers
+from megablocks_utils.training.dense_layers import place_parameters
 from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
@@ -177,7 +177,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)
     raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
-    dense_mesh = prepare_dense_layers(model, sharded, config, device, console)
     apply_layer_options(model, config, probe, console)
     return Setup(
         config=config,
@@ -191,7 +190,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model_folder=folder,
         model=model,
         sharded=sharded,
-        placement=build_placement_plan(model, sharded, dense_mesh),
+        placement=place_parameters(model, sharded, config, device, console),
         lora=lora,
         counts=_count(model, sharded),
         num_experts=source.num_experts,

@@ -16,13 +16,14 @@ from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.mesh.sequence_exchange import SequenceGroup
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.model_facts import find_top_k, vocab_size
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
+from megablocks_utils.training.data.answer_end import AnswerEnd, let_generation_stop
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.describe_model import describe_model
@@ -49,6 +50,7 @@ from megablocks_utils.training.step.model_probe import (
     probe_model,
 )
 from megablocks_utils.training.step.routing_hooks import RoutingHooks
+from megablocks_utils.training.step.sequence_parallel import apply_sequence_parallelism
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Setup:
         plan: the memory that was predicted, or why it was not.
         probe: what was found out of the model's forward pass.
         routing: counts the tokens of experts, to balance them or to measure their loads.
+        sequence: the ranks that share this rank's rows; None: it has its own.
     """
 
     config: RunConfig
@@ -107,6 +110,7 @@ class Setup:
     plan: MemoryCheck
     probe: ModelProbe
     routing: RoutingHooks
+    sequence: SequenceGroup | None = None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -166,6 +170,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     examples = _load_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
+    sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
@@ -185,7 +190,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=_let_generation_stop(config, examples, tokenizer, model),
+        answer_end=let_generation_stop(
+            examples, tokenizer, model, max_seq_length=config.data.max_seq_length
+        ),
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -203,6 +210,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         plan=plan,
         probe=probe,
         routing=routing,
+        sequence=sequence,
     )
 
 
@@ -241,7 +249,8 @@ def _split_experts(
     model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
     config = schedule.config
-    tokens = round(schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    tokens = schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size
+    tokens = round(tokens / config.parallel.sp_size)
     return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
 
 
@@ -275,21 +284,6 @@ def _load_data(
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)
     return examples
-
-
-def _let_generation_stop(
-    config: RunConfig,
-    examples: TokenizedExamples,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-) -> AnswerEnd | None:
-    """Let the generation config, which is saved with the model, stop at what is learned."""
-    generation_config = getattr(model, "generation_config", None)
-    limit = config.data.max_seq_length
-    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
-    if end is not None:
-        end.apply_to(generation_config)
-    return end
 
 
 def _count(model: PreTrainedModel, sharded: ShardedMoE | None) -> ParameterCounts:

@@ -34,7 +34,7 @@ from megablocks_utils.mesh.sequence_exchange import (
     tokens_to_heads,
 )
 
-__all__ = ["ULYSSES", "RowMask", "WholeRows", "register_ulysses", "whole_rows"]
+__all__ = ["ULYSSES", "RowMask", "WholeRows", "current_rows", "register_ulysses", "whole_rows"]
 
 ULYSSES = "ulysses"
 _OF_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -91,6 +91,17 @@ def whole_rows(rows: WholeRows) -> Iterator[None]:
         _ROWS.reset(token)
 
 
+def current_rows() -> WholeRows | None:
+    """Return the rows of the forward pass that runs here; None where every rank has its own.
+
+    Raises:
+        ValueError: a layer is recomputed, where nobody tells the rows any more.
+    """
+    if _ROWS.get() is None and torch._C._current_graph_task_id() != -1:
+        raise ValueError("what depends on whole rows is made inside a layer that is recomputed")
+    return _ROWS.get()
+
+
 def register_ulysses(inner: str, group: SequenceGroup | None) -> None:
     """Make `ulysses` a name that transformers knows.
 
@@ -128,10 +139,8 @@ class _MaskMaker:
 
         Outside `whole_rows` every rank has all tokens, and it is the implementation's own.
         """
-        rows = _ROWS.get()
+        rows = current_rows()
         if rows is None:
-            if torch._C._current_graph_task_id() != -1:
-                raise ValueError("the mask is made inside a layer that is recomputed")
             return self._make(mask_function=mask_function, **told)
         pattern = read_pattern(mask_function)
         if pattern is None:
@@ -228,7 +237,7 @@ def _attend_to_self(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return values of each token itself, with what the positions of its query and key change."""
     values = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     seen = query.mean((1, 3), keepdim=True) + key.mean((1, 3), keepdim=True)
-    return (values + seen).transpose(1, 2)
+    return (values + seen).transpose(1, 2).contiguous()
 
 
 class _Inner:

@@ -109,7 +109,7 @@ def heads_to_tokens(output: Tensor, group: SequenceGroup, num_here: int) -> Tens
     sent = output.transpose(0, 1).flatten(1)
     received = combine_rows(sent, _splits(num_tokens, num_here, group), group.group)
     by_rank = received.view(group.size, num_here, num_rows, num_heads, size)
-    return by_rank.permute(2, 1, 0, 3, 4).flatten(2, 3)
+    return by_rank.permute(2, 1, 0, 3, 4).flatten(2, 3).contiguous()
 
 
 def _splits(num_tokens: int, num_here: int, group: SequenceGroup) -> SplitSizes:

@@ -10,7 +10,8 @@ from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from megablocks_utils.attention.implementation import own_implementation, set_implementation
-from megablocks_utils.attention.ulysses import ULYSSES, register_ulysses
+from megablocks_utils.attention.ulysses import ULYSSES, RowMask, register_ulysses
+from megablocks_utils.attention.whole_positions import show_longest_positions
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.config import RunConfig
 from megablocks_utils.config.parallel import legal_ep_sizes
@@ -31,6 +32,9 @@ _HEADS = re.compile(r"(.*_)?num_attention_heads(_.*)?")
 _LENGTHS = (11, 23, 14)
 """Tokens of the examples of a trial."""
 _NUM_PARTS = 3
+_SCALES, _SHORT_SCALE = ("floor_scale",), 4
+"""Attributes of modules that count tokens from the start of a row, and what stands for them."""
+_MASK_IS_READ = "it computes with the mask of its attention itself"
 _MAX_ERROR = 1e-3
 """Largest difference of logits, over the largest."""
 
@@ -56,11 +60,13 @@ def apply_sequence_parallelism(
     if parallel.sp_size == 1:
         return None
     raise_on_all_ranks(lambda: _check_heads(model.config, parallel.sp_size))
-    broadcast_from_rank0(lambda: _check_parts(model, packing, parallel.sp_size, device))
+    longest = config.data.max_seq_length * config.optim.per_device_train_batch_size
+    broadcast_from_rank0(lambda: _check_parts(model, packing, longest, device, parallel.sp_size))
     group = build_sequence_group(device.type, parallel.tp_size, parallel.sp_size)
     inner = own_implementation(model)
     register_ulysses(inner, group)
     set_implementation(model, ULYSSES)
+    show_longest_positions(model)
     console.print(
         f"groups of {parallel.sp_size} processes share their rows; {inner} attention sees whole "
         "rows of a part of the heads",
@@ -95,7 +101,7 @@ def _list_heads(config: PreTrainedConfig) -> Iterator[int]:
 
 
 def _check_parts(
-    model: PreTrainedModel, packing: Packing, sp_size: int, device: torch.device
+    model: PreTrainedModel, packing: Packing, longest: int, device: torch.device, sp_size: int
 ) -> None:
     """Refuse a model of which a part of a row's tokens cannot be computed alone."""
 
@@ -107,15 +113,27 @@ def _check_parts(
         )
 
     try:
-        with ForeignCode(refusal):
-            error = measure_parts(build_small_model(model, device), packing, device)
+        with ForeignCode(ConfigurationError):
+            small = build_small_model(model, device)
+            _shorten_scales(small, longest)
+            error = measure_parts(small, packing, device)
     except UserError as cause:
-        raise refusal(str(cause)) from cause
+        reads_mask = RowMask.__name__ in str(cause)
+        raise refusal(_MASK_IS_READ if reads_mask else str(cause)) from cause
     if not error <= _MAX_ERROR:
         raise refusal(
             "its tokens are mixed beside the attention that transformers' interface computes "
             f"(parts of a row differ from the whole by {error:.1e})"
         )
+
+
+def _shorten_scales(small: PreTrainedModel, longest: int) -> None:
+    """Let what a model does every so many tokens happen in a trial, where a row is as long."""
+    for module in small.modules():
+        for name in _SCALES:
+            value = getattr(module, name, None)
+            if isinstance(value, int | float) and value < longest:
+                setattr(module, name, _SHORT_SCALE)
 
 
 @torch.no_grad()

@@ -144,6 +144,7 @@ def measure_parts(small: PreTrainedModel, packing: Packing, device: torch.device
     """
     register_ulysses(own_implementation(small), None)
     set_implementation(small, ULYSSES)
+    show_longest_positions(small)
     batch = _build_batch(vocab_size(small), packing)
     whole = run_forward(small, batch, device)[1]
     parts = [

@@ -158,7 +158,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     """
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
-    check_world(config, launch.world_size)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
@@ -172,10 +171,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     probe = probe_model(config, model, device, console)
     sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
-    compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
-    if resume is not None:
-        check_compatibility(resume.manifest, compatibility, config, schedule)
-    checkpoint = None if resume is None else resume.folder
+    compatibility = _check_compatibility(
+        resume, schedule, precision, lora, model=model, fingerprint=fingerprint
+    )
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
@@ -190,9 +188,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=let_generation_stop(
-            examples, tokenizer, model, max_seq_length=config.data.max_seq_length
-        ),
+        answer_end=let_generation_stop(config.data, examples, tokenizer, model),
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -204,7 +200,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         top_k=find_top_k(model),
         parameter_specs=specs,
         reader=source.reader,
-        fill_local=raise_on_all_ranks(lambda: source.choose_fill(checkpoint)),
+        fill_local=raise_on_all_ranks(lambda: source.choose_fill(resume and resume.folder)),
         compatibility=compatibility,
         resume=resume,
         plan=plan,
@@ -217,6 +213,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
 def _open_model(
     config: RunConfig, precision: ResolvedPrecision, world_size: int, console: Console
 ) -> ModelSource:
+    check_world(config, world_size)
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
@@ -226,14 +223,17 @@ def _open_model(
     return source
 
 
-def _describe_compatibility(
+def _check_compatibility(
+    resume: ResumePoint | None,
     schedule: Schedule,
     precision: ResolvedPrecision,
     lora: LoraSettings | None,
+    *,
     model: PreTrainedModel,
     fingerprint: str,
 ) -> ResumeCompatibility:
-    return describe_compatibility(
+    """Return what resumed runs must share with this one, which itself shares it with `resume`."""
+    compatibility = describe_compatibility(
         schedule.config,
         precision,
         lora,
@@ -243,6 +243,9 @@ def _describe_compatibility(
         base_sha256=None if lora is None else fingerprint,
         packing=schedule.packing,
     )
+    if resume is not None:
+        check_compatibility(resume.manifest, compatibility, schedule.config, schedule)
+    return compatibility
 
 
 def _split_experts(

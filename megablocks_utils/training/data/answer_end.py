@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megablocks_utils.config import DataConfig
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -87,15 +88,15 @@ class AnswerEnd:
 
 
 def let_generation_stop(
+    config: DataConfig,
     examples: "TokenizedExamples",
     tokenizer: "PreTrainedTokenizerBase | None",
     model: "PreTrainedModel",
-    *,
-    max_seq_length: int,
 ) -> AnswerEnd | None:
     """Let the generation config, which is saved with the model, stop at what is learned."""
     generation_config = getattr(model, "generation_config", None)
-    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=max_seq_length)
+    limit = config.max_seq_length
+    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
     if end is not None:
         end.apply_to(generation_config)
     return end

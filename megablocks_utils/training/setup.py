@@ -200,7 +200,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         top_k=find_top_k(model),
         parameter_specs=specs,
         reader=source.reader,
-        fill_local=raise_on_all_ranks(lambda: source.choose_fill(resume and resume.folder)),
+        fill_local=raise_on_all_ranks(
+            lambda: source.choose_fill(resume.folder if resume else None)
+        ),
         compatibility=compatibility,
         resume=resume,
         plan=plan,

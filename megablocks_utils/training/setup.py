@@ -19,12 +19,11 @@ from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.sequence_exchange import SequenceGroup
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
-from megablocks_utils.moe.model_facts import find_top_k, vocab_size
+from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.training.data.answer_end import AnswerEnd, let_generation_stop
-from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
+from megablocks_utils.training.data.answer_end import AnswerEnd
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
@@ -39,9 +38,9 @@ from megablocks_utils.training.resume.resume_compatibility import (
 )
 from megablocks_utils.training.resume.resume_point import (
     ResumePoint,
-    choose_template_date,
     find_resume_point,
 )
+from megablocks_utils.training.run_data import let_generation_stop, load_run_data
 from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.layer_options import apply_layer_options
 from megablocks_utils.training.step.model_probe import (
@@ -156,8 +155,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    raise_on_all_ranks(lambda: check_trackers(config.report_to))
-    set_seed(config.seed)
+    _begin(config, launch)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
@@ -166,14 +164,15 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
+    examples = load_run_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
     sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
-    compatibility = _check_compatibility(
-        resume, schedule, precision, lora, model=model, fingerprint=fingerprint
-    )
+    compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
+    if resume is not None:
+        check_compatibility(resume.manifest, compatibility, config, schedule)
+    checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
@@ -188,7 +187,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=let_generation_stop(config.data, examples, tokenizer, model),
+        answer_end=let_generation_stop(config, examples, tokenizer, model),
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -200,9 +199,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         top_k=find_top_k(model),
         parameter_specs=specs,
         reader=source.reader,
-        fill_local=raise_on_all_ranks(
-            lambda: source.choose_fill(resume.folder if resume else None)
-        ),
+        fill_local=raise_on_all_ranks(lambda: source.choose_fill(checkpoint)),
         compatibility=compatibility,
         resume=resume,
         plan=plan,
@@ -212,10 +209,16 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
 
 
+def _begin(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Refuse what needs nothing read to be refused, and seed all random numbers."""
+    raise_on_all_ranks(lambda: check_trackers(config.report_to))
+    set_seed(config.seed)
+    check_world(config, launch.world_size)
+
+
 def _open_model(
     config: RunConfig, precision: ResolvedPrecision, world_size: int, console: Console
 ) -> ModelSource:
-    check_world(config, world_size)
     name = config.model.model_name_or_path
     folder = raise_on_all_ranks(lambda: resolve_checkpoint_folder(name))
     source = raise_on_all_ranks(lambda: ModelSource(folder, config, precision))
@@ -225,17 +228,14 @@ def _open_model(
     return source
 
 
-def _check_compatibility(
-    resume: ResumePoint | None,
+def _describe_compatibility(
     schedule: Schedule,
     precision: ResolvedPrecision,
     lora: LoraSettings | None,
-    *,
     model: PreTrainedModel,
     fingerprint: str,
 ) -> ResumeCompatibility:
-    """Return what resumed runs must share with this one, which itself shares it with `resume`."""
-    compatibility = describe_compatibility(
+    return describe_compatibility(
         schedule.config,
         precision,
         lora,
@@ -245,9 +245,6 @@ def _check_compatibility(
         base_sha256=None if lora is None else fingerprint,
         packing=schedule.packing,
     )
-    if resume is not None:
-        check_compatibility(resume.manifest, compatibility, schedule.config, schedule)
-    return compatibility
 
 
 def _split_experts(
@@ -273,22 +270,6 @@ def _apply_lora(
     dtype = getattr(torch, precision.adapter)
     if adapters is not None:
         apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
-
-
-def _load_data(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-    launch: LaunchEnvironment,
-    resume: ResumePoint | None,
-    *,
-    console: Console,
-) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer, launch, today=choose_template_date(resume))
-    raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
-    for note in examples.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    return examples
 
 
 def _count(model: PreTrainedModel, sharded: ShardedMoE | None) -> ParameterCounts:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megablocks_utils.config import DataConfig
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from megablocks_utils.training.data.examples import TokenizedExamples
 
-__all__ = ["AnswerEnd", "find_answer_end", "let_generation_stop"]
+__all__ = ["AnswerEnd", "find_answer_end"]
 
 MAX_EXAMPLES = 1000
 """Examples that are looked at, evenly spread: what ends an answer is the template's."""
@@ -85,21 +84,6 @@ class AnswerEnd:
             "generation_config": list(self.saved_ends),
             "warning": self.warning,
         }
-
-
-def let_generation_stop(
-    config: DataConfig,
-    examples: "TokenizedExamples",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    model: "PreTrainedModel",
-) -> AnswerEnd | None:
-    """Let the generation config, which is saved with the model, stop at what is learned."""
-    generation_config = getattr(model, "generation_config", None)
-    limit = config.max_seq_length
-    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
-    if end is not None:
-        end.apply_to(generation_config)
-    return end
 
 
 def find_answer_end(

@@ -60,7 +60,8 @@ def apply_sequence_parallelism(
     if parallel.sp_size == 1:
         return None
     raise_on_all_ranks(lambda: _check_heads(model.config, parallel.sp_size))
-    longest = config.data.max_seq_length * config.optim.per_device_train_batch_size
+    row = config.data.packing_length or config.data.max_seq_length
+    longest = row * config.optim.per_device_train_batch_size
     broadcast_from_rank0(lambda: _check_parts(model, packing, longest, device, parallel.sp_size))
     group = build_sequence_group(device.type, parallel.tp_size, parallel.sp_size)
     inner = own_implementation(model)

@@ -78,9 +78,10 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
     """Refuse groups of processes where they cannot be."""
-    if values["sp_size"] > 1:
+    if values["sp_size"] > 1 and values["compile"]:
         raise ConfigurationError(
-            f"--sp_size is {values['sp_size']}, but it must be 1: its parallelism is not built yet."
+            f"--sp_size is {values['sp_size']}, but torch compiles no exchange within a layer: it "
+            "must be 1, or --compile False."
         )
     _check_tensor_parallelism(values, entry_point)
     groups = values["dp_replicate_size"]

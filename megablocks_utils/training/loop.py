@@ -17,6 +17,7 @@ from megablocks_utils.processes.accelerate_settings import check_layer_classes
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.report.progress import track_sharding
+from megablocks_utils.training.report.utilization import mfu_per_token_rate
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
@@ -138,7 +139,10 @@ def _train(
         state.routing.balance,
         setup.config.parallel.tp_size,
     )
-    meter = StepMeter(state.accelerator.device, num_copies=setup.config.parallel.tp_size)
+    rate = mfu_per_token_rate(setup.counts, setup.device, setup.launch.world_size)
+    meter = StepMeter(
+        state.accelerator.device, num_copies=setup.config.parallel.tp_size, mfu_rate=rate
+    )
     loads = state.routing.loads
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
@@ -151,6 +155,7 @@ def _train(
             aux_loss_coef,
             setup.probe.aux_loss,
             setup.probe.logits_map,
+            setup.sequence,
         )
         if not _accumulate_gradients(state, plan, weights, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())
@@ -193,7 +198,7 @@ def _accumulate_gradients(
         reduce_across_groups(state.model, is_last=number == 0)
         with accelerator.accumulate(state.model):
             loss = run_micro_batch(state, batch, weights)
-            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
     return True
 
 

@@ -31,6 +31,8 @@ __all__ = [
     "MODEL_INDEX_NAME",
     "MODEL_WEIGHTS_NAME",
     "RUN_RECORD_NAME",
+    "SAMPLES_NAME",
+    "SAMPLES_PAGE_NAME",
     "STAGING_FOLDER_NAME",
     "TRACKERS_FOLDER_NAME",
     "finite_or_none",
@@ -55,6 +57,8 @@ RUN_RECORD_NAME = "run.json"
 LOSS_PLOT_NAME = "loss.png"
 EXPERT_LOAD_NAME = "expert_load.jsonl"
 EXPERT_LOAD_PLOT_NAME = "expert_load.png"
+SAMPLES_NAME = "samples.jsonl"
+SAMPLES_PAGE_NAME = "samples.md"
 TRACKERS_FOLDER_NAME = "runs"
 """Where trackers that write files do so: Trainer's own name for it."""
 

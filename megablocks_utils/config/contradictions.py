@@ -8,6 +8,7 @@ from typing import Any
 
 from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.dispatch_cost import ROWS
+from megablocks_utils.config.evaluation import check_evaluation
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["check_together"]
@@ -55,6 +56,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "attn-only, mlp-only or all."
         )
     _check_routers(values)
+    check_evaluation(values)
     if values["save_dtype"] is not None and values["use_lora"] != "none":
         raise ConfigurationError(
             f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "

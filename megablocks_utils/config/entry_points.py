@@ -7,6 +7,7 @@ from typing import Any
 from megablocks_utils.config.adapter import DEFAULT_LORA_ALPHA, DEFAULT_LORA_R, AdapterConfig
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.contradictions import check_together
+from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.given import CommandLine, GivenOption
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
@@ -142,5 +143,6 @@ def _build_config(given: Mapping[str, Any], entry_point: str) -> RunConfig:
         "precision": precision,
         "optim": build_section(OptimConfig, values),
         "saving": build_section(SavingConfig, values),
+        "evaluation": build_section(EvaluationConfig, values),
     }
     return build_section(RunConfig, values | sections | {"entry_point": entry_point})

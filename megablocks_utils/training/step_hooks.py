@@ -15,6 +15,16 @@ class StepHooks:
         """
         return False
 
+    def before_first_step(self, step: int, state: RunState) -> None:
+        """Look at the run before this process trains it.
+
+        **Collective:** every rank must call.
+
+        Args:
+            step: optimizer steps done before.
+            state: of the run at this step.
+        """
+
     def after_step(self, step: int, state: RunState) -> None:
         """React to a step that is over, its metrics written.
 

@@ -131,6 +131,11 @@ def check_evaluation(values: Mapping[str, Any]) -> None:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
     strategy, sources = values["eval_strategy"], _list_sources(values)
+    if values["eval_fraction"] >= 1:
+        raise ConfigurationError(
+            f"--eval_fraction is {values['eval_fraction']:g}, but it must be below 1: no examples "
+            "would be left to train on."
+        )
     if len(sources) == 2:
         raise ConfigurationError(
             f"--eval_data_path is {values['eval_data_path']} and --eval_fraction is "
@@ -153,11 +158,11 @@ def check_evaluation(values: Mapping[str, Any]) -> None:
     every = values["eval_steps"]
     if every is not None and strategy != "steps":
         raise ConfigurationError(
-            f"--eval_steps is {every}, but --eval_strategy is {strategy}: it must be steps."
+            f"--eval_steps is {every:g}, but --eval_strategy is {strategy}: it must be steps."
         )
     if every is not None and every >= 1 and every != int(every):
         raise ConfigurationError(
-            f"--eval_steps is {every}, but it must be a whole number, or below 1 a share."
+            f"--eval_steps is {every:g}, but it must be a whole number, or below 1 a share."
         )
     if values["load_best_model_at_end"]:
         _check_best(values, strategy)

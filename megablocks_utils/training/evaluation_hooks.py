@@ -144,9 +144,7 @@ class EvaluationHooks(StepHooks):
     def _evaluate(self, step: int, state: RunState) -> None:
         setup = self._setup
         logits_map = setup.probe.logits_map
-        evaluation = evaluate_loss(
-            state.model, self._held_out, setup.device, logits_map, step=step
-        )
+        evaluation = evaluate_loss(state.model, self._held_out, setup.device, logits_map, step=step)
         self._evaluations.append(evaluation)
         self._recorder.record_evaluation(evaluation)
         if not math.isfinite(evaluation.eval_loss) and stops(setup):

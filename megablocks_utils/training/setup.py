@@ -1,6 +1,7 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +23,12 @@ from megablocks_utils.moe.model_facts import find_top_k, vocab_size
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
+from megablocks_utils.training.data.answer_end import AnswerEnd, let_generation_stop
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.describe_model import describe_model
+from megablocks_utils.training.evaluation.held_out_data import choose_held_out, share_held_out
+from megablocks_utils.training.evaluation.held_out_loss import HeldOut
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
@@ -81,6 +84,7 @@ class Setup:
         plan: the memory that was predicted, or why it was not.
         probe: what was found out of the model's forward pass.
         routing: counts the tokens of experts, to balance them or to measure their loads.
+        held_out: what is evaluated, and how ranks share it; None for a run without evaluation.
     """
 
     config: RunConfig
@@ -107,6 +111,7 @@ class Setup:
     plan: MemoryCheck
     probe: ModelProbe
     routing: RoutingHooks
+    held_out: HeldOut | None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -163,11 +168,17 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
-    fingerprint = check_run_inputs(config, folder, examples)
+    load = partial(_load_data, tokenizer, model, launch, resume, console=console)
+    examples, held_out = choose_held_out(config, load(config), load)
+    fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
+    shared = None
+    if held_out is not None:
+        compatibility = replace(compatibility, eval_sha256=held_out.checksum())
+        has_tokenizer = tokenizer is not None
+        shared = share_held_out(config, schedule, held_out, console, has_tokenizer=has_tokenizer)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)
     checkpoint = None if resume is None else resume.folder
@@ -185,7 +196,9 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=_let_generation_stop(config, examples, tokenizer, model),
+        answer_end=let_generation_stop(
+            examples, tokenizer, model, max_seq_length=config.data.max_seq_length
+        ),
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -203,6 +216,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         plan=plan,
         probe=probe,
         routing=routing,
+        held_out=shared,
     )
 
 
@@ -262,11 +276,11 @@ def _apply_lora(
 
 
 def _load_data(
-    config: RunConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     launch: LaunchEnvironment,
     resume: ResumePoint | None,
+    config: RunConfig,
     *,
     console: Console,
 ) -> TokenizedExamples:
@@ -275,21 +289,6 @@ def _load_data(
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)
     return examples
-
-
-def _let_generation_stop(
-    config: RunConfig,
-    examples: TokenizedExamples,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-) -> AnswerEnd | None:
-    """Let the generation config, which is saved with the model, stop at what is learned."""
-    generation_config = getattr(model, "generation_config", None)
-    limit = config.data.max_seq_length
-    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
-    if end is not None:
-        end.apply_to(generation_config)
-    return end
 
 
 def _count(model: PreTrainedModel, sharded: ShardedMoE | None) -> ParameterCounts:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.errors import UserError
+from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.training.data.batches import Packing
 from megablocks_utils.training.data.examples import TokenizedExamples
@@ -51,7 +51,12 @@ def choose_held_out(
 
 
 def share_held_out(
-    config: RunConfig, schedule: Schedule, examples: TokenizedExamples, console: Console
+    config: RunConfig,
+    schedule: Schedule,
+    examples: TokenizedExamples,
+    console: Console,
+    *,
+    has_tokenizer: bool,
 ) -> HeldOut:
     """Say how the ranks share the held-out examples.
 
@@ -60,7 +65,17 @@ def share_held_out(
         schedule: how they share those that are trained on.
         examples: those held out.
         console: told what is not as asked for, or not in the plan of memory.
+        has_tokenizer: whether the model has one.
+
+    Raises:
+        ConfigurationError: answers are asked for that nobody could read.
     """
+    if config.evaluation.predict_samples and not has_tokenizer:
+        raise ConfigurationError(
+            f"predict_samples is {config.evaluation.predict_samples}, but the model has no "
+            "tokenizer to write answers with: it must be 0.",
+            parameters=("predict_samples",),
+        )
     given, trained = (
         config.evaluation.per_device_eval_batch_size,
         config.optim.per_device_train_batch_size,

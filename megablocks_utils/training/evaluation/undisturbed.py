@@ -41,6 +41,7 @@ def _free_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-        elif isinstance(module, FullyShardedDataParallel) and module._is_root:
-            if module._handle is not None:  # it has weights of its own
-                _reshard(module, module._handle, free_unsharded_flat_param=True)
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle if module._is_root else None
+            if handle is not None:  # it has weights of its own
+                _reshard(module, handle, free_unsharded_flat_param=True)

@@ -38,6 +38,13 @@ class Evaluation:
         """Return it as it stands in `metrics.jsonl`."""
         return dict(vars(self))
 
+    def describe(self) -> str:
+        """Return a line for the log."""
+        return (
+            f"evaluation after step {self.step}: loss {self.eval_loss:.4f}, perplexity "
+            f"{self.perplexity:.4g} on {self.eval_tokens:,} tokens in {self.eval_time_s:.1f} s"
+        )
+
 
 def is_evaluation(record: Any) -> bool:
     """Return whether a line of `metrics.jsonl` is an evaluation, not a step."""

@@ -35,6 +35,10 @@ _CLAUSES = {
     "seed": ("seed is", ("seed",)),
     "shuffle": ("shuffle is", ("shuffle",)),
     "packing": ("packing gives micro-batches of kind", ("packing",)),
+    "eval_sha256": (
+        "eval_data_path or eval_fraction gives other held-out examples: their checksum is",
+        ("eval_data_path", "eval_fraction"),
+    ),
     "num_examples": ("the number of examples in data_path is", ("data_path",)),
     "data_sha256": (
         "data_path or max_seq_length has changed: the checksum of its tokens is",
@@ -61,6 +65,7 @@ class ResumeCompatibility:
         base_sha256: fingerprint of the frozen model under them; None without.
         template_date: the day that the chat template was told; None where it does not ask for it.
         packing: how the examples of a micro-batch are laid out.
+        eval_sha256: checksum of the held-out examples; None without.
     """
 
     model_type: str
@@ -74,6 +79,7 @@ class ResumeCompatibility:
     base_sha256: str | None
     template_date: str | None
     packing: str = Packing.ALONE.value
+    eval_sha256: str | None = None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -147,6 +153,8 @@ def _is_free(name: str, found: object, wanted: object) -> bool:
         in_one_row = {kind.value for kind in Packing if kind.is_one_row}
         kinds = {found, wanted}
         return wanted is None or Packing.ALONE.value in kinds or kinds <= in_one_row
+    if name == "eval_sha256":
+        return found is None or wanted is None
     return name == BASE_KEY and wanted is None
 
 

@@ -25,6 +25,7 @@ from megablocks_utils.files import (
     SAMPLES_NAME,
     SAMPLES_PAGE_NAME,
     STAGING_FOLDER_NAME,
+    TRACKER_RUNS_NAME,
     TRACKERS_FOLDER_NAME,
     remove_path,
 )
@@ -62,10 +63,10 @@ _SAMPLE_FILES = (SAMPLES_NAME, SAMPLES_PAGE_NAME)
 _RESULT_FILES = (*_FINISHED_FILES, MODEL_INDEX_NAME, *_LOAD_FILES, *_SAMPLE_FILES)
 _OWN_FILES = (
     *(METRICS_NAME, RUN_RECORD_NAME, LOSS_PLOT_NAME, *_LOAD_FILES, *_SAMPLE_FILES),
-    *(CLAIM_NAME, LATEST_NAME),
+    *(CLAIM_NAME, LATEST_NAME, TRACKER_RUNS_NAME),
 )
 _OWN_NAMES = (
-    *(METRICS_NAME, LOSS_PLOT_NAME, *_LOAD_FILES, *_SAMPLE_FILES),
+    *(METRICS_NAME, LOSS_PLOT_NAME, *_LOAD_FILES, *_SAMPLE_FILES, TRACKER_RUNS_NAME),
     *(TRACKERS_FOLDER_NAME, STAGING_FOLDER_NAME),
 )
 
@@ -189,7 +190,7 @@ def clear_output_dir(config: RunConfig, chosen: Path | None) -> None:
             sys.stderr.write(
                 f"{folder / name} was a link and is written anew; what it led to is left alone.\n"
             )
-    for pattern in _RESULT_FILES if chosen else (*_RESULT_FILES, METRICS_NAME):
+    for pattern in (*_RESULT_FILES, *(() if chosen else (METRICS_NAME, TRACKER_RUNS_NAME))):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     if config.overwrite_output_dir:

@@ -2,14 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
-from megablocks_utils.errors import CheckpointError, UserError
+from megablocks_utils.checkpoint.snapshot import not_written
+from megablocks_utils.errors import UserError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
     DISK_FAULTS,
@@ -29,6 +29,7 @@ from megablocks_utils.training.adapter_check import (
     AdapterCheck,
     AdapterReport,
 )
+from megablocks_utils.training.disk_errors import disk_errors_as_sentence
 from megablocks_utils.training.final_weights import write_adapter, write_model
 from megablocks_utils.training.report.evaluations import Evaluation
 from megablocks_utils.training.report.load_summary import report_loads
@@ -53,6 +54,7 @@ from megablocks_utils.training.start_facts import (
     describe_resolved,
     list_start_lines,
 )
+from megablocks_utils.training.tracking import Tracking
 
 
 class RunRecorder:
@@ -76,6 +78,7 @@ class RunRecorder:
         self._started_s = 0.0
         self._runtime_s = 0.0
         self._claim: OutputClaim | None = None
+        self._tracking = Tracking(setup)
         self.output_dir = Path(setup.config.output_dir)
         if setup.resume is not None:
             self._runtime_s = setup.resume.manifest["train_runtime_s"]
@@ -101,6 +104,7 @@ class RunRecorder:
         for line in list_start_lines(setup, self.output_dir):
             setup.console.print(line, markup=False, soft_wrap=True)
         raise_on_all_ranks(self._open_logs)
+        self._tracking.start()
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
         self._started_s = time.perf_counter()
@@ -113,6 +117,7 @@ class RunRecorder:
     ) -> None:
         try:
             self._open.close()
+            self._tracking.close(error)
         finally:
             if self._claim is not None:
                 self._claim.release(is_done=error is None)
@@ -137,6 +142,7 @@ class RunRecorder:
         if self._logs is not None:
             with self._as_sentence(self.metrics_path):
                 self._logs.write(metrics)
+            self._tracking.record(metrics)
             self._show(metrics)
 
     def record_evaluation(self, evaluation: Evaluation) -> None:
@@ -148,6 +154,7 @@ class RunRecorder:
         if self._logs is not None:
             with self._as_sentence(self.metrics_path):
                 self._logs.write(evaluation)
+            self._tracking.record_evaluation(evaluation.step, evaluation.as_record())
         self._setup.console.print(evaluation.describe(), markup=False, soft_wrap=True)
 
     def record_samples(self, samples: Sequence[Sample]) -> None:
@@ -243,6 +250,8 @@ class RunRecorder:
         )
         with self._as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)
+        first_loss, final_loss = self._losses[0], self._losses[-1]
+        self._tracking.finish(record, first_loss=first_loss, final_loss=final_loss)
         result = self._result(kernel_check, adapter_report, expert_load, evaluation)
         show_end_summary(setup.console, result)
 
@@ -254,17 +263,8 @@ class RunRecorder:
             ep_size = self._setup.placement.axis_sizes[EP_AXIS]
             return report_loads(self.output_dir, ep_size, self._setup.plan.imbalance)
 
-    @contextmanager
-    def _as_sentence(self, path: Path) -> Iterator[None]:
-        """Turn a full disk, or a folder that has vanished, into an error that a user can act on."""
-        try:
-            yield
-        except OSError as error:
-            raise not_written(path, error, self.output_dir) from error
-        except CheckpointError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            raise CheckpointError(f"{error}; {describe_kept(self.output_dir)}") from error
+    def _as_sentence(self, path: Path) -> AbstractContextManager[None]:
+        return disk_errors_as_sentence(path, self.output_dir)
 
     def _result(
         self,

@@ -23,6 +23,7 @@ _OWN_EVALUATION = "evaluation computes as training does, when --eval_strategy sa
 _OWN_BEST = "the best checkpoint is the one with the lowest eval_loss"
 _OWN_LOSS = "the loss is the mean over the label tokens of the global batch"
 _OWN_ORDER = "the order of the examples follows from --seed and --shuffle alone"
+_OWN_SPACE = "trackio takes it from TRACKIO_SPACE_ID and TRACKIO_BUCKET_ID in the environment"
 _OWN_LAUNCH = "FSDP is set up from accelerate.yaml and the options of this script"
 
 _FIXED = {
@@ -69,6 +70,9 @@ _FIXED = {
     "push_to_hub": "this script does not upload",
     "include_num_input_tokens_seen": "metrics.jsonl has input_tokens of every step",
     "disable_tqdm": "progress is shown in this script's own way",
+    "trackio_space_id": _OWN_SPACE,
+    "trackio_bucket_id": _OWN_SPACE,
+    "trackio_static_space_id": _OWN_SPACE,
 }
 """Options of TrainingArguments that must keep their default, and why."""
 
@@ -210,7 +214,8 @@ def _own_values(config: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": optim.gradient_accumulation_steps,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
-        "report_to": list(config.report_to) or "none",
+        "report_to": "none",  # the recorder of both scripts reports
+        "run_name": config.run_name,
         "save_strategy": "no",
         "eval_strategy": "no",
         "activation_checkpointing": False,  # the model already has ours

@@ -61,7 +61,7 @@ def _stock_loss(model_folder, data_path):
     eager = {"experts_implementation": "eager", "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(model_folder, **eager).double()
     total = count = 0
-    for ids, labels in load_examples(DataConfig(data_path=str(data_path)), None):
+    for ids, labels in load_examples(DataConfig(data_path=(str(data_path),)), None):
         logits = model(torch.from_numpy(ids)[None]).logits[0, :-1]
         targets = torch.from_numpy(labels)[1:]
         total += F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()

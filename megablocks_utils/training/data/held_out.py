@@ -25,6 +25,8 @@ class ExamplePart(TokenizedExamples):
         self._whole, self._indices = whole, indices
         self.lengths = whole.lengths[indices]
         self.num_label_tokens = whole.num_label_tokens[indices]
+        bounds = np.searchsorted(indices, np.cumsum([0, *whole.counts]))
+        self.counts = tuple(np.diff(bounds).tolist())
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and labels of one example, each of shape (tokens,), int64."""

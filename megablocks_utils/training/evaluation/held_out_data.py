@@ -42,8 +42,11 @@ def choose_held_out(
     if path is None:
         share, seed = evaluation.eval_fraction, config.seed
         return raise_on_all_ranks(lambda: hold_out(examples, share, seed))
+    data = replace(
+        config.data, data_path=(path,), data_weights=None, streaming=False, packing_length=None
+    )
     try:
-        return examples, load(replace(config, data=replace(config.data, data_path=path)))
+        return examples, load(replace(config, data=data))
     except UserError as error:
         message = re.sub(r"(?<!\w)data_path\b", "eval_data_path", str(error))
         parameters = (*error.parameters, "eval_data_path")

@@ -1,6 +1,5 @@
 """What a run shows and leaves behind: summaries, progress, metrics, the model, `run.json`."""
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -30,6 +29,7 @@ from megablocks_utils.training.adapter_check import (
     AdapterReport,
 )
 from megablocks_utils.training.disk_errors import disk_errors_as_sentence
+from megablocks_utils.training.final_record import build_final_record
 from megablocks_utils.training.final_weights import write_adapter, write_model
 from megablocks_utils.training.report.evaluations import Evaluation
 from megablocks_utils.training.report.load_summary import report_loads
@@ -38,7 +38,7 @@ from megablocks_utils.training.report.memory import describe_memory_source
 from megablocks_utils.training.report.metrics import RunTotals, StepMetrics, read_metrics
 from megablocks_utils.training.report.progress import track_training
 from megablocks_utils.training.report.run_logs import EarlierLogs, RunLogs
-from megablocks_utils.training.report.run_record import build_run_record, write_run_json
+from megablocks_utils.training.report.run_record import write_run_json
 from megablocks_utils.training.report.samples import Sample, describe_sample
 from megablocks_utils.training.report.summary import (
     RunResult,
@@ -50,8 +50,6 @@ from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.start_facts import (
     collect_facts,
-    describe_kernel,
-    describe_resolved,
     list_start_lines,
 )
 from megablocks_utils.training.tracking import Tracking
@@ -227,27 +225,18 @@ class RunRecorder:
         if not self._is_main:
             return
         adapter_report = None if adapter_check is None else adapter_check.report
+        record = build_final_record(
+            setup,
+            kernel_check,
+            adapter_report,
+            train_runtime_s=self._runtime_s,
+            totals=self._totals,
+            plan=plan,
+            evaluation=evaluation,
+        )
         with self._as_sentence(self.output_dir / LOSS_PLOT_NAME):
             plot_loss(self.metrics_path, self.output_dir / LOSS_PLOT_NAME)
         expert_load = self._report_loads()
-        kernel, reason = describe_kernel(setup)
-        record = build_run_record(
-            sys.argv,
-            setup.config,
-            resolved=describe_resolved(setup),
-            mesh=setup.placement.axis_sizes,
-            kernel=kernel,
-            kernel_reason=reason,
-            kernel_probe=None if kernel_check is None else kernel_check.as_record(),
-            parameters=setup.counts,
-            train_runtime_s=self._runtime_s,
-            totals=self._totals,
-            device=setup.device,
-            adapter_check=None if adapter_report is None else adapter_report.as_record(),
-            plan=plan,
-            answer_end=None if setup.answer_end is None else setup.answer_end.as_record(),
-            evaluation=evaluation,
-        )
         with self._as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)
         first_loss, final_loss = self._losses[0], self._losses[-1]

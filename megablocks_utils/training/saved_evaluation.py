@@ -90,13 +90,9 @@ def evaluate_sharded(
         model = replace(config.model, model_name_or_path=name)
         setup = build_setup(replace(config, model=model), launch, device)
         state = build_training_state(setup)
-        held_out = share_held_out(
-            config,
-            setup.schedule,
-            setup.schedule.examples,
-            setup.console,
-            has_tokenizer=setup.tokenizer is not None,
-        )
+        schedule = setup.schedule
+        held_out = share_held_out(schedule, schedule.examples, setup.console, setup.tokenizer)
+        assert held_out is not None, "there are examples"
         prompts = _read_prompts(setup, questions)
         with undisturbed(state.model):
             found = evaluate_loss(state.model, held_out, device, setup.probe.logits_map, step=0)

@@ -1,6 +1,7 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,9 +157,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    raise_on_all_ranks(lambda: check_trackers(config.report_to))
-    set_seed(config.seed)
-    check_world(config, launch.world_size)
+    _begin(config, launch)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
@@ -167,23 +166,15 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-
-    def load(run: RunConfig) -> TokenizedExamples:
-        return load_run_data(run, tokenizer, model, launch, resume, console=console)
-
-    examples, held_out = choose_held_out(config, load(config), load)
+    inputs = {"tokenizer": tokenizer, "model": model, "launch": launch, "resume": resume}
+    load = partial(load_run_data, **inputs, console=console)
+    examples, held_out = choose_held_out(config, load)
     fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
-    compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
-    shared = None
-    if held_out is not None:
-        compatibility = replace(compatibility, eval_sha256=held_out.checksum())
-        has_tokenizer = tokenizer is not None
-        shared = share_held_out(config, schedule, held_out, console, has_tokenizer=has_tokenizer)
-    if resume is not None:
-        check_compatibility(resume.manifest, compatibility, config, schedule)
-    checkpoint = None if resume is None else resume.folder
+    compatibility = _check_compatibility(
+        schedule, precision, lora, model, fingerprint, held_out=held_out, resume=resume
+    )
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
@@ -210,14 +201,20 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         top_k=find_top_k(model),
         parameter_specs=specs,
         reader=source.reader,
-        fill_local=raise_on_all_ranks(lambda: source.choose_fill(checkpoint)),
+        fill_local=raise_on_all_ranks(lambda: source.choose_fill(resume and resume.folder)),
         compatibility=compatibility,
         resume=resume,
         plan=plan,
         probe=probe,
         routing=routing,
-        held_out=shared,
+        held_out=share_held_out(schedule, held_out, console, tokenizer),
     )
+
+
+def _begin(config: RunConfig, launch: LaunchEnvironment) -> None:
+    raise_on_all_ranks(lambda: check_trackers(config.report_to))
+    set_seed(config.seed)
+    check_world(config, launch.world_size)
 
 
 def _open_model(
@@ -232,14 +229,18 @@ def _open_model(
     return source
 
 
-def _describe_compatibility(
+def _check_compatibility(
     schedule: Schedule,
     precision: ResolvedPrecision,
     lora: LoraSettings | None,
     model: PreTrainedModel,
     fingerprint: str,
+    *,
+    held_out: TokenizedExamples | None,
+    resume: ResumePoint | None,
 ) -> ResumeCompatibility:
-    return describe_compatibility(
+    """Return what runs that resume must share with this one, which shares it with `resume`."""
+    found = describe_compatibility(
         schedule.config,
         precision,
         lora,
@@ -249,6 +250,11 @@ def _describe_compatibility(
         base_sha256=None if lora is None else fingerprint,
         packing=schedule.packing,
     )
+    if held_out is not None:
+        found = replace(found, eval_sha256=held_out.checksum())
+    if resume is not None:
+        check_compatibility(resume.manifest, found, schedule.config, schedule)
+    return found
 
 
 def _split_experts(

@@ -117,6 +117,7 @@ def test_published_fsdp1_command():
             sync_each_batch=True,
             freeze_router=False,
         ),
+        evaluation=EvaluationConfig(per_device_eval_batch_size=1),
         saving=SavingConfig("no", 500, save_total_limit=None, async_save=False),
         output_dir="./results",
         overwrite_output_dir=False,
@@ -127,7 +128,6 @@ def test_published_fsdp1_command():
         report_to=(),
         debug=False,
     )
-    assert config.evaluation == EvaluationConfig(per_device_eval_batch_size=1)
     assert words_of(leftovers) == ["--accelerator_config", "accelerator_config.json"]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import ConfigurationError, UserError
@@ -19,23 +20,20 @@ __all__ = ["choose_held_out", "share_held_out"]
 
 
 def choose_held_out(
-    config: RunConfig,
-    examples: TokenizedExamples,
-    load: Callable[[RunConfig], TokenizedExamples],
+    config: RunConfig, load: Callable[[RunConfig], TokenizedExamples]
 ) -> tuple[TokenizedExamples, TokenizedExamples | None]:
-    """Return the examples to train on, and those held out; None for a run without evaluation.
+    """Load the examples to train on, and those held out; None for a run without evaluation.
 
     **Collective:** every rank must call, as `load`.
 
     Args:
         config: the run.
-        examples: what `data_path` holds.
-        load: loads what `data_path` holds of another run.
+        load: loads what `data_path` holds, of this run or of another.
 
     Raises:
         UserError: on every rank, for held-out data that cannot be used.
     """
-    evaluation = config.evaluation
+    evaluation, examples = config.evaluation, load(config)
     if not evaluation.is_on:
         return examples, None
     path = evaluation.eval_data_path
@@ -54,26 +52,26 @@ def choose_held_out(
 
 
 def share_held_out(
-    config: RunConfig,
     schedule: Schedule,
-    examples: TokenizedExamples,
+    examples: TokenizedExamples | None,
     console: Console,
-    *,
-    has_tokenizer: bool,
-) -> HeldOut:
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> HeldOut | None:
     """Say how the ranks share the held-out examples.
 
     Args:
-        config: the run.
         schedule: how they share those that are trained on.
-        examples: those held out.
+        examples: those held out; None: none are.
         console: told what is not as asked for, or not in the plan of memory.
-        has_tokenizer: whether the model has one.
+        tokenizer: of the model.
 
     Raises:
         ConfigurationError: answers are asked for that nobody could read.
     """
-    if config.evaluation.predict_samples and not has_tokenizer:
+    if examples is None:
+        return None
+    config = schedule.config
+    if config.evaluation.predict_samples and tokenizer is None:
         raise ConfigurationError(
             f"predict_samples is {config.evaluation.predict_samples}, but the model has no "
             "tokenizer to write answers with: it must be 0.",

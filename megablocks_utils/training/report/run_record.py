@@ -135,16 +135,20 @@ def build_run_record(
         parameters=asdict(parameters),
         train_runtime_s=train_runtime_s,
         totals={name: getattr(totals, name) for name in ("steps", "tokens", "input_tokens")},
-        peaks={
-            "mem_peak_bytes": totals.mem_peak_bytes,
-            "mem_alloc_bytes": totals.mem_alloc_bytes,
-            "measured": describe_memory_source(device),
-        },
+        peaks=_describe_peaks(totals, device),
         adapter_check=_plain(adapter_check),
         plan=_plain(plan),
         answer_end=_plain(answer_end),
         evaluation=_plain(evaluation),
     )
+
+
+def _describe_peaks(totals: RunTotals, device: torch.device) -> dict[str, int | str]:
+    return {
+        "mem_peak_bytes": totals.mem_peak_bytes,
+        "mem_alloc_bytes": totals.mem_alloc_bytes,
+        "measured": describe_memory_source(device),
+    }
 
 
 def build_provenance(command: Sequence[str]) -> dict[str, Any]:

@@ -38,6 +38,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _free_gathered(model: nn.Module) -> None:
+    # Where torch has it: FSDP2 also forgets the order of passes that no backward pass follows.
+    if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

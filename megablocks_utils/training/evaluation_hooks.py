@@ -160,7 +160,7 @@ class EvaluationHooks(StepHooks):
         assert tokenizer is not None and setup.answer_end is not None, "checked by the setup"
         prompts = take_prompts(self._held_out.examples, self._options.predict_samples)
         end = setup.answer_end
-        ends = {*end.saved_ends} or {end.tokenizer_end} - {None}
+        ends = end.saved_ends or (() if end.tokenizer_end is None else (end.tokenizer_end,))
         answers = answer_prompts(state.model, prompts, self._held_out, setup.device, ends=ends)
         samples = []
         for number, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True), start=1):

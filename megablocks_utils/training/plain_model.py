@@ -70,7 +70,8 @@ def held_out_loss(model: PreTrainedModel, examples: TokenizedExamples) -> float:
     choice = choose_packing(
         small, packing="auto", batch_size=len(examples), device=device, attention="auto"
     )
-    sys.stderr.write(f"batches are {choice.describe()}\n")
+    if choice.packing is not Packing.ALONE:
+        sys.stderr.write(f"batches are {choice.describe()}\n")
     logits_map, _ = find_logits_map(model)
     own, total = own_implementation(model), 0.0
     set_implementation(model, own if choice.attention == OWN else choice.attention)

@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from megablocks_utils.checkpoint.run_manifest import adapters_of, read_run_manifest
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import ConfigurationError
@@ -155,14 +153,11 @@ def _read_prompts(setup: Setup, questions: Sequence[str]) -> list[Prompt]:
         return []
     if tokenizer is None:
         raise ConfigurationError(f"--ask is given, but {setup.model_folder} has no tokenizer.")
-    return [Prompt(_encode(tokenizer, question), ()) for question in questions]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...]:
-    return tuple(tokenizer(alpaca_prompt(question))["input_ids"])
+    return [Prompt(list(tokenizer(alpaca_prompt(q))["input_ids"]), []) for q in questions]
 
 
 def _list_ends(setup: Setup) -> set[int]:
     """Return the tokens at which the model's own generation stops."""
     ends = getattr(getattr(setup.model, "generation_config", None), "eos_token_id", None)
-    return set(ends) if isinstance(ends, list | tuple) else {ends} - {None}
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    return {end for end in listed if isinstance(end, int)}

@@ -157,8 +157,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    _begin(config, launch)
-    console = build_console(launch.rank == 0)
+    console = _begin(config, launch)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
     source = _open_model(config, precision, launch.world_size, console)
@@ -166,15 +165,15 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    inputs = {"tokenizer": tokenizer, "model": model, "launch": launch, "resume": resume}
-    load = partial(load_run_data, **inputs, console=console)
-    examples, held_out = choose_held_out(config, load)
+    load = partial(load_run_data, tokenizer=tokenizer, model=model, launch=launch)
+    examples, held_out = choose_held_out(config, partial(load, resume=resume, console=console))
     fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _check_compatibility(
         schedule, precision, lora, model, fingerprint, held_out=held_out, resume=resume
     )
+    checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
@@ -201,7 +200,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         top_k=find_top_k(model),
         parameter_specs=specs,
         reader=source.reader,
-        fill_local=raise_on_all_ranks(lambda: source.choose_fill(resume and resume.folder)),
+        fill_local=raise_on_all_ranks(lambda: source.choose_fill(checkpoint)),
         compatibility=compatibility,
         resume=resume,
         plan=plan,
@@ -211,10 +210,12 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
 
 
-def _begin(config: RunConfig, launch: LaunchEnvironment) -> None:
+def _begin(config: RunConfig, launch: LaunchEnvironment) -> Console:
+    """Check and set what all else depends on; return the console for people."""
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
     check_world(config, launch.world_size)
+    return build_console(launch.rank == 0)
 
 
 def _open_model(

@@ -29,8 +29,8 @@ class Prompt:
         expected: the tokens of the first run of labels.
     """
 
-    tokens: tuple[int, ...]
-    expected: tuple[int, ...]
+    tokens: list[int]
+    expected: list[int]
 
 
 def take_prompts(examples: TokenizedExamples, number: int) -> list[Prompt]:
@@ -43,7 +43,7 @@ def _take_prompt(ids: np.ndarray, labels: np.ndarray) -> Prompt:
     start = int(is_learned.argmax())
     unlearned = np.flatnonzero(~is_learned[start:])
     stop = start + int(unlearned[0]) if len(unlearned) else len(ids)
-    return Prompt(tuple(ids[:start].tolist()), tuple(ids[start:stop].tolist()))
+    return Prompt(ids[:start].tolist(), ids[start:stop].tolist())
 
 
 @dataclass
@@ -61,7 +61,7 @@ def answer_prompts(
     *,
     ends: Collection[int],
     max_new_tokens: int = MAX_NEW_TOKENS,
-) -> list[tuple[int, ...]]:
+) -> list[list[int]]:
     """Return the most likely continuation of each prompt, token by token.
 
     Each token takes a whole forward pass, without a cache: so it is the one of training. Call it
@@ -87,7 +87,7 @@ def answer_prompts(
             _extend(model, open_, held_out, device, ends)
         if not max_over_ranks(sum(not answer.is_done for answer in own)):
             break
-    shares = gather_from_all_ranks(lambda: (held_out.data_rank, [tuple(a.tokens) for a in own]))
+    shares = gather_from_all_ranks(lambda: (held_out.data_rank, [a.tokens for a in own]))
     by_rank = dict(shares)
     return [by_rank[number % num_ranks][number // num_ranks] for number in range(len(prompts))]
 

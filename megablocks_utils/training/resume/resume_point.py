@@ -158,8 +158,8 @@ def _check_metrics(point: ResumePoint) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} holds a line that is no metrics: {reason}") from error
-    for line in (*lines, *evaluations):
-        for name, value in line.as_record().items():
+    for record in [*(line.as_record() for line in lines), *(e.as_record() for e in evaluations)]:
+        for name, value in record.items():
             if not isinstance(value, int | float | None) or isinstance(value, bool):
                 raise CheckpointError(
                     f"{path} has {name} {show_value(value)} in a line, wanted is a number"

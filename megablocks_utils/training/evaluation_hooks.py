@@ -66,9 +66,14 @@ class EvaluationHooks(StepHooks):
             self._evaluate_if_due(step, state)
         self._stop_if_patience_is_over(step)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether patience is over."""
+        return self.stopped_early_step is not None
+
     def should_stop(self) -> bool:
         """Return whether patience is over, or the run is asked to stop."""
-        return self.stopped_early_step is not None or self._inner.should_stop()
+        return self.is_over or self._inner.should_stop()
 
     def after_step(self, step: int, state: RunState) -> None:
         """Evaluate if that is due; then save if that is."""
@@ -78,7 +83,7 @@ class EvaluationHooks(StepHooks):
 
     def after_stop(self, step: int, state: RunState) -> None:
         """Leave a run that patience has ended as one that is finished."""
-        if self.stopped_early_step is None:
+        if not self.is_over:
             self._inner.after_stop(step, state)
             return
         check_before_saving(self._setup, state.shards(), "the model after the last step")

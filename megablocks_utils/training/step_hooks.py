@@ -8,6 +8,11 @@ __all__ = ["StepHooks"]
 class StepHooks:
     """Hooks that do nothing: a run that cannot be stopped and saves no checkpoints."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ends with the steps done, the same on every rank; nothing is asked."""
+        return False
+
     def should_stop(self) -> bool:
         """Return whether to drop the step that has begun and stop.
 

@@ -72,6 +72,8 @@ class StepCallback(TrainerCallback):
     ) -> None:
         """Let the run be looked at before its first step."""
         self._hooks.before_first_step(state.global_step, self._get_state())
+        if self._hooks.is_over:  # then there are no micro-batches
+            self._hooks.after_stop(state.global_step, self._get_state())
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -31,12 +31,12 @@ NUM_HELD_OUT = 3
 
 
 def _run(rank, script, argv, rising=False):
-    """Call a script; `rising`: with losses that are the number of the step."""
+    """Call a script; `rising`: with losses that rise by one a step, and a thousandth of theirs."""
     measure = evaluation_hooks.evaluate_loss
 
     def measure_rising(*args, **kwargs):
         found = measure(*args, **kwargs)
-        return replace(found, eval_loss=float(found.step)) if rising else found
+        return replace(found, eval_loss=found.step + found.eval_loss / 1000) if rising else found
 
     with mock.patch.object(evaluation_hooks, "evaluate_loss", measure_rising):
         SCRIPTS[script].main(keep_last(argv))
@@ -126,15 +126,18 @@ def test_the_loss_of_one_process_and_no_trace(
     if script == "fsdp1":
         return
     checkpoint = str(folders["evaluated"] / "checkpoint-2")
+    argv = [*parity_folder.argv(replace(case, layout=Layout(2, 2))), *argv[-5:]]
     resumed = [*argv, str(folders["resumed"]), *evaluated, "--resume_from_checkpoint", checkpoint]
-    pool.run(_run, script, resumed, timeout=120)
-    assert _evaluations(folders["resumed"]) == lines
+    pools[2].run(_run, script, resumed, timeout=120)
+    assert _evaluations(folders["resumed"]) == [
+        (step, pytest.approx(loss, rel=1e-6), count) for step, loss, count in lines
+    ]
     assert read_samples(folders["resumed"] / "samples.jsonl") == samples
     record = json.loads((folders["resumed"] / "run.json").read_text())["evaluation"]
     assert record["best"]["step"] == record["final_model_step"] == best[0]
     words = [checkpoint, "--data_path", str(held_out), "--ep_size", "2"]
-    found = pool.run(_evaluate_saved, *words, timeout=120)
-    assert found == found[:1] * 4
+    found = pools[2].run(_evaluate_saved, *words, timeout=120)
+    assert found == found[:1] * 2
     assert found[0]["loss"] == pytest.approx(lines[1][1], rel=1e-6)
 
 
@@ -147,12 +150,15 @@ def test_patience_ends_the_run_with_the_best_model(pools, parity_folder, held_ou
     argv += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1"]
     argv += ["--load_best_model_at_end", "True", "--early_stopping_patience", "2"]
     pools[2].run(_run, "fsdp2", argv, True, timeout=120)
-    assert [step for step, *_ in _evaluations(folder)] == [0, 1, 2, 3]
+    lines = _evaluations(folder)
+    assert [step for step, *_ in lines] == [0, 1, 2, 3]
     assert len(_steps(folder)) == 3
     names = sorted(path.name for path in folder.glob("checkpoint-[0-9]*"))
     assert names == ["checkpoint-1", "checkpoint-3"]
     record = json.loads((folder / "run.json").read_text())["evaluation"]
     assert record["stopped_early_at_step"] == 3 and record["final_model_step"] == 1
+    measured = (lines[1][1] - 1) * 1000
+    assert _stock_loss(folder, held_out)[0] == pytest.approx(measured, rel=1e-6)
 
 
 def test_a_share_of_the_data_is_held_out_by_the_seed():

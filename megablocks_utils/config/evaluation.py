@@ -145,16 +145,7 @@ def check_evaluation(values: Mapping[str, Any]) -> None:
     if strategy == "no":
         _refuse_idle(values)
         return
-    if not sources:
-        raise ConfigurationError(
-            f"--eval_strategy is {strategy}, but no examples are held out: give --eval_data_path "
-            "or --eval_fraction."
-        )
-    if values["eval_fraction"] and values.get("streaming"):
-        raise ConfigurationError(
-            f"--eval_fraction is {values['eval_fraction']}, but --streaming True never knows all "
-            "examples: give --eval_data_path."
-        )
+    _check_sources(values, strategy, sources)
     every = values["eval_steps"]
     if every is not None and strategy != "steps":
         raise ConfigurationError(
@@ -166,6 +157,26 @@ def check_evaluation(values: Mapping[str, Any]) -> None:
         )
     if values["load_best_model_at_end"]:
         _check_best(values, strategy)
+
+
+def _check_sources(values: Mapping[str, Any], strategy: str, sources: list[str]) -> None:
+    """Refuse an evaluation without examples, or of some that cannot be used."""
+    if not sources:
+        raise ConfigurationError(
+            f"--eval_strategy is {strategy}, but no examples are held out: give --eval_data_path "
+            "or --eval_fraction."
+        )
+    if values["eval_fraction"] and values.get("streaming"):
+        raise ConfigurationError(
+            f"--eval_fraction is {values['eval_fraction']}, but --streaming True never knows all "
+            "examples: give --eval_data_path."
+        )
+    if values["predict_samples"] and values["sp_size"] > 1:
+        raise ConfigurationError(
+            f"--predict_samples is {values['predict_samples']}, but with --sp_size "
+            f"{values['sp_size']} it must be 0: ranks share rows, and one of them alone has the "
+            "next token."
+        )
 
 
 def _list_sources(values: Mapping[str, Any]) -> list[str]:

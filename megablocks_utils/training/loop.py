@@ -151,6 +151,7 @@ def _train(
             aux_loss_coef,
             setup.probe.aux_loss,
             setup.probe.logits_map,
+            setup.sequence,
         )
         if not _accumulate_gradients(state, plan, weights, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())
@@ -193,7 +194,7 @@ def _accumulate_gradients(
         reduce_across_groups(state.model, is_last=number == 0)
         with accelerator.accumulate(state.model):
             loss = run_micro_batch(state, batch, weights)
-            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
     return True
 
 

@@ -17,6 +17,7 @@ from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.mesh.sequence_exchange import SequenceGroup
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.model_facts import find_top_k
@@ -52,6 +53,7 @@ from megablocks_utils.training.step.model_probe import (
     probe_model,
 )
 from megablocks_utils.training.step.routing_hooks import RoutingHooks
+from megablocks_utils.training.step.sequence_parallel import apply_sequence_parallelism
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Setup:
         probe: what was found out of the model's forward pass.
         routing: counts the tokens of experts, to balance them or to measure their loads.
         held_out: what is evaluated, and how ranks share it; None for a run without evaluation.
+        sequence: the ranks that share this rank's rows; None: it has its own.
     """
 
     config: RunConfig
@@ -111,7 +114,8 @@ class Setup:
     plan: MemoryCheck
     probe: ModelProbe
     routing: RoutingHooks
-    held_out: HeldOut | None
+    sequence: SequenceGroup | None = None
+    held_out: HeldOut | None = None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -165,10 +169,10 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    load = partial(load_run_data, tokenizer=tokenizer, model=model, launch=launch)
-    examples, held_out = choose_held_out(config, partial(load, resume=resume, console=console))
+    examples, held_out = _load_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
+    sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _check_compatibility(
         schedule, precision, lora, model, fingerprint, held_out=held_out, resume=resume
@@ -206,16 +210,31 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         plan=plan,
         probe=probe,
         routing=routing,
+        sequence=sequence,
         held_out=share_held_out(schedule, held_out, console, tokenizer),
     )
 
 
 def _begin(config: RunConfig, launch: LaunchEnvironment) -> Console:
-    """Check and set what all else depends on; return the console for people."""
+    """Refuse what needs nothing read to be refused, seed all random numbers, open the console."""
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
     check_world(config, launch.world_size)
     return build_console(launch.rank == 0)
+
+
+def _load_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    resume: ResumePoint | None,
+    *,
+    console: Console,
+) -> tuple[TokenizedExamples, TokenizedExamples | None]:
+    """Load what is trained on and what is held out."""
+    load = partial(load_run_data, tokenizer=tokenizer, model=model, launch=launch)
+    return choose_held_out(config, partial(load, resume=resume, console=console))
 
 
 def _open_model(
@@ -262,7 +281,8 @@ def _split_experts(
     model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
     config = schedule.config
-    tokens = round(schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    tokens = schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size
+    tokens = round(tokens / config.parallel.sp_size)
     return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
 
 

@@ -64,7 +64,7 @@ class StepCallback(TrainerCallback):
     def add_micro_batch(self, plan: StepPlan, loss: MicroBatchLoss) -> None:
         """Take the losses of one micro-batch of the step that `plan` describes."""
         self._plan = plan
-        self._meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+        self._meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
         self.loss_share = loss.token_loss_sum / plan.num_label_tokens
 
     def on_train_begin(

@@ -93,6 +93,7 @@ def share_held_out(
         schedule.num_data_ranks,
         schedule.packing,
         num_copies=config.parallel.tp_size,
+        take_part=schedule.take_part,
     )
     num_tokens, num_trained = held_out.largest_micro_batch(), schedule.largest_micro_batch()[0]
     if num_tokens > num_trained:

@@ -1,7 +1,7 @@
 """The loss of held-out examples, each counted once, over any number of ranks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ class HeldOut:
         num_data_ranks: ranks with examples of their own.
         num_copies: ranks that compute the same for each of them.
         packing: how the examples of a micro-batch are laid out.
+        take_part: gives a micro-batch of which this rank has its part of every row.
     """
 
     examples: TokenizedExamples
@@ -42,11 +43,13 @@ class HeldOut:
     num_data_ranks: int
     packing: Packing
     num_copies: int = 1
+    take_part: Callable[[MicroBatch], MicroBatch] = lambda batch: batch
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches, as many on every rank: dummies where none is left."""
         for group in self._assign():
-            yield collate_examples(self.examples, group[self.data_rank], self.packing)
+            batch = collate_examples(self.examples, group[self.data_rank], self.packing)
+            yield self.take_part(batch)
 
     def largest_micro_batch(self) -> int:
         """Return the tokens of the largest micro-batch of any rank, padding counted."""

@@ -102,18 +102,21 @@ class StepMeter:
         self._sums.zero_()
         self._started_s = time.perf_counter()
 
-    def add_micro_batch(self, loss_sum: Tensor, aux: Tensor | None = None) -> None:
+    def add_micro_batch(
+        self, loss_sum: Tensor, aux: Tensor | None = None, aux_share: float = 1.0
+    ) -> None:
         """Add a micro-batch of this rank, without waiting for the device.
 
         Args:
             loss_sum: Scalar, sum of the token losses, not divided by anything.
             aux: Scalar, load-balancing loss before its coefficient; None where the model gives
                 none or the micro-batch is a dummy.
+            aux_share: How much of a micro-batch's it is, where ranks share rows.
         """
         self._sums[0].add_(loss_sum.detach())
         if aux is not None:
             self._sums[1].add_(aux.detach())
-            self._sums[2].add_(1)
+            self._sums[2].add_(aux_share)
 
     def add_nonfinite_weights(self, count: Tensor) -> None:
         """Add how many weights of this rank are not finite, without waiting for the device."""

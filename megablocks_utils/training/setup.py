@@ -1,7 +1,6 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from megablocks_utils.training.data.answer_end import AnswerEnd
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.describe_model import describe_model
-from megablocks_utils.training.evaluation.held_out_data import choose_held_out, share_held_out
+from megablocks_utils.training.evaluation.held_out_data import share_held_out
 from megablocks_utils.training.evaluation.held_out_loss import HeldOut
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
@@ -44,7 +43,7 @@ from megablocks_utils.training.resume.resume_point import (
     ResumePoint,
     find_resume_point,
 )
-from megablocks_utils.training.run_data import let_generation_stop, load_run_data
+from megablocks_utils.training.run_data import let_generation_stop, load_all_data
 from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.layer_options import apply_layer_options
 from megablocks_utils.training.step.model_probe import (
@@ -169,7 +168,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples, held_out = _load_data(config, tokenizer, model, launch, resume, console=console)
+    examples, held_out = load_all_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
     sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
@@ -221,20 +220,6 @@ def _begin(config: RunConfig, launch: LaunchEnvironment) -> Console:
     set_seed(config.seed)
     check_world(config, launch.world_size)
     return build_console(launch.rank == 0)
-
-
-def _load_data(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-    launch: LaunchEnvironment,
-    resume: ResumePoint | None,
-    *,
-    console: Console,
-) -> tuple[TokenizedExamples, TokenizedExamples | None]:
-    """Load what is trained on and what is held out."""
-    load = partial(load_run_data, tokenizer=tokenizer, model=model, launch=launch)
-    return choose_held_out(config, partial(load, resume=resume, console=console))
 
 
 def _open_model(

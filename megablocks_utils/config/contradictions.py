@@ -24,7 +24,12 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
     if not values["use_megablocks_sharding"]:
-        idle = {"ep_size": (None, 1), "expert_dp": (None,), "token_dispatch": (AUTO, ROWS)}
+        idle = {
+            "ep_size": (None, 1),
+            "expert_tp_size": (1,),
+            "expert_dp": (None,),
+            "token_dispatch": (AUTO, ROWS),
+        }
         for name, harmless in idle.items():
             if values[name] not in harmless:
                 raise ConfigurationError(

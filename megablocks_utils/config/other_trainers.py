@@ -17,6 +17,10 @@ _NAMES = {
     "lora_r": "lora_rank lora_dim rank r",
     "resume_adapter": "adapter_name_or_path lora_model_dir adapter_path",
     "precision": "bf16 fp16 mixed_precision amp half",
+    "data_weights": "probabilities interleave_probs mixture_weights dataset_weights data_mixture",
+    "dataset_config": "dataset_config_name subset dataset_subset",
+    "dataset_split": "split train_split",
+    "shuffle_buffer_size": "buffer_size stream_buffer_size",
     "chat_template": "template chat_template_path chat_template_jinja chat_template_file",
     "max_seq_length": "sequence_len seq_len seq_length sequence_length max_seq_len max_length"
     " model_max_length cutoff_len block_size context_length",
@@ -55,7 +59,6 @@ _NAMES = {
     "sp_size": "sequence_parallel_size sequence_parallel_degree context_parallel_size cp_size",
     "eval_data_path": "eval_dataset eval_file eval_data validation_file test_datasets",
     "eval_fraction": "val_set_size val_size test_split_ratio",
-    "dataset_split": "split train_split",
 }
 SYNONYMS = MappingProxyType(
     {alien: ours for ours, line in _NAMES.items() for alien in line.split()}
@@ -64,7 +67,6 @@ SYNONYMS = MappingProxyType(
 
 PLANNED = frozenset(
     (
-        *("data_weights", "dataset_config", "dataset_split"),
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
         "early_stopping_patience",
         *("expert_tp_size", "expert_quantization"),

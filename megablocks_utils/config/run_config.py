@@ -195,7 +195,17 @@ class RunConfig:
     def may_be_varlen(self) -> bool:
         """Whether packed rows have no mask, if the model's attention is plain."""
         attention = self.model.attn_implementation
-        return attention in ("auto", "varlen") and self.optim.per_device_train_batch_size > 1
+        return attention in ("auto", "varlen") and self.has_several_examples
+
+    @property
+    def has_several_examples(self) -> bool:
+        """Whether a micro-batch may have more than one example."""
+        return self.optim.per_device_train_batch_size > 1 or self.data.packing_length is not None
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row, of one example or of several."""
+        return self.data.packing_length or self.data.max_seq_length
 
 
 @dataclass(frozen=True)

@@ -92,33 +92,31 @@ def shard_moe(
 ) -> ShardedMoE:
     """Split the experts of a transformers MoE model over the ranks, in place.
 
-    **Collective:** every rank of the world must call; process groups are made, no weights move.
+    **Collective:** every rank must call; process groups are made, no weights move.
 
     Args:
         model: with its weights, the same on every rank; or on the meta device, with
             `checkpoint_name_or_path`.
         ep_size: ranks the experts of a layer are split over.
-        checkpoint_name_or_path: folder or Hub name the experts are read from, each rank its own
-            slices only; None takes them from the model.
+        checkpoint_name_or_path: folder or Hub name of which each rank reads its own experts; None
+            takes them from the model.
         kernel: `auto`, or the name of a backend: `eager`, `grouped_mm`, `triton`, `scattermoe` or
             `megablocks`. All ranks run what rank 0 selects.
         expert_dp: what the dp axis does with an expert: `shard` it (FSDP2) or `replicate` it.
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.
-        expert_mode: which expert parameters are trained, for the selection of the kernel alone:
+        expert_mode: for the selection of the kernel, which parameters of experts are trained:
             "full" all weights, "frozen" none, "lora" adapters.
         tokens_per_rank: about how many tokens a rank has at a time; for measurements of kernels.
         dp_replicate_size: groups of ranks that each hold all experts: a first mesh axis.
         token_dispatch: `rows` sends a token once for each expert, `tokens` once for each rank that
             has experts of its; `auto` takes what is fewer bytes.
-        expert_tp_size: ranks that each expert is split over: a last mesh axis.
+        expert_tp_size: ranks that each expert is split over.
 
     Raises:
-        ConfigurationError: no process group, not a supported MoE model, a value that there is not,
-            sizes that do not divide, or a kernel that cannot run here.
-        MissingKernelError: a kernel that is not installed.
-        CheckpointError: expert weights that are missing or mis-shaped.
+        UserError: no process group, an unsupported model, value or kernel, sizes that do not
+            divide, or expert weights that are missing or mis-shaped.
     """
     if not dist.is_initialized():
         raise ConfigurationError(
@@ -128,14 +126,13 @@ def shard_moe(
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
-    grid = _Grid(ep_size, dp_replicate_size, expert_tp_size)
-    sharded = _plan(model, grid, kernel, expert_dp, use)
+    sizes = ep_size, dp_replicate_size, expert_tp_size
+    sharded = _plan(model, _Grid(*sizes), kernel, expert_dp, use)
     choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
-    device = _local_device(device_type)
-    source = ExpertSource(model, checkpoint_name_or_path, sharded.mesh, device)
+    where = sharded.mesh, _local_device(device_type)
+    source = ExpertSource(model, checkpoint_name_or_path, *where)
     for name, spec in require_experts(model).items():
-        weights = source.take(name, model.get_submodule(name), spec)
-        _swap(sharded, name, spec, weights, choose(spec))
+        _swap(sharded, name, spec, source.take(name, model.get_submodule(name), spec), choose(spec))
         on_layer(1)
     return sharded
 

@@ -56,6 +56,7 @@ _NAMES = {
     " bnb_4bit_quant_type",
     "packing": "sample_packing neat_packing packed",
     "tp_size": "tensor_parallel_size tensor_parallel_degree tp",
+    "expert_tp_size": "etp expert_tensor_parallel_size expert_tensor_parallel_degree",
     "sp_size": "sequence_parallel_size sequence_parallel_degree context_parallel_size cp_size",
     "eval_data_path": "eval_dataset eval_file eval_data validation_file test_datasets",
     "eval_fraction": "val_set_size val_size test_split_ratio",
@@ -69,7 +70,7 @@ PLANNED = frozenset(
     (
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
         "early_stopping_patience",
-        *("expert_tp_size", "expert_quantization"),
+        "expert_quantization",
     )
 )
 """Options that are to come; each leaves this list when it is built."""

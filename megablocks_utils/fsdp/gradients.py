@@ -55,12 +55,13 @@ def sum_peer_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
     """
     if axis_size(mesh, EXPERT_TP_AXIS) == 1:
         return
-    trained = (p for p in parameters if p.requires_grad and not is_cut_into_slices(p))
+    whole = (p for p in parameters if p.requires_grad and not is_cut_into_slices(p))
     alike: dict[torch.dtype, list[Tensor]] = {}
-    for grad in _local_grads(trained):
+    for grad in _local_grads(whole):
         alike.setdefault(grad.dtype, []).append(grad)
     for grads in alike.values():
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        # Offloaded gradients lie in host memory, where the axis cannot reduce.
+        flat = torch.cat([grad.reshape(-1) for grad in grads]).to(mesh.device_type)
         dist.all_reduce(flat, group=mesh.get_group(EXPERT_TP_AXIS))
         for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(total.view_as(grad))

@@ -169,8 +169,9 @@ def local_blocks(tensor: Tensor) -> tuple[LocalBlock, ...]:
     )
 
 
-def is_cut_into_slices(parameter: DTensor) -> bool:
+def is_cut_into_slices(parameter: Tensor) -> bool:
     """Return whether `expert_tp` cuts an expert's parameter, and does not copy it."""
+    assert isinstance(parameter, DTensor), parameter.shape
     names = parameter.device_mesh.mesh_dim_names or ()
     return EXPERT_TP_AXIS in names and not (
         parameter.placements[names.index(EXPERT_TP_AXIS)].is_replicate()

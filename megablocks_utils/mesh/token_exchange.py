@@ -31,13 +31,7 @@ class SplitSizes:
 
 @dataclass(frozen=True)
 class PeerGroup:
-    """The ranks that hold the other slices of this rank's experts: its `expert_tp` group.
-
-    Attributes:
-        group: theirs and this rank's.
-        size: of it.
-        rank: this rank's place in it.
-    """
+    """The ranks with all slices of this rank's experts; how many, and which this one is."""
 
     group: ProcessGroup
     size: int
@@ -156,10 +150,7 @@ def _receive_counts(sent: Tensor, pending: Tensor, *, has_tokens: bool) -> tuple
 def _gather_counts(
     receive: Callable[[], tuple[Tensor, Tensor]], peers: PeerGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return the counts that each peer got (peers * ep_size, L), and the sizes in one row.
-
-    Rows sent to and from each rank come first, then rows of each peer.
-    """
+    """Return counts of all peers (peers * ep_size, L), and all sizes in a row, peers' last."""
     received, sizes = receive()
     gathered = exchange_rows(received.repeat(peers.size, 1), None, None, peers.group)
     of_peers = gathered.view(peers.size, -1).sum(dim=1)

@@ -22,11 +22,7 @@ from megablocks_utils.config.parallel import (
     count_ranks_of_slice,
     count_shard_ranks,
 )
-from megablocks_utils.config.precision import (
-    PrecisionConfig,
-    ResolvedPrecision,
-    resolve_preset,
-)
+from megablocks_utils.config.precision import PrecisionConfig, ResolvedPrecision, resolve_preset
 from megablocks_utils.config.saving import SavingConfig
 from megablocks_utils.errors import ConfigurationError
 
@@ -292,7 +288,7 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
         num_experts=num_experts,
         num_groups=num_groups,
         expert_tp_size=expert_tp_size,
-        note=" (the number of processes)" if given is None else "",
+        note=" (the number of processes)" if given is None and expert_tp_size == 1 else "",
     )
     has_copies = config.parallel.expert_dp == "replicate" and given not in (None, world_size)
     if config.cpu_offload == "params" and has_copies:

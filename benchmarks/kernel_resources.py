@@ -198,8 +198,10 @@ def format_table(rows: Sequence[Resources]) -> str:
     return "\n".join(lines)
 
 
-def _group(row: Resources) -> tuple[int, int, str]:
-    return list(CAPABILITIES).index(row.arch), list(DTYPES).index(row.dtype), row.kernel
+def _group(row: Resources) -> tuple[int, int, str, str]:
+    """Return what `--add` replaces as one, and rows are sorted by."""
+    places = list(CAPABILITIES).index(row.arch), list(DTYPES).index(row.dtype)
+    return *places, row.form, row.kernel
 
 
 def list_variants(
@@ -227,7 +229,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--once_a_tile", action="store_true", help="one variant of each tile")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--add", action="store_true", help="keep the file's rows of other kernels")
+    parser.add_argument("--add", action="store_true", help="keep other kernels' rows")
     options = parser.parse_args(argv)
     compile_all = partial(
         compile_variant,

@@ -56,6 +56,20 @@ class Scenario:
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what the formulas do not know.
+
+        Raises:
+            ConfigurationError: experts in slices.
+        """
+        expert_tp_size = self.config.parallel.expert_tp_size
+        if expert_tp_size > 1:
+            raise ConfigurationError(
+                f"expert_tp_size is {expert_tp_size}, but plans know whole experts only: it must "
+                "be 1 to plan.",
+                parameters=("expert_tp_size",),
+            )
+
     @property
     def shard_size(self) -> int:
         """Ranks of a group, which the model is sharded over."""
@@ -121,6 +135,9 @@ class Scenario:
         Raises:
             ConfigurationError: the formulas do not know it, and nothing else is there.
         """
+        parallel = self.config.parallel
+        if parallel.sp_size * parallel.tp_size > 1:
+            raise ConfigurationError("the formulas do not know tp_size and sp_size yet")
         not_known = self.shape.not_known or self._not_known_on_device()
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())

@@ -162,10 +162,11 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = load_run_data(config, tokenizer, model, launch, resume, console=console)
+    data = load_run_data(config, tokenizer, model, launch, resume, console=console)
+    examples = data.examples
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
-    schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
+    schedule = data.build_schedule(config, launch, probe.packing.packing, resume)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
         check_compatibility(resume.manifest, compatibility, config, schedule)

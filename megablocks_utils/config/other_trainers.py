@@ -42,7 +42,9 @@ _NAMES = {
     " enable_activation_checkpointing",
     "router_aux_loss_coef": "aux_loss_coef moe_aux_loss_coef moe_aux_loss_coeff load_balance_loss",
     "logging_steps": "log_every log_every_n_steps log_steps log_interval log_freq",
-    "report_to": "logger use_wandb wandb_project wandb tracker",
+    "report_to": "logger use_wandb wandb tracker",
+    "run_name": "wandb_run_name wandb_name experiment_name",
+    "project": "wandb_project project_name mlflow_experiment_name",
     "save_steps": "save_every save_interval checkpoint_steps checkpoint_interval"
     " checkpointing_steps save_freq",
     "save_total_limit": "keep_checkpoints max_checkpoints keep_last_n",

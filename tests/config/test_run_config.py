@@ -256,7 +256,8 @@ REFUSALS = {
     "--precision fp16": "--precision is fp16, but it must be fp32, mixed, bf16_sr or bf16.",
     "--dtype float16": "--dtype is float16, but it must be float32 or bfloat16.",
     "--torch_dtype auto": "--torch_dtype is auto, but it must be float32 or bfloat16.",
-    "--report_to wandb": "--report_to is wandb, but it must be none or tensorboard.",
+    "--report_to comet_ml": "--report_to is comet_ml, but it must be none, tensorboard, wandb, "
+    "mlflow or trackio.",
     "--report_to none tensorboard": "--report_to is none, tensorboard, but none excludes all "
     "others.",
     "--eval_strategy steps": "--eval_strategy is steps, but it must be no.",

@@ -47,7 +47,8 @@ def start(path: str, packing_length: str | None = None) -> None:
     next(schedule.plans())
     taken_s, after = time.perf_counter() - started_s, _memory()
     grown = {name: after[name] - before[name] for name in before}
-    print(json.dumps({"s": taken_s, "tokens": int(examples.lengths.sum()), **grown}))
+    found = {"s": taken_s, "tokens": int(examples.lengths.sum()), **grown}
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 def _memory() -> dict[str, int]:

@@ -114,6 +114,7 @@ def fit(
     """
     hooks = hooks or StepHooks()
     finite = build_finite_check(setup, state.model)
+    hooks.before_first_step(setup.first_step, state.run_state())
     for metrics, num_nonfinite_weights in _train(state, setup, hooks, finite):
         yield metrics
         # Before anything of the step is saved.
@@ -150,6 +151,7 @@ def _train(
             aux_loss_coef,
             setup.probe.aux_loss,
             setup.probe.logits_map,
+            setup.sequence,
         )
         if not _accumulate_gradients(state, plan, weights, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())
@@ -192,7 +194,7 @@ def _accumulate_gradients(
         reduce_across_groups(state.model, is_last=number == 0)
         with accelerator.accumulate(state.model):
             loss = run_micro_batch(state, batch, weights)
-            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
     return True
 
 

@@ -1,6 +1,5 @@
 """Load the data of a run, for the model that is trained on it."""
 
-from dataclasses import dataclass
 from datetime import date
 from functools import partial
 
@@ -24,42 +23,14 @@ from megablocks_utils.training.data.source_tokens import Tokenizing
 from megablocks_utils.training.data.sources import DatasetPart
 from megablocks_utils.training.data.streamed_schedule import StreamedSchedule
 from megablocks_utils.training.data.training_templates import choose_chat_template
+from megablocks_utils.training.evaluation.held_out_data import choose_held_out
 from megablocks_utils.training.report.progress import track_tokenizing
 from megablocks_utils.training.resume.resume_point import ResumePoint, choose_template_date
 
-__all__ = ["RunData", "let_generation_stop", "load_run_data"]
+__all__ = ["build_schedule", "let_generation_stop", "load_all_data"]
 
 
-@dataclass(frozen=True)
-class RunData:
-    """Hold the data of a run.
-
-    Attributes:
-        examples: all of them, or the first ones of a stream.
-        stream: where they are read while training; None where all are there.
-    """
-
-    examples: TokenizedExamples
-    stream: ExampleStream | None = None
-
-    def build_schedule(
-        self,
-        config: RunConfig,
-        launch: LaunchEnvironment,
-        packing: Packing,
-        resume: ResumePoint | None,
-    ) -> Schedule:
-        """Return which examples each step holds."""
-        base = (config, self.examples, launch.rank, launch.world_size, packing)
-        if self.stream is None:
-            return Schedule(*base)
-        step, place = (0, None) if resume is None else (resume.step, resume.stream_position)
-        size = config.count_global_batch(launch.world_size)
-        reader = StreamReader(self.stream, size, step, StreamPosition(**(place or {})))
-        return StreamedSchedule(*base, reader=reader)
-
-
-def load_run_data(
+def load_all_data(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
@@ -67,7 +38,27 @@ def load_run_data(
     resume: ResumePoint | None,
     *,
     console: Console,
-) -> RunData:
+) -> tuple[TokenizedExamples, TokenizedExamples | None]:
+    """Return the examples to train on, and those held out; None for a run without evaluation.
+
+    **Collective:** every rank must call.
+
+    Raises:
+        UserError: on every rank, for data that cannot be used.
+    """
+    load = partial(_load_run_data, tokenizer=tokenizer, model=model, launch=launch)
+    return choose_held_out(config, partial(load, resume=resume, console=console))
+
+
+def _load_run_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    resume: ResumePoint | None,
+    *,
+    console: Console,
+) -> TokenizedExamples:
     """Read and tokenize the examples of a run, and say what the user should know of them.
 
     **Collective:** every rank must call.
@@ -75,35 +66,61 @@ def load_run_data(
     Raises:
         UserError: on every rank, for data that cannot be used.
     """
+    today = choose_template_date(resume)
     if config.data.streaming:
-        return _open_stream(config, tokenizer, model, resume)
+        stream = _open_stream(config, tokenizer, model, today or date.today())
+        with stream.template.in_use():  # on every rank, so that all are left with the same one
+            return broadcast_from_rank0(stream.read_head)
     examples = load_examples(
         config.data,
         tokenizer,
         launch,
-        today=choose_template_date(resume),
+        today=today,
         track=partial(track_tokenizing, console),
     )
     raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
     for note in examples.notes:
         console.print(note, markup=False, soft_wrap=True)
-    return RunData(examples)
+    return examples
 
 
 def _open_stream(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
-    resume: ResumePoint | None,
-) -> RunData:
+    today: date,
+) -> ExampleStream:
     data = config.data
     template = raise_on_all_ranks(lambda: choose_chat_template(data.chat_template, tokenizer))
-    today = choose_template_date(resume) or date.today()
     part = DatasetPart(data.dataset_config, data.dataset_split, is_streamed=True)
     how = Tokenizing(tokenizer, today, data.max_seq_length, part)
-    stream = ExampleStream(data, config.seed, how, template, vocab_size(model))
-    with template.in_use():  # also where nothing is read, so that all ranks save the same one
-        return RunData(broadcast_from_rank0(stream.read_head), stream)
+    return ExampleStream(data, config.seed, how, template, vocab_size(model))
+
+
+def build_schedule(
+    config: RunConfig,
+    examples: TokenizedExamples,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    *,
+    packing: Packing,
+    resume: ResumePoint | None,
+) -> Schedule:
+    """Return which examples each step holds; a stream continues where its checkpoint ends.
+
+    **Collective:** every rank must call.
+    """
+    base = (config, examples, launch.rank, launch.world_size, packing)
+    if not config.data.streaming:
+        return Schedule(*base)
+    day = examples.template_date
+    today = date.today() if day is None else date.fromisoformat(day)
+    stream = _open_stream(config, tokenizer, model, today)
+    step, place = (0, None) if resume is None else (resume.step, resume.stream_position)
+    size = config.count_global_batch(launch.world_size)
+    reader = StreamReader(stream, size, step, StreamPosition(**(place or {})))
+    return StreamedSchedule(*base, reader=reader)
 
 
 def let_generation_stop(

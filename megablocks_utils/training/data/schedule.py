@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.training.data.batches import (
+    MicroBatch,
     Packing,
     StepPlan,
     assign_examples,
@@ -19,6 +20,7 @@ from megablocks_utils.training.data.example_order import ExampleOrder, draw_mixt
 from megablocks_utils.training.data.example_stream import StreamPosition
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.packed_rows import PackedRows, pack_examples
+from megablocks_utils.training.data.row_parts import take_part
 
 MAX_STEPS_SEARCHED = 20_000
 """Steps that are looked at one by one for the largest micro-batch: 0.2 s."""
@@ -195,7 +197,7 @@ class Schedule:
 
     def _plan(self, examples: TokenizedExamples, order: Sequence[int], step: int) -> StepPlan:
         """Build this rank's part of a step of an epoch."""
-        return build_step_plan(
+        plan = build_step_plan(
             examples,
             order,
             step,
@@ -205,6 +207,14 @@ class Schedule:
             rows=self.rows,
             **self._sizes(),
         )
+        batches = [self.take_part(batch) for batch in plan.micro_batches]
+        return replace(plan, micro_batches=batches)
+
+    def take_part(self, batch: MicroBatch) -> MicroBatch:
+        """Return a micro-batch of which this rank has its part of every row."""
+        parallel = self.config.parallel
+        part = self.rank // parallel.tp_size % parallel.sp_size
+        return batch if parallel.sp_size == 1 else take_part(batch, parallel.sp_size, part)
 
     def _order(self, epoch: int) -> list[int]:
         if self.rows is None:

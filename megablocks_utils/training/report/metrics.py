@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megablocks_utils.training.report.evaluations import Evaluation, is_evaluation
 from megablocks_utils.training.report.expert_load import StepLoads
 from megablocks_utils.training.report.json_lines import JsonLinesWriter
 from megablocks_utils.training.report.memory import read_memory
@@ -101,18 +102,21 @@ class StepMeter:
         self._sums.zero_()
         self._started_s = time.perf_counter()
 
-    def add_micro_batch(self, loss_sum: Tensor, aux: Tensor | None = None) -> None:
+    def add_micro_batch(
+        self, loss_sum: Tensor, aux: Tensor | None = None, aux_share: float = 1.0
+    ) -> None:
         """Add a micro-batch of this rank, without waiting for the device.
 
         Args:
             loss_sum: Scalar, sum of the token losses, not divided by anything.
             aux: Scalar, load-balancing loss before its coefficient; None where the model gives
                 none or the micro-batch is a dummy.
+            aux_share: How much of a micro-batch's it is, where ranks share rows.
         """
         self._sums[0].add_(loss_sum.detach())
         if aux is not None:
             self._sums[1].add_(aux.detach())
-            self._sums[2].add_(1)
+            self._sums[2].add_(aux_share)
 
     def add_nonfinite_weights(self, count: Tensor) -> None:
         """Add how many weights of this rank are not finite, without waiting for the device."""
@@ -204,10 +208,10 @@ class RunTotals:
 
 
 class MetricsWriter(JsonLinesWriter):
-    """Write `metrics.jsonl`: one line a step, on disk as soon as the step is over. Rank 0 only."""
+    """Write `metrics.jsonl`: one line a step or evaluation, on disk as it is over. Rank 0 only."""
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Append one step; a number that is not finite becomes null.
+    def write(self, metrics: StepMetrics | Evaluation) -> None:
+        """Append one step or evaluation; a number that is not finite becomes null.
 
         Raises:
             OSError: The file cannot be written.
@@ -216,13 +220,13 @@ class MetricsWriter(JsonLinesWriter):
 
 
 def read_metrics(path: str | Path) -> list[StepMetrics]:
-    """Read `metrics.jsonl` back, with NaN where a number was not finite."""
+    """Read the steps of `metrics.jsonl` back, with NaN where a number was not finite."""
     with Path(path).open(encoding="utf-8") as lines:
-        return [_parse_line(line) for line in lines]
+        records = [json.loads(line) for line in lines]
+    return [_parse(record) for record in records if not is_evaluation(record)]
 
 
-def _parse_line(line: str) -> StepMetrics:
-    record = json.loads(line)
+def _parse(record: dict[str, Any]) -> StepMetrics:
     known: dict[str, Any] = {
         field.name: record[field.name] for field in fields(StepMetrics) if field.name in record
     }

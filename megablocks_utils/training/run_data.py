@@ -11,7 +11,6 @@ from megablocks_utils.moe.model_facts import vocab_size
 from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
-from megablocks_utils.training.data.batches import Packing
 from megablocks_utils.training.data.example_stream import (
     ExampleStream,
     StreamPosition,
@@ -26,6 +25,7 @@ from megablocks_utils.training.data.training_templates import choose_chat_templa
 from megablocks_utils.training.evaluation.held_out_data import choose_held_out
 from megablocks_utils.training.report.progress import track_tokenizing
 from megablocks_utils.training.resume.resume_point import ResumePoint, choose_template_date
+from megablocks_utils.training.step.packing_probe import PackingChoice
 
 __all__ = ["build_schedule", "let_generation_stop", "load_all_data"]
 
@@ -103,15 +103,14 @@ def build_schedule(
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,
     launch: LaunchEnvironment,
-    *,
-    packing: Packing,
+    choice: PackingChoice,
     resume: ResumePoint | None,
 ) -> Schedule:
     """Return which examples each step holds; a stream continues where its checkpoint ends.
 
     **Collective:** every rank must call.
     """
-    base = (config, examples, launch.rank, launch.world_size, packing)
+    base = (config, examples, launch.rank, launch.world_size, choice.packing)
     if not config.data.streaming:
         return Schedule(*base)
     day = examples.template_date

@@ -172,9 +172,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
     sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
-    schedule = build_schedule(
-        config, examples, tokenizer, model, launch, packing=probe.packing.packing, resume=resume
-    )
+    schedule = build_schedule(config, examples, tokenizer, model, launch, probe.packing, resume)
     compatibility = _check_compatibility(
         schedule, precision, lora, model, fingerprint, held_out=held_out, resume=resume
     )

@@ -117,12 +117,12 @@ class EvaluationHooks(StepHooks):
 
     def as_record(self) -> dict[str, Any] | None:
         """Return what `run.json` holds of it; None for a run without evaluation."""
-        if not self._evaluations:
+        if self._setup.held_out is None or not self._evaluations:
             return None
-        held_out, best = self._held_out.examples, find_best(self._evaluations)
+        examples, best = self._setup.held_out.examples, find_best(self._evaluations)
         return {
-            "examples": len(held_out),
-            "sha256": held_out.checksum(),
+            "examples": len(examples),
+            "sha256": examples.checksum(),
             "first": self._evaluations[0].as_record(),
             "last": self._evaluations[-1].as_record(),
             "best": None if best is None else best.as_record(),
@@ -186,8 +186,9 @@ class EvaluationHooks(StepHooks):
 
     def _find_best_checkpoint(self) -> tuple[Evaluation, Path] | None:
         folders = dict(find_checkpoints(self._recorder.output_dir))
-        if self._setup.resume is not None:
-            folders = dict(find_checkpoints(self._setup.resume.folder.parent)) | folders
+        if (resume := self._setup.resume) is not None:
+            earlier = find_checkpoints(resume.folder.parent)
+            folders = {step: path for step, path in earlier if step <= resume.step} | folders
         best = find_best(self._evaluations, folders)
         return None if best is None else (best, folders[best.step])
 

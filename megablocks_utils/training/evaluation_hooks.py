@@ -30,6 +30,9 @@ from megablocks_utils.training.value_checks import check_before_saving, stops
 
 __all__ = ["EvaluationHooks"]
 
+MAX_NEW_TOKENS = 64
+"""Of each answer to a held-out prompt."""
+
 
 class EvaluationHooks(StepHooks):
     """Evaluate where `--eval_strategy` asks, before a checkpoint of the same step is saved.
@@ -166,7 +169,14 @@ class EvaluationHooks(StepHooks):
         prompts = take_prompts(self._held_out.examples, self._options.predict_samples)
         end = setup.answer_end
         ends = end.saved_ends or (() if end.tokenizer_end is None else (end.tokenizer_end,))
-        answers = answer_prompts(state.model, prompts, self._held_out, setup.device, ends=ends)
+        answers = answer_prompts(
+            state.model,
+            prompts,
+            self._held_out,
+            setup.device,
+            ends=ends,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
         samples = []
         for number, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True), start=1):
             answer = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -40,7 +40,9 @@ def start(path: str, packing_length: str | None = None) -> None:
     from megablocks_utils.training.data.schedule import Schedule
     from tests.support.tiny_tokenizer import tiny_tokenizer
 
-    data = DataConfig((path,), packing_length=packing_length and int(packing_length))
+    data = DataConfig(
+        (path,), packing_length=None if packing_length is None else int(packing_length)
+    )
     tokenizer, before, started_s = tiny_tokenizer(), _memory(), time.perf_counter()
     examples = load_examples(data, tokenizer)
     schedule = Schedule(RunConfig(data=data, optim=OptimConfig(max_steps=10**6)), examples, 0, 1)

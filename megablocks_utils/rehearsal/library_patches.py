@@ -22,9 +22,11 @@ __all__ = [
     "one_example_a_row",
     "shape_grouped_mm",
     "watch_resizes",
+    "without_values",
 ]
 
 _MAKES_TENSORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand)
+_DRAWS = (Tensor.uniform_, Tensor.normal_)
 _LARGE_BYTES = 2**28
 _COPY_IN, _COPY_OUT = ("_fsdp_param.py", "cpu_offload.py"), "_fsdp_collectives.py"
 
@@ -74,6 +76,19 @@ class large_on_meta(TorchFunctionMode):
             if shadow.nbytes >= _LARGE_BYTES:
                 return shadow
         return func(*args, **kwargs)
+
+
+class without_values(TorchFunctionMode):
+    """Leave new tensors without random values, while entered: nobody reads them.
+
+    Cause: PEFT and this project draw the first values of adapters in memory, wherever the weights
+    are; for many experts that takes longer than a step.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        return args[0] if func in _DRAWS else func(*args, **(kwargs or {}))
 
 
 @contextmanager

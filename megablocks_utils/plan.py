@@ -150,7 +150,11 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     ):
         shutil.copy(path, Path(folder, MODEL_CONFIG_NAME))
         shape = shape_of(worker.describe())
-        packing = worker.choose_packing(optim.packing, optim.per_device_train_batch_size)
+        packing = worker.choose_packing(
+            optim.packing,
+            optim.per_device_train_batch_size,
+            options.config.data.packing_length,
+        )
         yield PlannedModel(shape, packing, worker.rehearse if shape.not_known else None)
 
 
@@ -213,9 +217,10 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
     per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:
         _check_nodes(world_size, per_node)
+        config.count_data_ranks(world_size)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
-    tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length
+    tokens = config.optim.per_device_train_batch_size * config.row_tokens
     kernel = "grouped_mm" if config.parallel.kernel == "auto" else config.parallel.kernel
     scenario = Scenario(
         config=config,
@@ -225,7 +230,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         kernel=kernel,
         tokens=tokens,
         label_tokens=tokens,
-        examples=config.optim.per_device_train_batch_size,
+        examples=max(config.optim.per_device_train_batch_size, 1 + config.has_several_examples),
         packing=model.packing,
         is_varlen=config.may_be_varlen and not shape.not_known,
         imbalance=own.imbalance,

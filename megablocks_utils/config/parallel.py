@@ -10,7 +10,8 @@ from megablocks_utils.config.option import Option
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["ParallelConfig", "check_ep_size", "count_shard_ranks", "legal_ep_sizes"]
+__all__ = ["ParallelConfig", "check_ep_size", "count_data_ranks", "count_shard_ranks"]
+__all__ += ["legal_ep_sizes"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ParallelConfig:
         expert_dp: "shard" or "replicate"; the parsers fill in the entry point's own (see
             `RunConfig.entry_point`), None only in a config built directly.
         dp_replicate_size: Groups of ranks that each hold the whole model, sharded within.
+        tp_size: Ranks that split attention and dense layers of the same rows among them.
+        sp_size: Ranks that split the tokens of the same rows among them.
         kernel: Backend that runs the experts, or "auto".
         verify_kernel: Whether it is compared with "eager" before the first step.
         token_dispatch: How tokens travel to their experts: "rows", "tokens" or "auto".
@@ -61,6 +64,23 @@ class ParallelConfig:
             "and shard it within; between groups gradients alone are sent, once a step",
             minimum=1,
             shown_default="1, all processes are one group",
+        ),
+    ] = 1
+    tp_size: Annotated[
+        int,
+        Option(
+            "tensor parallelism: processes that split attention and dense layers among them, and "
+            "share the same rows; global batches shrink by as much",
+            minimum=1,
+        ),
+    ] = 1
+    sp_size: Annotated[
+        int,
+        Option(
+            "sequence parallelism (Ulysses): processes that each hold a part of the tokens of the "
+            "same rows, and in attention all tokens of a part of the heads; global batches shrink "
+            "by as much",
+            minimum=1,
         ),
     ] = 1
     kernel: Annotated[
@@ -111,6 +131,37 @@ def count_shard_ranks(world_size: int, dp_replicate_size: int) -> int:
             parameters=("dp_replicate_size",),
         )
     return world_size // dp_replicate_size
+
+
+def count_data_ranks(world_size: int, tp_size: int, sp_size: int, num_groups: int = 1) -> int:
+    """Return how many ranks, of all, have rows of their own: G counts these.
+
+    Ranks of a tp and of an sp group share their rows. tp is innermost, then sp: rank `r` trains on
+    the rows of data rank `r // (tp_size * sp_size)`.
+
+    Args:
+        world_size: Processes of the run.
+        tp_size: Ranks of a tensor-parallel group.
+        sp_size: Ranks of a sequence-parallel group.
+        num_groups: Groups of processes that each hold the whole model, none of which is cut.
+
+    Raises:
+        ConfigurationError: the two do not divide the processes.
+    """
+    sizes = {"tp_size": tp_size, "sp_size": sp_size}
+    given = {name: size for name, size in sizes.items() if size > 1}
+    of_group = count_shard_ranks(world_size, num_groups)
+    if of_group % (tp_size * sp_size):
+        named = " and ".join(f"{name} is {size}" for name, size in given.items())
+        product = "their product" if len(given) > 1 else "it"
+        owner = "this run" if num_groups == 1 else "a group"
+        would = join_words(legal_ep_sizes(of_group), "and")
+        raise ConfigurationError(
+            f"{named}, but {product} must divide the {of_group} processes of {owner}; {would} "
+            "would work.",
+            parameters=tuple(given),
+        )
+    return world_size // (tp_size * sp_size)
 
 
 def check_ep_size(

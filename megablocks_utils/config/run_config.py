@@ -15,7 +15,12 @@ from megablocks_utils.config.adapter import AdapterConfig
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.option import Option, list_options
-from megablocks_utils.config.parallel import ParallelConfig, check_ep_size, count_shard_ranks
+from megablocks_utils.config.parallel import (
+    ParallelConfig,
+    check_ep_size,
+    count_data_ranks,
+    count_shard_ranks,
+)
 from megablocks_utils.config.precision import (
     PrecisionConfig,
     ResolvedPrecision,
@@ -59,6 +64,8 @@ class RunConfig:
         logging_steps: Steps between two log lines.
         expert_load_steps: Steps between two in which the experts' loads are measured; 0: never.
         report_to: Trackers; empty for none.
+        run_name: What trackers call the run; None: the output folder's name.
+        project: What trackers group runs by; None: as the tracker's environment says.
         debug: Whether placements are printed and replicas checked in every step.
         lost_rank_timeout_s: Seconds without a sign of life after which a rank on another machine is
             lost.
@@ -144,8 +151,25 @@ class RunConfig:
     ] = 0
     report_to: Annotated[
         tuple[str, ...],
-        Option("where metrics go besides metrics.jsonl", choices=("none", "tensorboard")),
+        Option(
+            "where metrics go besides metrics.jsonl, one or more of them",
+            choices=("none", "tensorboard", "wandb", "mlflow", "trackio"),
+        ),
     ] = ()
+    run_name: Annotated[
+        str | None,
+        Option(
+            "what trackers call the run", metavar="NAME", shown_default="the name of --output_dir"
+        ),
+    ] = None
+    project: Annotated[
+        str | None,
+        Option(
+            "what trackers group runs by, also MLflow's experiment",
+            metavar="NAME",
+            shown_default="what the tracker's environment names, or megablocks_utils",
+        ),
+    ] = None
     debug: Annotated[
         bool,
         Option(
@@ -172,11 +196,34 @@ class RunConfig:
         ),
     ] = 600
 
+    def count_data_ranks(self, world_size: int) -> int:
+        """Return how many of the ranks have rows of their own."""
+        parallel = self.parallel
+        return count_data_ranks(
+            world_size, parallel.tp_size, parallel.sp_size, parallel.dp_replicate_size
+        )
+
+    def count_global_batch(self, world_size: int) -> int:
+        """Return the examples of an optimizer step."""
+        optim = self.optim
+        per_rank = optim.per_device_train_batch_size * optim.gradient_accumulation_steps
+        return self.count_data_ranks(world_size) * per_rank
+
     @property
     def may_be_varlen(self) -> bool:
         """Whether packed rows have no mask, if the model's attention is plain."""
         attention = self.model.attn_implementation
-        return attention in ("auto", "varlen") and self.optim.per_device_train_batch_size > 1
+        return attention in ("auto", "varlen") and self.has_several_examples
+
+    @property
+    def has_several_examples(self) -> bool:
+        """Whether a micro-batch may have more than one example."""
+        return self.optim.per_device_train_batch_size > 1 or self.data.packing_length is not None
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row, of one example or of several."""
+        return self.data.packing_length or self.data.max_seq_length
 
 
 @dataclass(frozen=True)
@@ -220,7 +267,7 @@ def resolve_precision(config: RunConfig, device_type: str) -> ResolvedPrecision:
 
 
 def check_world(config: RunConfig, world_size: int, num_experts: int | None = None) -> None:
-    """Refuse an ep_size or a way of offloading that does not fit the number of processes.
+    """Refuse sizes of groups or a way of offloading that do not fit the number of processes.
 
     Args:
         config: The run.
@@ -231,6 +278,7 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
         ConfigurationError: with the numbers, and the ep sizes that would work.
     """
     num_groups = config.parallel.dp_replicate_size
+    config.count_data_ranks(world_size)
     world_size = count_shard_ranks(world_size, num_groups)
     if not config.parallel.use_megablocks_sharding:
         return

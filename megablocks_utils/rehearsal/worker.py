@@ -66,13 +66,19 @@ class RehearsalWorker:
         """
         return read_description(self._ask(self._asked))
 
-    def choose_packing(self, packing: str, batch_size: int) -> str:
+    def choose_packing(
+        self, packing: str, batch_size: int, packing_length: int | None = None
+    ) -> str:
         """Say how a run would lay out the examples of a micro-batch, by the probe that it makes.
 
         Raises:
             ConfigurationError: the run would be refused, with its sentence.
         """
-        parts = {"packing": packing, "batch_size": batch_size}
+        parts = {
+            "packing": packing,
+            "batch_size": batch_size,
+            "packing_length": packing_length,
+        }
         return str(self._ask(self._asked | parts)["packing"])
 
     def rehearse(self, layout: ParallelLayout, run: PlannedRun) -> Prediction:
@@ -184,7 +190,8 @@ def _answer(
     if "layout" not in asked:
         model = build(asked["folder"], "bfloat16", "bfloat16", asked["truncate_layers"])
         if "packing" in asked:
-            return {"packing": _probe_packing(model, asked["packing"], asked["batch_size"])}
+            names = ("packing", "batch_size", "packing_length")
+            return {"packing": _probe_packing(model, *(asked[name] for name in names))}
         return write_description(describe_model(model))
     folder, layout, run = read_request(question)
     device = torch.device("cpu")
@@ -207,7 +214,9 @@ def _refuse(model_type: str) -> Callable[[str], UserError]:
     return refuse
 
 
-def _probe_packing(model: "PreTrainedModel", packing: str, batch_size: int) -> str:
+def _probe_packing(
+    model: "PreTrainedModel", packing: str, batch_size: int, packing_length: int | None
+) -> str:
     import torch
 
     from megablocks_utils.training.step.packing_probe import choose_packing
@@ -219,6 +228,7 @@ def _probe_packing(model: "PreTrainedModel", packing: str, batch_size: int) -> s
         packing=packing,
         batch_size=batch_size,
         device=device,
+        packing_length=packing_length,
     )
     return choice.packing.value
 

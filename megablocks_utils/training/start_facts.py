@@ -17,7 +17,6 @@ def collect_facts(setup: Setup) -> RunFacts:
     experts = setup.expert_parameters()
     expert_bytes = count_local_bytes(experts.values())
     mesh = setup.placement.axis_sizes
-    optim = config.optim
     kernel, reason = describe_kernel(setup)
     examples = setup.schedule.examples
     return RunFacts(
@@ -41,11 +40,11 @@ def collect_facts(setup: Setup) -> RunFacts:
         examples_dropped=examples.num_dropped,
         plan=setup.plan.describe(),
         steps=setup.schedule.num_steps,
-        examples_per_step=setup.launch.world_size
-        * optim.per_device_train_batch_size
-        * optim.gradient_accumulation_steps,
+        examples_per_step=config.count_global_batch(setup.launch.world_size),
         resumed=_describe_resume(setup),
         ignored_keys=examples.ignored_keys,
+        data_order=setup.schedule.describe_order(),
+        units="examples" if setup.schedule.rows is None else "rows",
     )
 
 
@@ -76,6 +75,7 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
     """Return what the options have come to on this machine, for `run.json`."""
     return {
         "world_size": setup.launch.world_size,
+        "data_ranks": setup.schedule.num_data_ranks,
         "device_type": setup.device.type,
         "precision": setup.precision.name,
         "weights_dtype": setup.precision.weights,

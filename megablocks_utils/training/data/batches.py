@@ -1,8 +1,9 @@
 """Decide which examples a rank sees in which micro-step.
 
 Global batch i of an epoch holds examples ``[i*G, (i+1)*G)`` of the epoch's order, where G is batch
-size x ranks x accumulation steps; the last one may be smaller and is kept. The order depends on
-seed and epoch alone, so runs with equal G see the same global batches on any number of ranks.
+size x data ranks x accumulation steps (all ranks, but one of each tp and sp group); the last one
+may be smaller and is kept. The order depends on seed and epoch alone, so runs with equal G see the
+same global batches on any number of ranks.
 
 Who sees what *within* a global batch changes nothing in the result (loss and gradient are sums over
 it), so it is chosen for speed. All ranks meet in every layer's all-to-all, and each waits for the
@@ -21,6 +22,8 @@ micro-batch all this is sorting by length.
 In padded micro-batches every example takes the room of the longest, so they are filled with
 neighbours in the order of length instead of by the first rule.
 
+With ``packing_length``, all of this is about rows of examples in place of examples.
+
 Each rank computes the whole plan by itself; nothing is communicated.
 """
 
@@ -33,10 +36,11 @@ import numpy as np
 import torch
 
 from megablocks_utils.training.data.examples import TokenizedExamples
+from megablocks_utils.training.data.packed_rows import PackedRows
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
 __all__ = ["MicroBatch", "Packing", "StepPlan", "build_step_plan", "assign_examples"]
-__all__ += ["collate_encoded", "collate_examples", "epoch_order", "steps_per_epoch"]
+__all__ += ["collate_encoded", "collate_examples", "steps_per_epoch"]
 
 
 class Packing(StrEnum):
@@ -108,18 +112,6 @@ class StepPlan:
     num_real_micro_batches: int
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Return the order of an epoch's examples: a function of seed and epoch alone.
-
-    numpy promises ``RandomState`` the same numbers in every version, so that a resumed run finds
-    its place after an upgrade.
-    """
-    if not shuffle:
-        return list(range(num_examples))
-    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(num_examples).tolist()
-
-
 def steps_per_epoch(
     num_examples: int,
     *,
@@ -146,7 +138,7 @@ def assign_examples(
 
     Args:
         lengths: tokens of each example of the global batch.
-        world_size: ranks.
+        world_size: data ranks.
         per_device_train_batch_size: examples a micro-batch can take.
         gradient_accumulation_steps: micro-steps.
         is_padded: whether an example takes the room of the longest of its micro-batch.
@@ -206,18 +198,20 @@ def build_step_plan(
     per_device_train_batch_size: int,
     gradient_accumulation_steps: int,
     packing: Packing = Packing.POSITIONS,
+    rows: PackedRows | None = None,
 ) -> StepPlan:
     """Build this rank's micro-batches of one optimizer step.
 
     Args:
         examples: all examples.
-        order: the epoch's order, from ``epoch_order``.
+        order: the epoch's order of examples, or of ``rows``.
         step: the step within the epoch, from 0 to ``steps_per_epoch - 1``.
-        world_size: ranks, each with examples of its own.
+        world_size: data ranks: those with examples of their own.
         rank: the one this plan is for.
         per_device_train_batch_size: examples a micro-batch can take.
         gradient_accumulation_steps: micro-batches of the plan.
         packing: how the examples of a micro-batch are laid out.
+        rows: of examples, where rows are assigned; None: each example by itself.
 
     Raises:
         IndexError: the epoch has no such step.
@@ -232,13 +226,16 @@ def build_step_plan(
         raise IndexError(f"step {step} is not one of the epoch's {num_steps}")
     batch = world_size * per_device_train_batch_size * gradient_accumulation_steps
     chosen = order[step * batch : (step + 1) * batch]
-    lengths = [int(examples.lengths[i]) for i in chosen]
+    units = examples if rows is None else rows
+    lengths = [int(units.lengths[i]) for i in chosen]
     assigned = assign_examples(lengths, **sizes, is_padded=packing is Packing.PADDED)
-    rows = [[chosen[i] for i in micro_step[rank]] for micro_step in assigned]
+    own = [[chosen[i] for i in micro_step[rank]] for micro_step in assigned]
+    if rows is not None:
+        own = [rows.expand(micro_batch) for micro_batch in own]
     return StepPlan(
-        micro_batches=[collate_examples(examples, row, packing) for row in rows],
-        num_label_tokens=int(examples.num_label_tokens[chosen].sum()),
-        num_input_tokens=int(examples.lengths[chosen].sum()),
+        micro_batches=[collate_examples(examples, one, packing) for one in own],
+        num_label_tokens=int(units.num_label_tokens[chosen].sum()),
+        num_input_tokens=int(units.lengths[chosen].sum()),
         num_real_micro_batches=sum(bool(row) for micro_step in assigned for row in micro_step),
     )
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -12,10 +13,11 @@ from megablocks_utils.training.data.batches import (
     StepPlan,
     assign_examples,
     build_step_plan,
-    epoch_order,
     steps_per_epoch,
 )
+from megablocks_utils.training.data.example_order import ExampleOrder, draw_mixture, epoch_order
 from megablocks_utils.training.data.examples import TokenizedExamples
+from megablocks_utils.training.data.packed_rows import PackedRows, pack_examples
 
 MAX_STEPS_SEARCHED = 20_000
 """Steps that are looked at one by one for the largest micro-batch: 0.2 s."""
@@ -29,7 +31,7 @@ class Schedule:
         config: the run.
         examples: all of them, the same on every rank.
         rank: this rank.
-        world_size: ranks of the run, each with its own examples.
+        world_size: ranks of the run; those of a tp or sp group share their examples.
         packing: how the examples of a micro-batch are laid out.
     """
 
@@ -40,9 +42,41 @@ class Schedule:
     packing: Packing = Packing.POSITIONS
 
     @property
+    def num_data_ranks(self) -> int:
+        """Ranks with examples of their own."""
+        return self.config.count_data_ranks(self.world_size)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them has this rank's examples."""
+        return self.rank // (self.world_size // self.num_data_ranks)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data; the last may be smaller."""
-        return steps_per_epoch(len(self.examples), world_size=self.world_size, **self._sizes())
+        num_units = len(self.order if self.rows is None else self.rows)
+        return steps_per_epoch(num_units, world_size=self.num_data_ranks, **self._sizes())
+
+    @cached_property
+    def order(self) -> ExampleOrder:
+        """The examples of every epoch."""
+        data, seed, counts = self.config.data, self.config.seed, self.examples.counts
+        draws = None if data.data_weights is None else draw_mixture(counts, data.data_weights, seed)
+        return ExampleOrder(counts, seed, data.shuffle, draws)
+
+    @cached_property
+    def rows(self) -> PackedRows | None:
+        """The rows that are filled with examples; None where each example is by itself.
+
+        They are made once, in the order of the first epoch, so that all epochs are equally long.
+
+        Raises:
+            DataError: an example does not fit into a row.
+        """
+        length = self.config.data.packing_length
+        if length is None:
+            return None
+        return pack_examples(self.examples, self.order.of_epoch(0), length)
 
     @property
     def num_steps(self) -> int:
@@ -52,6 +86,16 @@ class Schedule:
             return optim.max_steps
         return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
 
+    def describe_order(self) -> str:
+        """Say what becomes of the examples in an epoch, as the end of a sentence; else nothing."""
+        parts = []
+        if self.config.data.data_weights is not None:
+            parts.append(f"; {len(self.order):,} drawn an epoch")
+        if self.rows is not None:
+            filled = self.rows.lengths.mean() / (self.config.data.packing_length or 1)
+            parts.append(f"; {len(self.rows):,} rows, {filled:.1%} full")
+        return "".join(parts)
+
     def largest_micro_batch(self) -> tuple[int, int, int]:
         """Return tokens, labels and examples of the largest micro-batch that any rank will see.
 
@@ -59,17 +103,17 @@ class Schedule:
 
         In a very long run that is the longest examples of all together: such orders come.
         """
-        lengths = self.examples.lengths
+        lengths = self._units.lengths
         if self.num_steps > MAX_STEPS_SEARCHED:
             room = self._sizes()["per_device_train_batch_size"]
             return self._size_of(np.argsort(-lengths, kind="stable")[:room])
         largest = (0, 0, 0)
         for size, chosen in self._steps_by_bound():
-            if size <= largest[0]:
+            if size < largest[0]:
                 break
             assigned = assign_examples(
                 lengths[chosen].tolist(),
-                world_size=self.world_size,
+                world_size=self.num_data_ranks,
                 is_padded=self.packing is Packing.PADDED,
                 **self._sizes(),
             )
@@ -78,8 +122,14 @@ class Schedule:
         return largest
 
     def _size_of(self, row: np.ndarray) -> tuple[int, int, int]:
-        lengths, labels = self.examples.lengths[row], self.examples.num_label_tokens[row]
-        return self._room_of(lengths), int(labels.sum()), len(row)
+        lengths, labels = self._units.lengths[row], self._units.num_label_tokens[row]
+        num_examples = len(row) if self.rows is None else len(self.rows.expand(row.tolist()))
+        return self._room_of(lengths), int(labels.sum()), num_examples
+
+    @property
+    def _units(self) -> TokenizedExamples | PackedRows:
+        """What is assigned to micro-batches."""
+        return self.examples if self.rows is None else self.rows
 
     def _room_of(self, lengths: np.ndarray) -> int:
         """Return the tokens of a micro-batch of examples of these lengths."""
@@ -94,14 +144,14 @@ class Schedule:
         """
         sizes = self._sizes()
         room = sizes["per_device_train_batch_size"]
-        num_batches = self.world_size * sizes["gradient_accumulation_steps"]
+        num_batches = self.num_data_ranks * sizes["gradient_accumulation_steps"]
         steps = []
         for epoch in range(math.ceil(self.num_steps / self.steps_per_epoch)):
             order = np.array(self._order(epoch))
             done = epoch * self.steps_per_epoch
             for step in range(min(self.steps_per_epoch, self.num_steps - done)):
                 chosen = order[step * num_batches * room : (step + 1) * num_batches * room]
-                longest = np.sort(self.examples.lengths[chosen])[::-1]
+                longest = np.sort(self._units.lengths[chosen])[::-1]
                 steps.append((self._room_of(longest[:room]), chosen))
         return sorted(steps, key=lambda item: -item[0])
 
@@ -136,15 +186,17 @@ class Schedule:
                 self.examples,
                 order,
                 step - start,
-                world_size=self.world_size,
-                rank=self.rank,
+                world_size=self.num_data_ranks,
+                rank=self.data_rank,
                 packing=self.packing,
+                rows=self.rows,
                 **self._sizes(),
             )
 
     def _order(self, epoch: int) -> list[int]:
-        config = self.config
-        return epoch_order(len(self.examples), config.seed, epoch, config.data.shuffle)
+        if self.rows is None:
+            return self.order.of_epoch(epoch)
+        return epoch_order(len(self.rows), self.config.seed, epoch, self.config.data.shuffle)
 
     def _sizes(self) -> dict[str, int]:
         optim = self.config.optim

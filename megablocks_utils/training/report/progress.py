@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.training.report.metrics import StepMetrics
 
-__all__ = ["Advance", "track_loading", "track_sharding", "track_training"]
+__all__ = ["Advance", "track_loading", "track_sharding", "track_tokenizing", "track_training"]
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -36,6 +36,11 @@ def track_loading(
 def track_sharding(console: Console, num_layers: int) -> AbstractContextManager[Advance]:
     """Show how many layers are sharded; call the yielded function with the layers just done."""
     return _track_amount(console, "sharding", num_layers, _describe_count("layers"))
+
+
+def track_tokenizing(console: Console, num_records: int) -> AbstractContextManager[Advance]:
+    """Show how many records are tokenized; call the yielded function with those just done."""
+    return _track_amount(console, "tokenizing", num_records, _describe_count("records"))
 
 
 @contextmanager

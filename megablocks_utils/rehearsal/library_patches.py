@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional, init
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MAKES_TENSORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand)
-_DRAWS = (Tensor.uniform_, Tensor.normal_)
+_DRAWS = (Tensor.uniform_, init.uniform_, init.kaiming_uniform_)
 _LARGE_BYTES = 2**28
 _COPY_IN, _COPY_OUT = ("_fsdp_param.py", "cpu_offload.py"), "_fsdp_collectives.py"
 
@@ -88,7 +88,10 @@ class without_values(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        return args[0] if func in _DRAWS else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -111,10 +111,10 @@ def launch_on_fakes(rank):
 
 
 def test_first_values_are_drawn_in_memory():
-    weight = torch.full((64,), 2.0)
+    weight = torch.full((8, 64), 2.0)
     with without_values():
+        torch.nn.init.kaiming_uniform_(weight)
         torch.nn.init.uniform_(weight)
-        weight.normal_()
+        weight.uniform_()
     assert weight.eq(2).all()
-    torch.nn.init.uniform_(weight)
-    assert weight.lt(2).all()
+    assert torch.nn.init.kaiming_uniform_(weight).lt(2).all()

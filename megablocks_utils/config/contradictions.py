@@ -78,11 +78,15 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
     """Refuse groups of processes where they cannot be."""
-    for name in ("tp_size", "sp_size"):
-        if values[name] > 1:
-            raise ConfigurationError(
-                f"--{name} is {values[name]}, but it must be 1: its parallelism is not built yet."
-            )
+    if values["tp_size"] > 1:
+        raise ConfigurationError(
+            f"--tp_size is {values['tp_size']}, but it must be 1: it is not built yet."
+        )
+    if values["sp_size"] > 1 and values["compile"]:
+        raise ConfigurationError(
+            f"--sp_size is {values['sp_size']}, but torch compiles no exchange within a layer: it "
+            "must be 1, or --compile False."
+        )
     groups = values["dp_replicate_size"]
     if groups == 1:
         return

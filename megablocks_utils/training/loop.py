@@ -17,6 +17,7 @@ from megablocks_utils.processes.accelerate_settings import check_layer_classes
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.report.progress import track_sharding
+from megablocks_utils.training.report.utilization import mfu_per_token_rate
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
@@ -135,7 +136,9 @@ def _train(
         finite,
         state.routing.balance,
     )
-    meter, loads = StepMeter(state.accelerator.device), state.routing.loads
+    rate = mfu_per_token_rate(setup.counts, setup.device, setup.launch.world_size)
+    meter = StepMeter(state.accelerator.device, mfu_rate=rate)
+    loads = state.routing.loads
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
         meter.start_step()
@@ -147,6 +150,7 @@ def _train(
             aux_loss_coef,
             setup.probe.aux_loss,
             setup.probe.logits_map,
+            setup.sequence,
         )
         if not _accumulate_gradients(state, plan, weights, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())
@@ -189,7 +193,7 @@ def _accumulate_gradients(
         reduce_across_groups(state.model, is_last=number == 0)
         with accelerator.accumulate(state.model):
             loss = run_micro_batch(state, batch, weights)
-            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
     return True
 
 

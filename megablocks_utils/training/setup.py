@@ -16,6 +16,7 @@ from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.mesh.sequence_exchange import SequenceGroup
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
 from megablocks_utils.moe.model_facts import find_top_k
@@ -48,6 +49,7 @@ from megablocks_utils.training.step.model_probe import (
     probe_model,
 )
 from megablocks_utils.training.step.routing_hooks import RoutingHooks
+from megablocks_utils.training.step.sequence_parallel import apply_sequence_parallelism
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Setup:
         plan: the memory that was predicted, or why it was not.
         probe: what was found out of the model's forward pass.
         routing: counts the tokens of experts, to balance them or to measure their loads.
+        sequence: the ranks that share this rank's rows; None: it has its own.
     """
 
     config: RunConfig
@@ -106,6 +109,7 @@ class Setup:
     plan: MemoryCheck
     probe: ModelProbe
     routing: RoutingHooks
+    sequence: SequenceGroup | None = None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -151,9 +155,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    raise_on_all_ranks(lambda: check_trackers(config.report_to))
-    set_seed(config.seed)
-    check_world(config, launch.world_size)
+    _begin(config, launch)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
@@ -165,6 +167,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     examples = load_run_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
+    sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
@@ -202,7 +205,15 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         plan=plan,
         probe=probe,
         routing=routing,
+        sequence=sequence,
     )
+
+
+def _begin(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Refuse what needs nothing read to be refused, and seed all random numbers."""
+    raise_on_all_ranks(lambda: check_trackers(config.report_to))
+    set_seed(config.seed)
+    check_world(config, launch.world_size)
 
 
 def _open_model(
@@ -240,7 +251,8 @@ def _split_experts(
     model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
     config = schedule.config
-    tokens = round(schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    tokens = schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size
+    tokens = round(tokens / config.parallel.sp_size)
     return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
 
 

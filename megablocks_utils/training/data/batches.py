@@ -76,6 +76,7 @@ class MicroBatch:
         packing: how its examples are kept apart.
         attention_mask: (B, T) 1 for tokens, 0 for padding; None where there is no padding.
         lengths: tokens of its examples in their order, padding not counted; empty: not told.
+        columns: tokens of each row that are this rank's; None: all.
     """
 
     input_ids: torch.Tensor
@@ -85,6 +86,11 @@ class MicroBatch:
     packing: Packing = Packing.POSITIONS
     attention_mask: torch.Tensor | None = None
     lengths: tuple[int, ...] = ()
+    columns: slice | None = None
+
+    def take_own(self, values: torch.Tensor) -> torch.Tensor:
+        """Return of values (B, T) those of this rank's tokens."""
+        return values if self.columns is None else values[:, self.columns]
 
     @property
     def row_lengths(self) -> list[tuple[int, ...]]:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.training.data.batches import (
+    MicroBatch,
     Packing,
     StepPlan,
     assign_examples,
@@ -18,6 +19,7 @@ from megablocks_utils.training.data.batches import (
 from megablocks_utils.training.data.example_order import ExampleOrder, draw_mixture, epoch_order
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.packed_rows import PackedRows, pack_examples
+from megablocks_utils.training.data.row_parts import take_part
 
 MAX_STEPS_SEARCHED = 20_000
 """Steps that are looked at one by one for the largest micro-batch: 0.2 s."""
@@ -182,7 +184,7 @@ class Schedule:
         start = epoch * self.steps_per_epoch
         stop = min(start + self.steps_per_epoch, self.num_steps)
         for step in range(max(start, first_step), stop):
-            yield build_step_plan(
+            plan = build_step_plan(
                 self.examples,
                 order,
                 step - start,
@@ -192,6 +194,14 @@ class Schedule:
                 rows=self.rows,
                 **self._sizes(),
             )
+            batches = [self._take_part(batch) for batch in plan.micro_batches]
+            yield replace(plan, micro_batches=batches)
+
+    def _take_part(self, batch: MicroBatch) -> MicroBatch:
+        """Return a micro-batch of which this rank has its part of every row."""
+        parallel = self.config.parallel
+        part = self.rank // parallel.tp_size % parallel.sp_size
+        return batch if parallel.sp_size == 1 else take_part(batch, parallel.sp_size, part)
 
     def _order(self, epoch: int) -> list[int]:
         if self.rows is None:

@@ -148,7 +148,11 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         packing = replace(packing, attention=own_implementation(model))
     aux_loss = AuxLoss()
     if coef > 0:
-        aux_loss = choose_aux_loss(_asked_by("router_aux_loss_coef", 0, small), coef)
+        aux_loss = choose_aux_loss(
+            _asked_by("router_aux_loss_coef", 0, small),
+            coef,
+            has_parts=config.parallel.sp_size > 1,
+        )
     routers: list[BlockRouter] = []
     if optim.router_bias_update_rate:
         routers = recognize_routers(_asked_by("router_bias_update_rate", 0, small))

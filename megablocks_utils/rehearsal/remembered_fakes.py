@@ -83,7 +83,7 @@ class RememberedFakes(FakeTensorMode):
             return super().dispatch(func, types, args, kwargs or {})
         arguments = (*args, *sorted((kwargs or {}).items()))
         tensors: list[FakeTensor] = []
-        described: list[Hashable] = [func]
+        described: list[object] = [func]
         try:
             self._describe(arguments, tensors, described)
         except _Unknown:
@@ -96,14 +96,14 @@ class RememberedFakes(FakeTensorMode):
         found = super().dispatch(func, types, args, kwargs or {})
         # Not what changes an argument's sizes or its storage, as `set_` does.
         is_same = storages == [_address(tensor) for tensor in tensors]
-        again: list[Hashable] = [func]
+        again: list[object] = [func]
         self._describe(arguments, [], again)
         if is_same and described == again:
             self._remember(key, found, tensors)
         return found
 
     def _describe(
-        self, arguments: Sequence[object], tensors: list[FakeTensor], described: list[Hashable]
+        self, arguments: Sequence[object], tensors: list[FakeTensor], described: list[object]
     ) -> None:
         """Add all that decides an output of these arguments, and collect the tensors."""
         for argument in arguments:

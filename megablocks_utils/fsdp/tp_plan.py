@@ -123,7 +123,10 @@ def _common_attention(module: nn.Module) -> Styles:
             if weights != [(head_dim,)]:
                 return {}
             styles[name] = GRADIENT_SUM
-    heads = _linear(parts["q_proj"]).out_features // head_dim
+    queries = _linear(parts["q_proj"])
+    if not isinstance(queries, nn.Linear):
+        return {}
+    heads = queries.out_features // head_dim
     for name, parameter in module.named_parameters(recurse=False):
         if tuple(parameter.shape) != (heads,):
             return {}
@@ -149,9 +152,11 @@ def _check_heads(model: PreTrainedModel, by_module: Mapping[str, Styles], tp_siz
         if not isinstance(head_dim, int):
             continue
         for name, style in styles.items():
-            linear = _linear(_get(model, name))
-            is_split = style == COLUMNS and isinstance(linear, nn.Linear)
-            if is_split and linear.out_features % head_dim == 0:
+            target = _get(model, name)
+            linear = _linear(target) if isinstance(target, nn.Module) else None
+            if style != COLUMNS or not isinstance(linear, nn.Linear):
+                continue
+            if linear.out_features % head_dim == 0:
                 counts[name.rpartition(".")[2]] = linear.out_features // head_dim
     common = math.gcd(*counts.values())
     if counts and common % tp_size:

@@ -32,7 +32,7 @@ class Scenario:
         world_size: ranks.
         device_type: `cuda` or `cpu`.
         kernel: backend of the experts, with `auto` resolved.
-        tokens: of the largest micro-batch that a rank has at a time.
+        tokens: of the largest micro-batch that a rank, or ranks that share rows, have at a time.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch; more than one need a mask.
         packing: how they are laid out.
@@ -82,8 +82,8 @@ class Scenario:
             gradient_checkpointing=config.gradient_checkpointing,
             accumulation=config.optim.gradient_accumulation_steps,
             sync_each_batch=bool(config.optim.sync_each_batch),
-            tokens=self.tokens,
-            label_tokens=self.label_tokens,
+            tokens=-(-self.tokens // config.parallel.sp_size),
+            label_tokens=min(self.label_tokens, -(-self.tokens // config.parallel.sp_size)),
             kernel=self.kernel,
             imbalance=self.imbalance,
             has_aux_loss=self._has_aux_loss(),
@@ -95,6 +95,7 @@ class Scenario:
             cpu_offload=config.cpu_offload,
             has_whole_logits=self.has_whole_logits,
             token_dispatch=config.parallel.token_dispatch,
+            sp_size=config.parallel.sp_size,
         )
 
     def own_layout(self) -> ParallelLayout:
@@ -121,9 +122,6 @@ class Scenario:
         Raises:
             ConfigurationError: the formulas do not know it, and nothing else is there.
         """
-        parallel = self.config.parallel
-        if parallel.sp_size * parallel.tp_size > 1:
-            raise ConfigurationError("the formulas do not know tp_size and sp_size yet")
         not_known = self.shape.not_known or self._not_known_on_device()
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())

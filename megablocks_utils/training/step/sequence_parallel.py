@@ -26,7 +26,7 @@ from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.step.forward import run_forward
 from megablocks_utils.training.step.small_model import build_small_model
 
-__all__ = ["apply_sequence_parallelism", "measure_parts"]
+__all__ = ["apply_sequence_parallelism", "measure_parts", "share_rows"]
 
 _HEADS = re.compile(r"(.*_)?num_attention_heads(_.*)?")
 _LENGTHS = (11, 23, 14)
@@ -63,17 +63,28 @@ def apply_sequence_parallelism(
     row = config.data.packing_length or config.data.max_seq_length
     longest = row * config.optim.per_device_train_batch_size
     broadcast_from_rank0(lambda: _check_parts(model, packing, longest, device, parallel.sp_size))
-    group = build_sequence_group(device.type, parallel.tp_size, parallel.sp_size)
     inner = own_implementation(model)
-    register_ulysses(inner, group)
-    set_implementation(model, ULYSSES)
-    show_longest_positions(model)
+    group = share_rows(model, parallel.sp_size, device, parallel.tp_size)
     console.print(
         f"groups of {parallel.sp_size} processes share their rows; {inner} attention sees whole "
         "rows of a part of the heads",
         markup=False,
         soft_wrap=True,
     )
+    return group
+
+
+def share_rows(
+    model: PreTrainedModel, sp_size: int, device: torch.device, tp_size: int = 1
+) -> SequenceGroup:
+    """Build the group of ranks that share rows with this one, and set the model's attention.
+
+    **Collective:** every rank must call.
+    """
+    group = build_sequence_group(device.type, tp_size, sp_size)
+    register_ulysses(own_implementation(model), group)
+    set_implementation(model, ULYSSES)
+    show_longest_positions(model)
     return group
 
 

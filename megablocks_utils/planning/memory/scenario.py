@@ -61,6 +61,11 @@ class Scenario:
         """Ranks of a group, which the model is sharded over."""
         return self.world_size // self.config.parallel.dp_replicate_size
 
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of the largest micro-batch that one rank has: its part, where ranks share rows."""
+        return -(-self.tokens // self.config.parallel.sp_size)
+
     def with_groups(self, dp_replicate_size: int) -> "Scenario":
         """Return the same run with so many groups."""
         parallel = replace(self.config.parallel, dp_replicate_size=dp_replicate_size)
@@ -82,8 +87,8 @@ class Scenario:
             gradient_checkpointing=config.gradient_checkpointing,
             accumulation=config.optim.gradient_accumulation_steps,
             sync_each_batch=bool(config.optim.sync_each_batch),
-            tokens=-(-self.tokens // config.parallel.sp_size),
-            label_tokens=min(self.label_tokens, -(-self.tokens // config.parallel.sp_size)),
+            tokens=self.rank_tokens,
+            label_tokens=min(self.label_tokens, self.rank_tokens),
             kernel=self.kernel,
             imbalance=self.imbalance,
             has_aux_loss=self._has_aux_loss(),
@@ -125,6 +130,12 @@ class Scenario:
         not_known = self.shape.not_known or self._not_known_on_device()
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())
+        if self.config.parallel.sp_size > 1:
+            raise ConfigurationError(
+                f"sp_size is {self.config.parallel.sp_size}, but it must be 1 for a plan: the "
+                f"formulas do not know {not_known} of a {self.shape.model_type} model.",
+                parameters=("sp_size",),
+            )
         if self.rehearse is None:
             raise ConfigurationError(
                 f"the formulas do not know {not_known} of a {self.shape.model_type} model; "

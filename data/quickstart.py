@@ -190,7 +190,7 @@ def quickstart(options: argparse.Namespace) -> None:
     else:
         after = evaluate(question, model=options.output_dir)
     lines = (options.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
     title = (
         f"{family}, {method}, {len(losses)} steps on {num_processes} processes in {seconds:.0f} s"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
+from megablocks_utils.config.evaluation import check_evaluation
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["check_together"]
@@ -51,18 +52,9 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             f"earlier micro-batches: --gradient_accumulation_steps is {accumulation} and must be "
             "1, or use train_accelerate_fsdp2.py."
         )
-    if values["resume_adapter"] is not None and values["use_lora"] == "none":
-        raise ConfigurationError(
-            "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
-            "attn-only, mlp-only or all."
-        )
+    _check_adapters(values)
     _check_routers(values)
-    if values["save_dtype"] is not None and values["use_lora"] != "none":
-        raise ConfigurationError(
-            f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
-            "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
-            "megablocks_utils.merge."
-        )
+    check_evaluation(values)
     if values["max_steps"] == 0:
         raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")
     for name in ("warmup_steps", "save_steps"):
@@ -73,6 +65,21 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     if "none" in values["report_to"] and len(set(values["report_to"])) > 1:
         raise ConfigurationError(
             f"--report_to is {', '.join(values['report_to'])}, but none excludes all others."
+        )
+
+
+def _check_adapters(values: Mapping[str, Any]) -> None:
+    """Refuse what needs adapters where there are none, and the other way round."""
+    if values["resume_adapter"] is not None and values["use_lora"] == "none":
+        raise ConfigurationError(
+            "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
+            "attn-only, mlp-only or all."
+        )
+    if values["save_dtype"] is not None and values["use_lora"] != "none":
+        raise ConfigurationError(
+            f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
+            "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
+            "megablocks_utils.merge."
         )
 
 

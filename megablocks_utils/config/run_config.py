@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from megablocks_utils.config.adapter import AdapterConfig
+from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.option import Option, list_options
@@ -53,6 +54,7 @@ class RunConfig:
         precision: The precision options as given; `resolve_precision` says what they mean.
         optim: How a step is made.
         saving: When checkpoints are written, and which one the run resumes from.
+        evaluation: When the loss of held-out examples is measured, and what follows from it.
         output_dir: Folder for everything the run leaves.
         overwrite_output_dir: Whether a finished run there may be overwritten.
         ignore_plan: Whether a run starts that the plan says cannot fit.
@@ -80,6 +82,7 @@ class RunConfig:
     precision: PrecisionConfig = PrecisionConfig()
     optim: OptimConfig = OptimConfig()
     saving: SavingConfig = SavingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     output_dir: Annotated[
         str, Option("folder for the model, metrics.jsonl, run.json and checkpoints", metavar="DIR")
     ] = "./results"
@@ -231,15 +234,6 @@ class _OtherOptions:
     """Declare the options that have no field of their own in a configuration."""
 
     use_scattermoe: Annotated[bool, Option("same as --kernel scattermoe")] = False
-    eval_strategy: Annotated[
-        str,
-        Option(
-            "FSDP1: Hugging Face's; FSDP2 does not evaluate while it trains",
-            choices=("no",),
-            aliases=("evaluation_strategy",),
-            passed_on=("fsdp1",),
-        ),
-    ] = "no"
 
 
 OPTIONS: tuple[Option, ...] = (*list_options(RunConfig), *list_options(_OtherOptions))

@@ -114,6 +114,7 @@ def fit(
     """
     hooks = hooks or StepHooks()
     finite = build_finite_check(setup, state.model)
+    hooks.before_first_step(setup.first_step, state.run_state())
     for metrics, num_nonfinite_weights in _train(state, setup, hooks, finite):
         yield metrics
         # Before anything of the step is saved.

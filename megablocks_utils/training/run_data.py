@@ -11,13 +11,34 @@ from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
 from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
+from megablocks_utils.training.evaluation.held_out_data import choose_held_out
 from megablocks_utils.training.report.progress import track_tokenizing
 from megablocks_utils.training.resume.resume_point import ResumePoint, choose_template_date
 
-__all__ = ["let_generation_stop", "load_run_data"]
+__all__ = ["let_generation_stop", "load_all_data"]
 
 
-def load_run_data(
+def load_all_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    launch: LaunchEnvironment,
+    resume: ResumePoint | None,
+    *,
+    console: Console,
+) -> tuple[TokenizedExamples, TokenizedExamples | None]:
+    """Return the examples to train on, and those held out; None for a run without evaluation.
+
+    **Collective:** every rank must call.
+
+    Raises:
+        UserError: on every rank, for data that cannot be used.
+    """
+    load = partial(_load_run_data, tokenizer=tokenizer, model=model, launch=launch)
+    return choose_held_out(config, partial(load, resume=resume, console=console))
+
+
+def _load_run_data(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     model: PreTrainedModel,

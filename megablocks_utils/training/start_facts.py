@@ -1,14 +1,19 @@
 """What is known of a run when it starts, for its summary and its record."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megablocks_utils.config.secrets import redact_record, redact_text
+from megablocks_utils.fsdp.placement_plan import describe_plan
+from megablocks_utils.processes.output_folder import find_incomplete
 from megablocks_utils.training.report.parameters import count_local_bytes
 from megablocks_utils.training.report.summary import RunFacts, describe_precision
 from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.debug import describe_placements
 
-__all__ = ["collect_facts", "describe_kernel", "describe_resolved"]
+__all__ = ["collect_facts", "describe_kernel", "describe_resolved", "list_start_lines"]
 
 
 def collect_facts(setup: Setup) -> RunFacts:
@@ -87,3 +92,16 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "examples": len(setup.schedule.examples),
         "packing": setup.probe.packing.as_record(),
     }
+
+
+def list_start_lines(setup: Setup, output_dir: Path) -> Iterator[str]:
+    """Yield what else a person should know before the first step, line by line."""
+    if setup.lora is not None:
+        yield setup.lora.describe()
+    for path in find_incomplete(output_dir):
+        yield f"{path.name} was never finished; it is left alone"
+    if setup.answer_end is not None and setup.answer_end.warning is not None:
+        yield f"warning: {setup.answer_end.warning}"
+    if setup.config.debug:
+        yield from describe_plan(setup.placement)
+        yield from describe_placements(setup.model)

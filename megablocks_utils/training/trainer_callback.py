@@ -67,6 +67,14 @@ class StepCallback(TrainerCallback):
         self._meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
         self.loss_share = loss.token_loss_sum / plan.num_label_tokens
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the run be looked at before its first step."""
+        self._hooks.before_first_step(state.global_step, self._get_state())
+        if self._hooks.is_over:  # then there are no micro-batches
+            self._hooks.after_stop(state.global_step, self._get_state())
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -194,10 +194,10 @@ class Schedule:
                 rows=self.rows,
                 **self._sizes(),
             )
-            batches = [self._take_part(batch) for batch in plan.micro_batches]
+            batches = [self.take_part(batch) for batch in plan.micro_batches]
             yield replace(plan, micro_batches=batches)
 
-    def _take_part(self, batch: MicroBatch) -> MicroBatch:
+    def take_part(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch of which this rank has its part of every row."""
         parallel = self.config.parallel
         part = self.rank // parallel.tp_size % parallel.sp_size

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -26,6 +26,7 @@ __all__ = [
     "build_console",
     "build_end_summary",
     "build_start_summary",
+    "describe_evaluation",
     "describe_precision",
     "show_end_summary",
     "show_start_summary",
@@ -105,6 +106,7 @@ class RunResult:
         adapter_check: What checking the written adapter found, in words; None without LoRA.
         expert_load: What the spread of tokens over experts has cost, in words; None if it was
             not measured.
+        evaluation: The losses of held-out examples, in words; None if none were measured.
         output_dir: Where the files are.
         files: (path, what it is) of each file or group of files, in reading order.
     """
@@ -119,6 +121,7 @@ class RunResult:
     expert_load: str | None
     output_dir: str
     files: tuple[tuple[str, str], ...]
+    evaluation: str | None = None
 
 
 def build_console(is_main: bool) -> Console:
@@ -180,6 +183,8 @@ def build_end_summary(result: RunResult) -> Group:
         "peak memory": f"{_format_gib(totals.mem_peak_bytes)} on the fullest rank, "
         f"{result.memory_source}",
     }
+    if result.evaluation is not None:
+        rows["evaluation"] = result.evaluation
     if result.kernel_check is not None:
         rows["kernel"] = result.kernel_check
     if result.adapter_check is not None:
@@ -190,6 +195,15 @@ def build_end_summary(result: RunResult) -> Group:
         "output": Group(Text(result.output_dir), _build_grid(dict(result.files), style="none")),
     }
     return Group(_build_rows("Finished", rows), "")
+
+
+def describe_evaluation(record: Mapping[str, Any]) -> str:
+    """Describe the losses of held-out examples, as `run.json` has them, and what came of them."""
+    shown = {name: record[name] for name in ("first", "last", "best") if record[name]}
+    parts = [f"{name} {e['eval_loss']:.4f} after step {e['step']}" for name, e in shown.items()]
+    if record["stopped_early_at_step"] is not None:
+        parts.append(f"ended early after step {record['stopped_early_at_step']}")
+    return f"loss {', '.join(parts)}; the final model is that of step {record['final_model_step']}"
 
 
 def describe_precision(precision: "ResolvedPrecision") -> str:

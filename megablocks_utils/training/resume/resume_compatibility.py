@@ -35,6 +35,10 @@ _CLAUSES = {
     "seed": ("seed is", ("seed",)),
     "shuffle": ("shuffle is", ("shuffle",)),
     "packing": ("packing gives micro-batches of kind", ("packing",)),
+    "eval_sha256": (
+        "eval_data_path or eval_fraction gives other held-out examples: their checksum is",
+        ("eval_data_path", "eval_fraction"),
+    ),
     "data_weights": ("data_weights is", ("data_weights",)),
     "packing_length": ("packing_length is", ("packing_length",)),
     "num_examples": ("the number of examples in data_path is", ("data_path",)),
@@ -63,6 +67,7 @@ class ResumeCompatibility:
         base_sha256: fingerprint of the frozen model under them; None without.
         template_date: the day that the chat template was told; None where it does not ask for it.
         packing: how the examples of a micro-batch are laid out.
+        eval_sha256: checksum of the held-out examples; None without.
         data_weights: shares in which an epoch draws from the sources; None: all of them.
         packing_length: tokens of rows that examples share; None: a row for each.
     """
@@ -78,6 +83,7 @@ class ResumeCompatibility:
     base_sha256: str | None
     template_date: str | None
     packing: str = Packing.ALONE.value
+    eval_sha256: str | None = None
     data_weights: list[float] | None = None
     packing_length: int | None = None
 
@@ -156,6 +162,8 @@ def _is_free(name: str, found: object, wanted: object) -> bool:
         in_one_row = {kind.value for kind in Packing if kind.is_one_row}
         kinds = {found, wanted}
         return wanted is None or Packing.ALONE.value in kinds or kinds <= in_one_row
+    if name == "eval_sha256":
+        return found is None or wanted is None
     return name == BASE_KEY and wanted is None
 
 

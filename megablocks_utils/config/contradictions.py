@@ -25,13 +25,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     Raises:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
-    if not values["use_megablocks_sharding"]:
-        idle = {"ep_size": (None, 1), "expert_dp": (None,), "token_dispatch": (AUTO, ROWS)}
-        for name, harmless in idle.items():
-            if values[name] not in harmless:
-                raise ConfigurationError(
-                    f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
-                )
+    _check_sharding(values)
     _check_kernel(values)
     check_data_options(values)
     if entry_point == "fsdp1" and values["expert_dp"] == "shard":
@@ -66,6 +60,27 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         raise ConfigurationError(
             f"--report_to is {', '.join(values['report_to'])}, but none excludes all others."
         )
+
+
+def _check_sharding(values: Mapping[str, Any]) -> None:
+    """Refuse what would do nothing without expert parallelism, and slices beside other splits."""
+    idle = {
+        "ep_size": (None, 1),
+        "expert_tp_size": (1,),
+        "expert_dp": (None,),
+        "token_dispatch": (AUTO, ROWS),
+    }
+    for name, harmless in idle.items():
+        if not values["use_megablocks_sharding"] and values[name] not in harmless:
+            raise ConfigurationError(
+                f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
+            )
+    for name in ("tp_size", "sp_size"):
+        if values["expert_tp_size"] > 1 and values[name] > 1:
+            raise ConfigurationError(
+                f"--{name} is {values[name]}, but with --expert_tp_size "
+                f"{values['expert_tp_size']} it must be 1."
+            )
 
 
 def _check_adapters(values: Mapping[str, Any]) -> None:

@@ -60,6 +60,7 @@ _NAMES = {
     " bnb_4bit_quant_type",
     "packing": "sample_packing neat_packing packed",
     "tp_size": "tensor_parallel_size tensor_parallel_degree tp",
+    "expert_tp_size": "etp expert_tensor_parallel_size expert_tensor_parallel_degree",
     "sp_size": "sequence_parallel_size sequence_parallel_degree context_parallel_size cp_size",
 }
 SYNONYMS = MappingProxyType(
@@ -67,5 +68,5 @@ SYNONYMS = MappingProxyType(
 )
 """Our name of what Axolotl, TRL, LLaMA-Factory, torchtune and others have another name for."""
 
-PLANNED = frozenset((*("expert_tp_size", "expert_quantization"),))
+PLANNED = frozenset(("expert_quantization",))
 """Options that are to come; each leaves this list when it is built."""

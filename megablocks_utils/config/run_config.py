@@ -20,13 +20,10 @@ from megablocks_utils.config.parallel import (
     ParallelConfig,
     check_ep_size,
     count_data_ranks,
+    count_ranks_of_slice,
     count_shard_ranks,
 )
-from megablocks_utils.config.precision import (
-    PrecisionConfig,
-    ResolvedPrecision,
-    resolve_preset,
-)
+from megablocks_utils.config.precision import PrecisionConfig, ResolvedPrecision, resolve_preset
 from megablocks_utils.config.saving import SavingConfig
 from megablocks_utils.errors import ConfigurationError
 
@@ -276,13 +273,16 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
     world_size = count_shard_ranks(world_size, num_groups)
     if not config.parallel.use_megablocks_sharding:
         return
+    expert_tp_size = config.parallel.expert_tp_size
+    world_size = count_ranks_of_slice(world_size, expert_tp_size, num_groups)
     given = config.parallel.ep_size
     check_ep_size(
         world_size if given is None else given,
         world_size=world_size,
         num_experts=num_experts,
         num_groups=num_groups,
-        note=" (the number of processes)" if given is None else "",
+        expert_tp_size=expert_tp_size,
+        note=" (the number of processes)" if given is None and expert_tp_size == 1 else "",
     )
     has_copies = config.parallel.expert_dp == "replicate" and given not in (None, world_size)
     if config.cpu_offload == "params" and has_copies:

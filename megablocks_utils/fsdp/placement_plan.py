@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.places import find_buffers
-from megablocks_utils.mesh.device_mesh import DP_AXIS, DP_REPLICATE_AXIS, EP_AXIS, axis_size
+from megablocks_utils.mesh.device_mesh import (
+    DP_AXIS,
+    DP_REPLICATE_AXIS,
+    EP_AXIS,
+    EXPERT_TP_AXIS,
+    axis_size,
+)
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
@@ -80,8 +86,8 @@ class PlacementPlan:
     """How everything lies that a run holds.
 
     Attributes:
-        axis_sizes: ranks along "dp_replicate" (where there is one), "dp" and "ep", in this order:
-            those of the experts' mesh, also where there is none.
+        axis_sizes: ranks along "dp_replicate", "dp", "ep" and "expert_tp", in this order, without
+            the first or last where that is 1: those of the experts' mesh, also where there is none.
         entries: each parameter and persistent buffer is in exactly one.
     """
 
@@ -135,10 +141,11 @@ def describe_plan(plan: PlacementPlan) -> Iterator[str]:
 
 
 def _find_axis_sizes(sharded: ShardedMoE | None, dp_replicate_size: int) -> dict[str, int]:
-    ep_size = 1 if sharded is None else axis_size(sharded.mesh, EP_AXIS)
-    dp_size = dist.get_world_size() // dp_replicate_size // ep_size
-    sizes = {DP_AXIS: dp_size, EP_AXIS: ep_size}
-    return sizes if dp_replicate_size == 1 else {DP_REPLICATE_AXIS: dp_replicate_size} | sizes
+    of_experts = (EP_AXIS, EXPERT_TP_AXIS)
+    inside = {a: 1 if sharded is None else axis_size(sharded.mesh, a) for a in of_experts}
+    dp_size = dist.get_world_size() // dp_replicate_size // prod(inside.values())
+    sizes = {DP_REPLICATE_AXIS: dp_replicate_size, DP_AXIS: dp_size, **inside}
+    return {axis: n for axis, n in sizes.items() if n > 1 or axis in (DP_AXIS, EP_AXIS)}
 
 
 def _build_entries(
@@ -153,13 +160,13 @@ def _build_entries(
         yield PlacementEntry(names, rule, tensor.requires_grad, len(items), num_elements)
 
 
-def _lies(dp_replicate: str, dp: str, ep: str) -> Mapping[str, str]:
-    return {DP_REPLICATE_AXIS: dp_replicate, DP_AXIS: dp, EP_AXIS: ep}
+def _lies(dp_replicate: str, dp: str, ep: str, expert_tp: str) -> Mapping[str, str]:
+    return {DP_REPLICATE_AXIS: dp_replicate, DP_AXIS: dp, EP_AXIS: ep, EXPERT_TP_AXIS: expert_tp}
 
 
 _DENSE = PlacementRule(
     "dense parameters",
-    _lies(COPIES, SHARD, SHARD),
+    _lies(COPIES, SHARD, SHARD, SHARD),
     "FSDP gathers them for the tokens of each rank",
     "over all axes by FSDP",
 )
@@ -168,7 +175,7 @@ _ADAPTERS = PlacementRule(
 )
 _KEPT = PlacementRule(
     "parameters kept in float32",
-    _lies(COPIES, COPIES, COPIES),
+    _lies(COPIES, COPIES, COPIES, COPIES),
     "FSDP gathers a unit in one dtype",
     "over all axes by an all-reduce once a step",
 )
@@ -188,29 +195,45 @@ class _ExpertKinds:
         self._rules: dict[str, PlacementRule] = {}
         if sharded is None:
             return
-        weights, adapters = _declare_expert_rules(is_sharded_over_dp=shards_over_dp(sharded))
+        rules = _declare_expert_rules(
+            is_sharded_over_dp=shards_over_dp(sharded),
+            has_slices=axis_size(sharded.mesh, EXPERT_TP_AXIS) > 1,
+        )
         for path, module in sharded.expert_modules.items():
             for name in module.spec.parameter_names:
-                self._rules[f"{path}.{name}"] = weights
+                is_cut = module.spec.find_split(name) is not None
+                self._rules[f"{path}.{name}"] = rules["experts", is_cut]
             for projection in module.spec.projections:
-                for factor in ("lora_A", "lora_B"):
-                    self._rules[f"{path}.{projection}_lora.{factor}"] = adapters
+                splits = module.spec.find_lora_splits(projection)
+                for factor, split in zip(("lora_A", "lora_B"), splits, strict=True):
+                    rule = rules["adapters of experts", split is not None]
+                    self._rules[f"{path}.{projection}_lora.{factor}"] = rule
 
     def find(self, name: str) -> PlacementRule | None:
         """Return the rule of an expert's parameter; None for all else, as a norm behind experts."""
         return self._rules.get(name)
 
 
-def _declare_expert_rules(*, is_sharded_over_dp: bool) -> tuple[PlacementRule, PlacementRule]:
-    """Return the rules of experts and of their adapters."""
+def _declare_expert_rules(
+    *, is_sharded_over_dp: bool, has_slices: bool
+) -> dict[tuple[str, bool], PlacementRule]:
+    """Return the rules of experts and of their adapters, each by whether `expert_tp` cuts them."""
     if is_sharded_over_dp:
         dp, reason = SHARD, "tokens travel to them over ep; FSDP2 shards them again over dp"
         summed = "over ep by the exchange's backward pass, over the other axes by FSDP2"
     else:
         dp, reason = COPIES, "tokens travel to them over ep; along dp all hold the same"
         summed = "over ep by the exchange's backward pass, over the other axes once a step"
-    placements = _lies(COPIES, dp, SHARD_DIM_0)
-    return (
-        PlacementRule("experts", placements, reason, summed),
-        PlacementRule("adapters of experts", placements, "beside their experts", summed),
-    )
+    cut, whole = _lies(COPIES, dp, SHARD_DIM_0, SHARD), _lies(COPIES, dp, SHARD_DIM_0, COPIES)
+    reasons = {"experts": reason, "adapters of experts": "beside their experts"}
+    rules = {}
+    for kind, why in reasons.items():
+        rules[kind, True] = rules[kind, False] = PlacementRule(kind, cut, why, summed)
+        if has_slices:
+            rules[kind, False] = PlacementRule(
+                f"{kind}, whole on expert_tp",
+                whole,
+                f"{why}; all slices of an expert have the same",
+                f"{summed}, over expert_tp once a step",
+            )
+    return rules

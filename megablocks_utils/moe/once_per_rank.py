@@ -30,7 +30,13 @@ from megablocks_utils.moe.expert_spec import ExpertSpec
 
 
 def choose_layer_dispatch(
-    wanted: str, spec: ExpertSpec, *, top_k: int | None, ep_size: int, dtype: torch.dtype
+    wanted: str,
+    spec: ExpertSpec,
+    *,
+    top_k: int | None,
+    ep_size: int,
+    dtype: torch.dtype,
+    expert_tp_size: int = 1,
 ) -> DispatchChoice:
     """Choose how the tokens of a layer travel.
 
@@ -40,6 +46,7 @@ def choose_layer_dispatch(
         top_k: experts of a token; None where the model does not say it.
         ep_size: ranks that the experts are split over.
         dtype: of compute.
+        expert_tp_size: ranks that each expert is split over.
 
     Raises:
         ConfigurationError: `tokens`, where each result of an expert is needed by itself.
@@ -48,10 +55,12 @@ def choose_layer_dispatch(
     if top_k is not None:
         hidden_bytes = spec.hidden_size * dtype.itemsize
         traffic = TokenTraffic(spec.num_experts, top_k, ep_size, hidden_bytes)
-    return choose_dispatch(wanted, traffic, _find_unsupported_reason(spec))
+    return choose_dispatch(wanted, traffic, _find_unsupported_reason(spec, expert_tp_size))
 
 
-def _find_unsupported_reason(spec: ExpertSpec) -> str | None:
+def _find_unsupported_reason(spec: ExpertSpec, expert_tp_size: int) -> str | None:
+    if expert_tp_size > 1:
+        return f"with expert_tp_size {expert_tp_size} each slice of an expert needs its own rows"
     if spec.has_post_norm:
         return "the norm behind the experts of this model needs the result of each by itself"
     if spec.is_weighted_before:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
+    PeerGroup,
     PendingCounts,
     TokenSizes,
     exchange_rows,
@@ -84,6 +86,7 @@ def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCou
         tokens_per_rank: Tensor | None,
         group: ProcessGroup,
         ep_size: int,
+        peers: PeerGroup | None = None,
     ) -> PendingCounts:
         device, tokens = tokens_per_expert.device, None
         sent = tokens_per_expert.view(ep_size, -1)
@@ -105,6 +108,11 @@ def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCou
             received=torch.tensor(rows, device=device),
             tokens=tokens,
         )
+        if peers is not None:
+            received = counts.received.repeat(peers.size, 1)
+            exchange_rows(received, None, None, peers.group)
+            of_peers = [sum(counts.receive_sizes)] * peers.size
+            counts = replace(counts, received=received, peer_sizes=of_peers)
         return PendingCounts(lambda: counts)
 
     return exchange

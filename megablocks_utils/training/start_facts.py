@@ -32,6 +32,7 @@ def collect_facts(setup: Setup) -> RunFacts:
         dp_size=mesh["dp"],
         ep_size=mesh["ep"],
         dp_replicate_size=config.parallel.dp_replicate_size,
+        expert_tp_size=mesh.get("expert_tp", 1),
         num_experts=setup.num_experts,
         top_k=setup.top_k,
         expert_dp=str(config.parallel.expert_dp),
@@ -71,7 +72,8 @@ def describe_kernel(setup: Setup) -> tuple[str, str]:
 
 def _describe_dispatch(setup: Setup) -> str | None:
     """Say how tokens travel, and why; None where none does."""
-    if setup.sharded is None or setup.placement.axis_sizes["ep"] == 1:
+    sizes = setup.placement.axis_sizes
+    if setup.sharded is None or sizes["ep"] * sizes.get("expert_tp", 1) == 1:
         return None
     return setup.sharded.describe_dispatch()
 

@@ -69,6 +69,12 @@ GROUPS = [
     ParityCase(Layout(4, 0, groups=2), accumulation=2, aux_loss_coef=0.02, **SHORT),
     ParityCase(Layout(4, 1, groups=4), checkpointing="selective", **SHORT),
 ]
+SLICES = [
+    # Gate and up side by side, biases; ranks without tokens; gate behind gate, sharded over dp.
+    ParityCase(Layout(4, 2, expert_tp_size=2), "gpt_oss", checkpointing="selective", **SHORT),
+    ParityCase(Layout(4, 1, "replicate", expert_tp_size=4), num_steps=2, num_examples=3),
+    ParityCase(Layout(4, 1, expert_tp_size=2), accumulation=2, sync_each_batch=False, **SHORT),
+]
 SEQUENCES = [
     # Sinks, windows and masks; fewer key heads than ranks, padded rows, fewer tokens than ranks.
     ParityCase(Layout(4, 2, sp_size=2), "gpt_oss", lora="attn-only", aux_loss_coef=0.02, **SHORT),
@@ -112,7 +118,7 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize(
-    "case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SEQUENCES, *SPECIAL], ids=str
+    "case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SLICES, *SEQUENCES, *SPECIAL], ids=str
 )
 def test_run_equals_one_stock_process(pools, parity_folder, case):
     wanted = parity_folder.reference(parity_folder.stock_run(case))

@@ -60,13 +60,15 @@ MODELS: dict[str, tuple[str, dict]] = {
 class Layout:
     """Ranks and what is done with the experts; `ep_size` 0 is no expert parallelism.
 
-    `groups` of ranks hold the whole model each (`--dp_replicate_size`); `sp_size` ranks share rows.
+    `groups` of ranks hold the whole model each (`--dp_replicate_size`); `sp_size` ranks share rows;
+    `expert_tp_size` ranks split each expert.
     """
 
     world_size: int
     ep_size: int
     expert_dp: str = "shard"
     groups: int = 1
+    expert_tp_size: int = 1
     sp_size: int = 1
 
     @property
@@ -82,7 +84,8 @@ class Layout:
             ranks += f" sp{self.sp_size}"
         if not self.ep_size:
             return f"{ranks} unsharded"
-        return f"{ranks} ep{self.ep_size} {self.expert_dp}"
+        slices = f" etp{self.expert_tp_size}" if self.expert_tp_size > 1 else ""
+        return f"{ranks} ep{self.ep_size}{slices} {self.expert_dp}"
 
 
 LAYOUTS = (
@@ -172,6 +175,7 @@ class ParityFolder:
             options |= {
                 "use_megablocks_sharding": True,
                 "ep_size": case.layout.ep_size,
+                "expert_tp_size": case.layout.expert_tp_size,
                 "expert_dp": case.layout.expert_dp,
                 "kernel": case.kernel,
                 "token_dispatch": case.token_dispatch,

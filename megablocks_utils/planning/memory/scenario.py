@@ -56,6 +56,20 @@ class Scenario:
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what the formulas do not know.
+
+        Raises:
+            ConfigurationError: experts in slices.
+        """
+        expert_tp_size = self.config.parallel.expert_tp_size
+        if expert_tp_size > 1:
+            raise ConfigurationError(
+                f"expert_tp_size is {expert_tp_size}, but plans know whole experts only: it must "
+                "be 1 to plan.",
+                parameters=("expert_tp_size",),
+            )
+
     @property
     def shard_size(self) -> int:
         """Ranks of a group, which the model is sharded over."""

@@ -45,6 +45,7 @@ class RunFacts:
         dp_size: Ranks that hold the same experts.
         ep_size: Ranks the experts are split over; 1 without expert parallelism.
         dp_replicate_size: Groups of ranks that each hold the whole model.
+        expert_tp_size: Ranks that each expert is split over.
         num_experts: Experts of one MoE layer.
         top_k: Experts a token passes in one MoE layer; None where the model does not say.
         expert_dp: "shard" or "replicate": what the dp axis does with an expert.
@@ -88,6 +89,7 @@ class RunFacts:
     resumed: str | None = None
     ignored_keys: tuple[str, ...] = ()
     dp_replicate_size: int = 1
+    expert_tp_size: int = 1
     data_order: str = ""
     units: str = "examples"
 
@@ -166,7 +168,11 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
     if facts.resumed is not None:
         rows["resumed"] = facts.resumed
     mesh_table = build_mesh_table(
-        facts.dp_replicate_size * facts.dp_size, facts.ep_size, facts.num_experts, width - 2
+        facts.dp_replicate_size * facts.dp_size,
+        facts.ep_size,
+        facts.num_experts,
+        width - 2,
+        facts.expert_tp_size,
     )
     return Group(_build_rows("Training", rows), Padding(mesh_table, (1, 0, 1, 2)))
 
@@ -232,6 +238,8 @@ def _build_grid(rows: Mapping[str, RenderableType], style: str) -> Table:
 
 def _describe_mesh(facts: RunFacts) -> str:
     shape = f"dp {facts.dp_size} x ep {facts.ep_size}"
+    if facts.expert_tp_size > 1:
+        shape = f"{shape} x expert_tp {facts.expert_tp_size}"
     if facts.dp_replicate_size > 1:
         shape = f"{facts.dp_replicate_size} groups, each {shape}"
     if facts.dp_size == 1:

@@ -10,6 +10,7 @@ from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.gradients import (
     clip_gradients,
     shard_grad_norms,
+    sum_peer_gradients,
     sum_replica_gradients,
     sum_replicated_gradients,
 )
@@ -50,8 +51,11 @@ class StepFinish:
         **Collective:** every rank of the world must call; see `fsdp.gradients`.
         """
         # FSDP2 has summed over dp what it shards over dp.
-        if self.sharded is not None and not shards_over_dp(self.sharded):
-            sum_replica_gradients(self.sharded.expert_parameters.values(), self.sharded.mesh)
+        if self.sharded is not None:
+            experts = self.sharded.expert_parameters.values()
+            if not shards_over_dp(self.sharded):
+                sum_replica_gradients(experts, self.sharded.mesh)
+            sum_peer_gradients(experts, self.sharded.mesh)
         trainable = self._trainable()
         sum_replicated_gradients(trainable)
         norms = shard_grad_norms(trainable)

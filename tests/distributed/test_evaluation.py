@@ -28,6 +28,7 @@ from tests.support.tokenized import examples_of
 
 SCRIPTS = {"fsdp2": train_accelerate_fsdp2, "fsdp1": train_fsdp1}
 NUM_HELD_OUT = 3
+NUM_NEW_TOKENS = 6
 
 
 def _run(rank, script, argv, rising=False):
@@ -38,7 +39,8 @@ def _run(rank, script, argv, rising=False):
         found = measure(*args, **kwargs)
         return replace(found, eval_loss=found.step + found.eval_loss / 1000) if rising else found
 
-    with mock.patch.object(evaluation_hooks, "evaluate_loss", measure_rising):
+    short = mock.patch.object(evaluation_hooks, "MAX_NEW_TOKENS", NUM_NEW_TOKENS)
+    with short, mock.patch.object(evaluation_hooks, "evaluate_loss", measure_rising):
         SCRIPTS[script].main(keep_last(argv))
 
 
@@ -77,7 +79,9 @@ def _stock_loss(model_folder, data_path):
 def _stock_answer(model_folder, record):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     prompt = record["input_ids"][: max(1, record["labels"].count(-100))]
-    ids = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=1)
+    ids = model.generate(
+        torch.tensor([prompt]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=1
+    )
     return tiny_tokenizer().decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
 
 

@@ -150,8 +150,9 @@ def _shape_gradients(
     _grad: Tensor,
     rows: Tensor,
     weights: Tensor,
-    _inverse: Tensor,
+    _inverse: Tensor | None,
     *,
+    token: Tensor | None = None,
     wants_rows: bool,
     wants_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:

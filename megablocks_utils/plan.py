@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.config import check_world
 from megablocks_utils.config.given import CommandLine
+from megablocks_utils.config.parallel import check_heads
 from megablocks_utils.config.reader import choose_model
 from megablocks_utils.config.record import format_config, format_record, read_recorded_options
 from megablocks_utils.errors import ConfigurationError
@@ -220,6 +221,8 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
     for world_size in options.world_sizes:
         _check_nodes(world_size, per_node)
         config.count_data_ranks(world_size)
+    if shape.attention is not None:
+        check_heads([shape.attention.num_heads], config.parallel.sp_size)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
     tokens = config.optim.per_device_train_batch_size * config.row_tokens

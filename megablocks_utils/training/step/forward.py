@@ -157,8 +157,11 @@ def _describe_rows(batch: MicroBatch, device: torch.device) -> WholeRows:
     if not batch.packing.is_one_row:
         mask = batch.attention_mask
         return WholeRows(position_ids, None if mask is None else mask.to(device))
+    if len(batch.lengths) == 1:
+        return WholeRows(position_ids)
     numbers = find_packed_sequence_indices(batch.position_ids)
-    return WholeRows(position_ids, example_numbers=None if numbers is None else numbers.to(device))
+    on_device = None if numbers is None else numbers.to(device)
+    return WholeRows(position_ids, example_numbers=on_device)
 
 
 def _sequence_indices(position_ids: Tensor, device: torch.device) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Mxfp4:
 
 
 def _round_to_even(shares: Tensor) -> Tensor:
-    """Return the code of the nearest E2M1 number, of two as near the even one; 6 of what is more."""
+    """Return the code of the nearest E2M1 number, or the even one of two; 6 beyond."""
     middles = _MIDDLES.to(shares.device)
     magnitudes = shares.abs()
     lower = torch.bucketize(magnitudes, middles)

@@ -9,7 +9,7 @@ from torch import Tensor
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.weight_format import Parts
 
-__all__ = ["PackedExperts"]
+__all__ = ["PackedExperts", "list_stored"]
 
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default, _aten.view.default)
@@ -73,11 +73,6 @@ class PackedExperts(Tensor):
     def __init__(self, *_: object, **__: object) -> None:
         """Everything is done in `__new__`."""
 
-    @property
-    def packed_bytes(self) -> int:
-        """What is in memory."""
-        return sum(part.nbytes for part in self.parts.values())
-
     def pack_expert(self, number: int, matrix: Tensor) -> None:
         """Put an expert's weights, of the shape that they have in this tensor, in their place."""
         matrix = matrix.T if self.is_transposed else matrix
@@ -123,3 +118,8 @@ class PackedExperts(Tensor):
         if not is_same or (func is _aten.view.default and list(args[1]) != list(packed.shape)):
             raise NotImplementedError(f"{func} of packed experts; dequantize them first")
         return packed._rebuild(packed.parts, packed.dtype)
+
+
+def list_stored(tensor: Tensor) -> list[Tensor]:
+    """Return what of a tensor is in memory: the parts of a packed one, else itself."""
+    return list(tensor.parts.values()) if isinstance(tensor, PackedExperts) else [tensor]

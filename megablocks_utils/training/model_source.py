@@ -124,8 +124,8 @@ def split_experts(
 ) -> ShardedMoE | None:
     """Split the experts over the ranks with expert parallelism; they stay on meta.
 
-    Experts with adapters, or packed, are this project's own also without expert parallelism (ep 1): PEFT's way
-    through transformers' experts holds W + B A of all experts.
+    Experts with adapters, or packed, are this project's own also without expert parallelism (ep 1):
+    PEFT's way through transformers' experts holds W + B A of all experts.
 
     **Collective:** as `split_experts_on_meta`.
     """

@@ -31,7 +31,7 @@ MEANT = {
     "aux_loss": "router_aux_loss_coef",
     "warmup_num_steps": "warmup_steps",
     # nothing near, or not built yet
-    "load_in_4bit": None,
+    "load_in_4bit": "expert_quantization",
     "lora_dropout": None,
     "frobnicate": None,
     "name": None,

@@ -111,6 +111,9 @@ def training_command(
         "--max_seq_length": MAX_SEQ_LENGTH,
         "--logging_steps": 1,
         "--expert_load_steps": 1,
+        "--eval_data_path": HELD_OUT_DATA,
+        "--eval_strategy": "steps",
+        "--eval_steps": MAX_STEPS // 2,
         "--seed": options.seed,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

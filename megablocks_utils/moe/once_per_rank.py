@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from megablocks_utils.config.dispatch_cost import DispatchChoice, TokenTraffic, choose_dispatch
 from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.fused.unpermute import fused_sum_rows
 from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens
 from megablocks_utils.kernels.token_rows import copy_tokens, sum_rows
 from megablocks_utils.kernels.weights import ExpertWeights
@@ -113,7 +114,7 @@ def run_once_per_rank(
     # No name, here or in a caller, keeps rows that were sent while others are computed.
     results = dispatch_rows(copy_tokens(hidden_states, copies), counts.tokens, group)
     results = copy_tokens(results, rows)
-    results = sum_rows(backend(results, order, None, experts), weights, rows)
+    results = fused_sum_rows(backend(results, order, None, experts), weights, rows)
     return sum_rows(combine_rows(results, counts.tokens, group), None, copies)
 
 

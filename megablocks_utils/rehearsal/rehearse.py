@@ -40,6 +40,7 @@ from megablocks_utils.planning.model.prediction import (
 )
 from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing, pretend
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
+from megablocks_utils.rehearsal.library_patches import without_values
 from megablocks_utils.rehearsal.memory_ledger import HOST, IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.rehearsed_runs import (
     Fsdp1Run,
@@ -48,6 +49,7 @@ from megablocks_utils.rehearsal.rehearsed_runs import (
     move_to_meta,
 )
 from megablocks_utils.rehearsal.traffic_counter import Route, TrafficCounter, sum_kinds
+from megablocks_utils.rehearsal.watched_operators import WatchedOperators
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.describe_model import find_layers
@@ -134,7 +136,8 @@ def rehearse(
         rehearsed, layers = _build(model, config, run, device)
         ledger.watch_layers(layers[-1])
         with ExitStack() as modes:
-            for mode in (*fakes, ledger, traffic, AssumedValues(run.label_tokens)):
+            watched = WatchedOperators(AssumedValues(run.label_tokens), traffic, ledger)
+            for mode in (*fakes, ledger, watched):
                 modes.enter_context(mode)
             on_wrapped()
             rehearsed.fill()
@@ -201,7 +204,9 @@ def _build(
             assume_routing(module, run.tokens, (find_top_k(model) or 1), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
-        apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
+        dtype = getattr(torch, precision.adapter)
+        with without_values():
+            apply_lora(model, sharded, adapters, dtype=dtype, seed=_SEED)
         move_to_meta(model)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run

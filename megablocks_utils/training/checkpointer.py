@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megablocks_utils.checkpoint.companions import write_companions
-from megablocks_utils.checkpoint.run_manifest import BASE_FOLDER_KEY, COMPATIBILITY_KEY
+from megablocks_utils.checkpoint.run_manifest import BASE_FOLDER_KEY, COMPATIBILITY_KEY, STREAM_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.config.secrets import redact_record
@@ -222,6 +222,7 @@ class Checkpointer(StepHooks):
         """Return what the manifest holds besides its files."""
         setup = self._setup
         parallel = setup.config.parallel
+        position = setup.schedule.position_after(step)
         before_s = setup.resume.manifest["train_runtime_s"] if setup.resume else 0.0
         return {
             "step": step,
@@ -233,6 +234,7 @@ class Checkpointer(StepHooks):
             BASE_FOLDER_KEY: _describe_base(setup),
             "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
+            **({} if position is None else {STREAM_KEY: position.as_record()}),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }
 

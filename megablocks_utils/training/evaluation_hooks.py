@@ -30,6 +30,9 @@ from megablocks_utils.training.value_checks import check_before_saving, stops
 
 __all__ = ["EvaluationHooks"]
 
+MAX_NEW_TOKENS = 64
+"""Of each answer to a held-out prompt."""
+
 
 class EvaluationHooks(StepHooks):
     """Evaluate where `--eval_strategy` asks, before a checkpoint of the same step is saved.
@@ -117,12 +120,12 @@ class EvaluationHooks(StepHooks):
 
     def as_record(self) -> dict[str, Any] | None:
         """Return what `run.json` holds of it; None for a run without evaluation."""
-        if not self._evaluations:
+        if self._setup.held_out is None or not self._evaluations:
             return None
-        held_out, best = self._held_out.examples, find_best(self._evaluations)
+        examples, best = self._setup.held_out.examples, find_best(self._evaluations)
         return {
-            "examples": len(held_out),
-            "sha256": held_out.checksum(),
+            "examples": len(examples),
+            "sha256": examples.checksum(),
             "first": self._evaluations[0].as_record(),
             "last": self._evaluations[-1].as_record(),
             "best": None if best is None else best.as_record(),
@@ -166,7 +169,14 @@ class EvaluationHooks(StepHooks):
         prompts = take_prompts(self._held_out.examples, self._options.predict_samples)
         end = setup.answer_end
         ends = end.saved_ends or (() if end.tokenizer_end is None else (end.tokenizer_end,))
-        answers = answer_prompts(state.model, prompts, self._held_out, setup.device, ends=ends)
+        answers = answer_prompts(
+            state.model,
+            prompts,
+            self._held_out,
+            setup.device,
+            ends=ends,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
         samples = []
         for number, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True), start=1):
             answer = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -186,8 +196,9 @@ class EvaluationHooks(StepHooks):
 
     def _find_best_checkpoint(self) -> tuple[Evaluation, Path] | None:
         folders = dict(find_checkpoints(self._recorder.output_dir))
-        if self._setup.resume is not None:
-            folders = dict(find_checkpoints(self._setup.resume.folder.parent)) | folders
+        if (resume := self._setup.resume) is not None:
+            earlier = find_checkpoints(resume.folder.parent)
+            folders = {step: path for step, path in earlier if step <= resume.step} | folders
         best = find_best(self._evaluations, folders)
         return None if best is None else (best, folders[best.step])
 

@@ -153,6 +153,7 @@ class RunRecorder:
             with self._as_sentence(self.metrics_path):
                 self._logs.write(evaluation)
             self._tracking.record_evaluation(evaluation.step, evaluation.as_record())
+            self._show.evaluated(evaluation.eval_loss)
         self._setup.console.print(evaluation.describe(), markup=False, soft_wrap=True)
 
     def record_samples(self, samples: Sequence[Sample]) -> None:

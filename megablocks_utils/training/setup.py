@@ -43,7 +43,7 @@ from megablocks_utils.training.resume.resume_point import (
     ResumePoint,
     find_resume_point,
 )
-from megablocks_utils.training.run_data import let_generation_stop, load_all_data
+from megablocks_utils.training.run_data import build_schedule, let_generation_stop, load_all_data
 from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.layer_options import apply_layer_options
 from megablocks_utils.training.step.model_probe import (
@@ -172,7 +172,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
     sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
-    schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
+    schedule = build_schedule(config, examples, tokenizer, model, launch, probe.packing, resume)
     compatibility = _check_compatibility(
         schedule, precision, lora, model, fingerprint, held_out=held_out, resume=resume
     )

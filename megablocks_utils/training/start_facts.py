@@ -91,7 +91,7 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "ep_size": setup.placement.axis_sizes["ep"],
         "token_dispatch": _describe_dispatch(setup),
         "num_steps": setup.schedule.num_steps,
-        "examples": len(setup.schedule.examples),
+        "examples": None if setup.config.data.streaming else len(setup.schedule.examples),
         "packing": setup.probe.packing.as_record(),
     }
 

@@ -106,7 +106,7 @@ class StepCallback(TrainerCallback):
         )
         self.metrics = self._meter.finish_step(
             state.global_step,
-            state.global_step / self._schedule.steps_per_epoch,
+            self._schedule.epoch_after(state.global_step),
             num_label_tokens=self._plan.num_label_tokens,
             num_input_tokens=self._plan.num_input_tokens,
             grad_norm=self.grad_norm,

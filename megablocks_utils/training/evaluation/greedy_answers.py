@@ -17,8 +17,6 @@ from megablocks_utils.training.step.forward import run_forward
 
 __all__ = ["Prompt", "answer_prompts", "take_prompts"]
 
-MAX_NEW_TOKENS = 64
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -60,7 +58,7 @@ def answer_prompts(
     device: torch.device,
     *,
     ends: Collection[int],
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """Return the most likely continuation of each prompt, token by token.
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ def choose_held_out(
     data = replace(
         config.data, data_path=(path,), data_weights=None, streaming=False, packing_length=None
     )
+    if Path(path).is_file():  # which has no configuration and no split
+        data = replace(data, dataset_config=None, dataset_split="train")
     try:
         return examples, load(replace(config, data=data))
     except UserError as error:

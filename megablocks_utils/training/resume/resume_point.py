@@ -12,6 +12,7 @@ from megablocks_utils.checkpoint.run_manifest import (
     BASE_KEY,
     COMPATIBILITY_KEY,
     DATE_KEY,
+    STREAM_KEY,
     read_run_manifest,
 )
 from megablocks_utils.config import RunConfig
@@ -58,6 +59,11 @@ class ResumePoint:
         """The day that its chat template was told; None where none was."""
         day = self.manifest[COMPATIBILITY_KEY].get(DATE_KEY)
         return None if day is None else date.fromisoformat(day)
+
+    @property
+    def stream_position(self) -> dict[str, int] | None:
+        """How far data that is read while training was read; None for other data."""
+        return self.manifest.get(STREAM_KEY)
 
     @property
     def metrics_path(self) -> Path:

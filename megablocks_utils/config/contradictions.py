@@ -100,15 +100,12 @@ def _check_adapters(values: Mapping[str, Any]) -> None:
 
 def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
     """Refuse groups of processes where they cannot be."""
-    if values["tp_size"] > 1:
-        raise ConfigurationError(
-            f"--tp_size is {values['tp_size']}, but it must be 1: it is not built yet."
-        )
     if values["sp_size"] > 1 and values["compile"]:
         raise ConfigurationError(
             f"--sp_size is {values['sp_size']}, but torch compiles no exchange within a layer: it "
             "must be 1, or --compile False."
         )
+    _check_tensor_parallelism(values, entry_point)
     groups = values["dp_replicate_size"]
     if groups == 1:
         return
@@ -122,6 +119,32 @@ def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
             f"--dp_replicate_size is {groups}, but with --cpu_offload params it must be 1: FSDP "
             "leaves copies of the experts on the devices."
         )
+
+
+def _check_tensor_parallelism(values: Mapping[str, Any], entry_point: str) -> None:
+    """Refuse what tensor parallelism has not been built together with."""
+    size = values["tp_size"]
+    if size == 1:
+        return
+    named = f"--tp_size is {size}, but"
+    if entry_point == "fsdp1":
+        raise ConfigurationError(
+            f"{named} FSDP1 shards no tensors that are split already: it must be 1, or use "
+            "train_accelerate_fsdp2.py."
+        )
+    if not values["use_megablocks_sharding"]:
+        raise ConfigurationError(
+            f"{named} it needs --use_megablocks_sharding True (also --ep_size 1), so that ranks "
+            "with the same rows share the work of the experts."
+        )
+    for name, wanted in (
+        ("sp_size", 1),
+        ("dp_replicate_size", 1),
+        ("cpu_offload", "none"),
+        ("compile", False),
+    ):
+        if values[name] != wanted:
+            raise ConfigurationError(f"{named} with --{name} {values[name]} it must be 1.")
 
 
 def _check_routers(values: Mapping[str, Any]) -> None:

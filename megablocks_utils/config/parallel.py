@@ -1,6 +1,7 @@
 """How the experts are spread over processes, and what runs them. Torch-free."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["ParallelConfig", "check_ep_size", "count_data_ranks", "count_shard_ranks"]
-__all__ += ["count_ranks_of_slice", "legal_ep_sizes"]
+__all__ += ["check_heads", "count_ranks_of_slice", "legal_ep_sizes"]
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,28 @@ def count_data_ranks(world_size: int, tp_size: int, sp_size: int, num_groups: in
             parameters=tuple(given),
         )
     return world_size // (tp_size * sp_size)
+
+
+def check_heads(counts: Iterable[int], sp_size: int) -> None:
+    """Refuse an sp_size that does not divide the heads of the attention.
+
+    Args:
+        counts: Heads of queries, of all kinds of layers; none where the model tells none.
+        sp_size: Ranks that share rows.
+
+    Raises:
+        ConfigurationError: with the number, and the sizes that would work.
+    """
+    counts = sorted(set(counts))
+    wrong = next((count for count in counts if count % sp_size), None)
+    if sp_size == 1 or (counts and wrong is None):
+        return
+    heads = f"the {wrong} heads of its attention" if counts else "heads, and the model tells none"
+    would = join_words(legal_ep_sizes(math.gcd(*counts)), "and") if counts else "1"
+    raise ConfigurationError(
+        f"sp_size is {sp_size}, but it must divide {heads}; {would} would work.",
+        parameters=("sp_size",),
+    )
 
 
 def check_ep_size(

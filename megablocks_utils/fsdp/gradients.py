@@ -67,7 +67,7 @@ def sum_peer_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
             grad.copy_(total.view_as(grad))
 
 
-def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:
+def sum_replicated_gradients(parameters: Iterable[Tensor], tp_size: int = 1) -> None:
     """Sum over the world the gradients of float32 parameters that every rank holds whole.
 
     One that no rank has a gradient of keeps none, as in one process.
@@ -76,6 +76,7 @@ def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:
 
     Args:
         parameters: in the same order on every rank; those not marked as replicated are left out.
+        tp_size: ranks that have the same gradient, which counts once.
     """
     replicated = [p for p in parameters if is_replicated(p) and p.requires_grad]
     if not replicated:
@@ -88,7 +89,7 @@ def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:
     for number, (parameter, total) in enumerate(zip(replicated, sums, strict=True)):
         # The device is waited for only where this rank had no gradient.
         if parameter.grad is not None or counts[number].item() > 0:
-            parameter.grad = total.view(parameter.shape)
+            parameter.grad = (total if tp_size == 1 else total / tp_size).view(parameter.shape)
 
 
 def clip_gradients(

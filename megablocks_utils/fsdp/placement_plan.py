@@ -8,14 +8,17 @@ An entry's pattern is a name with `*` for every number; where the layers differ 
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.places import find_buffers
+from megablocks_utils.mesh.dense_mesh import DENSE_DP_AXIS, TP_AXIS
 from megablocks_utils.mesh.device_mesh import (
     DP_AXIS,
     DP_REPLICATE_AXIS,
@@ -89,36 +92,56 @@ class PlacementPlan:
         axis_sizes: ranks along "dp_replicate", "dp", "ep" and "expert_tp", in this order, without
             the first or last where that is 1: those of the experts' mesh, also where there is none.
         entries: each parameter and persistent buffer is in exactly one.
+        dense_mesh: of what is not experts; None where FSDP shards it over the world.
     """
 
     axis_sizes: dict[str, int]
     entries: tuple[PlacementEntry, ...]
+    dense_mesh: DeviceMesh | None = None
+
+    @property
+    def dense_axis_sizes(self) -> dict[str, int]:
+        """Ranks along the axes of the dense mesh, where it has a tp axis; else none."""
+        mesh = self.dense_mesh
+        if mesh is None or axis_size(mesh, TP_AXIS) == 1:
+            return {}
+        assert mesh.mesh_dim_names is not None, mesh
+        return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+
+    def axis_sizes_of(self, entry: PlacementEntry) -> dict[str, int]:
+        """Return the axes that an entry's rule speaks of: the experts', or the dense mesh's."""
+        has_tp = TP_AXIS in entry.rule.placements
+        return self.dense_axis_sizes if has_tp else self.axis_sizes
 
     def count_copies(self, entry: PlacementEntry) -> int:
         """Return how many ranks hold the same part of a parameter."""
-        placements = entry.rule.placements
-        return prod(n for axis, n in self.axis_sizes.items() if placements[axis] == COPIES)
+        placements, sizes = entry.rule.placements, self.axis_sizes_of(entry)
+        return prod(n for axis, n in sizes.items() if placements[axis] == COPIES)
 
 
 def build_placement_plan(
-    model: nn.Module, sharded: ShardedMoE | None, dp_replicate_size: int = 1
+    model: nn.Module, sharded: ShardedMoE | None, dense_mesh: DeviceMesh | None = None
 ) -> PlacementPlan:
     """Declare how every parameter and persistent buffer will lie. No communication.
 
     Args:
         model: not wrapped yet; its experts split, adapters attached.
         sharded: how its experts are split; None where FSDP shards them like all else.
-        dp_replicate_size: groups of ranks that hold the whole model each.
+        dense_mesh: of what is not experts; None where FSDP shards it over the world.
     """
     kinds = _ExpertKinds(sharded)
+    has_tp = dense_mesh is not None and axis_size(dense_mesh, TP_AXIS) > 1
+    of_all = set() if sharded is None else _parameter_names(sharded.post_expert_norms)
     held: dict[str, list[tuple[str, Tensor, PlacementRule]]] = {}
     for name, parameter in model.named_parameters():
-        rule = kinds.find(name) or _find_dense_rule(name, parameter)
+        splits = has_tp and name not in of_all
+        rule = kinds.find(name) or _find_dense_rule(name, parameter, has_tp=splits)
         held.setdefault(find_pattern(name), []).append((name, parameter, rule))
     for name, buffer in find_buffers(model).items():
         held.setdefault(find_pattern(name), []).append((name, buffer, _BUFFERS))
     entries = [entry for pattern, found in held.items() for entry in _build_entries(pattern, found)]
-    return PlacementPlan(_find_axis_sizes(sharded, dp_replicate_size), tuple(entries))
+    groups = 1 if dense_mesh is None else axis_size(dense_mesh, DP_REPLICATE_AXIS)
+    return PlacementPlan(_find_axis_sizes(sharded, groups), tuple(entries), dense_mesh)
 
 
 def find_pattern(name: str) -> str:
@@ -133,7 +156,8 @@ def describe_plan(plan: PlacementPlan) -> Iterator[str]:
         kinds.setdefault((entry.rule.kind, entry.is_trained), []).append(entry)
     for (kind, is_trained), entries in kinds.items():
         rule = entries[0].rule
-        where = ", ".join(f"{axis}: {rule.placements[axis]}" for axis in plan.axis_sizes)
+        axes = plan.axis_sizes_of(entries[0])
+        where = ", ".join(f"{axis}: {rule.placements[axis]}" for axis in axes)
         gradient = rule.gradient_sum if is_trained else "none"
         yield f"{kind} on {where} ({rule.reason}); gradients summed: {gradient}"
         for entry in entries:
@@ -182,10 +206,37 @@ _KEPT = PlacementRule(
 _BUFFERS = PlacementRule("buffers", _KEPT.placements, "FSDP shards parameters only", "none")
 
 
-def _find_dense_rule(name: str, parameter: Tensor) -> PlacementRule:
+_TP_REASON = "ranks of a tp group have the same rows"
+_SPLIT = PlacementRule(
+    "dense parameters, split",
+    {DENSE_DP_AXIS: SHARD, TP_AXIS: SHARD},
+    f"{_TP_REASON}, each a part of the layer; FSDP gathers it along the other axis",
+    "over the other axes by FSDP",
+)
+_UNSPLIT = PlacementRule(
+    "dense parameters",
+    {DENSE_DP_AXIS: SHARD, TP_AXIS: COPIES},
+    f"{_TP_REASON}, and this layer whole; FSDP gathers it along the other axis",
+    "over the other axes by FSDP; along tp all have the whole",
+)
+
+
+def _find_dense_rule(name: str, parameter: Tensor, *, has_tp: bool) -> PlacementRule:
     if is_replicated(parameter):
         return _KEPT
-    return _ADAPTERS if _ADAPTER.search(name) else _DENSE
+    is_adapter = _ADAPTER.search(name) is not None
+    if not has_tp:
+        return _ADAPTERS if is_adapter else _DENSE
+    is_split = isinstance(parameter, DTensor) and not parameter.placements[0].is_replicate()
+    rule = _SPLIT if is_split else _UNSPLIT
+    return replace(rule, kind=rule.kind.replace(*_DENSE_TO_ADAPTERS)) if is_adapter else rule
+
+
+_DENSE_TO_ADAPTERS = (_DENSE.kind, _ADAPTERS.kind)
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> set[str]:
+    return {f"{path}.{n}" for path, module in modules.items() for n, _ in module.named_parameters()}
 
 
 class _ExpertKinds:

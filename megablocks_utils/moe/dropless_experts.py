@@ -32,6 +32,7 @@ from megablocks_utils.mesh.token_exchange import (
     exchange_counts,
     plan_dispatch,
 )
+from megablocks_utils.mesh.token_split import TokenSplit
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
@@ -92,6 +93,8 @@ class DroplessExperts(nn.Module):
         exchange_counts: begins to find out who sends how many rows to whom; a run that is only
             rehearsed assumes it instead (see `rehearsal`).
         dispatch: how tokens travel, and why.
+        token_split: whose tokens are whose, where ranks hold the same ones (tensor parallelism);
+            None where this rank's tokens are its own.
     """
 
     post_expert_norm: nn.Module | None
@@ -130,6 +133,7 @@ class DroplessExperts(nn.Module):
         self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
         self.dispatch = dispatch
+        self.token_split: TokenSplit | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
@@ -139,9 +143,18 @@ class DroplessExperts(nn.Module):
 
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
         backward, one more each where tokens travel once to a rank (their routing), none where the
-        axis has one rank; with `expert_tp` also those of `peer_exchange`. Every rank of both must
-        call, also with no token.
+        axis has one rank; with `expert_tp` also those of `peer_exchange`, with `token_split` an
+        all-gather over its group and two in backward. Every rank of all must call, also with no
+        token.
         """
+        split = self.token_split
+        if split is None:
+            return self._run_own(hidden_states, top_k_index, top_k_weights)
+        own = [split.take(rows) for rows in (hidden_states, top_k_index, top_k_weights)]
+        return split.join(self._run_own(*own), len(hidden_states))
+
+    def _run_own(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Apply the experts to tokens that no other rank has."""
         # What is recomputed in backward must be routed as the rows were that other ranks hold.
         top_k_index = keep(top_k_index.contiguous)
         if self.spec.num_zero_experts == 0:

@@ -42,6 +42,7 @@ from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import without_values
 from megablocks_utils.rehearsal.memory_ledger import HOST, IN_LAYERS, LedgerPeak, MemoryLedger
+from megablocks_utils.rehearsal.planned_batch import build_planned_batch
 from megablocks_utils.rehearsal.rehearsed_runs import (
     Fsdp1Run,
     Fsdp2Run,
@@ -50,12 +51,11 @@ from megablocks_utils.rehearsal.rehearsed_runs import (
 )
 from megablocks_utils.rehearsal.traffic_counter import Route, TrafficCounter, sum_kinds
 from megablocks_utils.rehearsal.watched_operators import WatchedOperators
-from megablocks_utils.training.data.batches import MicroBatch, Packing
-from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.describe_model import find_layers
 from megablocks_utils.training.model_source import build_bare_model, split_experts
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.step.micro_batch import LossWeights
+from megablocks_utils.training.step.sequence_parallel import share_rows
 
 _SEED = 42
 _MICRO_STEPS = 2
@@ -164,6 +164,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             dp_replicate_size=run.dp_replicate_size,
             kernel=run.kernel,
             token_dispatch=run.token_dispatch,
+            sp_size=run.sp_size,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
@@ -196,6 +197,8 @@ def _build(
         model = build_bare_model(model, *dtypes)
     if run.is_varlen:
         set_implementation(model, "varlen")
+    if run.sp_size > 1:
+        share_rows(model, run.sp_size, device)
     layers = find_layers(model)
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
@@ -255,7 +258,7 @@ class _Step:
         for number in range(micro_steps):
             ledger.moment = "forward"
             is_last = number == micro_steps - 1
-            rehearsed.micro_step(self._micro_batch(), weights, is_last=is_last)
+            rehearsed.micro_step(build_planned_batch(self._run), weights, is_last=is_last)
             self._assign()
             self.sent_by_micro_step.append(self._traffic.take())
         ledger.moment = "optimizer"
@@ -282,19 +285,3 @@ class _Step:
     def _is_on_host(self, parameter: Tensor) -> bool:
         """Return whether FSDP2 keeps a parameter, with its gradient and states, in host memory."""
         return self._run.offloaded == "params" and not is_replicated(parameter)
-
-    def _micro_batch(self) -> MicroBatch:
-        run, row = self._run, self._run.row_tokens
-        tokens = torch.zeros(-(-run.tokens // row), row, dtype=torch.int64)
-        labels = tokens.clone()
-        labels.view(-1)[: labels.numel() - run.label_tokens] = IGNORED_LABEL
-        positions = torch.arange(row)[None] % max(run.example_lengths)
-        return MicroBatch(
-            tokens,
-            positions.expand(tokens.shape),
-            labels,
-            is_dummy=False,
-            packing=Packing(run.packing),
-            attention_mask=torch.ones_like(tokens) if run.is_padded else None,
-            lengths=run.example_lengths,
-        )

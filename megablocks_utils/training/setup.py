@@ -13,7 +13,7 @@ from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
-from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
+from megablocks_utils.fsdp.placement_plan import PlacementPlan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.sequence_exchange import SequenceGroup
@@ -26,6 +26,7 @@ from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.dense_layers import place_parameters
 from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.evaluation.held_out_data import share_held_out
 from megablocks_utils.training.evaluation.held_out_loss import HeldOut
@@ -196,7 +197,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model_folder=folder,
         model=model,
         sharded=sharded,
-        placement=build_placement_plan(model, sharded, config.parallel.dp_replicate_size),
+        placement=place_parameters(model, sharded, config, device, console),
         lora=lora,
         counts=_count(model, sharded),
         num_experts=source.num_experts,

@@ -89,6 +89,7 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "compute_dtype": setup.precision.compute,
         "optim_dtype": setup.precision.optim,
         "ep_size": setup.placement.axis_sizes["ep"],
+        "dense_mesh": setup.placement.dense_axis_sizes or None,
         "token_dispatch": _describe_dispatch(setup),
         "num_steps": setup.schedule.num_steps,
         "examples": None if setup.config.data.streaming else len(setup.schedule.examples),

@@ -188,6 +188,10 @@ def test_when_checkpoints_are_due(line):
 
 
 REFUSALS = {
+    "--tp_size 2": "--tp_size is 2, but it needs --use_megablocks_sharding True (also --ep_size "
+    "1), so that ranks with the same rows share the work of the experts.",
+    f"{SHARDING} --tp_size 2 --compile True": "--tp_size is 2, but with --compile True it must be "
+    "1.",
     "--dp_replicate_size 2 --cpu_offload params": "--dp_replicate_size is 2, but with "
     "--cpu_offload params it must be 1: FSDP leaves copies of the experts on the devices.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
@@ -345,6 +349,7 @@ def test_what_cannot_be_offloaded():
 
 
 def test_fsdp1_specifics():
+    assert refusal("--tp_size 2", "fsdp1").startswith("--tp_size is 2, but FSDP1 shards no tensors")
     assert refusal("--dp_replicate_size 2", "fsdp1").startswith(
         "--dp_replicate_size is 2, but train_fsdp1.py shards over all processes"
     )

@@ -100,6 +100,11 @@ SPECIAL = [
     ParityCase(Layout(4, 2, "replicate"), num_steps=2, num_examples=3, accumulation=2),
     # Padded batches, and padding that counts in no loss.
     ParityCase(LAYOUTS[2], accumulation=2, packing="False", aux_loss_coef=0.02, **SHORT),
+    # Tensor parallelism over ranks of one ep group, and of two; norms of a head; sinks and biases.
+    ParityCase(
+        Layout(4, 2, tp_size=2), "qwen3_moe", accumulation=2, sync_each_batch=False, **SHORT
+    ),
+    ParityCase(Layout(4, 1, "replicate", tp_size=2), "gpt_oss", lora="attn-only", **SHORT),
     # No expert parallelism: all of one module over four ranks; by FSDP alone, and by shard_moe.
     ParityCase(Layout(4, 0), **SHORT),
     ParityCase(Layout(4, 1), **SHORT),

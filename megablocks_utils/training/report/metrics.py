@@ -77,6 +77,7 @@ class StepMeter:
     Args:
         device: Where this rank computes.
         group: Ranks of the run; None for all of them, or for a run without processes.
+        num_copies: Ranks that have the same rows, whose losses count once.
         mfu_rate: `mfu` of one input token a second; None where it is not known.
 
     Attributes:
@@ -88,8 +89,10 @@ class StepMeter:
         device: torch.device,
         group: dist.ProcessGroup | None = None,
         *,
+        num_copies: int = 1,
         mfu_rate: float | None = None,
     ) -> None:
+        self._num_copies = num_copies
         self._device = device
         self._mfu_rate = mfu_rate
         self._group = group
@@ -163,7 +166,7 @@ class StepMeter:
         return StepMetrics(
             step=step,
             epoch=epoch,
-            loss=loss_sum / num_label_tokens,
+            loss=loss_sum / self._num_copies / num_label_tokens,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             tokens=num_label_tokens,

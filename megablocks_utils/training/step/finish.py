@@ -36,6 +36,7 @@ class StepFinish:
         is_debug_run: whether every step checks that replicas are equal.
         finite: told of the gradients; None: nobody looks at them.
         balance: moves the routers' correction biases; None: they stay.
+        tp_size: ranks of a tp group, which have the same rows.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class StepFinish:
     is_debug_run: bool = False
     finite: FiniteCheck | None = None
     balance: RouterBalance | None = None
+    tp_size: int = 1
 
     def finish_gradients(self) -> Tensor:
         """Sum what FSDP does not sum over replicas, clip all, and return the norm before clipping.
@@ -57,7 +59,7 @@ class StepFinish:
                 sum_replica_gradients(experts, self.sharded.mesh)
             sum_peer_gradients(experts, self.sharded.mesh)
         trainable = self._trainable()
-        sum_replicated_gradients(trainable)
+        sum_replicated_gradients(trainable, self.tp_size)
         norms = shard_grad_norms(trainable)
         if self.finite is not None:
             self.finite.take_gradients(trainable, norms)

@@ -72,15 +72,20 @@ def build_section(section: type[_Section], values: Mapping[str, Any]) -> _Sectio
     return section(**{name: values[name] for name in names})
 
 
-def choose_model(positional: Sequence[str], named: object | None) -> str:
+def choose_model(line: CommandLine) -> str:
     """Return the MODEL of a command line, which `--model_name_or_path` may name too.
+
+    As every word of a command line, it wins over a file of options.
 
     Raises:
         ConfigurationError: for none, or more than one.
     """
-    models = list(positional)
-    if named is not None and models != [named]:
-        models.append(str(named))
+    models = list(line.positional)
+    named = [given for given in line.given if given.name == "model_name_or_path"]
+    for given in named:
+        value = given.read()
+        if value is not None and models != [value] and not (models and given.place):
+            models.append(str(value))
     if not models:
         raise ConfigurationError("MODEL is not given, but it must be a local folder or a Hub name.")
     if len(models) > 1:

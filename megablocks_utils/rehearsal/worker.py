@@ -66,14 +66,18 @@ class RehearsalWorker:
         """
         return read_description(self._ask(self._asked))
 
-    def choose_packing(self, packing: str, batch_size: int) -> str:
+    def choose_packing(self, packing: str, batch_size: int, attention: str) -> tuple[str, bool]:
         """Say how a run would lay out the examples of a micro-batch, by the probe that it makes.
+
+        Returns:
+            The layout, and whether attention is `varlen`.
 
         Raises:
             ConfigurationError: the run would be refused, with its sentence.
         """
-        parts = {"packing": packing, "batch_size": batch_size}
-        return str(self._ask(self._asked | parts)["packing"])
+        parts = {"packing": packing, "batch_size": batch_size, "attention": attention}
+        answer = self._ask(self._asked | parts)
+        return str(answer["packing"]), bool(answer["is_varlen"])
 
     def rehearse(self, layout: ParallelLayout, run: PlannedRun) -> Prediction:
         """Rehearse one layout with few layers of each kind, once.
@@ -184,7 +188,7 @@ def _answer(
     if "layout" not in asked:
         model = build(asked["folder"], "bfloat16", "bfloat16", asked["truncate_layers"])
         if "packing" in asked:
-            return {"packing": _probe_packing(model, asked["packing"], asked["batch_size"])}
+            return _probe_packing(model, asked["packing"], asked["batch_size"], asked["attention"])
         return write_description(describe_model(model))
     folder, layout, run = read_request(question)
     device = torch.device("cpu")
@@ -207,10 +211,14 @@ def _refuse(model_type: str) -> Callable[[str], UserError]:
     return refuse
 
 
-def _probe_packing(model: "PreTrainedModel", packing: str, batch_size: int) -> str:
+def _probe_packing(
+    model: "PreTrainedModel", packing: str, batch_size: int, attention: str
+) -> dict[str, Any]:
     import torch
 
-    from megablocks_utils.training.step.packing_probe import choose_packing
+    from megablocks_utils.attention.implementation import own_implementation
+    from megablocks_utils.attention.varlen_interface import VARLEN
+    from megablocks_utils.training.step.packing_probe import AUTO, OWN, choose_packing
     from megablocks_utils.training.step.small_model import build_small_model
 
     device = torch.device("cpu")
@@ -219,8 +227,10 @@ def _probe_packing(model: "PreTrainedModel", packing: str, batch_size: int) -> s
         packing=packing,
         batch_size=batch_size,
         device=device,
+        attention=attention if attention in (AUTO, VARLEN) else OWN,
+        own_attention=own_implementation(model),
     )
-    return choice.packing.value
+    return {"packing": choice.packing.value, "is_varlen": choice.attention == VARLEN}
 
 
 def _build(

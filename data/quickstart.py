@@ -110,6 +110,7 @@ def training_command(
         "--max_steps": MAX_STEPS,
         "--max_seq_length": MAX_SEQ_LENGTH,
         "--logging_steps": 1,
+        "--expert_load_steps": 1,
         "--seed": options.seed,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -161,6 +162,19 @@ def show(before: dict[str, Any], after: dict[str, Any], losses: list[float], tit
     Console().print(table)
 
 
+def write_report(folder: Path) -> None:
+    """Make the page of the run and say where it is.
+
+    Raises:
+        PreparationError: it failed (and has said why).
+    """
+    command = [sys.executable, "-m", "megablocks_utils.report", str(folder)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode != 0:
+        raise PreparationError(f"the report of {folder} failed")
+    say(f"the whole run on one page: {Path(result.stdout.strip()).resolve()}")
+
+
 def quickstart(options: argparse.Namespace) -> None:
     """Prepare, measure, train, measure, compare."""
     family = choose_family()
@@ -181,6 +195,7 @@ def quickstart(options: argparse.Namespace) -> None:
         f"{family}, {method}, {len(losses)} steps on {num_processes} processes in {seconds:.0f} s"
     )
     show(before, after, losses, title)
+    write_report(options.output_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "merge": "write a LoRA adapter into its base model",
         "export": "write the model or the adapter of a checkpoint as a Hugging Face folder",
         "evaluate": "measure a saved model on held-out examples",
+        "report": "show a finished or running run as one HTML page",
         "tune": "measure the expert kernels on this GPU",
     }
 )

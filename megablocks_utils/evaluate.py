@@ -52,6 +52,9 @@ __all__ = [
 TOKENS_PER_BATCH = 1024
 """Of a packed row or a padded batch: attention over a row is dense, so longer ones waste work."""
 
+_OF_TRAINING = ("shuffle", "data_weights", "streaming", "shuffle_buffer_size", "packing_length")
+"""Options of data about the order of a training run."""
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -76,7 +79,7 @@ class EvaluateOptions:
 
 
 def _options() -> tuple[Option, ...]:
-    """Return the options: those of data but for the order, which no loss depends on, and more."""
+    """Return the options: those of data but for a run's order, and more."""
     data_path = same_option(
         DataConfig,
         "data_path",
@@ -87,7 +90,7 @@ def _options() -> tuple[Option, ...]:
     others = [
         option
         for option in list_options(EvaluateOptions)
-        if option.name not in (data_path.name, "shuffle")
+        if option.name not in (data_path.name, *_OF_TRAINING)
     ]
     return (data_path, *others)
 
@@ -240,8 +243,8 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     loss = held_out_loss(model, examples)
     if not math.isfinite(loss):
         raise CheckpointError(
-            f"the loss of {folder} on {options.data.data_path} is {loss}: the model, or the "
-            "adapter over it, holds values that are not finite or too large"
+            f"the loss of {folder} on {' '.join(options.data.data_path)} is {loss}: the model, or "
+            "the adapter over it, holds values that are not finite or too large"
         )
     answers = {
         text: greedy_answer(model, tokenizer, text, max_new_tokens=options.max_new_tokens)

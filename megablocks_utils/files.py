@@ -18,29 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = [
-    "ADAPTER_CONFIG_NAME",
-    "ADAPTER_WEIGHTS_NAME",
-    "DISK_FAULTS",
-    "EXPERT_LOAD_NAME",
-    "EXPERT_LOAD_PLOT_NAME",
-    "GENERATION_CONFIG_NAME",
-    "LOSS_PLOT_NAME",
-    "METRICS_NAME",
-    "MODEL_CONFIG_NAME",
-    "MODEL_INDEX_NAME",
-    "MODEL_WEIGHTS_NAME",
-    "RUN_RECORD_NAME",
-    "STAGING_FOLDER_NAME",
-    "TRACKERS_FOLDER_NAME",
-    "finite_or_none",
-    "publish_file",
-    "remove_path",
-    "replace_path",
-    "sync_to_disk",
-    "write_json_atomically",
-    "write_pointer",
-]
+__all__ = ["ADAPTER_CONFIG_NAME", "ADAPTER_WEIGHTS_NAME", "DISK_FAULTS", "EXPERT_LOAD_NAME"]
+__all__ += ["EXPERT_LOAD_PLOT_NAME", "GENERATION_CONFIG_NAME", "LOSS_PLOT_NAME", "METRICS_NAME"]
+__all__ += ["MODEL_CONFIG_NAME", "MODEL_INDEX_NAME", "MODEL_WEIGHTS_NAME", "REPORT_NAME"]
+__all__ += ["RUN_RECORD_NAME", "STAGING_FOLDER_NAME", "SAMPLES_NAME", "TRACKERS_FOLDER_NAME"]
+__all__ += ["TRACKER_RUNS_NAME"]
+__all__ += ["finite_or_none", "publish_file", "remove_path", "replace_path", "sync_to_disk"]
+__all__ += ["write_json_atomically", "write_pointer"]
 
 # Of a model's folder and of a PEFT adapter's, as transformers and PEFT name them.
 MODEL_CONFIG_NAME = "config.json"
@@ -55,6 +39,9 @@ RUN_RECORD_NAME = "run.json"
 LOSS_PLOT_NAME = "loss.png"
 EXPERT_LOAD_NAME = "expert_load.jsonl"
 EXPERT_LOAD_PLOT_NAME = "expert_load.png"
+REPORT_NAME = "report.html"
+SAMPLES_NAME = "samples.jsonl"
+TRACKER_RUNS_NAME = "trackers.json"
 TRACKERS_FOLDER_NAME = "runs"
 """Where trackers that write files do so: Trainer's own name for it."""
 

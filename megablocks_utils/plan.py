@@ -157,6 +157,7 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
             optim.packing,
             optim.per_device_train_batch_size,
             options.config.model.attn_implementation,
+            options.config.data.packing_length,
         )
         rehearse = worker.rehearse if shape.not_known else None
         yield PlannedModel(shape, packing, is_varlen, rehearse)
@@ -224,7 +225,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         config.count_data_ranks(world_size)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
-    tokens = config.optim.per_device_train_batch_size * config.data.max_seq_length
+    tokens = config.optim.per_device_train_batch_size * config.row_tokens
     kernel = "grouped_mm" if config.parallel.kernel == "auto" else config.parallel.kernel
     scenario = Scenario(
         config=config,
@@ -234,7 +235,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         kernel=kernel,
         tokens=tokens,
         label_tokens=tokens,
-        examples=config.optim.per_device_train_batch_size,
+        examples=max(config.optim.per_device_train_batch_size, 1 + config.has_several_examples),
         packing=model.packing,
         is_varlen=model.is_varlen,
         imbalance=own.imbalance,

@@ -46,7 +46,7 @@ def test_the_loss_is_the_mean_over_all_label_tokens(saved, capsys):
     evaluate.main([str(folder), "--data_path", str(path)])
     result = json.loads(capsys.readouterr().out)
 
-    examples = load_examples(DataConfig(str(path)), tiny_tokenizer())
+    examples = load_examples(DataConfig((str(path),)), tiny_tokenizer())
     model = MixtralForCausalLM.from_pretrained(folder).eval()
     total = 0.0
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_the_loss_is_the_mean_over_all_label_tokens(saved, capsys):
 def test_rows_of_any_length_give_the_same_loss(saved, monkeypatch):
     folder, path = saved
 
-    examples = load_examples(DataConfig(str(path)), tiny_tokenizer())
+    examples = load_examples(DataConfig((str(path),)), tiny_tokenizer())
     model = evaluate.load_model(str(folder))
     losses = []
     for tokens in (1, 300, 10**6):
@@ -101,7 +101,7 @@ def test_bad_data_ends_with_exit_code_2(saved, capsys):
 def test_options(tmp_path):
     words = ["m", "--data_path", "d", "--ask", "What, really?", "--ask", "Why?", "Who?"]
     model, options = evaluate.parse_options(words)
-    assert (model, options.data.data_path, options.max_new_tokens) == ("m", "d", 48)
+    assert (model, options.data.data_path, options.max_new_tokens) == ("m", ("d",), 48)
     assert options.ask == ("What, really?", "Why?", "Who?")
     path = tmp_path / "evaluate.yaml"
     path.write_text("model_name_or_path: m\ndata_path: d\nask: ['What, really?', 'Why?', 'Who?']\n")

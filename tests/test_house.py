@@ -49,7 +49,7 @@ ORDER = (
     ("attention", "training.data", "training.report"),
     ("ep_workarounds", "shard_moe_utils"),
     ("ep_implementation", "experts_interface", "fsdp", "lora"),
-    ("merge", "export", "tune"),
+    ("merge", "export", "report", "tune"),
     ("training.step", "training.resume"),
     ("training",),
     ("rehearsal", "evaluate"),
@@ -57,7 +57,7 @@ ORDER = (
     ("__main__", "__init__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-DOOR = (*ORDER[0], "config", "planning", "merge", "export", "tune", "plan", "__main__")
+DOOR = (*ORDER[0], "config", "planning", "merge", "export", "report", "tune", "plan", "__main__")
 HEAVY = {"torch", "transformers", "accelerate", "peft", "datasets", "numpy"}
 LAYER = ("moe", "kernels")
 FRAMEWORKS = {"transformers", "accelerate", "peft"}

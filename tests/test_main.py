@@ -33,7 +33,7 @@ def test_help_lists_every_command_without_torch():
 def test_what_is_no_command_is_refused(words, seen):
     with pytest.raises(ConfigurationError) as refusal:
         main(words)
-    wanted = f"{seen}, but it must be plan, merge, export, evaluate or tune."
+    wanted = f"{seen}, but it must be plan, merge, export, evaluate, report or tune."
     assert (str(refusal.value), refusal.value.exit_code) == (wanted, 2)
 
 

@@ -26,7 +26,8 @@ from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.lora.settings import build_peft_config
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
-from megablocks_utils.training.data.batches import MicroBatch, epoch_order
+from megablocks_utils.training.data.batches import MicroBatch
+from megablocks_utils.training.data.example_order import epoch_order
 from megablocks_utils.training.data.examples import load_examples
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.data.text import IGNORED_LABEL

@@ -23,7 +23,7 @@ from transformers import (
 from benchmarks.end_to_end.drive import Gate
 from benchmarks.end_to_end.settings import LEARNING_RATE, MAX_GRAD_NORM, shard_config
 from megablocks_utils.config import RunConfig, resolve_precision
-from megablocks_utils.training.data.batches import epoch_order
+from megablocks_utils.training.data.example_order import epoch_order
 from megablocks_utils.training.data.schedule import Schedule
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megablocks_utils.config.backends import AUTO, list_backends
+from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.errors import ConfigurationError
 
@@ -31,6 +32,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
                     f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
                 )
     _check_kernel(values)
+    check_data_options(values)
     if entry_point == "fsdp1" and values["expert_dp"] == "shard":
         raise ConfigurationError(
             "--expert_dp is shard, but FSDP1 keeps copies of the experts: it must be replicate, or "
@@ -76,11 +78,15 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
     """Refuse groups of processes where they cannot be."""
-    for name in ("tp_size", "sp_size"):
-        if values[name] > 1:
-            raise ConfigurationError(
-                f"--{name} is {values[name]}, but it must be 1: its parallelism is not built yet."
-            )
+    if values["tp_size"] > 1:
+        raise ConfigurationError(
+            f"--tp_size is {values['tp_size']}, but it must be 1: it is not built yet."
+        )
+    if values["sp_size"] > 1 and values["compile"]:
+        raise ConfigurationError(
+            f"--sp_size is {values['sp_size']}, but torch compiles no exchange within a layer: it "
+            "must be 1, or --compile False."
+        )
     groups = values["dp_replicate_size"]
     if groups == 1:
         return

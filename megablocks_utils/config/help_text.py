@@ -10,6 +10,7 @@ __all__ = ["format_help", "format_options_table"]
 
 _WIDTH = 96
 _METAVARS = {"boolean": "{True|False}", "integer": "N", "number": "X", "path": "PATH"}
+_METAVARS |= {"numbers": "X ..."}
 
 
 def format_help(command: Command) -> str:

@@ -36,8 +36,58 @@ class DataConfig:
     """Say which examples are learned, and in which order."""
 
     data_path: Annotated[
-        str, Option("local .json, .jsonl or .parquet file, or a Hub dataset name", metavar="DATA")
-    ] = "data/alpaca_sample.json"
+        tuple[str, ...],
+        Option(
+            "local .json, .jsonl or .parquet files, folders that datasets can load, or Hub dataset "
+            "names, in this order",
+            metavar="DATA ...",
+            wanted="a name or path",
+        ),
+    ] = ("data/alpaca_sample.json",)
+    data_weights: Annotated[
+        tuple[float, ...] | None,
+        Option(
+            "shares in which an epoch draws from the sources of --data_path, until the first is "
+            "used up",
+            above=0,
+            limit=10**6,
+            shown_default="every example of every source",
+        ),
+    ] = None
+    dataset_config: Annotated[
+        str | None,
+        Option("configuration of a dataset with several (no file)", metavar="NAME"),
+    ] = None
+    dataset_split: Annotated[
+        str,
+        Option("split of a dataset (no file), such as train or train[:10%]", metavar="SPLIT"),
+    ] = "train"
+    streaming: Annotated[
+        bool,
+        Option(
+            "tokenize while training and keep nothing on disk, for data of any size; needs "
+            "--max_steps"
+        ),
+    ] = False
+    shuffle_buffer_size: Annotated[
+        int,
+        Option(
+            "with --streaming True and --shuffle True: records that are held and shuffled at a "
+            "time, one such block after the other",
+            metavar="N",
+            minimum=1,
+        ),
+    ] = 10_000
+    packing_length: Annotated[
+        int | None,
+        Option(
+            "fill rows with whole examples up to so many tokens; --per_device_train_batch_size "
+            "then counts rows",
+            metavar="N",
+            minimum=2,
+            shown_default="a row for every example",
+        ),
+    ] = None
     chat_template: Annotated[
         str | None,
         Option(

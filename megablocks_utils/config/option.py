@@ -34,13 +34,17 @@ __all__ = [
     "same_option",
 ]
 
-Kind = Literal["text", "path", "duration", "integer", "number", "boolean", "words", "texts"]
+Kind = Literal[
+    "text", "path", "duration", "integer", "number", "boolean", "words", "texts", "numbers"
+]
 Duration = NewType("Duration", str)
 """A length of time as it is written, such as 3h50m; `values.parse_duration` gives its seconds."""
 
 MAX_FLOAT32 = 3e38
 """No number of a run may be larger: what is computed in float32 would be infinite."""
-_LIMITS: Mapping[str, float] = MappingProxyType({"integer": 10**9, "number": MAX_FLOAT32})
+_LIMITS: Mapping[str, float] = MappingProxyType(
+    {"integer": 10**9, "number": MAX_FLOAT32, "numbers": MAX_FLOAT32}
+)
 
 _KINDS: Mapping[object, Kind] = MappingProxyType(
     {
@@ -51,6 +55,7 @@ _KINDS: Mapping[object, Kind] = MappingProxyType(
         float: "number",
         bool: "boolean",
         tuple[str, ...]: "texts",
+        tuple[float, ...]: "numbers",
     }
 )
 
@@ -83,7 +88,8 @@ class Option:
         passed_on: Entry points that hand it to Hugging Face's TrainingArguments unread.
         name: Its name without dashes, from the field's.
         kind: How its text is read, from the field's type. A tuple takes several values: `words`,
-            where there are choices, separated by commas or spaces; else `texts`, as they are.
+            where there are choices, separated by commas or spaces; else `texts`, as they are, or
+            `numbers`.
         default: The field's; None also where `shown_default` says what decides.
         is_required: Whether the field has no default.
     """
@@ -122,7 +128,7 @@ class Option:
     @property
     def takes_several(self) -> bool:
         """Whether it takes several values."""
-        return self.kind in ("words", "texts")
+        return self.kind in ("words", "texts", "numbers")
 
     @property
     def is_switch(self) -> bool:

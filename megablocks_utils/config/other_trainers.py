@@ -17,6 +17,10 @@ _NAMES = {
     "lora_r": "lora_rank lora_dim rank r",
     "resume_adapter": "adapter_name_or_path lora_model_dir adapter_path",
     "precision": "bf16 fp16 mixed_precision amp half",
+    "data_weights": "probabilities interleave_probs mixture_weights dataset_weights data_mixture",
+    "dataset_config": "dataset_config_name subset dataset_subset",
+    "dataset_split": "split train_split",
+    "shuffle_buffer_size": "buffer_size stream_buffer_size",
     "chat_template": "template chat_template_path chat_template_jinja chat_template_file",
     "max_seq_length": "sequence_len seq_len seq_length sequence_length max_seq_len max_length"
     " model_max_length cutoff_len block_size context_length",
@@ -38,7 +42,9 @@ _NAMES = {
     " enable_activation_checkpointing",
     "router_aux_loss_coef": "aux_loss_coef moe_aux_loss_coef moe_aux_loss_coeff load_balance_loss",
     "logging_steps": "log_every log_every_n_steps log_steps log_interval log_freq",
-    "report_to": "logger use_wandb wandb_project wandb tracker",
+    "report_to": "logger use_wandb wandb tracker",
+    "run_name": "wandb_run_name wandb_name experiment_name",
+    "project": "wandb_project project_name mlflow_experiment_name",
     "save_steps": "save_every save_interval checkpoint_steps checkpoint_interval"
     " checkpointing_steps save_freq",
     "save_total_limit": "keep_checkpoints max_checkpoints keep_last_n",
@@ -55,7 +61,6 @@ _NAMES = {
     "sp_size": "sequence_parallel_size sequence_parallel_degree context_parallel_size cp_size",
     "eval_data_path": "eval_dataset eval_file eval_data validation_file test_datasets",
     "eval_fraction": "val_set_size val_size test_split_ratio",
-    "dataset_split": "split train_split",
 }
 SYNONYMS = MappingProxyType(
     {alien: ours for ours, line in _NAMES.items() for alien in line.split()}
@@ -64,7 +69,6 @@ SYNONYMS = MappingProxyType(
 
 PLANNED = frozenset(
     (
-        *("data_weights", "dataset_config", "dataset_split"),
         *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
         "early_stopping_patience",
         *("expert_tp_size", "expert_quantization"),

@@ -19,6 +19,7 @@ __all__ = ["flatten_learned", "format_config", "format_record", "read_recorded_o
 
 _FREE_OPTIONS = (
     *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "debug", "saving"),
+    *("run_name", "project"),
     *("parallel", "entry_point", "verify_adapter", "resume_adapter"),
     *("lost_rank_timeout_s", "hang_timeout_s"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),

@@ -64,6 +64,8 @@ class RunConfig:
         logging_steps: Steps between two log lines.
         expert_load_steps: Steps between two in which the experts' loads are measured; 0: never.
         report_to: Trackers; empty for none.
+        run_name: What trackers call the run; None: the output folder's name.
+        project: What trackers group runs by; None: as the tracker's environment says.
         debug: Whether placements are printed and replicas checked in every step.
         lost_rank_timeout_s: Seconds without a sign of life after which a rank on another machine is
             lost.
@@ -149,8 +151,25 @@ class RunConfig:
     ] = 0
     report_to: Annotated[
         tuple[str, ...],
-        Option("where metrics go besides metrics.jsonl", choices=("none", "tensorboard")),
+        Option(
+            "where metrics go besides metrics.jsonl, one or more of them",
+            choices=("none", "tensorboard", "wandb", "mlflow", "trackio"),
+        ),
     ] = ()
+    run_name: Annotated[
+        str | None,
+        Option(
+            "what trackers call the run", metavar="NAME", shown_default="the name of --output_dir"
+        ),
+    ] = None
+    project: Annotated[
+        str | None,
+        Option(
+            "what trackers group runs by, also MLflow's experiment",
+            metavar="NAME",
+            shown_default="what the tracker's environment names, or megablocks_utils",
+        ),
+    ] = None
     debug: Annotated[
         bool,
         Option(
@@ -194,7 +213,17 @@ class RunConfig:
     def may_be_varlen(self) -> bool:
         """Whether packed rows have no mask, if the model's attention is plain."""
         attention = self.model.attn_implementation
-        return attention in ("auto", "varlen") and self.optim.per_device_train_batch_size > 1
+        return attention in ("auto", "varlen") and self.has_several_examples
+
+    @property
+    def has_several_examples(self) -> bool:
+        """Whether a micro-batch may have more than one example."""
+        return self.optim.per_device_train_batch_size > 1 or self.data.packing_length is not None
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row, of one example or of several."""
+        return self.data.packing_length or self.data.max_seq_length
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ __all__ = ["convert_value", "describe_wanted", "join_words", "parse_duration", "
 _WANTED = {
     "integer": "a whole number",
     "number": "a number",
+    "numbers": "a number",
     "boolean": "True or False",
     "texts": "a text",
     "duration": "a time of at most a year, such as 3h50m, 90m, 45s, 03:50:00 or 1-03:50:00",
@@ -58,7 +59,7 @@ def read_value(
         raise ConfigurationError(f"{flag} holds a NUL character, but it must be text without one.")
     if not all(_is_text(value) for value in values):
         raise ConfigurationError(f"{flag} holds bytes that are not UTF-8, but it must be text.")
-    if option.kind == "texts":
+    if option.kind in ("texts", "numbers"):
         return tuple(convert_value(option, flag, value) for value in values)
     if option.kind == "words":
         parts = [part for value in values for part in value.replace(",", " ").split()]
@@ -95,7 +96,7 @@ def convert_value(option: Option, flag: str, text: str) -> object:
         if text.lower() not in ("true", "false"):
             raise error
         return text.lower() == "true"
-    if option.kind in ("integer", "number"):
+    if option.kind in ("integer", "number", "numbers"):
         return _convert_number(option, flag, text)
     if option.kind == "duration":
         if parse_duration(text) is None:

@@ -6,20 +6,18 @@ and all the rest are Accelerate's to shard.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from megablocks_utils.config import ResolvedPrecision, RunConfig
-from megablocks_utils.files import TRACKERS_FOLDER_NAME
 from megablocks_utils.fsdp.accelerate_state import (
     assert_fsdp_is_on,
     shard_within_groups,
@@ -73,10 +71,6 @@ def build_accelerator(
         cpu=device_type == "cpu",
         fsdp_plugin=plugin,
         gradient_accumulation_plugin=accumulation,
-        log_with=list(config.report_to) or None,
-        project_config=ProjectConfiguration(
-            config.output_dir, logging_dir=str(Path(config.output_dir) / TRACKERS_FOLDER_NAME)
-        ),
     )
     turn_fsdp_on(accelerator, plugin)
     assert_fsdp_is_on(accelerator)

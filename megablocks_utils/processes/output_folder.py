@@ -23,6 +23,7 @@ from megablocks_utils.files import (
     MODEL_INDEX_NAME,
     RUN_RECORD_NAME,
     STAGING_FOLDER_NAME,
+    TRACKER_RUNS_NAME,
     TRACKERS_FOLDER_NAME,
     remove_path,
 )
@@ -57,9 +58,12 @@ _FINISHED_FILES = (RUN_RECORD_NAME, "model*.safetensors", ADAPTER_WEIGHTS_NAME)
 # A run that resumes takes the loads of its steps from its checkpoint.
 _LOAD_FILES = (EXPERT_LOAD_NAME, EXPERT_LOAD_PLOT_NAME)
 _RESULT_FILES = (*_FINISHED_FILES, MODEL_INDEX_NAME, *_LOAD_FILES)
-_OWN_FILES = (METRICS_NAME, RUN_RECORD_NAME, LOSS_PLOT_NAME, *_LOAD_FILES, CLAIM_NAME, LATEST_NAME)
+_OWN_FILES = (
+    *(METRICS_NAME, RUN_RECORD_NAME, LOSS_PLOT_NAME, *_LOAD_FILES, CLAIM_NAME, LATEST_NAME),
+    TRACKER_RUNS_NAME,
+)
 _OWN_NAMES = (
-    *(METRICS_NAME, LOSS_PLOT_NAME, *_LOAD_FILES),
+    *(METRICS_NAME, LOSS_PLOT_NAME, *_LOAD_FILES, TRACKER_RUNS_NAME),
     *(TRACKERS_FOLDER_NAME, STAGING_FOLDER_NAME),
 )
 
@@ -183,7 +187,7 @@ def clear_output_dir(config: RunConfig, chosen: Path | None) -> None:
             sys.stderr.write(
                 f"{folder / name} was a link and is written anew; what it led to is left alone.\n"
             )
-    for pattern in _RESULT_FILES if chosen else (*_RESULT_FILES, METRICS_NAME):
+    for pattern in (*_RESULT_FILES, *(() if chosen else (METRICS_NAME, TRACKER_RUNS_NAME))):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     if config.overwrite_output_dir:

@@ -66,7 +66,13 @@ class RehearsalWorker:
         """
         return read_description(self._ask(self._asked))
 
-    def choose_packing(self, packing: str, batch_size: int, attention: str) -> tuple[str, bool]:
+    def choose_packing(
+        self,
+        packing: str,
+        batch_size: int,
+        attention: str,
+        packing_length: int | None = None,
+    ) -> tuple[str, bool]:
         """Say how a run would lay out the examples of a micro-batch, by the probe that it makes.
 
         Returns:
@@ -75,7 +81,12 @@ class RehearsalWorker:
         Raises:
             ConfigurationError: the run would be refused, with its sentence.
         """
-        parts = {"packing": packing, "batch_size": batch_size, "attention": attention}
+        parts = {
+            "packing": packing,
+            "batch_size": batch_size,
+            "attention": attention,
+            "packing_length": packing_length,
+        }
         answer = self._ask(self._asked | parts)
         return str(answer["packing"]), bool(answer["is_varlen"])
 
@@ -188,7 +199,8 @@ def _answer(
     if "layout" not in asked:
         model = build(asked["folder"], "bfloat16", "bfloat16", asked["truncate_layers"])
         if "packing" in asked:
-            return _probe_packing(model, asked["packing"], asked["batch_size"], asked["attention"])
+            names = ("packing", "batch_size", "attention", "packing_length")
+            return _probe_packing(model, *(asked[name] for name in names))
         return write_description(describe_model(model))
     folder, layout, run = read_request(question)
     device = torch.device("cpu")
@@ -212,7 +224,11 @@ def _refuse(model_type: str) -> Callable[[str], UserError]:
 
 
 def _probe_packing(
-    model: "PreTrainedModel", packing: str, batch_size: int, attention: str
+    model: "PreTrainedModel",
+    packing: str,
+    batch_size: int,
+    attention: str,
+    packing_length: int | None,
 ) -> dict[str, Any]:
     import torch
 
@@ -229,6 +245,7 @@ def _probe_packing(
         device=device,
         attention=attention if attention in (AUTO, VARLEN) else OWN,
         own_attention=own_implementation(model),
+        packing_length=packing_length,
     )
     return {"packing": choice.packing.value, "is_varlen": choice.attention == VARLEN}
 

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.integrations.integration_utils import rewrite_logs
 
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, reduce_across_groups
 from megablocks_utils.fsdp.placement_check import verify_placements
@@ -18,7 +17,7 @@ from megablocks_utils.processes.accelerate_settings import check_layer_classes
 from megablocks_utils.training.data.batches import MicroBatch, StepPlan
 from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
 from megablocks_utils.training.report.progress import track_sharding
-from megablocks_utils.training.report.trackers import PROJECT_NAME, tracked_values
+from megablocks_utils.training.report.utilization import mfu_per_token_rate
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
@@ -104,7 +103,7 @@ def build_training_state(setup: Setup) -> TrainingState:
 def fit(
     state: TrainingState, setup: Setup, hooks: StepHooks | None = None
 ) -> Iterator[StepMetrics]:
-    """Train and yield the metrics of each optimizer step; trackers get them too.
+    """Train and yield the metrics of each optimizer step.
 
     **Collective:** every rank of the world must iterate to the end.
 
@@ -114,18 +113,12 @@ def fit(
         hooks: saves and stops; None does neither.
     """
     hooks = hooks or StepHooks()
-    config = setup.config
-    state.accelerator.init_trackers(PROJECT_NAME)
     finite = build_finite_check(setup, state.model)
     for metrics, num_nonfinite_weights in _train(state, setup, hooks, finite):
         yield metrics
         # Before anything of the step is saved.
         finite.conclude(metrics, num_nonfinite_weights)
-        if metrics.step % config.logging_steps == 0:
-            state.accelerator.log(rewrite_logs(tracked_values(metrics)), metrics.step)
         hooks.after_step(metrics.step, state.run_state())
-    for tracker in state.accelerator.trackers:
-        tracker.finish()
 
 
 def _train(
@@ -143,7 +136,9 @@ def _train(
         finite,
         state.routing.balance,
     )
-    meter, loads = StepMeter(state.accelerator.device), state.routing.loads
+    rate = mfu_per_token_rate(setup.counts, setup.device, setup.launch.world_size)
+    meter = StepMeter(state.accelerator.device, mfu_rate=rate)
+    loads = state.routing.loads
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):
         meter.start_step()
@@ -155,6 +150,7 @@ def _train(
             aux_loss_coef,
             setup.probe.aux_loss,
             setup.probe.logits_map,
+            setup.sequence,
         )
         if not _accumulate_gradients(state, plan, weights, meter, hooks):
             hooks.after_stop(step - 1, state.run_state())
@@ -197,7 +193,7 @@ def _accumulate_gradients(
         reduce_across_groups(state.model, is_last=number == 0)
         with accelerator.accumulate(state.model):
             loss = run_micro_batch(state, batch, weights)
-            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+            meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
     return True
 
 

@@ -56,6 +56,7 @@ from megablocks_utils.training.start_facts import (
     describe_resolved,
 )
 from megablocks_utils.training.step.debug import describe_placements
+from megablocks_utils.training.tracking import Tracking
 
 
 class RunRecorder:
@@ -79,6 +80,7 @@ class RunRecorder:
         self._started_s = 0.0
         self._runtime_s = 0.0
         self._claim: OutputClaim | None = None
+        self._tracking = Tracking(setup)
         self.output_dir = Path(setup.config.output_dir)
         if setup.resume is not None:
             self._runtime_s = setup.resume.manifest["train_runtime_s"]
@@ -113,6 +115,7 @@ class RunRecorder:
             for line in (*describe_plan(setup.placement), *describe_placements(setup.model)):
                 setup.console.print(line, markup=False, soft_wrap=True)
         raise_on_all_ranks(self._open_metrics)
+        self._tracking.start()
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
         self._started_s = time.perf_counter()
@@ -125,6 +128,7 @@ class RunRecorder:
     ) -> None:
         try:
             self._open.close()
+            self._tracking.close(error)
         finally:
             if self._claim is not None:
                 self._claim.release(is_done=error is None)
@@ -151,6 +155,7 @@ class RunRecorder:
                 self._writer.write(metrics)
                 if metrics.loads is not None and self._load_writer is not None:
                     self._load_writer.write(metrics.loads)
+            self._tracking.record(metrics)
             self._show(metrics)
 
     def _open_metrics(self) -> None:
@@ -226,6 +231,8 @@ class RunRecorder:
         )
         with self._as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)
+        first_loss, final_loss = self._losses[0], self._losses[-1]
+        self._tracking.finish(record, first_loss=first_loss, final_loss=final_loss)
         show_end_summary(setup.console, self._result(kernel_check, adapter_report, expert_load))
 
     def _report_loads(self) -> str | None:

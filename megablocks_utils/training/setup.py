@@ -16,14 +16,14 @@ from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
+from megablocks_utils.mesh.sequence_exchange import SequenceGroup
 from megablocks_utils.moe.expert_spec import find_expert_parameters
 from megablocks_utils.moe.kernel_check import KernelCheck, verify_kernel
-from megablocks_utils.moe.model_facts import find_top_k, vocab_size
+from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.training.data.answer_end import AnswerEnd, find_answer_end
-from megablocks_utils.training.data.examples import TokenizedExamples, load_examples
+from megablocks_utils.training.data.answer_end import AnswerEnd
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
@@ -38,9 +38,9 @@ from megablocks_utils.training.resume.resume_compatibility import (
 )
 from megablocks_utils.training.resume.resume_point import (
     ResumePoint,
-    choose_template_date,
     find_resume_point,
 )
+from megablocks_utils.training.run_data import let_generation_stop, load_run_data
 from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.layer_options import apply_layer_options
 from megablocks_utils.training.step.model_probe import (
@@ -49,6 +49,7 @@ from megablocks_utils.training.step.model_probe import (
     probe_model,
 )
 from megablocks_utils.training.step.routing_hooks import RoutingHooks
+from megablocks_utils.training.step.sequence_parallel import apply_sequence_parallelism
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Setup:
         plan: the memory that was predicted, or why it was not.
         probe: what was found out of the model's forward pass.
         routing: counts the tokens of experts, to balance them or to measure their loads.
+        sequence: the ranks that share this rank's rows; None: it has its own.
     """
 
     config: RunConfig
@@ -107,6 +109,7 @@ class Setup:
     plan: MemoryCheck
     probe: ModelProbe
     routing: RoutingHooks
+    sequence: SequenceGroup | None = None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -152,9 +155,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    raise_on_all_ranks(lambda: check_trackers(config.report_to))
-    set_seed(config.seed)
-    check_world(config, launch.world_size)
+    _begin(config, launch)
     console = build_console(launch.rank == 0)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
@@ -163,9 +164,10 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = _load_data(config, tokenizer, model, launch, resume, console=console)
+    examples = load_run_data(config, tokenizer, model, launch, resume, console=console)
     fingerprint = check_run_inputs(config, folder, examples)
     probe = probe_model(config, model, device, console)
+    sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
     schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
     compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
     if resume is not None:
@@ -185,7 +187,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         device=device,
         console=console,
         tokenizer=tokenizer,
-        answer_end=_let_generation_stop(config, examples, tokenizer, model),
+        answer_end=let_generation_stop(config, examples, tokenizer, model),
         schedule=schedule,
         model_folder=folder,
         model=model,
@@ -203,7 +205,15 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         plan=plan,
         probe=probe,
         routing=routing,
+        sequence=sequence,
     )
+
+
+def _begin(config: RunConfig, launch: LaunchEnvironment) -> None:
+    """Refuse what needs nothing read to be refused, and seed all random numbers."""
+    raise_on_all_ranks(lambda: check_trackers(config.report_to))
+    set_seed(config.seed)
+    check_world(config, launch.world_size)
 
 
 def _open_model(
@@ -241,7 +251,8 @@ def _split_experts(
     model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
     config = schedule.config
-    tokens = round(schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size)
+    tokens = schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size
+    tokens = round(tokens / config.parallel.sp_size)
     return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
 
 
@@ -259,37 +270,6 @@ def _apply_lora(
     dtype = getattr(torch, precision.adapter)
     if adapters is not None:
         apply_lora(model, sharded, adapters, dtype=dtype, seed=config.seed)
-
-
-def _load_data(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-    launch: LaunchEnvironment,
-    resume: ResumePoint | None,
-    *,
-    console: Console,
-) -> TokenizedExamples:
-    examples = load_examples(config.data, tokenizer, launch, today=choose_template_date(resume))
-    raise_on_all_ranks(lambda: examples.check_vocabulary(vocab_size(model)))
-    for note in examples.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    return examples
-
-
-def _let_generation_stop(
-    config: RunConfig,
-    examples: TokenizedExamples,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-) -> AnswerEnd | None:
-    """Let the generation config, which is saved with the model, stop at what is learned."""
-    generation_config = getattr(model, "generation_config", None)
-    limit = config.data.max_seq_length
-    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=limit)
-    if end is not None:
-        end.apply_to(generation_config)
-    return end
 
 
 def _count(model: PreTrainedModel, sharded: ShardedMoE | None) -> ParameterCounts:

@@ -43,6 +43,8 @@ def collect_facts(setup: Setup) -> RunFacts:
         examples_per_step=config.count_global_batch(setup.launch.world_size),
         resumed=_describe_resume(setup),
         ignored_keys=examples.ignored_keys,
+        data_order=setup.schedule.describe_order(),
+        units="examples" if setup.schedule.rows is None else "rows",
     )
 
 

@@ -207,6 +207,7 @@ class MoETrainer(Trainer):
             self._aux_loss_coef,
             self._setup.probe.aux_loss,
             self._setup.probe.logits_map,
+            self._setup.sequence,
         )
         loss = compute_micro_batch_loss(
             model, inputs["micro_batch"], weights, self.args.device, self._setup.routing

@@ -22,6 +22,7 @@ _OWN_COMPILE = "--compile True compiles what can be compiled here, the dense par
 _NO_EVALUATION = "this script has no evaluation data"
 _OWN_LOSS = "the loss is the mean over the label tokens of the global batch"
 _OWN_ORDER = "the order of the examples follows from --seed and --shuffle alone"
+_OWN_SPACE = "trackio takes it from TRACKIO_SPACE_ID and TRACKIO_BUCKET_ID in the environment"
 _OWN_LAUNCH = "FSDP is set up from accelerate.yaml and the options of this script"
 
 _FIXED = {
@@ -63,6 +64,9 @@ _FIXED = {
     "push_to_hub": "this script does not upload",
     "include_num_input_tokens_seen": "metrics.jsonl has input_tokens of every step",
     "disable_tqdm": "progress is shown in this script's own way",
+    "trackio_space_id": _OWN_SPACE,
+    "trackio_bucket_id": _OWN_SPACE,
+    "trackio_static_space_id": _OWN_SPACE,
 }
 """Options of TrainingArguments that must keep their default, and why."""
 
@@ -199,7 +203,8 @@ def _own_values(config: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": optim.gradient_accumulation_steps,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
-        "report_to": list(config.report_to) or "none",
+        "report_to": "none",  # the recorder of both scripts reports
+        "run_name": config.run_name,
         "save_strategy": "no",
         "activation_checkpointing": False,  # the model already has ours
         "gradient_checkpointing": None,

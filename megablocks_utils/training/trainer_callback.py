@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from megablocks_utils.training.data.batches import StepPlan
 from megablocks_utils.training.report.metrics import StepMeter, StepMetrics
+from megablocks_utils.training.report.utilization import mfu_per_token_rate
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.finish import StepFinish
@@ -55,13 +56,15 @@ class StepCallback(TrainerCallback):
         self._schedule = setup.schedule
         self._on_step, self._hooks = on_step, hooks
         self._finish, self._finite, self._get_state = finish, finite, get_state
-        self._meter, self._loads = StepMeter(setup.device), setup.routing.loads
+        rate = mfu_per_token_rate(setup.counts, setup.device, setup.launch.world_size)
+        self._meter = StepMeter(setup.device, mfu_rate=rate)
+        self._loads = setup.routing.loads
         self._learning_rate = 0.0
 
     def add_micro_batch(self, plan: StepPlan, loss: MicroBatchLoss) -> None:
         """Take the losses of one micro-batch of the step that `plan` describes."""
         self._plan = plan
-        self._meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss)
+        self._meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
         self.loss_share = loss.token_loss_sum / plan.num_label_tokens
 
     def on_step_begin(

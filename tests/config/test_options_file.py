@@ -78,7 +78,8 @@ REFUSALS = {
     "seed:": "{}:1: --seed has no value, but it must be a whole number from 0 to 4294967295.",
     "debug:": "{}:1: --debug has no value, but it must be True or False.",
     "debug: 1": "{}:1: --debug is 1, but it must be True or False.",
-    "report_to: []": "{}:1: --report_to has no value, but it must be none or tensorboard.",
+    "report_to: []": "{}:1: --report_to has no value, but it must be none, "
+    "tensorboard, wandb, mlflow or trackio.",
     "save_strategy: off": "{}:1: --save_strategy is off, but it must be no, steps or epoch.",
     "output_dir: ''": "{}:1: --output_dir is empty, but it must be a name or path.",
     "optim:\n  learning_rate: 1": "{}:2: optim must be a value or a list of values, with nothing "
@@ -132,7 +133,9 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_options_of_training_arguments_pass(read, tmp_path):
-    text = "adam_beta1: 0.8\nlabel_names: [a, b]\nuse_cpu: on\nlogging_strategy: no\nrun_name:\n"
+    text = (
+        "adam_beta1: 0.8\nlabel_names: [a, b]\nuse_cpu: on\nlogging_strategy: no\nhub_model_id:\n"
+    )
     _, leftovers = read(text, "--adam_beta1 0.7 --weight_decay 1", entry_point="fsdp1")
     assert [word for given in leftovers for word in given.words()] == [
         *("--adam_beta1", "0.7", "--label_names", "a", "b", "--use_cpu", "True"),
@@ -141,7 +144,7 @@ def test_options_of_training_arguments_pass(read, tmp_path):
     known = {"adam_beta1", "label_names", "use_cpu", "logging_strategy"}
     with pytest.raises(ConfigurationError) as caught:
         check_leftovers(leftovers, known)
-    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'}:5: unknown option --run_name")
+    assert str(caught.value).startswith(f"{tmp_path / 'run.yaml'}:5: unknown option --hub_model_id")
     with pytest.raises(ConfigurationError, match=r"run.yaml:1: --bf16 is given, but dtypes come"):
         read("bf16: true", entry_point="fsdp1")
 

@@ -64,7 +64,7 @@ def test_published_fsdp2_command():
     assert parse(PUBLISHED_FSDP2) == RunConfig(
         entry_point="fsdp2",
         model=ModelConfig("mistralai/Mixtral-8x7B-Instruct-v0.1", truncate_model_for_debug=False),
-        data=DataConfig("data/alpaca_sample.json", max_seq_length=4096, shuffle=True),
+        data=DataConfig(("data/alpaca_sample.json",), max_seq_length=4096, shuffle=True),
         parallel=ParallelConfig(True, ep_size=None, expert_dp="shard", kernel="auto"),
         adapter=AdapterConfig("none", lora_r=16, lora_alpha=16),
         precision=PrecisionConfig(None, dtype=None, optim_dtype=None),
@@ -98,7 +98,7 @@ def test_published_fsdp1_command():
     assert config == RunConfig(
         entry_point="fsdp1",
         model=ModelConfig("mistralai/Mixtral-8x7B-Instruct-v0.1", truncate_model_for_debug=False),
-        data=DataConfig("data.json", max_seq_length=4096, shuffle=True),
+        data=DataConfig(("data.json",), max_seq_length=4096, shuffle=True),
         parallel=ParallelConfig(True, ep_size=None, expert_dp="replicate", kernel="auto"),
         adapter=AdapterConfig("none", lora_r=16, lora_alpha=16),
         precision=PrecisionConfig(None, dtype="bfloat16", optim_dtype=None),
@@ -256,7 +256,8 @@ REFUSALS = {
     "--precision fp16": "--precision is fp16, but it must be fp32, mixed, bf16_sr or bf16.",
     "--dtype float16": "--dtype is float16, but it must be float32 or bfloat16.",
     "--torch_dtype auto": "--torch_dtype is auto, but it must be float32 or bfloat16.",
-    "--report_to wandb": "--report_to is wandb, but it must be none or tensorboard.",
+    "--report_to comet_ml": "--report_to is comet_ml, but it must be none, tensorboard, wandb, "
+    "mlflow or trackio.",
     "--report_to none tensorboard": "--report_to is none, tensorboard, but none excludes all "
     "others.",
     "--eval_strategy steps": "--eval_strategy is steps, but it must be no.",

@@ -40,6 +40,8 @@ CASES = [
     ParityCase(Layout(4, 1, "replicate"), "mixtral", **SHORT),
     # Fewer examples than ranks and micro-steps: dummies, also in every rank of a micro-step.
     ParityCase(FOUR_TWO, num_steps=2, num_examples=3, accumulation=2, aux_loss_coef=0.02),
+    # Rows that ranks share.
+    ParityCase(Layout(4, 2, "replicate", sp_size=2), "gpt_oss", aux_loss_coef=0.02, **SHORT),
     # Adapters, which have their own units.
     ParityCase(FOUR_TWO, "qwen3_moe", lora="attn-only", checkpointing="selective", **SHORT),
     ParityCase(

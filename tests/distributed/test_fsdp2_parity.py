@@ -69,6 +69,19 @@ GROUPS = [
     ParityCase(Layout(4, 0, groups=2), accumulation=2, aux_loss_coef=0.02, **SHORT),
     ParityCase(Layout(4, 1, groups=4), checkpointing="selective", **SHORT),
 ]
+SEQUENCES = [
+    # Sinks, windows and masks; fewer key heads than ranks, padded rows, fewer tokens than ranks.
+    ParityCase(Layout(4, 2, sp_size=2), "gpt_oss", lora="attn-only", aux_loss_coef=0.02, **SHORT),
+    ParityCase(Layout(4, 2, "replicate", sp_size=4), attention="eager", packing="False", **SHORT),
+    ParityCase(
+        Layout(2, 2, sp_size=2),
+        "qwen3_moe",
+        num_steps=2,
+        num_examples=3,
+        accumulation=8,
+        checkpointing="selective",
+    ),
+]
 SPECIAL = [
     # One expert a rank on dp 2: FSDP shards its rows, Shard(1), and not whole experts.
     ParityCase(Layout(4, 2), "olmoe, 2 experts", accumulation=2, sync_each_batch=False, **SHORT),
@@ -98,7 +111,9 @@ SPECIAL = [
 ]
 
 
-@pytest.mark.parametrize("case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SPECIAL], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SEQUENCES, *SPECIAL], ids=str
+)
 def test_run_equals_one_stock_process(pools, parity_folder, case):
     wanted = parity_folder.reference(parity_folder.stock_run(case))
     seen = run_case(pools, parity_folder, case)

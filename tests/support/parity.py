@@ -60,18 +60,26 @@ MODELS: dict[str, tuple[str, dict]] = {
 class Layout:
     """Ranks and what is done with the experts; `ep_size` 0 is no expert parallelism.
 
-    `groups` of ranks hold the whole model each (`--dp_replicate_size`).
+    `groups` of ranks hold the whole model each (`--dp_replicate_size`); `sp_size` ranks share rows.
     """
 
     world_size: int
     ep_size: int
     expert_dp: str = "shard"
     groups: int = 1
+    sp_size: int = 1
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks with rows of their own."""
+        return self.world_size // self.sp_size
 
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         if self.groups > 1:
             ranks += f" in {self.groups} groups"
+        if self.sp_size > 1:
+            ranks += f" sp{self.sp_size}"
         if not self.ep_size:
             return f"{ranks} unsharded"
         return f"{ranks} ep{self.ep_size} {self.expert_dp}"
@@ -109,6 +117,7 @@ class ParityCase:
     packing: str = "auto"
     learning_rate: float = LEARNING_RATE
     cpu_offload: str = "none"
+    attention: str = "auto"
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -125,7 +134,7 @@ class ParityCase:
     @property
     def batch_size(self) -> int:
         """Examples of a micro-batch, so that every case has the same global batches."""
-        return GLOBAL_BATCH // (self.layout.world_size * self.accumulation)
+        return GLOBAL_BATCH // (self.layout.data_ranks * self.accumulation)
 
 
 class ParityFolder:
@@ -154,7 +163,9 @@ class ParityFolder:
             "precision": case.precision,
             "packing": case.packing,
             "cpu_offload": case.cpu_offload,
+            "attn_implementation": case.attention,
             "dp_replicate_size": case.layout.groups,
+            "sp_size": case.layout.sp_size,
             "report_to": "none",
         }
         if case.layout.ep_size:
@@ -176,7 +187,7 @@ class ParityFolder:
 
     def stock_run(self, case: ParityCase, dtype: str = "float32") -> StockRun:
         """Return the reference of a case; cases that mean the same steps share one."""
-        deal = (case.layout.world_size, case.batch_size, case.accumulation)
+        deal = (case.layout.data_ranks, case.batch_size, case.accumulation)
         return StockRun(
             model_folder=str(self._model(case.model)),
             data_path=str(self._data(case.num_examples)),

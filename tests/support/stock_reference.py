@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
-from megablocks_utils.training.data.batches import assign_examples, epoch_order
+from megablocks_utils.training.data.batches import assign_examples
+from megablocks_utils.training.data.example_order import epoch_order
 from tests.support.trace import Trace
 
 Example = dict[str, list[int]]

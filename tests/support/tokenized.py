@@ -6,6 +6,7 @@ import numpy as np
 
 from megablocks_utils.training.data.cut import cut_examples
 from megablocks_utils.training.data.examples import TokenizedExamples
+from megablocks_utils.training.data.source_tokens import SourceTokens
 from megablocks_utils.training.data.text import Encoded
 from megablocks_utils.training.data.token_files import TOKEN_LIMIT, StoredTokens
 
@@ -19,4 +20,4 @@ def examples_of(encoded: Sequence[Encoded]) -> TokenizedExamples:
     input_ids = np.concatenate([np.array(ids, np.int32) for ids, _ in encoded])
     contents = {"format_name": "", "ignored_keys": (), "template_date": None}
     tokens = StoredTokens(input_ids, None, labels, ends, contents)
-    return TokenizedExamples(tokens, cut_examples(tokens, TOKEN_LIMIT))
+    return TokenizedExamples([SourceTokens(tokens, cut_examples(tokens, TOKEN_LIMIT))])

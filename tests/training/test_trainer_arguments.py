@@ -85,8 +85,8 @@ def test_both_kinds_of_options_arrive(tmp_path):
     assert not arguments.activation_checkpointing  # the model has ours
 
 
-def test_report_to_tensorboard(tmp_path):
-    assert _build(f"--output_dir {tmp_path} --report_to tensorboard").report_to == ["tensorboard"]
+def test_trainer_itself_reports_nowhere(tmp_path):
+    assert _build(f"--output_dir {tmp_path} --report_to tensorboard").report_to == []
 
 
 def test_what_training_arguments_refuse_is_one_sentence(tmp_path):

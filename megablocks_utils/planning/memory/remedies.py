@@ -189,16 +189,27 @@ def _smaller_batch(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attem
     for size in _halves(optim.per_device_train_batch_size, 1):
         config = replace(scenario.config, optim=replace(optim, per_device_train_batch_size=size))
         smaller = _scale(scenario, size, optim.per_device_train_batch_size)
-        smaller = replace(smaller, config=config, examples=min(scenario.examples, size))
+        smaller = replace(smaller, config=config, examples=_least_examples(scenario, size))
         yield Attempt(f"--per_device_train_batch_size {size}", smaller, layout)
 
 
 def _shorter(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
-    data = scenario.config.data
-    for length in _halves(data.max_seq_length, _MIN_LENGTH):
-        config = replace(scenario.config, data=replace(data, max_seq_length=length))
-        smaller = _scale(scenario, length, data.max_seq_length)
-        yield Attempt(f"--max_seq_length {length}", replace(smaller, config=config), layout)
+    data, row_tokens = scenario.config.data, scenario.config.row_tokens
+    for length in _halves(row_tokens, _MIN_LENGTH):
+        longest = min(length, data.max_seq_length)
+        words, packing_length = f"--max_seq_length {longest}", None
+        if data.packing_length is not None:
+            words, packing_length = f"--packing_length {length} {words}", length
+        shorter = replace(data, max_seq_length=longest, packing_length=packing_length)
+        config = replace(scenario.config, data=shorter)
+        smaller = _scale(scenario, length, row_tokens)
+        yield Attempt(words, replace(smaller, config=config), layout)
+
+
+def _least_examples(scenario: Scenario, batch_size: int) -> int:
+    """Return the examples of a smaller micro-batch; a packed row has more than one."""
+    least = 1 if scenario.config.data.packing_length is None else 2
+    return min(scenario.examples, max(batch_size, least))
 
 
 def _cpu_offload(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:

@@ -121,6 +121,9 @@ class Scenario:
         Raises:
             ConfigurationError: the formulas do not know it, and nothing else is there.
         """
+        parallel = self.config.parallel
+        if parallel.sp_size * parallel.tp_size > 1:
+            raise ConfigurationError("the formulas do not know tp_size and sp_size yet")
         not_known = self.shape.not_known or self._not_known_on_device()
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())

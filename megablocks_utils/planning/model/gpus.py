@@ -1,12 +1,16 @@
 """What GPUs are, as far as a plan asks."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from megablocks_utils.byte_units import GIB
 
-__all__ = ["DEFAULT_GPU", "GPUS", "Gpu"]
+__all__ = ["DEFAULT_GPU", "GPUS", "Gpu", "find_peak_flops"]
+
+_SLOWER = re.compile(r"\b(PCIe|NVL)\b", re.IGNORECASE)
+"""Forms of a Hopper GPU that compute at lower clocks; an A100's do not differ in their peak."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,13 @@ g6e.48xlarge, 400 Gb/s for 8 GPUs. A cloud's network may be slower.
 
 DEFAULT_GPU = "a100-80g"
 """Whose speed and links are taken where only memory is given."""
+
+
+def find_peak_flops(device_name: str) -> float | None:
+    """Return the dense bf16 operations a second of a GPU by its driver's name; None if unknown."""
+    for gpu in GPUS.values():
+        chip = gpu.name.partition("-")[0]
+        if re.search(rf"\b{chip}\b", device_name, re.IGNORECASE):
+            is_slower = chip.startswith("h") and _SLOWER.search(device_name)
+            return None if is_slower else gpu.peak_flops
+    return None

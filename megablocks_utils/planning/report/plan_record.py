@@ -108,7 +108,8 @@ def _head(
 
 def _batch_words(request: PlanRequest) -> str:
     config = request.scenario.config
-    batch, length = config.optim.per_device_train_batch_size, config.data.max_seq_length
+    batch, length = config.optim.per_device_train_batch_size, config.row_tokens
+    of_row = "max_seq_length" if config.data.packing_length is None else "packing_length"
     padded = request.scenario.planned_run().is_padded
     ends = ", each padded to a row of its own" if padded else ""
-    return f"{batch} x {length} (--per_device_train_batch_size x --max_seq_length{ends})"
+    return f"{batch} x {length} (--per_device_train_batch_size x --{of_row}{ends})"

@@ -154,7 +154,8 @@ def _attention_flops(scenario: Scenario) -> float:
     attention = shape.attention
     if attention is None:
         return 0.0
-    length = scenario.config.data.max_seq_length / 2
+    config = scenario.config
+    length = min(config.data.max_seq_length, config.row_tokens) / 2
     if attention.sliding_window is not None:
         length = min(length, attention.sliding_window)
     per_head = 2 * length * (attention.head_dim + attention.v_head_dim)

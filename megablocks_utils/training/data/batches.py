@@ -22,6 +22,8 @@ micro-batch all this is sorting by length.
 In padded micro-batches every example takes the room of the longest, so they are filled with
 neighbours in the order of length instead of by the first rule.
 
+With ``packing_length``, all of this is about rows of examples in place of examples.
+
 Each rank computes the whole plan by itself; nothing is communicated.
 """
 
@@ -34,10 +36,11 @@ import numpy as np
 import torch
 
 from megablocks_utils.training.data.examples import TokenizedExamples
+from megablocks_utils.training.data.packed_rows import PackedRows
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
 __all__ = ["MicroBatch", "Packing", "StepPlan", "build_step_plan", "assign_examples"]
-__all__ += ["collate_encoded", "collate_examples", "epoch_order", "steps_per_epoch"]
+__all__ += ["collate_encoded", "collate_examples", "steps_per_epoch"]
 
 
 class Packing(StrEnum):
@@ -73,6 +76,7 @@ class MicroBatch:
         packing: how its examples are kept apart.
         attention_mask: (B, T) 1 for tokens, 0 for padding; None where there is no padding.
         lengths: tokens of its examples in their order, padding not counted; empty: not told.
+        columns: tokens of each row that are this rank's; None: all.
     """
 
     input_ids: torch.Tensor
@@ -82,6 +86,11 @@ class MicroBatch:
     packing: Packing = Packing.POSITIONS
     attention_mask: torch.Tensor | None = None
     lengths: tuple[int, ...] = ()
+    columns: slice | None = None
+
+    def take_own(self, values: torch.Tensor) -> torch.Tensor:
+        """Return of values (B, T) those of this rank's tokens."""
+        return values if self.columns is None else values[:, self.columns]
 
     @property
     def row_lengths(self) -> list[tuple[int, ...]]:
@@ -107,18 +116,6 @@ class StepPlan:
     num_label_tokens: int
     num_input_tokens: int
     num_real_micro_batches: int
-
-
-def epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Return the order of an epoch's examples: a function of seed and epoch alone.
-
-    numpy promises ``RandomState`` the same numbers in every version, so that a resumed run finds
-    its place after an upgrade.
-    """
-    if not shuffle:
-        return list(range(num_examples))
-    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
-    return generator.permutation(num_examples).tolist()
 
 
 def steps_per_epoch(
@@ -207,18 +204,20 @@ def build_step_plan(
     per_device_train_batch_size: int,
     gradient_accumulation_steps: int,
     packing: Packing = Packing.POSITIONS,
+    rows: PackedRows | None = None,
 ) -> StepPlan:
     """Build this rank's micro-batches of one optimizer step.
 
     Args:
         examples: all examples.
-        order: the epoch's order, from ``epoch_order``.
+        order: the epoch's order of examples, or of ``rows``.
         step: the step within the epoch, from 0 to ``steps_per_epoch - 1``.
         world_size: data ranks: those with examples of their own.
         rank: the one this plan is for.
         per_device_train_batch_size: examples a micro-batch can take.
         gradient_accumulation_steps: micro-batches of the plan.
         packing: how the examples of a micro-batch are laid out.
+        rows: of examples, where rows are assigned; None: each example by itself.
 
     Raises:
         IndexError: the epoch has no such step.
@@ -233,13 +232,16 @@ def build_step_plan(
         raise IndexError(f"step {step} is not one of the epoch's {num_steps}")
     batch = world_size * per_device_train_batch_size * gradient_accumulation_steps
     chosen = order[step * batch : (step + 1) * batch]
-    lengths = [int(examples.lengths[i]) for i in chosen]
+    units = examples if rows is None else rows
+    lengths = [int(units.lengths[i]) for i in chosen]
     assigned = assign_examples(lengths, **sizes, is_padded=packing is Packing.PADDED)
-    rows = [[chosen[i] for i in micro_step[rank]] for micro_step in assigned]
+    own = [[chosen[i] for i in micro_step[rank]] for micro_step in assigned]
+    if rows is not None:
+        own = [rows.expand(micro_batch) for micro_batch in own]
     return StepPlan(
-        micro_batches=[collate_examples(examples, row, packing) for row in rows],
-        num_label_tokens=int(examples.num_label_tokens[chosen].sum()),
-        num_input_tokens=int(examples.lengths[chosen].sum()),
+        micro_batches=[collate_examples(examples, one, packing) for one in own],
+        num_label_tokens=int(units.num_label_tokens[chosen].sum()),
+        num_input_tokens=int(units.lengths[chosen].sum()),
         num_real_micro_batches=sum(bool(row) for micro_step in assigned for row in micro_step),
     )
 

@@ -67,10 +67,17 @@ class DataFormat:
 
 @dataclass(frozen=True)
 class CheckedRecords:
-    """Hold the format of all records and their keys that have no meaning for training."""
+    """Hold what records have in common.
+
+    Attributes:
+        data_format: of all of them.
+        ignored_keys: their keys that have no meaning for training.
+        num_records: how many there are.
+    """
 
     data_format: DataFormat
     ignored_keys: tuple[str, ...]
+    num_records: int
 
 
 def find_format(record: Record) -> DataFormat:
@@ -90,20 +97,25 @@ def find_format(record: Record) -> DataFormat:
     raise DataError(f"{record.place}: {_describe_unknown(columns)}")
 
 
-def check_records(records: Iterable[Record]) -> CheckedRecords:
+def check_records(
+    records: Iterable[Record], data_format: DataFormat | None = None
+) -> CheckedRecords:
     """Check every record against the format of the first.
 
     Args:
         records: at least one.
+        data_format: that of earlier records of the same source; None: these are its first.
 
     Raises:
         DataError: no format fits, or a record cannot be used.
     """
     remaining = iter(records)
     first = next(remaining)
-    data_format = find_format(first)
+    data_format = data_format or find_format(first)
     ignored: dict[str, None] = {}
+    num_records = 0
     for record in chain([first], remaining):
+        num_records += 1
         for column in data_format.columns:
             if column not in record.columns:
                 raise DataError(
@@ -111,7 +123,7 @@ def check_records(records: Iterable[Record]) -> CheckedRecords:
                     f"{data_format.name}"
                 )
         ignored |= dict.fromkeys(sorted(_check(data_format, record)))
-    return CheckedRecords(data_format, tuple(ignored))
+    return CheckedRecords(data_format, tuple(ignored), num_records)
 
 
 def _check(data_format: DataFormat, record: Record) -> frozenset[str]:

@@ -2,20 +2,24 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.training.data.batches import (
+    MicroBatch,
     Packing,
     StepPlan,
     assign_examples,
     build_step_plan,
-    epoch_order,
     steps_per_epoch,
 )
+from megablocks_utils.training.data.example_order import ExampleOrder, draw_mixture, epoch_order
 from megablocks_utils.training.data.examples import TokenizedExamples
+from megablocks_utils.training.data.packed_rows import PackedRows, pack_examples
+from megablocks_utils.training.data.row_parts import take_part
 
 MAX_STEPS_SEARCHED = 20_000
 """Steps that are looked at one by one for the largest micro-batch: 0.2 s."""
@@ -52,7 +56,29 @@ class Schedule:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the data; the last may be smaller."""
-        return steps_per_epoch(len(self.examples), world_size=self.num_data_ranks, **self._sizes())
+        num_units = len(self.order if self.rows is None else self.rows)
+        return steps_per_epoch(num_units, world_size=self.num_data_ranks, **self._sizes())
+
+    @cached_property
+    def order(self) -> ExampleOrder:
+        """The examples of every epoch."""
+        data, seed, counts = self.config.data, self.config.seed, self.examples.counts
+        draws = None if data.data_weights is None else draw_mixture(counts, data.data_weights, seed)
+        return ExampleOrder(counts, seed, data.shuffle, draws)
+
+    @cached_property
+    def rows(self) -> PackedRows | None:
+        """The rows that are filled with examples; None where each example is by itself.
+
+        They are made once, in the order of the first epoch, so that all epochs are equally long.
+
+        Raises:
+            DataError: an example does not fit into a row.
+        """
+        length = self.config.data.packing_length
+        if length is None:
+            return None
+        return pack_examples(self.examples, self.order.of_epoch(0), length)
 
     @property
     def num_steps(self) -> int:
@@ -62,6 +88,16 @@ class Schedule:
             return optim.max_steps
         return max(1, math.ceil(optim.num_train_epochs * self.steps_per_epoch))
 
+    def describe_order(self) -> str:
+        """Say what becomes of the examples in an epoch, as the end of a sentence; else nothing."""
+        parts = []
+        if self.config.data.data_weights is not None:
+            parts.append(f"; {len(self.order):,} drawn an epoch")
+        if self.rows is not None:
+            filled = self.rows.lengths.mean() / (self.config.data.packing_length or 1)
+            parts.append(f"; {len(self.rows):,} rows, {filled:.1%} full")
+        return "".join(parts)
+
     def largest_micro_batch(self) -> tuple[int, int, int]:
         """Return tokens, labels and examples of the largest micro-batch that any rank will see.
 
@@ -69,13 +105,13 @@ class Schedule:
 
         In a very long run that is the longest examples of all together: such orders come.
         """
-        lengths = self.examples.lengths
+        lengths = self._units.lengths
         if self.num_steps > MAX_STEPS_SEARCHED:
             room = self._sizes()["per_device_train_batch_size"]
             return self._size_of(np.argsort(-lengths, kind="stable")[:room])
         largest = (0, 0, 0)
         for size, chosen in self._steps_by_bound():
-            if size <= largest[0]:
+            if size < largest[0]:
                 break
             assigned = assign_examples(
                 lengths[chosen].tolist(),
@@ -88,8 +124,14 @@ class Schedule:
         return largest
 
     def _size_of(self, row: np.ndarray) -> tuple[int, int, int]:
-        lengths, labels = self.examples.lengths[row], self.examples.num_label_tokens[row]
-        return self._room_of(lengths), int(labels.sum()), len(row)
+        lengths, labels = self._units.lengths[row], self._units.num_label_tokens[row]
+        num_examples = len(row) if self.rows is None else len(self.rows.expand(row.tolist()))
+        return self._room_of(lengths), int(labels.sum()), num_examples
+
+    @property
+    def _units(self) -> TokenizedExamples | PackedRows:
+        """What is assigned to micro-batches."""
+        return self.examples if self.rows is None else self.rows
 
     def _room_of(self, lengths: np.ndarray) -> int:
         """Return the tokens of a micro-batch of examples of these lengths."""
@@ -111,7 +153,7 @@ class Schedule:
             done = epoch * self.steps_per_epoch
             for step in range(min(self.steps_per_epoch, self.num_steps - done)):
                 chosen = order[step * num_batches * room : (step + 1) * num_batches * room]
-                longest = np.sort(self.examples.lengths[chosen])[::-1]
+                longest = np.sort(self._units.lengths[chosen])[::-1]
                 steps.append((self._room_of(longest[:room]), chosen))
         return sorted(steps, key=lambda item: -item[0])
 
@@ -142,19 +184,29 @@ class Schedule:
         start = epoch * self.steps_per_epoch
         stop = min(start + self.steps_per_epoch, self.num_steps)
         for step in range(max(start, first_step), stop):
-            yield build_step_plan(
+            plan = build_step_plan(
                 self.examples,
                 order,
                 step - start,
                 world_size=self.num_data_ranks,
                 rank=self.data_rank,
                 packing=self.packing,
+                rows=self.rows,
                 **self._sizes(),
             )
+            batches = [self._take_part(batch) for batch in plan.micro_batches]
+            yield replace(plan, micro_batches=batches)
+
+    def _take_part(self, batch: MicroBatch) -> MicroBatch:
+        """Return a micro-batch of which this rank has its part of every row."""
+        parallel = self.config.parallel
+        part = self.rank // parallel.tp_size % parallel.sp_size
+        return batch if parallel.sp_size == 1 else take_part(batch, parallel.sp_size, part)
 
     def _order(self, epoch: int) -> list[int]:
-        config = self.config
-        return epoch_order(len(self.examples), config.seed, epoch, config.data.shuffle)
+        if self.rows is None:
+            return self.order.of_epoch(epoch)
+        return epoch_order(len(self.rows), self.config.seed, epoch, self.config.data.shuffle)
 
     def _sizes(self) -> dict[str, int]:
         optim = self.config.optim

@@ -32,6 +32,8 @@ class StepMetrics:
         input_tokens: Input tokens of the global batch.
         step_time_s: Wall time of the slowest rank.
         tokens_per_s: Input tokens of all ranks per second.
+        mfu: Model FLOPs of the active parameters over the devices' dense bf16 peak; None on a CPU
+            and on a device whose peak is not known.
         mem_peak_bytes: Peak memory since the run's start, largest over ranks.
         mem_alloc_bytes: Memory held after `zero_grad`, largest over ranks.
         aux_loss: Load-balancing loss before its coefficient, mean over the micro-batches of all
@@ -52,14 +54,18 @@ class StepMetrics:
     tokens_per_s: float
     mem_peak_bytes: int
     mem_alloc_bytes: int
+    mfu: float | None = None
     aux_loss: float | None = None
     moe_load_max_over_mean: float | None = None
     loads: StepLoads | None = field(default=None, compare=False, repr=False)
 
     def as_record(self) -> dict[str, Any]:
-        """Return the step as it stands in `metrics.jsonl`: no key for what was not measured."""
+        """Return the step as it stands in `metrics.jsonl`.
+
+        It has no key for what was not measured, but always that of `mfu`.
+        """
         record = vars(self) | {"loads": None}
-        return {name: value for name, value in record.items() if value is not None}
+        return {n: value for n, value in record.items() if value is not None or n == "mfu"}
 
 
 class StepMeter:
@@ -70,13 +76,21 @@ class StepMeter:
     Args:
         device: Where this rank computes.
         group: Ranks of the run; None for all of them, or for a run without processes.
+        mfu_rate: `mfu` of one input token a second; None where it is not known.
 
     Attributes:
         num_nonfinite_weights: Of the last step: counts of `add_nonfinite_weights`, all ranks.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        *,
+        mfu_rate: float | None = None,
+    ) -> None:
         self._device = device
+        self._mfu_rate = mfu_rate
         self._group = group
         self.num_nonfinite_weights = 0
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -87,18 +101,21 @@ class StepMeter:
         self._sums.zero_()
         self._started_s = time.perf_counter()
 
-    def add_micro_batch(self, loss_sum: Tensor, aux: Tensor | None = None) -> None:
+    def add_micro_batch(
+        self, loss_sum: Tensor, aux: Tensor | None = None, aux_share: float = 1.0
+    ) -> None:
         """Add a micro-batch of this rank, without waiting for the device.
 
         Args:
             loss_sum: Scalar, sum of the token losses, not divided by anything.
             aux: Scalar, load-balancing loss before its coefficient; None where the model gives
                 none or the micro-batch is a dummy.
+            aux_share: How much of a micro-batch's it is, where ranks share rows.
         """
         self._sums[0].add_(loss_sum.detach())
         if aux is not None:
             self._sums[1].add_(aux.detach())
-            self._sums[2].add_(1)
+            self._sums[2].add_(aux_share)
 
     def add_nonfinite_weights(self, count: Tensor) -> None:
         """Add how many weights of this rank are not finite, without waiting for the device."""
@@ -141,6 +158,7 @@ class StepMeter:
         own = [elapsed_s, memory.peak_bytes, memory.allocated_bytes]
         maxima = torch.tensor(own, dtype=torch.float64, device=self._device)
         step_time_s, peak_bytes, allocated_bytes = self._reduce(maxima, dist.ReduceOp.MAX)
+        tokens_per_s = num_input_tokens / step_time_s
         return StepMetrics(
             step=step,
             epoch=epoch,
@@ -150,7 +168,8 @@ class StepMeter:
             tokens=num_label_tokens,
             input_tokens=num_input_tokens,
             step_time_s=step_time_s,
-            tokens_per_s=num_input_tokens / step_time_s,
+            tokens_per_s=tokens_per_s,
+            mfu=None if self._mfu_rate is None else self._mfu_rate * tokens_per_s,
             mem_peak_bytes=int(peak_bytes),
             mem_alloc_bytes=int(allocated_bytes),
             aux_loss=aux_sum / num_aux if num_aux else None,
@@ -210,5 +229,5 @@ def _parse_line(line: str) -> StepMetrics:
     known: dict[str, Any] = {
         field.name: record[field.name] for field in fields(StepMetrics) if field.name in record
     }
-    known |= {name: math.nan for name, value in known.items() if value is None}
+    known |= {n: math.nan for n, value in known.items() if value is None and n != "mfu"}
     return StepMetrics(**known)

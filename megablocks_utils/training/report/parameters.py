@@ -18,11 +18,16 @@ class ParameterCounts:
         active: Those one token passes: everything outside the experts, and top_k experts a layer;
             None where the model does not say how many these are.
         trainable: Those that require a gradient.
+        flops_per_token: Operations of forward and backward for an input token, those of `mfu`: for
+            each active parameter two forward, two for the gradient of its input, and two for
+            its own where it is trained. An embedding that is only looked up has none, and neither
+            scores of attention nor what is recomputed count. None where `active` is.
     """
 
     total: int
     active: int | None
     trainable: int
+    flops_per_token: int | None = None
 
 
 def count_parameters(
@@ -44,11 +49,27 @@ def count_parameters(
     experts = expert_parameters.values()
     in_experts = sum(parameter.numel() for parameter in experts)
     passed = [p.numel() * top_k // p.shape[0] for p in experts] if top_k is not None else None
+    flops = None if top_k is None else _count_flops(model, expert_parameters, top_k)
     return ParameterCounts(
         total=total,
         active=None if passed is None else total - in_experts + sum(passed),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        flops_per_token=flops,
     )
+
+
+def _count_flops(model: nn.Module, expert_parameters: Mapping[str, Tensor], top_k: int) -> int:
+    experts = {id(parameter) for parameter in expert_parameters.values()}
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    used = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    looked_up = {id(weight) for weight in embeddings} - used
+    flops = 0
+    for parameter in model.parameters():
+        if id(parameter) in looked_up:
+            continue
+        share = top_k / parameter.shape[0] if id(parameter) in experts else 1
+        flops += round(parameter.numel() * share) * (6 if parameter.requires_grad else 4)
+    return flops
 
 
 def count_local_bytes(tensors: Iterable[Tensor]) -> int:

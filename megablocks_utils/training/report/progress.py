@@ -11,7 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.training.report.metrics import StepMetrics
 
-__all__ = ["Advance", "track_loading", "track_sharding", "track_training"]
+__all__ = [
+    "Advance",
+    "TrainingView",
+    "track_loading",
+    "track_sharding",
+    "track_tokenizing",
+    "track_training",
+]
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -38,11 +45,16 @@ def track_sharding(console: Console, num_layers: int) -> AbstractContextManager[
     return _track_amount(console, "sharding", num_layers, _describe_count("layers"))
 
 
+def track_tokenizing(console: Console, num_records: int) -> AbstractContextManager[Advance]:
+    """Show how many records are tokenized; call the yielded function with those just done."""
+    return _track_amount(console, "tokenizing", num_records, _describe_count("records"))
+
+
 @contextmanager
 def track_training(
     console: Console, num_steps: int, first_step: int = 0
-) -> Iterator[Callable[[StepMetrics], None]]:
-    """Show step, loss, speed and time left; call the yielded function with each step's metrics.
+) -> Iterator["TrainingView"]:
+    """Show step, loss, speed and time left; call what is yielded with each step's metrics.
 
     Args:
         console: Rank 0's console, or another rank's quiet one, on which nothing is shown.
@@ -50,9 +62,40 @@ def track_training(
         first_step: Steps done before this run began, when it resumes from a checkpoint.
     """
     with _track(console, "training", num_steps, first_step, _describe_count("steps")) as report:
-        yield lambda metrics: report(
-            metrics.step, f"loss {metrics.loss:.4f}, {metrics.tokens_per_s:,.0f} tokens/s"
-        )
+        yield TrainingView(report)
+
+
+class TrainingView:
+    """Show one line of a step, with the last evaluation and the last measured load.
+
+    Args:
+        report: shows how much is done, and a remark.
+    """
+
+    def __init__(self, report: _Report) -> None:
+        self._report = report
+        self._step = 0
+        self._now: list[str] = []
+        self._last: dict[str, str] = {}
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        """Show a step that is over."""
+        self._step = metrics.step
+        self._now = [f"loss {metrics.loss:.4f}", f"{metrics.tokens_per_s:,.0f} tokens/s"]
+        if metrics.mfu is not None:
+            self._now.append(f"mfu {metrics.mfu:.1%}")
+        if metrics.moe_load_max_over_mean is not None:
+            self._last["load"] = f"expert load {metrics.moe_load_max_over_mean:.2f}x"
+        self._show()
+
+    def evaluated(self, loss: float) -> None:
+        """Show the loss on held-out examples."""
+        self._last["eval"] = f"held-out loss {loss:.4f}"
+        if self._now:
+            self._show()
+
+    def _show(self) -> None:
+        self._report(self._step, ", ".join([*self._now, *self._last.values()]))
 
 
 @contextmanager

@@ -60,6 +60,8 @@ class RunFacts:
         examples_per_step: Examples in one global batch.
         resumed: What the run resumes from, in words; None for one that starts fresh.
         ignored_keys: Keys of the data's records that have no meaning for training.
+        data_order: What a user should know of how examples become rows, as the end of a sentence.
+        units: What a step holds: "examples" or "rows".
     """
 
     model: str
@@ -85,6 +87,8 @@ class RunFacts:
     resumed: str | None = None
     ignored_keys: tuple[str, ...] = ()
     dp_replicate_size: int = 1
+    data_order: str = ""
+    units: str = "examples"
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,8 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         f"{_format_gib(facts.dense_bytes)} of everything else per rank",
         "plan": facts.plan,
         "examples": f"{facts.examples_kept:,} kept ({facts.examples_cut:,} of them cut), "
-        f"{facts.examples_dropped:,} dropped",
-        "steps": f"{facts.steps:,}, {facts.examples_per_step:,} examples each",
+        f"{facts.examples_dropped:,} dropped{facts.data_order}",
+        "steps": f"{facts.steps:,}, {facts.examples_per_step:,} {facts.units} each",
         "mesh": _describe_mesh(facts),
     }
     if facts.dispatch is not None:

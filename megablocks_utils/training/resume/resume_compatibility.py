@@ -35,6 +35,8 @@ _CLAUSES = {
     "seed": ("seed is", ("seed",)),
     "shuffle": ("shuffle is", ("shuffle",)),
     "packing": ("packing gives micro-batches of kind", ("packing",)),
+    "data_weights": ("data_weights is", ("data_weights",)),
+    "packing_length": ("packing_length is", ("packing_length",)),
     "num_examples": ("the number of examples in data_path is", ("data_path",)),
     "data_sha256": (
         "data_path or max_seq_length has changed: the checksum of its tokens is",
@@ -61,6 +63,8 @@ class ResumeCompatibility:
         base_sha256: fingerprint of the frozen model under them; None without.
         template_date: the day that the chat template was told; None where it does not ask for it.
         packing: how the examples of a micro-batch are laid out.
+        data_weights: shares in which an epoch draws from the sources; None: all of them.
+        packing_length: tokens of rows that examples share; None: a row for each.
     """
 
     model_type: str
@@ -74,6 +78,8 @@ class ResumeCompatibility:
     base_sha256: str | None
     template_date: str | None
     packing: str = Packing.ALONE.value
+    data_weights: list[float] | None = None
+    packing_length: int | None = None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -92,11 +98,12 @@ def describe_compatibility(
     packing: Packing = Packing.ALONE,
 ) -> ResumeCompatibility:
     """Collect the facts of this run."""
+    data = config.data
     return ResumeCompatibility(
         model_type=model_type,
         global_batch=config.count_global_batch(world_size),
         seed=config.seed,
-        shuffle=config.data.shuffle,
+        shuffle=data.shuffle,
         num_examples=len(examples),
         data_sha256=examples.checksum(),
         dtypes={"weights": precision.adapter, "optim": precision.optim},
@@ -104,6 +111,8 @@ def describe_compatibility(
         base_sha256=base_sha256,
         template_date=examples.template_date,
         packing=packing.value,
+        data_weights=None if data.data_weights is None else list(data.data_weights),
+        packing_length=data.packing_length,
     )
 
 
@@ -190,8 +199,15 @@ def changed_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[s
     return [
         f"--{name} {_describe(before[name])} -> {_describe(value)}"
         for name, value in now.items()
-        if name in before and before[name] != value
+        if name in before and _unwrap(before[name]) != _unwrap(value)
     ]
+
+
+def _unwrap(value: Any) -> Any:
+    """Return a list for a tuple, which JSON does not have, and a single value without its list."""
+    if not isinstance(value, list | tuple):
+        return value
+    return value[0] if len(value) == 1 else list(value)
 
 
 def _describe_lora(lora: LoraSettings) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Give a micro-batch to a model, and take the logits or the loss of its label positions."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
+from megablocks_utils.attention.ulysses import WholeRows, whole_rows
 from megablocks_utils.attention.varlen_interface import example_lengths
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.step.linear_cross_entropy import (
@@ -51,12 +52,13 @@ def run_loss(
     if logits_map is None or not takes_blocks(head):
         outputs, logits, targets = run_forward(model, batch, device, router_logits=router_logits)
         return outputs, token_loss_sum(logits, targets)
-    positions = label_positions(batch.labels).to(device)
+    positions = label_positions(batch.labels, batch.columns).to(device)
+    shape = batch.take_own(batch.labels).shape
     losses: list[Tensor] = []
 
     def compute_loss(hidden: Tensor) -> Tensor:
         # Here FSDP has gathered the head's weights.
-        assert hidden.shape[:2] == batch.labels.shape, "the head sees every position"
+        assert hidden.shape[:2] == shape, "the head sees every position"
         rows = positions.take_from(hidden)[0]
         loss_sum, no_logits = linear_cross_entropy(
             rows, head.weight, head.bias, positions.targets, logits_map
@@ -87,8 +89,8 @@ def run_forward(
     Returns:
         The model's outputs, (1, P, V) logits and (P,) target tokens.
     """
-    positions = label_positions(batch.labels)
-    with _keep_positions(model, positions, batch.labels.shape, device):
+    positions = label_positions(batch.labels, batch.columns)
+    with _keep_positions(model, positions, batch.take_own(batch.labels).shape, device):
         outputs = _call(model, batch, device, router_logits=router_logits)
     logits = outputs.logits
     if logits.shape[:2] != (1, len(positions.targets)):
@@ -100,7 +102,11 @@ def _call(model: nn.Module, batch: MicroBatch, device: torch.device, *, router_l
     config = model.config
     assert isinstance(config, PreTrainedConfig), "a transformers model has one"
     rows = batch.row_lengths
-    with example_lengths(rows) if rows else nullcontext():
+    with ExitStack() as stack:
+        if rows:
+            stack.enter_context(example_lengths(rows))
+        if batch.columns is not None:
+            stack.enter_context(whole_rows(_describe_rows(batch, device)))
         return model(
             **_model_inputs(config, batch, device),
             use_cache=False,
@@ -112,7 +118,9 @@ def _model_inputs(
     config: PreTrainedConfig, batch: MicroBatch, device: torch.device
 ) -> dict[str, Any]:
     """Return what the model is called with; see `Packing`."""
-    input_ids = batch.input_ids.to(device)
+    input_ids = batch.take_own(batch.input_ids).to(device)
+    if batch.columns is not None:
+        return _inputs_of_part(batch, input_ids, device)
     if batch.packing in (Packing.PADDED, Packing.ALONE):
         # Positions are the model's own to count: some have three for each token.
         if batch.attention_mask is None:
@@ -129,6 +137,26 @@ def _model_inputs(
     elif batch.packing is Packing.SEQUENCES:
         inputs |= _sequence_indices(batch.position_ids, device)
     return inputs
+
+
+def _inputs_of_part(batch: MicroBatch, input_ids: Tensor, device: torch.device) -> dict[str, Any]:
+    """Return what the model is called with for a part of each row; masks know the whole ones."""
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids,
+        "position_ids": batch.take_own(batch.position_ids).to(device),
+    }
+    if batch.packing is Packing.SEQUENCES:
+        inputs |= _sequence_indices(batch.position_ids, device)
+    return inputs
+
+
+def _describe_rows(batch: MicroBatch, device: torch.device) -> WholeRows:
+    position_ids = batch.position_ids.to(device)
+    if not batch.packing.is_one_row:
+        mask = batch.attention_mask
+        return WholeRows(position_ids, None if mask is None else mask.to(device))
+    numbers = find_packed_sequence_indices(batch.position_ids)
+    return WholeRows(position_ids, example_numbers=None if numbers is None else numbers.to(device))
 
 
 def _sequence_indices(position_ids: Tensor, device: torch.device) -> dict[str, Any]:

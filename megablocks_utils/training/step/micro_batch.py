@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megablocks_utils.mesh.sequence_exchange import SequenceGroup
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.aux_loss import AuxLoss
 from megablocks_utils.training.step.forward import run_loss
@@ -22,6 +23,7 @@ class LossWeights:
         aux_loss_coef: weight of the load-balancing loss; 0 leaves it out.
         aux_loss: where that loss comes from.
         logits_map: what the model does to its head's logits; None: the loss takes them all at once.
+        sequence: the ranks that share this rank's rows; None: it has them whole.
     """
 
     num_label_tokens: int
@@ -29,6 +31,7 @@ class LossWeights:
     aux_loss_coef: float = 0.0
     aux_loss: AuxLoss = AuxLoss()
     logits_map: LogitsMap | None = None
+    sequence: SequenceGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class MicroBatchLoss:
             (plus the weighted auxiliary loss).
         token_loss_sum: sum of the token losses, detached.
         aux_loss: load-balancing loss before its coefficient, detached; None where left out.
+        aux_share: how much of a micro-batch's it is; less than all where ranks share rows.
     """
 
     objective: Tensor
     token_loss_sum: Tensor
     aux_loss: Tensor | None
+    aux_share: float = 1.0
 
 
 def compute_micro_batch_loss(
@@ -68,6 +73,7 @@ def compute_micro_batch_loss(
     if not has_aux_loss:
         return MicroBatchLoss(objective, loss_sum.detach(), None)
     share = 0.0 if batch.is_dummy else weights.aux_loss_coef / weights.num_micro_batches
-    aux_loss = weights.aux_loss.of(outputs, batch)
+    aux_loss = weights.aux_loss.of(outputs, batch, weights.sequence)
     shown = None if batch.is_dummy else aux_loss.detach()
-    return MicroBatchLoss(objective + share * aux_loss, loss_sum.detach(), shown)
+    aux_share = 1.0 if weights.sequence is None else 1 / weights.sequence.size
+    return MicroBatchLoss(objective + share * aux_loss, loss_sum.detach(), shown, aux_share)

@@ -108,7 +108,7 @@ def _notes(
     config: RunConfig, model: PreTrainedModel, probe: ModelProbe, compute_dtype: torch.dtype
 ) -> Iterator[str]:
     """Yield what a user should know of it, one line each."""
-    if config.optim.per_device_train_batch_size > 1:
+    if config.has_several_examples:
         yield f"micro-batches are {probe.packing.describe()}"
     if probe.logits_reason:
         yield f"the loss takes the logits of all labels at once: {probe.logits_reason}"
@@ -143,12 +143,17 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         has_aux_loss=coef > 0,
         attention=given if given in _CHOSEN_HERE else OWN,
         own_attention=own_implementation(model),
+        packing_length=config.data.packing_length,
     )
     if packing.attention == OWN:
         packing = replace(packing, attention=own_implementation(model))
     aux_loss = AuxLoss()
     if coef > 0:
-        aux_loss = choose_aux_loss(_asked_by("router_aux_loss_coef", 0, small), coef)
+        aux_loss = choose_aux_loss(
+            _asked_by("router_aux_loss_coef", 0, small),
+            coef,
+            has_parts=config.parallel.sp_size > 1,
+        )
     routers: list[BlockRouter] = []
     if optim.router_bias_update_rate:
         routers = recognize_routers(_asked_by("router_bias_update_rate", 0, small))

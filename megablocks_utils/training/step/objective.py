@@ -46,7 +46,7 @@ class LabelPositions:
         )
 
 
-def label_positions(labels: torch.Tensor) -> LabelPositions:
+def label_positions(labels: torch.Tensor, columns: slice | None = None) -> LabelPositions:
     """Find the positions whose next token is learned.
 
     Call it before moving labels to a GPU: the number of results has to reach the CPU.
@@ -54,12 +54,18 @@ def label_positions(labels: torch.Tensor) -> LabelPositions:
     Args:
         labels: (B, T), -100 where not learned; the first label of each packed example must be -100,
             otherwise the example before it would be taught to predict it.
+        columns: tokens of each row that are looked at, counted from its first; the last one's next
+            token may be outside. None: all.
     """
     num_rows, length = labels.shape
     following = labels[:, 1:].flatten()
     found = (following != IGNORED_LABEL).nonzero().flatten()
     width = max(1, length - 1)
-    return LabelPositions(found // width, found % width, following[found], num_rows)
+    rows, places = found // width, found % width
+    if columns is not None:
+        is_inside = (places >= columns.start) & (places < columns.stop)
+        rows, places, found = rows[is_inside], places[is_inside] - columns.start, found[is_inside]
+    return LabelPositions(rows, places, following[found], num_rows)
 
 
 def token_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,7 @@ def choose_packing(
     has_aux_loss: bool = False,
     attention: str = OWN,
     own_attention: str = "",
+    packing_length: int | None = None,
 ) -> PackingChoice:
     """Choose the first way that is right for this class of model.
 
@@ -129,22 +130,26 @@ def choose_packing(
         attention: "auto" (`varlen` where it is right), "varlen" or "own" (the model's, as it is).
         own_attention: the model's own by name. With "auto" one example takes `varlen` in place of
             "eager", which keeps the scores of all pairs of tokens.
+        packing_length: tokens of rows that several examples must share; None: a row each will do.
 
     Raises:
         ConfigurationError: none of the ways asked for is right.
     """
     is_spared = attention == AUTO and own_attention == "eager"
-    if batch_size == 1 and attention != VARLEN and not is_spared:
+    is_alone = batch_size == 1 and packing_length is None
+    if is_alone and attention != VARLEN and not is_spared:
         return PackingChoice(Packing.ALONE, OWN, "one example a micro-batch", {})
     started_s = time.perf_counter()
     try:
-        small = _build(build_small, batch_size)
+        small = _build(build_small, batch_size, packing_length)
     except ConfigurationError as error:
-        if not is_spared or batch_size > 1:
+        if not (is_spared and is_alone):
             raise
         return PackingChoice(Packing.ALONE, OWN, f"{VARLEN} could not be tried: {error}", {})
     probe = _Probe(small, device, has_aux_loss)
     layouts = _LAYOUTS[packing] if batch_size > 1 else (Packing.ALONE,)
+    if packing_length is not None:
+        layouts = _IN_ONE_ROW
     tried: dict[_Way, float | str] = {}
     for way in _list_ways(layouts, attention, own_implementation(small)):
         found = tried[way] = probe.measure(way)
@@ -153,13 +158,23 @@ def choose_packing(
             record = {way.key: found for way, found in tried.items()}
             reason = _explain(tried)
             return PackingChoice(way.packing, way.attention, reason, record, round(elapsed_s, 4))
+    if packing_length is not None:
+        raise _no_packed_rows(small, packing_length, tried)
     raise _refusal(small, packing, batch_size, attention, tried)
 
 
-def _build(build_small: Callable[[], PreTrainedModel], batch_size: int) -> PreTrainedModel:
+def _build(
+    build_small: Callable[[], PreTrainedModel], batch_size: int, packing_length: int | None
+) -> PreTrainedModel:
     try:
         return build_small()
     except UserError as error:
+        if packing_length is not None:
+            raise ConfigurationError(
+                f"{error} So packing_length is {packing_length}, but it must be left out: whether "
+                "rows of several examples are right cannot be tried.",
+                parameters=("packing_length",),
+            ) from error
         if batch_size == 1:
             raise ConfigurationError(
                 f"{error} So attn_implementation is {VARLEN}, but it must be auto: whether it is "
@@ -243,6 +258,18 @@ def _explain(tried: dict[_Way, float | str]) -> str:
 def _show(way: _Way, found: float | str) -> str:
     measured = f"{found:.1e}" if isinstance(found, float) else found[:120]
     return f"{way.describe()} ({measured})"
+
+
+def _no_packed_rows(
+    model: PreTrainedModel, packing_length: int, tried: dict[_Way, float | str]
+) -> ConfigurationError:
+    found = [_show(way, tried[way]) for way in tried]
+    return ConfigurationError(
+        f"packing_length is {packing_length}, but it must be left out for a model of type "
+        f"{model.config.model_type}: in a row of several examples logits differ from those of each "
+        f"example alone: {join_words(found, 'and')}.",
+        parameters=("packing_length",),
+    )
 
 
 def _refusal(

@@ -58,8 +58,8 @@ class RoutingCounts:
 
         A backward pass that recomputes must be outside.
         """
-        mask = batch.attention_mask
-        self._is_real = None if mask is None else mask.flatten().bool().to(self._all_tokens.device)
+        mask, device = batch.attention_mask, self._all_tokens.device
+        self._is_real = None if mask is None else batch.take_own(mask).flatten().bool().to(device)
         self._is_counting = self.is_on and not batch.is_dummy
         try:
             yield

@@ -23,7 +23,7 @@ def find(tmp_path, template, generation_ends, *, limit=4096, data=CHAT):
     tokenizer = tiny_tokenizer(chat_template=template)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == TURN_END
-    examples = load_examples(DataConfig(str(path), max_seq_length=limit), tokenizer)
+    examples = load_examples(DataConfig((str(path),), max_seq_length=limit), tokenizer)
     generation = GenerationConfig(eos_token_id=generation_ends)
     end = find_answer_end(examples, tokenizer, generation, max_seq_length=limit)
     end.apply_to(generation)

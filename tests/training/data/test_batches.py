@@ -7,9 +7,9 @@ import torch
 from megablocks_utils.training.data.batches import (
     assign_examples,
     build_step_plan,
-    epoch_order,
     steps_per_epoch,
 )
+from megablocks_utils.training.data.example_order import epoch_order
 from tests.support.tokenized import examples_of
 
 LAYOUTS = [(1, 1, 8), (1, 4, 2), (2, 2, 2), (2, 1, 4), (4, 2, 1), (4, 1, 2)]

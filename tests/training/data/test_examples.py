@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[3] / "data"
 def load(folder, records, *, max_seq_length=4096, tokenizer=None):
     path = folder / "d.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records))
-    config = DataConfig(data_path=str(path), max_seq_length=max_seq_length)
+    config = DataConfig(data_path=(str(path),), max_seq_length=max_seq_length)
     return load_examples(config, tokenizer)
 
 
@@ -123,7 +123,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize(("name", "format_name", "count"), SAMPLES)
 def test_the_samples_of_the_repository_load(name, format_name, count):
-    config = DataConfig(data_path=str(DATA / name), max_seq_length=4096)
+    config = DataConfig(data_path=(str(DATA / name),), max_seq_length=4096)
     examples = load_examples(config, tiny_tokenizer())
     assert (examples.format_name, len(examples)) == (format_name, count)
     assert (examples.num_cut, examples.num_dropped) == (0, 0)

@@ -9,7 +9,7 @@ import pytest
 
 from megablocks_utils.errors import DataError
 from megablocks_utils.training.data import sources
-from megablocks_utils.training.data.sources import read_records
+from megablocks_utils.training.data.sources import DatasetPart, check_part, read_records
 
 
 def read_all(name):
@@ -243,8 +243,57 @@ def test_a_missing_file_is_named(name):
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
         read_all(str(tmp_path))
+    assert caught.value.as_options().startswith(
+        f"--data_path {tmp_path} is a folder, wanted a file (.json, .jsonl, .parquet) or what "
+        "datasets can load: "
+    )
+
+
+@pytest.fixture
+def dataset_folder(tmp_path, monkeypatch):
+    """A dataset as the Hub has them: two configurations, one with a second split."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    files = {"train": "a-train", "test": "a-test"}
+    configs = [{"config_name": "a", "data_files": [_split(*item) for item in files.items()]}]
+    configs += [{"config_name": "b", "data_files": [_split("train", "b-train")]}]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for name in ("a-train", "a-test", "b-train"):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"output": f"{name} {n}"}) + "\n" for n in range(1, 4))
+        )
+    return folder
+
+
+def _split(split, name):
+    return {"split": split, "path": f"{name}.jsonl"}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_configuration_and_split_of_a_dataset(dataset_folder, is_streamed):
+    def read_part(config, split):
+        part = DatasetPart(config, split, is_streamed)
+        return [r.columns["output"] for r in read_records(str(dataset_folder), part)]
+
+    assert read_part("a", "test") == ["a-test 1", "a-test 2", "a-test 3"]
+    assert read_part("b", "train") == ["b-train 1", "b-train 2", "b-train 3"]
+    for wrong, config, split in (("none", "none", "train"), ("dev", "a", "dev")):
+        with pytest.raises(DataError) as caught:
+            read_part(config, split)
+        sentence = caught.value.as_options()
+        assert f"(--dataset_config {config}, --dataset_split {split}): " in sentence
+        assert wrong in sentence.partition(": ")[2] and "\n" not in sentence
+
+
+def test_a_file_has_no_split(tmp_path):
+    path = str(tmp_path / "d.json")
+    check_part([path], DatasetPart())
+    check_part([path, "owner/name"], DatasetPart(split="test"))
+    with pytest.raises(DataError) as caught:
+        check_part([path], DatasetPart(split="test"))
     assert caught.value.as_options() == (
-        f"--data_path {tmp_path} is a folder, wanted a file (.json, .jsonl, .parquet)"
+        f"--dataset_split is test, but --data_path {path} is a file, which has none: leave it out"
     )
 
 

@@ -13,8 +13,7 @@ import pytest
 from megablocks_utils.config import DataConfig
 from megablocks_utils.errors import DataError
 from megablocks_utils.processes.launch import LaunchEnvironment
-from megablocks_utils.training.data import examples as examples_module
-from megablocks_utils.training.data import token_cache, token_key
+from megablocks_utils.training.data import source_tokens, token_cache, token_key
 from megablocks_utils.training.data.examples import load_examples
 from megablocks_utils.training.data.token_files import TokenWriter
 from tests.support.tiny_tokenizer import CHATML, tiny_tokenizer
@@ -37,7 +36,7 @@ def write(path, records):
 
 
 def load(data_path, tokenizer=None, max_seq_length=4096):
-    config = DataConfig(data_path=data_path, max_seq_length=max_seq_length)
+    config = DataConfig(data_path=(data_path,), max_seq_length=max_seq_length)
     return load_examples(config, tokenizer)
 
 
@@ -48,13 +47,13 @@ def lists(examples):
 def count_reads(monkeypatch):
     """Count how often records are read, which nothing but tokenizing them needs."""
     reads = []
-    read_records = examples_module.read_records
+    read_records = source_tokens.read_records
 
     def counted(*arguments):
         reads.append(arguments)
         return read_records(*arguments)
 
-    monkeypatch.setattr(examples_module, "read_records", counted)
+    monkeypatch.setattr(source_tokens, "read_records", counted)
     return reads
 
 
@@ -151,7 +150,7 @@ def test_whatever_makes_tokens_makes_new_ones(tmp_path, monkeypatch):
 def test_a_template_is_told_the_day_that_is_given(tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     config = DataConfig(
-        data_path=write(tmp_path / "d.jsonl", [{"messages": turns}]), max_seq_length=4096
+        data_path=(write(tmp_path / "d.jsonl", [{"messages": turns}]),), max_seq_length=4096
     )
     template = "{% if strftime_now is defined %}{{ strftime_now( '%d.%m.%Y %H:%M') }}{% endif %}"
     dated = tiny_tokenizer(chat_template=template + '{{ strftime_now("") }}' + CHATML)
@@ -239,13 +238,13 @@ def test_two_that_make_the_same_tokens_do_not_meet(tmp_path, cache, monkeypatch)
 
 def test_data_that_changes_while_it_is_read_is_refused(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "d.jsonl", ANSWERS)
-    read_records = examples_module.read_records
+    read_records = source_tokens.read_records
 
-    def changing(data_path):
-        yield from read_records(data_path)
+    def changing(*arguments):
+        yield from read_records(*arguments)
         write(tmp_path / "d.jsonl", ANSWERS[1:])
 
-    monkeypatch.setattr(examples_module, "read_records", changing)
+    monkeypatch.setattr(source_tokens, "read_records", changing)
     with pytest.raises(DataError) as caught:
         load(path, tiny_tokenizer())
     assert caught.value.as_options() == (
@@ -286,9 +285,9 @@ def test_the_first_rank_of_a_machine_tokenizes_for_all(ranks2, tmp_path, cache):
 def _load_on_a_rank(rank, path, cache):
     os.environ["HF_DATASETS_CACHE"] = cache
     reads = []
-    read_records = examples_module.read_records
-    examples_module.read_records = lambda name: reads.append(name) or read_records(name)
-    config = DataConfig(data_path=path, max_seq_length=4096)
+    read_records = source_tokens.read_records
+    source_tokens.read_records = lambda *a: reads.append(a) or read_records(*a)
+    config = DataConfig(data_path=(path,), max_seq_length=4096)
     try:
         launch = LaunchEnvironment(rank=rank, local_rank=rank, world_size=2)
         examples = load_examples(config, tiny_tokenizer(), launch)
@@ -298,7 +297,7 @@ def _load_on_a_rank(rank, path, cache):
     except DataError as error:
         return len(reads), str(error)
     finally:
-        examples_module.read_records = read_records
+        source_tokens.read_records = read_records
 
 
 def test_the_cache_is_beside_that_of_datasets(monkeypatch):

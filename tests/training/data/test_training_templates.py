@@ -139,14 +139,14 @@ def test_a_run_trains_with_the_named_file_and_leaves_it_with_the_tokenizer(tmp_p
                     '{"role": "assistant", "content": "Yes"}]}]')  # fmt: skip
     template.write_text(CHATML.replace("</s>", "</s></s>"), encoding="utf-8")
     tokenizer = tiny_tokenizer()
-    examples = load_examples(DataConfig(str(data), chat_template=str(template)), tokenizer)
+    examples = load_examples(DataConfig((str(data),), chat_template=str(template)), tokenizer)
     labels = examples[0][1]
     assert tokenizer.decode(labels[labels != -100]) == "Yes</s></s>"
     assert tokenizer.chat_template == template.read_text()
     own = tiny_tokenizer(chat_template=like.LLAMA3_LIKE)
-    load_examples(DataConfig(str(data), chat_template="llama3"), own)
+    load_examples(DataConfig((str(data),), chat_template="llama3"), own)
     assert own.chat_template == like.LLAMA3_LIKE
-    plain = load_examples(DataConfig(str(data)), tiny_tokenizer())
+    plain = load_examples(DataConfig((str(data),)), tiny_tokenizer())
     assert plain.checksum() != examples.checksum()
 
 

@@ -30,6 +30,7 @@ CONTRACT_KEYS = [
     "tokens_per_s",
     "mem_peak_bytes",
     "mem_alloc_bytes",
+    "mfu",
 ]
 CPU = torch.device("cpu")
 
@@ -71,6 +72,11 @@ class TestStepMeter:
         assert (metrics.tokens, metrics.input_tokens) == (8, 40)
         assert (metrics.grad_norm, metrics.learning_rate) == (1.5, 1e-4)
         assert metrics.aux_loss == 1.5  # the dummy does not dilute the mean
+        assert metrics.mfu is None
+        meter = StepMeter(CPU, mfu_rate=1e-3)
+        meter.start_step()
+        metrics = finish(meter)
+        assert metrics.mfu == pytest.approx(1e-3 * metrics.tokens_per_s)
 
     def test_forgets_the_step_before(self):
         meter = StepMeter(CPU)
@@ -149,7 +155,10 @@ class TestMetricsWriter:
         first, second = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
         assert list(first) == CONTRACT_KEYS
         assert list(second) == [*CONTRACT_KEYS, "aux_loss"]
-        assert list(first.values()) == [1, 0.5, 2.5, 1.25, 5e-5, 10, 30, 0.5, 60.0, 200, 100]
+        assert list(first.values()) == [
+            *(1, 0.5, 2.5, 1.25, 5e-5, 10, 30, 0.5, 60.0, 200, 100),
+            None,
+        ]
 
     def test_a_line_is_there_at_once(self, tmp_path):
         with MetricsWriter(tmp_path / "m.jsonl") as writer:

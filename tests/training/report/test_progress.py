@@ -85,11 +85,13 @@ class TestLinesInALog:
     def test_training(self):
         console = build_text_console()
         with track_training(console, 4, first_step=2) as update:
-            update(build_metrics(3, 1.5, tokens_per_s=1234.5))
-            update(build_metrics(4, 1.25, tokens_per_s=2000.0))
+            update.evaluated(2.0)
+            update(build_metrics(3, 1.5, tokens_per_s=1234.5, moe_load_max_over_mean=1.5))
+            update(build_metrics(4, 1.25, tokens_per_s=2000.0, mfu=0.314))
+        last = "held-out loss 2.0000, expert load 1.50x\n"  # those of the last steps that have one
         assert console.file.getvalue() == (
-            "training: 3/4 steps, loss 1.5000, 1,234 tokens/s\n"
-            "training: 4/4 steps, loss 1.2500, 2,000 tokens/s\n"
+            f"training: 3/4 steps, loss 1.5000, 1,234 tokens/s, {last}"
+            f"training: 4/4 steps, loss 1.2500, 2,000 tokens/s, mfu 31.4%, {last}"
         )
 
 

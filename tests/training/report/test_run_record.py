@@ -88,7 +88,12 @@ def test_keys_and_values(tmp_path):
         "reason": "chosen by --kernel",
         "probe": {"worst": 1.5, "tensor": "output"},
     }
-    assert run["parameters"] == {"total": 100, "active": 60, "trainable": 7}
+    assert run["parameters"] == {
+        "total": 100,
+        "active": 60,
+        "trainable": 7,
+        "flops_per_token": None,
+    }
     assert run["train_runtime_s"] == 12.5
     assert run["totals"] == {"steps": 3, "tokens": 20, "input_tokens": 50}
     assert run["plan"] == {"verdict": "fits"}

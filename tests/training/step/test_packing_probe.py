@@ -31,10 +31,15 @@ CHOSEN = {
 LENGTHS = (5, 26, 11)
 
 
-def choose(model, packing="auto", batch_size=2, attention="own"):
+def choose(model, packing="auto", batch_size=2, attention="own", packing_length=None):
     small = partial(build_small_model, model, CPU)
     return choose_packing(
-        small, packing=packing, batch_size=batch_size, device=CPU, attention=attention
+        small,
+        packing=packing,
+        batch_size=batch_size,
+        device=CPU,
+        attention=attention,
+        packing_length=packing_length,
     )
 
 
@@ -96,6 +101,17 @@ def test_packing_is_refused_with_what_was_measured():
         choose(build_tiny("qwen3_5_moe_text"), packing="True")
     assert "packing is True, but it must be False or auto" in str(caught.value)
     assert "packed by positions, sdpa attention (" in str(caught.value)
+
+
+def test_packed_rows_are_tried_also_one_a_batch_and_refused_where_wrong():
+    model = build_tiny("mixtral")
+    assert choose(model, batch_size=1, packing_length=64).packing is Packing.POSITIONS
+    with pytest.raises(ConfigurationError) as caught:
+        choose(build_tiny("deepseek_v4"), batch_size=1, packing_length=64)
+    assert caught.value.as_options().startswith(
+        "--packing_length is 64, but it must be left out for a model of type deepseek_v4: in a row "
+        "of several examples logits differ from those of each example alone: packed by positions, "
+    )
 
 
 def test_one_example_a_batch_needs_no_probe():

@@ -36,6 +36,7 @@ def train(config: RunConfig, launch: LaunchEnvironment) -> None:
 
     from megablocks_utils.fsdp.fsdp2 import full_parameters
     from megablocks_utils.training.checkpointer import Checkpointer
+    from megablocks_utils.training.evaluation_hooks import EvaluationHooks
     from megablocks_utils.training.loop import build_training_state, fit
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.resume.already_done import is_already_done
@@ -46,16 +47,18 @@ def train(config: RunConfig, launch: LaunchEnvironment) -> None:
     setup = build_setup(config, launch, device)
     recorder = RunRecorder(setup)
     checkpointer = Checkpointer(setup, recorder.metrics_path)
+    hooks = EvaluationHooks(setup, recorder, checkpointer)
     training = build_training_state(setup)
     with recorder:
         with checkpointer:
-            for metrics in fit(training, setup, checkpointer):
+            for metrics in fit(training, setup, hooks):
                 recorder.record(metrics)
         if checkpointer.is_interrupted:
             return
         state = training.run_state()
+        hooks.load_best(state)
         tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
-        recorder.finish(state, tensors, training.kernel_check)
+        recorder.finish(state, tensors, training.kernel_check, hooks.as_record())
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOp
 
     from megablocks_utils.fsdp.fsdp1 import full_parameters
     from megablocks_utils.training.checkpointer import Checkpointer
+    from megablocks_utils.training.evaluation_hooks import EvaluationHooks
     from megablocks_utils.training.recorder import RunRecorder
     from megablocks_utils.training.resume.already_done import is_already_done
     from megablocks_utils.training.setup import build_setup
@@ -54,15 +55,17 @@ def train(config: RunConfig, launch: LaunchEnvironment, leftovers: tuple[GivenOp
     setup = build_setup(config, launch, device)
     recorder = RunRecorder(setup)
     checkpointer = Checkpointer(setup, recorder.metrics_path)
-    trainer = MoETrainer(setup, arguments, on_step=recorder.record, hooks=checkpointer)
+    hooks = EvaluationHooks(setup, recorder, checkpointer)
+    trainer = MoETrainer(setup, arguments, on_step=recorder.record, hooks=hooks)
     with recorder:
         with checkpointer:
             trainer.train()
         if checkpointer.is_interrupted:
             return
         state = trainer.run_state()
+        hooks.load_best(state)
         tensors = full_parameters(state.model, only_trainable=config.adapter.has_lora)
-        recorder.finish(state, tensors, trainer.kernel_check)
+        recorder.finish(state, tensors, trainer.kernel_check, hooks.as_record())
 
 
 if __name__ == "__main__":

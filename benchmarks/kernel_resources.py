@@ -198,6 +198,12 @@ def format_table(rows: Sequence[Resources]) -> str:
     return "\n".join(lines)
 
 
+def _group(row: Resources) -> tuple[int, int, str, str]:
+    """Return what `--add` replaces as one, and rows are sorted by."""
+    places = list(CAPABILITIES).index(row.arch), list(DTYPES).index(row.dtype)
+    return *places, row.form, row.kernel
+
+
 def list_variants(
     archs: Sequence[str], dtypes: Sequence[str], columns: Sequence[int], ranks: Sequence[int]
 ) -> list[Variant]:
@@ -223,6 +229,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--once_a_tile", action="store_true", help="one variant of each tile")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="keep other kernels' rows")
     options = parser.parse_args(argv)
     compile_all = partial(
         compile_variant,
@@ -234,9 +241,14 @@ def main(argv: Sequence[str]) -> int:
     for variant in list_variants(options.arch, options.dtype, options.column, options.rank):
         rows |= dict.fromkeys(compile_all(variant))
     provenance = build_provenance("benchmarks.kernel_resources", argv, triton=triton.__version__)
+    before = json.loads(options.json.read_text()) if options.add else {}
+    compiled = {_group(row) for row in rows}
+    old = [Resources(**row) for row in before.get("kernels", [])]
+    kept = [row for row in old if _group(row) not in compiled]
     payload = {
         "certificate": provenance,
-        "kernels": [asdict(row) for row in rows],
+        "older": [*before.get("older", []), *filter(None, [before.get("certificate")])],
+        "kernels": [asdict(row) for row in sorted([*kept, *rows], key=_group)],
     }
     options.json.write_text(json.dumps(payload, indent=1) + "\n")
     sys.stdout.write(format_table(list(rows)) + "\n")

@@ -111,6 +111,9 @@ def training_command(
         "--max_seq_length": MAX_SEQ_LENGTH,
         "--logging_steps": 1,
         "--expert_load_steps": 1,
+        "--eval_data_path": HELD_OUT_DATA,
+        "--eval_strategy": "steps",
+        "--eval_steps": MAX_STEPS // 2,
         "--seed": options.seed,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -190,7 +193,7 @@ def quickstart(options: argparse.Namespace) -> None:
     else:
         after = evaluate(question, model=options.output_dir)
     lines = (options.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
     title = (
         f"{family}, {method}, {len(losses)} steps on {num_processes} processes in {seconds:.0f} s"
     )

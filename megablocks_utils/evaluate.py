@@ -1,7 +1,7 @@
-"""Measure a saved model on held-out examples and let it answer, in one process.
+"""Measure a saved model on held-out examples and let it answer.
 
-It loads the model with plain transformers and PEFT: what a run has learned is judged by code that
-had no part in it.
+In one process it loads the model with plain transformers and PEFT: what a run has learned is judged
+by code that had no part in it. Under torchrun the model is spread over the ranks as in training.
 
 `python -m megablocks_utils.evaluate --help`. Torch is imported when the options are good, so
 `--help` answers at once.
@@ -10,15 +10,16 @@ had no part in it.
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megablocks_utils.config import (
     DataConfig,
     ModelConfig,
+    OptimConfig,
+    ParallelConfig,
     PrecisionConfig,
     RunConfig,
     resolve_precision,
@@ -28,30 +29,23 @@ from megablocks_utils.config.option import Option, list_options, same_option
 from megablocks_utils.config.reader import build_section, choose_model, read_command
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.launch import LaunchEnvironment, check_environment
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from megablocks_utils.training.data.batches import MicroBatch, Packing
-    from megablocks_utils.training.data.examples import TokenizedExamples
     from megablocks_utils.training.model_source import ModelSource
 
 __all__ = [
     "COMMAND",
     "EvaluateOptions",
     "evaluate",
-    "greedy_answer",
-    "held_out_loss",
-    "load_model",
     "main",
     "parse_options",
 ]
 
-TOKENS_PER_BATCH = 1024
-"""Of a packed row or a padded batch: attention over a row is dense, so longer ones waste work."""
+EXAMPLES_PER_BATCH = 4
+"""Of a rank's micro-batch under torchrun."""
 
+_ALONE = LaunchEnvironment()
 _OF_TRAINING = ("shuffle", "data_weights", "streaming", "shuffle_buffer_size", "packing_length")
 """Options of data about the order of a training run."""
 
@@ -66,6 +60,14 @@ class EvaluateOptions:
     ] = None
     adapter: Annotated[
         str | None, Option("folder of a PEFT adapter to put over the model", metavar="DIR")
+    ] = None
+    ep_size: Annotated[
+        int | None,
+        Option(
+            "under torchrun: ranks the experts are split over",
+            minimum=1,
+            shown_default="the number of processes",
+        ),
     ] = None
     max_new_tokens: Annotated[int, Option("tokens of each answer at most", minimum=1)] = 48
     ask: Annotated[
@@ -99,118 +101,23 @@ COMMAND = Command(
     usage=("python -m megablocks_utils.evaluate MODEL --data_path DATA [--option value] ...",),
     about=(
         "Measures a saved model on held-out examples and lets it answer, in one process, with "
-        "plain transformers and PEFT. The result is one JSON object: loss, label_tokens, examples, "
-        "answers.",
+        "plain transformers and PEFT; or in several under torchrun, its experts split and the rest "
+        "sharded by FSDP2. The result is one JSON object: loss, label_tokens, examples, answers. A "
+        "checkpoint of a run is exported to a temporary folder first; an adapter under torchrun is "
+        "merged there.",
     ),
     options=_options(),
     positional="MODEL",
-    positional_help="Hub name or local folder",
+    positional_help="Hub name, local folder or checkpoint-<step> of a run",
 )
 
 
-def load_model(model_path: str, adapter_path: str | None = None) -> "PreTrainedModel":
-    """Load a model, and a PEFT adapter over it, in fp32 for evaluation.
-
-    Raises:
-        CheckpointError: a file that cannot be read.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from megablocks_utils.checkpoint.foreign_code import ForeignCode
-    from megablocks_utils.checkpoint.library_output import (
-        filter_peft_warnings,
-        without_transformers_bars,
-    )
-    from megablocks_utils.checkpoint.quantization_config import load_dequantized
-
-    found = model_path if adapter_path is None else f"{model_path} or {adapter_path}"
-    with (
-        ForeignCode(lambda reason: CheckpointError(f"{found} cannot be loaded: {reason}")),
-        without_transformers_bars(),
-        filter_peft_warnings(),
-    ):
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=torch.float32, **load_dequantized(Path(model_path))
-        )
-        if adapter_path is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter_path).merge_and_unload()
-    return model.eval()
-
-
-def held_out_loss(model: "PreTrainedModel", examples: "TokenizedExamples") -> float:
-    """Return the mean loss of all label tokens, each counted once.
-
-    The examples are batched as training would; the result does not depend on how.
-
-    Raises:
-        ConfigurationError: no way of batching is right for this model, and that cannot be tried.
-    """
-    import torch
-
-    from megablocks_utils.training.step.forward import run_loss
-    from megablocks_utils.training.step.learn_logits_map import find_logits_map
-    from megablocks_utils.training.step.packing_probe import choose_packing
-    from megablocks_utils.training.step.small_model import build_small_model
-
-    device = next(model.parameters()).device
-    small = partial(build_small_model, model, device)
-    choice = choose_packing(small, packing="auto", batch_size=len(examples), device=device)
-    logits_map, _ = find_logits_map(model)
-    total = 0.0
-    with torch.no_grad():
-        for batch in _batches(examples, choice.packing):
-            total += run_loss(model, batch, device, logits_map)[1].item()
-    return total / int(examples.num_label_tokens.sum())
-
-
-def _batches(examples: "TokenizedExamples", packing: "Packing") -> "Iterator[MicroBatch]":
-    """Yield all examples in batches of at most so many tokens, padding counted."""
-    from megablocks_utils.training.data.batches import Packing, collate_examples
-
-    is_padded = packing is Packing.PADDED
-    order = sorted(range(len(examples)), key=lambda i: examples.lengths[i] if is_padded else i)
-    batch: list[int] = []
-    for index in order:
-        lengths = [int(examples.lengths[i]) for i in (*batch, index)]
-        tokens = max(lengths) * len(lengths) if is_padded else sum(lengths)
-        if batch and tokens > TOKENS_PER_BATCH:
-            yield collate_examples(examples, batch, packing)
-            batch = []
-        batch.append(index)
-    yield collate_examples(examples, batch, packing)
-
-
-def greedy_answer(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    instruction: str,
-    *,
-    max_new_tokens: int = 48,
-) -> str:
-    """Return the model's answer to an instruction in Alpaca's prompt, decoded greedily."""
-    import torch
-    from transformers import GenerationMixin
-
-    from megablocks_utils.training.data.alpaca import alpaca_prompt
-
-    assert isinstance(model, GenerationMixin)
-    inputs = tokenizer(alpaca_prompt(instruction), return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        output = model.generate(  # type: ignore[misc]  # its annotated self is for another checker
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    answer = output[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-
-
-def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
+def evaluate(
+    model_path: str, options: EvaluateOptions, launch: LaunchEnvironment = _ALONE
+) -> dict[str, Any]:
     """Return `loss`, `label_tokens`, `examples` and `answers` of a model.
+
+    **Collective:** every rank of `launch` must call.
 
     Model, adapter and data pass the checks that a training run would make of them.
 
@@ -220,10 +127,47 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
             tokenizer.
         DataError: examples that cannot be used.
     """
+    from megablocks_utils.training.saved_evaluation import evaluate_sharded, unpacked
+
+    if launch.world_size > 1:
+        result = evaluate_sharded(
+            _sharded_run(model_path, options),
+            launch,
+            options.adapter,
+            options.ask,
+            options.max_new_tokens,
+        )
+    else:
+        with unpacked(model_path, options.adapter) as (model, adapter):
+            result = _evaluate_alone(model, replace(options, adapter=adapter))
+    if not math.isfinite(result["loss"]):
+        raise CheckpointError(
+            f"the loss of {model_path} on {' '.join(options.data.data_path)} is {result['loss']}: "
+            "the model, or the adapter over it, holds values that are not finite or too large"
+        )
+    return result
+
+
+def _sharded_run(model_path: str, options: EvaluateOptions) -> RunConfig:
+    """Return the run whose first half of a step computes the loss."""
+    return RunConfig(
+        model=ModelConfig(model_path),
+        data=options.data,
+        parallel=ParallelConfig(
+            use_megablocks_sharding=True, ep_size=options.ep_size, expert_dp="shard"
+        ),
+        precision=PrecisionConfig("fp32"),
+        optim=OptimConfig(per_device_train_batch_size=EXAMPLES_PER_BATCH),
+        ignore_plan=True,
+    )
+
+
+def _evaluate_alone(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     from megablocks_utils.checkpoint.index import resolve_checkpoint_folder
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
     from megablocks_utils.lora.adapter_reader import open_adapter
     from megablocks_utils.training.data.examples import load_examples
+    from megablocks_utils.training.plain_model import greedy_answer, held_out_loss, load_model
 
     folder = resolve_checkpoint_folder(model_path)
     bare = _build_source(model_path, folder).model
@@ -241,11 +185,6 @@ def evaluate(model_path: str, options: EvaluateOptions) -> dict[str, Any]:
     examples.check_vocabulary(bare.config.vocab_size)
     model = load_model(str(folder), adapter)
     loss = held_out_loss(model, examples)
-    if not math.isfinite(loss):
-        raise CheckpointError(
-            f"the loss of {folder} on {' '.join(options.data.data_path)} is {loss}: the model, or "
-            "the adapter over it, holds values that are not finite or too large"
-        )
     answers = {
         text: greedy_answer(model, tokenizer, text, max_new_tokens=options.max_new_tokens)
         for text in options.ask
@@ -284,8 +223,15 @@ def main(argv: Sequence[str]) -> None:
         HelpRequested: for `--help` or `-h`.
         UserError: for options or files that cannot be used.
     """
-    result = evaluate(*parse_options(argv))
-    sys.stdout.write(json.dumps(result) + "\n")
+    model_path, options = parse_options(argv)
+    launch = check_environment()
+    if options.ep_size is not None and launch.world_size == 1:
+        raise ConfigurationError(
+            f"--ep_size is {options.ep_size}, but this is one process: start several with torchrun."
+        )
+    result = evaluate(model_path, options, launch)
+    if launch.rank == 0:
+        sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

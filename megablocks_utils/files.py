@@ -22,7 +22,7 @@ __all__ = ["ADAPTER_CONFIG_NAME", "ADAPTER_WEIGHTS_NAME", "DISK_FAULTS", "EXPERT
 __all__ += ["EXPERT_LOAD_PLOT_NAME", "GENERATION_CONFIG_NAME", "LOSS_PLOT_NAME", "METRICS_NAME"]
 __all__ += ["MODEL_CONFIG_NAME", "MODEL_INDEX_NAME", "MODEL_WEIGHTS_NAME", "REPORT_NAME"]
 __all__ += ["RUN_RECORD_NAME", "STAGING_FOLDER_NAME", "SAMPLES_NAME", "TRACKERS_FOLDER_NAME"]
-__all__ += ["TRACKER_RUNS_NAME"]
+__all__ += ["SAMPLES_PAGE_NAME", "TRACKER_RUNS_NAME"]
 __all__ += ["finite_or_none", "publish_file", "remove_path", "replace_path", "sync_to_disk"]
 __all__ += ["write_json_atomically", "write_pointer"]
 
@@ -41,6 +41,7 @@ EXPERT_LOAD_NAME = "expert_load.jsonl"
 EXPERT_LOAD_PLOT_NAME = "expert_load.png"
 REPORT_NAME = "report.html"
 SAMPLES_NAME = "samples.jsonl"
+SAMPLES_PAGE_NAME = "samples.md"
 TRACKER_RUNS_NAME = "trackers.json"
 TRACKERS_FOLDER_NAME = "runs"
 """Where trackers that write files do so: Trainer's own name for it."""

@@ -15,11 +15,13 @@ from tempfile import TemporaryDirectory
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.config import check_world
 from megablocks_utils.config.given import CommandLine
+from megablocks_utils.config.parallel import check_heads
 from megablocks_utils.config.reader import choose_model
 from megablocks_utils.config.record import format_config, format_record, read_recorded_options
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME, write_json_atomically
 from megablocks_utils.planning.launcher.launch_file import build_launch_file
+from megablocks_utils.planning.memory.run_plan import refuse_unplanned
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
@@ -218,11 +220,14 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         UserError: an ep_size or number of GPUs that does not fit the model.
     """
     own, config, shape = options.own, options.config, model.shape
+    refuse_unplanned(config)
     gpu = GPUS[own.gpu or DEFAULT_GPU]
     per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:
         _check_nodes(world_size, per_node)
         config.count_data_ranks(world_size)
+    if shape.attention is not None:
+        check_heads([shape.attention.num_heads], config.parallel.sp_size)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
     tokens = config.optim.per_device_train_batch_size * config.row_tokens

@@ -7,24 +7,21 @@ loss stay transformers' own.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.checkpoint.index import open_checkpoint, resolve_checkpoint_folder
-from megablocks_utils.checkpoint.layouts import ModelLayout
-from megablocks_utils.checkpoint.load import load_experts
-from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.checkpoint.expert_source import ExpertSource
 from megablocks_utils.config.dispatch_cost import DISPATCH_CHOICES, DispatchChoice
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.selection.rank_agreement import select_for_all_ranks
 from megablocks_utils.mesh.device_mesh import (
     EP_AXIS,
+    EXPERT_TP_AXIS,
     MeshSizes,
     axis_size,
     build_mesh,
@@ -32,8 +29,6 @@ from megablocks_utils.mesh.device_mesh import (
 )
 from megablocks_utils.mesh.placement import (
     distribute_experts,
-    local_expert_range,
-    wrap_local_experts,
 )
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.expert_spec import ExpertSpec, find_expert_modules, read_expert_specs
@@ -50,6 +45,14 @@ _DEVICE_TYPES, _EXPERT_DP = ("cpu", "cuda"), ("shard", "replicate")
 
 # How transformers calls the classes of experts and of their blocks.
 _EXPERT_CLASS = re.compile(r"(Experts?|Mo[Ee](Block|Layer|MLP)?|SparseMLP)$")
+
+
+class _Grid(NamedTuple):
+    """Sizes of the mesh that a caller gives; the dp axis has what they leave."""
+
+    ep_size: int
+    dp_replicate_size: int
+    expert_tp_size: int
 
 
 def require_experts(model: "PreTrainedModel") -> dict[str, ExpertSpec]:
@@ -85,35 +88,35 @@ def shard_moe(
     tokens_per_rank: int | None = None,
     dp_replicate_size: int = 1,
     token_dispatch: str = "auto",
+    expert_tp_size: int = 1,
 ) -> ShardedMoE:
     """Split the experts of a transformers MoE model over the ranks, in place.
 
-    **Collective:** every rank of the world must call; process groups are made, no weights move.
+    **Collective:** every rank must call; process groups are made, no weights move.
 
     Args:
         model: with its weights, the same on every rank; or on the meta device, with
             `checkpoint_name_or_path`.
         ep_size: ranks the experts of a layer are split over.
-        checkpoint_name_or_path: folder or Hub name the experts are read from, each rank its own
-            slices only; None takes them from the model.
+        checkpoint_name_or_path: folder or Hub name of which each rank reads its own experts; None
+            takes them from the model.
         kernel: `auto`, or the name of a backend: `eager`, `grouped_mm`, `triton`, `scattermoe` or
             `megablocks`. All ranks run what rank 0 selects.
         expert_dp: what the dp axis does with an expert: `shard` it (FSDP2) or `replicate` it.
         device_type: `cpu` or `cuda`; None takes cuda where there is one.
         compute_dtype: dtype the experts will be computed in; None is that of the weights.
         on_layer: called with 1 after each layer, for a progress bar.
-        expert_mode: which expert parameters are trained, for the selection of the kernel alone:
+        expert_mode: for the selection of the kernel, which parameters of experts are trained:
             "full" all weights, "frozen" none, "lora" adapters.
         tokens_per_rank: about how many tokens a rank has at a time; for measurements of kernels.
         dp_replicate_size: groups of ranks that each hold all experts: a first mesh axis.
         token_dispatch: `rows` sends a token once for each expert, `tokens` once for each rank that
             has experts of its; `auto` takes what is fewer bytes.
+        expert_tp_size: ranks that each expert is split over.
 
     Raises:
-        ConfigurationError: no process group, not a supported MoE model, a value that there is not,
-            sizes that do not divide, or a kernel that cannot run here.
-        MissingKernelError: a kernel that is not installed.
-        CheckpointError: expert weights that are missing or mis-shaped.
+        UserError: no process group, an unsupported model, value or kernel, sizes that do not
+            divide, or expert weights that are missing or mis-shaped.
     """
     if not dist.is_initialized():
         raise ConfigurationError(
@@ -123,13 +126,13 @@ def shard_moe(
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_choice("device_type", device_type, _DEVICE_TYPES)
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
-    sharded = _plan(model, (ep_size, dp_replicate_size), kernel, expert_dp, use)
+    sizes = ep_size, dp_replicate_size, expert_tp_size
+    sharded = _plan(model, _Grid(*sizes), kernel, expert_dp, use)
     choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
-    device = _local_device(device_type)
-    source = _ExpertSource(model, checkpoint_name_or_path, sharded.mesh, device)
+    where = sharded.mesh, _local_device(device_type)
+    source = ExpertSource(model, checkpoint_name_or_path, *where)
     for name, spec in require_experts(model).items():
-        weights = source.take(name, model.get_submodule(name), spec)
-        _swap(sharded, name, spec, weights, choose(spec))
+        _swap(sharded, name, spec, source.take(name, model.get_submodule(name), spec), choose(spec))
         on_layer(1)
     return sharded
 
@@ -146,6 +149,7 @@ def split_experts_on_meta(
     tokens_per_rank: int | None = None,
     dp_replicate_size: int = 1,
     token_dispatch: str = "auto",
+    expert_tp_size: int = 1,
 ) -> ShardedMoE:
     """Do what `shard_moe` does for a model on meta, and leave it there for `fsdp` to fill.
 
@@ -155,32 +159,36 @@ def split_experts_on_meta(
         UserError: as `shard_moe`.
     """
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
-    sharded = _plan(model, (ep_size, dp_replicate_size), kernel, expert_dp, use)
+    grid = _Grid(ep_size, dp_replicate_size, expert_tp_size)
+    sharded = _plan(model, grid, kernel, expert_dp, use)
     choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
     for name, spec in require_experts(model).items():
         module = model.get_submodule(name)
-        num_local = len(local_expert_range(spec.num_experts, sharded.mesh))
-        parts = {p: module.get_parameter(p).detach()[:num_local] for p in spec.parameter_names}
-        weights = {p: wrap_local_experts(part, sharded.mesh) for p, part in parts.items()}
+        weights = {
+            p: distribute_experts(
+                module.get_parameter(p).detach()[: spec.num_experts],
+                sharded.mesh,
+                spec.find_split(p),
+            )
+            for p in spec.parameter_names
+        }
         _swap(sharded, name, spec, weights, choose(spec))
     return sharded
 
 
 def _plan(
-    model: "PreTrainedModel", grid: tuple[int, int], kernel: str, expert_dp: str, use: ExpertUse
+    model: "PreTrainedModel", grid: _Grid, kernel: str, expert_dp: str, use: ExpertUse
 ) -> ShardedMoE:
-    """Make the mesh and select the kernel; no experts are swapped yet.
-
-    `grid` are ep_size and dp_replicate_size.
-    """
+    """Make the mesh and select the kernel; no experts are swapped yet."""
     _check_choice("expert_dp", expert_dp, _EXPERT_DP)
     specs = require_experts(model)
-    mesh = build_mesh(_common_mesh_sizes(specs.values(), *grid), use.device_type)
+    mesh = build_mesh(_common_mesh_sizes(specs.values(), grid), use.device_type)
     first = next(iter(specs))
     dtype = model.get_submodule(first).get_parameter("down_proj").dtype
     kinds = {spec.kind: spec for spec in reversed(specs.values())}
     top_k = find_top_k(model)
-    shapes, *others = (use.shapes(spec, dtype, top_k, grid[0]) for spec in reversed(kinds.values()))
+    sizes = grid.ep_size, grid.expert_tp_size
+    shapes, *others = (use.shapes(spec, dtype, top_k, *sizes) for spec in reversed(kinds.values()))
     backend = select_for_all_ranks(kernel, shapes, others)
     return ShardedMoE(model, mesh, {}, expert_dp, backend)
 
@@ -201,7 +209,12 @@ def _dispatch_chooser(
     first = next(iter(find_expert_modules(model).values()))
     dtype = compute_dtype or first.get_parameter("down_proj").dtype
     return lambda spec: choose_layer_dispatch(
-        wanted, spec, top_k=top_k, ep_size=ep_size, dtype=dtype
+        wanted,
+        spec,
+        top_k=top_k,
+        ep_size=ep_size,
+        dtype=dtype,
+        expert_tp_size=axis_size(mesh, EXPERT_TP_AXIS),
     )
 
 
@@ -231,55 +244,17 @@ def _swap(
         route_before_experts(sharded.model.get_submodule(name.rpartition(".")[0]))
 
 
-class _ExpertSource:
-    """Where the experts' weights come from: the model itself, or slices of a checkpoint."""
-
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        checkpoint: str | Path | None,
-        mesh: DeviceMesh,
-        device: torch.device,
-    ):
-        self.reader: SliceReader | None = None
-        if checkpoint is not None:
-            folder = resolve_checkpoint_folder(str(checkpoint))
-            # Rounded once, to the dtype of each parameter, as transformers does it.
-            index = open_checkpoint(folder, dtype=torch.float32)
-            self.reader = SliceReader(index, ModelLayout(model, index))
-        self.mesh = mesh
-        self.device = device
-
-    def take(self, name: str, module: nn.Module, spec: ExpertSpec) -> dict[str, DTensor]:
-        """Return the DTensors of one experts module, this rank's part on its device."""
-        if self.reader is None:
-            return {
-                p: self._split(module.get_parameter(p).detach()[: spec.num_experts], name)
-                for p in spec.parameter_names
-            }
-        mine = local_expert_range(spec.num_experts, self.mesh)
-        shapes = {f"{name}.{p}": tuple(module.get_parameter(p).shape) for p in spec.parameter_names}
-        weights = load_experts(self.reader, shapes, mine, module.get_parameter("down_proj").dtype)
-        return {
-            p: wrap_local_experts(weights[f"{name}.{p}"].to(self.device), self.mesh)
-            for p in spec.parameter_names
-        }
-
-    def _split(self, weights: Tensor, name: str) -> DTensor:
-        if weights.is_meta:
-            raise ConfigurationError(
-                f"{name} has no weights (it is on the meta device); pass checkpoint_name_or_path.",
-                parameters=("checkpoint_name_or_path",),
-            )
-        local = distribute_experts(weights, self.mesh).to_local()
-        return wrap_local_experts(local.to(self.device), self.mesh)
-
-
-def _common_mesh_sizes(
-    specs: Iterable[ExpertSpec], ep_size: int, dp_replicate_size: int
-) -> MeshSizes:
-    counts, world_size = dict.fromkeys(spec.num_experts for spec in specs), dist.get_world_size()
-    sizes = [compute_mesh_sizes(world_size, ep_size, n, dp_replicate_size) for n in counts]
+def _common_mesh_sizes(specs: Iterable[ExpertSpec], grid: _Grid) -> MeshSizes:
+    world_size, counts = dist.get_world_size(), dict[int, None]()
+    for spec in specs:
+        spec.check_slices(grid.expert_tp_size)
+        counts[spec.num_experts] = None
+    sizes = [
+        compute_mesh_sizes(
+            world_size, grid.ep_size, num_experts, grid.dp_replicate_size, grid.expert_tp_size
+        )
+        for num_experts in counts
+    ]
     return sizes[0]
 
 

@@ -51,6 +51,7 @@ ORDER = (
     ("ep_implementation", "experts_interface", "fsdp", "lora"),
     ("merge", "export", "report", "tune"),
     ("training.step", "training.resume"),
+    ("training.evaluation",),
     ("training",),
     ("rehearsal", "evaluate"),
     ("plan",),

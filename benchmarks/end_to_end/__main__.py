@@ -1,6 +1,6 @@
 """Training steps of our script against an earlier revision of it, transformers' own, and PEFT.
 
-    PYTHONPATH=. python -m benchmarks.end_to_end --baseline c79345c
+    PYTHONPATH=. python -m benchmarks.end_to_end --baseline c79345c [--shape packed]
 
 Every system has processes of its own, and all systems of a case live at once and take turns, so
 that whatever else the machine does hits all of them. Before anything is timed, the tokens of the
@@ -29,7 +29,18 @@ from benchmarks.harness.report import format_spread, markdown_table, show
 from benchmarks.harness.workload import Workload, save_workload
 from megablocks_utils.byte_units import MIB
 
-_WORKLOAD = Workload(num_layers=3)
+_SHORT = Workload(num_layers=3)
+_WORKLOADS = {
+    "short": _SHORT,
+    "packed": Workload(
+        num_layers=1,
+        num_examples=256,
+        shortest_tokens=512,
+        longest_tokens=512,
+        per_device_batch=16,
+    ),
+}
+_SHAPES = "micro-batches of 4 examples of 16 to 192 tokens, or 16 of 512 tokens packed in a row"
 _PRECISION_ON = {"cpu": "fp32", "cuda": "bf16"}
 _COLUMNS = ("system", "tokens/s", "time / ours", "CPU time / ours", "peak MiB", "peak / ours")
 
@@ -39,16 +50,18 @@ def main(argv: list[str]) -> None:
     options = _parse(argv)
     # Fork after the libraries are imported: they must not ask CUDA itself what there is.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    plan = Plan(options.runs, options.rounds, options.steps_per_turn)
+    plan = Plan(options.runs, options.rounds, options.steps_per_turn, options.warmup_steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(options.output or RESULTS / f"end_to_end_{device}.json")
+    name = "end_to_end" if options.shape == "short" else f"end_to_end_{options.shape}"
+    path = Path(options.output or RESULTS / f"{name}_{device}.json")
     is_added_to = bool(options.only) and path.exists()
     record = Record.read(path) if is_added_to else Record(path, {})
     with tempfile.TemporaryDirectory() as name, _checkout(options.baseline) as tree:
-        save_workload(_WORKLOAD, Path(name))
+        workload = _WORKLOADS[options.shape]
+        save_workload(workload, Path(name))
         for case in list_cases(options.ranks, _PRECISION_ON[device]):
             if has_words(case.label(), options.only):
-                row = run_case(case, plan, Path(name), tree, argv)
+                row = run_case(case, plan, Path(name), tree, argv, workload=workload)
                 record.add(row, "case")
                 show(build_table(row))
 
@@ -60,7 +73,7 @@ def run_case(
     tree: Path | None,
     argv: list[str],
     *,
-    workload: Workload = _WORKLOAD,
+    workload: Workload = _SHORT,
 ) -> Row:
     """Measure the systems of a case and return its row.
 
@@ -137,10 +150,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--runs", type=int, default=plan.runs, help="how often the processes are started")
     add("--rounds", type=int, default=plan.rounds, help="turns of each system in a run")
     add("--steps-per-turn", type=int, default=plan.steps_per_turn)
+    add("--warmup-steps", type=int, default=plan.warmup_steps, help="compared, not timed")
+    add("--shape", choices=_WORKLOADS, default="short", help=_SHAPES)
     add("--only", default="", help="cases whose label holds all these words")
     add("--output", help="the JSON file; with --only, rows of other cases are kept")
     options = parser.parse_args(argv)
-    for name in ("runs", "rounds", "steps_per_turn"):
+    for name in ("runs", "rounds", "steps_per_turn", "warmup_steps"):
         value = getattr(options, name)
         if value < 1:
             option = name.replace("_", "-")

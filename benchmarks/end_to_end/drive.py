@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 SCRIPT = "script"
+_LIBRARIES = "megablocks_utils/processes/libraries.py"
 _LOOP, _SCRIPT_MODULE = "megablocks_utils.training.loop", "train_accelerate_fsdp2"
 _PADDING_IDS = 3
 """Ids below are never in the data: padding, and the one token of an empty micro-batch."""
@@ -134,6 +135,12 @@ def train_script(argv: list[str], gate: Gate) -> None:
         importlib.import_module(_SCRIPT_MODULE).main(argv)
 
 
+def set_up_allocators() -> None:
+    """Do what the tree's commands do of it before torch is imported; older ones do nothing."""
+    if Path(sys.path[0], _LIBRARIES).exists():
+        importlib.import_module(_LIBRARIES.removesuffix(".py").replace("/", ".")).set_allocator()
+
+
 def be_rank(rank: int, spec: dict[str, Any], commands: int, answers: int) -> None:
     """Build the system of the specification on this rank, and take its steps."""
     log = os.open(f"{spec['log']}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -154,6 +161,8 @@ def main(argv: list[str]) -> int:
     spec = json.loads(Path(argv[0]).read_text())
     pairs = [tuple(map(int, word.split(":"))) for word in argv[1:]]
     sys.path[0] = spec["tree"]  # in the place of this file's folder
+    if spec["system"] == SCRIPT:
+        set_up_allocators()
     for name in spec["preload"]:
         importlib.import_module(name)
     pids = []

@@ -43,7 +43,7 @@ def build_arguments(
         output: name of a folder in it, of this system alone.
         max_steps: of the run.
     """
-    accumulation = workload.global_batch // (workload.per_device_batch * case.world_size)
+    accumulation = max(1, workload.global_batch // (workload.per_device_batch * case.world_size))
     options = {
         "model_name_or_path": folder / "model",
         "data_path": folder / "data.jsonl",

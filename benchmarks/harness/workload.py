@@ -23,9 +23,10 @@ class Workload:
 
     Attributes:
         num_examples: of the data file, enough for all steps.
-        longest_tokens: examples have between 16 and this many tokens, log-normal around 64, as
-            short instructions have; the first 40 % of each is its prompt, without labels.
-        global_batch: examples of an optimizer step, all ranks.
+        shortest_tokens: of an example.
+        longest_tokens: examples have between these many tokens, log-normal around 64, as short
+            instructions have; the first 40 % of each is its prompt, without labels.
+        global_batch: examples of an optimizer step, all ranks; at least a micro-batch of each.
         per_device_batch: examples of a micro-batch.
     """
 
@@ -36,6 +37,7 @@ class Workload:
     top_k: int = 2
     vocab_size: int = 8192
     num_examples: int = 1024
+    shortest_tokens: int = 16
     longest_tokens: int = 192
     global_batch: int = 16
     per_device_batch: int = 4
@@ -84,7 +86,7 @@ def save_data(workload: Workload, path: Path) -> None:
     """Write the tokenized examples of a workload."""
     generator = np.random.default_rng(0)
     lengths = np.exp(generator.normal(np.log(_TYPICAL_TOKENS), 0.6, workload.num_examples))
-    lengths = lengths.astype(int).clip(16, workload.longest_tokens)
+    lengths = lengths.astype(int).clip(workload.shortest_tokens, workload.longest_tokens)
     _save_random_tokens(path, generator, lengths, workload.vocab_size, _PROMPT_SHARE)
 
 

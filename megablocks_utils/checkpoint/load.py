@@ -1,15 +1,14 @@
-"""Build a model without weights, and read experts from a checkpoint.
+"""Build a model without weights, and read its buffers from a checkpoint.
 
 The order of a load: `build_model_on_meta`, `open_checkpoint`, `ModelLayout`, `check_against_model`
 of `model_check` (before any weight is read), then `fill_buffers` and a `SliceReader` for the parts
 that this rank holds. No function here communicates.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
@@ -26,7 +25,6 @@ __all__ = [
     "build_model_on_meta",
     "fill_buffers",
     "find_other_parts",
-    "load_experts",
 ]
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -95,33 +93,6 @@ def _read_config(folder: Path, truncate_layers: int | None) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder)
     drop_quantization(config)  # the model has floating-point weights, and is saved with them
     return config if truncate_layers is None else cut_layers(config, truncate_layers)
-
-
-def load_experts(
-    reader: SliceReader, shapes: Mapping[str, tuple[int, ...]], experts: range, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Read some experts of one MoE layer, and nothing else.
-
-    At no time is more held than the result and one stored tensor (of fused experts: one expert's
-    rows of it).
-
-    Args:
-        reader: of the checkpoint.
-        shapes: of the weights wanted, whole, by qualified name.
-        experts: which experts, by global index.
-        dtype: what the result is cast to.
-
-    Returns:
-        The weights of these experts on the CPU, by name.
-
-    Raises:
-        CheckpointError: a tensor is missing, of another shape than its neighbours, or non-finite.
-    """
-    loaded = {}
-    for name, shape in shapes.items():
-        loaded[name] = torch.empty((len(experts), *shape[1:]), dtype=dtype)
-        reader.fill_local(name, loaded[name], (experts.start, *(0 for _ in shape[1:])))
-    return loaded
 
 
 def fill_buffers(model: PreTrainedModel, reader: SliceReader) -> None:

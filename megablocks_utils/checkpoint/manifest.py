@@ -15,13 +15,13 @@ from megablocks_utils.checkpoint.folder_files import is_plain_name, refuse_link_
 from megablocks_utils.checkpoint.index import HUB_FILE_PATTERNS
 from megablocks_utils.checkpoint.json_file import JsonObject, read_settings, show_value
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import EXPERT_LOAD_NAME, METRICS_NAME, sync_to_disk
+from megablocks_utils.files import EXPERT_LOAD_NAME, METRICS_NAME, SAMPLES_NAME, sync_to_disk
 from megablocks_utils.processes.output_folder import MANIFEST_NAME
 
 __all__ = ["check_files", "describe_file", "read_manifest", "write_manifest"]
 
 FORMAT_VERSION = 1
-_LOGS = (METRICS_NAME, EXPERT_LOAD_NAME)
+_LOGS = (METRICS_NAME, EXPERT_LOAD_NAME, SAMPLES_NAME)
 _FILES_THAT_ARE_READ = (DCP_INDEX_NAME, "*.distcp", *_LOGS, *HUB_FILE_PATTERNS)
 
 

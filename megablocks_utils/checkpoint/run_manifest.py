@@ -11,7 +11,7 @@ from megablocks_utils.errors import CheckpointError
 from megablocks_utils.processes.output_folder import MANIFEST_NAME
 
 __all__ = ["BASE_FOLDER_KEY", "BASE_KEY", "COMPATIBILITY_KEY", "DATE_KEY"]
-__all__ += ["adapters_of", "read_run_manifest"]
+__all__ += ["STREAM_KEY", "adapters_of", "read_run_manifest"]
 
 COMPATIBILITY_KEY = "continuity"
 """Of what a resumed run must share with the one that wrote the manifest, in format 1."""
@@ -23,6 +23,9 @@ DATE_KEY = "template_date"
 BASE_FOLDER_KEY = "base"
 """Of the folder of the model that was trained, and of how many of its tensors are not in the
 checkpoint and belong to the model; earlier versions did not say it."""
+
+STREAM_KEY = "stream"
+"""Of how far data that is read while training was read; only there for such data."""
 
 _LEAST_SEED = -(2**63)
 _LONGEST_RUN_S = 1e10
@@ -47,6 +50,10 @@ def read_run_manifest(folder: Path) -> dict[str, Any]:
         base.whole_number("num_passed_through")
     options, facts = contents.section("options"), contents.section(COMPATIBILITY_KEY)
     _check_facts(facts)
+    if STREAM_KEY in manifest or facts.values.get("streaming"):
+        position = contents.section(STREAM_KEY)
+        for name in ("epoch", "records", "examples"):
+            position.whole_number(name)
     if "lora" in facts:
         _check_adapters(facts.section("lora"))
         options.section("model").text("model_name_or_path")

@@ -6,7 +6,7 @@ complete, whatever happens at whatever time.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,8 @@ __all__ = ["Snapshot", "delete_beyond", "describe_kept", "not_written", "write_c
 
 _FILE_OF_RANK = re.compile(r"(?:__|rng-)(\d+)")
 _Result = TypeVar("_Result")
+ChooseBest = Callable[[Collection[int]], int | None]
+"""Say which of the saved steps is never removed; None: any may be."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def write_checkpoint(
     *,
     group: dist.ProcessGroup | None,
     total_limit: int | None = None,
+    choose_best: ChooseBest = lambda _steps: None,
 ) -> Path:
     """Write one checkpoint and delete the oldest ones beyond the limit.
 
@@ -74,6 +77,7 @@ def write_checkpoint(
         output_dir: the folder of the run, which must be there.
         group: the ranks' CPU group.
         total_limit: complete checkpoints to keep, the newest; None keeps all.
+        choose_best: which one to keep besides the newest; called by the first rank.
 
     Returns:
         The folder.
@@ -100,7 +104,7 @@ def write_checkpoint(
         if rank == 0 and not is_done:
             with suppress(OSError):
                 remove_path(folder)
-    _on_first(group, folder, lambda: delete_beyond(output_dir, total_limit))
+    _on_first(group, folder, lambda: delete_beyond(output_dir, total_limit, choose_best))
     return _final(folder)
 
 
@@ -110,14 +114,23 @@ def not_written(path: Path, error: OSError | str, output_dir: Path) -> Checkpoin
     return CheckpointError(f"cannot write {path}: {reason}; {describe_kept(output_dir)}")
 
 
-def delete_beyond(output_dir: Path, total_limit: int | None) -> None:
+def delete_beyond(
+    output_dir: Path,
+    total_limit: int | None,
+    choose_best: ChooseBest = lambda _steps: None,
+) -> None:
     """Delete the oldest complete checkpoints until `total_limit` are left; None keeps all.
 
-    Of a checkpoint that is linked to, the link goes.
+    The best one counts and stays; beside it the newest stays also where one alone is to be kept, as
+    Hugging Face's Trainer has it. Of a checkpoint that is linked to, the link goes.
     """
     if total_limit is None:
         return
-    for _step, path in find_checkpoints(output_dir)[:-total_limit]:
+    found = find_checkpoints(output_dir)
+    best = choose_best([step for step, _ in found])
+    others = [(step, path) for step, path in found if step != best]
+    num_kept = total_limit if len(others) == len(found) else max(1, total_limit - 1)
+    for _step, path in others[:-num_kept]:
         try:
             remove_checkpoint(path)
         except OSError as error:

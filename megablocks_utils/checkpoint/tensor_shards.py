@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Block", "BlockPlace", "TensorShard", "Place", "RunPlace"]
+from megablocks_utils.mesh.placement import LocalBlock
+
+__all__ = ["Block", "BlockPlace", "PartPlace", "Place", "RunPlace", "TensorShard"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,19 @@ class BlockPlace:
 
 
 @dataclass(frozen=True)
+class PartPlace:
+    """Say that a rank's part of a tensor is made of blocks: one, or as many as a dim has parts."""
+
+    whole_shape: tuple[int, ...]
+    blocks: tuple[LocalBlock, ...]
+
+    def shard(self, local: Tensor) -> TensorShard:
+        """Return the shard whose elements are `local`."""
+        blocks = (Block(block.offsets, block.of(local)) for block in self.blocks)
+        return TensorShard(self.whole_shape, tuple(blocks) if local.numel() else ())
+
+
+@dataclass(frozen=True)
 class RunPlace:
     """Say that a rank holds consecutive elements of a tensor, from flat index `start` on."""
 
@@ -83,7 +98,7 @@ class RunPlace:
         return TensorShard(self.whole_shape, tuple(blocks))
 
 
-Place = BlockPlace | RunPlace
+Place = BlockPlace | PartPlace | RunPlace
 
 
 def _split_run(

@@ -9,6 +9,7 @@ from typing import Any
 from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
+from megablocks_utils.config.evaluation import check_evaluation
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["check_together"]
@@ -24,13 +25,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     Raises:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
-    if not values["use_megablocks_sharding"]:
-        idle = {"ep_size": (None, 1), "expert_dp": (None,), "token_dispatch": (AUTO, ROWS)}
-        for name, harmless in idle.items():
-            if values[name] not in harmless:
-                raise ConfigurationError(
-                    f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
-                )
+    _check_sharding(values)
     _check_kernel(values)
     check_data_options(values)
     if entry_point == "fsdp1" and values["expert_dp"] == "shard":
@@ -51,18 +46,9 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             f"earlier micro-batches: --gradient_accumulation_steps is {accumulation} and must be "
             "1, or use train_accelerate_fsdp2.py."
         )
-    if values["resume_adapter"] is not None and values["use_lora"] == "none":
-        raise ConfigurationError(
-            "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
-            "attn-only, mlp-only or all."
-        )
+    _check_adapters(values)
     _check_routers(values)
-    if values["save_dtype"] is not None and values["use_lora"] != "none":
-        raise ConfigurationError(
-            f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
-            "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
-            "megablocks_utils.merge."
-        )
+    check_evaluation(values)
     if values["max_steps"] == 0:
         raise ConfigurationError("--max_steps is 0, but it must be -1 (not set) or at least 1.")
     for name in ("warmup_steps", "save_steps"):
@@ -76,17 +62,50 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
         )
 
 
+def _check_sharding(values: Mapping[str, Any]) -> None:
+    """Refuse what would do nothing without expert parallelism, and slices beside other splits."""
+    idle = {
+        "ep_size": (None, 1),
+        "expert_tp_size": (1,),
+        "expert_dp": (None,),
+        "token_dispatch": (AUTO, ROWS),
+    }
+    for name, harmless in idle.items():
+        if not values["use_megablocks_sharding"] and values[name] not in harmless:
+            raise ConfigurationError(
+                f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
+            )
+    for name in ("tp_size", "sp_size"):
+        if values["expert_tp_size"] > 1 and values[name] > 1:
+            raise ConfigurationError(
+                f"--{name} is {values[name]}, but with --expert_tp_size "
+                f"{values['expert_tp_size']} it must be 1."
+            )
+
+
+def _check_adapters(values: Mapping[str, Any]) -> None:
+    """Refuse what needs adapters where there are none, and the other way round."""
+    if values["resume_adapter"] is not None and values["use_lora"] == "none":
+        raise ConfigurationError(
+            "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
+            "attn-only, mlp-only or all."
+        )
+    if values["save_dtype"] is not None and values["use_lora"] != "none":
+        raise ConfigurationError(
+            f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
+            "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
+            "megablocks_utils.merge."
+        )
+
+
 def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
     """Refuse groups of processes where they cannot be."""
-    if values["tp_size"] > 1:
-        raise ConfigurationError(
-            f"--tp_size is {values['tp_size']}, but it must be 1: it is not built yet."
-        )
     if values["sp_size"] > 1 and values["compile"]:
         raise ConfigurationError(
             f"--sp_size is {values['sp_size']}, but torch compiles no exchange within a layer: it "
             "must be 1, or --compile False."
         )
+    _check_tensor_parallelism(values, entry_point)
     groups = values["dp_replicate_size"]
     if groups == 1:
         return
@@ -100,6 +119,32 @@ def _check_groups(values: Mapping[str, Any], entry_point: str) -> None:
             f"--dp_replicate_size is {groups}, but with --cpu_offload params it must be 1: FSDP "
             "leaves copies of the experts on the devices."
         )
+
+
+def _check_tensor_parallelism(values: Mapping[str, Any], entry_point: str) -> None:
+    """Refuse what tensor parallelism has not been built together with."""
+    size = values["tp_size"]
+    if size == 1:
+        return
+    named = f"--tp_size is {size}, but"
+    if entry_point == "fsdp1":
+        raise ConfigurationError(
+            f"{named} FSDP1 shards no tensors that are split already: it must be 1, or use "
+            "train_accelerate_fsdp2.py."
+        )
+    if not values["use_megablocks_sharding"]:
+        raise ConfigurationError(
+            f"{named} it needs --use_megablocks_sharding True (also --ep_size 1), so that ranks "
+            "with the same rows share the work of the experts."
+        )
+    for name, wanted in (
+        ("sp_size", 1),
+        ("dp_replicate_size", 1),
+        ("cpu_offload", "none"),
+        ("compile", False),
+    ):
+        if values[name] != wanted:
+            raise ConfigurationError(f"{named} with --{name} {values[name]} it must be 1.")
 
 
 def _check_routers(values: Mapping[str, Any]) -> None:

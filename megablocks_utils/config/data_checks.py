@@ -49,8 +49,9 @@ def _check_streaming(values: Mapping[str, Any]) -> None:
             f"--packing_length is {values['packing_length']}, but with --streaming True it cannot "
             "be given: rows are planned over all examples."
         )
-    if values["save_strategy"] == "epoch":
-        raise ConfigurationError(
-            "--save_strategy is epoch, but with --streaming True it must be steps or no: how long "
-            "an epoch is, is not known."
-        )
+    for name in ("save_strategy", "eval_strategy"):
+        if values[name] == "epoch":
+            raise ConfigurationError(
+                f"--{name} is epoch, but with --streaming True it must be steps or no: how long an "
+                "epoch is, is not known."
+            )

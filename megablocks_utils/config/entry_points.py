@@ -7,6 +7,7 @@ from typing import Any
 from megablocks_utils.config.adapter import DEFAULT_LORA_ALPHA, DEFAULT_LORA_R, AdapterConfig
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.contradictions import check_together
+from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.given import CommandLine, GivenOption
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
@@ -81,8 +82,8 @@ def read_run_options(
     Raises:
         ConfigurationError: for a value or combination that cannot work.
     """
-    given = [option for option in line.given if not _is_passed_on(option, entry_point)]
-    leftovers = tuple(option for option in line.given if _is_passed_on(option, entry_point))
+    given = [given for given in line.given if given.option is not None]
+    leftovers = tuple(given for given in line.given if given.option is None)
     _check_no_dtype_flags(leftovers)
     return _build_config(CommandLine((), tuple(given)).read_values(), entry_point), leftovers
 
@@ -98,10 +99,6 @@ def check_leftovers(leftovers: Iterable[GivenOption], trainer_names: Collection[
         ConfigurationError: naming the unknown option, and what it probably means.
     """
     refuse_unknown(leftovers, {*SCRIPTS["fsdp1"].names, *trainer_names})
-
-
-def _is_passed_on(given: GivenOption, entry_point: str) -> bool:
-    return given.option is None or entry_point in given.option.passed_on
 
 
 def _check_no_dtype_flags(leftovers: Iterable[GivenOption]) -> None:
@@ -142,5 +139,6 @@ def _build_config(given: Mapping[str, Any], entry_point: str) -> RunConfig:
         "precision": precision,
         "optim": build_section(OptimConfig, values),
         "saving": build_section(SavingConfig, values),
+        "evaluation": build_section(EvaluationConfig, values),
     }
     return build_section(RunConfig, values | sections | {"entry_point": entry_point})

@@ -85,7 +85,6 @@ class Option:
         metavar: What stands for its value in `--help`, where the kind says too little.
         translation: What its words become in the configuration, where that is another word.
         may_repeat: Whether it may be given more than once; its values then add up.
-        passed_on: Entry points that hand it to Hugging Face's TrainingArguments unread.
         name: Its name without dashes, from the field's.
         kind: How its text is read, from the field's type. A tuple takes several values: `words`,
             where there are choices, separated by commas or spaces; else `texts`, as they are, or
@@ -108,7 +107,6 @@ class Option:
     metavar: str | None = None
     translation: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     may_repeat: bool = False
-    passed_on: tuple[str, ...] = ()
     name: str = ""
     kind: Kind = "text"
     default: object = None

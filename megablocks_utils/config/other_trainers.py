@@ -53,25 +53,20 @@ _NAMES = {
     "seed": "random_seed",
     "attn_implementation": "attn_impl attention attention_implementation flash_attention flash_attn"
     " flash_attention_2 use_flash_attn use_flash_attention_2 sdp_attention xformers_attention",
+    "eval_data_path": "eval_dataset eval_file eval_data validation_file test_datasets",
+    "eval_fraction": "val_set_size val_size test_split_ratio",
     # not built yet
     "expert_quantization": "load_in_4bit load_in_8bit quantization quantization_bit quantize bits"
     " bnb_4bit_quant_type",
     "packing": "sample_packing neat_packing packed",
     "tp_size": "tensor_parallel_size tensor_parallel_degree tp",
+    "expert_tp_size": "etp expert_tensor_parallel_size expert_tensor_parallel_degree",
     "sp_size": "sequence_parallel_size sequence_parallel_degree context_parallel_size cp_size",
-    "eval_data_path": "eval_dataset eval_file eval_data validation_file test_datasets",
-    "eval_fraction": "val_set_size val_size test_split_ratio",
 }
 SYNONYMS = MappingProxyType(
     {alien: ours for ours, line in _NAMES.items() for alien in line.split()}
 )
 """Our name of what Axolotl, TRL, LLaMA-Factory, torchtune and others have another name for."""
 
-PLANNED = frozenset(
-    (
-        *("eval_data_path", "eval_fraction", "eval_steps", "load_best_model_at_end"),
-        "early_stopping_patience",
-        *("expert_tp_size", "expert_quantization"),
-    )
-)
+PLANNED = frozenset(("expert_quantization",))
 """Options that are to come; each leaves this list when it is built."""

@@ -1,6 +1,7 @@
 """How the experts are spread over processes, and what runs them. Torch-free."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["ParallelConfig", "check_ep_size", "count_data_ranks", "count_shard_ranks"]
-__all__ += ["legal_ep_sizes"]
+__all__ += ["check_heads", "count_ranks_of_slice", "legal_ep_sizes"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class ParallelConfig:
     Attributes:
         use_megablocks_sharding: Whether expert parallelism is on.
         ep_size: Ranks that one copy of the experts is split over; None: the world size.
+        expert_tp_size: Ranks that each expert is split over, by its intermediate size.
         expert_dp: "shard" or "replicate"; the parsers fill in the entry point's own (see
             `RunConfig.entry_point`), None only in a config built directly.
         dp_replicate_size: Groups of ranks that each hold the whole model, sharded within.
@@ -48,6 +50,15 @@ class ParallelConfig:
             shown_default="the number of processes, of a group",
         ),
     ] = None
+    expert_tp_size: Annotated[
+        int,
+        Option(
+            "expert tensor parallelism: neighbouring processes that split every expert by its "
+            "intermediate size and gather each other's tokens; --ep_size times this must divide "
+            "the number of processes",
+            minimum=1,
+        ),
+    ] = 1
     expert_dp: Annotated[
         str | None,
         Option(
@@ -133,6 +144,28 @@ def count_shard_ranks(world_size: int, dp_replicate_size: int) -> int:
     return world_size // dp_replicate_size
 
 
+def count_ranks_of_slice(num_ranks: int, expert_tp_size: int, num_groups: int = 1) -> int:
+    """Return how many of the ranks have the same slice of the intermediate size of experts.
+
+    Args:
+        num_ranks: Processes of the run, of a group where there are several.
+        expert_tp_size: Ranks that each expert is split over.
+        num_groups: Groups of processes that each hold the whole model.
+
+    Raises:
+        ConfigurationError: expert_tp_size does not divide the processes.
+    """
+    if num_ranks % expert_tp_size:
+        owner = "this run" if num_groups == 1 else "a group"
+        would = join_words(legal_ep_sizes(num_ranks), "and")
+        raise ConfigurationError(
+            f"expert_tp_size is {expert_tp_size}, but it must divide the {num_ranks} processes of "
+            f"{owner}; {would} would work.",
+            parameters=("expert_tp_size",),
+        )
+    return num_ranks // expert_tp_size
+
+
 def count_data_ranks(world_size: int, tp_size: int, sp_size: int, num_groups: int = 1) -> int:
     """Return how many ranks, of all, have rows of their own: G counts these.
 
@@ -164,22 +197,46 @@ def count_data_ranks(world_size: int, tp_size: int, sp_size: int, num_groups: in
     return world_size // (tp_size * sp_size)
 
 
+def check_heads(counts: Iterable[int], sp_size: int) -> None:
+    """Refuse an sp_size that does not divide the heads of the attention.
+
+    Args:
+        counts: Heads of queries, of all kinds of layers; none where the model tells none.
+        sp_size: Ranks that share rows.
+
+    Raises:
+        ConfigurationError: with the number, and the sizes that would work.
+    """
+    counts = sorted(set(counts))
+    wrong = next((count for count in counts if count % sp_size), None)
+    if sp_size == 1 or (counts and wrong is None):
+        return
+    heads = f"the {wrong} heads of its attention" if counts else "heads, and the model tells none"
+    would = join_words(legal_ep_sizes(math.gcd(*counts)), "and") if counts else "1"
+    raise ConfigurationError(
+        f"sp_size is {sp_size}, but it must divide {heads}; {would} would work.",
+        parameters=("sp_size",),
+    )
+
+
 def check_ep_size(
     ep_size: int,
     *,
     world_size: int | None = None,
     num_experts: int | None = None,
     num_groups: int = 1,
+    expert_tp_size: int = 1,
     note: str = "",
 ) -> None:
     """Refuse an ep_size that does not divide the processes or the experts.
 
     Args:
         ep_size: Ranks that one copy of the experts is split over.
-        world_size: Processes of the run, of a group where there are several; None where there is
-            no run.
+        world_size: Processes of the run, of a group where there are several, that have the same
+            slice of experts; None where there is no run.
         num_experts: Experts of a layer of the model; None while it is not known yet.
         num_groups: Groups of processes that each hold the whole model.
+        expert_tp_size: Ranks that each expert is split over.
         note: What is said beside the value, such as where it comes from.
 
     Raises:
@@ -187,6 +244,8 @@ def check_ep_size(
     """
     processes = "process" if world_size == 1 else "processes"
     owner = "this run" if num_groups == 1 else "a group"
+    if expert_tp_size > 1:
+        owner += f" that have the same slice of experts (expert_tp_size {expert_tp_size})"
     counts = {
         f"the {world_size} {processes} of {owner}": world_size,
         f"the {num_experts} experts of this model": num_experts,

@@ -24,6 +24,7 @@ _FREE_OPTIONS = (
     *("lost_rank_timeout_s", "hang_timeout_s"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "sync_each_batch"),
     *("packing", "attn_implementation"),
+    *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "predict_samples"),
 )
 """Options that change where or how a run is done, not what it learns."""
 

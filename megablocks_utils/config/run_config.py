@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Annotated
 
 from megablocks_utils.config.adapter import AdapterConfig
+from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.option import Option, list_options
@@ -19,13 +20,10 @@ from megablocks_utils.config.parallel import (
     ParallelConfig,
     check_ep_size,
     count_data_ranks,
+    count_ranks_of_slice,
     count_shard_ranks,
 )
-from megablocks_utils.config.precision import (
-    PrecisionConfig,
-    ResolvedPrecision,
-    resolve_preset,
-)
+from megablocks_utils.config.precision import PrecisionConfig, ResolvedPrecision, resolve_preset
 from megablocks_utils.config.saving import SavingConfig
 from megablocks_utils.errors import ConfigurationError
 
@@ -53,6 +51,7 @@ class RunConfig:
         precision: The precision options as given; `resolve_precision` says what they mean.
         optim: How a step is made.
         saving: When checkpoints are written, and which one the run resumes from.
+        evaluation: When the loss of held-out examples is measured, and what follows from it.
         output_dir: Folder for everything the run leaves.
         overwrite_output_dir: Whether a finished run there may be overwritten.
         ignore_plan: Whether a run starts that the plan says cannot fit.
@@ -80,6 +79,7 @@ class RunConfig:
     precision: PrecisionConfig = PrecisionConfig()
     optim: OptimConfig = OptimConfig()
     saving: SavingConfig = SavingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     output_dir: Annotated[
         str, Option("folder for the model, metrics.jsonl, run.json and checkpoints", metavar="DIR")
     ] = "./results"
@@ -231,15 +231,6 @@ class _OtherOptions:
     """Declare the options that have no field of their own in a configuration."""
 
     use_scattermoe: Annotated[bool, Option("same as --kernel scattermoe")] = False
-    eval_strategy: Annotated[
-        str,
-        Option(
-            "FSDP1: Hugging Face's; FSDP2 does not evaluate while it trains",
-            choices=("no",),
-            aliases=("evaluation_strategy",),
-            passed_on=("fsdp1",),
-        ),
-    ] = "no"
 
 
 OPTIONS: tuple[Option, ...] = (*list_options(RunConfig), *list_options(_OtherOptions))
@@ -282,13 +273,16 @@ def check_world(config: RunConfig, world_size: int, num_experts: int | None = No
     world_size = count_shard_ranks(world_size, num_groups)
     if not config.parallel.use_megablocks_sharding:
         return
+    expert_tp_size = config.parallel.expert_tp_size
+    world_size = count_ranks_of_slice(world_size, expert_tp_size, num_groups)
     given = config.parallel.ep_size
     check_ep_size(
         world_size if given is None else given,
         world_size=world_size,
         num_experts=num_experts,
         num_groups=num_groups,
-        note=" (the number of processes)" if given is None else "",
+        expert_tp_size=expert_tp_size,
+        note=" (the number of processes)" if given is None and expert_tp_size == 1 else "",
     )
     has_copies = config.parallel.expert_dp == "replicate" and given not in (None, world_size)
     if config.cpu_offload == "params" and has_copies:

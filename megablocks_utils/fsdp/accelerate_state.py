@@ -10,7 +10,10 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+
+from megablocks_utils.mesh.dense_mesh import DENSE_DP_AXIS
+from megablocks_utils.mesh.device_mesh import DP_REPLICATE_AXIS, axis_size
 
 _LEFT_OFF = (DistributedType.MULTI_CPU, DistributedType.NO)
 
@@ -47,23 +50,23 @@ def assert_fsdp_is_on(accelerator: Accelerator) -> None:
         )
 
 
-def shard_within_groups(accelerator: Accelerator, dp_replicate_size: int) -> None:
-    """Have FSDP2 shard over groups of neighbouring ranks, and keep a copy in each.
+def shard_over_mesh(accelerator: Accelerator, mesh: DeviceMesh | None) -> None:
+    """Have FSDP2 shard over an axis of a mesh, and keep a copy along each other.
 
     Not by the argument `parallelism_config`: Accelerate checks it before FSDP is on (see above).
 
-    **Collective:** every rank of the world must call, where there are groups: they are made.
+    Args:
+        accelerator: with FSDP on.
+        mesh: of the dense parameters, see `mesh.dense_mesh`; None: FSDP shards over the world.
     """
-    if dp_replicate_size == 1:
+    if mesh is None:
         return
+    # Of a tp axis Accelerate is not told: it would split the model itself.
     parallelism = ParallelismConfig(
-        dp_replicate_size=dp_replicate_size,
-        dp_shard_size=accelerator.num_processes // dp_replicate_size,
+        dp_replicate_size=axis_size(mesh, DP_REPLICATE_AXIS),
+        dp_shard_size=axis_size(mesh, DENSE_DP_AXIS),
     )
+    assert DENSE_DP_AXIS in parallelism.fsdp_dim_names, parallelism
     accelerator.state.parallelism_config = parallelism
     # Not Accelerate's own mesh, which has no axis to shard over in groups of one rank.
-    accelerator.state.device_mesh = init_device_mesh(
-        accelerator.device.type,
-        (parallelism.dp_replicate_size, parallelism.dp_shard_size),
-        mesh_dim_names=tuple(parallelism.fsdp_dim_names),
-    )
+    accelerator.state.device_mesh = mesh

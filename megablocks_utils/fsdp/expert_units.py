@@ -10,7 +10,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size, copy_axes
-from megablocks_utils.mesh.placement import is_replicated, local_tensor
+from megablocks_utils.mesh.placement import find_dims_in_parts, is_replicated, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 __all__ = ["holds_experts", "shard_experts_over_dp", "shards_over_dp"]
@@ -36,7 +36,8 @@ def shard_experts_over_dp(
     """Shard each experts module over the dp axis, so that a rank holds 1/world of the weights.
 
     Whole experts where they divide evenly, else rows of every expert, else (adapters of small rank)
-    columns: without padding wherever one of them divides.
+    columns: without padding wherever one of them divides. Not what lies in parts, gate and up, that
+    `expert_tp` has cut: torch knows no shard of these.
     """
     axes, dp_size = copy_axes(sharded.mesh), axis_size(sharded.mesh, DP_AXIS)
     # Of two axes FSDP shards over the last and keeps copies over the first.
@@ -44,7 +45,8 @@ def shard_experts_over_dp(
 
     def choose_dim(parameter: nn.Parameter) -> Shard:
         sizes = local_tensor(parameter).shape
-        even = (dim for dim, size in enumerate(sizes) if size % dp_size == 0)
+        cut_in_parts = find_dims_in_parts(parameter)
+        even = (n for n, size in enumerate(sizes) if size % dp_size == 0 and n not in cut_in_parts)
         return Shard(next(even, 0))
 
     for module in sharded.expert_modules.values():

@@ -13,6 +13,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -20,13 +21,14 @@ from torch.optim import Optimizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.fsdp.accelerate_state import (
     assert_fsdp_is_on,
-    shard_within_groups,
+    shard_over_mesh,
     turn_fsdp_on,
 )
 from megablocks_utils.fsdp.cpu_offload import build_offload_policy
 from megablocks_utils.fsdp.expert_units import holds_experts, shard_experts_over_dp
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.fsdp.prefetch import prefetch_in_order
+from megablocks_utils.mesh.dense_mesh import world_mesh
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
@@ -40,6 +42,7 @@ def build_accelerator(
     precision: ResolvedPrecision,
     layer_classes: list[str],
     device_type: str,
+    mesh: DeviceMesh | None = None,
 ) -> Accelerator:
     """Build the accelerator of the FSDP2 loop, with FSDP really on.
 
@@ -51,6 +54,7 @@ def build_accelerator(
         precision: its dtypes.
         layer_classes: class names of the modules that become one FSDP unit each.
         device_type: `cpu` or `cuda`.
+        mesh: of the dense parameters; None: FSDP shards them over the world.
     """
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -74,7 +78,7 @@ def build_accelerator(
     )
     turn_fsdp_on(accelerator, plugin)
     assert_fsdp_is_on(accelerator)
-    shard_within_groups(accelerator, config.parallel.dp_replicate_size)
+    shard_over_mesh(accelerator, mesh)
     return accelerator
 
 
@@ -146,7 +150,7 @@ def wrap_fsdp2(
         for norm in sharded.post_expert_norms.values():
             fully_shard(
                 norm,
-                mesh=accelerator.torch_device_mesh,
+                mesh=world_mesh(accelerator.torch_device_mesh),
                 mp_policy=plugin.mixed_precision_policy,
                 offload_policy=plugin.cpu_offload,
                 ignored_params=set(replicated),

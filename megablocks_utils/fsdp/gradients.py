@@ -4,7 +4,8 @@ Convention of this project: the loss of a micro-batch is already divided by the 
 whole global batch, so every reduction of gradients is a plain *sum* over ranks and nothing is
 rescaled afterwards. Dense parameters are summed over the world by FSDP, those that it leaves alone
 by `sum_replicated_gradients`; an expert's gradient arrives summed over its ep group through the
-all-to-all, and what is left is the sum over the dp axis.
+all-to-all, and what is left is the sum over the dp axis. What `expert_tp` does not cut is summed
+over it, too: each rank of it has the part of its own slice.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from megablocks_utils.mesh.device_mesh import copy_axes
-from megablocks_utils.mesh.placement import count_replicas, is_replicated, local_tensor
+from megablocks_utils.mesh.device_mesh import EXPERT_TP_AXIS, axis_size, copy_axes
+from megablocks_utils.mesh.placement import (
+    count_replicas,
+    is_cut_into_slices,
+    is_replicated,
+    local_tensor,
+)
 
 
 def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
@@ -35,7 +41,33 @@ def sum_replica_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> Non
             work.wait()
 
 
-def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:
+def sum_peer_gradients(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
+    """Sum over `expert_tp` the gradients of what its ranks hold whole, in place.
+
+    Biases of the second projection, and the factors of adapters that see no slice of an expert.
+
+    **Collective:** one all-reduce over the axis (none if its size is 1), if any such parameter has
+    a gradient: as on every rank.
+
+    Args:
+        parameters: of the experts, in the same order on every rank.
+        mesh: of the experts.
+    """
+    if axis_size(mesh, EXPERT_TP_AXIS) == 1:
+        return
+    whole = (p for p in parameters if p.requires_grad and not is_cut_into_slices(p))
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for grad in _local_grads(whole):
+        alike.setdefault(grad.dtype, []).append(grad)
+    for grads in alike.values():
+        # Offloaded gradients lie in host memory, where the axis cannot reduce.
+        flat = torch.cat([grad.reshape(-1) for grad in grads]).to(mesh.device_type)
+        dist.all_reduce(flat, group=mesh.get_group(EXPERT_TP_AXIS))
+        for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+
+def sum_replicated_gradients(parameters: Iterable[Tensor], tp_size: int = 1) -> None:
     """Sum over the world the gradients of float32 parameters that every rank holds whole.
 
     One that no rank has a gradient of keeps none, as in one process.
@@ -44,6 +76,7 @@ def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:
 
     Args:
         parameters: in the same order on every rank; those not marked as replicated are left out.
+        tp_size: ranks that have the same gradient, which counts once.
     """
     replicated = [p for p in parameters if is_replicated(p) and p.requires_grad]
     if not replicated:
@@ -56,7 +89,7 @@ def sum_replicated_gradients(parameters: Iterable[Tensor]) -> None:
     for number, (parameter, total) in enumerate(zip(replicated, sums, strict=True)):
         # The device is waited for only where this rank had no gradient.
         if parameter.grad is not None or counts[number].item() > 0:
-            parameter.grad = total.view(parameter.shape)
+            parameter.grad = (total if tp_size == 1 else total / tp_size).view(parameter.shape)
 
 
 def clip_gradients(

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.mesh.placement import (
     is_replicated,
-    local_offsets,
+    local_blocks,
     local_tensor,
     mark_replicated,
 )
@@ -48,9 +48,9 @@ def materialize(
             places.setdefault(parameter, []).append(name)
     for parameter, names in places.items():
         local = _allocate(parameter, device, offload)
-        fill_local(
-            f"{prefix}{names[0]}".replace(_ADAPTED_LAYER, ""), local, local_offsets(parameter)
-        )
+        name = f"{prefix}{names[0]}".replace(_ADAPTED_LAYER, "")
+        for block in local_blocks(parameter):
+            fill_local(name, block.of(local), block.offsets)
         filled = nn.Parameter(_place_like(parameter, local), requires_grad=parameter.requires_grad)
         if is_replicated(parameter):
             mark_replicated(filled)

@@ -54,14 +54,17 @@ def _check_here(model: nn.Module, plan: PlacementPlan) -> Sequence[int]:
     entries: dict[str, list[PlacementEntry]] = {}
     for entry in plan.entries:
         entries.setdefault(entry.pattern, []).append(entry)
-    finder = _PlacementFinder(model, plan.axis_sizes)
+    finders: dict[tuple[str, ...], _PlacementFinder] = {}
     num_parameters: Counter[str] = Counter()
     num_elements: Counter[str] = Counter()
     for name, tensor in _held_tensors(model):
         patterns = dict.fromkeys((name, find_pattern(name)))
         matching = [entry for pattern in patterns for entry in entries.get(pattern, ())]
         entry = _only_entry(name, matching)
-        _check_placement(name, entry, finder.find(tensor))
+        sizes = plan.axis_sizes_of(entry)
+        if tuple(sizes) not in finders:
+            finders[tuple(sizes)] = _PlacementFinder(model, sizes)
+        _check_placement(name, entry, finders[tuple(sizes)].find(tensor))
         num_parameters[entry.pattern] += 1
         num_elements[entry.pattern] += local_tensor(tensor).numel()
     for entry in plan.entries:

@@ -8,15 +8,24 @@ An entry's pattern is a name with `*` for every number; where the layers differ 
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.places import find_buffers
-from megablocks_utils.mesh.device_mesh import DP_AXIS, DP_REPLICATE_AXIS, EP_AXIS, axis_size
+from megablocks_utils.mesh.dense_mesh import DENSE_DP_AXIS, TP_AXIS
+from megablocks_utils.mesh.device_mesh import (
+    DP_AXIS,
+    DP_REPLICATE_AXIS,
+    EP_AXIS,
+    EXPERT_TP_AXIS,
+    axis_size,
+)
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
@@ -80,39 +89,59 @@ class PlacementPlan:
     """How everything lies that a run holds.
 
     Attributes:
-        axis_sizes: ranks along "dp_replicate" (where there is one), "dp" and "ep", in this order:
-            those of the experts' mesh, also where there is none.
+        axis_sizes: ranks along "dp_replicate", "dp", "ep" and "expert_tp", in this order, without
+            the first or last where that is 1: those of the experts' mesh, also where there is none.
         entries: each parameter and persistent buffer is in exactly one.
+        dense_mesh: of what is not experts; None where FSDP shards it over the world.
     """
 
     axis_sizes: dict[str, int]
     entries: tuple[PlacementEntry, ...]
+    dense_mesh: DeviceMesh | None = None
+
+    @property
+    def dense_axis_sizes(self) -> dict[str, int]:
+        """Ranks along the axes of the dense mesh, where it has a tp axis; else none."""
+        mesh = self.dense_mesh
+        if mesh is None or axis_size(mesh, TP_AXIS) == 1:
+            return {}
+        assert mesh.mesh_dim_names is not None, mesh
+        return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+
+    def axis_sizes_of(self, entry: PlacementEntry) -> dict[str, int]:
+        """Return the axes that an entry's rule speaks of: the experts', or the dense mesh's."""
+        has_tp = TP_AXIS in entry.rule.placements
+        return self.dense_axis_sizes if has_tp else self.axis_sizes
 
     def count_copies(self, entry: PlacementEntry) -> int:
         """Return how many ranks hold the same part of a parameter."""
-        placements = entry.rule.placements
-        return prod(n for axis, n in self.axis_sizes.items() if placements[axis] == COPIES)
+        placements, sizes = entry.rule.placements, self.axis_sizes_of(entry)
+        return prod(n for axis, n in sizes.items() if placements[axis] == COPIES)
 
 
 def build_placement_plan(
-    model: nn.Module, sharded: ShardedMoE | None, dp_replicate_size: int = 1
+    model: nn.Module, sharded: ShardedMoE | None, dense_mesh: DeviceMesh | None = None
 ) -> PlacementPlan:
     """Declare how every parameter and persistent buffer will lie. No communication.
 
     Args:
         model: not wrapped yet; its experts split, adapters attached.
         sharded: how its experts are split; None where FSDP shards them like all else.
-        dp_replicate_size: groups of ranks that hold the whole model each.
+        dense_mesh: of what is not experts; None where FSDP shards it over the world.
     """
     kinds = _ExpertKinds(sharded)
+    has_tp = dense_mesh is not None and axis_size(dense_mesh, TP_AXIS) > 1
+    of_all = set() if sharded is None else _parameter_names(sharded.post_expert_norms)
     held: dict[str, list[tuple[str, Tensor, PlacementRule]]] = {}
     for name, parameter in model.named_parameters():
-        rule = kinds.find(name) or _find_dense_rule(name, parameter)
+        splits = has_tp and name not in of_all
+        rule = kinds.find(name) or _find_dense_rule(name, parameter, has_tp=splits)
         held.setdefault(find_pattern(name), []).append((name, parameter, rule))
     for name, buffer in find_buffers(model).items():
         held.setdefault(find_pattern(name), []).append((name, buffer, _BUFFERS))
     entries = [entry for pattern, found in held.items() for entry in _build_entries(pattern, found)]
-    return PlacementPlan(_find_axis_sizes(sharded, dp_replicate_size), tuple(entries))
+    groups = 1 if dense_mesh is None else axis_size(dense_mesh, DP_REPLICATE_AXIS)
+    return PlacementPlan(_find_axis_sizes(sharded, groups), tuple(entries), dense_mesh)
 
 
 def find_pattern(name: str) -> str:
@@ -127,7 +156,8 @@ def describe_plan(plan: PlacementPlan) -> Iterator[str]:
         kinds.setdefault((entry.rule.kind, entry.is_trained), []).append(entry)
     for (kind, is_trained), entries in kinds.items():
         rule = entries[0].rule
-        where = ", ".join(f"{axis}: {rule.placements[axis]}" for axis in plan.axis_sizes)
+        axes = plan.axis_sizes_of(entries[0])
+        where = ", ".join(f"{axis}: {rule.placements[axis]}" for axis in axes)
         gradient = rule.gradient_sum if is_trained else "none"
         yield f"{kind} on {where} ({rule.reason}); gradients summed: {gradient}"
         for entry in entries:
@@ -135,10 +165,11 @@ def describe_plan(plan: PlacementPlan) -> Iterator[str]:
 
 
 def _find_axis_sizes(sharded: ShardedMoE | None, dp_replicate_size: int) -> dict[str, int]:
-    ep_size = 1 if sharded is None else axis_size(sharded.mesh, EP_AXIS)
-    dp_size = dist.get_world_size() // dp_replicate_size // ep_size
-    sizes = {DP_AXIS: dp_size, EP_AXIS: ep_size}
-    return sizes if dp_replicate_size == 1 else {DP_REPLICATE_AXIS: dp_replicate_size} | sizes
+    of_experts = (EP_AXIS, EXPERT_TP_AXIS)
+    inside = {a: 1 if sharded is None else axis_size(sharded.mesh, a) for a in of_experts}
+    dp_size = dist.get_world_size() // dp_replicate_size // prod(inside.values())
+    sizes = {DP_REPLICATE_AXIS: dp_replicate_size, DP_AXIS: dp_size, **inside}
+    return {axis: n for axis, n in sizes.items() if n > 1 or axis in (DP_AXIS, EP_AXIS)}
 
 
 def _build_entries(
@@ -153,13 +184,13 @@ def _build_entries(
         yield PlacementEntry(names, rule, tensor.requires_grad, len(items), num_elements)
 
 
-def _lies(dp_replicate: str, dp: str, ep: str) -> Mapping[str, str]:
-    return {DP_REPLICATE_AXIS: dp_replicate, DP_AXIS: dp, EP_AXIS: ep}
+def _lies(dp_replicate: str, dp: str, ep: str, expert_tp: str) -> Mapping[str, str]:
+    return {DP_REPLICATE_AXIS: dp_replicate, DP_AXIS: dp, EP_AXIS: ep, EXPERT_TP_AXIS: expert_tp}
 
 
 _DENSE = PlacementRule(
     "dense parameters",
-    _lies(COPIES, SHARD, SHARD),
+    _lies(COPIES, SHARD, SHARD, SHARD),
     "FSDP gathers them for the tokens of each rank",
     "over all axes by FSDP",
 )
@@ -168,17 +199,44 @@ _ADAPTERS = PlacementRule(
 )
 _KEPT = PlacementRule(
     "parameters kept in float32",
-    _lies(COPIES, COPIES, COPIES),
+    _lies(COPIES, COPIES, COPIES, COPIES),
     "FSDP gathers a unit in one dtype",
     "over all axes by an all-reduce once a step",
 )
 _BUFFERS = PlacementRule("buffers", _KEPT.placements, "FSDP shards parameters only", "none")
 
 
-def _find_dense_rule(name: str, parameter: Tensor) -> PlacementRule:
+_TP_REASON = "ranks of a tp group have the same rows"
+_SPLIT = PlacementRule(
+    "dense parameters, split",
+    {DENSE_DP_AXIS: SHARD, TP_AXIS: SHARD},
+    f"{_TP_REASON}, each a part of the layer; FSDP gathers it along the other axis",
+    "over the other axes by FSDP",
+)
+_UNSPLIT = PlacementRule(
+    "dense parameters",
+    {DENSE_DP_AXIS: SHARD, TP_AXIS: COPIES},
+    f"{_TP_REASON}, and this layer whole; FSDP gathers it along the other axis",
+    "over the other axes by FSDP; along tp all have the whole",
+)
+
+
+def _find_dense_rule(name: str, parameter: Tensor, *, has_tp: bool) -> PlacementRule:
     if is_replicated(parameter):
         return _KEPT
-    return _ADAPTERS if _ADAPTER.search(name) else _DENSE
+    is_adapter = _ADAPTER.search(name) is not None
+    if not has_tp:
+        return _ADAPTERS if is_adapter else _DENSE
+    is_split = isinstance(parameter, DTensor) and not parameter.placements[0].is_replicate()
+    rule = _SPLIT if is_split else _UNSPLIT
+    return replace(rule, kind=rule.kind.replace(*_DENSE_TO_ADAPTERS)) if is_adapter else rule
+
+
+_DENSE_TO_ADAPTERS = (_DENSE.kind, _ADAPTERS.kind)
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> set[str]:
+    return {f"{path}.{n}" for path, module in modules.items() for n, _ in module.named_parameters()}
 
 
 class _ExpertKinds:
@@ -188,29 +246,45 @@ class _ExpertKinds:
         self._rules: dict[str, PlacementRule] = {}
         if sharded is None:
             return
-        weights, adapters = _declare_expert_rules(is_sharded_over_dp=shards_over_dp(sharded))
+        rules = _declare_expert_rules(
+            is_sharded_over_dp=shards_over_dp(sharded),
+            has_slices=axis_size(sharded.mesh, EXPERT_TP_AXIS) > 1,
+        )
         for path, module in sharded.expert_modules.items():
             for name in module.spec.parameter_names:
-                self._rules[f"{path}.{name}"] = weights
+                is_cut = module.spec.find_split(name) is not None
+                self._rules[f"{path}.{name}"] = rules["experts", is_cut]
             for projection in module.spec.projections:
-                for factor in ("lora_A", "lora_B"):
-                    self._rules[f"{path}.{projection}_lora.{factor}"] = adapters
+                splits = module.spec.find_lora_splits(projection)
+                for factor, split in zip(("lora_A", "lora_B"), splits, strict=True):
+                    rule = rules["adapters of experts", split is not None]
+                    self._rules[f"{path}.{projection}_lora.{factor}"] = rule
 
     def find(self, name: str) -> PlacementRule | None:
         """Return the rule of an expert's parameter; None for all else, as a norm behind experts."""
         return self._rules.get(name)
 
 
-def _declare_expert_rules(*, is_sharded_over_dp: bool) -> tuple[PlacementRule, PlacementRule]:
-    """Return the rules of experts and of their adapters."""
+def _declare_expert_rules(
+    *, is_sharded_over_dp: bool, has_slices: bool
+) -> dict[tuple[str, bool], PlacementRule]:
+    """Return the rules of experts and of their adapters, each by whether `expert_tp` cuts them."""
     if is_sharded_over_dp:
         dp, reason = SHARD, "tokens travel to them over ep; FSDP2 shards them again over dp"
         summed = "over ep by the exchange's backward pass, over the other axes by FSDP2"
     else:
         dp, reason = COPIES, "tokens travel to them over ep; along dp all hold the same"
         summed = "over ep by the exchange's backward pass, over the other axes once a step"
-    placements = _lies(COPIES, dp, SHARD_DIM_0)
-    return (
-        PlacementRule("experts", placements, reason, summed),
-        PlacementRule("adapters of experts", placements, "beside their experts", summed),
-    )
+    cut, whole = _lies(COPIES, dp, SHARD_DIM_0, SHARD), _lies(COPIES, dp, SHARD_DIM_0, COPIES)
+    reasons = {"experts": reason, "adapters of experts": "beside their experts"}
+    rules = {}
+    for kind, why in reasons.items():
+        rules[kind, True] = rules[kind, False] = PlacementRule(kind, cut, why, summed)
+        if has_slices:
+            rules[kind, False] = PlacementRule(
+                f"{kind}, whole on expert_tp",
+                whole,
+                f"{why}; all slices of an expert have the same",
+                f"{summed}, over expert_tp once a step",
+            )
+    return rules

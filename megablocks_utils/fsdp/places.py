@@ -10,9 +10,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.checkpoint.tensor_shards import BlockPlace, Place, RunPlace
+from megablocks_utils.checkpoint.tensor_shards import PartPlace, Place, RunPlace
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
-from megablocks_utils.mesh.placement import is_replicated, local_offsets
+from megablocks_utils.mesh.placement import is_replicated, local_blocks
 
 __all__ = ["PlacedParameters", "find_buffers", "find_places", "flat_handles"]
 
@@ -35,7 +35,7 @@ def find_places(model: nn.Module) -> PlacedParameters:
         if not parameter.requires_grad:
             continue
         if isinstance(parameter, DTensor) or is_replicated(parameter):
-            place = BlockPlace(tuple(parameter.shape), local_offsets(parameter))
+            place = PartPlace(tuple(parameter.shape), local_blocks(parameter))
         elif id(parameter) in runs:
             place = runs[id(parameter)]
         else:

@@ -32,7 +32,7 @@ def sum_rows(values: Tensor, weights: Tensor | None, rows: TokenRows) -> Tensor:
     return _SumRows.apply(values, weights, rows.token, rows.by_token, rows.starts)
 
 
-def _sum_in_order(
+def sum_in_order(
     values: Tensor, weights: Tensor | None, by_token: Tensor, starts: Tensor
 ) -> Tensor:
     """Sum in one pass without a copy; see `permute._sum_slots` for weights of higher precision."""
@@ -56,7 +56,7 @@ class _CopyTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum_in_order(grad, None, *ctx.saved_tensors), None, None, None
+        return sum_in_order(grad, None, *ctx.saved_tensors), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -72,7 +72,7 @@ class _SumRows(torch.autograd.Function):
         starts: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, weights, token)
-        return _sum_in_order(values, weights, by_token, starts)
+        return sum_in_order(values, weights, by_token, starts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,7 +18,7 @@ from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_l
 from megablocks_utils.lora.peft_targets import find_loadable, split_by_reach
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.lora.trainable import settings_of_adapter
-from megablocks_utils.mesh.placement import local_expert_range, local_tensor
+from megablocks_utils.mesh.placement import cut_slice, local_expert_range, local_tensor
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
@@ -163,6 +163,7 @@ def _fill(
         mine = local_expert_range(module.num_experts, sharded.mesh)
         for projection in module.spec.projections if settings.expert_ranks else ():
             lora = getattr(module, lora_name(projection))
-            lora_a, lora_b = source.experts(f"{name}.{projection}", mine)
-            local_tensor(lora.lora_A.detach()).copy_(lora_a)
-            local_tensor(lora.lora_B.detach()).copy_(lora_b)
+            factors = source.experts(f"{name}.{projection}", mine)
+            splits = module.spec.find_lora_splits(projection)
+            for own, factor, split in zip((lora.lora_A, lora.lora_B), factors, splits, strict=True):
+                local_tensor(own.detach()).copy_(cut_slice(factor, sharded.mesh, split))

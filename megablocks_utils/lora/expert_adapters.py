@@ -4,12 +4,16 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megablocks_utils.config.backends import list_backends
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.settings import LoraSettings
-from megablocks_utils.mesh.placement import local_expert_range, wrap_local_experts
+from megablocks_utils.mesh.placement import (
+    DimSplit,
+    cut_slice,
+    local_expert_range,
+    wrap_local_experts,
+)
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
@@ -48,9 +52,10 @@ def attach_expert_lora(
                 -bound, bound, generator=generator
             )
             lora_b = torch.zeros(len(mine), num_out, rank)
+            split_a, split_b = module.spec.find_lora_splits(projection)
             adapters = ExpertLora(
-                _place(lora_a[mine.start : mine.stop], weights, dtype, sharded),
-                _place(lora_b, weights, dtype, sharded),
+                _place(lora_a[mine.start : mine.stop], split_a, dtype, sharded),
+                _place(lora_b, split_b, dtype, sharded),
                 settings.scaling,
             )
             setattr(module, lora_name(projection), adapters)
@@ -62,9 +67,10 @@ def lora_name(projection: str) -> str:
 
 
 def _place(
-    local_factor: Tensor, weights: DTensor, dtype: torch.dtype, sharded: ShardedMoE
+    factor: Tensor, split: DimSplit | None, dtype: torch.dtype, sharded: ShardedMoE
 ) -> Tensor:
-    """Put this rank's factors where their weights will be; memory of their own, not a slice's."""
-    device = weights.device_mesh.device_type  # the weights may still be on meta
-    own = local_factor.to(device=device, dtype=dtype, copy=True).contiguous()
-    return wrap_local_experts(own, sharded.mesh)
+    """Put factors of this rank's experts where their weights will be; memory of their own."""
+    device = sharded.mesh.device_type  # the weights may still be on meta
+    own = cut_slice(factor, sharded.mesh, split)
+    own = own.to(device=device, dtype=dtype, copy=True).contiguous()
+    return wrap_local_experts(own, sharded.mesh, split)

@@ -1,19 +1,55 @@
-"""Say where the weights of the experts lie: whole experts, split over the `ep` axis.
+"""Say where the weights of experts lie: split over `ep`, and each expert over `expert_tp`.
 
 The only place that makes expert DTensors and takes their local part. What the `dp` axis does on top
 (shard once more, or keep copies) is FSDP's business and is written in the DTensor's placements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
 from math import prod
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from megablocks_utils.mesh.device_mesh import EP_AXIS
+from megablocks_utils.mesh.device_mesh import EP_AXIS, EXPERT_TP_AXIS, axis_size
 
 _REPLICATED = "_is_replicated"
+
+
+@dataclass(frozen=True)
+class DimSplit:
+    """How the `expert_tp` axis cuts a tensor of experts.
+
+    Attributes:
+        dim: that is cut.
+        num_parts: that lie one behind the other along it, all gates, then all ups; a rank has its
+            share of each.
+    """
+
+    dim: int
+    num_parts: int = 1
+
+
+@dataclass(frozen=True)
+class LocalBlock:
+    """A block of a whole tensor, and where it lies in a rank's part of that.
+
+    `offsets` is its first element in the whole, `starts` in the part, along every dim.
+    """
+
+    offsets: tuple[int, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def of(self, local: Tensor) -> Tensor:
+        """Return its elements, a view of the rank's part."""
+        for dim, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True)):
+            local = local.narrow(dim, start, size)
+        return local
 
 
 def mark_replicated(parameter: Tensor) -> None:
@@ -36,18 +72,66 @@ def local_expert_range(num_experts: int, mesh: DeviceMesh) -> range:
     return range(first, first + num_local)
 
 
-def distribute_experts(weights: Tensor, mesh: DeviceMesh) -> DTensor:
+def experts_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the axes that the experts are split over, before FSDP shards them."""
+    if axis_size(mesh, EXPERT_TP_AXIS) == 1:
+        return mesh[EP_AXIS]
+    return mesh[EP_AXIS, EXPERT_TP_AXIS]
+
+
+def cut_slice(weights: Tensor, mesh: DeviceMesh, split: DimSplit | None) -> Tensor:
+    """Return this rank's slice of some experts, (n, ...) whole; itself where they are not split."""
+    size = axis_size(mesh, EXPERT_TP_AXIS)
+    if split is None or size == 1:
+        return weights
+    parts = weights.unflatten(split.dim, (split.num_parts, size, -1))
+    own = parts.select(split.dim + 1, mesh.get_local_rank(EXPERT_TP_AXIS))
+    return own.flatten(split.dim, split.dim + 1)
+
+
+def distribute_experts(weights: Tensor, mesh: DeviceMesh, split: DimSplit | None = None) -> DTensor:
     """Split concatenated expert weights (E, ...) that every rank holds whole; no communication.
 
     The local part owns its memory, so that the whole tensor can be freed.
+
+    Args:
+        weights: of all experts.
+        mesh: of the experts.
+        split: how `expert_tp` cuts them; None where each rank of it holds them whole.
     """
-    sharded = distribute_tensor(weights, mesh[EP_AXIS], [Shard(0)], src_data_rank=None)
-    return wrap_local_experts(sharded.to_local().clone(), mesh)
+    mine = local_expert_range(len(weights), mesh)
+    local = cut_slice(weights[mine.start : mine.stop], mesh, split)
+    return wrap_local_experts(local.clone(memory_format=torch.contiguous_format), mesh, split)
 
 
-def wrap_local_experts(local_weights: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Declare this rank's experts (L, ...) as its part of the weights of all experts (E, ...)."""
-    return DTensor.from_local(local_weights, mesh[EP_AXIS], [Shard(0)], run_check=False)
+def wrap_local_experts(
+    local_weights: Tensor, mesh: DeviceMesh, split: DimSplit | None = None
+) -> DTensor:
+    """Declare this rank's part (L, ...) as such of the weights of all experts (E, ...).
+
+    Args:
+        local_weights: this rank's experts, and of these its slice.
+        mesh: of the experts.
+        split: how `expert_tp` cuts them; None where each rank of it holds them whole.
+    """
+    own_mesh = experts_mesh(mesh)
+    if own_mesh.ndim == 1:
+        return DTensor.from_local(local_weights, own_mesh, [Shard(0)], run_check=False)
+    shape = [len(local_weights) * axis_size(mesh, EP_AXIS), *local_weights.shape[1:]]
+    inside: Placement = Replicate()
+    if split is not None:
+        shape[split.dim] *= axis_size(mesh, EXPERT_TP_AXIS)
+        inside = Shard(split.dim)
+        if split.num_parts > 1:
+            inside = _StridedShard(split.dim, split_factor=split.num_parts)
+    return DTensor.from_local(
+        local_weights,
+        own_mesh,
+        [Shard(0), inside],
+        run_check=False,
+        shape=torch.Size(shape),  # torch would not count a strided shard
+        stride=tuple(prod(shape[dim + 1 :]) for dim in range(len(shape))),
+    )
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -58,43 +142,108 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_offsets(tensor: Tensor) -> tuple[int, ...]:
-    """Return where this rank's part of a tensor begins in the whole tensor, along every dim.
+def local_blocks(tensor: Tensor) -> tuple[LocalBlock, ...]:
+    """Return which elements of the whole tensor this rank's part holds; none of an empty part.
 
-    With the shape of `local_tensor(tensor)` this says which elements they are. The part may be
-    empty; a plain tensor begins at zero. No communication.
+    One block, or one for each part of a dim that is split part by part. A plain tensor is one
+    block. No communication.
     """
-    offsets = [0] * tensor.dim()
+    runs = [[range(size)] for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for axis in _axes_in_order_of_sharding(tensor.placements, mesh.shape):
+            dim = _sharded_dim(tensor.placements[axis])
+            num_parts = _count_parts(tensor.placements, axis)
+            place = mesh.get_local_rank(axis), mesh.size(axis)
+            runs[dim] = [run for part in _cut(runs[dim], num_parts) for run in _take(part, *place)]
+    sizes = tuple(sum(map(len, of_dim)) for of_dim in runs)
+    assert sizes == local_tensor(tensor.detach()).shape, (tensor, sizes)
+    starts = [list(accumulate(map(len, of_dim), initial=0)) for of_dim in runs]
+    return tuple(
+        LocalBlock(
+            offsets=tuple(run.start for run, _ in chosen),
+            starts=tuple(start for _, start in chosen),
+            sizes=tuple(len(run) for run, _ in chosen),
+        )
+        for chosen in product(*map(zip, runs, starts))
+    )
+
+
+def is_cut_into_slices(parameter: Tensor) -> bool:
+    """Return whether `expert_tp` cuts an expert's parameter, and does not copy it."""
+    assert isinstance(parameter, DTensor), parameter.shape
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return EXPERT_TP_AXIS in names and not (
+        parameter.placements[names.index(EXPERT_TP_AXIS)].is_replicate()
+    )
+
+
+def find_dims_in_parts(tensor: Tensor) -> set[int]:
+    """Return the dims of which a rank has a share of several parts, as `DimSplit` says."""
     if not isinstance(tensor, DTensor):
-        return tuple(offsets)
-    mesh, sizes = tensor.device_mesh, list(tensor.shape)
-    for axis in _axes_in_order_of_sharding(tensor.placements, mesh.shape):
-        dim = _sharded_dim(tensor.placements[axis])
-        chunk = -(-sizes[dim] // mesh.size(axis))  # as `torch.chunk` cuts: the last ones are short
-        first = min(mesh.get_local_rank(axis) * chunk, sizes[dim])
-        offsets[dim] += first
-        sizes[dim] = min(chunk, sizes[dim] - first)
-    assert tuple(sizes) == local_tensor(tensor.detach()).shape, (tensor.placements, sizes)
-    return tuple(offsets)
+        return set()
+    placements = tensor.placements
+    return {
+        _sharded_dim(placement)
+        for axis, placement in enumerate(placements)
+        if not placement.is_replicate() and _count_parts(placements, axis) > 1
+    }
+
+
+def _cut(runs: Sequence[range], num_parts: int) -> Iterator[list[range]]:
+    """Cut consecutive runs into parts of equal size."""
+    size = sum(map(len, runs)) // num_parts
+    assert num_parts == 1 or size * num_parts == sum(map(len, runs)), (runs, num_parts)
+    for number in range(num_parts):
+        yield _window(runs, number * size, (number + 1) * size)
+
+
+def _take(runs: Sequence[range], rank: int, num_ranks: int) -> list[range]:
+    """Return a rank's chunk of runs, as `torch.chunk` cuts: the last ones are short."""
+    chunk = -(-sum(map(len, runs)) // num_ranks)
+    return _window(runs, rank * chunk, (rank + 1) * chunk)
+
+
+def _window(runs: Sequence[range], start: int, stop: int) -> list[range]:
+    """Return what lies from `start` to `stop` where runs stand one after the other."""
+    found, first = [], 0
+    for run in runs:
+        found.append(run[max(0, start - first) : max(0, stop - first)])
+        first += len(run)
+    return [run for run in found if run]
 
 
 def _axes_in_order_of_sharding(placements: Sequence[Placement], shape: Sequence[int]) -> list[int]:
     """Return the mesh axes that cut a tensor, the one that cut first in front.
 
-    From left to right, but a strided shard cut what the axes right of it had left: FSDP2 shards
-    over `dp` what is sharded over `ep` already.
+    From left to right, but FSDP2's strided shard cut what the axes right of it had left: FSDP2
+    shards over `dp` what is sharded over `ep` already.
     """
     plain: list[int] = []
     strided: list[int] = []
     for axis, placement in enumerate(placements):
         if placement.is_replicate():
             continue
-        dim = _sharded_dim(placement)
-        factor = getattr(placement, "split_factor", 1)
-        (plain if factor == 1 else strided).append(axis)
-        inside = [n for n in range(axis + 1, len(shape)) if placements[n] == Shard(dim)]
-        assert factor == 1 or factor == prod(shape[n] for n in inside), f"{placements}"
+        factor, inside = getattr(placement, "split_factor", 1), _axes_inside(placements, axis)
+        (strided if factor > 1 and inside else plain).append(axis)
+        assert not inside or factor in (1, prod(shape[n] for n in inside)), f"{placements}"
     return plain + strided[::-1]
+
+
+def _axes_inside(placements: Sequence[Placement], axis: int) -> list[int]:
+    """Return the mesh axes right of one that shard the same dim."""
+    dim = _sharded_dim(placements[axis])
+    return [n for n in range(axis + 1, len(placements)) if placements[n] == Shard(dim)]
+
+
+def _count_parts(placements: Sequence[Placement], axis: int) -> int:
+    """Return how many parts of a dim an axis cuts by themselves: gate and up, see `DimSplit`.
+
+    torch has the same placement for it as for what FSDP2 shards behind other axes.
+    """
+    if _axes_inside(placements, axis):
+        return 1
+    return getattr(placements[axis], "split_factor", 1)
 
 
 def _sharded_dim(placement: Placement) -> int:
@@ -115,7 +264,7 @@ def count_replicas(tensor: Tensor, world_size: int) -> int:
     if not isinstance(tensor, DTensor):
         return 1
     shards = 1
-    for axis_size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+    for num_ranks, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
         # Not `is_shard()`: it denies the strided shards of an expert that FSDP2 sharded over dp.
-        shards *= 1 if placement.is_replicate() else axis_size
+        shards *= 1 if placement.is_replicate() else num_ranks
     return world_size // shards

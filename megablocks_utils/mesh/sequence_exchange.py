@@ -87,7 +87,9 @@ def tokens_to_heads(
     num_rows, _, num_here, _ = tensors[0].shape
     shapes = [(tensor.shape[1] // group.size, tensor.shape[3]) for tensor in tensors]
     # (S, t, B, heads / S, D): what goes to one rank lies together.
-    by_rank = [t.unflatten(1, (group.size, -1)).permute(1, 3, 0, 2, 4).flatten(3) for t in tensors]
+    by_rank = [t.unflatten(1, (group.size, -1)).permute(1, 3, 0, 2, 4) for t in tensors]
+    if len({size for _, size in shapes}) > 1:
+        by_rank = [tensor.flatten(3) for tensor in by_rank]  # a copy, which one size spares
     sent = torch.cat(by_rank, dim=3).flatten(0, 1).flatten(1)
     received = dispatch_rows(sent, _splits(num_tokens, num_here, group), group.group)
     parts = received.unflatten(1, (num_rows, -1)).split([prod(s) for s in shapes], dim=2)

@@ -30,17 +30,28 @@ class SplitSizes:
 
 
 @dataclass(frozen=True)
+class PeerGroup:
+    """The ranks with all slices of this rank's experts; how many, and which this one is."""
+
+    group: ProcessGroup
+    size: int
+    rank: int
+
+
+@dataclass(frozen=True)
 class DispatchPlan(SplitSizes):
     """Split sizes of one layer's exchange, and the order its rows are computed in.
 
     `tokens_per_expert (L,)` counts, on the device, the received rows of each local expert.
     `expert_major (R,)` lists the received rows by local expert, and `rank_major (R,)` undoes it;
-    both are None where the rows arrive in that order.
+    both are None where the rows arrive in that order. `peer_sizes` are rows of each peer, which all
+    of them get; None without peers.
     """
 
     tokens_per_expert: Tensor
     expert_major: Tensor | None
     rank_major: Tensor | None
+    peer_sizes: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,13 @@ class ExchangedCounts(SplitSizes):
 
     `received (ep_size, L)` counts, on the device, the rows that each rank of the group has for each
     expert here; `tokens` says of how many tokens they are, where a token travels once to a rank.
+    With peers, `received (peers * ep_size, L)` counts what each of these got, and `peer_sizes` sums
+    that of each.
     """
 
     received: Tensor
     tokens: TokenSizes | None = None
+    peer_sizes: list[int] | None = None
 
 
 class PendingCounts:
@@ -78,33 +92,45 @@ class PendingCounts:
         return self._counts
 
 
-ExchangeCounts = Callable[[Tensor, Tensor | None, ProcessGroup, int], PendingCounts]
+ExchangeCounts = Callable[
+    [Tensor, Tensor | None, ProcessGroup, int, PeerGroup | None], PendingCounts
+]
 
 
 def exchange_counts(
-    tokens_per_expert: Tensor, tokens_per_rank: Tensor | None, group: ProcessGroup, ep_size: int
+    tokens_per_expert: Tensor,
+    tokens_per_rank: Tensor | None,
+    group: ProcessGroup,
+    ep_size: int,
+    peers: PeerGroup | None = None,
 ) -> PendingCounts:
     """Begin to tell every rank of the group how many rows it will get.
 
     What is launched between this call and `wait` runs while the counts travel.
 
     **Collective:** one all-to-all of E integers on the ep group; where tokens travel once to a
-    rank, of E + ep_size.
+    rank, of E + ep_size. With peers, one of E integers to each on their group.
 
     Args:
         tokens_per_expert: (E,) int64, this rank's rows for every expert of the layer.
         tokens_per_rank: (ep_size,) int64, the tokens that they are of; None where rows travel.
         group: the ep group.
         ep_size: its size.
+        peers: who holds the other slices of these experts; rows travel, not tokens.
     """
+    assert peers is None or tokens_per_rank is None, peers
     sent = tokens_per_expert.view(ep_size, -1)
     if tokens_per_rank is not None:
         sent = torch.cat([sent, tokens_per_rank.unsqueeze(1)], dim=1)
     pending = functional_collectives.all_to_all_single(sent.view(-1), None, None, group)
     receive = partial(_receive_counts, sent, pending, has_tokens=tokens_per_rank is not None)
+    read = _read_counts
+    if peers is not None:
+        receive = partial(_gather_counts, receive, peers)
+        read = partial(_read_gathered_counts, peers=peers)
     if sent.is_cuda:
-        return PendingCounts(_copy_to_host(receive, sent.device))
-    return PendingCounts(lambda: _read_counts(*receive()))
+        return PendingCounts(_copy_to_host(receive, read, sent.device))
+    return PendingCounts(lambda: read(*receive()))
 
 
 def _receive_counts(sent: Tensor, pending: Tensor, *, has_tokens: bool) -> tuple[Tensor, Tensor]:
@@ -121,8 +147,20 @@ def _receive_counts(sent: Tensor, pending: Tensor, *, has_tokens: bool) -> tuple
     return received, torch.cat([both[..., :-1].sum(dim=2), both[..., -1]])
 
 
+def _gather_counts(
+    receive: Callable[[], tuple[Tensor, Tensor]], peers: PeerGroup
+) -> tuple[Tensor, Tensor]:
+    """Return counts of all peers (peers * ep_size, L), and all sizes in a row, peers' last."""
+    received, sizes = receive()
+    gathered = exchange_rows(received.repeat(peers.size, 1), None, None, peers.group)
+    of_peers = gathered.view(peers.size, -1).sum(dim=1)
+    return gathered, torch.cat([sizes.view(-1), of_peers])
+
+
 def _copy_to_host(
-    receive: Callable[[], tuple[Tensor, Tensor]], device: torch.device
+    receive: Callable[[], tuple[Tensor, Tensor]],
+    read_counts: Callable[[Tensor, Tensor], ExchangedCounts],
+    device: torch.device,
 ) -> Callable[[], ExchangedCounts]:
     """Have a GPU copy the sizes to the host once they are there; return what waits for that.
 
@@ -139,7 +177,7 @@ def _copy_to_host(
         # The host's wait is also what lets the memory of both streams be used again.
         copied.synchronize()
         torch.cuda.current_stream(device).wait_event(copied)
-        return _read_counts(received, on_host)
+        return read_counts(received, on_host)
 
     return read
 
@@ -158,12 +196,19 @@ def _read_counts(received: Tensor, sizes: Tensor) -> ExchangedCounts:
     return ExchangedCounts(send_rows, receive_rows, received[:, :-1], of_tokens)
 
 
+def _read_gathered_counts(gathered: Tensor, sizes: Tensor, *, peers: PeerGroup) -> ExchangedCounts:
+    numbers = sizes.tolist()
+    ep_size = len(gathered) // peers.size
+    send, receive = numbers[:ep_size], numbers[ep_size : 2 * ep_size]
+    return ExchangedCounts(send, receive, gathered, peer_sizes=numbers[2 * ep_size :])
+
+
 def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
     """Work out how the rows of one layer travel and in which order they are computed."""
     received = counts.received
     expert_major = rank_major = None
     if received.shape[1] > 1:
-        expert_major = expert_major_order(received, sum(counts.receive_sizes))
+        expert_major = expert_major_order(received, sum(counts.peer_sizes or counts.receive_sizes))
         rank_major = invert_permutation(expert_major)
     return DispatchPlan(
         send_sizes=counts.send_sizes,
@@ -171,6 +216,7 @@ def plan_dispatch(counts: ExchangedCounts) -> DispatchPlan:
         tokens_per_expert=received.sum(dim=0),
         expert_major=expert_major,
         rank_major=rank_major,
+        peer_sizes=counts.peer_sizes,
     )
 
 

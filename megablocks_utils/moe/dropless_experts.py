@@ -18,18 +18,21 @@ from megablocks_utils.kernels.permute import (
     sort_counted_rows,
 )
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
-from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
+from megablocks_utils.mesh.device_mesh import EP_AXIS, EXPERT_TP_AXIS, axis_size
+from megablocks_utils.mesh.peer_exchange import combine_from_peers, dispatch_to_peers
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.mesh.recomputation import keep
 from megablocks_utils.mesh.token_dispatch import find_ranks_of_tokens
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
+    PeerGroup,
     PendingCounts,
     combine_rows,
     dispatch_rows,
     exchange_counts,
     plan_dispatch,
 )
+from megablocks_utils.mesh.token_split import TokenSplit
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
@@ -43,10 +46,11 @@ def run_where_experts_are(
     group: ProcessGroup,
     backend: ExpertBackend,
     experts: ExpertWeights,
+    peers: PeerGroup | None = None,
 ) -> Tensor:
     """Run tokens (T, H) through the experts of all ranks of the ep group: (N, H), by expert.
 
-    **Collective:** two all-to-alls on the group and two in backward.
+    **Collective:** two all-to-alls on the group and two in backward; as many on that of the peers.
 
     Args:
         hidden_states: tokens of this rank.
@@ -56,14 +60,19 @@ def run_where_experts_are(
         group: the ep group.
         backend: runs the experts of this rank.
         experts: of this rank.
+        peers: who holds the other slices of these experts; None where this rank has them whole.
     """
     # No name, here or in a caller, keeps rows that were sent while others are computed.
     rows = permute_tokens(hidden_states, order)
     plan = plan_dispatch(counts.wait())
     received = ExpertOrder(plan.expert_major, plan.rank_major, plan.tokens_per_expert, top_k=1)
-    rows = dispatch_rows(rows, plan, group)
+    if peers is None:
+        rows = dispatch_rows(rows, plan, group)
+        rows = backend(rows, received, None, experts)
+        return combine_rows(rows, plan, group)
+    rows = dispatch_to_peers(rows, plan, group, peers)
     rows = backend(rows, received, None, experts)
-    return combine_rows(rows, plan, group)
+    return combine_from_peers(rows, plan, group, peers)
 
 
 class DroplessExperts(nn.Module):
@@ -84,6 +93,8 @@ class DroplessExperts(nn.Module):
         exchange_counts: begins to find out who sends how many rows to whom; a run that is only
             rehearsed assumes it instead (see `rehearsal`).
         dispatch: how tokens travel, and why.
+        token_split: whose tokens are whose, where ranks hold the same ones (tensor parallelism);
+            None where this rank's tokens are its own.
     """
 
     post_expert_norm: nn.Module | None
@@ -98,12 +109,12 @@ class DroplessExperts(nn.Module):
         post_expert_norm: nn.Module | None = None,
         dispatch: DispatchChoice = ROW_DISPATCH,
     ) -> None:
-        """Take the weights as they are: DTensors on the `ep` axis of `mesh`.
+        """Take the weights as they are: DTensors on the axes of `mesh` that split them.
 
         Args:
             spec: what the experts are.
             weights: by `spec.parameter_names`.
-            mesh: axes ("dp", "ep").
+            mesh: axes ("dp", "ep"), and perhaps "expert_tp".
             backend: runs the experts of this rank.
             post_expert_norm: transformers' own, where `spec.has_post_norm`.
             dispatch: how tokens travel, where they do.
@@ -122,6 +133,7 @@ class DroplessExperts(nn.Module):
         self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
         self.dispatch = dispatch
+        self.token_split: TokenSplit | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
@@ -131,8 +143,18 @@ class DroplessExperts(nn.Module):
 
         **Collective:** three all-to-alls on the `ep` axis (counts, rows out, rows back) and two in
         backward, one more each where tokens travel once to a rank (their routing), none where the
-        axis has one rank; every rank of it must call, also with no token.
+        axis has one rank; with `expert_tp` also those of `peer_exchange`, with `token_split` an
+        all-gather over its group and two in backward. Every rank of all must call, also with no
+        token.
         """
+        split = self.token_split
+        if split is None:
+            return self._run_own(hidden_states, top_k_index, top_k_weights)
+        own = [split.take(rows) for rows in (hidden_states, top_k_index, top_k_weights)]
+        return split.join(self._run_own(*own), len(hidden_states))
+
+    def _run_own(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Apply the experts to tokens that no other rank has."""
         # What is recomputed in backward must be routed as the rows were that other ranks hold.
         top_k_index = keep(top_k_index.contiguous)
         if self.spec.num_zero_experts == 0:
@@ -175,14 +197,23 @@ class DroplessExperts(nn.Module):
         What a recomputed layer needs of it was kept: it makes no exchange and no host read.
         """
         ep_size = axis_size(self.mesh, EP_AXIS)
-        if ep_size == 1:
+        peers = self._find_peers()
+        if ep_size == 1 and peers is None:
             return None
         # Not `mesh[EP_AXIS]`, which makes a new mesh each time.
         group = self.mesh.get_group(EP_AXIS)
         tokens_per_rank = None if goes is None else goes.sum(dim=0)
         return keep(
-            lambda: self.exchange_counts(tokens_per_expert, tokens_per_rank, group, ep_size)
+            lambda: self.exchange_counts(tokens_per_expert, tokens_per_rank, group, ep_size, peers)
         )
+
+    def _find_peers(self) -> PeerGroup | None:
+        """Return who holds the other slices of this rank's experts; None where there are none."""
+        size = axis_size(self.mesh, EXPERT_TP_AXIS)
+        if size == 1:
+            return None
+        group = self.mesh.get_group(EXPERT_TP_AXIS)
+        return PeerGroup(group, size, self.mesh.get_local_rank(EXPERT_TP_AXIS))
 
     def _run_rows(
         self,
@@ -196,11 +227,21 @@ class DroplessExperts(nn.Module):
             rows = permute_tokens(hidden_states, order)
             return self.backend(rows, order.of_sorted_rows(), None, experts)
         group = self.mesh.get_group(EP_AXIS)
-        return run_where_experts_are(hidden_states, order, counts, group, self.backend, experts)
+        peers = self._find_peers()
+        return run_where_experts_are(
+            hidden_states, order, counts, group, self.backend, experts, peers
+        )
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """Return the experts that this rank computes with, cast to the dtype of compute."""
-        return self.stored_weights().map_tensors(lambda tensor: tensor.to(dtype))
+        """Return the experts that this rank computes with, cast to the dtype of compute.
+
+        Of slices of the same experts, the first adds the bias of the second projection.
+        """
+        experts = self.stored_weights().map_tensors(lambda tensor: tensor.to(dtype))
+        peers = self._find_peers()
+        if peers is None or experts.down_bias is None:
+            return experts
+        return replace(experts, down_bias=experts.down_bias * float(peers.rank == 0))
 
     def stored_weights(self) -> ExpertWeights:
         """Return the experts that this rank computes with, as they are: nothing is copied."""

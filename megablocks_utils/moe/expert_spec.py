@@ -9,6 +9,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import UNMARKED_EXPERTS, UnmarkedExperts
 from megablocks_utils.kernels.gate import SWIGLU, Gate, KnownFunction
 from megablocks_utils.kernels.weights import ExpertWeights
+from megablocks_utils.mesh.placement import DimSplit
 from megablocks_utils.moe.own_gate import ADAPTED_PART, POST_NORM, Recognised, find_gate
 
 __all__ = [
@@ -78,6 +79,36 @@ class ExpertSpec:
         """Names of the experts' parameters: the projections, and their biases if they have any."""
         biases = [f"{name}_bias" for name in self.projections] if self.has_bias else []
         return (*self.projections, *biases)
+
+    def find_split(self, parameter_name: str) -> DimSplit | None:
+        """Return how `expert_tp` cuts a weight or bias: along I; None for one without."""
+        first, _ = self.projections
+        is_first = parameter_name.startswith(first)
+        num_parts = 2 if is_first and self.has_gate and not self.is_interleaved else 1
+        if parameter_name.endswith("_bias"):
+            return DimSplit(1, num_parts) if is_first else None
+        return DimSplit(1 if is_first != self.is_transposed else 2, num_parts)
+
+    def find_lora_splits(self, projection: str) -> tuple[DimSplit | None, DimSplit | None]:
+        """Return how it cuts the factors (E, r, in) and (E, out, r) of a projection's adapter."""
+        split = self.find_split(projection)
+        assert split is not None, projection
+        if projection == self.first_projection:
+            return None, DimSplit(1, split.num_parts)
+        return DimSplit(2), None
+
+    def check_slices(self, expert_tp_size: int) -> None:
+        """Refuse to cut experts into slices of different sizes.
+
+        Raises:
+            ConfigurationError: the intermediate size does not divide.
+        """
+        if self.intermediate_size % expert_tp_size:
+            raise ConfigurationError(
+                f"expert_tp_size is {expert_tp_size}, but it must divide the intermediate size of "
+                f"the experts, which is {self.intermediate_size}.",
+                parameters=("expert_tp_size",),
+            )
 
     def build_weights(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
         """Return what a backend computes with, of some of the experts, without adapters.

@@ -29,7 +29,12 @@ class ExpertUse:
     tokens_per_rank: int | None
 
     def shapes(
-        self, spec: ExpertSpec, dtype: torch.dtype, top_k: int | None, ep_size: int
+        self,
+        spec: ExpertSpec,
+        dtype: torch.dtype,
+        top_k: int | None,
+        ep_size: int,
+        expert_tp_size: int = 1,
     ) -> ExpertShapes:
         """Return what the choice of a backend depends on.
 
@@ -38,6 +43,7 @@ class ExpertUse:
             dtype: of their weights.
             top_k: experts of a token, or None.
             ep_size: ranks they are split over.
+            expert_tp_size: ranks that each is split over.
 
         Raises:
             ConfigurationError: a mode that does not exist.
@@ -50,13 +56,15 @@ class ExpertUse:
         tokens = self.tokens_per_rank
         return ExpertShapes(
             spec.hidden_size,
-            spec.intermediate_size,
+            spec.intermediate_size // expert_tp_size,
             self.compute_dtype or dtype,
             self.device_type,
             mode=self.mode,
             gate=spec.gate,
             num_local_experts=spec.num_experts // ep_size,
-            top_k=top_k if ep_size == 1 else 1,  # rows of other ranks come one by one
+            top_k=top_k
+            if ep_size * expert_tp_size == 1
+            else 1,  # rows of other ranks come one by one
             num_rows=None if tokens is None or top_k is None else tokens * top_k,
             has_gate=spec.has_gate,
             has_bias=spec.has_bias,

@@ -26,7 +26,7 @@ from megablocks_utils.kernels.probing.probe import (
 )
 from megablocks_utils.kernels.selection.backend_selection import BackendSelection, load_backend
 from megablocks_utils.kernels.weights import ExpertWeights
-from megablocks_utils.mesh.device_mesh import EP_AXIS
+from megablocks_utils.mesh.device_mesh import EP_AXIS, EXPERT_TP_AXIS, axis_size
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import gather_from_all_ranks, raise_on_all_ranks
@@ -126,7 +126,8 @@ def _first_of_each_kind(modules: Iterable[DroplessExperts]) -> list[DroplessExpe
 
 
 def _probe(name: str, module: DroplessExperts, dtype: torch.dtype) -> Deviation:
-    has_own_routing = module.mesh[EP_AXIS].size() == 1 and module.post_expert_norm is None
+    is_alone = all(axis_size(module.mesh, axis) == 1 for axis in (EP_AXIS, EXPERT_TP_AXIS))
+    has_own_routing = is_alone and module.post_expert_norm is None
     with _gathered(module):
         weights = module.stored_weights()
         found = probe_backend(name, module.backend, weights, dtype, is_weighted=has_own_routing)

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from megablocks_utils.config.dispatch_cost import DispatchChoice, TokenTraffic, choose_dispatch
 from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.fused.unpermute import fused_sum_rows
 from megablocks_utils.kernels.permute import ExpertOrder, permute_tokens
 from megablocks_utils.kernels.token_rows import copy_tokens, sum_rows
 from megablocks_utils.kernels.weights import ExpertWeights
@@ -30,7 +31,13 @@ from megablocks_utils.moe.expert_spec import ExpertSpec
 
 
 def choose_layer_dispatch(
-    wanted: str, spec: ExpertSpec, *, top_k: int | None, ep_size: int, dtype: torch.dtype
+    wanted: str,
+    spec: ExpertSpec,
+    *,
+    top_k: int | None,
+    ep_size: int,
+    dtype: torch.dtype,
+    expert_tp_size: int = 1,
 ) -> DispatchChoice:
     """Choose how the tokens of a layer travel.
 
@@ -40,6 +47,7 @@ def choose_layer_dispatch(
         top_k: experts of a token; None where the model does not say it.
         ep_size: ranks that the experts are split over.
         dtype: of compute.
+        expert_tp_size: ranks that each expert is split over.
 
     Raises:
         ConfigurationError: `tokens`, where each result of an expert is needed by itself.
@@ -48,10 +56,12 @@ def choose_layer_dispatch(
     if top_k is not None:
         hidden_bytes = spec.hidden_size * dtype.itemsize
         traffic = TokenTraffic(spec.num_experts, top_k, ep_size, hidden_bytes)
-    return choose_dispatch(wanted, traffic, _find_unsupported_reason(spec))
+    return choose_dispatch(wanted, traffic, _find_unsupported_reason(spec, expert_tp_size))
 
 
-def _find_unsupported_reason(spec: ExpertSpec) -> str | None:
+def _find_unsupported_reason(spec: ExpertSpec, expert_tp_size: int) -> str | None:
+    if expert_tp_size > 1:
+        return f"with expert_tp_size {expert_tp_size} each slice of an expert needs its own rows"
     if spec.has_post_norm:
         return "the norm behind the experts of this model needs the result of each by itself"
     if spec.is_weighted_before:
@@ -104,7 +114,7 @@ def run_once_per_rank(
     # No name, here or in a caller, keeps rows that were sent while others are computed.
     results = dispatch_rows(copy_tokens(hidden_states, copies), counts.tokens, group)
     results = copy_tokens(results, rows)
-    results = sum_rows(backend(results, order, None, experts), weights, rows)
+    results = fused_sum_rows(backend(results, order, None, experts), weights, rows)
     return sum_rows(combine_rows(results, counts.tokens, group), None, copies)
 
 

@@ -176,7 +176,8 @@ def _run(
         )
     record = json.loads((folder / RUN_RECORD_NAME).read_text(encoding="utf-8"))
     text = (folder / METRICS_NAME).read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()][task.warmup :]
+    records = [json.loads(line) for line in text.splitlines()]
+    lines = [record for record in records if "loss" in record][task.warmup :]
     for path in sorted(folder.rglob("*"), reverse=True):  # room for the next run's model
         path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()

@@ -15,6 +15,7 @@ OLDEST: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 """As pyproject.toml has them, which counts only where this project was installed by pip."""
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _ALLOCATOR_NAMES = (_ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -39,9 +40,11 @@ def check_versions() -> None:
 
 
 def set_allocator(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let torch's allocator on GPUs grow its segments, unless the user has set it up.
+    """Set up torch's allocators, unless the user has: segments that grow on GPUs, huge pages here.
 
-    Every layer of every step asks for other sizes, which leave fixed segments in pieces.
+    Every layer of every step asks for other sizes, which leave fixed segments in pieces. On a host
+    each step gets its gradients' memory from the system again, page by page.
     """
+    environ.setdefault(_HUGE_PAGES, "1")
     if not any(name in environ for name in _ALLOCATOR_NAMES):
         environ[_ALLOCATOR] = "expandable_segments:True"

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megablocks_utils.config.dispatch_cost import TokenTraffic
 from megablocks_utils.kernels import permute
@@ -18,6 +18,7 @@ from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.token_exchange import (
     ExchangeCounts,
     ExchangedCounts,
+    PeerGroup,
     PendingCounts,
     TokenSizes,
     exchange_rows,
@@ -84,6 +85,7 @@ def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCou
         tokens_per_rank: Tensor | None,
         group: ProcessGroup,
         ep_size: int,
+        peers: PeerGroup | None = None,
     ) -> PendingCounts:
         device, tokens = tokens_per_expert.device, None
         sent = tokens_per_expert.view(ep_size, -1)
@@ -105,6 +107,11 @@ def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCou
             received=torch.tensor(rows, device=device),
             tokens=tokens,
         )
+        if peers is not None:
+            received = counts.received.repeat(peers.size, 1)
+            exchange_rows(received, None, None, peers.group)
+            of_peers = [sum(counts.receive_sizes)] * peers.size
+            counts = replace(counts, received=received, peer_sizes=of_peers)
         return PendingCounts(lambda: counts)
 
     return exchange
@@ -143,8 +150,9 @@ def _shape_gradients(
     _grad: Tensor,
     rows: Tensor,
     weights: Tensor,
-    _inverse: Tensor,
+    _inverse: Tensor | None,
     *,
+    token: Tensor | None = None,
     wants_rows: bool,
     wants_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -174,29 +182,20 @@ def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[Abst
     yield RememberedFakes(allow_non_fake_inputs=True)
 
 
-class AssumedValues(TorchDispatchMode):
-    """Answer, while entered, the questions that fake tensors cannot.
+class AssumedValues:
+    """Answer the questions that fake tensors cannot.
 
     So many positions have labels; the optimizer has made one step. Any other question is an error,
     as it is without this. Integers that come from other ranks are zeros.
     """
 
     def __init__(self, label_tokens: int) -> None:
-        super().__init__()
         self._label_tokens = label_tokens
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Spare each operator the guard against torch.compile, which a rehearsal never uses."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def answer(self, func: Any, args: tuple) -> Any:
+        """Return what an operator would, given its arguments; NotImplemented: fakes can answer."""
         if args and isinstance(args[0], FakeTensor):
             tensor = args[0]
-            if func is torch.ops.prim.device.default:  # as often asked as all operators are called
-                return tensor.fake_device
             if func is torch.ops.aten.nonzero.default and tensor.dim() == 1:
                 count = min(len(tensor), self._label_tokens)
                 return torch.empty(count, 1, dtype=torch.int64, device=tensor.device)
@@ -204,8 +203,11 @@ class AssumedValues(TorchDispatchMode):
                 return 1.0
             if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:
                 return shape_grouped_mm(*args[:3])
-        result = func(*args, **(kwargs or {}))
+        return NotImplemented
+
+    def correct(self, func: Any, result: Any) -> Any:
+        """Return an operator's result without what others would have sent in it."""
         if func is torch.ops._c10d_functional.all_to_all_single.default:
-            # What others would have sent: numbers of places must be numbers of some.
+            # Numbers of places must be numbers of some.
             return result if result.is_floating_point() else result.zero_()
         return result

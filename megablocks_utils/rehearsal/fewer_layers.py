@@ -48,7 +48,7 @@ def rehearse_few_layers(
         UserError: a model or kernel that cannot be run.
     """
     kinds = [_kind_of(layer) for layer in find_layers(model)]
-    few = _choose(kinds)
+    few = _add_single(_choose(kinds), kinds)
     first = _rehearse(model, few, layout, run, device, rank)
     left = Counter(kinds) - Counter(kinds[index] for index in few)
     more = []
@@ -111,6 +111,13 @@ def _choose(kinds: Sequence[Hashable]) -> list[int]:
             break
         chosen.add(index)
     return sorted(chosen)
+
+
+def _add_single(few: list[int], kinds: Sequence[Hashable]) -> list[int]:
+    """Add each layer that is the only one left of its kind, which spares a rehearsal."""
+    left = Counter(kinds) - Counter(kinds[index] for index in few)
+    single = {index for index, kind in enumerate(kinds) if left.get(kind) == 1 and index not in few}
+    return sorted({*few, *single})
 
 
 def _rehearse(

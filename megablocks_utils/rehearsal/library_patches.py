@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional, init
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
@@ -22,9 +22,11 @@ __all__ = [
     "one_example_a_row",
     "shape_grouped_mm",
     "watch_resizes",
+    "without_values",
 ]
 
 _MAKES_TENSORS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.randn, torch.rand)
+_DRAWS = (Tensor.uniform_, init.uniform_, init.kaiming_uniform_)
 _LARGE_BYTES = 2**28
 _COPY_IN, _COPY_OUT = ("_fsdp_param.py", "cpu_offload.py"), "_fsdp_collectives.py"
 
@@ -73,6 +75,22 @@ class large_on_meta(TorchFunctionMode):
                 shadow = func(*args, **kwargs)
             if shadow.nbytes >= _LARGE_BYTES:
                 return shadow
+        return func(*args, **kwargs)
+
+
+class without_values(TorchFunctionMode):
+    """Leave new tensors without random values, while entered: nobody reads them.
+
+    Cause: PEFT and this project draw the first values of adapters in memory, wherever the weights
+    are; for many experts that takes longer than a step.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megablocks_utils.rehearsal.library_patches import watch_resizes
@@ -50,8 +49,8 @@ class LedgerPeak:
         return sum(self.components.values())
 
 
-class MemoryLedger(TorchDispatchMode):
-    """Watch all operators while entered, and book the storages of what they return.
+class MemoryLedger:
+    """Book the storages of what operators return; entered, also those that are resized.
 
     A storage belongs to the component that `find_origin` names when it is made, unless `assign`
     says later what has become of it. Memory is booked until the storage is gone, or resized.
@@ -62,7 +61,6 @@ class MemoryLedger(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
-        super().__init__()
         self.moment = "setup"
         self._device_type = device_type
         self._sizes: dict[int, int] = {}  # live storages, by number
@@ -73,33 +71,22 @@ class MemoryLedger(TorchDispatchMode):
         self._first_event = 0
 
     def __enter__(self) -> "MemoryLedger":
-        super().__enter__()
         self._resizes = watch_resizes(self._book_resize)
         self._resizes.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._resizes.__exit__(*error)
-        super().__exit__(*error)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Spare each operator the guard against torch.compile, which a rehearsal never uses."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes back with local tensors
-        results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
+    def book(self, func: Any, args: tuple, results: Any) -> None:
+        """Book what an operator has returned."""
+        leaves = (results,) if isinstance(results, Tensor) else tree_leaves(results)
+        for result in leaves:
             if isinstance(result, Tensor) and result.device.type == self._device_type:
                 self._book(result.untyped_storage())
         if _JOINS_GRADIENTS in func.__name__:
             # What FSDP is about to reduce are gradients of whole weights, made by autograd.
             self.assign(tree_leaves(args), FSDP_BUFFERS, unless="parameters")
-        return results
 
     def assign(self, tensors: Iterable[Any], component: str, *, unless: str = "") -> None:
         """Say what tensors are, from when they were made; what is not booked is left out.

@@ -40,7 +40,9 @@ from megablocks_utils.planning.model.prediction import (
 )
 from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing, pretend
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
+from megablocks_utils.rehearsal.library_patches import without_values
 from megablocks_utils.rehearsal.memory_ledger import HOST, IN_LAYERS, LedgerPeak, MemoryLedger
+from megablocks_utils.rehearsal.planned_batch import build_planned_batch
 from megablocks_utils.rehearsal.rehearsed_runs import (
     Fsdp1Run,
     Fsdp2Run,
@@ -48,12 +50,12 @@ from megablocks_utils.rehearsal.rehearsed_runs import (
     move_to_meta,
 )
 from megablocks_utils.rehearsal.traffic_counter import Route, TrafficCounter, sum_kinds
-from megablocks_utils.training.data.batches import MicroBatch, Packing
-from megablocks_utils.training.data.text import IGNORED_LABEL
+from megablocks_utils.rehearsal.watched_operators import WatchedOperators
 from megablocks_utils.training.describe_model import find_layers
 from megablocks_utils.training.model_source import build_bare_model, split_experts
 from megablocks_utils.training.step.gradient_checkpointing import apply_gradient_checkpointing
 from megablocks_utils.training.step.micro_batch import LossWeights
+from megablocks_utils.training.step.sequence_parallel import share_rows
 
 _SEED = 42
 _MICRO_STEPS = 2
@@ -134,7 +136,8 @@ def rehearse(
         rehearsed, layers = _build(model, config, run, device)
         ledger.watch_layers(layers[-1])
         with ExitStack() as modes:
-            for mode in (*fakes, ledger, traffic, AssumedValues(run.label_tokens)):
+            watched = WatchedOperators(AssumedValues(run.label_tokens), traffic, ledger)
+            for mode in (*fakes, ledger, watched):
                 modes.enter_context(mode)
             on_wrapped()
             rehearsed.fill()
@@ -161,6 +164,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             dp_replicate_size=run.dp_replicate_size,
             kernel=run.kernel,
             token_dispatch=run.token_dispatch,
+            sp_size=run.sp_size,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
@@ -193,6 +197,8 @@ def _build(
         model = build_bare_model(model, *dtypes)
     if run.is_varlen:
         set_implementation(model, "varlen")
+    if run.sp_size > 1:
+        share_rows(model, run.sp_size, device)
     layers = find_layers(model)
     compute_dtype = getattr(torch, precision.compute)
     sharded = split_experts(model, config, device, compute_dtype, run.tokens)
@@ -201,7 +207,9 @@ def _build(
             assume_routing(module, run.tokens, (find_top_k(model) or 1), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
-        apply_lora(model, sharded, adapters, dtype=getattr(torch, precision.adapter), seed=_SEED)
+        dtype = getattr(torch, precision.adapter)
+        with without_values():
+            apply_lora(model, sharded, adapters, dtype=dtype, seed=_SEED)
         move_to_meta(model)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
@@ -250,7 +258,7 @@ class _Step:
         for number in range(micro_steps):
             ledger.moment = "forward"
             is_last = number == micro_steps - 1
-            rehearsed.micro_step(self._micro_batch(), weights, is_last=is_last)
+            rehearsed.micro_step(build_planned_batch(self._run), weights, is_last=is_last)
             self._assign()
             self.sent_by_micro_step.append(self._traffic.take())
         ledger.moment = "optimizer"
@@ -277,19 +285,3 @@ class _Step:
     def _is_on_host(self, parameter: Tensor) -> bool:
         """Return whether FSDP2 keeps a parameter, with its gradient and states, in host memory."""
         return self._run.offloaded == "params" and not is_replicated(parameter)
-
-    def _micro_batch(self) -> MicroBatch:
-        run, row = self._run, self._run.row_tokens
-        tokens = torch.zeros(-(-run.tokens // row), row, dtype=torch.int64)
-        labels = tokens.clone()
-        labels.view(-1)[: labels.numel() - run.label_tokens] = IGNORED_LABEL
-        positions = torch.arange(row)[None] % max(run.example_lengths)
-        return MicroBatch(
-            tokens,
-            positions.expand(tokens.shape),
-            labels,
-            is_dummy=False,
-            packing=Packing(run.packing),
-            attention_mask=torch.ones_like(tokens) if run.is_padded else None,
-            lengths=run.example_lengths,
-        )

@@ -19,6 +19,7 @@ from megablocks_utils.fsdp.fsdp2 import (
     reduce_across_groups,
     wrap_fsdp2,
 )
+from megablocks_utils.mesh.dense_mesh import build_dense_mesh
 from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.model.prediction import PlannedRun
@@ -79,7 +80,9 @@ class Fsdp2Run:
         self.logits_map = inputs.find_logits_map()
         model, precision = inputs.model, inputs.run.precision
         classes = layer_classes(model)
-        self._accelerator = build_accelerator(inputs.config, precision, classes, inputs.device.type)
+        groups, device_type = inputs.config.parallel.dp_replicate_size, inputs.device.type
+        mesh = build_dense_mesh(device_type, dp_replicate_size=groups)
+        self._accelerator = build_accelerator(inputs.config, precision, classes, device_type, mesh)
         self._layers = find_layers(model, self._accelerator)
         prefetches = prefetches_units(inputs.sharded, inputs.run.device_type)
         self.model = wrap_fsdp2(self._accelerator, model, inputs.sharded, prefetches=prefetches)

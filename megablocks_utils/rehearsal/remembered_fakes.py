@@ -5,7 +5,7 @@ takes most of a rehearsal's time. Here a key is what decides an output's sizes w
 shapes, strides, offsets, dtypes and devices.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -57,6 +57,20 @@ class RememberedFakes(FakeTensorMode):
 
     _remembered: ClassVar[dict[Hashable, _Outputs]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each operator the guard against torch.compile, which a rehearsal never uses."""
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        return self.dispatch(func, types, args, kwargs)
+
     def dispatch(
         self,
         func: OpOverload,
@@ -69,10 +83,12 @@ class RememberedFakes(FakeTensorMode):
             return super().dispatch(func, types, args, kwargs or {})
         arguments = (*args, *sorted((kwargs or {}).items()))
         tensors: list[FakeTensor] = []
+        described: list[object] = [func]
         try:
-            key: tuple[Hashable, ...] = (func, *self._describe(arguments, tensors))
+            self._describe(arguments, tensors, described)
         except _Unknown:
             return super().dispatch(func, types, args, kwargs or {})
+        key = tuple(described)
         known = self._remembered.get(key)
         if known is not None:
             return self._build(known, tensors)
@@ -80,33 +96,32 @@ class RememberedFakes(FakeTensorMode):
         found = super().dispatch(func, types, args, kwargs or {})
         # Not what changes an argument's sizes or its storage, as `set_` does.
         is_same = storages == [_address(tensor) for tensor in tensors]
-        if is_same and key[1:] == tuple(self._describe(arguments, [])):
+        again: list[object] = [func]
+        self._describe(arguments, [], again)
+        if is_same and described == again:
             self._remember(key, found, tensors)
         return found
 
     def _describe(
-        self, arguments: Sequence[object], tensors: list[FakeTensor]
-    ) -> Iterator[Hashable]:
-        """Yield all that decides an output of these arguments, and collect the tensors."""
+        self, arguments: Sequence[object], tensors: list[FakeTensor], described: list[object]
+    ) -> None:
+        """Add all that decides an output of these arguments, and collect the tensors."""
         for argument in arguments:
             kind = type(argument)
-            yield kind.__name__  # 1 is 1.0 is True
             if isinstance(argument, FakeTensor):
                 if kind is not FakeTensor or argument.constant is not None:
                     raise _Unknown
-                if argument.fake_mode is not self or argument.dtype.is_complex:
+                dtype = argument.dtype
+                if argument.fake_mode is not self or dtype.is_complex:
                     raise _Unknown
                 tensors.append(argument)
-                yield argument.shape
-                yield argument.stride()
-                yield argument.storage_offset()
-                yield argument.dtype
-                yield argument.fake_device
-            elif isinstance(argument, list | tuple):
-                yield len(argument)
-                yield from self._describe(argument, tensors)
+                described += (argument.shape, argument.stride(), argument.storage_offset())
+                described += (dtype, argument.fake_device)
             elif kind in _PLAIN_TYPES:
-                yield argument
+                described += (kind, argument)  # 1 is 1.0 is True
+            elif isinstance(argument, list | tuple):
+                described += (kind, len(argument))
+                self._describe(argument, tensors, described)
             else:
                 raise _Unknown
 

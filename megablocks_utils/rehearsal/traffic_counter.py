@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
-from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Route", "TrafficCounter", "sum_kinds"]
 
@@ -34,8 +33,8 @@ def sum_kinds(sent: Iterable[tuple[Route, int]]) -> Counter[str]:
     return total
 
 
-class TrafficCounter(TorchDispatchMode):
-    """Count while entered.
+class TrafficCounter:
+    """Count what operators send.
 
     Attributes:
         sent: bytes by route, as `planning.model.prediction.Prediction` defines them. Exchanges of
@@ -43,21 +42,13 @@ class TrafficCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.sent: Counter[Route] = Counter()
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Spare each operator the guard against torch.compile, which a rehearsal never uses."""
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def count(self, func: Any, args: tuple) -> None:
+        """Count what an operator sends, given its arguments."""
         count = _COUNTED.get(func)
         if count is not None:
             self.sent.update(count(*args))
-        return func(*args, **(kwargs or {}))
 
     def take(self) -> Counter[Route]:
         """Return what was counted, and start again at 0."""

@@ -1,7 +1,7 @@
 """Save checkpoints while a run trains, in both loops: when due, or when it is to stop."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -13,17 +13,18 @@ import torch
 import torch.distributed as dist
 
 from megablocks_utils.checkpoint.companions import write_companions
-from megablocks_utils.checkpoint.run_manifest import BASE_FOLDER_KEY, COMPATIBILITY_KEY
+from megablocks_utils.checkpoint.run_manifest import BASE_FOLDER_KEY, COMPATIBILITY_KEY, STREAM_KEY
 from megablocks_utils.checkpoint.snapshot import Snapshot, write_checkpoint
 from megablocks_utils.checkpoint.tensor_shards import TensorShard
 from megablocks_utils.config.secrets import redact_record
 from megablocks_utils.errors import CheckpointError, NonFiniteError
-from megablocks_utils.files import EXPERT_LOAD_NAME
+from megablocks_utils.files import EXPERT_LOAD_NAME, SAMPLES_NAME
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.interruption import StopRequest
 from megablocks_utils.processes.output_folder import CHECKPOINT_PREFIX
 from megablocks_utils.processes.progress_marks import PROGRESS
 from megablocks_utils.processes.time_limit import TimeLimit
+from megablocks_utils.training.report.evaluations import find_best, read_evaluations
 from megablocks_utils.training.report.run_record import read_versions
 from megablocks_utils.training.resume.random_states import capture_random_states
 from megablocks_utils.training.resume.resume_point import rank_file_name
@@ -144,6 +145,7 @@ class Checkpointer(StepHooks):
             self._output_dir,
             group=self._group,
             total_limit=config.save_total_limit,
+            choose_best=self._choose_best,
         )
         write = partial(self._check_and_write, step, shards, write_all)
         if config.async_save:
@@ -199,21 +201,28 @@ class Checkpointer(StepHooks):
         )
 
     def _read_logs(self) -> dict[str, bytes]:
-        """Return metrics and loads so far by file name, on rank 0, which writes them."""
+        """Return metrics, loads and samples so far by file name, on rank 0, which writes them."""
         if not self._is_first:
             return {}
-        paths = [self._metrics_path]
-        if (loads := self._metrics_path.with_name(EXPERT_LOAD_NAME)).exists():
-            paths.append(loads)
+        others = [self._metrics_path.with_name(name) for name in (EXPERT_LOAD_NAME, SAMPLES_NAME)]
+        paths = [self._metrics_path, *(path for path in others if path.exists())]
         try:
             return {path.name: path.read_bytes() for path in paths}
         except OSError as error:
             raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
 
+    def _choose_best(self, steps: Collection[int]) -> int | None:
+        """Return which of the saved steps no limit removes; None: any may go."""
+        if not self._setup.config.evaluation.needs_best:
+            return None
+        best = find_best(read_evaluations(self._metrics_path), steps)
+        return None if best is None else best.step
+
     def _describe(self, step: int) -> dict[str, Any]:
         """Return what the manifest holds besides its files."""
         setup = self._setup
         parallel = setup.config.parallel
+        position = setup.schedule.position_after(step)
         before_s = setup.resume.manifest["train_runtime_s"] if setup.resume else 0.0
         return {
             "step": step,
@@ -225,6 +234,7 @@ class Checkpointer(StepHooks):
             BASE_FOLDER_KEY: _describe_base(setup),
             "options": redact_record(asdict(setup.config)),
             COMPATIBILITY_KEY: setup.compatibility.as_record(),
+            **({} if position is None else {STREAM_KEY: position.as_record()}),
             "train_runtime_s": before_s + time.perf_counter() - self._started_s,
         }
 

@@ -27,7 +27,10 @@ __all__ = ["describe_model", "find_layers", "layers_path"]
 
 
 def describe_model(model: PreTrainedModel) -> ModelDescription:
-    """Say what a plan asks of a model: on meta or not, before anything of it is wrapped."""
+    """Say what a plan asks of a model: on meta or not, before anything of it is wrapped.
+
+    What training on text does not reach must be frozen, and nothing else.
+    """
     config = text_config(model)
     specs = {name: read_expert_spec(module) for name, module in find_expert_modules(model).items()}
     first = next(iter(specs.values()))
@@ -55,6 +58,7 @@ def describe_model(model: PreTrainedModel) -> ModelDescription:
         mixer_linears=tuple(find_loadable(model, mixers)),
         dense_linears=tuple(find_loadable(model, dense)),
         kept=tuple(name for name, p in model.named_parameters() if is_replicated(p)),
+        frozen=tuple(name for name, p in model.named_parameters() if not p.requires_grad),
         routes_in_fp32=_routes_in_fp32(model, next(iter(specs))),
     )
 

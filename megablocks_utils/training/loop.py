@@ -73,7 +73,9 @@ def build_training_state(setup: Setup) -> TrainingState:
     """
     config = setup.config
     check_layer_classes(setup.layer_classes)
-    accelerator = build_accelerator(config, setup.precision, setup.layer_classes, setup.device.type)
+    accelerator = build_accelerator(
+        config, setup.precision, setup.layer_classes, setup.device.type, setup.placement.dense_mesh
+    )
     make_optimizer = partial(
         build_optimizer,
         optim_config=config.optim,
@@ -114,6 +116,7 @@ def fit(
     """
     hooks = hooks or StepHooks()
     finite = build_finite_check(setup, state.model)
+    hooks.before_first_step(setup.first_step, state.run_state())
     for metrics, num_nonfinite_weights in _train(state, setup, hooks, finite):
         yield metrics
         # Before anything of the step is saved.
@@ -135,9 +138,12 @@ def _train(
         setup.config.debug,
         finite,
         state.routing.balance,
+        setup.config.parallel.tp_size,
     )
     rate = mfu_per_token_rate(setup.counts, setup.device, setup.launch.world_size)
-    meter = StepMeter(state.accelerator.device, mfu_rate=rate)
+    meter = StepMeter(
+        state.accelerator.device, num_copies=setup.config.parallel.tp_size, mfu_rate=rate
+    )
     loads = state.routing.loads
     first_step = setup.first_step
     for step, (epoch, plan) in enumerate(setup.schedule.plans(first_step), start=first_step + 1):

@@ -134,9 +134,11 @@ def split_experts(
         return None
     assert expert_dp is not None, "parsers fill it in"
     groups = config.parallel.dp_replicate_size
+    expert_tp_size = config.parallel.expert_tp_size
+    num_ranks = dist.get_world_size() // groups // expert_tp_size
     return split_experts_on_meta(
         model,
-        (config.parallel.ep_size or dist.get_world_size() // groups) if has_ep else 1,
+        (config.parallel.ep_size or num_ranks) if has_ep else 1,
         kernel=config.parallel.kernel,
         expert_dp=expert_dp,
         device_type=device.type,
@@ -145,4 +147,5 @@ def split_experts(
         tokens_per_rank=tokens_per_rank,
         dp_replicate_size=groups,
         token_dispatch=config.parallel.token_dispatch,
+        expert_tp_size=expert_tp_size,
     )

@@ -1,15 +1,14 @@
 """What a run shows and leaves behind: summaries, progress, metrics, the model, `run.json`."""
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from megablocks_utils.checkpoint.snapshot import describe_kept, not_written
-from megablocks_utils.errors import CheckpointError, UserError
+from megablocks_utils.checkpoint.snapshot import not_written
+from megablocks_utils.errors import UserError
 from megablocks_utils.files import (
     ADAPTER_WEIGHTS_NAME,
     DISK_FAULTS,
@@ -18,33 +17,32 @@ from megablocks_utils.files import (
     LOSS_PLOT_NAME,
     METRICS_NAME,
     RUN_RECORD_NAME,
+    SAMPLES_PAGE_NAME,
 )
 from megablocks_utils.fsdp.fsdp2 import NamedTensors
-from megablocks_utils.fsdp.placement_plan import describe_plan
 from megablocks_utils.mesh.device_mesh import EP_AXIS
 from megablocks_utils.moe.kernel_check import KernelCheck
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.output_claim import OutputClaim, claim_output_dir
-from megablocks_utils.processes.output_folder import find_incomplete
 from megablocks_utils.training.adapter_check import (
     AdapterCheck,
     AdapterReport,
 )
+from megablocks_utils.training.disk_errors import disk_errors_as_sentence
+from megablocks_utils.training.final_record import build_final_record
 from megablocks_utils.training.final_weights import write_adapter, write_model
-from megablocks_utils.training.report.expert_load import LoadWriter
+from megablocks_utils.training.report.evaluations import Evaluation
 from megablocks_utils.training.report.load_summary import report_loads
 from megablocks_utils.training.report.loss_plot import plot_loss
 from megablocks_utils.training.report.memory import describe_memory_source
-from megablocks_utils.training.report.metrics import (
-    MetricsWriter,
-    RunTotals,
-    StepMetrics,
-    read_metrics,
-)
+from megablocks_utils.training.report.metrics import RunTotals, StepMetrics, read_metrics
 from megablocks_utils.training.report.progress import track_training
-from megablocks_utils.training.report.run_record import build_run_record, write_run_json
+from megablocks_utils.training.report.run_logs import EarlierLogs, RunLogs
+from megablocks_utils.training.report.run_record import write_run_json
+from megablocks_utils.training.report.samples import Sample, describe_sample
 from megablocks_utils.training.report.summary import (
     RunResult,
+    describe_evaluation,
     show_end_summary,
     show_start_summary,
 )
@@ -52,10 +50,8 @@ from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.start_facts import (
     collect_facts,
-    describe_kernel,
-    describe_resolved,
+    list_start_lines,
 )
-from megablocks_utils.training.step.debug import describe_placements
 from megablocks_utils.training.tracking import Tracking
 
 
@@ -74,7 +70,7 @@ class RunRecorder:
         self._is_main = setup.launch.rank == 0
         self._totals = RunTotals()
         self._losses: list[float] = []
-        self._load_writer: LoadWriter | None = None
+        self._logs: RunLogs | None = None
         self._has_learned = False
         self._open = ExitStack()
         self._started_s = 0.0
@@ -103,18 +99,9 @@ class RunRecorder:
     def _start(self) -> None:
         setup = self._setup
         show_start_summary(setup.console, collect_facts(setup))
-        if setup.lora is not None:
-            setup.console.print(setup.lora.describe(), markup=False, soft_wrap=True)
-        for path in find_incomplete(self.output_dir):
-            line = f"{path.name} was never finished; it is left alone"
+        for line in list_start_lines(setup, self.output_dir):
             setup.console.print(line, markup=False, soft_wrap=True)
-        if setup.answer_end is not None and setup.answer_end.warning is not None:
-            line = f"warning: {setup.answer_end.warning}"
-            setup.console.print(line, markup=False, soft_wrap=True)
-        if setup.config.debug:
-            for line in (*describe_plan(setup.placement), *describe_placements(setup.model)):
-                setup.console.print(line, markup=False, soft_wrap=True)
-        raise_on_all_ranks(self._open_metrics)
+        raise_on_all_ranks(self._open_logs)
         self._tracking.start()
         progress = track_training(setup.console, setup.schedule.num_steps, setup.first_step)
         self._show = self._open.enter_context(progress)
@@ -150,27 +137,52 @@ class RunRecorder:
         self._add(metrics)
         if self._claim is not None:
             self._claim.check()
-        if self._is_main:
+        if self._logs is not None:
             with self._as_sentence(self.metrics_path):
-                self._writer.write(metrics)
-                if metrics.loads is not None and self._load_writer is not None:
-                    self._load_writer.write(metrics.loads)
+                self._logs.write(metrics)
             self._tracking.record(metrics)
             self._show(metrics)
 
-    def _open_metrics(self) -> None:
+    def record_evaluation(self, evaluation: Evaluation) -> None:
+        """Take a measurement of the held-out examples.
+
+        Raises:
+            CheckpointError: on rank 0, if it cannot be written.
+        """
+        if self._logs is not None:
+            with self._as_sentence(self.metrics_path):
+                self._logs.write(evaluation)
+            self._tracking.record_evaluation(evaluation.step, evaluation.as_record())
+            self._show.evaluated(evaluation.eval_loss)
+        self._setup.console.print(evaluation.describe(), markup=False, soft_wrap=True)
+
+    def record_samples(self, samples: Sequence[Sample]) -> None:
+        """Take the answers to held-out prompts.
+
+        Raises:
+            CheckpointError: on rank 0, if they cannot be written.
+        """
+        for sample in samples:
+            self._setup.console.print(describe_sample(sample), markup=False, soft_wrap=True)
+        if self._logs is not None:
+            with self._as_sentence(self.output_dir / SAMPLES_PAGE_NAME):
+                self._logs.write_samples(samples)
+
+    def _open_logs(self) -> None:
         if not self._is_main:
             return
-        resume = self._setup.resume
+        config, resume = self._setup.config, self._setup.resume
+        earlier = EarlierLogs()
+        if resume is not None:
+            earlier = EarlierLogs(resume.metrics_path, resume.loads_path, resume.samples_path)
         with self._as_sentence(self.metrics_path):
-            done = None if resume is None else resume.metrics_path
-            writer = MetricsWriter(self.metrics_path, after=done)
-        self._writer = self._open.enter_context(writer)
-        done = None if resume is None else resume.loads_path
-        if self._setup.config.expert_load_steps or done is not None:
-            path = self.output_dir / EXPERT_LOAD_NAME
-            with self._as_sentence(path):
-                self._load_writer = self._open.enter_context(LoadWriter(path, after=done))
+            logs = RunLogs(
+                self.output_dir,
+                earlier,
+                has_loads=config.expert_load_steps > 0,
+                has_samples=config.evaluation.predict_samples > 0,
+            )
+        self._logs = self._open.enter_context(logs)
 
     def _add(self, metrics: StepMetrics) -> None:
         self._totals = self._totals.plus(metrics)
@@ -178,7 +190,11 @@ class RunRecorder:
         self._has_learned |= metrics.learning_rate > 0
 
     def finish(
-        self, state: RunState, tensors: NamedTensors, kernel_check: KernelCheck | None
+        self,
+        state: RunState,
+        tensors: NamedTensors,
+        kernel_check: KernelCheck | None,
+        evaluation: dict[str, Any] | None = None,
     ) -> None:
         """Write the final model or adapter, the plot and `run.json`; show the end summary.
 
@@ -189,6 +205,7 @@ class RunRecorder:
             tensors: (name, whole tensor or None) of every parameter, or with adapters of every
                 trainable one; not begun yet.
             kernel_check: what was found before the first step.
+            evaluation: what the evaluations have come to; None without any.
 
         Raises:
             CheckpointError: on rank 0, if something cannot be written.
@@ -209,59 +226,46 @@ class RunRecorder:
         if not self._is_main:
             return
         adapter_report = None if adapter_check is None else adapter_check.report
+        record = build_final_record(
+            setup,
+            kernel_check,
+            adapter_report,
+            train_runtime_s=self._runtime_s,
+            totals=self._totals,
+            plan=plan,
+            evaluation=evaluation,
+        )
         with self._as_sentence(self.output_dir / LOSS_PLOT_NAME):
             plot_loss(self.metrics_path, self.output_dir / LOSS_PLOT_NAME)
         expert_load = self._report_loads()
-        kernel, reason = describe_kernel(setup)
-        record = build_run_record(
-            sys.argv,
-            setup.config,
-            resolved=describe_resolved(setup),
-            mesh=setup.placement.axis_sizes,
-            kernel=kernel,
-            kernel_reason=reason,
-            kernel_probe=None if kernel_check is None else kernel_check.as_record(),
-            parameters=setup.counts,
-            train_runtime_s=self._runtime_s,
-            totals=self._totals,
-            device=setup.device,
-            adapter_check=None if adapter_report is None else adapter_report.as_record(),
-            plan=plan,
-            answer_end=None if setup.answer_end is None else setup.answer_end.as_record(),
-        )
         with self._as_sentence(self.output_dir / RUN_RECORD_NAME):
             write_run_json(self.output_dir / RUN_RECORD_NAME, record)
         first_loss, final_loss = self._losses[0], self._losses[-1]
         self._tracking.finish(record, first_loss=first_loss, final_loss=final_loss)
-        show_end_summary(setup.console, self._result(kernel_check, adapter_report, expert_load))
+        result = self._result(kernel_check, adapter_report, expert_load, evaluation)
+        show_end_summary(setup.console, result)
 
     def _report_loads(self) -> str | None:
         """Draw the loads of experts, where any were measured, and say what they have cost."""
-        if self._load_writer is None:
+        if self._logs is None or not self._logs.has_loads:
             return None
         with self._as_sentence(self.output_dir / EXPERT_LOAD_PLOT_NAME):
             ep_size = self._setup.placement.axis_sizes[EP_AXIS]
             return report_loads(self.output_dir, ep_size, self._setup.plan.imbalance)
 
-    @contextmanager
-    def _as_sentence(self, path: Path) -> Iterator[None]:
-        """Turn a full disk, or a folder that has vanished, into an error that a user can act on."""
-        try:
-            yield
-        except OSError as error:
-            raise not_written(path, error, self.output_dir) from error
-        except CheckpointError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            raise CheckpointError(f"{error}; {describe_kept(self.output_dir)}") from error
+    def _as_sentence(self, path: Path) -> AbstractContextManager[None]:
+        return disk_errors_as_sentence(path, self.output_dir)
 
     def _result(
         self,
         kernel_check: KernelCheck | None,
         adapter_report: AdapterReport | None,
         expert_load: str | None,
+        evaluation: dict[str, Any] | None,
     ) -> RunResult:
         loads = () if expert_load is None else ((EXPERT_LOAD_NAME, "the loads of experts"),)
+        page = (SAMPLES_PAGE_NAME, "answers to held-out prompts, first and last")
+        samples = (page,) if self._logs is not None and self._logs.has_samples else ()
         weights = ADAPTER_WEIGHTS_NAME if self._setup.config.adapter.has_lora else "model"
         return RunResult(
             totals=self._totals,
@@ -272,12 +276,14 @@ class RunRecorder:
             kernel_check=None if kernel_check is None else kernel_check.describe(),
             adapter_check=None if adapter_report is None else adapter_report.describe(),
             expert_load=expert_load,
+            evaluation=None if evaluation is None else describe_evaluation(evaluation),
             output_dir=str(self.output_dir),
             files=(
                 (weights, "the trained weights, with configuration and tokenizer"),
                 (LOSS_PLOT_NAME, "the loss of each step"),
                 (METRICS_NAME, "every step's numbers"),
                 *loads,
+                *samples,
                 (RUN_RECORD_NAME, "what ran, on what"),
             ),
         )

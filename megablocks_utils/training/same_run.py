@@ -42,7 +42,12 @@ class Input:
     fingerprint: Callable[[], str]
 
 
-def check_run_inputs(config: RunConfig, folder: Path, examples: TokenizedExamples) -> str:
+def check_run_inputs(
+    config: RunConfig,
+    folder: Path,
+    examples: TokenizedExamples,
+    held_out: TokenizedExamples | None = None,
+) -> str:
     """Refuse ranks that read another data, model or adapter; return the model's fingerprint.
 
     **Collective:** as `check_same_inputs`, which raises what this raises.
@@ -51,6 +56,7 @@ def check_run_inputs(config: RunConfig, folder: Path, examples: TokenizedExample
         config: of the run, for what the options name.
         folder: where this rank reads the model.
         examples: the data.
+        held_out: what is evaluated; None without.
     """
     name = config.model.model_name_or_path
     of_model = partial(fingerprint_model_folder, folder)
@@ -58,6 +64,8 @@ def check_run_inputs(config: RunConfig, folder: Path, examples: TokenizedExample
         Input("data", "data_path", config.data.data_path, examples.checksum),
         Input("model", "model_name_or_path", name, of_model),
     ]
+    if held_out is not None and (path := config.evaluation.eval_data_path) is not None:
+        inputs.append(Input("held-out data", "eval_data_path", path, held_out.checksum))
     if (adapter := config.adapter.resume_adapter) is not None:
         of_adapter = partial(fingerprint_files, Path(adapter), _ADAPTER_FILES)
         inputs.append(Input("adapter", "resume_adapter", adapter, of_adapter))

@@ -1,6 +1,6 @@
 """Build what both entry points train: processes, data, and a sharded model with its weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.tokenizer import load_tokenizer
 from megablocks_utils.config import ResolvedPrecision, RunConfig, check_world, resolve_precision
 from megablocks_utils.fsdp.materialize import FillLocal
-from megablocks_utils.fsdp.placement_plan import PlacementPlan, build_placement_plan
+from megablocks_utils.fsdp.placement_plan import PlacementPlan
 from megablocks_utils.lora.apply import ChosenAdapters, apply_lora, choose_adapters
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.sequence_exchange import SequenceGroup
@@ -24,8 +24,12 @@ from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.training.data.answer_end import AnswerEnd
+from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.schedule import Schedule
+from megablocks_utils.training.dense_layers import place_parameters
 from megablocks_utils.training.describe_model import describe_model
+from megablocks_utils.training.evaluation.held_out_data import share_held_out
+from megablocks_utils.training.evaluation.held_out_loss import HeldOut
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
@@ -40,7 +44,7 @@ from megablocks_utils.training.resume.resume_point import (
     ResumePoint,
     find_resume_point,
 )
-from megablocks_utils.training.run_data import let_generation_stop, load_run_data
+from megablocks_utils.training.run_data import build_schedule, let_generation_stop, load_all_data
 from megablocks_utils.training.same_run import check_run_inputs
 from megablocks_utils.training.step.layer_options import apply_layer_options
 from megablocks_utils.training.step.model_probe import (
@@ -82,6 +86,7 @@ class Setup:
         plan: the memory that was predicted, or why it was not.
         probe: what was found out of the model's forward pass.
         routing: counts the tokens of experts, to balance them or to measure their loads.
+        held_out: what is evaluated, and how ranks share it; None for a run without evaluation.
         sequence: the ranks that share this rank's rows; None: it has its own.
     """
 
@@ -110,6 +115,7 @@ class Setup:
     probe: ModelProbe
     routing: RoutingHooks
     sequence: SequenceGroup | None = None
+    held_out: HeldOut | None = None
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """The expert weights as they are now, sharded or not, by name; without adapters."""
@@ -155,8 +161,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    _begin(config, launch)
-    console = build_console(launch.rank == 0)
+    console = _begin(config, launch)
     precision = resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
     source = _open_model(config, precision, launch.world_size, console)
@@ -164,14 +169,14 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
     lora = None if adapters is None else adapters.settings
     tokenizer = raise_on_all_ranks(lambda: load_tokenizer(folder))
-    examples = load_run_data(config, tokenizer, model, launch, resume, console=console)
-    fingerprint = check_run_inputs(config, folder, examples)
+    examples, held_out = load_all_data(config, tokenizer, model, launch, resume, console=console)
+    fingerprint = check_run_inputs(config, folder, examples, held_out)
     probe = probe_model(config, model, device, console)
     sequence = apply_sequence_parallelism(config, model, probe.packing.packing, device, console)
-    schedule = Schedule(config, examples, launch.rank, launch.world_size, probe.packing.packing)
-    compatibility = _describe_compatibility(schedule, precision, lora, model, fingerprint)
-    if resume is not None:
-        check_compatibility(resume.manifest, compatibility, config, schedule)
+    schedule = build_schedule(config, examples, tokenizer, model, launch, probe.packing, resume)
+    compatibility = _check_compatibility(
+        schedule, precision, lora, model, fingerprint, held_out=held_out, resume=resume
+    )
     checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
@@ -192,7 +197,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         model_folder=folder,
         model=model,
         sharded=sharded,
-        placement=build_placement_plan(model, sharded, config.parallel.dp_replicate_size),
+        placement=place_parameters(model, sharded, config, device, console),
         lora=lora,
         counts=_count(model, sharded),
         num_experts=source.num_experts,
@@ -206,14 +211,16 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
         probe=probe,
         routing=routing,
         sequence=sequence,
+        held_out=share_held_out(schedule, held_out, console, tokenizer),
     )
 
 
-def _begin(config: RunConfig, launch: LaunchEnvironment) -> None:
-    """Refuse what needs nothing read to be refused, and seed all random numbers."""
+def _begin(config: RunConfig, launch: LaunchEnvironment) -> Console:
+    """Refuse what needs nothing read to be refused, seed all random numbers, open the console."""
     raise_on_all_ranks(lambda: check_trackers(config.report_to))
     set_seed(config.seed)
     check_world(config, launch.world_size)
+    return build_console(launch.rank == 0)
 
 
 def _open_model(
@@ -228,14 +235,18 @@ def _open_model(
     return source
 
 
-def _describe_compatibility(
+def _check_compatibility(
     schedule: Schedule,
     precision: ResolvedPrecision,
     lora: LoraSettings | None,
     model: PreTrainedModel,
     fingerprint: str,
+    *,
+    held_out: TokenizedExamples | None,
+    resume: ResumePoint | None,
 ) -> ResumeCompatibility:
-    return describe_compatibility(
+    """Return what runs that resume must share with this one, which shares it with `resume`."""
+    found = describe_compatibility(
         schedule.config,
         precision,
         lora,
@@ -245,6 +256,11 @@ def _describe_compatibility(
         base_sha256=None if lora is None else fingerprint,
         packing=schedule.packing,
     )
+    if held_out is not None:
+        found = replace(found, eval_sha256=held_out.checksum())
+    if resume is not None:
+        check_compatibility(resume.manifest, found, schedule.config, schedule)
+    return found
 
 
 def _split_experts(

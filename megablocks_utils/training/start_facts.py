@@ -1,14 +1,19 @@
 """What is known of a run when it starts, for its summary and its record."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megablocks_utils.config.secrets import redact_record, redact_text
+from megablocks_utils.fsdp.placement_plan import describe_plan
+from megablocks_utils.processes.output_folder import find_incomplete
 from megablocks_utils.training.report.parameters import count_local_bytes
 from megablocks_utils.training.report.summary import RunFacts, describe_precision
 from megablocks_utils.training.setup import Setup
+from megablocks_utils.training.step.debug import describe_placements
 
-__all__ = ["collect_facts", "describe_kernel", "describe_resolved"]
+__all__ = ["collect_facts", "describe_kernel", "describe_resolved", "list_start_lines"]
 
 
 def collect_facts(setup: Setup) -> RunFacts:
@@ -27,6 +32,7 @@ def collect_facts(setup: Setup) -> RunFacts:
         dp_size=mesh["dp"],
         ep_size=mesh["ep"],
         dp_replicate_size=config.parallel.dp_replicate_size,
+        expert_tp_size=mesh.get("expert_tp", 1),
         num_experts=setup.num_experts,
         top_k=setup.top_k,
         expert_dp=str(config.parallel.expert_dp),
@@ -66,7 +72,8 @@ def describe_kernel(setup: Setup) -> tuple[str, str]:
 
 def _describe_dispatch(setup: Setup) -> str | None:
     """Say how tokens travel, and why; None where none does."""
-    if setup.sharded is None or setup.placement.axis_sizes["ep"] == 1:
+    sizes = setup.placement.axis_sizes
+    if setup.sharded is None or sizes["ep"] * sizes.get("expert_tp", 1) == 1:
         return None
     return setup.sharded.describe_dispatch()
 
@@ -82,8 +89,22 @@ def describe_resolved(setup: Setup) -> dict[str, Any]:
         "compute_dtype": setup.precision.compute,
         "optim_dtype": setup.precision.optim,
         "ep_size": setup.placement.axis_sizes["ep"],
+        "dense_mesh": setup.placement.dense_axis_sizes or None,
         "token_dispatch": _describe_dispatch(setup),
         "num_steps": setup.schedule.num_steps,
-        "examples": len(setup.schedule.examples),
+        "examples": None if setup.config.data.streaming else len(setup.schedule.examples),
         "packing": setup.probe.packing.as_record(),
     }
+
+
+def list_start_lines(setup: Setup, output_dir: Path) -> Iterator[str]:
+    """Yield what else a person should know before the first step, line by line."""
+    if setup.lora is not None:
+        yield setup.lora.describe()
+    for path in find_incomplete(output_dir):
+        yield f"{path.name} was never finished; it is left alone"
+    if setup.answer_end is not None and setup.answer_end.warning is not None:
+        yield f"warning: {setup.answer_end.warning}"
+    if setup.config.debug:
+        yield from describe_plan(setup.placement)
+        yield from describe_placements(setup.model)

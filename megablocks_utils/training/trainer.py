@@ -36,12 +36,15 @@ class MicroBatchLoader:
     """Hand Trainer this rank's micro-batches of an epoch: every step has accumulation-many.
 
     Not a DataLoader, so that Accelerate does not split again what is this rank's already. The
-    steps that a resumed run has done are left out.
+    steps that a resumed run has done are left out, and all if it is over with them.
     """
 
-    def __init__(self, schedule: Schedule, first_step: int = 0) -> None:
+    def __init__(
+        self, schedule: Schedule, first_step: int = 0, hooks: StepHooks | None = None
+    ) -> None:
         self._schedule = schedule
         self._first_step = first_step
+        self._hooks = hooks or StepHooks()
         self._epoch = 0
 
     def __len__(self) -> int:
@@ -53,6 +56,8 @@ class MicroBatchLoader:
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, MicroBatch | StepPlan]]:
+        if self._hooks.is_over:
+            return
         for plan in self._schedule.plans_of_epoch(self._epoch, self._first_step):
             for micro_batch in plan.micro_batches:
                 yield {"micro_batch": micro_batch, "plan": plan}
@@ -86,7 +91,7 @@ class MoETrainer(Trainer):
     ) -> None:
         check_layer_classes(setup.layer_classes)
         # Trainer's constructor builds the accelerator, which needs these.
-        self._setup = setup
+        self._setup, self._hooks = setup, hooks or StepHooks()
         self._plugin = build_fsdp1_plugin(setup.precision)
         self._aux_loss_coef = resolve_aux_loss_coef(
             setup.model.config, setup.config.router_aux_loss_coef
@@ -124,7 +129,7 @@ class MoETrainer(Trainer):
         self._callback = StepCallback(
             setup,
             on_step,
-            hooks or StepHooks(),
+            self._hooks,
             finish=self._finish,
             finite=finite,
             get_state=self.run_state,
@@ -142,7 +147,7 @@ class MoETrainer(Trainer):
 
     def get_train_dataloader(self) -> MicroBatchLoader:  # type: ignore[override]  # see its docstring
         """Return this rank's micro-batches."""
-        return MicroBatchLoader(self._setup.schedule, self._setup.first_step)
+        return MicroBatchLoader(self._setup.schedule, self._setup.first_step, self._hooks)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Build the optimizer over flat shards and experts, each kind in groups of its own."""

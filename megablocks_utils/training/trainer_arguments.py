@@ -19,7 +19,8 @@ __all__ = ["build_trainer_arguments", "parse_trainer_flags"]
 _OWN_OPTIMIZER = "the optimizer is AdamW with betas 0.9 and 0.999 and eps 1e-8"
 _OWN_CHECKPOINTING = "--gradient_checkpointing True, False or selective says all there is to say"
 _OWN_COMPILE = "--compile True compiles what can be compiled here, the dense parts of the layers"
-_NO_EVALUATION = "this script has no evaluation data"
+_OWN_EVALUATION = "evaluation computes as training does, when --eval_strategy says"
+_OWN_BEST = "the best checkpoint is the one with the lowest eval_loss"
 _OWN_LOSS = "the loss is the mean over the label tokens of the global batch"
 _OWN_ORDER = "the order of the examples follows from --seed and --shuffle alone"
 _OWN_SPACE = "trackio takes it from TRACKIO_SPACE_ID and TRACKIO_BUCKET_ID in the environment"
@@ -50,11 +51,16 @@ _FIXED = {
     "torch_compile_mode": _OWN_COMPILE,
     "use_liger_kernel": "experts run on --kernel",
     "use_cache": "packed rows are only kept apart without a cache",
-    "bf16_full_eval": _NO_EVALUATION,
-    "fp16_full_eval": _NO_EVALUATION,
-    "eval_strategy": _NO_EVALUATION,
-    "eval_on_start": _NO_EVALUATION,
-    "load_best_model_at_end": _NO_EVALUATION,
+    "bf16_full_eval": _OWN_EVALUATION,
+    "fp16_full_eval": _OWN_EVALUATION,
+    "eval_on_start": "evaluation begins before the first step already",
+    "eval_delay": _OWN_EVALUATION,
+    "eval_accumulation_steps": _OWN_EVALUATION,
+    "eval_use_gather_object": _OWN_EVALUATION,
+    "batch_eval_metrics": _OWN_EVALUATION,
+    "include_for_metrics": "only the loss is measured",
+    "metric_for_best_model": _OWN_BEST,
+    "greater_is_better": _OWN_BEST,
     "enable_jit_checkpoint": "SIGTERM and SIGINT save a checkpoint already",
     "save_only_model": "a checkpoint holds all that a run needs to resume; the final model is "
     "written by itself",
@@ -69,6 +75,9 @@ _FIXED = {
     "trackio_static_space_id": _OWN_SPACE,
 }
 """Options of TrainingArguments that must keep their default, and why."""
+
+_AS_HERE = {"metric_for_best_model": ("loss", "eval_loss"), "greater_is_better": (False,)}
+"""Values of some that say what is done here anyway."""
 
 _ACCELERATOR_SETTINGS = {
     "split_batches": ((False,), "--per_device_train_batch_size is that of one process"),
@@ -103,7 +112,7 @@ def parse_trainer_flags(leftovers: Sequence[GivenOption]) -> dict[str, Any]:
     words = [word for given in leftovers for word in given.words()]
     values = vars(parser.parse_args(words))
     for name, reason in _FIXED.items():
-        if values[name] != defaults[name]:
+        if values[name] != defaults[name] and values[name] not in _AS_HERE.get(name, ()):
             raise ConfigurationError(f"--{name} is {values[name]}, but {reason}.")
     return values
 
@@ -200,12 +209,15 @@ def _own_values(config: RunConfig) -> dict[str, Any]:
         "num_train_epochs": optim.num_train_epochs,
         "max_steps": optim.max_steps,
         "per_device_train_batch_size": optim.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.evaluation.per_device_eval_batch_size
+        or optim.per_device_train_batch_size,
         "gradient_accumulation_steps": optim.gradient_accumulation_steps,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "report_to": "none",  # the recorder of both scripts reports
         "run_name": config.run_name,
         "save_strategy": "no",
+        "eval_strategy": "no",
         "activation_checkpointing": False,  # the model already has ours
         "gradient_checkpointing": None,
         "disable_tqdm": True,

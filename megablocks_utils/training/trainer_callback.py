@@ -67,6 +67,14 @@ class StepCallback(TrainerCallback):
         self._meter.add_micro_batch(loss.token_loss_sum, loss.aux_loss, loss.aux_share)
         self.loss_share = loss.token_loss_sum / plan.num_label_tokens
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the run be looked at before its first step."""
+        self._hooks.before_first_step(state.global_step, self._get_state())
+        if self._hooks.is_over:  # then there are no micro-batches
+            self._hooks.after_stop(state.global_step, self._get_state())
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -98,7 +106,7 @@ class StepCallback(TrainerCallback):
         )
         self.metrics = self._meter.finish_step(
             state.global_step,
-            state.global_step / self._schedule.steps_per_epoch,
+            self._schedule.epoch_after(state.global_step),
             num_label_tokens=self._plan.num_label_tokens,
             num_input_tokens=self._plan.num_input_tokens,
             grad_norm=self.grad_norm,

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megablocks_utils.checkpoint.index import CheckpointIndex, open_checkpoint
 from megablocks_utils.checkpoint.layouts import ModelLayout
-from megablocks_utils.checkpoint.load import build_model_on_meta, load_experts
+from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.fsdp.materialize import materialize
@@ -38,8 +38,10 @@ def read_experts(folder, index):
     """Read experts 1 and 2 of the second layer."""
     layout = ModelLayout(build_model_on_meta(folder), index)
     names = (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
-    shapes = {name: layout.shapes[name] for name in names}
-    load_experts(SliceReader(index, layout), shapes, range(1, 3), torch.bfloat16)
+    reader = SliceReader(index, layout)
+    for name in names:
+        local = torch.empty(2, *layout.shapes[name][1:], dtype=torch.bfloat16)
+        reader.fill_local(name, local, (1, 0, 0))
 
 
 def parameters_of(model):

@@ -31,8 +31,6 @@ MEANT = {
     "aux_loss": "router_aux_loss_coef",
     "warmup_num_steps": "warmup_steps",
     # nothing near, or not built yet
-    "eval_fraction": None,
-    "val_set_size": None,
     "load_in_4bit": None,
     "lora_dropout": None,
     "frobnicate": None,
@@ -49,7 +47,8 @@ def test_what_is_meant(name):
     ("flag", "sentence"),
     [
         ("--learning-rat", "unknown option --learning-rat; did you mean --learning_rate?"),
-        ("--val_set_size", "unknown option --val_set_size: that is not supported yet."),
+        ("--val_set_size", "unknown option --val_set_size; did you mean --eval_fraction?"),
+        ("--load_in_4bit", "unknown option --load_in_4bit: that is not supported yet."),
         ("--frobnicate", "unknown option --frobnicate; --help lists all options."),
     ],
 )

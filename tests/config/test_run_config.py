@@ -26,6 +26,7 @@ from megablocks_utils.config import (
     resolve_precision,
 )
 from megablocks_utils.config.entry_points import SCRIPTS
+from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.help_text import format_help, format_options_table
 from megablocks_utils.config.parallel import count_data_ranks
 from megablocks_utils.config.reader import HelpRequested
@@ -33,6 +34,7 @@ from megablocks_utils.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
 SHARDING = "--use_megablocks_sharding True"
+EVALUATED = "--eval_strategy steps --eval_data_path x.json"
 PUBLISHED_FSDP2 = (
     "--gradient_accumulation_steps 16 --use_megablocks_sharding True --debug True "
     "--learning_rate 5e-5"
@@ -115,6 +117,7 @@ def test_published_fsdp1_command():
             sync_each_batch=True,
             freeze_router=False,
         ),
+        evaluation=EvaluationConfig(per_device_eval_batch_size=1),
         saving=SavingConfig("no", 500, save_total_limit=None, async_save=False),
         output_dir="./results",
         overwrite_output_dir=False,
@@ -125,10 +128,7 @@ def test_published_fsdp1_command():
         report_to=(),
         debug=False,
     )
-    assert words_of(leftovers) == [
-        *("--accelerator_config", "accelerator_config.json"),
-        *("--per_device_eval_batch_size", "1", "--eval_strategy", "no"),
-    ]
+    assert words_of(leftovers) == ["--accelerator_config", "accelerator_config.json"]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,10 @@ def test_when_checkpoints_are_due(line):
 
 
 REFUSALS = {
+    "--tp_size 2": "--tp_size is 2, but it needs --use_megablocks_sharding True (also --ep_size "
+    "1), so that ranks with the same rows share the work of the experts.",
+    f"{SHARDING} --tp_size 2 --compile True": "--tp_size is 2, but with --compile True it must be "
+    "1.",
     "--dp_replicate_size 2 --cpu_offload params": "--dp_replicate_size is 2, but with "
     "--cpu_offload params it must be 1: FSDP leaves copies of the experts on the devices.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",
@@ -260,8 +264,26 @@ REFUSALS = {
     "mlflow or trackio.",
     "--report_to none tensorboard": "--report_to is none, tensorboard, but none excludes all "
     "others.",
-    "--eval_strategy steps": "--eval_strategy is steps, but it must be no.",
-    "--evaluation_strategy epoch": "--evaluation_strategy is epoch, but it must be no.",
+    "--eval_strategy steps": "--eval_strategy is steps, but no examples are held out: give "
+    "--eval_data_path or --eval_fraction.",
+    "--eval_fraction 0.1": "--eval_fraction is 0.1, but --eval_strategy is no: it must be steps or "
+    "epoch.",
+    "--predict_samples 2": "--predict_samples is 2, but --eval_strategy is no: it must be steps or "
+    "epoch.",
+    "--eval_strategy epoch --eval_fraction 0.1 --eval_data_path x.json": "--eval_data_path is "
+    "x.json and --eval_fraction is 0.1, but the held-out examples come from one of them: leave the "
+    "other out.",
+    "--eval_strategy steps --eval_fraction 1": "--eval_fraction is 1, but it must be below 1: no "
+    "examples would be left to train on.",
+    "--eval_strategy epoch --eval_fraction 0.1 --eval_steps 5": "--eval_steps is 5, but "
+    "--eval_strategy is epoch: it must be steps.",
+    f"{EVALUATED} --eval_steps 2.5": "--eval_steps is 2.5, but it must be a whole number, or below "
+    "1 a share.",
+    f"{EVALUATED} --load_best_model_at_end True": "--load_best_model_at_end is True, but "
+    "--save_strategy is no and --eval_strategy is steps: they must be the same.",
+    f"{EVALUATED} --load_best_model_at_end True --save_strategy steps --eval_steps 4 --save_steps "
+    "6": "--load_best_model_at_end is True, but --save_steps is 6: it must be a multiple of "
+    "--eval_steps, 4, so that every checkpoint has an eval_loss.",
     "--use_lora experts": "--use_lora is experts, but it must be none, attn-only, mlp-only or all.",
     "--verify_adapter maybe": "--verify_adapter is maybe, but it must be auto, True or False.",
     "--resume_adapter out": "--use_lora is none, but --resume_adapter needs it to say what the "
@@ -327,6 +349,7 @@ def test_what_cannot_be_offloaded():
 
 
 def test_fsdp1_specifics():
+    assert refusal("--tp_size 2", "fsdp1").startswith("--tp_size is 2, but FSDP1 shards no tensors")
     assert refusal("--dp_replicate_size 2", "fsdp1").startswith(
         "--dp_replicate_size is 2, but train_fsdp1.py shards over all processes"
     )
@@ -337,13 +360,13 @@ def test_fsdp1_specifics():
     assert refusal("--compile True --gradient_accumulation_steps 2", "fsdp1").endswith(
         "--gradient_accumulation_steps is 2 and must be 1, or use train_accelerate_fsdp2.py."
     )
-    line = "--bf16 False --label_names a b --adam_beta1=0.8 --evaluation_strategy=steps --use_cpu"
+    line = "--bf16 False --label_names a b --adam_beta1=0.8 --eval_delay=1 --use_cpu"
     _, leftovers = parse_known_args(line.split(), entry_point="fsdp1")
     assert words_of(leftovers) == [
         *("--bf16", "False", "--label_names", "a", "b", "--adam_beta1", "0.8"),
-        *("--eval_strategy", "steps", "--use_cpu"),
+        *("--eval_delay", "1", "--use_cpu"),
     ]
-    check_leftovers(leftovers, {"bf16", "label_names", "adam_beta1", "eval_strategy", "use_cpu"})
+    check_leftovers(leftovers, {"bf16", "label_names", "adam_beta1", "eval_delay", "use_cpu"})
     with pytest.raises(ConfigurationError) as caught:
         _, leftovers = parse_known_args(["--learning_rat", "1"], entry_point="fsdp1")
         check_leftovers(leftovers, {"label_names"})
@@ -486,7 +509,9 @@ def test_contract_options_are_all_there():
         learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm seed logging_steps
         save_strategy save_steps save_total_limit async_save resume_from_checkpoint report_to
         shuffle gradient_checkpointing router_aux_loss_coef debug truncate_model_for_debug
-        eval_strategy evaluation_strategy verify_adapter verify_kernel resume_adapter
+        eval_strategy evaluation_strategy eval_steps eval_data_path eval_fraction
+        per_device_eval_batch_size load_best_model_at_end early_stopping_patience predict_samples
+        verify_adapter verify_kernel resume_adapter
         ignore_plan config"""
     assert set(contract.split()) <= names
 

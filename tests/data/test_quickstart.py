@@ -23,7 +23,8 @@ def test_the_training_command_on_two_cpu_processes(script):
         "--overwrite_output_dir True --use_megablocks_sharding True --use_lora all "
         "--lora_r 16 --learning_rate 1e-3 --ep_size 2 --per_device_train_batch_size 2 "
         "--gradient_accumulation_steps 1 --max_steps 16 --max_seq_length 160 --logging_steps 1 "
-        "--expert_load_steps 1 "
+        "--expert_load_steps 1 --eval_data_path data/.cache/quickstart_held_out.json "
+        "--eval_strategy steps --eval_steps 8 "
         "--seed 42"
     )
 

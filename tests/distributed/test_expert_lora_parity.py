@@ -48,6 +48,9 @@ FSDP2_CASES = [
         aux_loss_coef=0.02,
         **SHORT,
     ),
+    ParityCase(
+        Layout(4, 1, expert_tp_size=2), "qwen3_moe", lora="mlp-only", accumulation=2, **SHORT
+    ),
     # Fewer examples than ranks: dummies.
     ParityCase(Layout(4, 4), "mixtral", num_steps=2, lora="all", lora_rank=4, num_examples=3),
 ]
@@ -64,6 +67,13 @@ FSDP1_CASES = [
         **SHORT,
     ),
     ParityCase(Layout(4, 1, "replicate"), "mixtral", lora="mlp-only", lora_rank=4, **SHORT),
+    ParityCase(
+        Layout(4, 2, "replicate", expert_tp_size=2),
+        "mixtral",
+        lora="mlp-only",
+        lora_rank=4,
+        **SHORT,
+    ),
     ParityCase(Layout(4, 4, "replicate"), "olmoe, starved", lora="mlp-only", lora_rank=4, **SHORT),
     ParityCase(
         Layout(2, 2, "replicate"),

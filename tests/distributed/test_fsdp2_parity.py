@@ -69,6 +69,12 @@ GROUPS = [
     ParityCase(Layout(4, 0, groups=2), accumulation=2, aux_loss_coef=0.02, **SHORT),
     ParityCase(Layout(4, 1, groups=4), checkpointing="selective", **SHORT),
 ]
+SLICES = [
+    # Gate and up side by side, biases; ranks without tokens; gate behind gate, sharded over dp.
+    ParityCase(Layout(4, 2, expert_tp_size=2), "gpt_oss", checkpointing="selective", **SHORT),
+    ParityCase(Layout(4, 1, "replicate", expert_tp_size=4), num_steps=2, num_examples=3),
+    ParityCase(Layout(4, 1, expert_tp_size=2), accumulation=2, sync_each_batch=False, **SHORT),
+]
 SEQUENCES = [
     # Sinks, windows and masks; fewer key heads than ranks, padded rows, fewer tokens than ranks.
     ParityCase(Layout(4, 2, sp_size=2), "gpt_oss", lora="attn-only", aux_loss_coef=0.02, **SHORT),
@@ -94,6 +100,11 @@ SPECIAL = [
     ParityCase(Layout(4, 2, "replicate"), num_steps=2, num_examples=3, accumulation=2),
     # Padded batches, and padding that counts in no loss.
     ParityCase(LAYOUTS[2], accumulation=2, packing="False", aux_loss_coef=0.02, **SHORT),
+    # Tensor parallelism over ranks of one ep group, and of two; norms of a head; sinks and biases.
+    ParityCase(
+        Layout(4, 2, tp_size=2), "qwen3_moe", accumulation=2, sync_each_batch=False, **SHORT
+    ),
+    ParityCase(Layout(4, 1, "replicate", tp_size=2), "gpt_oss", lora="attn-only", **SHORT),
     # No expert parallelism: all of one module over four ranks; by FSDP alone, and by shard_moe.
     ParityCase(Layout(4, 0), **SHORT),
     ParityCase(Layout(4, 1), **SHORT),
@@ -112,7 +123,7 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize(
-    "case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SEQUENCES, *SPECIAL], ids=str
+    "case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SLICES, *SEQUENCES, *SPECIAL], ids=str
 )
 def test_run_equals_one_stock_process(pools, parity_folder, case):
     wanted = parity_folder.reference(parity_folder.stock_run(case))

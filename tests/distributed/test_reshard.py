@@ -31,6 +31,8 @@ FOUR = make_run("fsdp2", Layout(4, 4))
 # In two groups that each hold the whole model.
 FOUR_GROUPS = make_run("fsdp2", Layout(4, 2, groups=2))
 FOUR_GROUPS_SHARDED = make_run("fsdp2", Layout(4, 1, groups=2))
+# Each expert split, too.
+FOUR_SLICES = make_run("fsdp2", Layout(4, 1, expert_tp_size=2))
 ONE_FSDP1 = make_run("fsdp1", Layout(1, 0, "replicate"), model="mixtral, wide")
 TWO_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), model="mixtral, wide")
 FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe")
@@ -46,6 +48,8 @@ RESHARDS = [
     (FOUR, FOUR_GROUPS_SHARDED),
     (FOUR_GROUPS, ONE),
     (TWO_FSDP1, TWO),
+    (TWO_FSDP1, FOUR_SLICES),
+    (FOUR_SLICES, FOUR_TWO_FSDP1),
     (FOUR_UNSHARDED_FSDP1, FOUR_TWO),
     (ADAPTERS, TWO_FSDP1),
     (ADAPTERS_FSDP1, TWO),

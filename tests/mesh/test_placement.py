@@ -8,9 +8,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megablocks_utils.mesh.device_mesh import MeshSizes, build_mesh
 from megablocks_utils.mesh.placement import (
+    DimSplit,
     count_replicas,
     distribute_experts,
-    local_offsets,
+    local_blocks,
     local_tensor,
 )
 from tests.support.compare import relative_error
@@ -68,10 +69,21 @@ def _shard_over_dp(tensor, mesh, dim):
     return holder.weight.detach()
 
 
-def _check_offsets(rank, name):
-    """Cut this rank's part out of the whole tensor at its offsets, and compare with what it has."""
+def _slices(tensor, grid, split, dp_dim=None):
+    """Split over ep 1 and expert_tp 2, and over dp 2 as FSDP2 does."""
+    holder = torch.nn.Module()
+    holder.weight = torch.nn.Parameter(distribute_experts(tensor, grid, split))
+    if dp_dim is not None:
+        fully_shard(holder, mesh=grid["dp"], shard_placement_fn=lambda _: Shard(dp_dim))
+    assert torch.equal(holder.weight.detach().full_tensor(), tensor)
+    return holder.weight.detach()
+
+
+def _check_blocks(rank, name):
+    """Cut this rank's part out of the whole tensor at its blocks, and compare with what it has."""
     world = init_device_mesh("cpu", (4,))
     grid = build_mesh(MeshSizes(2, 2), "cpu")
+    sliced, both = (build_mesh(MeshSizes(4 // ep // 2, ep, 1, 2), "cpu") for ep in (1, 2))
     shape, place = {
         "dense, uneven": ((10, 3), lambda t: distribute_tensor(t, world, [Shard(0)])),
         "dense, fewer rows than ranks": ((3, 2), lambda t: distribute_tensor(t, world, [Shard(0)])),
@@ -83,13 +95,27 @@ def _check_offsets(rank, name):
         "experts, dp on columns": ((2, 3, 6), lambda t: _shard_over_dp(t, grid, 2)),
         "fewer experts than ranks": ((2, 3, 3), lambda t: _shard_over_dp(t, grid, 0)),
         "three experts a rank": ((6, 3, 3), lambda t: _shard_over_dp(t, grid, 0)),
+        "slices": ((2, 3, 6), lambda t: _slices(t, sliced, DimSplit(2))),
+        "slices in parts": ((4, 8, 3), lambda t: _slices(t, both, DimSplit(1, 2))),
+        "slices in parts, dp on experts": (
+            (4, 8, 3),
+            lambda t: _slices(t, sliced, DimSplit(1, 2), 0),
+        ),
+        "slices in parts, dp on columns": (
+            (3, 8, 4),
+            lambda t: _slices(t, sliced, DimSplit(1, 2), 2),
+        ),
+        "slices, whole, dp on experts": ((4, 3), lambda t: _slices(t, sliced, None, 0)),
         "plain": ((4, 2), lambda t: t),
     }[name]
     whole = _indices(*shape)
     placed = place(whole)
-    mine, offsets = local_tensor(placed), local_offsets(placed)
-    window = tuple(slice(o, o + n) for o, n in zip(offsets, mine.shape, strict=True))
-    assert torch.equal(mine, whole[window])
+    mine = local_tensor(placed)
+    rebuilt = torch.full_like(mine, -1)
+    for block in local_blocks(placed):
+        window = tuple(slice(o, o + n) for o, n in zip(block.offsets, block.sizes, strict=True))
+        block.of(rebuilt).copy_(whole[window])
+    assert torch.equal(mine, rebuilt)
     return mine.flatten().tolist()
 
 
@@ -106,10 +132,15 @@ def _check_offsets(rank, name):
         ("experts, dp on columns", 1),
         ("fewer experts than ranks", 1),
         ("three experts a rank", 1),
+        ("slices", 2),
+        ("slices in parts", 1),
+        ("slices in parts, dp on experts", 1),
+        ("slices in parts, dp on columns", 1),
+        ("slices, whole, dp on experts", 2),
         ("plain", 4),
     ],
 )
-def test_local_offsets(ranks4, name, copies):
-    """Every element is at the offsets of a rank, `copies` times: its value is its global index."""
-    held = sorted(value for part in ranks4.run(_check_offsets, name) for value in part)
+def test_local_blocks(ranks4, name, copies):
+    """Every element is in a block of a rank, `copies` times: its value is its global index."""
+    held = sorted(value for part in ranks4.run(_check_blocks, name) for value in part)
     assert held == [float(n) for n in range(len(held) // copies) for _ in range(copies)]

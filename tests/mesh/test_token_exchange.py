@@ -32,7 +32,9 @@ def test_a_gpu_copies_counts_beside_its_main_stream(monkeypatch):
         log.receive()
         return RECEIVED, torch.tensor([[2, 2], [3, 7]])
 
-    read = token_exchange._copy_to_host(receive, torch.device("cuda", 0))
+    read = token_exchange._copy_to_host(
+        receive, token_exchange._read_counts, torch.device("cuda", 0)
+    )
     launched = [call.beside_waits(main), call.enter(beside), call.enter().__enter__()]
     launched += [call.receive(), call.enter().__exit__(None, None, None)]
     assert log.mock_calls == launched

@@ -157,10 +157,10 @@ def test_fsdp1_takes_all_of_training_arguments():
     ours = [name for option in OPTIONS for name in option.names]
     theirs = [name for name in names if name not in ours]
     assert len(theirs) > 80
-    line = f"{PLAN} --entry_point fsdp1 --logging_strategy steps --per_device_eval_batch_size 1"
+    line = f"{PLAN} --entry_point fsdp1 --logging_strategy steps --dataloader_num_workers 1"
     options = parse(line)
-    assert options.passed_on == ("--logging_strategy", "--per_device_eval_batch_size")
-    assert " ".join(options.words) == "--logging_strategy steps --per_device_eval_batch_size 1"
+    assert options.passed_on == ("--logging_strategy", "--dataloader_num_workers")
+    assert " ".join(options.words) == "--logging_strategy steps --dataloader_num_workers 1"
     for name in theirs:
         if name not in ("bf16", "fp16"):  # refused by the parser: dtypes are --precision's
             assert f"--{name}" in parse(f"{PLAN} --entry_point fsdp1 --{name} 1").passed_on

@@ -14,6 +14,7 @@ from megablocks_utils.rehearsal.library_patches import (
     one_example_a_row,
     shape_grouped_mm,
     watch_resizes,
+    without_values,
 )
 
 
@@ -107,3 +108,13 @@ def launch_on_fakes(rank):
         with no_launches():
             kernel[(1,)](target)
     return fails, True
+
+
+def test_first_values_are_drawn_in_memory():
+    weight = torch.full((8, 64), 2.0)
+    with without_values():
+        torch.nn.init.kaiming_uniform_(weight)
+        torch.nn.init.uniform_(weight)
+        weight.uniform_()
+    assert weight.eq(2).all()
+    assert torch.nn.init.kaiming_uniform_(weight).lt(2).all()

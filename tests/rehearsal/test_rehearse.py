@@ -8,7 +8,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.planning.model.prediction import ParallelLayout
-from megablocks_utils.rehearsal.fewer_layers import keep_layers
+from megablocks_utils.rehearsal import fewer_layers
+from megablocks_utils.rehearsal.fewer_layers import keep_layers, rehearse_few_layers
+from megablocks_utils.rehearsal.rehearse import Rehearsal
 from tests.rehearsal.lone import (
     measure_alone,
     plan,
@@ -85,6 +87,23 @@ def test_a_copy_with_few_layers_keeps_what_was_said_of_parameters():
     ]
     assert (len(fewer.model.layers), len(model.model.layers)) == (1, 2)
     assert fewer.model.layers[0].input_layernorm.weight is not kept
+
+
+@pytest.mark.parametrize(("num_layers", "rehearsed"), [(4, [4]), (5, [3, 4])])
+def test_the_only_layer_left_of_its_kind_needs_no_rehearsal_of_its_own(
+    monkeypatch, num_layers, rehearsed
+):
+    seen = []
+
+    def record(model, *_args, **_options):
+        seen.append(len(model.model.layers))
+        return Rehearsal([], 0, {})
+
+    monkeypatch.setattr(fewer_layers, "rehearse", record)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**SIZES | {"num_hidden_layers": num_layers}))
+    rehearse_few_layers(model, SHARD, plan(), device=torch.device("cpu"))
+    assert seen == rehearsed
 
 
 @pytest.mark.parametrize(("layout", "expert_share"), [(NONE, 8), (SHARD, 8), (COPIES, 4)], ids=str)

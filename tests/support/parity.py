@@ -60,29 +60,35 @@ MODELS: dict[str, tuple[str, dict]] = {
 class Layout:
     """Ranks and what is done with the experts; `ep_size` 0 is no expert parallelism.
 
-    `groups` of ranks hold the whole model each (`--dp_replicate_size`); `sp_size` ranks share rows.
+    `groups` of ranks hold the whole model each (`--dp_replicate_size`); `tp_size` and `sp_size`
+    ranks share rows; `expert_tp_size` ranks split each expert.
     """
 
     world_size: int
     ep_size: int
     expert_dp: str = "shard"
     groups: int = 1
+    expert_tp_size: int = 1
     sp_size: int = 1
+    tp_size: int = 1
 
     @property
     def data_ranks(self) -> int:
         """Ranks with rows of their own."""
-        return self.world_size // self.sp_size
+        return self.world_size // (self.sp_size * self.tp_size)
 
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         if self.groups > 1:
             ranks += f" in {self.groups} groups"
+        if self.tp_size > 1:
+            ranks += f" tp{self.tp_size}"
         if self.sp_size > 1:
             ranks += f" sp{self.sp_size}"
         if not self.ep_size:
             return f"{ranks} unsharded"
-        return f"{ranks} ep{self.ep_size} {self.expert_dp}"
+        slices = f" etp{self.expert_tp_size}" if self.expert_tp_size > 1 else ""
+        return f"{ranks} ep{self.ep_size}{slices} {self.expert_dp}"
 
 
 LAYOUTS = (
@@ -165,6 +171,7 @@ class ParityFolder:
             "cpu_offload": case.cpu_offload,
             "attn_implementation": case.attention,
             "dp_replicate_size": case.layout.groups,
+            "tp_size": case.layout.tp_size,
             "sp_size": case.layout.sp_size,
             "report_to": "none",
         }
@@ -172,6 +179,7 @@ class ParityFolder:
             options |= {
                 "use_megablocks_sharding": True,
                 "ep_size": case.layout.ep_size,
+                "expert_tp_size": case.layout.expert_tp_size,
                 "expert_dp": case.layout.expert_dp,
                 "kernel": case.kernel,
                 "token_dispatch": case.token_dispatch,

@@ -19,7 +19,8 @@ REFUSED = {
     "what a step means.",
     "--auto_find_batch_size": "--auto_find_batch_size is True, but the batch size is part of what "
     "a step means.",
-    "--eval_strategy steps": "--eval_strategy is steps, but this script has no evaluation data.",
+    "--metric_for_best_model f1": "--metric_for_best_model is f1, but the best checkpoint is the "
+    "one with the lowest eval_loss.",
     '--gradient_checkpointing_kwargs {"use_reentrant":true}': "--gradient_checkpointing_kwargs is "
     '{"use_reentrant":true}, but --gradient_checkpointing True, False or selective says all there '
     "is to say.",

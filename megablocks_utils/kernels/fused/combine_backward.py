@@ -1,4 +1,4 @@
-"""The backward pass of the weighted sum of each token's K rows."""
+"""The backward pass of the weighted sum of each token's rows: K of each, or any number."""
 
 import triton
 import triton.language as tl
@@ -23,6 +23,8 @@ _TILE_ELEMENTS = 1024
 #   grad_rows[place] = grad[token] * weight           written tile by tile
 #   grad_weight      = sum of grad[token] * rows[place]
 #
+# Where tokens have any number of rows, a program has one row, and reads which token's it is.
+#
 #   registers  products (K, BLOCK) in fp32, summed over the tiles and then over their columns
 #   HBM        grad and rows are read once, grad_rows written once; nothing is added atomically
 @triton.jit
@@ -31,12 +33,15 @@ def combine_backward_kernel(
     rows_ptr,
     weight_ptr,
     inverse_ptr,
+    token_ptr,
     grad_rows_ptr,
     grad_weight_ptr,
     num_cols,
     TOP_K: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_INVERSE: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
     WANTS_ROWS: tl.constexpr,
     WANTS_WEIGHTS: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -46,7 +51,11 @@ def combine_backward_kernel(
     slots = tl.arange(0, TOP_K_POW2)
     is_slot = slots < TOP_K
     routed = token * TOP_K + slots
-    places = tl.load(inverse_ptr + routed, mask=is_slot, other=0).to(tl.int64)
+    places = routed
+    if HAS_INVERSE:
+        places = tl.load(inverse_ptr + routed, mask=is_slot, other=0).to(tl.int64)
+    if HAS_TOKENS:
+        token = tl.load(token_ptr + token).to(tl.int64)
     weights = tl.load(weight_ptr + routed, mask=is_slot, other=0.0).to(tl.float32)
     products = tl.zeros((TOP_K_POW2, BLOCK), dtype=tl.float32)
     for first in range(0, num_cols, BLOCK):
@@ -71,43 +80,48 @@ def combine_backward(
     grad: Tensor,
     rows: Tensor,
     top_k_weights: Tensor,
-    inverse: Tensor,
+    inverse: Tensor | None,
     *,
+    token: Tensor | None = None,
     wants_rows: bool,
     wants_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of what `combine` has summed.
+    """Return the gradients of what `combine`, or `sum_rows`, has summed.
 
     Args:
         grad: (T, H) of the sums.
         rows: (N, H) in expert order.
-        top_k_weights: (T, K), contiguous.
-        inverse: (N,) place of each routed row.
+        top_k_weights: (T, K), contiguous; with `token`, (N, 1).
+        inverse: (N,) place of each routed row; None where they lie by routed row.
+        token: (N,) whose row each is, where a token has any number of them.
         wants_rows: whether a gradient of the rows is needed.
         wants_weights: whether one of the weights is.
 
     Returns:
-        Gradients (N, H) and (T, K), each in the dtype of what it belongs to, or None.
+        Gradients of rows and weights, each of the shape and dtype of what it belongs to, or None.
     """
-    num_tokens, top_k = top_k_weights.shape
+    num_programs, top_k = top_k_weights.shape
     num_cols = rows.shape[1]
     grad_rows = rows.new_empty(rows.shape) if wants_rows else None
     grad_weights = top_k_weights.new_empty(top_k_weights.shape) if wants_weights else None
-    if num_tokens == 0:
+    if num_programs == 0:
         return grad_rows, grad_weights
     top_k_pow2 = triton.next_power_of_2(top_k)
     block = min(triton.next_power_of_2(num_cols), max(64, _TILE_ELEMENTS // top_k_pow2))
-    combine_backward_kernel[(num_tokens,)](
+    combine_backward_kernel[(num_programs,)](
         grad.contiguous(),
         rows,
         top_k_weights,
         inverse,
+        token,
         grad_rows,
         grad_weights,
         num_cols,
         TOP_K=top_k,
         TOP_K_POW2=top_k_pow2,
         BLOCK=block,
+        HAS_INVERSE=inverse is not None,
+        HAS_TOKENS=token is not None,
         WANTS_ROWS=wants_rows,
         WANTS_WEIGHTS=wants_weights,
         INTERPRET=is_interpreted(),

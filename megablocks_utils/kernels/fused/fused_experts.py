@@ -11,7 +11,13 @@ from torch.autograd.function import once_differentiable
 from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.gate_backward import Wanted, gate_backward
 from megablocks_utils.kernels.fused.gate_up import gate_up
-from megablocks_utils.kernels.fused.kernel_launch import GateLayout, LoraRows, Matrix, Routing
+from megablocks_utils.kernels.fused.kernel_launch import (
+    GateLayout,
+    LoraRows,
+    Matrix,
+    Routing,
+    narrow,
+)
 from megablocks_utils.kernels.fused.layer_tiles import choose_layer_tiles, count_programs
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
@@ -258,7 +264,7 @@ def _add_bias_part(weight_grads: Tensor, grad: Tensor, second: Projection) -> Te
         grad,
         Matrix(bias.unsqueeze(1), rows_are_last=True),
         second.routing,
-        second.tiles.skinny,
+        narrow(second.tiles.skinny, 1),
         gather=True,
         scatter=True,
     )

@@ -1,6 +1,6 @@
 """What every launch of a kernel needs: who gets which rows, how matrices lie, how to compile."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -215,6 +215,11 @@ class KernelLaunch:
 def block_rank(rank: int) -> int:
     """Return how many ranks of an adapter a program multiplies at a time (16 at least, for dot)."""
     return min(max(16, triton.next_power_of_2(rank)), MAX_BLOCK_RANK)
+
+
+def narrow(tile: Tile, num_cols: int) -> Tile:
+    """Return a tile that is not much wider than a result of few columns."""
+    return replace(tile, block_n=min(tile.block_n, block_rank(num_cols)))
 
 
 def compile_options(tile: Tile) -> dict[str, Any]:

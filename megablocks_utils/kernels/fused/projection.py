@@ -1,11 +1,11 @@
 """One projection of the experts with its adapter: low-rank products, gradients."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from megablocks_utils.kernels.fused.kernel_launch import LoraRows, Matrix, Routing, block_rank
+from megablocks_utils.kernels.fused.kernel_launch import LoraRows, Matrix, Routing, narrow
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
@@ -115,13 +115,11 @@ class Projection:
 
     def _thin(self, rows: Operand | None, factor: Matrix) -> Tensor:
         assert rows is not None
-        tile = self.tiles.skinny
-        block_n = min(tile.block_n, block_rank(factor.num_cols))
         return row_gemm(
             rows.rows,
             factor,
             self.routing,
-            replace(tile, block_n=block_n),
+            narrow(self.tiles.skinny, factor.num_cols),
             gather=rows.by_token,
             scale=self.scaling,
         )

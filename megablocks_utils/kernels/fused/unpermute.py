@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megablocks_utils.kernels.permute import ExpertOrder, unpermute_and_combine
+from megablocks_utils.kernels.token_rows import sum_in_order, sum_rows
+from megablocks_utils.mesh.token_dispatch import TokenRows
 
-__all__ = ["CombineKernels", "find_combine_kernels", "fused_unpermute_and_combine"]
+__all__ = ["CombineKernels", "find_combine_kernels", "fused_sum_rows"]
+__all__ += ["fused_unpermute_and_combine"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,6 +39,15 @@ def fused_unpermute_and_combine(
         return unpermute_and_combine(rows, top_k_weights, order)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         return _CombineRows.apply(kernels, rows, top_k_weights, order.inverse)
+
+
+def fused_sum_rows(values: Tensor, weights: Tensor, rows: TokenRows) -> Tensor:
+    """Do what `sum_rows` does, whose backward pass is one kernel where there is a GPU."""
+    kernels = find_combine_kernels(values.device, values.dtype) if weights.requires_grad else None
+    if kernels is None:
+        return sum_rows(values, weights, rows)
+    with torch.cuda.device_of(values):
+        return _SumRows.apply(kernels, values, weights, rows)
 
 
 def find_combine_kernels(device: torch.device, dtype: torch.dtype) -> CombineKernels | None:
@@ -72,3 +84,25 @@ class _CombineRows(torch.autograd.Function):
             grad, *ctx.saved_tensors, wants_rows=wants_rows, wants_weights=wants_weights
         )
         return None, *grads, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: CombineKernels, values: Tensor, weights: Tensor, rows: TokenRows
+    ) -> Tensor:
+        values, weights = values.contiguous(), weights.contiguous()
+        ctx.kernels = kernels
+        ctx.save_for_backward(values, weights, rows.token)
+        return sum_in_order(values, weights, rows.by_token, rows.starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, weights, token = ctx.saved_tensors
+        _, wants_values, _, _ = ctx.needs_input_grad
+        by_row = weights.unsqueeze(1)
+        grad_values, grad_weights = ctx.kernels.backward(
+            grad, values, by_row, None, token=token, wants_rows=wants_values, wants_weights=True
+        )
+        return None, grad_values, grad_weights.squeeze(1), None

@@ -12,6 +12,8 @@ from megablocks_utils.kernels.fused.kernel_launch import Routing, compile_option
 from megablocks_utils.kernels.fused.tiles import Tile
 
 _MAX_SPLITS = 16
+_FEW_SUMS = 64 * 64
+"""Sums of a program, made by tensor cores, that 4 warps hold without spills and 8 do not."""
 
 
 # One program computes a tile of one expert's sum, over all its rows or over one share of them:
@@ -144,6 +146,7 @@ def weight_grad(
     if splits > 1:
         sums = out.new_empty(splits, *out.shape, dtype=torch.float32)
     strides = sums.mT.stride() if is_transposed else sums.stride()
+    is_small = x.rows.element_size() == 2 and block_x * block_y <= _FEW_SUMS
     weight_grad_kernel[(tiles_x * tiles_y, routing.num_experts, splits)](
         x.rows,
         y.rows,
@@ -165,17 +168,19 @@ def weight_grad(
         HAS_ORDER=routing.order is not None,
         GATHER_X=x.by_token,
         GATHER_Y=y.by_token,
-        **compile_options(tile if routing.order is None else _pipeline_order(tile)),
+        **compile_options(_fit_program(tile, routing, is_small=is_small)),
     )
     return out.copy_(sums.sum(dim=0)) if splits > 1 else out
 
 
-def _pipeline_order(tile: Tile) -> Tile:
-    """Return the tile with which as many steps lie in shared memory where rows are looked up.
+def _fit_program(tile: Tile, routing: Routing, *, is_small: bool) -> Tile:
+    """Return the tile with warps for few sums, and as many steps in shared memory as it says.
 
-    Triton gives the load of the order every second stage: 3 of them, and 4, keep 2 steps of rows.
+    Where rows are looked up, Triton gives the load of the order every second stage: 3 of them, and
+    4, keep 2 steps of rows.
     """
-    return replace(tile, num_stages=2 * tile.num_stages - 1)
+    stages = tile.num_stages if routing.order is None else 2 * tile.num_stages - 1
+    return replace(tile, num_warps=4 if is_small else tile.num_warps, num_stages=stages)
 
 
 def _fit_block(block: int, size: int) -> int:

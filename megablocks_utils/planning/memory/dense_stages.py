@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from megablocks_utils.planning.memory.sizes import FP32, INDEX, Sizes
 from megablocks_utils.planning.memory.stages import Stage
 
-__all__ = ["attention_stages", "mlp_stage", "norm_stage", "router_stage"]
+__all__ = ["attention_stages", "exchanged_bytes", "mlp_stage", "norm_stage", "output_bytes"]
+__all__ += ["router_stage"]
 
 _OUTPUT = "o_proj"
 
@@ -38,12 +39,15 @@ def norm_stage(sizes: Sizes, name: str, *, owns_input: bool) -> Stage:
 
 def attention_stages(sizes: Sizes) -> list[Stage]:
     """Return attention, from the normalised hidden states to its output."""
+    inside = [_core_stage(sizes)]
+    if sizes.run.sp_size > 1:
+        inside = [_to_heads_stage(sizes), *inside, _to_tokens_stage(sizes)]
     if sizes.attention.kv_rank:
-        return [*_latent_projection_stages(sizes), _core_stage(sizes), _output_stage(sizes)]
+        return [*_latent_projection_stages(sizes), *inside, _output_stage(sizes)]
     stages = [_projection_stage(sizes), _rotary_stage(sizes)]
     if sizes.attention.qk_norm != "none":
         stages.insert(1, _qk_norm_stage(sizes))
-    return [*stages, _core_stage(sizes), _output_stage(sizes)]
+    return [*stages, *inside, _output_stage(sizes)]
 
 
 def router_stage(sizes: Sizes) -> Stage:
@@ -147,9 +151,10 @@ def _rotary_stage(sizes: Sizes) -> Stage:
 def _core_stage(sizes: Sizes) -> Stage:
     """Return the attention itself; beside a mask, keys and values are repeated for every head."""
     attention, compute, tokens = sizes.attention, sizes.compute, sizes.tokens
-    queries, output = _queries(sizes), tokens * attention.num_heads * attention.v_head_dim * compute
+    queries, output = _queries(sizes), output_bytes(sizes)
     is_repeated = sizes.has_mask and attention.num_heads != attention.num_kv_heads
-    read = queries + output if sizes.has_mask else _keys(sizes) + _values(sizes)
+    keys_and_values = (_keys(sizes) + _values(sizes)) * sizes.key_repeats
+    read = queries + output if sizes.has_mask else keys_and_values
     return Stage(
         "attention",
         saved={
@@ -158,8 +163,47 @@ def _core_stage(sizes: Sizes) -> Stage:
             "log of sums": tokens * attention.num_heads * FP32,
             "mask": sizes.mask_elements * compute,
         },
-        forward={"keys and values before": (_keys(sizes) + _values(sizes)) * is_repeated},
+        forward={"keys and values before": keys_and_values * is_repeated},
         backward={"gradients": queries + output + read},
+    )
+
+
+def exchanged_bytes(sizes: Sizes) -> int:
+    """Return queries, keys and values of as many tokens and heads as a rank has before attention.
+
+    After it has handed tokens out for heads, it has as many bytes.
+    """
+    return _queries(sizes) + (_keys(sizes) + _values(sizes)) * sizes.key_repeats
+
+
+def output_bytes(sizes: Sizes) -> int:
+    """Return the output of attention, before and after its heads go back for tokens."""
+    attention = sizes.attention
+    return sizes.tokens * attention.num_heads * attention.v_head_dim * sizes.compute
+
+
+def _to_heads_stage(sizes: Sizes) -> Stage:
+    """Exchange tokens for heads; the queries that are saved before are those that come."""
+    sent, came = exchanged_bytes(sizes), exchanged_bytes(sizes)
+    return Stage(
+        "tokens for heads",
+        forward={"keys and values": _keys(sizes) + _values(sizes), "sent": sent, "received": came},
+        backward={"gradients": 2 * came + sent},
+        kept=came,
+    )
+
+
+def _to_tokens_stage(sizes: Sizes) -> Stage:
+    """Exchange heads for tokens; the output projection keeps another tensor than attention."""
+    output = output_bytes(sizes)
+    reads = sizes.trains_all or sizes.run.trains_attention
+    before = _queries(sizes) + _keys(sizes) + _values(sizes)
+    return Stage(
+        "heads for tokens",
+        saved={"output": output * reads},
+        forward={"received": output, "of own tokens": before, "output": output * (not reads)},
+        backward={"gradients": 2 * output},
+        kept=output,
     )
 
 

@@ -32,7 +32,7 @@ class Scenario:
         world_size: ranks.
         device_type: `cuda` or `cpu`.
         kernel: backend of the experts, with `auto` resolved.
-        tokens: of the largest micro-batch that a rank has at a time.
+        tokens: of the largest micro-batch that a rank, or ranks that share rows, have at a time.
         label_tokens: of these, those whose next token is learned.
         examples: in that micro-batch; more than one need a mask.
         packing: how they are laid out.
@@ -56,10 +56,29 @@ class Scenario:
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what the formulas do not know.
+
+        Raises:
+            ConfigurationError: experts in slices.
+        """
+        expert_tp_size = self.config.parallel.expert_tp_size
+        if expert_tp_size > 1:
+            raise ConfigurationError(
+                f"expert_tp_size is {expert_tp_size}, but plans know whole experts only: it must "
+                "be 1 to plan.",
+                parameters=("expert_tp_size",),
+            )
+
     @property
     def shard_size(self) -> int:
         """Ranks of a group, which the model is sharded over."""
         return self.world_size // self.config.parallel.dp_replicate_size
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of the largest micro-batch that one rank has: its part, where ranks share rows."""
+        return -(-self.tokens // self.config.parallel.sp_size)
 
     def with_groups(self, dp_replicate_size: int) -> "Scenario":
         """Return the same run with so many groups."""
@@ -82,8 +101,8 @@ class Scenario:
             gradient_checkpointing=config.gradient_checkpointing,
             accumulation=config.optim.gradient_accumulation_steps,
             sync_each_batch=bool(config.optim.sync_each_batch),
-            tokens=self.tokens,
-            label_tokens=self.label_tokens,
+            tokens=self.rank_tokens,
+            label_tokens=min(self.label_tokens, self.rank_tokens),
             kernel=self.kernel,
             imbalance=self.imbalance,
             has_aux_loss=self._has_aux_loss(),
@@ -95,6 +114,7 @@ class Scenario:
             cpu_offload=config.cpu_offload,
             has_whole_logits=self.has_whole_logits,
             token_dispatch=config.parallel.token_dispatch,
+            sp_size=config.parallel.sp_size,
         )
 
     def own_layout(self) -> ParallelLayout:
@@ -121,12 +141,15 @@ class Scenario:
         Raises:
             ConfigurationError: the formulas do not know it, and nothing else is there.
         """
-        parallel = self.config.parallel
-        if parallel.sp_size * parallel.tp_size > 1:
-            raise ConfigurationError("the formulas do not know tp_size and sp_size yet")
         not_known = self.shape.not_known or self._not_known_on_device()
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())
+        if self.config.parallel.sp_size > 1:
+            raise ConfigurationError(
+                f"sp_size is {self.config.parallel.sp_size}, but it must be 1 for a plan: the "
+                f"formulas do not know {not_known} of a {self.shape.model_type} model.",
+                parameters=("sp_size",),
+            )
         if self.rehearse is None:
             raise ConfigurationError(
                 f"the formulas do not know {not_known} of a {self.shape.model_type} model; "

@@ -79,7 +79,12 @@ class Sizes:
     @property
     def mask_elements(self) -> int:
         """Elements of that mask; 0 without one."""
-        return self.tokens * self.run.row_tokens * self.has_mask
+        return self.tokens * self.run.sp_size * self.run.row_tokens * self.has_mask
+
+    @property
+    def key_repeats(self) -> int:
+        """Copies of each key head, so that the ranks that share rows can share them evenly."""
+        return self.run.sp_size // math.gcd(self.run.sp_size, self.attention.num_kv_heads)
 
     @property
     def first_inputs_are_frozen(self) -> bool:

@@ -7,6 +7,7 @@ are left out.
 from collections.abc import Iterable
 
 from megablocks_utils.config.dispatch_cost import ROUTING_BYTES, WEIGHT_GRADIENT_BYTES
+from megablocks_utils.planning.memory.dense_stages import exchanged_bytes, output_bytes
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
 from megablocks_utils.planning.memory.sizes import INDEX, Sizes
 from megablocks_utils.planning.model.prediction import COLLECTIVES
@@ -23,7 +24,7 @@ def count_sent_bytes(sizes: Sizes, units: ModelUnits) -> dict[str, int]:
     counted = {
         "all_gather": run.accumulation * _count_all_gathers(units),
         "reduce_scatter": num_reductions * sum(_missing(g, g.reduced_bytes) for g in units.all()),
-        "all_to_all": run.accumulation * _count_exchanges(sizes),
+        "all_to_all": run.accumulation * (_count_exchanges(sizes) + _count_head_exchanges(sizes)),
         "all_reduce": _count_all_reduces(sizes, units),
     }
     return {kind: counted[kind] for kind in COLLECTIVES}
@@ -63,6 +64,17 @@ def _count_exchanges(sizes: Sizes) -> int:
     in_layer = num_pairs * (away + returned) * row + counts + routing + weights
     sent = sizes.shape.num_moe_layers * in_layer
     return sent - (returned * row + weights) * sizes.first_experts_send_nothing_back
+
+
+def _count_head_exchanges(sizes: Sizes) -> int:
+    """Exchange tokens for heads and back, around the attention of every layer."""
+    sp_size, run = sizes.run.sp_size, sizes.run
+    if sp_size == 1:
+        return 0
+    num_passes = (3 if run.gradient_checkpointing == "full" else 2) * len(sizes.shape.layers)
+    num_passes -= sizes.first_experts_send_nothing_back
+    one_pass = exchanged_bytes(sizes) + output_bytes(sizes)
+    return num_passes * one_pass // sp_size * (sp_size - 1)
 
 
 def _leaving(num_rows: int, ep_size: int) -> int:

@@ -64,9 +64,8 @@ class _Builder:
 
     def base(self, parameter: ParameterShape) -> ParamShard:
         """Return a weight of the model, sharded over the ranks of a group."""
-        is_trained = self.run.use_lora == "none"
         stored = itemsize(self.run.precision.weights)
-        return self._shard(parameter.shape, stored, is_trained)
+        return self._shard(parameter.shape, stored, self._is_trained(parameter))
 
     def adapter(self, shape: tuple[int, ...]) -> ParamShard:
         """Return an adapter's factor, sharded over the ranks of a group."""
@@ -74,10 +73,13 @@ class _Builder:
 
     def kept(self) -> FsdpUnit | None:
         """Return what every rank holds whole, of all layers; None for nothing."""
-        shapes = [p.shape for p in self.shape.all_parameters() if p.is_kept and self._keeps]
-        is_trained, fp32 = self.run.use_lora == "none", itemsize("float32")
-        shards = (ParamShard(shape, prod(shape), fp32, is_trained) for shape in shapes)
-        return FsdpUnit(tuple(shards), 1, False, fp32) if shapes else None
+        kept = [p for p in self.shape.all_parameters() if p.is_kept and self._keeps]
+        fp32 = itemsize("float32")
+        shards = (ParamShard(p.shape, p.numel, fp32, self._is_trained(p)) for p in kept)
+        return FsdpUnit(tuple(shards), 1, False, fp32) if kept else None
+
+    def _is_trained(self, parameter: ParameterShape) -> bool:
+        return self.run.use_lora == "none" and not parameter.is_frozen
 
     @property
     def _keeps(self) -> bool:
@@ -112,7 +114,7 @@ class _Builder:
         for parameter in experts:
             num_experts, num_out, num_in = parameter.shape
             num_local, rank = num_experts // self.layout.ep_size, run.lora_r
-            is_trained, stored = run.use_lora == "none", itemsize(precision.weights)
+            is_trained, stored = self._is_trained(parameter), itemsize(precision.weights)
             shards.append(_cut((num_local, num_out, num_in), ranks, stored, is_trained))
             if run.trains_experts:
                 stored = itemsize(precision.adapter)

@@ -8,6 +8,7 @@ from megablocks_utils.config.model_sizes import find_size_fault
 from megablocks_utils.config.option import MAX_FLOAT32
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import READABLE_CONFIGS
+from megablocks_utils.planning.model.config_defaults import read_defaults
 
 __all__ = ["KNOWN_MODEL_TYPES", "ConfigValues"]
 
@@ -27,7 +28,7 @@ class ConfigValues:
         known: what the entries do not say of it.
 
     Raises:
-        ConfigurationError: a `model_type` that is not known.
+        ConfigurationError: a `model_type` that is not known, or whose defaults cannot be read.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -41,10 +42,11 @@ class ConfigValues:
         self.model_type = model_type
         self._config = config
         self.known = READABLE_CONFIGS[model_type]
+        self._defaults = read_defaults(model_type)
 
     def reads(self, name: str) -> bool:
         """Say whether the family has an entry of this name."""
-        return name in self.known.defaults
+        return name in self._defaults
 
     def size(self, name: str, *, at_least: int = 1) -> int:
         """Return a whole number.
@@ -98,7 +100,9 @@ class ConfigValues:
         )
 
     def _get(self, name: str) -> Any:
-        for alias in (name, *_ALIASES.get(name, ())):
-            if alias in self._config:
-                return self._config[alias]
-        return self.known.defaults.get(name)
+        names = (name, *_ALIASES.get(name, ()))
+        for entries in (self._config, self._defaults):
+            for alias in names:
+                if alias in entries:
+                    return entries[alias]
+        return None

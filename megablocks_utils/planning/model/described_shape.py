@@ -66,19 +66,21 @@ def _split(model: ModelDescription) -> tuple[list[dict[str, ParameterShape]], li
     layers: dict[int, dict[str, ParameterShape]] = defaultdict(dict)
     outside = []
     adapters = dict.fromkeys(model.mixer_linears, MIXER) | dict.fromkeys(model.dense_linears, DENSE)
-    kept = set(model.kept)
+    kept, frozen = set(model.kept), set(model.frozen)
     pattern = re.compile(rf"{re.escape(model.layers)}\.(\d+)\.(.+)")
     for name, shape in model.parameters:
         match = pattern.fullmatch(name)
         if match is None:
             room = _room_outside(model, name)
-            outside.append(ParameterShape(name, shape, room, is_kept=name in kept))
+            outside.append(
+                ParameterShape(name, shape, room, is_kept=name in kept, is_frozen=name in frozen)
+            )
             continue
         is_expert = name.rpartition(".")[0] in model.experts
         room = "experts" if is_expert else _room(match[2])
         adapter = adapters.get(name.removesuffix(".weight"), "")
         layers[int(match[1])][match[2]] = ParameterShape(
-            match[2], shape, room, adapter, is_kept=name in kept
+            match[2], shape, room, adapter, is_kept=name in kept, is_frozen=name in frozen
         )
     outside.sort(key=lambda parameter: ("embedding", "norm", "head").index(parameter.room))
     return [layers[index] for index in sorted(layers)], outside
@@ -113,11 +115,19 @@ def _find_attention(
     """
     found = set()
     for layer in layers:
+        _check_trained(layer)
         found.add(_read_attention(model, layer))
         _check_rest(model, layer)
     if len(found) > 1:
         raise _NotKnownError("layers with different attention")
     return found.pop()
+
+
+def _check_trained(layer: Mapping[str, ParameterShape]) -> None:
+    """Refuse a matrix without a gradient; what is smaller changes no stage."""
+    for name, parameter in layer.items():
+        if parameter.is_frozen and min(parameter.shape) > 1 < len(parameter.shape):
+            raise _NotKnownError(f"{name} without a gradient")
 
 
 def _read_attention(model: ModelDescription, layer: Mapping[str, ParameterShape]) -> AttentionShape:

@@ -37,6 +37,7 @@ class ModelDescription:
             in.
         kept: names of parameters that every rank holds whole in float32, as transformers keeps
             them beside narrower ones.
+        frozen: names of parameters that training on text gives no gradient.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class ModelDescription:
     mixer_linears: tuple[str, ...] = ()
     dense_linears: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     routes_in_fp32: bool = True
 
 

@@ -30,6 +30,7 @@ class ParameterShape:
             and shared experts).
         adapter: which choice of `--use_lora` puts adapters on it: `mixer`, `dense` or none.
         is_kept: whether every rank holds it whole, in float32.
+        is_frozen: whether no run trains it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ParameterShape:
     room: str
     adapter: str = ""
     is_kept: bool = False
+    is_frozen: bool = False
 
     @property
     def numel(self) -> int:

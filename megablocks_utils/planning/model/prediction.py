@@ -99,6 +99,7 @@ class PlannedRun:
             point in every layer.
         has_whole_logits: whether the loss takes the logits of all labels at once: where what the
             model does to them is not known.
+        sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
     """
 
     world_size: int
@@ -122,6 +123,7 @@ class PlannedRun:
     token_dispatch: str = AUTO
     cpu_offload: str = "none"
     dp_replicate_size: int = 1
+    sp_size: int = 1
 
     @property
     def shard_size(self) -> int:
@@ -141,13 +143,15 @@ class PlannedRun:
     @property
     def example_lengths(self) -> tuple[int, ...]:
         """Tokens of each example, padding counted: as equal as can be."""
-        longest = -(-self.tokens // self.examples)
-        return tuple(min(longest, self.tokens - n) for n in range(0, self.tokens, longest))
+        whole = self.tokens * self.sp_size
+        longest = -(-whole // self.examples)
+        return tuple(min(longest, whole - n) for n in range(0, whole, longest))
 
     @property
     def row_tokens(self) -> int:
         """Tokens that attention may see: those of a row."""
-        return -(-self.tokens // self.examples) if self.is_padded else self.tokens
+        whole = self.tokens * self.sp_size
+        return -(-whole // self.examples) if self.is_padded else whole
 
     @property
     def trains_attention(self) -> bool:

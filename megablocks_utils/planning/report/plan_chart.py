@@ -148,7 +148,7 @@ def _dress(figure: "Figure", axes: "Axes", request: PlanRequest, rows: Sequence[
     trained = "all weights" if run.use_lora == "none" else f"LoRA {run.use_lora}"
     figure.suptitle(
         f"{request.model} on {scenario.world_size} GPUs: {trained}, {run.precision.name}, "
-        f"{scenario.tokens:,} tokens a rank",
+        f"{scenario.rank_tokens:,} tokens a rank",
         color=TEXT_COLOUR,
         fontsize=11,
         x=0.01,

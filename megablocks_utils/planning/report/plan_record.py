@@ -26,9 +26,9 @@ def list_assumptions(request: PlanRequest, own: Mapping[str, Any]) -> list[str]:
         own: the options of the plan itself, by name.
     """
     scenario, gpu = request.scenario, request.cluster.gpu
-    config = scenario.config
+    config, tokens = scenario.config, scenario.rank_tokens
     says = [
-        f"A micro-batch has {scenario.tokens:,} tokens a rank, {_batch_words(request)}, all of "
+        f"A micro-batch has {tokens:,} tokens a rank, {_batch_words(request)}, all of "
         "them learned; shorter examples need less.",
         f"The fullest rank of an ep group receives {scenario.imbalance} times its fair share of "
         "rows (--imbalance), and the others wait for it.",
@@ -101,7 +101,7 @@ def _head(
         "model": request.model,
         "options": dict(own) | {"training": asdict(request.scenario.config)},
         "capacity_bytes": request.capacity_bytes,
-        "tokens_per_rank": request.scenario.tokens,
+        "tokens_per_rank": request.scenario.rank_tokens,
         "assumptions": list(assumptions),
     }
 

@@ -109,7 +109,7 @@ def build_speed_table(
     request: PlanRequest, rows: Sequence[PlanRow], chosen: PlanRow | None, width: int
 ) -> "Table":
     """Lay out what is sent, and the order of speed with what holds each row up."""
-    tokens = request.scenario.tokens
+    tokens = request.scenario.rank_tokens
     title = f"GB a rank sends in a micro-step, and speed at {tokens:,} tokens a rank"
     table = _build_table(title, rows)
     kinds = COLLECTIVES if width >= WIDE else ()
@@ -199,7 +199,7 @@ def _describe_choice(
     why = "the fastest that fits" if chosen.verdict.name == FITS else "nothing fits with reserve"
     words = (
         f"Chosen: {chosen.layout.describe()} ({why}; {chosen.cost.regime} at "
-        f"{request.scenario.tokens:,} tokens a rank and micro-step; peak "
+        f"{request.scenario.rank_tokens:,} tokens a rank and micro-step; peak "
         f"{format_gb(chosen.prediction.peak_bytes)} in the {chosen.prediction.moment})"
     )
     end = "" if chosen.launch is None else ":"

@@ -108,7 +108,7 @@ def build_scale_table(request: PlanRequest, points: Sequence[ScalePoint]) -> "Ta
     title = (
         f"{request.model} on more and more GPUs of {format_gb(request.capacity_bytes)} "
         f"({request.cluster.gpu.name}, {request.cluster.gpus_per_node} a node), "
-        f"{request.scenario.tokens:,} tokens a rank; sent: GB a rank and micro-step"
+        f"{request.scenario.rank_tokens:,} tokens a rank; sent: GB a rank and micro-step"
     )
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("GPUs", justify="right")

@@ -143,7 +143,9 @@ def count_flops(scenario: Scenario, layout: ParallelLayout) -> float:
     if not shape.is_tied:
         dense -= shape.vocab_size * shape.hidden_size  # the embedding is looked up
     imbalance = scenario.imbalance if layout.ep_size > 1 else 1.0
-    forward = scenario.tokens * (2 * (dense + experts * imbalance) + _attention_flops(scenario))
+    forward = scenario.rank_tokens * (
+        2 * (dense + experts * imbalance) + _attention_flops(scenario)
+    )
     passes = 2 if config.adapter.has_lora else 3
     return forward * (passes + (config.gradient_checkpointing != "none"))
 

@@ -77,7 +77,16 @@ def split_traffic(
     if layout.ep_size > 1 and dp_size > 1 and layout.expert_dp == "shard":
         copies = ParallelLayout(layout.ep_size, "replicate")
         over_group = scenario.one_group().predict(copies).sent_bytes_per_step
-    traffic = {"all_to_all": cluster.all_to_all(sent["all_to_all"], layout.ep_size)}
+    sp_size, heads = scenario.config.parallel.sp_size, 0
+    if sp_size > 1:
+        # Without expert parallelism nothing else is exchanged.
+        heads = scenario.predict(ParallelLayout(1, "shard")).sent_bytes_per_step["all_to_all"]
+    traffic = {
+        "all_to_all": add_traffic(
+            cluster.all_to_all(sent["all_to_all"] - heads, layout.ep_size),
+            cluster.all_to_all(heads, sp_size),
+        )
+    }
     for name in ("all_gather", "reduce_scatter"):
         on_all = min(over_group[name], sent[name])
         traffic[name] = add_traffic(

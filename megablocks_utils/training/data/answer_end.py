@@ -10,11 +10,11 @@ import numpy as np
 from megablocks_utils.training.data.text import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from megablocks_utils.training.data.examples import TokenizedExamples
 
-__all__ = ["AnswerEnd", "find_answer_end"]
+__all__ = ["AnswerEnd", "find_answer_end", "let_generation_stop"]
 
 MAX_EXAMPLES = 1000
 """Examples that are looked at, evenly spread: what ends an answer is the template's."""
@@ -84,6 +84,21 @@ class AnswerEnd:
             "generation_config": list(self.saved_ends),
             "warning": self.warning,
         }
+
+
+def let_generation_stop(
+    examples: "TokenizedExamples",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    model: "PreTrainedModel",
+    *,
+    max_seq_length: int,
+) -> AnswerEnd | None:
+    """Let the generation config, which is saved with the model, stop at what is learned."""
+    generation_config = getattr(model, "generation_config", None)
+    end = find_answer_end(examples, tokenizer, generation_config, max_seq_length=max_seq_length)
+    if end is not None:
+        end.apply_to(generation_config)
+    return end
 
 
 def find_answer_end(

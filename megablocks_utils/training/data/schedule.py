@@ -1,7 +1,7 @@
 """Which examples each step of a run holds: epochs, orders and step plans of this rank."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from megablocks_utils.training.data.batches import (
     steps_per_epoch,
 )
 from megablocks_utils.training.data.example_order import ExampleOrder, draw_mixture, epoch_order
+from megablocks_utils.training.data.example_stream import StreamPosition
 from megablocks_utils.training.data.examples import TokenizedExamples
 from megablocks_utils.training.data.packed_rows import PackedRows, pack_examples
 from megablocks_utils.training.data.row_parts import take_part
@@ -58,6 +59,14 @@ class Schedule:
         """Optimizer steps of one pass over the data; the last may be smaller."""
         num_units = len(self.order if self.rows is None else self.rows)
         return steps_per_epoch(num_units, world_size=self.num_data_ranks, **self._sizes())
+
+    def epoch_after(self, step: int) -> float:
+        """Return the passes over the data that are done after a step."""
+        return step / self.steps_per_epoch
+
+    def position_after(self, step: int) -> StreamPosition | None:
+        """Return how far data that is read while training is read; None for other data."""
+        return None
 
     @cached_property
     def order(self) -> ExampleOrder:
@@ -171,7 +180,7 @@ class Schedule:
             for plan in self.plans_of_epoch(epoch, first_step)
         )
         for step, plan in enumerate(plans, start=first_step + 1):
-            yield step / self.steps_per_epoch, plan
+            yield self.epoch_after(step), plan
 
     def plans_of_epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepPlan]:
         """Yield this rank's part of every step of an epoch, counted from 0.
@@ -184,20 +193,24 @@ class Schedule:
         start = epoch * self.steps_per_epoch
         stop = min(start + self.steps_per_epoch, self.num_steps)
         for step in range(max(start, first_step), stop):
-            plan = build_step_plan(
-                self.examples,
-                order,
-                step - start,
-                world_size=self.num_data_ranks,
-                rank=self.data_rank,
-                packing=self.packing,
-                rows=self.rows,
-                **self._sizes(),
-            )
-            batches = [self._take_part(batch) for batch in plan.micro_batches]
-            yield replace(plan, micro_batches=batches)
+            yield self._plan(self.examples, order, step - start)
 
-    def _take_part(self, batch: MicroBatch) -> MicroBatch:
+    def _plan(self, examples: TokenizedExamples, order: Sequence[int], step: int) -> StepPlan:
+        """Build this rank's part of a step of an epoch."""
+        plan = build_step_plan(
+            examples,
+            order,
+            step,
+            world_size=self.num_data_ranks,
+            rank=self.data_rank,
+            packing=self.packing,
+            rows=self.rows,
+            **self._sizes(),
+        )
+        batches = [self.take_part(batch) for batch in plan.micro_batches]
+        return replace(plan, micro_batches=batches)
+
+    def take_part(self, batch: MicroBatch) -> MicroBatch:
         """Return a micro-batch of which this rank has its part of every row."""
         parallel = self.config.parallel
         part = self.rank // parallel.tp_size % parallel.sp_size

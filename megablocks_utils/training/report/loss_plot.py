@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megablocks_utils.files import publish_file
+from megablocks_utils.training.report.evaluations import Evaluation, read_evaluations
 from megablocks_utils.training.report.metrics import StepMetrics, read_metrics
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ __all__ = ["build_loss_figure", "plot_loss", "smooth"]
 
 MIN_STEPS_TO_SMOOTH = 8
 RAW_COLOUR, SMOOTH_COLOUR, TEXT_COLOUR = "#9db8d9", "#1f4e8c", "#333333"
+HELD_OUT_COLOUR = "#c2571a"
 
 
 def plot_loss(metrics_path: str | Path, png_path: str | Path) -> None:
@@ -26,16 +28,19 @@ def plot_loss(metrics_path: str | Path, png_path: str | Path) -> None:
     Raises:
         OSError: The metrics cannot be read or the picture not written.
     """
-    figure = build_loss_figure(read_metrics(metrics_path))
+    figure = build_loss_figure(read_metrics(metrics_path), read_evaluations(metrics_path))
     with publish_file(png_path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def build_loss_figure(metrics: Sequence[StepMetrics]) -> "Figure":
+def build_loss_figure(
+    metrics: Sequence[StepMetrics], evaluations: Sequence[Evaluation] = ()
+) -> "Figure":
     """Build the figure: one line labelled "each step" and, given enough steps, a smoothed one.
 
     Args:
         metrics: Steps in ascending order; their losses are in nats per label token.
+        evaluations: Of the held-out examples, likewise; they give a line of their own.
     """
     from matplotlib.figure import Figure  # slow to import, and only rank 0 draws
     from matplotlib.ticker import MaxNLocator
@@ -53,6 +58,10 @@ def build_loss_figure(metrics: Sequence[StepMetrics]) -> "Figure":
         window = choose_window(len(steps))
         label = f"mean over {window} steps"
         axes.plot(steps, smooth(losses, window), color=SMOOTH_COLOUR, linewidth=2.2, label=label)
+    if evaluations:
+        places = [e.step for e in evaluations], [e.eval_loss for e in evaluations]
+        axes.plot(*places, color=HELD_OUT_COLOUR, linewidth=1.8, marker="D", ms=4, label="held out")
+    if is_smoothed or evaluations:
         axes.legend(frameon=False, labelcolor=TEXT_COLOUR)
     axes.set_title(describe_fall(losses), loc="left", color=TEXT_COLOUR)
     axes.set_xlabel("optimizer step", color=TEXT_COLOUR)

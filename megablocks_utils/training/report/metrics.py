@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megablocks_utils.training.report.evaluations import Evaluation, is_evaluation
 from megablocks_utils.training.report.expert_load import StepLoads
 from megablocks_utils.training.report.json_lines import JsonLinesWriter
 from megablocks_utils.training.report.memory import read_memory
@@ -76,6 +77,7 @@ class StepMeter:
     Args:
         device: Where this rank computes.
         group: Ranks of the run; None for all of them, or for a run without processes.
+        num_copies: Ranks that have the same rows, whose losses count once.
         mfu_rate: `mfu` of one input token a second; None where it is not known.
 
     Attributes:
@@ -87,8 +89,10 @@ class StepMeter:
         device: torch.device,
         group: dist.ProcessGroup | None = None,
         *,
+        num_copies: int = 1,
         mfu_rate: float | None = None,
     ) -> None:
+        self._num_copies = num_copies
         self._device = device
         self._mfu_rate = mfu_rate
         self._group = group
@@ -162,7 +166,7 @@ class StepMeter:
         return StepMetrics(
             step=step,
             epoch=epoch,
-            loss=loss_sum / num_label_tokens,
+            loss=loss_sum / self._num_copies / num_label_tokens,
             grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             tokens=num_label_tokens,
@@ -207,10 +211,10 @@ class RunTotals:
 
 
 class MetricsWriter(JsonLinesWriter):
-    """Write `metrics.jsonl`: one line a step, on disk as soon as the step is over. Rank 0 only."""
+    """Write `metrics.jsonl`: one line a step or evaluation, on disk as it is over. Rank 0 only."""
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Append one step; a number that is not finite becomes null.
+    def write(self, metrics: StepMetrics | Evaluation) -> None:
+        """Append one step or evaluation; a number that is not finite becomes null.
 
         Raises:
             OSError: The file cannot be written.
@@ -219,13 +223,13 @@ class MetricsWriter(JsonLinesWriter):
 
 
 def read_metrics(path: str | Path) -> list[StepMetrics]:
-    """Read `metrics.jsonl` back, with NaN where a number was not finite."""
+    """Read the steps of `metrics.jsonl` back, with NaN where a number was not finite."""
     with Path(path).open(encoding="utf-8") as lines:
-        return [_parse_line(line) for line in lines]
+        records = [json.loads(line) for line in lines]
+    return [_parse(record) for record in records if not is_evaluation(record)]
 
 
-def _parse_line(line: str) -> StepMetrics:
-    record = json.loads(line)
+def _parse(record: dict[str, Any]) -> StepMetrics:
     known: dict[str, Any] = {
         field.name: record[field.name] for field in fields(StepMetrics) if field.name in record
     }

@@ -11,12 +11,15 @@ from typing import Any
 
 from megablocks_utils.checkpoint.json_file import show_value
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.files import EXPERT_LOAD_NAME, METRICS_NAME, RUN_RECORD_NAME
+from megablocks_utils.files import (
+    EXPERT_LOAD_NAME,
+    METRICS_NAME,
+    RUN_RECORD_NAME,
+    SAMPLES_NAME,
+)
 from megablocks_utils.processes.output_folder import LATEST_NAME, MANIFEST_NAME, follow_pointer
 
-__all__ = ["SAMPLES_NAME", "RunFiles", "read_run_files"]
-
-SAMPLES_NAME = "samples.jsonl"
+__all__ = ["Record", "RunFiles", "read_run_files"]
 
 Record = dict[str, Any]
 

@@ -183,22 +183,24 @@ def _memory(plan: object) -> str:
 
 def _samples(lines: Sequence[Record]) -> str:
     """Show the last answer to each prompt beside the first."""
+    if not lines:
+        return ""
     first: dict[str, Record] = {}
     last: dict[str, Record] = {}
     for line in lines:
-        first.setdefault(str(line.get("prompt")), line)
-        last[str(line.get("prompt"))] = line
-    if not last:
-        return ""
-    steps = [
-        f"after step {side[p].get('step')}" for side in (first, last) for p in (next(iter(last)),)
-    ]
-    head = "".join(f"<th>{escape(w)}</th>" for w in ("prompt", *steps, "expected"))
-    rows = (
-        (prompt, first[prompt].get("answer"), line.get("answer"), line.get("expected"))
-        for prompt, line in last.items()
+        key = f"{line.get('sample')} {line.get('prompt')}"
+        first.setdefault(key, line)
+        last[key] = line
+    sides = (lines[0], lines[-1])
+    names = ("prompt", *(f"after step {side.get('step')}" for side in sides), "expected")
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = "".join(
+        _row(
+            (line.get("prompt"), first[key].get("answer"), line.get("answer"), line.get("expected"))
+        )
+        for key, line in last.items()
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(map(_row, rows))}</table></div>'
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
 
 
 def _row(values: Sequence[object]) -> str:

@@ -59,6 +59,8 @@ class RunRecord:
         plan: Memory predicted and measured, see `memory_check.MemoryCheck`.
         answer_end: What the data teaches as the end of an answer, see `answer_end.AnswerEnd`; None
             without a tokenizer.
+        evaluation: The `first`, `last` and `best` evaluation, how many `examples` were held out and
+            their `sha256`, `stopped_early_at_step` (None: not), `final_model_step`; None without.
     """
 
     status: str
@@ -78,6 +80,7 @@ class RunRecord:
     adapter_check: dict[str, Any] | None
     plan: dict[str, Any] | None
     answer_end: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
 
 
 def build_run_record(
@@ -96,6 +99,7 @@ def build_run_record(
     adapter_check: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
     answer_end: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Build the record of a finished run, adding versions, commit and hardware found here.
 
@@ -114,6 +118,7 @@ def build_run_record(
         adapter_check: What checking the written adapter found; None without LoRA.
         plan: Memory predicted and measured.
         answer_end: What the data teaches as the end of an answer.
+        evaluation: What the evaluations have come to.
     """
     provenance = build_provenance(command)
     return RunRecord(
@@ -130,15 +135,20 @@ def build_run_record(
         parameters=asdict(parameters),
         train_runtime_s=train_runtime_s,
         totals={name: getattr(totals, name) for name in ("steps", "tokens", "input_tokens")},
-        peaks={
-            "mem_peak_bytes": totals.mem_peak_bytes,
-            "mem_alloc_bytes": totals.mem_alloc_bytes,
-            "measured": describe_memory_source(device),
-        },
+        peaks=_describe_peaks(totals, device),
         adapter_check=_plain(adapter_check),
         plan=_plain(plan),
         answer_end=_plain(answer_end),
+        evaluation=_plain(evaluation),
     )
+
+
+def _describe_peaks(totals: RunTotals, device: torch.device) -> dict[str, int | str]:
+    return {
+        "mem_peak_bytes": totals.mem_peak_bytes,
+        "mem_alloc_bytes": totals.mem_alloc_bytes,
+        "measured": describe_memory_source(device),
+    }
 
 
 def build_provenance(command: Sequence[str]) -> dict[str, Any]:

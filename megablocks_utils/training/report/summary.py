@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -26,6 +26,7 @@ __all__ = [
     "build_console",
     "build_end_summary",
     "build_start_summary",
+    "describe_evaluation",
     "describe_precision",
     "show_end_summary",
     "show_start_summary",
@@ -44,6 +45,7 @@ class RunFacts:
         dp_size: Ranks that hold the same experts.
         ep_size: Ranks the experts are split over; 1 without expert parallelism.
         dp_replicate_size: Groups of ranks that each hold the whole model.
+        expert_tp_size: Ranks that each expert is split over.
         num_experts: Experts of one MoE layer.
         top_k: Experts a token passes in one MoE layer; None where the model does not say.
         expert_dp: "shard" or "replicate": what the dp axis does with an expert.
@@ -87,6 +89,7 @@ class RunFacts:
     resumed: str | None = None
     ignored_keys: tuple[str, ...] = ()
     dp_replicate_size: int = 1
+    expert_tp_size: int = 1
     data_order: str = ""
     units: str = "examples"
 
@@ -105,6 +108,7 @@ class RunResult:
         adapter_check: What checking the written adapter found, in words; None without LoRA.
         expert_load: What the spread of tokens over experts has cost, in words; None if it was
             not measured.
+        evaluation: The losses of held-out examples, in words; None if none were measured.
         output_dir: Where the files are.
         files: (path, what it is) of each file or group of files, in reading order.
     """
@@ -119,6 +123,7 @@ class RunResult:
     expert_load: str | None
     output_dir: str
     files: tuple[tuple[str, str], ...]
+    evaluation: str | None = None
 
 
 def build_console(is_main: bool) -> Console:
@@ -163,7 +168,11 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
     if facts.resumed is not None:
         rows["resumed"] = facts.resumed
     mesh_table = build_mesh_table(
-        facts.dp_replicate_size * facts.dp_size, facts.ep_size, facts.num_experts, width - 2
+        facts.dp_replicate_size * facts.dp_size,
+        facts.ep_size,
+        facts.num_experts,
+        width - 2,
+        facts.expert_tp_size,
     )
     return Group(_build_rows("Training", rows), Padding(mesh_table, (1, 0, 1, 2)))
 
@@ -180,6 +189,8 @@ def build_end_summary(result: RunResult) -> Group:
         "peak memory": f"{_format_gib(totals.mem_peak_bytes)} on the fullest rank, "
         f"{result.memory_source}",
     }
+    if result.evaluation is not None:
+        rows["evaluation"] = result.evaluation
     if result.kernel_check is not None:
         rows["kernel"] = result.kernel_check
     if result.adapter_check is not None:
@@ -190,6 +201,15 @@ def build_end_summary(result: RunResult) -> Group:
         "output": Group(Text(result.output_dir), _build_grid(dict(result.files), style="none")),
     }
     return Group(_build_rows("Finished", rows), "")
+
+
+def describe_evaluation(record: Mapping[str, Any]) -> str:
+    """Describe the losses of held-out examples, as `run.json` has them, and what came of them."""
+    shown = {name: record[name] for name in ("first", "last", "best") if record[name]}
+    parts = [f"{name} {e['eval_loss']:.4f} after step {e['step']}" for name, e in shown.items()]
+    if record["stopped_early_at_step"] is not None:
+        parts.append(f"ended early after step {record['stopped_early_at_step']}")
+    return f"loss {', '.join(parts)}; the final model is that of step {record['final_model_step']}"
 
 
 def describe_precision(precision: "ResolvedPrecision") -> str:
@@ -218,6 +238,8 @@ def _build_grid(rows: Mapping[str, RenderableType], style: str) -> Table:
 
 def _describe_mesh(facts: RunFacts) -> str:
     shape = f"dp {facts.dp_size} x ep {facts.ep_size}"
+    if facts.expert_tp_size > 1:
+        shape = f"{shape} x expert_tp {facts.expert_tp_size}"
     if facts.dp_replicate_size > 1:
         shape = f"{facts.dp_replicate_size} groups, each {shape}"
     if facts.dp_size == 1:

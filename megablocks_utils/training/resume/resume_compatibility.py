@@ -35,6 +35,12 @@ _CLAUSES = {
     "seed": ("seed is", ("seed",)),
     "shuffle": ("shuffle is", ("shuffle",)),
     "packing": ("packing gives micro-batches of kind", ("packing",)),
+    "streaming": ("streaming is", ("streaming",)),
+    "shuffle_buffer_size": ("shuffle_buffer_size is", ("shuffle_buffer_size",)),
+    "eval_sha256": (
+        "eval_data_path or eval_fraction gives other held-out examples: their checksum is",
+        ("eval_data_path", "eval_fraction"),
+    ),
     "data_weights": ("data_weights is", ("data_weights",)),
     "packing_length": ("packing_length is", ("packing_length",)),
     "num_examples": ("the number of examples in data_path is", ("data_path",)),
@@ -63,8 +69,11 @@ class ResumeCompatibility:
         base_sha256: fingerprint of the frozen model under them; None without.
         template_date: the day that the chat template was told; None where it does not ask for it.
         packing: how the examples of a micro-batch are laid out.
+        eval_sha256: checksum of the held-out examples; None without.
         data_weights: shares in which an epoch draws from the sources; None: all of them.
         packing_length: tokens of rows that examples share; None: a row for each.
+        streaming: whether the data is read while training; the examples are then the first ones.
+        shuffle_buffer_size: records that a stream shuffles among each other; None: none.
     """
 
     model_type: str
@@ -78,8 +87,11 @@ class ResumeCompatibility:
     base_sha256: str | None
     template_date: str | None
     packing: str = Packing.ALONE.value
+    eval_sha256: str | None = None
     data_weights: list[float] | None = None
     packing_length: int | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int | None = None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -113,6 +125,8 @@ def describe_compatibility(
         packing=packing.value,
         data_weights=None if data.data_weights is None else list(data.data_weights),
         packing_length=data.packing_length,
+        streaming=data.streaming,
+        shuffle_buffer_size=data.shuffle_buffer_size if data.streaming and data.shuffle else None,
     )
 
 
@@ -156,7 +170,10 @@ def _is_free(name: str, found: object, wanted: object) -> bool:
         in_one_row = {kind.value for kind in Packing if kind.is_one_row}
         kinds = {found, wanted}
         return wanted is None or Packing.ALONE.value in kinds or kinds <= in_one_row
-    return name == BASE_KEY and wanted is None
+    if name == "eval_sha256":
+        return found is None or wanted is None
+    # Earlier versions had no streams, and did not say so.
+    return wanted is None and (name == BASE_KEY or (name == "streaming" and not found))
 
 
 def _check_undated(stored: Mapping[str, Any], own: ResumeCompatibility) -> None:

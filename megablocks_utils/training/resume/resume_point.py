@@ -12,14 +12,16 @@ from megablocks_utils.checkpoint.run_manifest import (
     BASE_KEY,
     COMPATIBILITY_KEY,
     DATE_KEY,
+    STREAM_KEY,
     read_run_manifest,
 )
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import EXPERT_LOAD_NAME, METRICS_NAME
+from megablocks_utils.files import EXPERT_LOAD_NAME, METRICS_NAME, SAMPLES_NAME
 from megablocks_utils.processes.agreement import broadcast_from_rank0, raise_on_all_ranks
 from megablocks_utils.processes.launch import LaunchEnvironment
 from megablocks_utils.processes.output_folder import choose_checkpoint
+from megablocks_utils.training.report.evaluations import read_evaluations
 from megablocks_utils.training.report.expert_load import read_loads
 from megablocks_utils.training.report.metrics import read_metrics
 from megablocks_utils.training.resume.random_states import restore_random_states
@@ -59,6 +61,11 @@ class ResumePoint:
         return None if day is None else date.fromisoformat(day)
 
     @property
+    def stream_position(self) -> dict[str, int] | None:
+        """How far data that is read while training was read; None for other data."""
+        return self.manifest.get(STREAM_KEY)
+
+    @property
     def metrics_path(self) -> Path:
         """The metrics of the steps done."""
         return self.folder / METRICS_NAME
@@ -67,6 +74,12 @@ class ResumePoint:
     def loads_path(self) -> Path | None:
         """The loads of experts in the steps done; None where none were measured."""
         path = self.folder / EXPERT_LOAD_NAME
+        return path if path.name in self.manifest["files"] else None
+
+    @property
+    def samples_path(self) -> Path | None:
+        """The answers to held-out prompts so far; None where none were asked for."""
+        path = self.folder / SAMPLES_NAME
         return path if path.name in self.manifest["files"] else None
 
     def describe(self, options: Mapping[str, Any]) -> str:
@@ -145,20 +158,25 @@ def _check_metrics(point: ResumePoint) -> None:
     """
     path = point.metrics_path
     try:
-        lines = read_metrics(path)
+        lines, evaluations = read_metrics(path), read_evaluations(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} holds a line that is no metrics: {reason}") from error
-    for line in lines:
-        for name, value in line.as_record().items():
+    for record in [*(line.as_record() for line in lines), *(e.as_record() for e in evaluations)]:
+        for name, value in record.items():
             if not isinstance(value, int | float | None) or isinstance(value, bool):
                 raise CheckpointError(
                     f"{path} has {name} {show_value(value)} in a line, wanted is a number"
                 )
     if len(lines) != point.step or any(line.step != n for n, line in enumerate(lines, start=1)):
         raise CheckpointError(f"{path} does not hold each of the {point.step} steps done once")
+    steps = [evaluation.step for evaluation in evaluations]
+    if steps != sorted(set(steps)) or any(not 0 <= step <= point.step for step in steps):
+        raise CheckpointError(
+            f"{path} does not hold evaluations of the {point.step} steps done, each once"
+        )
 
 
 def _check_loads(point: ResumePoint) -> None:

@@ -72,17 +72,31 @@ class RunState:
         """
         stored = read_stored_tensors(folder)
         self._check_names(stored, folder)
+        places = self.restore_weights(folder)
+        self._restore_optimizer(folder, places, stored)
+        # To the step before, and one on: this sets the learning rates too.
+        position = {"last_epoch": step - 1, "_step_count": step + 1}
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | position)
+        self.scheduler.step()
+
+    def restore_weights(self, folder: Path) -> PlacedParameters:
+        """Read weights and buffers of a checkpoint written with any mesh and sharding.
+
+        No communication: every rank reads what it holds.
+
+        Returns:
+            Where this rank's parts of the parameters lie.
+
+        Raises:
+            CheckpointError: it lacks a tensor, or has it in another shape.
+        """
         places = find_places(self.model)
         weights = {
             MODEL_PREFIX + name: place.shard(local_tensor(parameter.detach()))
             for name, (parameter, place) in places.items()
         }
         read_shards(weights | self._buffer_shards(), folder)
-        self._restore_optimizer(folder, places, stored)
-        # To the step before, and one on: this sets the learning rates too.
-        position = {"last_epoch": step - 1, "_step_count": step + 1}
-        self.scheduler.load_state_dict(self.scheduler.state_dict() | position)
-        self.scheduler.step()
+        return places
 
     def _buffer_shards(self) -> dict[str, TensorShard]:
         """Return the persistent buffers, whole; none beside adapters, whose base stays as it is."""

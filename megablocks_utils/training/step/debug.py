@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
+from megablocks_utils.mesh.dense_mesh import DENSE_DP_AXIS, TP_AXIS
 from megablocks_utils.mesh.device_mesh import copy_axes
 from megablocks_utils.mesh.placement import is_replicated, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
@@ -62,9 +63,12 @@ def _replicas(
 
     Where they lie along two axes it is yielded with each.
     """
+    tp_group = None if sharded is None else _find_tp_group(sharded)
     for name, parameter in model.named_parameters():
         if is_replicated(parameter):
             yield strip_wrappers(name), parameter, None
+        elif tp_group is not None and _is_beside_tp(parameter):
+            yield strip_wrappers(name), parameter, tp_group
         for group in _groups_of_copies(parameter):
             yield strip_wrappers(name), parameter, group
     if sharded is None or shards_over_dp(sharded):
@@ -82,3 +86,16 @@ def _groups_of_copies(parameter: Tensor) -> Iterator[dist.ProcessGroup]:
     for axis, placement in enumerate(parameter.placements):
         if placement.is_replicate() and mesh.size(axis) > 1:
             yield mesh.get_group(axis)
+
+
+def _find_tp_group(sharded: ShardedMoE) -> dist.ProcessGroup | None:
+    splits = [module.token_split for module in sharded.expert_modules.values()]
+    return None if not splits or splits[0] is None else splits[0].group
+
+
+def _is_beside_tp(parameter: Tensor) -> bool:
+    """Return whether FSDP shards a parameter that the ranks of a tp group hold alike."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    return DENSE_DP_AXIS in names and TP_AXIS not in names

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
+from megablocks_utils.mesh.device_mesh import EP_AXIS, EXPERT_TP_AXIS, axis_size
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.training.report.expert_load import StepLoads, describe_layer
 from megablocks_utils.training.step.routing_counts import RoutingCounts
@@ -34,8 +34,10 @@ class ExpertLoads:
         for module in experts.values():
             if isinstance(module, DroplessExperts):
                 self._ep_size = axis_size(module.mesh, EP_AXIS)
-                self._num_groups = module.mesh.size() // self._ep_size
-                self._group = dist.get_rank() // self._ep_size  # ep is the innermost axis
+                # ep and expert_tp are the innermost axes.
+                group_size = self._ep_size * axis_size(module.mesh, EXPERT_TP_AXIS)
+                self._num_groups = module.mesh.size() // group_size
+                self._group = dist.get_rank() // group_size
 
     def start_step(self, step: int) -> None:
         """Begin to count if `step` is one of those that are measured."""

@@ -10,6 +10,7 @@ from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.gradients import (
     clip_gradients,
     shard_grad_norms,
+    sum_peer_gradients,
     sum_replica_gradients,
     sum_replicated_gradients,
 )
@@ -35,6 +36,7 @@ class StepFinish:
         is_debug_run: whether every step checks that replicas are equal.
         finite: told of the gradients; None: nobody looks at them.
         balance: moves the routers' correction biases; None: they stay.
+        tp_size: ranks of a tp group, which have the same rows.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class StepFinish:
     is_debug_run: bool = False
     finite: FiniteCheck | None = None
     balance: RouterBalance | None = None
+    tp_size: int = 1
 
     def finish_gradients(self) -> Tensor:
         """Sum what FSDP does not sum over replicas, clip all, and return the norm before clipping.
@@ -50,10 +53,13 @@ class StepFinish:
         **Collective:** every rank of the world must call; see `fsdp.gradients`.
         """
         # FSDP2 has summed over dp what it shards over dp.
-        if self.sharded is not None and not shards_over_dp(self.sharded):
-            sum_replica_gradients(self.sharded.expert_parameters.values(), self.sharded.mesh)
+        if self.sharded is not None:
+            experts = self.sharded.expert_parameters.values()
+            if not shards_over_dp(self.sharded):
+                sum_replica_gradients(experts, self.sharded.mesh)
+            sum_peer_gradients(experts, self.sharded.mesh)
         trainable = self._trainable()
-        sum_replicated_gradients(trainable)
+        sum_replicated_gradients(trainable, self.tp_size)
         norms = shard_grad_norms(trainable)
         if self.finite is not None:
             self.finite.take_gradients(trainable, norms)

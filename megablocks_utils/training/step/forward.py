@@ -11,6 +11,7 @@ from transformers.masking_utils import create_masks_for_generate, find_packed_se
 
 from megablocks_utils.attention.ulysses import WholeRows, whole_rows
 from megablocks_utils.attention.varlen_interface import example_lengths
+from megablocks_utils.fsdp.tensor_parallel import gather_split_linear
 from megablocks_utils.training.data.batches import MicroBatch, Packing
 from megablocks_utils.training.step.linear_cross_entropy import (
     LogitsMap,
@@ -59,11 +60,12 @@ def run_loss(
     def compute_loss(hidden: Tensor) -> Tensor:
         # Here FSDP has gathered the head's weights.
         assert hidden.shape[:2] == shape, "the head sees every position"
-        rows = positions.take_from(hidden)[0]
-        loss_sum, no_logits = linear_cross_entropy(
-            rows, head.weight, head.bias, positions.targets, logits_map
-        )
-        losses.append(loss_sum)
+        rows, targets = positions.take_from(hidden)[0], positions.targets
+        split, weight, bias = gather_split_linear(head)
+        if split is not None:
+            rows, targets = split.take(rows), split.take(targets)
+        loss_sum, no_logits = linear_cross_entropy(rows, weight, bias, targets, logits_map)
+        losses.append(loss_sum if split is None else split.total(loss_sum))
         return no_logits
 
     with replaced_forward(head, compute_loss):
@@ -155,8 +157,11 @@ def _describe_rows(batch: MicroBatch, device: torch.device) -> WholeRows:
     if not batch.packing.is_one_row:
         mask = batch.attention_mask
         return WholeRows(position_ids, None if mask is None else mask.to(device))
+    if len(batch.lengths) == 1:
+        return WholeRows(position_ids)
     numbers = find_packed_sequence_indices(batch.position_ids)
-    return WholeRows(position_ids, example_numbers=None if numbers is None else numbers.to(device))
+    on_device = None if numbers is None else numbers.to(device)
+    return WholeRows(position_ids, example_numbers=on_device)
 
 
 def _sequence_indices(position_ids: Tensor, device: torch.device) -> dict[str, Any]:

@@ -57,15 +57,12 @@ def label_positions(labels: torch.Tensor, columns: slice | None = None) -> Label
         columns: tokens of each row that are looked at, counted from its first; the last one's next
             token may be outside. None: all.
     """
-    num_rows, length = labels.shape
-    following = labels[:, 1:].flatten()
+    columns = columns or slice(0, labels.shape[1])
+    following = labels[:, columns.start + 1 : columns.stop + 1]
+    num_rows, width = len(labels), max(1, following.shape[1])
+    following = following.flatten()
     found = (following != IGNORED_LABEL).nonzero().flatten()
-    width = max(1, length - 1)
-    rows, places = found // width, found % width
-    if columns is not None:
-        is_inside = (places >= columns.start) & (places < columns.stop)
-        rows, places, found = rows[is_inside], places[is_inside] - columns.start, found[is_inside]
-    return LabelPositions(rows, places, following[found], num_rows)
+    return LabelPositions(found // width, found % width, following[found], num_rows)
 
 
 def token_loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

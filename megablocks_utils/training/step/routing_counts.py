@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megablocks_utils.mesh.token_split import TokenSplit
 from megablocks_utils.training.data.batches import MicroBatch
 from megablocks_utils.training.step.routers import routing_of
 
@@ -47,8 +48,9 @@ class RoutingCounts:
         def count(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._is_counting:
                 index, weights = routing_of(args, kwargs)
+                split: TokenSplit | None = getattr(experts, "token_split", None)
                 with torch.no_grad():
-                    self._count(name, index, weights)
+                    self._count(name, *_take(split, index, weights), self._own_real(split))
 
         experts.register_forward_pre_hook(count, with_kwargs=True)
 
@@ -79,29 +81,47 @@ class RoutingCounts:
         self._all_tokens.zero_()
         self._all_margins.zero_()
 
-    def _count(self, name: str, index: Tensor | None, weights: Tensor) -> None:
+    def _own_real(self, split: TokenSplit | None) -> Tensor | None:
+        is_real = self._is_real
+        return is_real if is_real is None or split is None else split.take(is_real)
+
+    def _count(
+        self, name: str, index: Tensor | None, weights: Tensor, is_real: Tensor | None
+    ) -> None:
         tokens = self.tokens[name]
         num_experts = len(tokens) - 1
         if index is None:
-            self._count_weighted(tokens, weights)
+            self._count_weighted(tokens, weights, is_real)
             return
         index = index.reshape(-1, index.shape[-1]).long()
         is_expert = (index >= 0) & (index < num_experts)
-        _add(tokens, index.where(is_expert, num_experts), self._is_real)
+        _add(tokens, index.where(is_expert, num_experts), is_real)
         if self._with_margins and weights.numel() == index.numel() and index.shape[1] > 1:
             first, second = weights.reshape(index.shape).double().topk(2).values.unbind(-1)
-            margin, is_real = first - second, self._is_real
+            margin = first - second
             if is_real is not None:
                 margin = margin * is_real
             self.margins[name][0] += margin.sum()
             self.margins[name][1] += len(margin) if is_real is None else is_real.sum()
 
-    def _count_weighted(self, tokens: Tensor, hidden_states: Tensor) -> None:
+    def _count_weighted(
+        self, tokens: Tensor, hidden_states: Tensor, is_real: Tensor | None
+    ) -> None:
         """Count the rows that are not zero: all tokens go to all experts, weighted before."""
         is_routed = hidden_states.reshape(len(tokens) - 1, -1, hidden_states.shape[-1]).any(-1)
-        if self._is_real is not None:
-            is_routed = is_routed & self._is_real
+        if is_real is not None:
+            is_routed = is_routed & is_real
         tokens[:-1] += is_routed.sum(-1)
+
+
+def _take(
+    split: TokenSplit | None, index: Tensor | None, weights: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """Return this rank's part of the tokens, where ranks hold the same ones."""
+    if split is None or index is None:
+        return index, weights
+    own = split.own_rows(len(index))
+    return index[own], weights[own]
 
 
 def _add(tokens: Tensor, index: Tensor, is_real: Tensor | None) -> None:

@@ -1,6 +1,5 @@
 """Let ranks share the rows of a model, where its attention alone mixes tokens."""
 
-import math
 import re
 from collections.abc import Iterator
 
@@ -14,8 +13,7 @@ from megablocks_utils.attention.ulysses import ULYSSES, RowMask, register_ulysse
 from megablocks_utils.attention.whole_positions import show_longest_positions
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.config import RunConfig
-from megablocks_utils.config.parallel import legal_ep_sizes
-from megablocks_utils.config.values import join_words
+from megablocks_utils.config.parallel import check_heads
 from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.mesh.sequence_exchange import SequenceGroup, build_sequence_group
 from megablocks_utils.moe.model_facts import vocab_size
@@ -26,7 +24,7 @@ from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.step.forward import run_forward
 from megablocks_utils.training.step.small_model import build_small_model
 
-__all__ = ["apply_sequence_parallelism", "measure_parts"]
+__all__ = ["apply_sequence_parallelism", "measure_parts", "share_rows"]
 
 _HEADS = re.compile(r"(.*_)?num_attention_heads(_.*)?")
 _LENGTHS = (11, 23, 14)
@@ -59,15 +57,13 @@ def apply_sequence_parallelism(
     parallel = config.parallel
     if parallel.sp_size == 1:
         return None
-    raise_on_all_ranks(lambda: _check_heads(model.config, parallel.sp_size))
+    text = model.config.get_text_config(decoder=True)
+    raise_on_all_ranks(lambda: check_heads(_list_heads(text), parallel.sp_size))
     row = config.data.packing_length or config.data.max_seq_length
     longest = row * config.optim.per_device_train_batch_size
     broadcast_from_rank0(lambda: _check_parts(model, packing, longest, device, parallel.sp_size))
-    group = build_sequence_group(device.type, parallel.tp_size, parallel.sp_size)
     inner = own_implementation(model)
-    register_ulysses(inner, group)
-    set_implementation(model, ULYSSES)
-    show_longest_positions(model)
+    group = share_rows(model, parallel.sp_size, device, parallel.tp_size)
     console.print(
         f"groups of {parallel.sp_size} processes share their rows; {inner} attention sees whole "
         "rows of a part of the heads",
@@ -77,17 +73,18 @@ def apply_sequence_parallelism(
     return group
 
 
-def _check_heads(config: PreTrainedConfig, sp_size: int) -> None:
-    """Refuse to share heads that cannot be shared evenly."""
-    counts = sorted(set(_list_heads(config.get_text_config(decoder=True))))
-    wrong = next((count for count in counts if count % sp_size), None)
-    if not counts or wrong is not None:
-        heads = f"the {wrong} heads of its attention" if counts else "heads, of which it tells none"
-        would = join_words(legal_ep_sizes(math.gcd(*counts)), "and") if counts else "1"
-        raise ConfigurationError(
-            f"sp_size is {sp_size}, but it must divide {heads}; {would} would work.",
-            parameters=("sp_size",),
-        )
+def share_rows(
+    model: PreTrainedModel, sp_size: int, device: torch.device, tp_size: int = 1
+) -> SequenceGroup:
+    """Build the group of ranks that share rows with this one, and set the model's attention.
+
+    **Collective:** every rank must call.
+    """
+    group = build_sequence_group(device.type, tp_size, sp_size)
+    register_ulysses(own_implementation(model), group)
+    set_implementation(model, ULYSSES)
+    show_longest_positions(model)
+    return group
 
 
 def _list_heads(config: PreTrainedConfig) -> Iterator[int]:

@@ -41,7 +41,7 @@ _WINDOWS = re.compile(r"(.*_)?(sliding_window|sliding_window_size|window_size|ch
 _COMPRESSION = re.compile(r".*(compress_r|kpool|index_block_size).*")
 _EXPERTS = re.compile(r"(moe_)?(num_experts|num_local_experts|n_routed_experts)")
 _VOCABULARY = re.compile(r".*vocab_size.*")
-_NUM_LAYERS = re.compile(r"num_hidden_layers|num_layers|n_layers?")
+_NUM_LAYERS = re.compile(r"num_hidden_layers|num_layers|n_layers?|depth")
 _INDEX_HEADS = re.compile(r"index.*heads")
 _PLACE = re.compile(r".*(idx|index|layer_id|layer_number)")
 

@@ -428,6 +428,12 @@ BUGS = (
         "rows = tl.load(rows_ptr + (routed[:, None] * num_cols + cols[None, :]),",
     ),
     Bug(
+        "rows of any number a token with the gradient of another token",
+        "combine_backward.py",
+        "token = tl.load(token_ptr + token)",
+        "token = tl.load(token_ptr + tl.minimum(token, 1))",
+    ),
+    Bug(
         "A's gradient without the scaling",
         "projection.py",
         "scale=self.scaling,",

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from megablocks_utils.kernels.fused import unpermute
-from megablocks_utils.kernels.fused.unpermute import fused_unpermute_and_combine
+from megablocks_utils.kernels.fused.unpermute import fused_sum_rows, fused_unpermute_and_combine
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert, unpermute_and_combine
+from megablocks_utils.kernels.token_rows import sum_rows
+from megablocks_utils.mesh.token_dispatch import TokenRows
 from tests.support.compare import relative_error
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
@@ -61,6 +63,40 @@ def test_values_and_gradients(num_tokens, top_k, num_cols, dtypes):
     )
     assert torch.equal(only_rows[1], seen[1])
     assert torch.equal(only_weights[1], seen[2])
+
+
+def plain_sum(values, weights, rows):
+    sums = values.new_zeros(len(rows.starts), values.shape[1])
+    return sums.index_add(0, rows.token, values * weights.unsqueeze(1))
+
+
+# A token without rows, one with three; two tiles, the second masked; no row at all.
+@pytest.mark.parametrize(
+    ("token", "num_cols", "dtype"),
+    [
+        ((2, 0, 3, 2, 2), 40, torch.float32),
+        ((1, 3, 0, 1), 1100, torch.bfloat16),
+        ((), 24, torch.bfloat16),
+    ],
+)
+def test_sums_of_any_number_of_rows(token, num_cols, dtype, monkeypatch):
+    torch.manual_seed(1)
+    token = torch.tensor(token, dtype=torch.int64)
+    starts = torch.bincount(token, minlength=4).cumsum(0).roll(1)
+    starts[0] = 0
+    rows = TokenRows(token, token.argsort(stable=True), starts)
+    values, weights = torch.randn(len(token), num_cols).to(dtype), torch.rand(len(token))
+    upstream = torch.randn(num_cols, 4).to(dtype).T
+    seen = step(fused_sum_rows, (values, weights), rows, upstream)
+    torchs = step(sum_rows, (values, weights), rows, upstream)
+    exact = step(plain_sum, (values.double(), weights.double()), rows, upstream.double())
+    for ours, theirs, wanted in zip(seen, torchs, exact, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert relative_error(ours, wanted) <= 1.1 * relative_error(theirs, wanted) + 2e-7
+    only_weights = step(fused_sum_rows, (values, weights), rows, upstream, (False, True))
+    assert torch.equal(only_weights[1], seen[2])
+    monkeypatch.setattr(unpermute, "find_combine_kernels", lambda *_: 1 / 0)
+    assert torch.equal(fused_sum_rows(values, weights, rows), seen[0])  # nothing to go back
 
 
 def test_rows_without_weights_and_of_fp64_take_torchs_way(monkeypatch):

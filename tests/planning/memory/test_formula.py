@@ -90,6 +90,9 @@ def folder_of(tmp_path_factory):
             {"gradient_checkpointing": "none", "has_aux_loss": True, "precision": "mixed"},
         ),
         (QWEN, ParallelLayout(2, "shard"), {"dp_replicate_size": 2}),
+        # Ranks that share rows, and of four key heads two copies each.
+        (MIXTRAL, WHOLE, {"sp_size": 8, "world_size": 8, "precision": "bf16", "use_lora": "all"}),
+        (MIXTRAL, SHARD, {"sp_size": 2, "gradient_checkpointing": "selective"}),
         (
             MIXTRAL,
             COPIES,

@@ -87,3 +87,16 @@ def test_families_that_no_config_reader_knows_are_planned_by_formula(family):
     assert shape.not_known == ""
     scenario = replace(build_scenario(), shape=shape)
     assert scenario.predict(scenario.legal_layouts()[-1]).peak_bytes > 0
+
+
+def test_what_text_does_not_train_is_not_planned_as_trained():
+    description = describe("ernie4_5_moe")
+    assert len(description.frozen) == 3  # the correction bias of each router
+    shape = shape_of(description)
+    run = build_scenario("--precision bf16", world_size=1).planned_run()
+    units = build_units(shape, ParallelLayout(1, "shard"), run)
+    trained = sum(p.numel for name, p in shape.named_parameters() if name not in description.frozen)
+    assert sum(unit.trained_numel for unit in units.all()) == trained
+    matrix = "model.layers.1.self_attn.q_proj.weight"
+    frozen = shape_of(replace(description, frozen=(matrix,)))
+    assert frozen.not_known == "self_attn.q_proj.weight without a gradient"

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.planning.model import config_defaults
 from megablocks_utils.planning.model.config_values import KNOWN_MODEL_TYPES
 from megablocks_utils.planning.model.model_shape import ModelShape
 from tests.planning.cases import read_model
@@ -83,6 +84,13 @@ def test_what_is_absent_is_transformers_default(family):
     has_aux_loss = hasattr(real, "router_aux_loss_coef")
     turned_on = ModelShape.from_config({"model_type": family, "output_router_logits": True})
     assert turned_on.aux_loss_coef == (real.router_aux_loss_coef if has_aux_loss else 0)
+
+
+def test_defaults_are_refused_without_transformers(monkeypatch):
+    config_defaults.read_defaults.cache_clear()
+    monkeypatch.setattr(config_defaults, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigurationError, match=r"'olmoe' in .* transformers must be installed"):
+        ModelShape.from_config({"model_type": "olmoe"})
 
 
 def test_a_window_that_is_turned_off():

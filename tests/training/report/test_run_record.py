@@ -71,6 +71,7 @@ def test_keys_and_values(tmp_path):
         "adapter_check",
         "plan",
         "answer_end",
+        "evaluation",
     ]
     assert run["status"] == "finished"
     shared = ("command", "commit", "versions", "hardware")

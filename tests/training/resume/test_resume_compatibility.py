@@ -44,7 +44,7 @@ def describe(config, world_size=2, lora=None):
     )
 
 
-OWN = describe(parse())
+OWN = replace(describe(parse()), eval_sha256="cd" * 32)
 MANIFEST = {"step": 4, "continuity": OWN.as_record()}  # as old checkpoints name it
 
 

@@ -117,6 +117,8 @@ def runs(ranks1, ranks4, tmp_path_factory):
     resume(pools, models, other, saved.checkpoint, folder / "resumed")
     one = replace(four, case=replace(four.case, layout=Layout(1, 0), accumulation=1))
     run_and_save(pools, models, one, folder / "one")
+    hsdp = replace(four, case=replace(four.case, layout=Layout(4, 2, groups=2)))
+    run_and_save(pools, models, hsdp, folder / "hsdp")
     return folder
 
 
@@ -124,8 +126,9 @@ def without_ranks(loads):
     return [replace(layer, rank_max_over_mean=1) for layer in loads.layers]
 
 
-def test_ranks_measure_what_one_process_does(runs):
-    four, one = (list(read_loads(runs / name / "expert_load.jsonl")) for name in ("four", "one"))
+@pytest.mark.parametrize("name", ["four", "hsdp"])
+def test_ranks_measure_what_one_process_does(runs, name):
+    four, one = (list(read_loads(runs / n / "expert_load.jsonl")) for n in (name, "one"))
     assert [loads.step for loads in four] == [1, 2]
     for found, wanted in zip(without_ranks(four[0]), without_ranks(one[0]), strict=True):
         assert found.top1_margin == pytest.approx(wanted.top1_margin, abs=1e-6)
@@ -137,7 +140,7 @@ def test_ranks_measure_what_one_process_does(runs):
         of_both = 2 * max(sum(layer.share[:half]), sum(layer.share[half:]))
         gaps.append(layer.rank_max_over_mean - of_both)
     assert min(gaps) > -1e-6 and max(gaps) > 1e-3  # one group is worse than both together
-    sentence = report_loads(runs / "four", 2, 1.25)
+    sentence = report_loads(runs / name, 2, 1.25)
     assert "the others waited for a rank with 1." in sentence and "plan takes 1.25" in sentence
     assert (runs / "four" / "expert_load.png").exists()
 

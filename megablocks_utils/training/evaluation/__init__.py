@@ -1,0 +1,1 @@
+"""Held-out examples, measured and answered by the model as it is sharded."""

@@ -1,0 +1,59 @@
+"""What of a model tensor parallelism splits, and what it says of the rest."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.fsdp.tp_plan import choose_tp_plan
+from tests.support.tiny_families import tiny_config
+
+
+def _choose(family, tp_size=2, **overrides):
+    config = copy.deepcopy(tiny_config(family))
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return choose_tp_plan(model, tp_size)
+
+
+def test_plan_is_transformers_own_without_experts():
+    plan = _choose("qwen3_moe")
+    layer = "model.layers.0"
+    assert plan.styles[f"{layer}.self_attn.k_proj.weight"] == "colwise"
+    assert plan.styles[f"{layer}.self_attn.q_norm"] == "replicated_with_grad_allreduce"
+    assert plan.styles["lm_head.weight"] == "colwise_gather_output"
+    assert not any("experts" in name for name in plan.styles)
+    assert plan.left_whole == {}
+
+
+def test_attention_of_the_common_form_needs_no_plan():
+    styles = _choose("gpt_oss").styles
+    attention = "model.layers.0.self_attn"
+    assert styles[f"{attention}.o_proj.bias"] == "rowwise"
+    assert styles[f"{attention}.sinks"] == "colwise"
+    assert styles[attention] == "local_params"
+
+
+def test_what_cannot_be_split_is_left_whole_and_named():
+    tied = _choose("mixtral", tie_word_embeddings=True)
+    assert set(tied.left_whole) == {"model.embed_tokens", "lm_head"}
+    assert "share their weights" in tied.left_whole["lm_head"]
+    assert not any(name.startswith("lm_head") for name in tied.styles)
+    attention = _choose("deepseek_v2").left_whole["model.layers.*.self_attn"]
+    assert attention.endswith("kv_a_proj_with_mqa is of style mla_kv_a_proj")
+
+
+@pytest.mark.parametrize(
+    ("family", "tp_size", "sentence"),
+    [
+        ("mixtral", 4, r"tp_size is 4, but it must divide the heads .*; 1 and 2 would work\."),
+        ("zaya", 2, "tp_size is 2, but it must be 1 for model type zaya: transformers has no"),
+    ],
+)
+def test_refusals(family, tp_size, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        _choose(family, tp_size)

@@ -35,11 +35,11 @@ class HelpRequested(Exception):
     """Ask `run_entry_point` to print this help text and end with exit code 0."""
 
 
-def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any], tuple[str, ...]]:
+def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any], CommandLine]:
     """Read the words of a command that knows all its options.
 
     Returns:
-        The options given, by name; and the positional words.
+        The options given, by name; and the line they come from.
 
     Raises:
         HelpRequested: for `--help` or `-h`.
@@ -50,7 +50,7 @@ def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any],
     refuse_unknown(line.given, command.names)
     values = line.read_values()
     check_required(values, command.options)
-    return values, line.positional
+    return values, line
 
 
 def check_required(values: Mapping[str, Any], options: Iterable[Option]) -> None:

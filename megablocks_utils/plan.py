@@ -110,8 +110,7 @@ def print_config(own: PlanArguments, line: CommandLine) -> str:
         return format_record(read_recorded_options(Path(own.run)))
     config, leftovers = read_run(line, own.entry_point)
     if line.positional:
-        model = choose_model(line)
-        config = replace(config, model=replace(config.model, model_name_or_path=model))
+        config = replace(config, model=replace(config.model, model_name_or_path=choose_model(line)))
     return format_config(config, leftovers)
 
 
@@ -141,9 +140,8 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     """
     path = find_config_file(options.model)
     settings = read_config_file(path)
-    optim = options.config.optim
     if settings.get("model_type") in KNOWN_MODEL_TYPES:
-        packing = PADDED if optim.packing == "False" else ONE_ROW
+        packing = PADDED if options.config.optim.packing == "False" else ONE_ROW
         shape = read_shape(options.config, settings)
         yield PlannedModel(shape, packing, options.config.may_be_varlen)
         return
@@ -155,12 +153,7 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     ):
         shutil.copy(path, Path(folder, MODEL_CONFIG_NAME))
         shape = shape_of(worker.describe())
-        packing, is_varlen = worker.choose_packing(
-            optim.packing,
-            optim.per_device_train_batch_size,
-            options.config.model.attn_implementation,
-            options.config.data.packing_length,
-        )
+        packing, is_varlen = worker.choose_packing(options.config)
         rehearse = worker.rehearse if shape.not_known else None
         yield PlannedModel(shape, packing, is_varlen, rehearse)
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.planning.model.model_description import (
     ModelDescription,
@@ -66,13 +66,7 @@ class RehearsalWorker:
         """
         return read_description(self._ask(self._asked))
 
-    def choose_packing(
-        self,
-        packing: str,
-        batch_size: int,
-        attention: str,
-        packing_length: int | None = None,
-    ) -> tuple[str, bool]:
+    def choose_packing(self, config: RunConfig) -> tuple[str, bool]:
         """Say how a run would lay out the examples of a micro-batch, by the probe that it makes.
 
         Returns:
@@ -82,10 +76,10 @@ class RehearsalWorker:
             ConfigurationError: the run would be refused, with its sentence.
         """
         parts = {
-            "packing": packing,
-            "batch_size": batch_size,
-            "attention": attention,
-            "packing_length": packing_length,
+            "packing": config.optim.packing,
+            "batch_size": config.optim.per_device_train_batch_size,
+            "attention": config.model.attn_implementation,
+            "packing_length": config.data.packing_length,
         }
         answer = self._ask(self._asked | parts)
         return str(answer["packing"]), bool(answer["is_varlen"])

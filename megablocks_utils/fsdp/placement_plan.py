@@ -209,13 +209,13 @@ _BUFFERS = PlacementRule("buffers", _KEPT.placements, "FSDP shards parameters on
 _TP_REASON = "ranks of a tp group have the same rows"
 _SPLIT = PlacementRule(
     "dense parameters, split",
-    {DENSE_DP_AXIS: SHARD, TP_AXIS: SHARD},
+    {DP_REPLICATE_AXIS: COPIES, DENSE_DP_AXIS: SHARD, TP_AXIS: SHARD},
     f"{_TP_REASON}, each a part of the layer; FSDP gathers it along the other axis",
     "over the other axes by FSDP",
 )
 _UNSPLIT = PlacementRule(
     "dense parameters",
-    {DENSE_DP_AXIS: SHARD, TP_AXIS: COPIES},
+    {DP_REPLICATE_AXIS: COPIES, DENSE_DP_AXIS: SHARD, TP_AXIS: COPIES},
     f"{_TP_REASON}, and this layer whole; FSDP gathers it along the other axis",
     "over the other axes by FSDP; along tp all have the whole",
 )

@@ -110,8 +110,7 @@ def print_config(own: PlanArguments, line: CommandLine) -> str:
         return format_record(read_recorded_options(Path(own.run)))
     config, leftovers = read_run(line, own.entry_point)
     if line.positional:
-        model = choose_model(line.positional, line.read_values().get("model_name_or_path"))
-        config = replace(config, model=replace(config.model, model_name_or_path=model))
+        config = replace(config, model=replace(config.model, model_name_or_path=choose_model(line)))
     return format_config(config, leftovers)
 
 
@@ -122,11 +121,13 @@ class PlannedModel:
     Attributes:
         shape: its sizes.
         packing: how examples of a micro-batch are laid out.
+        is_varlen: whether attention takes these one by one, without a mask.
         rehearse: predicts what the formulas do not know of it; None where they know all.
     """
 
     shape: ModelShape
     packing: str = ONE_ROW
+    is_varlen: bool = False
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
 
@@ -139,10 +140,10 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     """
     path = find_config_file(options.model)
     settings = read_config_file(path)
-    optim = options.config.optim
     if settings.get("model_type") in KNOWN_MODEL_TYPES:
-        packing = PADDED if optim.packing == "False" else ONE_ROW
-        yield PlannedModel(read_shape(options.config, settings), packing)
+        packing = PADDED if options.config.optim.packing == "False" else ONE_ROW
+        shape = read_shape(options.config, settings)
+        yield PlannedModel(shape, packing, options.config.may_be_varlen)
         return
     with (
         TemporaryDirectory() as folder,
@@ -152,12 +153,9 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     ):
         shutil.copy(path, Path(folder, MODEL_CONFIG_NAME))
         shape = shape_of(worker.describe())
-        packing = worker.choose_packing(
-            optim.packing,
-            optim.per_device_train_batch_size,
-            options.config.data.packing_length,
-        )
-        yield PlannedModel(shape, packing, worker.rehearse if shape.not_known else None)
+        packing, is_varlen = worker.choose_packing(options.config)
+        rehearse = worker.rehearse if shape.not_known else None
+        yield PlannedModel(shape, packing, is_varlen, rehearse)
 
 
 def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
@@ -237,7 +235,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         label_tokens=tokens,
         examples=max(config.optim.per_device_train_batch_size, 1 + config.has_several_examples),
         packing=model.packing,
-        is_varlen=config.may_be_varlen and not shape.not_known,
+        is_varlen=model.is_varlen,
         imbalance=own.imbalance,
         rehearse=model.rehearse,
     )

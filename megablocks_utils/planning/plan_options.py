@@ -112,7 +112,7 @@ def build_plan_options(own: PlanArguments, line: CommandLine) -> PlanOptions:
     given = {option.name: option.read() for option in line.given if option.option is not None}
     has_no_ep = given.get("use_megablocks_sharding") is False
     return PlanOptions(
-        model=choose_model(line.positional, given.get("model_name_or_path")),
+        model=choose_model(line),
         own=own,
         world_sizes=world_sizes,
         config=config,

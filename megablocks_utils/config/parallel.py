@@ -201,11 +201,14 @@ def count_data_ranks(world_size: int, tp_size: int, sp_size: int, num_groups: in
 
 def _nearest_sizes(num_ranks: int, tp_size: int, sp_size: int) -> tuple[int, int]:
     """Return the sizes nearest to these, by ratio, whose product divides the ranks."""
-    pairs = [(tp, sp) for tp in legal_ep_sizes(num_ranks) for sp in legal_ep_sizes(num_ranks // tp)]
-    return min(
-        pairs,
-        key=lambda pair: abs(math.log(pair[0] / tp_size)) + abs(math.log(pair[1] / sp_size)),
-    )
+
+    def distance(pair: tuple[int, int]) -> tuple[float, int]:
+        tp, sp = pair
+        # Of equals the one with most tp: layers may be too large for a rank.
+        return max(tp / tp_size, tp_size / tp) * max(sp / sp_size, sp_size / sp), -tp
+
+    sizes = legal_ep_sizes(num_ranks)
+    return min(((tp, sp) for tp in sizes for sp in legal_ep_sizes(num_ranks // tp)), key=distance)
 
 
 def check_heads(counts: Iterable[int], sp_size: int, tp_size: int = 1) -> None:

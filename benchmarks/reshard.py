@@ -1,10 +1,11 @@
 """How exactly a run resumes from a checkpoint in another layout: every layout to every other.
 
-    PYTHONPATH=. python -m benchmarks.reshard
+    PYTHONPATH=. python -m benchmarks.reshard [--composed]
 
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
-in each layout; about five minutes on two cores. Writes benchmarks/results/reshard.json and prints
-it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
+in each layout; about five minutes on two cores. With `--composed`, in layouts of several mesh axes
+at once. Writes benchmarks/results/reshard.json, or reshard_composed.json, and prints it as
+Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
 same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
 """
 
@@ -31,7 +32,6 @@ from tests.support.resuming import (
     run_and_save,
 )
 
-RESULT = RESULTS / "reshard.json"
 BOUND = 1e-5
 ERRORS = ("weights", "exp_avg", "exp_avg_sq")
 RUNS = {
@@ -45,14 +45,28 @@ RUNS = {
     "FSDP1 4 no ep": make_run("fsdp1", Layout(4, 0, "replicate")),
 }
 """Layouts by their names in the table."""
+COMPOSED = {
+    "1 rank": RUNS["1 rank"],
+    "hsdp2 ep2": make_run("fsdp2", Layout(4, 2, groups=2)),
+    "ep2 etp2": make_run("fsdp2", Layout(4, 2, expert_tp_size=2)),
+    "tp2 ep2": make_run("fsdp2", Layout(4, 2, tp_size=2)),
+    "sp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2)),
+    "sp2 tp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2, tp_size=2)),
+    "sp2 etp2": make_run("fsdp2", Layout(4, 1, sp_size=2, expert_tp_size=2)),
+    "tp2 etp2": make_run("fsdp2", Layout(4, 1, tp_size=2, expert_tp_size=2)),
+    "hsdp2 ep2 etp2": make_run("fsdp2", Layout(8, 2, groups=2, expert_tp_size=2)),
+    "sp2 ep2 hsdp2": make_run("fsdp2", Layout(8, 2, groups=2, sp_size=2)),
+}
 
 
-def measure(pools: Mapping[int, RankPool], models: ParityFolder) -> list[Row]:
+def measure(
+    pools: Mapping[int, RankPool], models: ParityFolder, runs: Mapping[str, Run]
+) -> list[Row]:
     """Save in each layout and resume in all; return a row for each pair."""
     rows = []
-    for source, run in RUNS.items():
+    for source, run in runs.items():
         saved = run_and_save(pools, models, run, models.folder / f"saved {source}")
-        for target, other in RUNS.items():
+        for target, other in runs.items():
             rows.append(measure_pair(pools, models, saved, run.on(other)))
             rows[-1] = {"saved": source, "resumed": target} | rows[-1]
             say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
@@ -88,7 +102,7 @@ def largest_difference(resumed: ResumedRun, saved: SavedRun, name: str) -> float
 
 def format_table(rows: list[Row]) -> str:
     """Return the differences of the next losses as Markdown, and the errors of the state."""
-    names = list(RUNS)
+    names = list(dict.fromkeys(row["saved"] for row in rows))
     losses = {(row["saved"], row["resumed"]): row["loss"] for row in rows}
     lines = [
         [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in names)]
@@ -111,13 +125,17 @@ def find_violations(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     """Measure, write, show, judge."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--composed", action="store_true", help="several mesh axes at once")
+    is_composed = parser.parse_args().composed
+    runs = COMPOSED if is_composed else RUNS
     started = time.monotonic()
-    with open_rank_pools(1, 2, 4) as (pools, models):
-        rows = measure(pools, models)
+    with open_rank_pools(*{run.layout.world_size for run in runs.values()}) as (pools, models):
+        rows = measure(pools, models, runs)
     runtime_s = round(time.monotonic() - started)
     provenance = build_provenance("benchmarks.reshard", sys.argv[1:], runtime_s=runtime_s)
-    finish(RESULT, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
+    result = RESULTS / ("reshard_composed.json" if is_composed else "reshard.json")
+    finish(result, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
 
 
 if __name__ == "__main__":

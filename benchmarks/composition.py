@@ -9,15 +9,13 @@ are in the file.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import product
 
 from benchmarks.harness.provenance import RESULTS, build_provenance
 from benchmarks.harness.rank_pools import finish, open_rank_pools
-from benchmarks.harness.record import Row
+from benchmarks.harness.record import Record
 from benchmarks.harness.report import group_rows, markdown_table
 from benchmarks.parity import MEASURED, find_violations, measure_parity, worst_of
 from tests.support.parity import Layout, ParityCase
@@ -32,56 +30,63 @@ LAYOUTS = (
     Layout(4, 2, sp_size=2, tp_size=2),
     Layout(4, 1, sp_size=2, expert_tp_size=2),
     Layout(4, 1, tp_size=2, expert_tp_size=2),
-    Layout(4, 1, groups=2, tp_size=2),
     Layout(8, 2, groups=2, expert_tp_size=2),
     Layout(8, 2, groups=2, sp_size=2),
-    Layout(8, 2, groups=2, sp_size=2, tp_size=2),
 )
 
 
-def composed_cases(layouts: Sequence[Layout]) -> Iterator[ParityCase]:
-    """Yield full runs and runs with adapters of each, in turn with both ways of recomputing.
+def list_cases() -> Iterator[ParityCase]:
+    """Yield a full run of each layout and model, and one with adapters on the experts.
 
-    Adapters are on the experts; the routers' auxiliary loss is in the full run of Mixtral.
+    The model with adapters changes from layout to layout, and the way of recomputing from run to
+    run. The routers' auxiliary loss is in the full runs of Mixtral.
     """
-    for layout, (number, model), lora in product(layouts, enumerate(MODELS), ("none", "mlp-only")):
-        is_selective = (number % 2 == 0) == (lora == "none")
-        yield ParityCase(
-            layout,
-            model,
-            lora=lora,
-            checkpointing="selective" if is_selective else "True",
-            aux_loss_coef=0.02 if (model, lora) == ("mixtral", "none") else 0.0,
-        )
+    for number, layout in enumerate(LAYOUTS):
+        cases = [(model, "none") for model in MODELS] + [(MODELS[number % len(MODELS)], "mlp-only")]
+        for place, (model, lora) in enumerate(cases):
+            yield ParityCase(
+                layout,
+                model,
+                lora=lora,
+                checkpointing="selective" if (number + place) % 2 else "True",
+                aux_loss_coef=0.02 if (model, lora) == ("mixtral", "none") else 0.0,
+            )
 
 
 def main() -> None:
-    """Measure, write, show, judge."""
+    """Measure what the file does not have, write, show, judge."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=[str(layout) for layout in LAYOUTS])
+    parser.add_argument("--only", nargs="+", metavar="LAYOUT", default=[])
     only = parser.parse_args().only
-    layouts = [layout for layout in LAYOUTS if only is None or str(layout) in only]
     started = time.monotonic()
-    with open_rank_pools(*sorted({layout.world_size for layout in layouts})) as (pools, folder):
-        rows = measure_parity(pools, folder, composed_cases(layouts))
-    runtime_s = round(time.monotonic() - started)
-    rows = [*_rows_of_others(layouts), *rows]
-    provenance = build_provenance("benchmarks.composition", sys.argv[1:], runtime_s=runtime_s)
+    cases = [case for case in list_cases() if not only or str(case.layout) in only]
+    record = _open_record(cases)
+    with open_rank_pools(*sorted({case.layout.world_size for case in cases})) as (pools, folder):
+        for case in cases:
+            record.rows.extend(measure_parity(pools, folder, [case]))
+            record.content["runtime_s"] += round(time.monotonic() - started)
+            started = time.monotonic()
+            record.write()
     cells = [
-        [layout, model, str(len(found)), *worst_of(found)]
-        for (layout, model), found in group_rows(rows, "layout", "model").items()
+        [layout, model, lora, checkpointing, *worst_of(found)]
+        for (layout, model, lora, checkpointing), found in group_rows(
+            record.rows, "layout", "model", "lora", "checkpointing"
+        ).items()
     ]
-    table = markdown_table(("layout", "model", "runs", *MEASURED), cells, num_left=2)
-    finish(RESULT, provenance | {"parity": rows}, table, find_violations(rows, []))
+    heads = ("layout", "model", "LoRA", "checkpointing", *MEASURED)
+    table = markdown_table(heads, cells, num_left=4)
+    finish(RESULT, record.content, table, find_violations(record.rows, []))
 
 
-def _rows_of_others(layouts: Sequence[Layout]) -> list[Row]:
+def _open_record(cases: Sequence[ParityCase]) -> Record:
     """Return the rows that the file has of layouts that are not measured now."""
-    if len(layouts) == len(LAYOUTS) or not RESULT.exists():
-        return []
-    measured = {str(layout) for layout in layouts}
-    known = json.loads(RESULT.read_text(encoding="utf-8"))["parity"]
-    return [row for row in known if row["layout"] not in measured]
+    content = build_provenance("benchmarks.composition", sys.argv[1:], runtime_s=0) | {"rows": []}
+    if RESULT.exists():
+        measured = {str(case.layout) for case in cases}
+        known = Record.read(RESULT)
+        content["rows"] = [row for row in known.rows if row["layout"] not in measured]
+        content["runtime_s"] = known.content["runtime_s"]
+    return Record(RESULT, content)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How exactly a run resumes from a checkpoint in another layout: every layout to every other.
 
-    PYTHONPATH=. python -m benchmarks.reshard [--composed]
+    PYTHONPATH=. python -m benchmarks.reshard [--composed] [--saved LAYOUT ...]
 
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
 in each layout; about five minutes on two cores. With `--composed`, in layouts of several mesh axes
@@ -12,13 +12,13 @@ same layout is not bit-equal to the uninterrupted one, or another one exceeds th
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from benchmarks.harness.provenance import RESULTS, build_provenance
 from benchmarks.harness.rank_pools import finish, open_rank_pools
-from benchmarks.harness.record import Row
+from benchmarks.harness.record import Record, Row
 from benchmarks.harness.report import markdown_table, say
 from tests.support.parity import Layout, ParityFolder
 from tests.support.rank_pool import RankPool
@@ -60,11 +60,15 @@ COMPOSED = {
 
 
 def measure(
-    pools: Mapping[int, RankPool], models: ParityFolder, runs: Mapping[str, Run]
+    pools: Mapping[int, RankPool],
+    models: ParityFolder,
+    runs: Mapping[str, Run],
+    sources: Iterable[str],
 ) -> list[Row]:
-    """Save in each layout and resume in all; return a row for each pair."""
+    """Save in each of the sources and resume in all; return a row for each pair."""
     rows = []
-    for source, run in runs.items():
+    for source in sources:
+        run = runs[source]
         saved = run_and_save(pools, models, run, models.folder / f"saved {source}")
         for target, other in runs.items():
             rows.append(measure_pair(pools, models, saved, run.on(other)))
@@ -102,13 +106,13 @@ def largest_difference(resumed: ResumedRun, saved: SavedRun, name: str) -> float
 
 def format_table(rows: list[Row]) -> str:
     """Return the differences of the next losses as Markdown, and the errors of the state."""
-    names = list(dict.fromkeys(row["saved"] for row in rows))
+    names, targets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("saved", "resumed"))
     losses = {(row["saved"], row["resumed"]): row["loss"] for row in rows}
     lines = [
-        [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in names)]
+        [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in targets)]
         for source in names
     ]
-    table = markdown_table(("saved \\ resumed", *names), lines)
+    table = markdown_table(("saved \\ resumed", *targets), lines)
     worst = ", ".join(f"{name} {max(row[name] for row in rows):g}" for name in ERRORS)
     return f"{table}\n\nLargest error of the restored state, all {len(rows)} pairs: {worst}."
 
@@ -127,14 +131,18 @@ def main() -> None:
     """Measure, write, show, judge."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--composed", action="store_true", help="several mesh axes at once")
-    is_composed = parser.parse_args().composed
-    runs = COMPOSED if is_composed else RUNS
+    parser.add_argument("--saved", nargs="+", help="layouts to save in; other rows stay")
+    given = parser.parse_args()
+    runs = COMPOSED if given.composed else RUNS
+    result = RESULTS / ("reshard_composed.json" if given.composed else "reshard.json")
+    sources = [name for name in runs if given.saved is None or name in given.saved]
+    known = [] if given.saved is None else Record.read(result).rows
     started = time.monotonic()
     with open_rank_pools(*{run.layout.world_size for run in runs.values()}) as (pools, models):
-        rows = measure(pools, models, runs)
+        rows = measure(pools, models, runs, sources)
+    rows = [row for row in known if row["saved"] not in sources] + rows
     runtime_s = round(time.monotonic() - started)
     provenance = build_provenance("benchmarks.reshard", sys.argv[1:], runtime_s=runtime_s)
-    result = RESULTS / ("reshard_composed.json" if is_composed else "reshard.json")
     finish(result, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
 
 

@@ -45,7 +45,9 @@ from megablocks_utils.planning.plan_options import (
     build_plan_options,
     read_arguments,
     read_run,
+    write_output_file,
 )
+from megablocks_utils.planning.report.load_table import show_loads
 from megablocks_utils.planning.report.plan_chart import draw_plan
 from megablocks_utils.planning.report.plan_record import (
     build_plan_record,
@@ -61,6 +63,7 @@ from megablocks_utils.planning.speed.scale import plan_scale
 from megablocks_utils.planning.speed.traffic_links import Cluster
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.rehearsal.worker import RehearsalWorker
+from megablocks_utils.training.report.expert_load import read_measured_loads
 
 __all__ = ["build_request", "main", "open_model", "plan_world", "plan_worlds", "print_config"]
 
@@ -164,20 +167,25 @@ def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
     Raises:
         UserError: as `build_request`, or a file that cannot be written.
     """
-    request = build_request(options, model)
+    request, own = build_request(options, model), options.own
+    loads = None if own.loads is None else read_measured_loads(own.loads, "loads")
+    if loads is not None:
+        loads.check(dict.fromkeys(loads.layers, model.shape.num_experts), "loads")
     rows = plan_layouts(request)
     assumptions = _list_assumptions(request, options)
-    own = options.own
-    show_plan(build_console(stderr=own.launcher is not None), request, rows, assumptions)
+    console = build_console(stderr=own.launcher is not None)
+    show_plan(console, request, rows, assumptions)
+    if loads is not None:
+        show_loads(console, request, rows, loads)
     chosen = choose_row(rows)
     if own.launcher is not None and chosen is not None:
         gpu = None if own.gpu is None else GPUS[own.gpu]
         sys.stdout.write(build_launch_file(own.launcher, request, chosen.layout, gpu))
     if own.json:
         record = build_plan_record(request, rows, asdict(own), assumptions)
-        _write("json", own.json, lambda path: write_json_atomically(path, record))
+        write_output_file("json", own.json, lambda path: write_json_atomically(path, record))
     if own.plot:
-        _write("plot", own.plot, lambda path: draw_plan(request, rows, path))
+        write_output_file("plot", own.plot, lambda path: draw_plan(request, rows, path))
     return chosen is not None
 
 
@@ -199,10 +207,10 @@ def plan_worlds(options: PlanOptions, model: PlannedModel) -> bool:
     own = options.own
     if own.json:
         record = build_scale_record(request, points, asdict(own), assumptions)
-        _write("json", own.json, lambda path: write_json_atomically(path, record))
+        write_output_file("json", own.json, lambda path: write_json_atomically(path, record))
     if own.plot:
         series, capacity = {request.model: points}, request.capacity_bytes
-        _write("plot", own.plot, lambda path: draw_scale(series, capacity, path))
+        write_output_file("plot", own.plot, lambda path: draw_scale(series, capacity, path))
     return any(point.chosen is not None for point in points)
 
 
@@ -280,15 +288,6 @@ def _list_assumptions(request: PlanRequest, options: PlanOptions) -> list[str]:
     if options.passed_on:
         says.append(f"Passed on to TrainingArguments unread: {' '.join(options.passed_on)}.")
     return says
-
-
-def _write(name: str, path: str, write: Callable[[Path], None]) -> None:
-    try:
-        write(Path(path))
-    except OSError as error:
-        raise ConfigurationError(
-            f"--{name} is {path}, but it cannot be written ({error.strerror})."
-        ) from error
 
 
 if __name__ == "__main__":

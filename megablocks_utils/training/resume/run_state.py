@@ -21,7 +21,6 @@ from megablocks_utils.fsdp.cpu_offload import choose_state_device
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.fsdp.places import PlacedParameters, find_buffers, find_places
 from megablocks_utils.mesh.placement import local_tensor
-from megablocks_utils.training.step.muon import MUON_STATE
 
 __all__ = ["RunState"]
 
@@ -141,7 +140,7 @@ class RunState:
     def _list_moments(self) -> dict[int, tuple[str, ...]]:
         """Return the states that are as large as their parameter, by the parameter's id."""
         return {
-            id(parameter): (MUON_STATE,) if group.get("is_muon") else _MOMENTS
+            id(parameter): group.get("moments", _MOMENTS)
             for group in self.optimizer.param_groups
             for parameter in group["params"]
         }

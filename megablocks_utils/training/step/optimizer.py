@@ -16,7 +16,7 @@ from megablocks_utils.fsdp.cpu_offload import HostStates
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.kernels.backends.triton import TRITON
 from megablocks_utils.mesh.placement import is_replicated
-from megablocks_utils.training.step.muon import MuonWithAdamW
+from megablocks_utils.training.step.muon import MUON_STATE, MuonWithAdamW
 from megablocks_utils.training.step.stochastic_rounding import StochasticRoundingAdamW
 
 __all__ = ["build_lr_scheduler", "build_optimizer", "has_weight_decay"]
@@ -128,6 +128,6 @@ def _group_parameters(
         is_muon = strip_wrappers(name) in matrices
         group = groups.setdefault((mesh, decay, is_muon), {"params": [], "weight_decay": decay})
         if is_muon:
-            group["is_muon"] = True
+            group |= {"is_muon": True, "moments": (MUON_STATE,)}
         group["params"].append(parameter)
     return list(groups.values())

@@ -44,6 +44,10 @@ _CLAUSES = {
     ),
     "data_weights": ("data_weights is", ("data_weights",)),
     "packing_length": ("packing_length is", ("packing_length",)),
+    "expert_quantization": (
+        "expert_quantization, which the adapters were trained on, is",
+        ("expert_quantization",),
+    ),
     "num_examples": ("the number of examples in data_path is", ("data_path",)),
     "data_sha256": (
         "data_path or max_seq_length has changed: the checksum of its tokens is",
@@ -76,6 +80,7 @@ class ResumeCompatibility:
         streaming: whether the data is read while training; the examples are then the first ones.
         shuffle_buffer_size: records that a stream shuffles among each other; None: none.
         optim: the optimizer.
+        expert_quantization: the format that experts are packed in; None: they are not.
     """
 
     model_type: str
@@ -95,6 +100,7 @@ class ResumeCompatibility:
     streaming: bool = False
     shuffle_buffer_size: int | None = None
     optim: str = "adamw"
+    expert_quantization: str | None = None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -131,6 +137,7 @@ def describe_compatibility(
         streaming=data.streaming,
         shuffle_buffer_size=data.shuffle_buffer_size if data.streaming and data.shuffle else None,
         optim=config.optim.optim,
+        expert_quantization=config.adapter.packed_format,
     )
 
 

@@ -10,6 +10,7 @@ from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.config.evaluation import check_evaluation
+from megablocks_utils.config.optim import MUON
 from megablocks_utils.config.quantization import check_quantization
 from megablocks_utils.errors import ConfigurationError
 
@@ -40,6 +41,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--cpu_offload is params, but FSDP1 leaves the experts, most of the weights, on the "
             "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
         )
+    _check_muon(values, entry_point)
     _check_groups(values, entry_point)
     accumulation = values["gradient_accumulation_steps"]
     if values["compile"] and entry_point == "fsdp1" and accumulation > 1:
@@ -65,7 +67,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 
 def _check_sharding(values: Mapping[str, Any]) -> None:
-    """Refuse what would do nothing without expert parallelism, and slices beside other splits."""
+    """Refuse what would do nothing without expert parallelism."""
     idle = {
         "ep_size": (None, 1),
         "expert_tp_size": (1,),
@@ -77,16 +79,15 @@ def _check_sharding(values: Mapping[str, Any]) -> None:
             raise ConfigurationError(
                 f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
             )
-    for name in ("tp_size", "sp_size"):
-        if values["expert_tp_size"] > 1 and values[name] > 1:
-            raise ConfigurationError(
-                f"--{name} is {values[name]}, but with --expert_tp_size "
-                f"{values['expert_tp_size']} it must be 1."
-            )
 
 
 def _check_adapters(values: Mapping[str, Any]) -> None:
     """Refuse what needs adapters where there are none, and the other way round."""
+    if values["use_dora"]:
+        raise ConfigurationError(
+            "--use_dora is True, but DoRA divides by norms of whole merged weights in every forward"
+            " pass, which lie on several ranks: it must be False (plain LoRA)."
+        )
     if values["resume_adapter"] is not None and values["use_lora"] == "none":
         raise ConfigurationError(
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
@@ -97,6 +98,22 @@ def _check_adapters(values: Mapping[str, Any]) -> None:
             f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
             "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
             "megablocks_utils.merge."
+        )
+
+
+def _check_muon(values: Mapping[str, Any], entry_point: str) -> None:
+    """Refuse Muon where matrices cannot be put together, or states cannot be moved."""
+    if values["optim"] != MUON:
+        return
+    if entry_point == "fsdp1":
+        raise ConfigurationError(
+            "--optim is muon, but the flat shards of FSDP1 cut matrices anywhere: it must be adamw,"
+            " or use train_accelerate_fsdp2.py."
+        )
+    if values["cpu_offload"] != "none":
+        raise ConfigurationError(
+            f"--optim is muon, but with --cpu_offload {values['cpu_offload']} it must be adamw: "
+            "whole matrices are put together on the devices."
         )
 
 
@@ -140,8 +157,6 @@ def _check_tensor_parallelism(values: Mapping[str, Any], entry_point: str) -> No
             "with the same rows share the work of the experts."
         )
     for name, wanted in (
-        ("sp_size", 1),
-        ("dp_replicate_size", 1),
         ("cpu_offload", "none"),
         ("compile", False),
     ):

@@ -28,7 +28,7 @@ from megablocks_utils.config import (
 from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.help_text import format_help, format_options_table
-from megablocks_utils.config.parallel import count_data_ranks
+from megablocks_utils.config.parallel import check_heads, count_data_ranks
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
 
@@ -207,10 +207,15 @@ REFUSALS = {
     f"{SHARDING} --ep_size 2 --expert_degree 4": "--ep_size 2 and --expert_degree 4 are the same "
     "option given twice; leave one of the two out.",
     "--max-steps 1 --max_steps 2": "--max_steps is given twice, as 1 and as 2; give it once.",
-    "--optim sgd": "--optim is sgd, but it must be adamw, adamw_torch_fused or adamw_torch.",
+    "--optim sgd": "--optim is sgd, but it must be adamw, adamw_torch_fused, adamw_torch or muon.",
     "--optim adamw_8bit": "--optim is adamw_8bit, but torchao's 8-bit AdamW fails on sharded "
     "bfloat16 weights and cannot be resumed on every number of processes (--optim_dtype bfloat16 "
-    "halves float32 states): it must be adamw, adamw_torch_fused or adamw_torch.",
+    "halves float32 states): it must be adamw, adamw_torch_fused, adamw_torch or muon.",
+    "--use_dora True --use_lora all": "--use_dora is True, but DoRA divides by norms of whole "
+    "merged weights in every forward pass, which lie on several ranks: it must be False "
+    "(plain LoRA).",
+    "--optim muon --cpu_offload params": "--optim is muon, but with --cpu_offload params it must "
+    "be adamw: whole matrices are put together on the devices.",
     "--seed 1_000": "--seed is 1_000, but it must be a whole number from 0 to 4294967295.",
     "--seed ٣": "--seed is ٣, but it must be a whole number from 0 to 4294967295.",
     "--learning_rate 1_0e-5": "--learning_rate is 1_0e-5, but it must be a number of at least 0.",
@@ -432,9 +437,18 @@ def test_world_refusals(line, world_size, num_experts, sentence):
 
 def test_data_ranks_are_one_of_each_group():
     assert count_data_ranks(16, 2, 4, 2) == 2
-    sentence = r"tp_size is 2 and sp_size is 4, but their product must divide the 4 processes of a"
+    sentence = (
+        r"tp_size is 2 and sp_size is 4, but their product must divide the 4 processes of a group; "
+        r"tp_size 2 with sp_size 2 would work\."
+    )
     with pytest.raises(ConfigurationError, match=sentence):
         count_data_ranks(8, 2, 4, 2)
+    check_heads([8, 32], sp_size=4, tp_size=2)
+    sentence = (
+        "divide the 4 heads of its attention that a rank has with tp_size 2; 1, 2 and 4 would"
+    )
+    with pytest.raises(ConfigurationError, match=sentence):
+        check_heads([8, 32], sp_size=8, tp_size=2)
 
 
 def test_worlds_that_fit():

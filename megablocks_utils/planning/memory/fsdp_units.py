@@ -24,6 +24,7 @@ class ParamShard:
         is_restacked: whether shards are put together along another dim than the first, which
             takes a second copy of the whole.
         packed_bytes: what it takes where it is packed; None: `numel` times `stored`.
+        is_matrix: whether it is what Muon trains, where it is asked for.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +32,7 @@ class ParamShard:
     stored: int
     is_trained: bool
     is_restacked: bool = False
+    is_matrix: bool = False
     packed_bytes: int | None = None
 
     @property
@@ -76,6 +78,11 @@ class FsdpUnit:
     def trained_numel(self) -> int:
         """Elements held that are trained."""
         return sum(shard.numel for shard in self._trained) + self.padding * bool(self._trained)
+
+    @cached_property
+    def matrices(self) -> tuple[ParamShard, ...]:
+        """What of it Muon trains, where it is asked for."""
+        return tuple(shard for shard in self._trained if shard.is_matrix)
 
     @cached_property
     def num_trained(self) -> int:

@@ -116,6 +116,7 @@ class Scenario:
             token_dispatch=config.parallel.token_dispatch,
             sp_size=config.parallel.sp_size,
             packed_format=config.adapter.packed_format,
+            optim=config.optim.optim,
         )
 
     def own_layout(self) -> ParallelLayout:

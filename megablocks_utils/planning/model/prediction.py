@@ -34,7 +34,7 @@ COMPONENTS = (
 """Where a peak's bytes are.
 
 `parameters`: this rank's shards, and experts it holds whole; `gradients`: likewise, as they are
-kept between micro-steps; `optimizer`: Adam's states; `fsdp_buffers`: gathered weights, gradients
+kept between micro-steps; `optimizer`: its states; `fsdp_buffers`: gathered weights, gradients
 that wait to be reduced, and what collectives copy in and out of; `activations`: what the backward
 pass needs and temporaries; `dispatch_buffers`: rows that travel between ranks or are put in order
 for the experts, and everything the experts compute with them.
@@ -101,6 +101,7 @@ class PlannedRun:
             model does to them is not known.
         sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
         packed_format: what the experts' weights are packed in, each rank whole ones; None: not.
+        optim: the optimizer.
     """
 
     world_size: int
@@ -126,6 +127,7 @@ class PlannedRun:
     dp_replicate_size: int = 1
     sp_size: int = 1
     packed_format: str | None = None
+    optim: str = "adamw"
 
     @property
     def shard_size(self) -> int:

@@ -13,6 +13,7 @@ from megablocks_utils.mesh.placement import (
     local_tensor,
     mark_replicated,
 )
+from megablocks_utils.moe.sharded_moe import find_slots
 
 FillLocal = Callable[[str, Tensor, tuple[int, ...]], None]
 """Fills a part of a parameter: (name in the transformers model, the part, where it begins)."""
@@ -43,13 +44,15 @@ def materialize(
         offload: FSDP2's, which has shards in host memory; None: all are on the device.
     """
     places: dict[nn.Parameter, list[str]] = {}
+    slots = find_slots(module)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if local_tensor(parameter.detach()).is_meta:
             places.setdefault(parameter, []).append(name)
     for parameter, names in places.items():
         local = _allocate(parameter, device, offload)
         name = f"{prefix}{names[0]}".replace(_ADAPTED_LAYER, "")
-        for block in local_blocks(parameter):
+        experts = slots[parameter].experts if parameter in slots else None
+        for block in local_blocks(parameter, experts):
             fill_local(name, block.of(local), block.offsets)
         filled = nn.Parameter(_place_like(parameter, local), requires_grad=parameter.requires_grad)
         if is_replicated(parameter):

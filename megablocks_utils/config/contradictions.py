@@ -11,6 +11,7 @@ from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.config.evaluation import check_evaluation
 from megablocks_utils.config.expert_balance import BALANCED, CONTIGUOUS
+from megablocks_utils.config.quantization import check_quantization
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["check_together"]
@@ -26,6 +27,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     Raises:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
+    check_quantization(values)
     _check_sharding(values)
     _check_kernel(values)
     check_data_options(values)

@@ -19,6 +19,7 @@ from megablocks_utils.config import parse_args
 from megablocks_utils.fsdp.fsdp2 import full_parameters
 from megablocks_utils.moe.expert_slots import ExpertSlots
 from megablocks_utils.moe.expert_spec import find_expert_modules
+from megablocks_utils.moe.rounded_experts import round_experts
 from megablocks_utils.moe.sharded_moe import find_slots
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
@@ -128,6 +129,7 @@ class ParityCase:
     cpu_offload: str = "none"
     attention: str = "auto"
     placement: str = "contiguous"
+    quantization: str = "none"
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -177,6 +179,7 @@ class ParityFolder:
             "dp_replicate_size": case.layout.groups,
             "tp_size": case.layout.tp_size,
             "sp_size": case.layout.sp_size,
+            "expert_quantization": case.quantization,
             "report_to": "none",
         }
         if case.layout.ep_size:
@@ -203,7 +206,7 @@ class ParityFolder:
         """Return the reference of a case; cases that mean the same steps share one."""
         deal = (case.layout.data_ranks, case.batch_size, case.accumulation)
         return StockRun(
-            model_folder=str(self._model(case.model)),
+            model_folder=str(self._dequantized(case)),
             data_path=str(self._data(case.num_examples)),
             global_batch=GLOBAL_BATCH,
             num_steps=case.num_steps,
@@ -254,6 +257,18 @@ class ParityFolder:
             else:
                 save_tiny(family, folder, **overrides)
         return folder
+
+    def _dequantized(self, case: ParityCase) -> Path:
+        """Return the model that a run computes with: the case's own, or what a format keeps."""
+        folder = self._model(case.model)
+        if case.quantization == "none":
+            return folder
+        rounded = folder.with_name(f"{folder.name}-{case.quantization}")
+        if not rounded.exists():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            round_experts(model, case.quantization)
+            model.save_pretrained(rounded)
+        return rounded
 
     def _data(self, num_examples: int) -> Path:
         path = self.folder / f"{num_examples}.json"

@@ -162,10 +162,8 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    console = _begin(config, launch)
-    precision = resolve_precision(config, device.type)
+    console, precision = _begin(config, launch), resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
-    loads_path = find_loads_path(config, resume)
     source = _open_model(config, precision, launch.world_size, console)
     folder, model = source.folder, source.model
     adapters = raise_on_all_ranks(lambda: _choose_adapters(source.model, config))
@@ -182,7 +180,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
-    place_experts(sharded, loads_path, console)
+    place_experts(sharded, find_loads_path(config, resume), console)
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)

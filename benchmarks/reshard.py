@@ -1,23 +1,24 @@
 """How exactly a run resumes from a checkpoint in another layout: every layout to every other.
 
-    PYTHONPATH=. python -m benchmarks.reshard
+    PYTHONPATH=. python -m benchmarks.reshard [--composed] [--saved LAYOUT ...]
 
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
-in each layout; about five minutes on two cores. Writes benchmarks/results/reshard.json and prints
-it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
+in each layout; about five minutes on two cores. With `--composed`, in layouts of several mesh axes
+at once. Writes benchmarks/results/reshard.json, or reshard_composed.json, and prints it as
+Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
 same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from benchmarks.harness.provenance import RESULTS, build_provenance
 from benchmarks.harness.rank_pools import finish, open_rank_pools
-from benchmarks.harness.record import Row
+from benchmarks.harness.record import Record, Row
 from benchmarks.harness.report import markdown_table, say
 from tests.support.parity import Layout, ParityFolder
 from tests.support.rank_pool import RankPool
@@ -31,7 +32,6 @@ from tests.support.resuming import (
     run_and_save,
 )
 
-RESULT = RESULTS / "reshard.json"
 BOUND = 1e-5
 ERRORS = ("weights", "exp_avg", "exp_avg_sq")
 RUNS = {
@@ -45,14 +45,32 @@ RUNS = {
     "FSDP1 4 no ep": make_run("fsdp1", Layout(4, 0, "replicate")),
 }
 """Layouts by their names in the table."""
+COMPOSED = {
+    "1 rank": RUNS["1 rank"],
+    "hsdp2 ep2": make_run("fsdp2", Layout(4, 2, groups=2)),
+    "ep2 etp2": make_run("fsdp2", Layout(4, 2, expert_tp_size=2)),
+    "tp2 ep2": make_run("fsdp2", Layout(4, 2, tp_size=2)),
+    "sp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2)),
+    "sp2 tp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2, tp_size=2)),
+    "sp2 etp2": make_run("fsdp2", Layout(4, 1, sp_size=2, expert_tp_size=2)),
+    "tp2 etp2": make_run("fsdp2", Layout(4, 1, tp_size=2, expert_tp_size=2)),
+    "hsdp2 ep2 etp2": make_run("fsdp2", Layout(8, 2, groups=2, expert_tp_size=2)),
+    "sp2 ep2 hsdp2": make_run("fsdp2", Layout(8, 2, groups=2, sp_size=2)),
+}
 
 
-def measure(pools: Mapping[int, RankPool], models: ParityFolder) -> list[Row]:
-    """Save in each layout and resume in all; return a row for each pair."""
+def measure(
+    pools: Mapping[int, RankPool],
+    models: ParityFolder,
+    runs: Mapping[str, Run],
+    sources: Iterable[str],
+) -> list[Row]:
+    """Save in each of the sources and resume in all; return a row for each pair."""
     rows = []
-    for source, run in RUNS.items():
+    for source in sources:
+        run = runs[source]
         saved = run_and_save(pools, models, run, models.folder / f"saved {source}")
-        for target, other in RUNS.items():
+        for target, other in runs.items():
             rows.append(measure_pair(pools, models, saved, run.on(other)))
             rows[-1] = {"saved": source, "resumed": target} | rows[-1]
             say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
@@ -88,13 +106,13 @@ def largest_difference(resumed: ResumedRun, saved: SavedRun, name: str) -> float
 
 def format_table(rows: list[Row]) -> str:
     """Return the differences of the next losses as Markdown, and the errors of the state."""
-    names = list(RUNS)
+    names, targets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("saved", "resumed"))
     losses = {(row["saved"], row["resumed"]): row["loss"] for row in rows}
     lines = [
-        [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in names)]
+        [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in targets)]
         for source in names
     ]
-    table = markdown_table(("saved \\ resumed", *names), lines)
+    table = markdown_table(("saved \\ resumed", *targets), lines)
     worst = ", ".join(f"{name} {max(row[name] for row in rows):g}" for name in ERRORS)
     return f"{table}\n\nLargest error of the restored state, all {len(rows)} pairs: {worst}."
 
@@ -111,13 +129,21 @@ def find_violations(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     """Measure, write, show, judge."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--composed", action="store_true", help="several mesh axes at once")
+    parser.add_argument("--saved", nargs="+", help="layouts to save in; other rows stay")
+    given = parser.parse_args()
+    runs = COMPOSED if given.composed else RUNS
+    result = RESULTS / ("reshard_composed.json" if given.composed else "reshard.json")
+    sources = [name for name in runs if given.saved is None or name in given.saved]
+    known = [] if given.saved is None else Record.read(result).rows
     started = time.monotonic()
-    with open_rank_pools(1, 2, 4) as (pools, models):
-        rows = measure(pools, models)
+    with open_rank_pools(*{run.layout.world_size for run in runs.values()}) as (pools, models):
+        rows = measure(pools, models, runs, sources)
+    rows = [row for row in known if row["saved"] not in sources] + rows
     runtime_s = round(time.monotonic() - started)
     provenance = build_provenance("benchmarks.reshard", sys.argv[1:], runtime_s=runtime_s)
-    finish(RESULT, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
+    finish(result, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
 
 
 if __name__ == "__main__":

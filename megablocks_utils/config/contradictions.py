@@ -66,7 +66,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 
 def _check_sharding(values: Mapping[str, Any]) -> None:
-    """Refuse what would do nothing without expert parallelism, and slices beside other splits."""
+    """Refuse what would do nothing without expert parallelism."""
     idle = {
         "ep_size": (None, 1),
         "expert_tp_size": (1,),
@@ -84,12 +84,6 @@ def _check_sharding(values: Mapping[str, Any]) -> None:
             f"--expert_loads is {values['expert_loads']}, but it needs --expert_placement "
             f"{BALANCED}."
         )
-    for name in ("tp_size", "sp_size"):
-        if values["expert_tp_size"] > 1 and values[name] > 1:
-            raise ConfigurationError(
-                f"--{name} is {values[name]}, but with --expert_tp_size "
-                f"{values['expert_tp_size']} it must be 1."
-            )
 
 
 def _check_adapters(values: Mapping[str, Any]) -> None:
@@ -147,8 +141,6 @@ def _check_tensor_parallelism(values: Mapping[str, Any], entry_point: str) -> No
             "with the same rows share the work of the experts."
         )
     for name, wanted in (
-        ("sp_size", 1),
-        ("dp_replicate_size", 1),
         ("cpu_offload", "none"),
         ("compile", False),
     ):

@@ -158,13 +158,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def local_blocks(tensor: Tensor, experts: Sequence[int] | None = None) -> tuple[LocalBlock, ...]:
     """Return which elements of the whole tensor this rank's part holds; none of an empty part.
 
-    One block, or one for each part of a dim that is split part by part. A plain tensor is one
-    block. No communication.
-
-    Args:
-        tensor: of which this rank has a part.
-        experts: which expert lies where along dim 0, if not in the model's order: then there is
-            also a block for each run of consecutive experts.
+    One block, or one for each part of a dim that is split part by part, and for each run of
+    consecutive experts where `experts` says which lies where along dim 0 (None: as in the model). A
+    plain tensor is one block. No communication.
     """
     runs = [[range(size)] for size in tensor.shape]
     if isinstance(tensor, DTensor):
@@ -229,10 +225,9 @@ def _join(numbers: Sequence[int]) -> list[range]:
     """Return numbers as runs of consecutive ones."""
     found: list[range] = []
     for number in numbers:
-        if found and found[-1].stop == number:
-            found[-1] = range(found[-1].start, number + 1)
-        else:
-            found.append(range(number, number + 1))
+        follows = bool(found) and found[-1].stop == number
+        start = found.pop().start if follows else number
+        found.append(range(start, number + 1))
     return found
 
 

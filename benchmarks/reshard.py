@@ -1,10 +1,10 @@
 """How exactly a run resumes from a checkpoint in another layout: every layout to every other.
 
-    PYTHONPATH=. python -m benchmarks.reshard
+    PYTHONPATH=. python -m benchmarks.reshard [--axes]
 
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
-in each layout; about five minutes on two cores. Writes benchmarks/results/reshard.json and prints
-it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
+in each layout; about five minutes on two cores. `--axes` takes the layouts with further axes of the
+mesh. Writes benchmarks/results/reshard.json, or reshard_axes.json, and prints it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
 same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
 """
 
@@ -31,7 +31,7 @@ from tests.support.resuming import (
     run_and_save,
 )
 
-RESULT = RESULTS / "reshard.json"
+RESULT, AXES_RESULT = RESULTS / "reshard.json", RESULTS / "reshard_axes.json"
 BOUND = 1e-5
 ERRORS = ("weights", "exp_avg", "exp_avg_sq")
 RUNS = {
@@ -46,13 +46,28 @@ RUNS = {
 }
 """Layouts by their names in the table."""
 
+# Half of the words is an odd number, so that FSDP shards unevenly what tensor parallelism splits.
+UNEVEN = {"model": "mixtral, odd half of the words"}
+AXES_RUNS = {
+    "1 rank": make_run("fsdp2", Layout(1, 1), **UNEVEN),
+    "4 ep2": make_run("fsdp2", Layout(4, 2), **UNEVEN),
+    "hsdp2 ep2": make_run("fsdp2", Layout(4, 2, groups=2), **UNEVEN),
+    "etp2 ep2": make_run("fsdp2", Layout(4, 2, expert_tp_size=2), **UNEVEN),
+    "tp2 ep2": make_run("fsdp2", Layout(4, 2, tp_size=2), **UNEVEN),
+    "tp2 ep4": make_run("fsdp2", Layout(4, 4, tp_size=2), **UNEVEN),
+    "sp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2), **UNEVEN),
+}
+"""The same for further axes."""
 
-def measure(pools: Mapping[int, RankPool], models: ParityFolder) -> list[Row]:
+
+def measure(
+    pools: Mapping[int, RankPool], models: ParityFolder, runs: Mapping[str, Run]
+) -> list[Row]:
     """Save in each layout and resume in all; return a row for each pair."""
     rows = []
-    for source, run in RUNS.items():
+    for source, run in runs.items():
         saved = run_and_save(pools, models, run, models.folder / f"saved {source}")
-        for target, other in RUNS.items():
+        for target, other in runs.items():
             rows.append(measure_pair(pools, models, saved, run.on(other)))
             rows[-1] = {"saved": source, "resumed": target} | rows[-1]
             say(", ".join(f"{name} {value}" for name, value in rows[-1].items()))
@@ -88,7 +103,7 @@ def largest_difference(resumed: ResumedRun, saved: SavedRun, name: str) -> float
 
 def format_table(rows: list[Row]) -> str:
     """Return the differences of the next losses as Markdown, and the errors of the state."""
-    names = list(RUNS)
+    names = list(dict.fromkeys(row["saved"] for row in rows))
     losses = {(row["saved"], row["resumed"]): row["loss"] for row in rows}
     lines = [
         [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in names)]
@@ -111,13 +126,16 @@ def find_violations(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     """Measure, write, show, judge."""
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--axes", action="store_true", help="layouts with further axes")
+    has_axes = parser.parse_args().axes
+    runs, result = (AXES_RUNS, AXES_RESULT) if has_axes else (RUNS, RESULT)
     started = time.monotonic()
-    with open_rank_pools(1, 2, 4) as (pools, models):
-        rows = measure(pools, models)
+    with open_rank_pools(*sorted({run.layout.world_size for run in runs.values()})) as place:
+        rows = measure(*place, runs)
     runtime_s = round(time.monotonic() - started)
     provenance = build_provenance("benchmarks.reshard", sys.argv[1:], runtime_s=runtime_s)
-    finish(RESULT, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
+    finish(result, provenance | {"rows": rows}, format_table(rows), find_violations(rows))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "olmoe": ("olmoe", {}),
+    # Half of the words, which is what tensor parallelism has FSDP shard, is an odd number.
+    "mixtral, odd half of the words": ("mixtral", {"vocab_size": 130}),
     "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
     # Rows and columns of every projection go past a tile of 128 and of 256, and end inside one.
@@ -346,7 +348,7 @@ def record_first_gradients(state: TrainingState, trace: Trace) -> None:
         is_first = False
         for name, parameter in state.model.named_parameters():
             if parameter.requires_grad:
-                grad = parameter.grad
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
                 trace.first_gradients[name] = grad.clone()
         if state.accelerator.process_index:

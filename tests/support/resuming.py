@@ -151,6 +151,8 @@ def assemble(ranks: Sequence[Shards], run: Run) -> dict[str, Tensor]:
         if name.endswith(".step"):  # held by every rank that holds any of the parameter
             continue
         wanted = {num_copies(name, run)}
+        if ".experts." not in name:
+            wanted.add(run.layout.groups * run.layout.tp_size)  # not split over tp
         if len(blocks) == 1:  # perhaps whole on every rank: a buffer, what stays in float32
             wanted.add(run.layout.world_size)
         assert {len(held) for held in blocks.values()} <= wanted, name

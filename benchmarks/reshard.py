@@ -4,8 +4,9 @@
 
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
 in each layout; about five minutes on two cores. `--axes` takes the layouts with further axes of the
-mesh. Writes benchmarks/results/reshard.json, or reshard_axes.json, and prints it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
-same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
+mesh. Writes benchmarks/results/reshard.json, or reshard_axes.json, and prints it as Markdown. Ends
+with exit code 1 if a weight or moment differs at all, a run resumed in the same layout is not
+bit-equal to the uninterrupted one, or another one exceeds the bound.
 """
 
 import argparse

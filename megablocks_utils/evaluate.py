@@ -210,10 +210,10 @@ def parse_options(argv: Sequence[str]) -> tuple[str, EvaluateOptions]:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word, name or value that cannot be used.
     """
-    values, positional = read_command(argv, COMMAND)
+    values, line = read_command(argv, COMMAND)
     values["data"] = build_section(DataConfig, values)
     options = build_section(EvaluateOptions, values)
-    return choose_model(positional, options.model_name_or_path), options
+    return choose_model(line), options
 
 
 def main(argv: Sequence[str]) -> None:

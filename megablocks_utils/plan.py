@@ -45,7 +45,9 @@ from megablocks_utils.planning.plan_options import (
     build_plan_options,
     read_arguments,
     read_run,
+    write_output_file,
 )
+from megablocks_utils.planning.report.load_table import show_loads
 from megablocks_utils.planning.report.plan_chart import draw_plan
 from megablocks_utils.planning.report.plan_record import (
     build_plan_record,
@@ -61,6 +63,7 @@ from megablocks_utils.planning.speed.scale import plan_scale
 from megablocks_utils.planning.speed.traffic_links import Cluster
 from megablocks_utils.processes.entry_point import run_entry_point
 from megablocks_utils.rehearsal.worker import RehearsalWorker
+from megablocks_utils.training.report.expert_load import read_measured_loads
 
 __all__ = ["build_request", "main", "open_model", "plan_world", "plan_worlds", "print_config"]
 
@@ -110,8 +113,7 @@ def print_config(own: PlanArguments, line: CommandLine) -> str:
         return format_record(read_recorded_options(Path(own.run)))
     config, leftovers = read_run(line, own.entry_point)
     if line.positional:
-        model = choose_model(line.positional, line.read_values().get("model_name_or_path"))
-        config = replace(config, model=replace(config.model, model_name_or_path=model))
+        config = replace(config, model=replace(config.model, model_name_or_path=choose_model(line)))
     return format_config(config, leftovers)
 
 
@@ -122,11 +124,13 @@ class PlannedModel:
     Attributes:
         shape: its sizes.
         packing: how examples of a micro-batch are laid out.
+        is_varlen: whether attention takes these one by one, without a mask.
         rehearse: predicts what the formulas do not know of it; None where they know all.
     """
 
     shape: ModelShape
     packing: str = ONE_ROW
+    is_varlen: bool = False
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
 
@@ -139,10 +143,10 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     """
     path = find_config_file(options.model)
     settings = read_config_file(path)
-    optim = options.config.optim
     if settings.get("model_type") in KNOWN_MODEL_TYPES:
-        packing = PADDED if optim.packing == "False" else ONE_ROW
-        yield PlannedModel(read_shape(options.config, settings), packing)
+        packing = PADDED if options.config.optim.packing == "False" else ONE_ROW
+        shape = read_shape(options.config, settings)
+        yield PlannedModel(shape, packing, options.config.may_be_varlen)
         return
     with (
         TemporaryDirectory() as folder,
@@ -152,12 +156,9 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     ):
         shutil.copy(path, Path(folder, MODEL_CONFIG_NAME))
         shape = shape_of(worker.describe())
-        packing = worker.choose_packing(
-            optim.packing,
-            optim.per_device_train_batch_size,
-            options.config.data.packing_length,
-        )
-        yield PlannedModel(shape, packing, worker.rehearse if shape.not_known else None)
+        packing, is_varlen = worker.choose_packing(options.config)
+        rehearse = worker.rehearse if shape.not_known else None
+        yield PlannedModel(shape, packing, is_varlen, rehearse)
 
 
 def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
@@ -166,20 +167,25 @@ def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
     Raises:
         UserError: as `build_request`, or a file that cannot be written.
     """
-    request = build_request(options, model)
+    request, own = build_request(options, model), options.own
+    loads = None if own.loads is None else read_measured_loads(own.loads, "loads")
+    if loads is not None:
+        loads.check(dict.fromkeys(loads.layers, model.shape.num_experts), "loads")
     rows = plan_layouts(request)
     assumptions = _list_assumptions(request, options)
-    own = options.own
-    show_plan(build_console(stderr=own.launcher is not None), request, rows, assumptions)
+    console = build_console(stderr=own.launcher is not None)
+    show_plan(console, request, rows, assumptions)
+    if loads is not None:
+        show_loads(console, request, rows, loads)
     chosen = choose_row(rows)
     if own.launcher is not None and chosen is not None:
         gpu = None if own.gpu is None else GPUS[own.gpu]
         sys.stdout.write(build_launch_file(own.launcher, request, chosen.layout, gpu))
     if own.json:
         record = build_plan_record(request, rows, asdict(own), assumptions)
-        _write("json", own.json, lambda path: write_json_atomically(path, record))
+        write_output_file("json", own.json, lambda path: write_json_atomically(path, record))
     if own.plot:
-        _write("plot", own.plot, lambda path: draw_plan(request, rows, path))
+        write_output_file("plot", own.plot, lambda path: draw_plan(request, rows, path))
     return chosen is not None
 
 
@@ -201,10 +207,10 @@ def plan_worlds(options: PlanOptions, model: PlannedModel) -> bool:
     own = options.own
     if own.json:
         record = build_scale_record(request, points, asdict(own), assumptions)
-        _write("json", own.json, lambda path: write_json_atomically(path, record))
+        write_output_file("json", own.json, lambda path: write_json_atomically(path, record))
     if own.plot:
         series, capacity = {request.model: points}, request.capacity_bytes
-        _write("plot", own.plot, lambda path: draw_scale(series, capacity, path))
+        write_output_file("plot", own.plot, lambda path: draw_scale(series, capacity, path))
     return any(point.chosen is not None for point in points)
 
 
@@ -237,7 +243,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         label_tokens=tokens,
         examples=max(config.optim.per_device_train_batch_size, 1 + config.has_several_examples),
         packing=model.packing,
-        is_varlen=config.may_be_varlen and not shape.not_known,
+        is_varlen=model.is_varlen,
         imbalance=own.imbalance,
         rehearse=model.rehearse,
     )
@@ -282,15 +288,6 @@ def _list_assumptions(request: PlanRequest, options: PlanOptions) -> list[str]:
     if options.passed_on:
         says.append(f"Passed on to TrainingArguments unread: {' '.join(options.passed_on)}.")
     return says
-
-
-def _write(name: str, path: str, write: Callable[[Path], None]) -> None:
-    try:
-        write(Path(path))
-    except OSError as error:
-        raise ConfigurationError(
-            f"--{name} is {path}, but it cannot be written ({error.strerror})."
-        ) from error
 
 
 if __name__ == "__main__":

@@ -59,8 +59,9 @@ def main(argv: Sequence[str]) -> None:
         HelpRequested: for `--help` or `-h`.
         UserError: for options or files that cannot be used.
     """
-    values, words = read_command(argv, COMMAND)
+    values, line = read_command(argv, COMMAND)
     options = build_section(ReportOptions, values)
+    words = line.positional
     if len(words) != 1:
         seen = ", ".join(words) or "none"
         raise ConfigurationError(f"RUN must be one output folder of a run, but it is {seen}.")

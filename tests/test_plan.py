@@ -20,6 +20,7 @@ from megablocks_utils.planning.speed.calibration import (
     solve,
 )
 from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.training.report.expert_load import describe_layer
 from tests.planning.cases import MIXTRAL, MODELS, PUBLISHED, build_scenario
 from tests.planning.report.test_prediction_check import PLAN
 
@@ -314,3 +315,29 @@ def test_json_for_a_device_is_sent_there(tmp_path, device):
     assert answer.returncode == 0, answer.stderr
     if device == "/proc/self/fd/1":
         assert json.loads(answer.stdout[answer.stdout.index("\n{") :])["rows"]
+
+
+def write_loads(path, share, layers=2, rows=1000):
+    names = [f"model.layers.{n}.block_sparse_moe.experts" for n in range(layers)]
+    lines = [
+        describe_layer(name, [rows * s for s in share], [[rows]], None).__dict__ for name in names
+    ]
+    path.write_text("".join(json.dumps({"step": 1} | line) + "\n" for line in lines))
+    return path
+
+
+def test_loads_say_what_a_placement_saves(tmp_path, capsys):
+    path = write_loads(tmp_path / "expert_load.jsonl", [0.3, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0])
+    code, out, err = run(contract(f"--loads {path} --ep_size 4"), capsys)
+    assert (code, err) == (0, "")
+    assert re.search(r"layers.1.block_sparse_moe.experts +60.0% -> 32.0%", out)
+    assert "the busiest rank has 2.40 times its fair share of rows, 1.28 times with" in out
+    other = write_loads(tmp_path / "other.jsonl", [0.5, 0.5])
+    for line, words in {
+        f"--loads {other}": "experts are 2, and those of this model are 8: it must be of",
+        f"--loads {tmp_path / 'none'}": "none, but it must be an expert_load.jsonl, as --expert_lo",
+        f"--loads {path} --gpus 8..16": f"--loads is {path}, but --gpus is 8..16; it must be one",
+    }.items():
+        code, out, err = run(contract(line), capsys)
+        assert (code, out) == (2, "")
+        assert words in err and err.startswith("--loads is ")

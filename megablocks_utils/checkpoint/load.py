@@ -56,7 +56,7 @@ def build_model_on_meta(
     read_quantization(folder)  # refuses what is not read here, before names look wrong
     with ForeignCode(lambda reason: _unusable(folder, reason)):
         config = _read_config(folder, truncate_layers)
-        config.dtype = dtype or config.dtype
+        _set_dtype(config, dtype)
         model = build_text_model(config)
         model.tie_weights()
         # As `save_pretrained` does; a config may come without.
@@ -80,6 +80,13 @@ def find_other_parts(folder: Path, keys: Iterable[str]) -> set[str]:
     state = whole.state_dict()
     targets = NameMapping(whole, state).targets(keys)
     return {key for key, target in targets.items() if target.name in state}
+
+
+def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
+    """Say in which dtype to build, also to the text part, which is built by what itself says."""
+    text = config.get_text_config(decoder=True)
+    text.dtype = dtype or text.dtype or config.dtype
+    config.dtype = dtype or config.dtype
 
 
 def _read_config(folder: Path, truncate_layers: int | None) -> PreTrainedConfig:

@@ -35,11 +35,11 @@ class HelpRequested(Exception):
     """Ask `run_entry_point` to print this help text and end with exit code 0."""
 
 
-def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any], tuple[str, ...]]:
+def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any], CommandLine]:
     """Read the words of a command that knows all its options.
 
     Returns:
-        The options given, by name; and the positional words.
+        The options given, by name; and the line they come from.
 
     Raises:
         HelpRequested: for `--help` or `-h`.
@@ -50,7 +50,7 @@ def read_command(argv: Sequence[str], command: Command) -> tuple[dict[str, Any],
     refuse_unknown(line.given, command.names)
     values = line.read_values()
     check_required(values, command.options)
-    return values, line.positional
+    return values, line
 
 
 def check_required(values: Mapping[str, Any], options: Iterable[Option]) -> None:
@@ -72,15 +72,20 @@ def build_section(section: type[_Section], values: Mapping[str, Any]) -> _Sectio
     return section(**{name: values[name] for name in names})
 
 
-def choose_model(positional: Sequence[str], named: object | None) -> str:
+def choose_model(line: CommandLine) -> str:
     """Return the MODEL of a command line, which `--model_name_or_path` may name too.
+
+    As every word of a command line, it wins over a file of options.
 
     Raises:
         ConfigurationError: for none, or more than one.
     """
-    models = list(positional)
-    if named is not None and models != [named]:
-        models.append(str(named))
+    models = list(line.positional)
+    named = [given for given in line.given if given.name == "model_name_or_path"]
+    for given in named:
+        value = given.read()
+        if value is not None and models != [value] and not (models and given.place):
+            models.append(str(value))
     if not models:
         raise ConfigurationError("MODEL is not given, but it must be a local folder or a Hub name.")
     if len(models) > 1:

@@ -28,7 +28,8 @@ from megablocks_utils.lora.file_check import AdapterCheckError
 _HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 # Our rounding errors are of stock's size but not the same; a wrong adapter is far outside.
 _FACTOR = 4
-# Rounding is not quite without direction: 1.08 was seen at an effect three times its size.
+# Rounding is not quite without direction: stock itself showed 0.71 at an effect twice its size, and
+# 1.23, where the trained model showed 1.34, at an effect four times its size.
 _SHARE_BOUND = 0.25
 
 
@@ -45,12 +46,14 @@ class LogitsCheck:
         effect: error of leaving the adapter out.
         share: how much of the adapter's change of the logits the trained model shows (its
             projection on that change), 1 without rounding; 1 too for an adapter without effect.
+        stock_share: how much plain transformers and PEFT in the run's dtype show of it.
     """
 
     ours: float
     stock: float
     effect: float
     share: float
+    stock_share: float = 1.0
 
     @property
     def is_hidden(self) -> bool:
@@ -64,7 +67,8 @@ class LogitsCheck:
                 f"its logits are {self.ours:.1e} from those of the trained model, where rounding "
                 f"explains {self.stock:.1e}"
             )
-        if not self.is_hidden and abs(self.share - 1) > _SHARE_BOUND:
+        allowed = max(_SHARE_BOUND, _FACTOR * abs(self.stock_share - 1))
+        if not self.is_hidden and abs(self.share - 1) > allowed:
             return f"the trained model's logits show {self.share:.1%} of the change it makes"
         return None
 
@@ -168,6 +172,7 @@ def compare_logits(ours: Tensor, stock: Tensor, exact: Tensor, without: Tensor) 
         stock=_median_error(stock, exact),
         effect=_median_error(without, exact),
         share=_share(ours - without, exact - without),
+        stock_share=_share(stock - without, exact - without),
     )
 
 

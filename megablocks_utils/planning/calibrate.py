@@ -218,7 +218,7 @@ def _read_task(argv: Sequence[str]) -> _Task:
     check_output_file("output", own.output)
     training = list_words(line.given, without=(*LAYOUT_OPTIONS, *_OURS))
     return _Task(
-        model=choose_model(line.positional, line.read_values().get("model_name_or_path")),
+        model=choose_model(line),
         config=parse_args(training, entry_point="fsdp2"),
         words=tuple(training),
         nproc=own.nproc,

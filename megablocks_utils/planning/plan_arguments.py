@@ -101,6 +101,15 @@ class PlanArguments:
             shown_default="none, and no seconds are shown",
         ),
     ] = None
+    loads: Annotated[
+        str | None,
+        Option(
+            "the expert_load.jsonl of a run of this model: for each ep_size the rows of its "
+            "busiest rank, layer by layer, with experts in their own order and with "
+            "--expert_placement balanced, and what that saves",
+            metavar="FILE",
+        ),
+    ] = None
     check: Annotated[
         str | None,
         Option(

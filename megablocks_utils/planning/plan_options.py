@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ __all__ = [
     "parse_plan_options",
     "read_arguments",
     "read_run",
+    "write_output_file",
 ]
 
 _SLIP_OF_OURS = 0.88
@@ -112,7 +113,7 @@ def build_plan_options(own: PlanArguments, line: CommandLine) -> PlanOptions:
     given = {option.name: option.read() for option in line.given if option.option is not None}
     has_no_ep = given.get("use_megablocks_sharding") is False
     return PlanOptions(
-        model=choose_model(line.positional, given.get("model_name_or_path")),
+        model=choose_model(line),
         own=own,
         world_sizes=world_sizes,
         config=config,
@@ -158,6 +159,20 @@ def check_output_file(name: str, path: Path) -> None:
         raise ConfigurationError(f"--{name} is {path}, but {path.parent} is no folder; {wanted}.")
 
 
+def write_output_file(name: str, path: str, write: Callable[[Path], None]) -> None:
+    """Write a file that an option names.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    try:
+        write(Path(path))
+    except OSError as error:
+        raise ConfigurationError(
+            f"--{name} is {path}, but it cannot be written ({error.strerror})."
+        ) from error
+
+
 def _settle(own: PlanArguments, given: Mapping[str, object]) -> PlanArguments:
     """Work out what follows from `--launcher` and `--nodes`.
 
@@ -173,10 +188,12 @@ def _settle(own: PlanArguments, given: Mapping[str, object]) -> PlanArguments:
         )
     if own.nodes is not None:
         own = _spread_over_nodes(own, own.nodes, is_gpus_given="gpus" in given)
-    if own.launcher is not None and ".." in own.gpus:
-        raise ConfigurationError(
-            f"--launcher is {own.launcher}, but --gpus is {own.gpus}; it must be one number."
-        )
+    for name in ("launcher", "loads"):
+        value = getattr(own, name)
+        if value is not None and ".." in own.gpus:
+            raise ConfigurationError(
+                f"--{name} is {value}, but --gpus is {own.gpus}; it must be one number."
+            )
     return own
 
 

@@ -15,7 +15,6 @@ OLDEST: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 """As pyproject.toml has them, which counts only where this project was installed by pip."""
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
-_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _ALLOCATOR_NAMES = (_ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -40,11 +39,9 @@ def check_versions() -> None:
 
 
 def set_allocator(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set up torch's allocators, unless the user has: segments that grow on GPUs, huge pages here.
+    """Let torch's allocator on GPUs use segments that grow, unless the user has set it up.
 
-    Every layer of every step asks for other sizes, which leave fixed segments in pieces. On a host
-    each step gets its gradients' memory from the system again, page by page.
+    Every layer of every step asks for other sizes, which leave fixed segments in pieces.
     """
-    environ.setdefault(_HUGE_PAGES, "1")
     if not any(name in environ for name in _ALLOCATOR_NAMES):
         environ[_ALLOCATOR] = "expandable_segments:True"

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.planning.model.model_description import (
     ModelDescription,
@@ -66,20 +66,23 @@ class RehearsalWorker:
         """
         return read_description(self._ask(self._asked))
 
-    def choose_packing(
-        self, packing: str, batch_size: int, packing_length: int | None = None
-    ) -> str:
+    def choose_packing(self, config: RunConfig) -> tuple[str, bool]:
         """Say how a run would lay out the examples of a micro-batch, by the probe that it makes.
+
+        Returns:
+            The layout, and whether attention is `varlen`.
 
         Raises:
             ConfigurationError: the run would be refused, with its sentence.
         """
         parts = {
-            "packing": packing,
-            "batch_size": batch_size,
-            "packing_length": packing_length,
+            "packing": config.optim.packing,
+            "batch_size": config.optim.per_device_train_batch_size,
+            "attention": config.model.attn_implementation,
+            "packing_length": config.data.packing_length,
         }
-        return str(self._ask(self._asked | parts)["packing"])
+        answer = self._ask(self._asked | parts)
+        return str(answer["packing"]), bool(answer["is_varlen"])
 
     def rehearse(self, layout: ParallelLayout, run: PlannedRun) -> Prediction:
         """Rehearse one layout with few layers of each kind, once.
@@ -190,8 +193,8 @@ def _answer(
     if "layout" not in asked:
         model = build(asked["folder"], "bfloat16", "bfloat16", asked["truncate_layers"])
         if "packing" in asked:
-            names = ("packing", "batch_size", "packing_length")
-            return {"packing": _probe_packing(model, *(asked[name] for name in names))}
+            names = ("packing", "batch_size", "attention", "packing_length")
+            return _probe_packing(model, *(asked[name] for name in names))
         return write_description(describe_model(model))
     folder, layout, run = read_request(question)
     device = torch.device("cpu")
@@ -215,11 +218,17 @@ def _refuse(model_type: str) -> Callable[[str], UserError]:
 
 
 def _probe_packing(
-    model: "PreTrainedModel", packing: str, batch_size: int, packing_length: int | None
-) -> str:
+    model: "PreTrainedModel",
+    packing: str,
+    batch_size: int,
+    attention: str,
+    packing_length: int | None,
+) -> dict[str, Any]:
     import torch
 
-    from megablocks_utils.training.step.packing_probe import choose_packing
+    from megablocks_utils.attention.implementation import own_implementation
+    from megablocks_utils.attention.varlen_interface import VARLEN
+    from megablocks_utils.training.step.packing_probe import AUTO, OWN, choose_packing
     from megablocks_utils.training.step.small_model import build_small_model
 
     device = torch.device("cpu")
@@ -228,9 +237,11 @@ def _probe_packing(
         packing=packing,
         batch_size=batch_size,
         device=device,
+        attention=attention if attention in (AUTO, VARLEN) else OWN,
+        own_attention=own_implementation(model),
         packing_length=packing_length,
     )
-    return choice.packing.value
+    return {"packing": choice.packing.value, "is_varlen": choice.attention == VARLEN}
 
 
 def _build(

@@ -47,6 +47,17 @@ def logits(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_part_has_the_dtype_that_was_asked_for(tmp_path, family):
+    save_tiny(family, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"].pop("dtype", None)
+    path.write_text(json.dumps(config))
+    model = build_model_on_meta(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_is_trained_and_the_rest_passes_through(tmp_path, family):
     base, output_dir = tmp_path / "base", tmp_path / "out"
     save_tiny(family, base)

@@ -67,7 +67,6 @@ def test_the_command_line_wins(read):
 REFUSALS = {
     "seed: 7\nlearning_rat: 1": "{}:2: unknown option --learning_rat; did you mean "
     "--learning_rate?",
-    "expert_tp_size: 2": "{}:1: unknown option --expert_tp_size: that is not supported yet.",
     "learning_rat:": "{}:1: unknown option --learning_rat; did you mean --learning_rate?",
     "seed: 1\nshuffle: true\nseed: 2": "{}:3: --seed is given twice, as 1 and as 2; give it once.",
     "ep_size: 1\nexpert_degree: 2": "{}:2: --ep_size 1 and --expert_degree 2 are the same option "

@@ -147,6 +147,16 @@ def test_an_adapter_that_is_missing_shows_beside_rounding_of_its_size():
     assert abs(wrong.share) < 0.1
 
 
+def test_rounding_that_has_a_direction_is_stocks_too():
+    """As with bfloat16 on few tokens: what stock shows too much of, the trained model may."""
+    exact = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)).double()
+    without = _noisy(1, 0.2, exact)
+    change = exact - without
+    ours, stock = exact + 0.34 * change, exact + 0.23 * change
+    assert compare_logits(ours, stock, exact, without).find_fault() is None
+    assert compare_logits(exact + change, stock, exact, without).find_fault() is not None
+
+
 def test_an_adapter_without_effect_is_no_fault():
     exact = torch.randn(1, 4, 8, dtype=torch.float64)
     found = compare_logits(exact, _noisy(1, 1e-7, exact), exact, exact)

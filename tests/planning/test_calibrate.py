@@ -60,6 +60,7 @@ class PlantedRuns:
             lines.append(
                 {
                     "step": step + 1,
+                    "loss": 1.0,
                     "step_time_s": warm * ACCUMULATION * micro_step_s,
                     "input_tokens": self.tokens * self.world_size * ACCUMULATION,
                 }

@@ -53,14 +53,12 @@ def test_the_allocator_is_told_before_torch_comes_unless_the_user_has(monkeypatc
     def main(argv):
         told.update(os.environ)
 
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "THP_MEM_ALLOC_ENABLE"):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     entry_point.run_entry_point(main, [])
     assert told["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert told["THP_MEM_ALLOC_ENABLE"] == "1"
-    for name in ("PYTORCH_ALLOC_CONF", "THP_MEM_ALLOC_ENABLE"):
-        monkeypatch.delenv(name)
-    theirs = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "THP_MEM_ALLOC_ENABLE": "0"}
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    theirs = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
     wanted = dict(theirs)
     set_allocator(theirs)
     assert theirs == wanted

@@ -48,7 +48,10 @@ class PlanRequest:
     calibration: Calibration | None = None
 
     def layouts(self) -> list[ParallelLayout]:
-        """List the layouts that were asked for; where one rank holds an expert, both words fit."""
+        """List the layouts that were asked for.
+
+        Where one rank holds an expert, and without expert parallelism by name, both words fit.
+        """
         shard_size = self.scenario.shard_size
         return [
             layout
@@ -57,6 +60,7 @@ class PlanRequest:
             and (
                 self.expert_dp is None
                 or layout.ep_size == shard_size
+                or self.ep_size == 1
                 or (layout.ep_size > 1 and layout.expert_dp == self.expert_dp)
             )
         ]

@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from megablocks_utils.config.expert_balance import MeasuredLoads
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.training.report.json_lines import JsonLinesWriter
 
 __all__ = ["LayerLoad", "LoadWriter", "StepLoads", "describe_layer", "read_loads"]
+__all__ += ["read_measured_loads"]
 
 _DIGITS = 9
 
@@ -131,3 +134,48 @@ def read_loads(path: str | Path) -> Iterator[StepLoads]:
             layers.append(LayerLoad.from_record(record))
     if step is not None:
         yield StepLoads(step, tuple(layers))
+
+
+def read_measured_loads(path: str | Path, parameter: str) -> MeasuredLoads:
+    """Read all steps of `expert_load.jsonl`, to place the experts by them.
+
+    Args:
+        path: the file.
+        parameter: that names it.
+
+    Raises:
+        ConfigurationError: it cannot be read, holds other lines, or none.
+    """
+    try:
+        layers = [layer for step in read_loads(path) for layer in step.layers]
+        fault = next((f for layer in layers if (f := _find_fault(layer))), None)
+    except OSError as error:
+        fault = error.strerror
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fault = "it holds a line that is none"
+    else:
+        fault = fault if layers else "it is empty"
+    if fault is not None:
+        raise ConfigurationError(
+            f"{parameter} is {path}, but it must be an expert_load.jsonl, as --expert_load_steps "
+            f"writes it: {fault}.",
+            parameters=(parameter,),
+        )
+    return MeasuredLoads.collect(
+        str(path), ((layer.layer, layer.rows, layer.share) for layer in layers)
+    )
+
+
+def _find_fault(layer: LayerLoad) -> str | None:
+    """Say in a clause why a line's loads cannot be used, or return None."""
+    numbers = (layer.rows, *layer.share)
+    if not isinstance(layer.layer, str) or not layer.share:
+        return "it holds a line without a layer or shares"
+    if not all(
+        isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < 1e18
+        for number in numbers
+    ):
+        return f"its {layer.layer} has shares that are no numbers of at least 0"
+    if not 0.99 < sum(layer.share) < 1.01:
+        return f"the shares of its {layer.layer} do not add up to 1"
+    return None

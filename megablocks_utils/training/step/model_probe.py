@@ -30,7 +30,7 @@ from megablocks_utils.training.step.expert_loads import ExpertLoads
 from megablocks_utils.training.step.kept_parameters import find_narrowed
 from megablocks_utils.training.step.learn_logits_map import find_logits_map
 from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
-from megablocks_utils.training.step.packing_probe import OWN, PackingChoice, choose_packing
+from megablocks_utils.training.step.packing_probe import AUTO, OWN, PackingChoice, choose_packing
 from megablocks_utils.training.step.router_balance import RouterBalance, as_buffer
 from megablocks_utils.training.step.routers import (
     BlockRouter,
@@ -44,7 +44,7 @@ from megablocks_utils.training.step.unused_parameters import find_unused
 
 __all__ = ["ModelProbe", "apply_router_options", "probe_model"]
 
-_CHOSEN_HERE = ("auto", VARLEN)
+_CHOSEN_HERE = (AUTO, VARLEN)
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         device=device,
         has_aux_loss=coef > 0,
         attention=given if given in _CHOSEN_HERE else OWN,
+        own_attention=own_implementation(model),
         packing_length=config.data.packing_length,
     )
     if packing.attention == OWN:

@@ -32,8 +32,9 @@ from megablocks_utils.training.data.batches import MicroBatch, Packing, collate_
 from megablocks_utils.training.data.text import IGNORED_LABEL
 from megablocks_utils.training.step.forward import run_forward
 
-__all__ = ["OWN", "PackingChoice", "choose_packing"]
+__all__ = ["AUTO", "OWN", "PackingChoice", "choose_packing"]
 
+AUTO = "auto"
 OWN = "own"
 """Attention as the model is set to it."""
 _LENGTHS = (11, 23, 14)
@@ -115,6 +116,7 @@ def choose_packing(
     device: torch.device,
     has_aux_loss: bool = False,
     attention: str = OWN,
+    own_attention: str = "",
     packing_length: int | None = None,
 ) -> PackingChoice:
     """Choose the first way that is right for this class of model.
@@ -126,15 +128,24 @@ def choose_packing(
         device: where the run computes.
         has_aux_loss: whether the model must also give router logits or an auxiliary loss.
         attention: "auto" (`varlen` where it is right), "varlen" or "own" (the model's, as it is).
+        own_attention: the model's own by name. With "auto" one example takes `varlen` in place of
+            "eager", which keeps the scores of all pairs of tokens.
         packing_length: tokens of rows that several examples must share; None: a row each will do.
 
     Raises:
         ConfigurationError: none of the ways asked for is right.
     """
-    if packing_length is None and batch_size == 1 and attention != VARLEN:
+    is_spared = attention == AUTO and own_attention == "eager"
+    is_alone = batch_size == 1 and packing_length is None
+    if is_alone and attention != VARLEN and not is_spared:
         return PackingChoice(Packing.ALONE, OWN, "one example a micro-batch", {})
     started_s = time.perf_counter()
-    small = _build(build_small, batch_size, packing_length)
+    try:
+        small = _build(build_small, batch_size, packing_length)
+    except ConfigurationError as error:
+        if not (is_spared and is_alone):
+            raise
+        return PackingChoice(Packing.ALONE, OWN, f"{VARLEN} could not be tried: {error}", {})
     probe = _Probe(small, device, has_aux_loss)
     layouts = _LAYOUTS[packing] if batch_size > 1 else (Packing.ALONE,)
     if packing_length is not None:

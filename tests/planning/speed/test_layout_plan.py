@@ -79,7 +79,7 @@ def test_only_what_was_asked_for(known):
         return [(x.ep_size, x.expert_dp) for x in replace(ask(), **asked).layouts()]
 
     assert layouts(ep_size=4) == [(4, "shard"), (4, "replicate")]
-    assert layouts(ep_size=1) == [(1, "shard")]
+    assert layouts(ep_size=1) == layouts(ep_size=1, expert_dp="replicate") == [(1, "shard")]
     # One rank holds an expert with ep 8: both words mean the same there.
     assert layouts(expert_dp="replicate") == [(2, "replicate"), (4, "replicate"), (8, "shard")]
     assert layouts(ep_size=8, expert_dp="replicate") == [(8, "shard")]

@@ -119,6 +119,19 @@ def test_one_example_a_batch_needs_no_probe():
     assert choice.packing is Packing.ALONE
 
 
+def test_one_example_takes_varlen_where_the_models_own_attention_keeps_all_scores():
+    model = build_tiny("gpt_oss")
+    choice = choose_packing(
+        partial(build_small_model, model, CPU),
+        packing="auto",
+        batch_size=1,
+        device=CPU,
+        attention="auto",
+        own_attention=model.config._attn_implementation,
+    )
+    assert (choice.packing, choice.attention) == (Packing.ALONE, "varlen")
+
+
 def test_varlen_by_name_is_refused_where_it_is_wrong():
     with pytest.raises(ConfigurationError) as caught:
         choose(build_tiny("axk2"), batch_size=1, attention="varlen")

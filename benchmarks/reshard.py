@@ -1,24 +1,24 @@
 """How exactly a run resumes from a checkpoint in another layout: every layout to every other.
 
-    PYTHONPATH=. python -m benchmarks.reshard [--axes]
+    PYTHONPATH=. python -m benchmarks.reshard [--composed | --axes] [--saved LAYOUT ...]
 
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
-in each layout; about five minutes on two cores. `--axes` takes the layouts with further axes of the
-mesh. Writes benchmarks/results/reshard.json, or reshard_axes.json, and prints it as Markdown. Ends
-with exit code 1 if a weight or moment differs at all, a run resumed in the same layout is not
-bit-equal to the uninterrupted one, or another one exceeds the bound.
+in each layout; about five minutes on two cores. With `--composed`, in layouts of several mesh axes
+at once; with `--axes`, of a model that these shard unevenly. Writes benchmarks/results/reshard.json
+(reshard_composed.json, reshard_axes.json) and prints it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
+same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from benchmarks.harness.provenance import RESULTS, build_provenance
 from benchmarks.harness.rank_pools import finish, open_rank_pools
-from benchmarks.harness.record import Row
+from benchmarks.harness.record import Record, Row
 from benchmarks.harness.report import markdown_table, say
 from tests.support.parity import Layout, ParityFolder
 from tests.support.rank_pool import RankPool
@@ -32,7 +32,6 @@ from tests.support.resuming import (
     run_and_save,
 )
 
-RESULT, AXES_RESULT = RESULTS / "reshard.json", RESULTS / "reshard_axes.json"
 BOUND = 1e-5
 ERRORS = ("weights", "exp_avg", "exp_avg_sq")
 RUNS = {
@@ -46,10 +45,21 @@ RUNS = {
     "FSDP1 4 no ep": make_run("fsdp1", Layout(4, 0, "replicate")),
 }
 """Layouts by their names in the table."""
-
+COMPOSED = {
+    "1 rank": RUNS["1 rank"],
+    "hsdp2 ep2": make_run("fsdp2", Layout(4, 2, groups=2)),
+    "ep2 etp2": make_run("fsdp2", Layout(4, 2, expert_tp_size=2)),
+    "tp2 ep2": make_run("fsdp2", Layout(4, 2, tp_size=2)),
+    "sp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2)),
+    "sp2 tp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2, tp_size=2)),
+    "sp2 etp2": make_run("fsdp2", Layout(4, 1, sp_size=2, expert_tp_size=2)),
+    "tp2 etp2": make_run("fsdp2", Layout(4, 1, tp_size=2, expert_tp_size=2)),
+    "hsdp2 ep2 etp2": make_run("fsdp2", Layout(8, 2, groups=2, expert_tp_size=2)),
+    "sp2 ep2 hsdp2": make_run("fsdp2", Layout(8, 2, groups=2, sp_size=2)),
+}
 # Half of the words is an odd number, so that FSDP shards unevenly what tensor parallelism splits.
 UNEVEN = {"model": "mixtral, odd half of the words"}
-AXES_RUNS = {
+AXES = {
     "1 rank": make_run("fsdp2", Layout(1, 1), **UNEVEN),
     "4 ep2": make_run("fsdp2", Layout(4, 2), **UNEVEN),
     "hsdp2 ep2": make_run("fsdp2", Layout(4, 2, groups=2), **UNEVEN),
@@ -58,15 +68,20 @@ AXES_RUNS = {
     "tp2 ep4": make_run("fsdp2", Layout(4, 4, tp_size=2), **UNEVEN),
     "sp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2), **UNEVEN),
 }
-"""The same for further axes."""
+SETS = {"reshard": RUNS, "reshard_composed": COMPOSED, "reshard_axes": AXES}
+"""Layouts by the name of the result."""
 
 
 def measure(
-    pools: Mapping[int, RankPool], models: ParityFolder, runs: Mapping[str, Run]
+    pools: Mapping[int, RankPool],
+    models: ParityFolder,
+    runs: Mapping[str, Run],
+    sources: Iterable[str],
 ) -> list[Row]:
-    """Save in each layout and resume in all; return a row for each pair."""
+    """Save in each of the sources and resume in all; return a row for each pair."""
     rows = []
-    for source, run in runs.items():
+    for source in sources:
+        run = runs[source]
         saved = run_and_save(pools, models, run, models.folder / f"saved {source}")
         for target, other in runs.items():
             rows.append(measure_pair(pools, models, saved, run.on(other)))
@@ -104,13 +119,13 @@ def largest_difference(resumed: ResumedRun, saved: SavedRun, name: str) -> float
 
 def format_table(rows: list[Row]) -> str:
     """Return the differences of the next losses as Markdown, and the errors of the state."""
-    names = list(dict.fromkeys(row["saved"] for row in rows))
+    names, targets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("saved", "resumed"))
     losses = {(row["saved"], row["resumed"]): row["loss"] for row in rows}
     lines = [
-        [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in names)]
+        [source, *(f"{losses[source, target]:.1e}".replace("0.0e+00", "0") for target in targets)]
         for source in names
     ]
-    table = markdown_table(("saved \\ resumed", *names), lines)
+    table = markdown_table(("saved \\ resumed", *targets), lines)
     worst = ", ".join(f"{name} {max(row[name] for row in rows):g}" for name in ERRORS)
     return f"{table}\n\nLargest error of the restored state, all {len(rows)} pairs: {worst}."
 
@@ -128,12 +143,18 @@ def find_violations(rows: list[Row]) -> list[str]:
 def main() -> None:
     """Measure, write, show, judge."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--axes", action="store_true", help="layouts with further axes")
-    has_axes = parser.parse_args().axes
-    runs, result = (AXES_RUNS, AXES_RESULT) if has_axes else (RUNS, RESULT)
+    parser.add_argument("--composed", action="store_true", help="several mesh axes at once")
+    parser.add_argument("--saved", nargs="+", help="layouts to save in; other rows stay")
+    parser.add_argument("--axes", action="store_true", help="further axes, uneven shards")
+    given = parser.parse_args()
+    name = "reshard_composed" if given.composed else "reshard_axes" if given.axes else "reshard"
+    runs, result = SETS[name], RESULTS / f"{name}.json"
+    sources = [name for name in runs if given.saved is None or name in given.saved]
+    known = [] if given.saved is None else Record.read(result).rows
     started = time.monotonic()
-    with open_rank_pools(*sorted({run.layout.world_size for run in runs.values()})) as place:
-        rows = measure(*place, runs)
+    with open_rank_pools(*{run.layout.world_size for run in runs.values()}) as (pools, models):
+        rows = measure(pools, models, runs, sources)
+    rows = [row for row in known if row["saved"] not in sources] + rows
     runtime_s = round(time.monotonic() - started)
     provenance = build_provenance("benchmarks.reshard", sys.argv[1:], runtime_s=runtime_s)
     finish(result, provenance | {"rows": rows}, format_table(rows), find_violations(rows))

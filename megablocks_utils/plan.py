@@ -228,7 +228,7 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         _check_nodes(world_size, per_node)
         config.count_data_ranks(world_size)
     if shape.attention is not None:
-        check_heads([shape.attention.num_heads], config.parallel.sp_size)
+        check_heads([shape.attention.num_heads], config.parallel.sp_size, config.parallel.tp_size)
     if options.ep_size is not None and len(options.world_sizes) == 1:
         check_world(config, options.world_sizes[0], shape.num_experts)
     tokens = config.optim.per_device_train_batch_size * config.row_tokens

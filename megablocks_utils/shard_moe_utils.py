@@ -150,10 +150,14 @@ def split_experts_on_meta(
     dp_replicate_size: int = 1,
     token_dispatch: str = "auto",
     expert_tp_size: int = 1,
+    weight_format: str | None = None,
 ) -> ShardedMoE:
     """Do what `shard_moe` does for a model on meta, and leave it there for `fsdp` to fill.
 
     **Collective:** every rank of the world must call; process groups are made.
+
+    Args are those of `shard_moe`, and `weight_format`: what the projections are packed in when they
+    are filled, or None.
 
     Raises:
         UserError: as `shard_moe`.
@@ -172,7 +176,7 @@ def split_experts_on_meta(
             )
             for p in spec.parameter_names
         }
-        _swap(sharded, name, spec, weights, choose(spec))
+        _swap(sharded, name, spec, weights, choose(spec), weight_format)
     return sharded
 
 
@@ -224,6 +228,7 @@ def _swap(
     spec: ExpertSpec,
     weights: dict[str, DTensor],
     dispatch: DispatchChoice,
+    weight_format: str | None = None,
 ) -> None:
     """Put ours in the place of transformers' module of experts."""
     module = sharded.model.get_submodule(name)
@@ -234,6 +239,7 @@ def _swap(
         backend=sharded.kernel.run,
         post_expert_norm=module.get_submodule("post_expert_norm") if spec.has_post_norm else None,
         dispatch=dispatch,
+        weight_format=weight_format,
     )
     for parameter_name in spec.parameter_names:
         is_trained = module.get_parameter(parameter_name).requires_grad

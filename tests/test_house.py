@@ -37,7 +37,7 @@ ORDER = (
     ("planning.speed",),
     ("planning.launcher", "planning.report"),
     ("planning",),
-    ("mesh",),
+    ("mesh", "quantization"),
     ("kernels",),
     ("kernels.fused",),
     ("kernels.backends",),

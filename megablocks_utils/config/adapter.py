@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from megablocks_utils.config.option import Option
+from megablocks_utils.config.quantization import NO_QUANTIZATION, QUANTIZATIONS
 
 __all__ = ["DEFAULT_LORA_ALPHA", "DEFAULT_LORA_R", "EXPERT_MODE_OF", "AdapterConfig"]
 
@@ -23,6 +24,7 @@ class AdapterConfig:
         lora_alpha: Strength over the rank; likewise.
         resume_adapter: PEFT adapter to resume from.
         verify_adapter: "auto", "True" or "False".
+        expert_quantization: "none", or the format in which frozen experts are kept.
     """
 
     use_lora: Annotated[
@@ -67,6 +69,20 @@ class AdapterConfig:
             choices=("auto", "True", "False"),
         ),
     ] = "auto"
+    expert_quantization: Annotated[
+        str,
+        Option(
+            "with --use_lora, keep the frozen weights of experts in few bits, packed while they "
+            "are read and dequantized for use: nf4 (about 0.52 bytes a weight) and mxfp4 (0.53), "
+            "fp8 and int8 (1.0)",
+            choices=QUANTIZATIONS,
+        ),
+    ] = NO_QUANTIZATION
+
+    @property
+    def packed_format(self) -> str | None:
+        """The format that experts are packed in; None where they are not."""
+        return None if self.expert_quantization == NO_QUANTIZATION else self.expert_quantization
 
     @property
     def has_lora(self) -> bool:

@@ -10,6 +10,7 @@ from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.config.evaluation import check_evaluation
+from megablocks_utils.config.quantization import check_quantization
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["check_together"]
@@ -25,6 +26,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     Raises:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
+    check_quantization(values)
     _check_sharding(values)
     _check_kernel(values)
     check_data_options(values)
@@ -63,7 +65,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
 
 
 def _check_sharding(values: Mapping[str, Any]) -> None:
-    """Refuse what would do nothing without expert parallelism, and slices beside other splits."""
+    """Refuse what would do nothing without expert parallelism."""
     idle = {
         "ep_size": (None, 1),
         "expert_tp_size": (1,),
@@ -74,12 +76,6 @@ def _check_sharding(values: Mapping[str, Any]) -> None:
         if not values["use_megablocks_sharding"] and values[name] not in harmless:
             raise ConfigurationError(
                 f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
-            )
-    for name in ("tp_size", "sp_size"):
-        if values["expert_tp_size"] > 1 and values[name] > 1:
-            raise ConfigurationError(
-                f"--{name} is {values[name]}, but with --expert_tp_size "
-                f"{values['expert_tp_size']} it must be 1."
             )
 
 
@@ -138,8 +134,6 @@ def _check_tensor_parallelism(values: Mapping[str, Any], entry_point: str) -> No
             "with the same rows share the work of the experts."
         )
     for name, wanted in (
-        ("sp_size", 1),
-        ("dp_replicate_size", 1),
         ("cpu_offload", "none"),
         ("compile", False),
     ):

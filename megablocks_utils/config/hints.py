@@ -8,7 +8,7 @@ planned here, then a slip of the pen, then whole words that are shared. Letters 
 import difflib
 from collections.abc import Collection
 
-from megablocks_utils.config.other_trainers import PLANNED, SYNONYMS
+from megablocks_utils.config.other_trainers import SYNONYMS
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = ["find_hint", "find_slip", "unknown_option"]
@@ -32,9 +32,6 @@ def unknown_option(flag: str, known: Collection[str]) -> ConfigurationError:
     hint = find_hint(name, known)
     if hint is not None:
         return ConfigurationError(f"unknown option {flag}; did you mean --{hint}?")
-    planned = SYNONYMS.get(name, name)
-    if planned in PLANNED:
-        return ConfigurationError(f"unknown option {flag}: that is not supported yet.")
     return ConfigurationError(f"unknown option {flag}; --help lists all options.")
 
 
@@ -45,9 +42,6 @@ def find_hint(name: str, known: Collection[str]) -> str | None:
         name: Without dashes.
         known: Names and aliases of all options there are.
     """
-    meant = SYNONYMS.get(name.lower(), name.lower())
-    if meant in PLANNED and meant not in known:
-        return None
     return find_slip(name, known) or _find_by_words(name.lower(), sorted(known))
 
 

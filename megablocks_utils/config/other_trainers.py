@@ -1,8 +1,8 @@
-"""What other trainers call our options, and options that are to come here. Torch-free."""
+"""What other trainers call our options. Torch-free."""
 
 from types import MappingProxyType
 
-__all__ = ["PLANNED", "SYNONYMS"]
+__all__ = ["SYNONYMS"]
 
 _NAMES = {
     "model_name_or_path": "model base_model model_name model_path pretrained_model hf_model",
@@ -55,7 +55,6 @@ _NAMES = {
     " flash_attention_2 use_flash_attn use_flash_attention_2 sdp_attention xformers_attention",
     "eval_data_path": "eval_dataset eval_file eval_data validation_file test_datasets",
     "eval_fraction": "val_set_size val_size test_split_ratio",
-    # not built yet
     "expert_quantization": "load_in_4bit load_in_8bit quantization quantization_bit quantize bits"
     " bnb_4bit_quant_type",
     "packing": "sample_packing neat_packing packed",
@@ -67,6 +66,3 @@ SYNONYMS = MappingProxyType(
     {alien: ours for ours, line in _NAMES.items() for alien in line.split()}
 )
 """Our name of what Axolotl, TRL, LLaMA-Factory, torchtune and others have another name for."""
-
-PLANNED = frozenset(("expert_quantization",))
-"""Options that are to come; each leaves this list when it is built."""

@@ -189,6 +189,8 @@ def count_data_ranks(world_size: int, tp_size: int, sp_size: int, num_groups: in
         product = "their product" if len(given) > 1 else "it"
         owner = "this run" if num_groups == 1 else "a group"
         would = join_words(legal_ep_sizes(of_group), "and")
+        if len(given) > 1:
+            would = "tp_size {} with sp_size {}".format(*_nearest_sizes(of_group, tp_size, sp_size))
         raise ConfigurationError(
             f"{named}, but {product} must divide the {of_group} processes of {owner}; {would} "
             "would work.",
@@ -197,21 +199,35 @@ def count_data_ranks(world_size: int, tp_size: int, sp_size: int, num_groups: in
     return world_size // (tp_size * sp_size)
 
 
-def check_heads(counts: Iterable[int], sp_size: int) -> None:
+def _nearest_sizes(num_ranks: int, tp_size: int, sp_size: int) -> tuple[int, int]:
+    """Return the sizes nearest to these, by ratio, whose product divides the ranks."""
+
+    def distance(pair: tuple[int, int]) -> tuple[float, int]:
+        tp, sp = pair
+        # Of equals the one with most tp: layers may be too large for a rank.
+        return max(tp / tp_size, tp_size / tp) * max(sp / sp_size, sp_size / sp), -tp
+
+    sizes = legal_ep_sizes(num_ranks)
+    return min(((tp, sp) for tp in sizes for sp in legal_ep_sizes(num_ranks // tp)), key=distance)
+
+
+def check_heads(counts: Iterable[int], sp_size: int, tp_size: int = 1) -> None:
     """Refuse an sp_size that does not divide the heads of the attention.
 
     Args:
         counts: Heads of queries, of all kinds of layers; none where the model tells none.
         sp_size: Ranks that share rows.
+        tp_size: Ranks that these are split over before; what it does not divide, it refuses itself.
 
     Raises:
         ConfigurationError: with the number, and the sizes that would work.
     """
-    counts = sorted(set(counts))
+    counts = sorted({count if count % tp_size else count // tp_size for count in counts})
     wrong = next((count for count in counts if count % sp_size), None)
     if sp_size == 1 or (counts and wrong is None):
         return
     heads = f"the {wrong} heads of its attention" if counts else "heads, and the model tells none"
+    heads += f" that a rank has with tp_size {tp_size}" if counts and tp_size > 1 else ""
     would = join_words(legal_ep_sizes(math.gcd(*counts)), "and") if counts else "1"
     raise ConfigurationError(
         f"sp_size is {sp_size}, but it must divide {heads}; {would} would work.",

@@ -1,6 +1,7 @@
 """Give a model that was built on meta its memory and its values, each rank its own part only."""
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from megablocks_utils.mesh.placement import (
     local_tensor,
     mark_replicated,
 )
+from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.quantization.packed_experts import PackedExperts
 
 FillLocal = Callable[[str, Tensor, tuple[int, ...]], None]
 """Fills a part of a parameter: (name in the transformers model, the part, where it begins)."""
@@ -47,16 +50,51 @@ def materialize(
         if local_tensor(parameter.detach()).is_meta:
             places.setdefault(parameter, []).append(name)
     for parameter, names in places.items():
-        local = _allocate(parameter, device, offload)
         name = f"{prefix}{names[0]}".replace(_ADAPTED_LAYER, "")
-        for block in local_blocks(parameter):
-            fill_local(name, block.of(local), block.offsets)
+        owner, _, attribute = names[0].rpartition(".")
+        experts = module.get_submodule(owner)
+        if is_packed(experts, attribute):
+            local = _pack(experts, name, parameter, fill_local, device)
+        else:
+            local = _allocate(parameter, device, offload)
+            for block in local_blocks(parameter):
+                fill_local(name, block.of(local), block.offsets)
         filled = nn.Parameter(_place_like(parameter, local), requires_grad=parameter.requires_grad)
         if is_replicated(parameter):
             mark_replicated(filled)
         for name in names:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, filled)
+
+
+def is_packed(module: nn.Module, attribute: str) -> TypeGuard[DroplessExperts]:
+    """Return whether a parameter is of experts that are packed when they are filled."""
+    return (
+        isinstance(module, DroplessExperts)
+        and module.weight_format is not None
+        and attribute in module.spec.projections
+    )
+
+
+def _pack(
+    experts: DroplessExperts,
+    name: str,
+    parameter: nn.Parameter,
+    fill_local: FillLocal,
+    device: torch.device,
+) -> PackedExperts:
+    """Read one expert after the other, in fp32, and pack it."""
+    assert experts.weight_format is not None, experts
+    local = local_tensor(parameter.detach())
+    packed = PackedExperts.empty(
+        experts.weight_format, local, device=device, is_transposed=experts.spec.is_transposed
+    )
+    (block,) = local_blocks(parameter) or (None,)
+    matrix = torch.empty((1, *local.shape[1:]), dtype=torch.float32)
+    for number in range(0 if block is None else len(local)):
+        fill_local(name, matrix, (block.offsets[0] + number, 0, 0))
+        packed.pack_expert(number, matrix[0].to(device))
+    return packed
 
 
 def _allocate(

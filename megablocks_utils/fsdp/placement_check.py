@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 
 from megablocks_utils.errors import PlacementError
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
@@ -17,6 +17,7 @@ from megablocks_utils.fsdp.placement_plan import (
     SHARD,
     PlacementEntry,
     PlacementPlan,
+    describe_placement,
     find_pattern,
 )
 from megablocks_utils.fsdp.places import find_buffers, flat_handles
@@ -130,7 +131,7 @@ class _PlacementFinder:
         if isinstance(tensor, DTensor):
             axes_of_dims = self._find_axes_of_mesh(tensor.device_mesh)
             for axes, placement in zip(axes_of_dims, tensor.placements, strict=True):
-                found |= dict.fromkeys(axes, _name_placement(placement))
+                found |= dict.fromkeys(axes, describe_placement(placement))
         elif ranks := self._flat_ranks.get(id(tensor)):
             found |= dict.fromkeys(self._find_axes(ranks), SHARD)
         return found
@@ -150,14 +151,6 @@ class _PlacementFinder:
                 f"has no such ranks along the axes {', '.join(self._axes)}."
             )
         return self._axes_of_ranks[ranks]
-
-
-def _name_placement(placement: Placement) -> str:
-    if placement.is_replicate():
-        return COPIES
-    # Not `is_shard()`: it denies the strided shards of an expert that FSDP2 sharded over dp.
-    dim = getattr(placement, "dim", None)
-    return f"{placement!r}" if dim is None else f"{SHARD} of dim {dim}"
 
 
 def _sharding_ranks(group: dist.ProcessGroup, is_sharded: bool) -> frozenset[int]:

@@ -14,7 +14,7 @@ from math import prod
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.places import find_buffers
@@ -26,23 +26,23 @@ from megablocks_utils.mesh.device_mesh import (
     EXPERT_TP_AXIS,
     axis_size,
 )
-from megablocks_utils.mesh.placement import is_replicated
+from megablocks_utils.mesh.placement import declare_experts, is_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 __all__ = [
     "COPIES",
     "SHARD",
-    "SHARD_DIM_0",
     "PlacementEntry",
     "PlacementPlan",
     "PlacementRule",
     "build_placement_plan",
+    "describe_placement",
     "describe_plan",
     "find_pattern",
 ]
 
-COPIES, SHARD, SHARD_DIM_0 = "copies", "shard", "shard of dim 0"
-"""What an axis does with a parameter; a `SHARD` may be of any dim."""
+COPIES, SHARD = "copies", "shard"
+"""What an axis does with a parameter; a `SHARD` may be of any dim, or followed by which."""
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
@@ -54,7 +54,7 @@ class PlacementRule:
 
     Attributes:
         kind: its name.
-        placements: `COPIES`, `SHARD` or `SHARD_DIM_0`, by mesh axis.
+        placements: `COPIES`, `SHARD` or what `describe_placement` returns, by mesh axis.
         reason: why it lies so.
         gradient_sum: who sums its gradient over which axes.
     """
@@ -149,6 +149,15 @@ def find_pattern(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
+def describe_placement(placement: Placement) -> str:
+    """Say what an axis does with a parameter: `COPIES`, or of which dim the shards are."""
+    if placement.is_replicate():
+        return COPIES
+    # Not `is_shard()`: it denies the strided shards of an expert that FSDP2 sharded over dp.
+    dim = getattr(placement, "dim", None)
+    return f"{placement!r}" if dim is None else f"{SHARD} of dim {dim}"
+
+
 def describe_plan(plan: PlacementPlan) -> Iterator[str]:
     """Yield a line for each kind (placements, reason, gradient), then one for each of its names."""
     kinds: dict[tuple[str, bool], list[PlacementEntry]] = {}
@@ -209,13 +218,13 @@ _BUFFERS = PlacementRule("buffers", _KEPT.placements, "FSDP shards parameters on
 _TP_REASON = "ranks of a tp group have the same rows"
 _SPLIT = PlacementRule(
     "dense parameters, split",
-    {DENSE_DP_AXIS: SHARD, TP_AXIS: SHARD},
+    {DP_REPLICATE_AXIS: COPIES, DENSE_DP_AXIS: SHARD, TP_AXIS: SHARD},
     f"{_TP_REASON}, each a part of the layer; FSDP gathers it along the other axis",
     "over the other axes by FSDP",
 )
 _UNSPLIT = PlacementRule(
     "dense parameters",
-    {DENSE_DP_AXIS: SHARD, TP_AXIS: COPIES},
+    {DP_REPLICATE_AXIS: COPIES, DENSE_DP_AXIS: SHARD, TP_AXIS: COPIES},
     f"{_TP_REASON}, and this layer whole; FSDP gathers it along the other axis",
     "over the other axes by FSDP; along tp all have the whole",
 )
@@ -275,7 +284,8 @@ def _declare_expert_rules(
     else:
         dp, reason = COPIES, "tokens travel to them over ep; along dp all hold the same"
         summed = "over ep by the exchange's backward pass, over the other axes once a step"
-    cut, whole = _lies(COPIES, dp, SHARD_DIM_0, SHARD), _lies(COPIES, dp, SHARD_DIM_0, COPIES)
+    ep = describe_placement(declare_experts(None)[EP_AXIS])
+    cut, whole = _lies(COPIES, dp, ep, SHARD), _lies(COPIES, dp, ep, COPIES)
     reasons = {"experts": reason, "adapters of experts": "beside their experts"}
     rules = {}
     for kind, why in reasons.items():

@@ -24,6 +24,7 @@ from megablocks_utils.checkpoint.library_output import (
 )
 from megablocks_utils.checkpoint.quantization_config import load_dequantized
 from megablocks_utils.lora.file_check import AdapterCheckError
+from megablocks_utils.moe.rounded_experts import round_experts
 
 _HIGHER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 # Our rounding errors are of stock's size but not the same; a wrong adapter is far outside.
@@ -82,6 +83,7 @@ def check_logits(
     compute: torch.dtype,
     plain: PreTrainedModel,
     is_truncated: bool = False,
+    weight_format: str | None = None,
 ) -> LogitsCheck:
     """Load the adapter with plain PEFT, in this process on the CPU, and compare logits.
 
@@ -93,6 +95,8 @@ def check_logits(
         compute: the run's dtype of compute. The reference is computed in the next higher one.
         plain: the trained model as transformers builds it, on meta.
         is_truncated: whether it has fewer layers than the base model.
+        weight_format: what the trained model's experts are packed in, or None: the adapter was
+            trained on what they dequantize to.
 
     Raises:
         AdapterCheckError: they differ by more than rounding explains.
@@ -109,6 +113,8 @@ def check_logits(
         for parameter in base.parameters() if dequantized else ():
             # Transformers leaves those that are not quantized in the dtype they are stored in.
             parameter.data = parameter.data.to(_HIGHER[compute])
+        if weight_format is not None:
+            round_experts(base, weight_format)
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
     exact = compute_logits(model, input_ids)
     with model.disable_adapter():

@@ -79,6 +79,22 @@ def experts_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[EP_AXIS, EXPERT_TP_AXIS]
 
 
+def declare_experts(split: DimSplit | None) -> dict[str, Placement]:
+    """Declare how a tensor of experts (E, ...) lies on the axes that split experts.
+
+    What is sharded and loaded reads this, and the placement plan that a run is checked by.
+
+    Args:
+        split: how `expert_tp` cuts it; None where each rank of that holds it whole.
+    """
+    inside: Placement = Replicate()
+    if split is not None:
+        inside = Shard(split.dim)
+        if split.num_parts > 1:
+            inside = _StridedShard(split.dim, split_factor=split.num_parts)
+    return {EP_AXIS: Shard(0), EXPERT_TP_AXIS: inside}
+
+
 def cut_slice(weights: Tensor, mesh: DeviceMesh, split: DimSplit | None) -> Tensor:
     """Return this rank's slice of some experts, (n, ...) whole; itself where they are not split."""
     size = axis_size(mesh, EXPERT_TP_AXIS)
@@ -115,19 +131,16 @@ def wrap_local_experts(
         split: how `expert_tp` cuts them; None where each rank of it holds them whole.
     """
     own_mesh = experts_mesh(mesh)
-    if own_mesh.ndim == 1:
-        return DTensor.from_local(local_weights, own_mesh, [Shard(0)], run_check=False)
-    shape = [len(local_weights) * axis_size(mesh, EP_AXIS), *local_weights.shape[1:]]
-    inside: Placement = Replicate()
-    if split is not None:
-        shape[split.dim] *= axis_size(mesh, EXPERT_TP_AXIS)
-        inside = Shard(split.dim)
-        if split.num_parts > 1:
-            inside = _StridedShard(split.dim, split_factor=split.num_parts)
+    declared, axes = declare_experts(split), own_mesh.mesh_dim_names or (EP_AXIS,)
+    placements = [declared[axis] for axis in axes]
+    shape = list(local_weights.shape)
+    for axis, placement in zip(axes, placements, strict=True):
+        if not placement.is_replicate():
+            shape[_sharded_dim(placement)] *= axis_size(mesh, axis)
     return DTensor.from_local(
         local_weights,
         own_mesh,
-        [Shard(0), inside],
+        placements,
         run_check=False,
         shape=torch.Size(shape),  # torch would not count a strided shard
         stride=tuple(prod(shape[dim + 1 :]) for dim in range(len(shape))),

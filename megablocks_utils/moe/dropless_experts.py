@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,9 @@ from megablocks_utils.mesh.token_split import TokenSplit
 from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
+from megablocks_utils.moe.packed_backend import run_packed
 from megablocks_utils.moe.zero_experts import split_zero_experts
+from megablocks_utils.quantization.packed_experts import PackedExperts
 
 
 def run_where_experts_are(
@@ -95,6 +98,7 @@ class DroplessExperts(nn.Module):
         dispatch: how tokens travel, and why.
         token_split: whose tokens are whose, where ranks hold the same ones (tensor parallelism);
             None where this rank's tokens are its own.
+        weight_format: what the projections are packed in once they have values; None: they are not.
     """
 
     post_expert_norm: nn.Module | None
@@ -108,6 +112,7 @@ class DroplessExperts(nn.Module):
         backend: ExpertBackend,
         post_expert_norm: nn.Module | None = None,
         dispatch: DispatchChoice = ROW_DISPATCH,
+        weight_format: str | None = None,
     ) -> None:
         """Take the weights as they are: DTensors on the axes of `mesh` that split them.
 
@@ -118,6 +123,7 @@ class DroplessExperts(nn.Module):
             backend: runs the experts of this rank.
             post_expert_norm: transformers' own, where `spec.has_post_norm`.
             dispatch: how tokens travel, where they do.
+            weight_format: what the projections will be packed in.
         """
         super().__init__()
         assert weights.keys() == set(spec.parameter_names), (weights.keys(), spec)
@@ -132,6 +138,7 @@ class DroplessExperts(nn.Module):
         self.mesh = mesh
         self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
+        self.weight_format = weight_format
         self.dispatch = dispatch
         self.token_split: TokenSplit | None = None
 
@@ -172,11 +179,11 @@ class DroplessExperts(nn.Module):
         order = sort_counted_rows(top_k_index, tokens_per_expert)
         experts = self.local_weights(hidden_states.dtype)
         if counts is None and self.post_expert_norm is None:
-            return self.backend(hidden_states, order, top_k_weights, experts)
+            return self.run(hidden_states, order, top_k_weights, experts)
         if counts is not None and goes is not None:
             routing = RankRouting(top_k_index, top_k_weights, order, goes)
             group = self.mesh.get_group(EP_AXIS)
-            return run_once_per_rank(hidden_states, routing, counts, group, self.backend, experts)
+            return run_once_per_rank(hidden_states, routing, counts, group, self.run, experts)
         rows = self._run_rows(hidden_states, order, counts, experts)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
@@ -225,19 +232,22 @@ class DroplessExperts(nn.Module):
         """Run this rank's tokens through experts wherever they are: (N, H), in expert order."""
         if counts is None:
             rows = permute_tokens(hidden_states, order)
-            return self.backend(rows, order.of_sorted_rows(), None, experts)
+            return self.run(rows, order.of_sorted_rows(), None, experts)
         group = self.mesh.get_group(EP_AXIS)
         peers = self._find_peers()
-        return run_where_experts_are(
-            hidden_states, order, counts, group, self.backend, experts, peers
-        )
+        return run_where_experts_are(hidden_states, order, counts, group, self.run, experts, peers)
+
+    @property
+    def run(self) -> ExpertBackend:
+        """Runs the experts of this rank, packed or not."""
+        return self.backend if self.weight_format is None else partial(run_packed, self.backend)
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the experts that this rank computes with, cast to the dtype of compute.
 
         Of slices of the same experts, the first adds the bias of the second projection.
         """
-        experts = self.stored_weights().map_tensors(lambda tensor: tensor.to(dtype))
+        experts = self.stored_weights().map_tensors(lambda tensor: _cast(tensor, dtype))
         peers = self._find_peers()
         if peers is None or experts.down_bias is None:
             return experts
@@ -265,3 +275,8 @@ class DroplessExperts(nn.Module):
             f"num_experts={spec.num_experts}, hidden_size={spec.hidden_size}, "
             f"intermediate_size={spec.intermediate_size}, ep_size={axis_size(self.mesh, EP_AXIS)}"
         )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype; of packed weights what will be dequantized in it."""
+    return tensor.in_dtype(dtype) if isinstance(tensor, PackedExperts) else tensor.to(dtype)

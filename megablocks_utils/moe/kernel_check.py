@@ -24,12 +24,14 @@ from megablocks_utils.kernels.probing.probe import (
     find_unprobed_reason,
     probe_backend,
 )
+from megablocks_utils.kernels.probing.probe_sample import MAX_EXPERTS
 from megablocks_utils.kernels.selection.backend_selection import BackendSelection, load_backend
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.device_mesh import EP_AXIS, EXPERT_TP_AXIS, axis_size
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import gather_from_all_ranks, raise_on_all_ranks
+from megablocks_utils.quantization.packed_experts import PackedExperts
 
 __all__ = ["KernelCheck", "verify_kernel"]
 
@@ -129,7 +131,7 @@ def _probe(name: str, module: DroplessExperts, dtype: torch.dtype) -> Deviation:
     is_alone = all(axis_size(module.mesh, axis) == 1 for axis in (EP_AXIS, EXPERT_TP_AXIS))
     has_own_routing = is_alone and module.post_expert_norm is None
     with _gathered(module):
-        weights = module.stored_weights()
+        weights = module.stored_weights().map_tensors(_take_plain)
         found = probe_backend(name, module.backend, weights, dtype, is_weighted=has_own_routing)
         if has_own_routing or find_combine_kernels(weights.down_proj.device, dtype) is None:
             return found
@@ -139,6 +141,13 @@ def _probe(name: str, module: DroplessExperts, dtype: torch.dtype) -> Deviation:
             f"{name} (or the sum of its rows)", run, weights, dtype, is_weighted=True
         )
     return max(found, combined, key=lambda deviation: deviation.ratio)
+
+
+def _take_plain(tensor: Tensor) -> Tensor:
+    """Return a tensor; of packed weights the dequantized ones of as many experts as are probed."""
+    if not isinstance(tensor, PackedExperts):
+        return tensor
+    return tensor.dequantize_some(0, min(MAX_EXPERTS, len(tensor)))
 
 
 def _run_and_combine(

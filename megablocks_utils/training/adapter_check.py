@@ -115,6 +115,7 @@ class AdapterCheck:
                 compute=getattr(torch, setup.precision.compute),
                 plain=plain,
                 is_truncated=setup.config.model.truncate_layers is not None,
+                weight_format=setup.config.adapter.packed_format,
             )
         self.report = AdapterReport(*count_trained(self._measured), logits, self._skipped)
 

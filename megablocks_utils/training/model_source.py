@@ -124,13 +124,14 @@ def split_experts(
 ) -> ShardedMoE | None:
     """Split the experts over the ranks with expert parallelism; they stay on meta.
 
-    Experts with adapters are this project's own also without expert parallelism (ep 1): PEFT's way
-    through transformers' experts holds W + B A of all experts.
+    Experts with adapters, or packed, are this project's own also without expert parallelism (ep 1):
+    PEFT's way through transformers' experts holds W + B A of all experts.
 
     **Collective:** as `split_experts_on_meta`.
     """
     has_ep, expert_dp = config.parallel.use_megablocks_sharding, config.parallel.expert_dp
-    if not has_ep and not config.adapter.trains_experts:
+    weight_format = config.adapter.packed_format
+    if not has_ep and not config.adapter.trains_experts and weight_format is None:
         return None
     assert expert_dp is not None, "parsers fill it in"
     groups = config.parallel.dp_replicate_size
@@ -148,4 +149,5 @@ def split_experts(
         dp_replicate_size=groups,
         token_dispatch=config.parallel.token_dispatch,
         expert_tp_size=expert_tp_size,
+        weight_format=weight_format,
     )

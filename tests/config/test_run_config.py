@@ -28,7 +28,7 @@ from megablocks_utils.config import (
 from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.help_text import format_help, format_options_table
-from megablocks_utils.config.parallel import count_data_ranks
+from megablocks_utils.config.parallel import check_heads, count_data_ranks
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
 
@@ -432,9 +432,18 @@ def test_world_refusals(line, world_size, num_experts, sentence):
 
 def test_data_ranks_are_one_of_each_group():
     assert count_data_ranks(16, 2, 4, 2) == 2
-    sentence = r"tp_size is 2 and sp_size is 4, but their product must divide the 4 processes of a"
+    sentence = (
+        r"tp_size is 2 and sp_size is 4, but their product must divide the 4 processes of a group; "
+        r"tp_size 2 with sp_size 2 would work\."
+    )
     with pytest.raises(ConfigurationError, match=sentence):
         count_data_ranks(8, 2, 4, 2)
+    check_heads([8, 32], sp_size=4, tp_size=2)
+    sentence = (
+        "divide the 4 heads of its attention that a rank has with tp_size 2; 1, 2 and 4 would"
+    )
+    with pytest.raises(ConfigurationError, match=sentence):
+        check_heads([8, 32], sp_size=8, tp_size=2)
 
 
 def test_worlds_that_fit():

@@ -51,6 +51,17 @@ FSDP2_CASES = [
     ParityCase(
         Layout(4, 1, expert_tp_size=2), "qwen3_moe", lora="mlp-only", accumulation=2, **SHORT
     ),
+    # Experts packed in few bits, against PEFT on what they dequantize to; copies over dp.
+    ParityCase(
+        Layout(4, 2, "replicate"),
+        "mixtral",
+        lora="all",
+        lora_rank=4,
+        accumulation=2,
+        quantization="nf4",
+        **SHORT,
+    ),
+    ParityCase(Layout(4, 4, "replicate"), "qwen3_moe", lora="all", quantization="int8", **SHORT),
     # Fewer examples than ranks: dummies.
     ParityCase(Layout(4, 4), "mixtral", num_steps=2, lora="all", lora_rank=4, num_examples=3),
 ]
@@ -84,6 +95,14 @@ FSDP1_CASES = [
         **SHORT,
     ),
     ParityCase(Layout(4, 0, "replicate"), "mixtral", lora="all", lora_rank=4, **SHORT),
+    ParityCase(
+        Layout(4, 2, "replicate"),
+        "qwen3_moe",
+        lora="mlp-only",
+        quantization="mxfp4",
+        checkpointing="False",
+        **SHORT,
+    ),
     # Our Triton kernels, in the interpreter.
     ParityCase(
         Layout(2, 2, "replicate"),

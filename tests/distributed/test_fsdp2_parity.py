@@ -88,6 +88,17 @@ SEQUENCES = [
         checkpointing="selective",
     ),
 ]
+COMPOSED = [
+    # A head's share of tokens after its share of heads, where all ranks have the same rows; slices
+    # beside parts of rows; three axes of what is not experts.
+    ParityCase(
+        Layout(4, 2, tp_size=2, sp_size=2), "gpt_oss", accumulation=2, aux_loss_coef=0.02, **SHORT
+    ),
+    ParityCase(
+        Layout(4, 1, sp_size=2, expert_tp_size=2), "qwen3_moe", checkpointing="selective", **SHORT
+    ),
+    ParityCase(Layout(4, 2, groups=2, tp_size=2), accumulation=2, sync_each_batch=False, **SHORT),
+]
 SPECIAL = [
     # One expert a rank on dp 2: FSDP shards its rows, Shard(1), and not whole experts.
     ParityCase(Layout(4, 2), "olmoe, 2 experts", accumulation=2, sync_each_batch=False, **SHORT),
@@ -123,7 +134,9 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize(
-    "case", [*(_case(*pair) for pair in PAIRS), *GROUPS, *SLICES, *SEQUENCES, *SPECIAL], ids=str
+    "case",
+    [*(_case(*pair) for pair in PAIRS), *GROUPS, *SLICES, *SEQUENCES, *COMPOSED, *SPECIAL],
+    ids=str,
 )
 def test_run_equals_one_stock_process(pools, parity_folder, case):
     wanted = parity_folder.reference(parity_folder.stock_run(case))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from megablocks_utils.config import parse_args
 from megablocks_utils.fsdp.fsdp2 import full_parameters
 from megablocks_utils.moe.expert_spec import find_expert_modules
+from megablocks_utils.moe.rounded_experts import round_experts
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import TrainingState, build_training_state, fit
@@ -46,6 +47,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "olmoe": ("olmoe", {}),
     # Half of the words, which is what tensor parallelism has FSDP shard, is an odd number.
     "mixtral, odd half of the words": ("mixtral", {"vocab_size": 130}),
+    # Where a value lies within rounding of the clamp, its gradient is there or not in any fp32 run.
+    "gpt_oss, clamp out of reach": ("gpt_oss", {"swiglu_limit": 7.0}),
     "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
     # Rows and columns of every projection go past a tile of 128 and of 256, and end inside one.
@@ -126,6 +129,7 @@ class ParityCase:
     learning_rate: float = LEARNING_RATE
     cpu_offload: str = "none"
     attention: str = "auto"
+    quantization: str = "none"
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -175,6 +179,7 @@ class ParityFolder:
             "dp_replicate_size": case.layout.groups,
             "tp_size": case.layout.tp_size,
             "sp_size": case.layout.sp_size,
+            "expert_quantization": case.quantization,
             "report_to": "none",
         }
         if case.layout.ep_size:
@@ -199,7 +204,7 @@ class ParityFolder:
         """Return the reference of a case; cases that mean the same steps share one."""
         deal = (case.layout.data_ranks, case.batch_size, case.accumulation)
         return StockRun(
-            model_folder=str(self._model(case.model)),
+            model_folder=str(self._dequantized(case)),
             data_path=str(self._data(case.num_examples)),
             global_batch=GLOBAL_BATCH,
             num_steps=case.num_steps,
@@ -233,6 +238,18 @@ class ParityFolder:
             else:
                 save_tiny(family, folder, **overrides)
         return folder
+
+    def _dequantized(self, case: ParityCase) -> Path:
+        """Return the model that a run computes with: the case's own, or what a format keeps."""
+        folder = self._model(case.model)
+        if case.quantization == "none":
+            return folder
+        rounded = folder.with_name(f"{folder.name}-{case.quantization}")
+        if not rounded.exists():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            round_experts(model, case.quantization)
+            model.save_pretrained(rounded)
+        return rounded
 
     def _data(self, num_examples: int) -> Path:
         path = self.folder / f"{num_examples}.json"

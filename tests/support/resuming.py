@@ -151,8 +151,8 @@ def assemble(ranks: Sequence[Shards], run: Run) -> dict[str, Tensor]:
         if name.endswith(".step"):  # held by every rank that holds any of the parameter
             continue
         wanted = {num_copies(name, run)}
-        if ".experts." not in name:
-            wanted.add(run.layout.groups * run.layout.tp_size)  # not split over tp
+        # What tp or expert_tp does not split, each of its ranks has.
+        wanted |= {n * _num_beside(name, run.layout) for n in wanted}
         if len(blocks) == 1:  # perhaps whole on every rank: a buffer, what stays in float32
             wanted.add(run.layout.world_size)
         assert {len(held) for held in blocks.values()} <= wanted, name
@@ -163,7 +163,12 @@ def num_copies(name: str, run: Run) -> int:
     """Return how many ranks hold the same part of a tensor."""
     layout = run.layout
     is_copied = ".experts." in name and layout.expert_dp == "replicate" and layout.ep_size
-    return layout.world_size // layout.ep_size if is_copied else layout.groups
+    of_part = layout.ep_size * layout.expert_tp_size
+    return layout.world_size // of_part if is_copied else layout.groups
+
+
+def _num_beside(name: str, layout: Layout) -> int:
+    return layout.expert_tp_size if ".experts." in name else layout.tp_size
 
 
 def _put_together(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.quantization.packed_experts import list_stored
+
 __all__ = ["ParameterCounts", "count_local_bytes", "count_parameters"]
 
 
@@ -75,4 +77,4 @@ def _count_flops(model: nn.Module, expert_parameters: Mapping[str, Tensor], top_
 def count_local_bytes(tensors: Iterable[Tensor]) -> int:
     """Count the bytes this rank holds of `tensors`: a DTensor's own shard, a plain tensor whole."""
     local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+    return sum(stored.nbytes for tensor in local for stored in list_stored(tensor))

@@ -43,6 +43,10 @@ _CLAUSES = {
     ),
     "data_weights": ("data_weights is", ("data_weights",)),
     "packing_length": ("packing_length is", ("packing_length",)),
+    "expert_quantization": (
+        "expert_quantization, which the adapters were trained on, is",
+        ("expert_quantization",),
+    ),
     "num_examples": ("the number of examples in data_path is", ("data_path",)),
     "data_sha256": (
         "data_path or max_seq_length has changed: the checksum of its tokens is",
@@ -74,6 +78,7 @@ class ResumeCompatibility:
         packing_length: tokens of rows that examples share; None: a row for each.
         streaming: whether the data is read while training; the examples are then the first ones.
         shuffle_buffer_size: records that a stream shuffles among each other; None: none.
+        expert_quantization: the format that experts are packed in; None: they are not.
     """
 
     model_type: str
@@ -92,6 +97,7 @@ class ResumeCompatibility:
     packing_length: int | None = None
     streaming: bool = False
     shuffle_buffer_size: int | None = None
+    expert_quantization: str | None = None
 
     def as_record(self) -> dict[str, Any]:
         """Return the facts as the manifest holds them."""
@@ -127,6 +133,7 @@ def describe_compatibility(
         packing_length=data.packing_length,
         streaming=data.streaming,
         shuffle_buffer_size=data.shuffle_buffer_size if data.streaming and data.shuffle else None,
+        expert_quantization=config.adapter.packed_format,
     )
 
 

@@ -14,8 +14,9 @@ from megablocks_utils.mesh.device_mesh import copy_axes
 from megablocks_utils.mesh.placement import is_replicated, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.processes.agreement import max_over_ranks
+from megablocks_utils.quantization.packed_experts import list_stored
 
-_BITS = {4: torch.int32, 2: torch.int16}
+_BITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def describe_placements(model: nn.Module) -> Iterator[str]:
@@ -29,7 +30,7 @@ def describe_placements(model: nn.Module) -> Iterator[str]:
                 f"{axis}: {placement!r}"
                 for axis, placement in zip(axes, parameter.placements, strict=True)
             )
-        num_bytes = local.numel() * local.element_size()
+        num_bytes = sum(stored.nbytes for stored in list_stored(local))
         yield f"{name} {tuple(parameter.shape)} on {where}, {num_bytes:,} bytes here"
 
 
@@ -45,12 +46,12 @@ def check_replicas(model: nn.Module, sharded: ShardedMoE | None, step: int) -> N
     """
     differing = []
     for name, parameter, group in _replicas(model, sharded):
-        own = local_tensor(parameter.detach())
-        bits = own.view(_BITS[own.element_size()]).to(torch.int32)
-        largest = bits.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        if not torch.equal(bits, largest):
-            differing.append(name)
+        for own in list_stored(local_tensor(parameter.detach())):
+            bits = own.view(_BITS[own.element_size()]).to(torch.int32)
+            largest = bits.clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            if not torch.equal(bits, largest):
+                differing.append(name)
     if max_over_ranks(len(differing)):
         first = differing[0] if differing else "a parameter of other ranks"
         raise RuntimeError(f"after step {step} the copies of {first} differ between replicas")

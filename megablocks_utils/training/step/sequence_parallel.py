@@ -58,7 +58,8 @@ def apply_sequence_parallelism(
     if parallel.sp_size == 1:
         return None
     text = model.config.get_text_config(decoder=True)
-    raise_on_all_ranks(lambda: check_heads(_list_heads(text), parallel.sp_size))
+    heads, tp_size = list(_list_heads(text)), parallel.tp_size
+    raise_on_all_ranks(lambda: check_heads(heads, parallel.sp_size, tp_size))
     row = config.data.packing_length or config.data.max_seq_length
     longest = row * config.optim.per_device_train_batch_size
     broadcast_from_rank0(lambda: _check_parts(model, packing, longest, device, parallel.sp_size))

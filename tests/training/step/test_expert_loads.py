@@ -98,7 +98,9 @@ def test_the_worst_group_of_ranks_counts_and_dead_experts_are_named():
 
 @pytest.fixture(scope="module")
 def runs(ranks1, ranks4, tmp_path_factory):
-    """Two steps on ep 2 x dp 2, the second resumed by the other script, and on one rank."""
+    """Two steps on ep 2 x dp 2, the second resumed by the other script, on one rank, and where both
+    ranks of a group have the same rows.
+    """
     models = ParityFolder(tmp_path_factory.mktemp("models"))
     pools, folder = {1: ranks1, 4: ranks4}, tmp_path_factory.mktemp("runs")
     four = make_run(
@@ -117,8 +119,8 @@ def runs(ranks1, ranks4, tmp_path_factory):
     resume(pools, models, other, saved.checkpoint, folder / "resumed")
     one = replace(four, case=replace(four.case, layout=Layout(1, 0), accumulation=1))
     run_and_save(pools, models, one, folder / "one")
-    hsdp = replace(four, case=replace(four.case, layout=Layout(4, 2, groups=2)))
-    run_and_save(pools, models, hsdp, folder / "hsdp")
+    groups = replace(four, case=replace(four.case, layout=Layout(4, 2, groups=2, tp_size=2)))
+    run_and_save(pools, models, groups, folder / "groups")
     return folder
 
 
@@ -126,7 +128,7 @@ def without_ranks(loads):
     return [replace(layer, rank_max_over_mean=1) for layer in loads.layers]
 
 
-@pytest.mark.parametrize("name", ["four", "hsdp"])
+@pytest.mark.parametrize("name", ["four", "groups"])
 def test_ranks_measure_what_one_process_does(runs, name):
     four, one = (list(read_loads(runs / n / "expert_load.jsonl")) for n in (name, "one"))
     assert [loads.step for loads in four] == [1, 2]

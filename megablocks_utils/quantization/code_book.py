@@ -1,0 +1,34 @@
+"""Find the nearest of a table of values, and spread two 4-bit codes from each byte."""
+
+import torch
+from torch import Tensor
+
+
+def find_nearest(values: Tensor, table: Tensor) -> Tensor:
+    """Return the index of the nearest entry of a sorted table; the lower one of two as near."""
+    upper = torch.bucketize(values, table).clamp_(1, len(table) - 1)
+    lower = upper - 1
+    is_upper = (table[upper] - values).abs() < (values - table[lower]).abs()
+    return torch.where(is_upper, upper, lower).to(torch.uint8)
+
+
+def pad_columns(values: Tensor, multiple: int) -> Tensor:
+    """Append zeros to the last dim up to a multiple; the tensor itself where there is one."""
+    missing = -values.shape[-1] % multiple
+    return torch.nn.functional.pad(values, (0, missing)) if missing else values
+
+
+def join_nibbles(codes: Tensor, *, first_is_high: bool) -> Tensor:
+    """Put two codes (..., 2n) below 16 into each byte (..., n)."""
+    first, second = codes[..., ::2], codes[..., 1::2]
+    high, low = (first, second) if first_is_high else (second, first)
+    return (high << 4) | low
+
+
+def look_up_nibbles(packed: Tensor, table: Tensor, *, first_is_high: bool) -> Tensor:
+    """Return the fp32 values (..., 2n) of the codes in bytes (..., n), of a table of 16."""
+    codes = torch.arange(256, device=packed.device)
+    high, low = codes >> 4, codes & 15
+    pairs = torch.stack((high, low) if first_is_high else (low, high), dim=1)
+    values = table.to(packed.device)[pairs]  # (256, 2)
+    return values[packed.int()].flatten(-2)

@@ -1,0 +1,50 @@
+"""FP8: E4M3 numbers with a scale for each block of 128 x 128, as DeepSeek-V3 publishes weights."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from megablocks_utils.quantization.weight_format import PartLayout, Parts
+
+__all__ = ["Fp8"]
+
+_BLOCK = 128
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+class Fp8:
+    """See the module."""
+
+    name = "fp8"
+
+    def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
+        """Return what the parts of one matrix are."""
+        blocks = math.ceil(num_rows / _BLOCK), math.ceil(num_columns / _BLOCK)
+        return {
+            "codes": PartLayout((num_rows, num_columns), torch.uint8),
+            "scales": PartLayout(blocks, torch.float32),
+        }
+
+    def pack(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a matrix (out, in), fp32."""
+        num_rows, num_columns = matrix.shape
+        padded = pad(matrix, (0, -num_columns % _BLOCK, 0, -num_rows % _BLOCK))
+        blocks = padded.unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _BLOCK))
+        scales = blocks.abs().amax(dim=(1, 3)) / _LARGEST
+        shares = matrix / _spread(scales.where(scales > 0, 1.0), num_rows, num_columns)
+        # A quotient may round to more than the largest number, which would become NaN.
+        codes = shares.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        return {"codes": codes.view(torch.uint8), "scales": scales}
+
+    def unpack(self, parts: Parts, num_columns: int) -> Tensor:
+        """Return matrices (n, out, in) in fp32; every part has n in front."""
+        values = parts["codes"].view(torch.float8_e4m3fn).float()
+        return values.mul_(_spread(parts["scales"], values.shape[-2], num_columns))
+
+
+def _spread(scales: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """Return each element's scale (..., out, in)."""
+    by_row = scales.repeat_interleave(_BLOCK, dim=-2)[..., :num_rows, :]
+    return by_row.repeat_interleave(_BLOCK, dim=-1)[..., :num_columns]

@@ -1,0 +1,40 @@
+"""INT8: whole numbers from -127 to 127 times a scale for every 256 inputs of an output."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megablocks_utils.quantization.code_book import pad_columns
+from megablocks_utils.quantization.weight_format import PartLayout, Parts
+
+__all__ = ["Int8"]
+
+_BLOCK, _LARGEST = 256, 127
+
+
+class Int8:
+    """See the module."""
+
+    name = "int8"
+
+    def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
+        """Return what the parts of one matrix are."""
+        blocks = math.ceil(num_columns / _BLOCK)
+        return {
+            "codes": PartLayout((num_rows, num_columns), torch.int8),
+            "scales": PartLayout((num_rows, blocks), torch.float32),
+        }
+
+    def pack(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a matrix (out, in), fp32."""
+        blocks = pad_columns(matrix, _BLOCK).unflatten(-1, (-1, _BLOCK))
+        scales = blocks.abs().amax(dim=-1) / _LARGEST
+        shares = blocks / scales.where(scales > 0, 1.0)[..., None]
+        codes = shares.round().clamp_(-_LARGEST, _LARGEST).to(torch.int8).flatten(-2)
+        return {"codes": codes[:, : matrix.shape[1]], "scales": scales}
+
+    def unpack(self, parts: Parts, num_columns: int) -> Tensor:
+        """Return matrices (n, out, in) in fp32; every part has n in front."""
+        scales = parts["scales"].repeat_interleave(_BLOCK, dim=-1)[..., :num_columns]
+        return parts["codes"] * scales

@@ -1,0 +1,96 @@
+"""NF4 with double quantization, as QLoRA (Dettmers et al., arXiv 2305.14314) and bitsandbytes.
+
+Blocks of 64 numbers are divided by their largest magnitude, and each becomes the nearest of 16
+quantiles of the normal distribution. The magnitudes, less their mean in the matrix, are stored in
+8 bits in blocks of 256. Where the inputs are a multiple of 64, that is what
+`quantize_4bit(..., compress_statistics=True)` of bitsandbytes 0.50 makes of each expert: the same
+codes and mean, and 8-bit codes that are always the nearest (its CPU code misses 1 in 600).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megablocks_utils.quantization.code_book import (
+    find_nearest,
+    join_nibbles,
+    look_up_nibbles,
+    pad_columns,
+)
+from megablocks_utils.quantization.weight_format import PartLayout, Parts
+
+__all__ = ["NF4_VALUES", "Nf4"]
+
+_BLOCK, _SCALE_BLOCK = 64, 256
+_EXPONENTS = 7
+
+# Appendix E of the paper.
+NF4_VALUES = torch.tensor(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+)
+
+
+def build_dynamic_table() -> Tensor:
+    """Return the 256 values of bitsandbytes' dynamic 8-bit data type (arXiv 2110.02861)."""
+    values = [0.0, 1.0]
+    for exponent in range(_EXPONENTS):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        size = 10 ** (exponent + 1 - _EXPONENTS)
+        values += (size * means).tolist() + (-size * means).tolist()
+    return torch.tensor(sorted(values))
+
+
+_DYNAMIC_VALUES = build_dynamic_table()
+
+
+class Nf4:
+    """See the module."""
+
+    name = "nf4"
+
+    def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
+        """Return what the parts of one matrix are."""
+        blocks = math.ceil(num_columns / _BLOCK)
+        num_scales = num_rows * blocks
+        return {
+            "codes": PartLayout((num_rows, blocks * _BLOCK // 2), torch.uint8),
+            "scale_codes": PartLayout((num_scales,), torch.uint8),
+            "scale_scales": PartLayout((math.ceil(num_scales / _SCALE_BLOCK),), torch.float32),
+            "scale_mean": PartLayout((1,), torch.float32),
+        }
+
+    def pack(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a matrix (out, in), fp32."""
+        blocks = pad_columns(matrix, _BLOCK).reshape(-1, _BLOCK)
+        scales = blocks.abs().amax(dim=1)
+        divisors = scales.where(scales > 0, 1.0)[:, None]
+        codes = find_nearest(blocks / divisors, NF4_VALUES.to(matrix.device))
+        mean = scales.mean()
+        rests = pad_columns((scales - mean)[None], _SCALE_BLOCK).reshape(-1, _SCALE_BLOCK)
+        scale_scales = rests.abs().amax(dim=1)
+        shares = rests / scale_scales.where(scale_scales > 0, 1.0)[:, None]
+        scale_codes = find_nearest(shares, _DYNAMIC_VALUES.to(matrix.device))
+        return {
+            "codes": join_nibbles(codes, first_is_high=True).reshape(len(matrix), -1),
+            "scale_codes": scale_codes.flatten()[: len(scales)],
+            "scale_scales": scale_scales,
+            "scale_mean": mean[None],
+        }
+
+    def unpack(self, parts: Parts, num_columns: int) -> Tensor:
+        """Return matrices (n, out, in) in fp32; every part has n in front."""
+        codes = parts["codes"]
+        scale_codes = parts["scale_codes"]
+        scale_scales = parts["scale_scales"].repeat_interleave(_SCALE_BLOCK, dim=1)
+        scales = _DYNAMIC_VALUES.to(codes.device)[scale_codes.int()]
+        scales = scales * scale_scales[:, : scales.shape[1]] + parts["scale_mean"]
+        values = look_up_nibbles(codes, NF4_VALUES, first_is_high=True)
+        values.view(*scales.shape, _BLOCK).mul_(scales[..., None])
+        return values[..., :num_columns]

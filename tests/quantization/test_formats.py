@@ -1,0 +1,76 @@
+"""Formats against slow definitions, tables and other programs; what they take and how far off."""
+
+import pytest
+import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from megablocks_utils.config.quantization import QUANTIZATIONS, count_packed_bytes
+from megablocks_utils.quantization.format_table import FORMATS, round_to_format
+from megablocks_utils.quantization.nf4 import NF4_VALUES
+
+SHAPES = [(5, 7), (130, 200), (192, 64)]
+# Of normal numbers: of a block of 64, 32 or 256, the largest is about 2.4, 2.1 or 2.9 sigma.
+ERRORS = {"nf4": 0.093, "int8": 0.008, "fp8": 0.028, "mxfp4": 0.12}
+MOST_BYTES = {"nf4": 0.53, "int8": 1.02, "fp8": 1.001, "mxfp4": 0.54}
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator) * 0.02
+
+
+def test_every_choice_is_a_format():
+    assert ("none", *FORMATS) == QUANTIZATIONS
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parts_are_those_that_are_described_and_counted(name, shape):
+    matrix = _draw(*shape)
+    parts = FORMATS[name].pack(matrix)
+    described = FORMATS[name].describe_parts(*shape)
+    assert {n: (tuple(p.shape), p.dtype) for n, p in parts.items()} == described
+    assert sum(part.nbytes for part in parts.values()) == count_packed_bytes(name, *shape)
+    # A row's numbers are its own: not those of a neighbour, of another block or of the padding.
+    error = (round_to_format(matrix, FORMATS[name]) - matrix).norm() / matrix.norm()
+    assert error < ERRORS[name] * 1.1
+    zeros = torch.zeros(shape)
+    assert torch.equal(round_to_format(zeros, FORMATS[name]), zeros)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_error_and_bytes(name):
+    matrix = _draw(256, 1024)
+    rounded = round_to_format(matrix, FORMATS[name])
+    assert (rounded - matrix).norm() / matrix.norm() < ERRORS[name]
+    assert count_packed_bytes(name, 1536, 2048) <= MOST_BYTES[name] * 1536 * 2048
+
+
+def test_nf4_is_the_nearest_of_the_table_in_each_block():
+    """Scales come out of 8 bits, so they are compared up to what these lose."""
+    matrix = _draw(4, 128)
+    blocks = matrix.view(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True)
+    wanted = NF4_VALUES[(blocks[..., None] / scales[..., None] - NF4_VALUES).abs().argmin(-1)]
+    codes = FORMATS["nf4"].pack(matrix)["codes"].view(-1, 32)
+    first, second = NF4_VALUES[(codes >> 4).int()], NF4_VALUES[(codes & 15).int()]
+    assert torch.equal(torch.stack([first, second], dim=2).flatten(1), wanted)
+    rounded = round_to_format(matrix, FORMATS["nf4"]).view(-1, 64)
+    assert torch.allclose(rounded, wanted * scales, rtol=0.01, atol=0)
+
+
+def test_mxfp4_is_read_by_transformers_and_keeps_what_is_stored_so():
+    parts = FORMATS["mxfp4"].pack(_draw(64, 96))
+    blocks = parts["codes"].view(1, 64, 3, 16)
+    wanted = convert_moe_packed_tensors(blocks, parts["exponents"][None], dtype=torch.float32)[0].T
+    rounded = round_to_format(_draw(64, 96), FORMATS["mxfp4"])
+    assert torch.equal(rounded, wanted)
+    assert torch.equal(round_to_format(rounded, FORMATS["mxfp4"]), rounded)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(0.25, 0.0), (0.75, 1.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0), (7.0, 6.0)]
+)
+def test_mxfp4_rounds_ties_to_even_and_never_overflows(value, wanted):
+    matrix = torch.tensor([[value, 6.0]])
+    assert round_to_format(-matrix, FORMATS["mxfp4"])[0, 0] == -wanted

@@ -5,8 +5,9 @@
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
 in each layout; about five minutes on two cores. With `--composed`, in layouts of several mesh axes
 at once; with `--axes`, of a model that these shard unevenly. Writes benchmarks/results/reshard.json
-(reshard_composed.json, reshard_axes.json) and prints it as Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
-same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
+(reshard_composed.json, reshard_axes.json) and prints it as Markdown. Ends with exit code 1 if a
+weight or moment differs at all, a run resumed in the same layout is not bit-equal to the
+uninterrupted one, or another one exceeds the bound.
 """
 
 import argparse

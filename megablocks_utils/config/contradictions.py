@@ -10,6 +10,7 @@ from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.config.evaluation import check_evaluation
+from megablocks_utils.config.optim import MUON
 from megablocks_utils.config.quantization import check_quantization
 from megablocks_utils.errors import ConfigurationError
 
@@ -40,6 +41,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
             "--cpu_offload is params, but FSDP1 leaves the experts, most of the weights, on the "
             "devices: it must be none or optimizer, or use train_accelerate_fsdp2.py."
         )
+    _check_muon(values, entry_point)
     _check_groups(values, entry_point)
     accumulation = values["gradient_accumulation_steps"]
     if values["compile"] and entry_point == "fsdp1" and accumulation > 1:
@@ -91,6 +93,22 @@ def _check_adapters(values: Mapping[str, Any]) -> None:
             f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
             "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
             "megablocks_utils.merge."
+        )
+
+
+def _check_muon(values: Mapping[str, Any], entry_point: str) -> None:
+    """Refuse Muon where matrices cannot be put together, or states cannot be moved."""
+    if values["optim"] != MUON:
+        return
+    if entry_point == "fsdp1":
+        raise ConfigurationError(
+            "--optim is muon, but the flat shards of FSDP1 cut matrices anywhere: it must be adamw,"
+            " or use train_accelerate_fsdp2.py."
+        )
+    if values["cpu_offload"] != "none":
+        raise ConfigurationError(
+            f"--optim is muon, but with --cpu_offload {values['cpu_offload']} it must be adamw: "
+            "whole matrices are put together on the devices."
         )
 
 

@@ -6,7 +6,9 @@ from typing import Annotated
 
 from megablocks_utils.config.option import Option
 
-__all__ = ["OptimConfig"]
+__all__ = ["MUON", "OptimConfig"]
+
+MUON = "muon"
 
 _SCHEDULES = (
     "linear",
@@ -17,7 +19,12 @@ _SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-_ADAMW = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw": "adamw"}
+_OPTIMIZERS = {
+    "muon": MUON,
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw": "adamw",
+}
 # Tried with torchao 0.18 on torch 2.13: a bfloat16 DTensor fails in `lerp` (compiled, in a view of
 # another dtype); noise comes from the rank's own generator, so copies of experts would drift apart;
 # blocks of 256 that lie across two shards cannot be read on another number of ranks.
@@ -32,11 +39,11 @@ class OptimConfig:
     """Say how a step is made and how many there are; names and meanings are Hugging Face's.
 
     Attributes:
-        optim: The optimizer, "adamw".
+        optim: The optimizer, "adamw" or "muon".
         learning_rate: Peak of the schedule.
         lr_scheduler_type: Name for `transformers.get_scheduler`.
         warmup_steps: Whole steps, or below 1 the share of all steps.
-        weight_decay: AdamW's, not applied to biases and norms.
+        weight_decay: Decoupled, not applied to biases and norms.
         max_grad_norm: Global norm to clip to; 0 means no clipping.
         num_train_epochs: Passes over the data where `max_steps` is -1.
         max_steps: Optimizer steps, or -1.
@@ -53,10 +60,11 @@ class OptimConfig:
     optim: Annotated[
         str,
         Option(
-            "optimizer",
-            choices=tuple(reversed(_ADAMW)),
+            "optimizer; muon trains matrices between embedding and head, each expert's its own, "
+            "with torch.optim.Muon's update, and leaves all else, routers too, to AdamW",
+            choices=tuple(reversed(_OPTIMIZERS)),
             refused=MappingProxyType(_REFUSED_OPTIMIZERS),
-            translation=MappingProxyType(_ADAMW),
+            translation=MappingProxyType(_OPTIMIZERS),
         ),
     ] = "adamw"
     learning_rate: Annotated[float, Option("peak learning rate", minimum=0)] = 5e-5

@@ -54,17 +54,19 @@ def measure_experts(
     Args:
         sharded: what `shard_moe` returned.
         settings: of its adapters.
-        states: the optimizer's states; Adam's `exp_avg_sq` is positive where a gradient has been.
+        states: the optimizer's states: Adam's `exp_avg_sq`, or Muon's momentum, is not zero where a
+            gradient has been.
     """
     found = {}
     for name, module in sharded.expert_modules.items():
         for projection in module.spec.projections if settings.expert_ranks else ():
             lora = getattr(module, lora_name(projection))
-            squares = states.get(lora.lora_B, {}).get("exp_avg_sq")
+            state = states.get(lora.lora_B, {})
+            moment = state.get("exp_avg_sq", state.get("momentum_buffer"))
             parts = [
                 _square_norms(lora.lora_A, lora.lora_A, sharded),
                 _square_norms(lora.lora_B, lora.lora_B, sharded),
-                _square_norms(squares, lora.lora_B, sharded),
+                _square_norms(moment, lora.lora_B, sharded),
             ]
             norms = torch.stack(parts)
             dist.all_reduce(norms)

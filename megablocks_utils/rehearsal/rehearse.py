@@ -169,6 +169,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
+            optim=run.optim,
             gradient_accumulation_steps=steps,
             sync_each_batch=run.sync_each_batch,
         ),

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from megablocks_utils.config import RunConfig
+from megablocks_utils.config.optim import MUON
 from megablocks_utils.fsdp.fsdp1 import build_fsdp1_plugin, fill_and_wrap_fsdp1, strip_wrappers
 from megablocks_utils.fsdp.fsdp2 import (
     build_accelerator,
@@ -29,6 +30,7 @@ from megablocks_utils.training.step.finish import StepFinish
 from megablocks_utils.training.step.learn_logits_map import find_logits_map
 from megablocks_utils.training.step.linear_cross_entropy import LogitsMap
 from megablocks_utils.training.step.micro_batch import LossWeights, compute_micro_batch_loss
+from megablocks_utils.training.step.muon import find_matrices
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 
 __all__ = ["Fsdp1Run", "Fsdp2Run", "RehearsalInputs", "move_to_meta"]
@@ -82,6 +84,8 @@ class Fsdp2Run:
         classes = layer_classes(model)
         groups, device_type = inputs.config.parallel.dp_replicate_size, inputs.device.type
         mesh = build_dense_mesh(device_type, dp_replicate_size=groups)
+        is_muon = inputs.config.optim.optim == MUON
+        self._matrices = find_matrices(model, []) if is_muon else set()
         self._accelerator = build_accelerator(inputs.config, precision, classes, device_type, mesh)
         self._layers = find_layers(model, self._accelerator)
         prefetches = prefetches_units(inputs.sharded, inputs.run.device_type)
@@ -97,6 +101,7 @@ class Fsdp2Run:
             inputs.run.precision,
             seed=_SEED,
             cpu_offload=inputs.run.cpu_offload,
+            matrices=self._matrices,
         )
         scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
         prepared = accelerator.prepare_optimizer(self.optimizer)

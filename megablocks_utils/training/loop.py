@@ -9,6 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from megablocks_utils.config.optim import MUON
 from megablocks_utils.fsdp.fsdp2 import build_accelerator, prepare_fsdp2, reduce_across_groups
 from megablocks_utils.fsdp.placement_check import verify_placements
 from megablocks_utils.moe.kernel_check import KernelCheck
@@ -28,6 +29,7 @@ from megablocks_utils.training.step.micro_batch import (
     MicroBatchLoss,
     compute_micro_batch_loss,
 )
+from megablocks_utils.training.step.muon import find_matrices
 from megablocks_utils.training.step.optimizer import build_lr_scheduler, build_optimizer
 from megablocks_utils.training.step.routing_hooks import NO_ROUTING_HOOKS, RoutingHooks
 from megablocks_utils.training.step_hooks import StepHooks
@@ -82,6 +84,7 @@ def build_training_state(setup: Setup) -> TrainingState:
         precision=setup.precision,
         seed=config.seed,
         cpu_offload=config.cpu_offload,
+        matrices=_find_muon_matrices(setup),
     )
     with track_sharding(setup.console, setup.num_layers) as on_layer:
         model, optimizer = prepare_fsdp2(
@@ -100,6 +103,13 @@ def build_training_state(setup: Setup) -> TrainingState:
     if setup.resume is not None:
         restore_finite(setup, state.run_state())
     return replace(state, kernel_check=setup.verify_kernel())
+
+
+def _find_muon_matrices(setup: Setup) -> set[str]:
+    """Return what Muon trains, while the model is not wrapped; nothing with another optimizer."""
+    if setup.config.optim.optim != MUON:
+        return set()
+    return find_matrices(setup.model, list(setup.probe.routers))
 
 
 def fit(

@@ -207,10 +207,12 @@ REFUSALS = {
     f"{SHARDING} --ep_size 2 --expert_degree 4": "--ep_size 2 and --expert_degree 4 are the same "
     "option given twice; leave one of the two out.",
     "--max-steps 1 --max_steps 2": "--max_steps is given twice, as 1 and as 2; give it once.",
-    "--optim sgd": "--optim is sgd, but it must be adamw, adamw_torch_fused or adamw_torch.",
+    "--optim sgd": "--optim is sgd, but it must be adamw, adamw_torch_fused, adamw_torch or muon.",
     "--optim adamw_8bit": "--optim is adamw_8bit, but torchao's 8-bit AdamW fails on sharded "
     "bfloat16 weights and cannot be resumed on every number of processes (--optim_dtype bfloat16 "
-    "halves float32 states): it must be adamw, adamw_torch_fused or adamw_torch.",
+    "halves float32 states): it must be adamw, adamw_torch_fused, adamw_torch or muon.",
+    "--optim muon --cpu_offload params": "--optim is muon, but with --cpu_offload params it must "
+    "be adamw: whole matrices are put together on the devices.",
     "--seed 1_000": "--seed is 1_000, but it must be a whole number from 0 to 4294967295.",
     "--seed ٣": "--seed is ٣, but it must be a whole number from 0 to 4294967295.",
     "--learning_rate 1_0e-5": "--learning_rate is 1_0e-5, but it must be a number of at least 0.",

@@ -42,8 +42,10 @@ FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe")
 FOUR_UNSHARDED_FSDP1 = make_run("fsdp1", Layout(4, 0, "replicate"), model="olmoe, 2 experts")
 ADAPTERS = make_run("fsdp2", Layout(4, 2), model="qwen3_moe", lora="all")
 ADAPTERS_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), *IN_BACKGROUND, lora="all")
+MUON = make_run("fsdp2", Layout(4, 2), "--optim", "muon", model="olmoe, 2 experts")
 
 RESHARDS = [
+    (MUON, ONE),
     (ONE, FOUR_TWO),
     (TWO, FOUR),
     (TWO, ONE_FSDP1),
@@ -124,19 +126,21 @@ def series(run: SavedRun | ResumedRun) -> list[tuple[float, ...]]:
     ]
 
 
-def check_close(resumed: ResumedRun, saved: SavedRun) -> None:
+def check_close(resumed: ResumedRun, saved: SavedRun, bound: float = BOUND) -> None:
     """Compare a run with the uninterrupted one in another layout, whose sums are rounded apart."""
     assert [line[:3] for line in series(resumed)] == [line[:3] for line in series(saved)]
     for ours, wanted in zip(resumed.metrics, saved.metrics, strict=True):
-        assert ours.loss == pytest.approx(wanted.loss, rel=BOUND)
-        assert ours.grad_norm == pytest.approx(wanted.grad_norm, rel=BOUND)
+        assert ours.loss == pytest.approx(wanted.loss, rel=bound)
+        assert ours.grad_norm == pytest.approx(wanted.grad_norm, rel=bound)
 
 
 @pytest.mark.parametrize(
     ("source", "target"), RESHARDS, ids=lambda run: f"{run.script} {run.layout} {run.case.lora}"
 )
 def test_another_layout_goes_on(save, go_on, source, target):
-    check_close(go_on(save(source), source.on(target)), save(source))
+    # Muon rounds to bfloat16 what differs in float32.
+    bound = 1e-3 if "muon" in source.options else BOUND
+    check_close(go_on(save(source), source.on(target)), save(source), bound)
 
 
 @pytest.mark.parametrize("run", SAME_LAYOUT, ids=str)

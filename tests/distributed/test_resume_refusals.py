@@ -193,7 +193,7 @@ CHANGES = [
     (lambda tensors: tensors.pop(f"optimizer.{Q_PROJ}.exp_avg"), f"lacks optimizer.{Q_PROJ}.exp"),
     (
         lambda tensors: tensors.update({f"optimizer.{Q_PROJ}.max_exp_avg_sq": torch.zeros(1)}),
-        f"also holds optimizer.{Q_PROJ}.max_exp_avg_sq (1 of Adam's states)",
+        f"also holds optimizer.{Q_PROJ}.max_exp_avg_sq (1 of the optimizer's states)",
     ),
     (lambda tensors: tensors.update({"ema.x": torch.zeros(1)}), "also holds ema.x (1 of Adam's"),
 ]

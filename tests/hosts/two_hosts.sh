@@ -82,6 +82,19 @@ case_parity() {
     done
   done; done
 }
+# ---- one axis each, across hosts or within each: the same as on one host -------------------------
+_axis() {  # NAME OPTION ...
+  local d="$WORK/axis-${1// /-}" n w words="${*:2} --max_steps 4 --ep_size"
+  words="$words $([[ $1 == expert_tp* ]] && echo 1 || echo 2)"
+  on 1 "$d-one.log" -- "$(alone FSDP2) $words --output_dir $d-one"; wait_host 1
+  for n in 1 2; do on $n "$d.$n.log" -- "$(FSDP2 $n) $words --output_dir $d"; done
+  for n in 1 2; do wait_host $n; done; kill_hosts
+  w=$(worst "$d-one" "$d" 2>&1 | tail -1); [ "$w" = 0.0 ] && verdict "$1" ok "worst $w" || verdict "$1" FAIL "$w"
+}
+case_slices() { _axis "expert_tp 4 across hosts" --expert_tp_size 4; }
+case_tp() { _axis "tp 2 within each host" --tp_size 2; }
+case_sp() { _axis "sp 4 across hosts" --sp_size 4; }
+case_hsdp() { _axis "a group of HSDP on each host" --dp_replicate_size 2; }
 # ---- a run under way that breaks: survivors end in time, and each of their hosts says why ---------
 _fault() {  # NAME KIND SURVIVORS ACTION [OPTION ...]
   local d=$WORK/$1-$2 s word rc n words="${*:5}" silent=""; rm -rf "$d" "$d".*
@@ -182,5 +195,5 @@ case_elastic() {
 }
 [ "$(id -u)" = 0 ] || { echo "needs root" >&2; exit 2; }
 make_hosts
-for name in ${@:-parity link limit host head stop private data weights options steps versions door debian address elastic}; do case_$name; done
+for name in ${@:-parity slices tp sp hsdp link limit host head stop private data weights options steps versions door debian address elastic}; do case_$name; done
 echo "$FAILED cases do not hold"; exit $((FAILED > 0))

@@ -4,6 +4,7 @@ No number is fitted to a measurement: every byte has a name, in `units`, `fsdp2_
 of stages, and `traffic`.
 """
 
+from megablocks_utils.config.optim import MUON
 from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.memory.fsdp1_buffers import Fsdp1Buffers
 from megablocks_utils.planning.memory.fsdp2_buffers import Accumulation, Fsdp2Buffers
@@ -72,7 +73,7 @@ def predict(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> Predi
         has_expert_gradients=run.accumulation > 1,
     ).run()
     ledger.moment = "optimizer"
-    ledger.transient("optimizer", _updated_bytes(units, run))
+    ledger.transient("optimizer", _updated_bytes(units, run) + _muon_bytes(units, run))
     sent = count_sent_bytes(sizes, units)
     return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent, host_bytes)
 
@@ -128,7 +129,7 @@ def _host_bytes(units: ModelUnits, run: PlannedRun) -> int:
 
 
 def _optimizer_bytes(units: ModelUnits, run: PlannedRun) -> int:
-    """Return Adam's states on the device."""
+    """Return the optimizer's states on the device."""
     on_device = [unit for unit in units.all() if not _is_offloaded(unit, run)]
     states = sum(_state_bytes(unit, units, run) for unit in on_device)
     return states - (_host_bytes(units, run) if run.offloaded == "optimizer" else 0)
@@ -142,13 +143,31 @@ def _updated_bytes(units: ModelUnits, run: PlannedRun) -> int:
     return 2 * largest * itemsize(run.precision.optim)
 
 
+def _muon_bytes(units: ModelUnits, run: PlannedRun) -> int:
+    """Return what Muon's update of one parameter has at the most, beside its states.
+
+    The update in fp32 and in bf16 of what is here; of the matrices in bf16 what is put together,
+    one of its iteration, and its result.
+    """
+    if run.optim != MUON:
+        return 0
+    bf16 = itemsize("bfloat16")
+    return max(
+        (m.numel * (FP32 + bf16) + 3 * m.whole * bf16 for u in units.all() for m in u.matrices),
+        default=0,
+    )
+
+
 def _state_bytes(unit: FsdpUnit, units: ModelUnits, run: PlannedRun) -> int:
     return _moment_bytes(unit, units, run) + unit.num_trained * _STEP_COUNTER_BYTES
 
 
 def _moment_bytes(unit: FsdpUnit, units: ModelUnits, run: PlannedRun) -> int:
     state = FP32 if unit is units.kept else itemsize(run.precision.optim)
-    return 2 * unit.trained_numel * state
+    moments = 2 * unit.trained_numel
+    if run.optim == MUON:  # one, not Adam's two
+        moments -= sum(shard.numel for shard in unit.matrices)
+    return moments * state
 
 
 def _left_gradients(units: ModelUnits, run: PlannedRun) -> int:

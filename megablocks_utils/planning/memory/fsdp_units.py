@@ -23,6 +23,7 @@ class ParamShard:
         is_trained: whether it gets a gradient.
         is_restacked: whether shards are put together along another dim than the first, which
             takes a second copy of the whole.
+        is_matrix: whether it is what Muon trains, where it is asked for.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,7 @@ class ParamShard:
     stored: int
     is_trained: bool
     is_restacked: bool = False
+    is_matrix: bool = False
 
     @property
     def whole(self) -> int:
@@ -69,6 +71,11 @@ class FsdpUnit:
     def trained_numel(self) -> int:
         """Elements held that are trained."""
         return sum(shard.numel for shard in self._trained) + self.padding * bool(self._trained)
+
+    @cached_property
+    def matrices(self) -> tuple[ParamShard, ...]:
+        """What of it Muon trains, where it is asked for."""
+        return tuple(shard for shard in self._trained if shard.is_matrix)
 
     @cached_property
     def num_trained(self) -> int:

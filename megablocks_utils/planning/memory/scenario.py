@@ -115,6 +115,7 @@ class Scenario:
             has_whole_logits=self.has_whole_logits,
             token_dispatch=config.parallel.token_dispatch,
             sp_size=config.parallel.sp_size,
+            optim=config.optim.optim,
         )
 
     def own_layout(self) -> ParallelLayout:

@@ -1,7 +1,7 @@
 """Cut a model into FSDP's units, as `fsdp.fsdp2` and `fsdp.fsdp1` do."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megablocks_utils.dtypes import itemsize
@@ -65,11 +65,13 @@ class _Builder:
     def base(self, parameter: ParameterShape) -> ParamShard:
         """Return a weight of the model, sharded over the ranks of a group."""
         stored = itemsize(self.run.precision.weights)
-        return self._shard(parameter.shape, stored, self._is_trained(parameter))
+        shard = self._shard(parameter.shape, stored, self._is_trained(parameter))
+        return replace(shard, is_matrix=_is_matrix(parameter))
 
     def adapter(self, shape: tuple[int, ...]) -> ParamShard:
         """Return an adapter's factor, sharded over the ranks of a group."""
-        return self._shard(shape, itemsize(self.run.precision.adapter), True)
+        shard = self._shard(shape, itemsize(self.run.precision.adapter), True)
+        return replace(shard, is_matrix=min(shape) > 1)
 
     def kept(self) -> FsdpUnit | None:
         """Return what every rank holds whole, of all layers; None for nothing."""
@@ -115,11 +117,13 @@ class _Builder:
             num_experts, num_out, num_in = parameter.shape
             num_local, rank = num_experts // self.layout.ep_size, run.lora_r
             is_trained, stored = self._is_trained(parameter), itemsize(precision.weights)
-            shards.append(_cut((num_local, num_out, num_in), ranks, stored, is_trained))
+            shard = _cut((num_local, num_out, num_in), ranks, stored, is_trained)
+            shards.append(replace(shard, is_matrix=_is_matrix(parameter)))
             if run.trains_experts:
                 stored = itemsize(precision.adapter)
                 factors = ((num_local, rank, num_in), (num_local, num_out, rank))
-                shards += [_cut(factor, ranks, stored, True) for factor in factors]
+                cut = (_cut(factor, ranks, stored, True) for factor in factors)
+                shards += [replace(shard, is_matrix=rank > 1) for shard in cut]
         return FsdpUnit(tuple(shards), ranks, is_fsdp, itemsize(precision.compute))
 
     def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, int]]:
@@ -129,6 +133,12 @@ class _Builder:
                 num_out, num_in = parameter.shape
                 yield (self.run.lora_r, num_in)
                 yield (num_out, self.run.lora_r)
+
+
+def _is_matrix(parameter: ParameterShape) -> bool:
+    """Say whether Muon trains a weight: one of a linear layer in a decoder layer, or experts'."""
+    num_dims = {"attention": 2, "mlp": 2, "experts": 3}.get(parameter.room)
+    return len(parameter.shape) == num_dims and min(parameter.shape[-2:]) > 1
 
 
 def _cut(shape: tuple[int, ...], ranks: int, stored: int, is_trained: bool) -> ParamShard:

@@ -34,7 +34,7 @@ COMPONENTS = (
 """Where a peak's bytes are.
 
 `parameters`: this rank's shards, and experts it holds whole; `gradients`: likewise, as they are
-kept between micro-steps; `optimizer`: Adam's states; `fsdp_buffers`: gathered weights, gradients
+kept between micro-steps; `optimizer`: its states; `fsdp_buffers`: gathered weights, gradients
 that wait to be reduced, and what collectives copy in and out of; `activations`: what the backward
 pass needs and temporaries; `dispatch_buffers`: rows that travel between ranks or are put in order
 for the experts, and everything the experts compute with them.
@@ -100,6 +100,7 @@ class PlannedRun:
         has_whole_logits: whether the loss takes the logits of all labels at once: where what the
             model does to them is not known.
         sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
+        optim: the optimizer.
     """
 
     world_size: int
@@ -124,6 +125,7 @@ class PlannedRun:
     cpu_offload: str = "none"
     dp_replicate_size: int = 1
     sp_size: int = 1
+    optim: str = "adamw"
 
     @property
     def shard_size(self) -> int:

@@ -31,6 +31,7 @@ _CLAUSES = {
         "use_lora, lora_r and lora_alpha give the adapters",
         ("use_lora", "lora_r", "lora_alpha"),
     ),
+    "optim": ("optim is", ("optim",)),
     "dtypes": ("precision gives the dtypes", ("precision",)),
     "seed": ("seed is", ("seed",)),
     "shuffle": ("shuffle is", ("shuffle",)),
@@ -68,7 +69,7 @@ class ResumeCompatibility:
         shuffle: whether it is shuffled.
         num_examples: of the data.
         data_sha256: of its tokens and labels.
-        dtypes: of trained weights and of Adam's states.
+        dtypes: of trained weights and of the optimizer's states.
         lora: rank, strength and places of the adapters; None without.
         base_sha256: fingerprint of the frozen model under them; None without.
         template_date: the day that the chat template was told; None where it does not ask for it.
@@ -78,6 +79,7 @@ class ResumeCompatibility:
         packing_length: tokens of rows that examples share; None: a row for each.
         streaming: whether the data is read while training; the examples are then the first ones.
         shuffle_buffer_size: records that a stream shuffles among each other; None: none.
+        optim: the optimizer.
         expert_quantization: the format that experts are packed in; None: they are not.
     """
 
@@ -97,6 +99,7 @@ class ResumeCompatibility:
     packing_length: int | None = None
     streaming: bool = False
     shuffle_buffer_size: int | None = None
+    optim: str = "adamw"
     expert_quantization: str | None = None
 
     def as_record(self) -> dict[str, Any]:
@@ -133,6 +136,7 @@ def describe_compatibility(
         packing_length=data.packing_length,
         streaming=data.streaming,
         shuffle_buffer_size=data.shuffle_buffer_size if data.streaming and data.shuffle else None,
+        optim=config.optim.optim,
         expert_quantization=config.adapter.packed_format,
     )
 
@@ -151,7 +155,8 @@ def check_compatibility(
     Raises:
         ConfigurationError: naming the parameter, its value and that of the checkpoint.
     """
-    stored, step = manifest[COMPATIBILITY_KEY], manifest["step"]
+    # Earlier versions had one optimizer, and did not say so.
+    stored, step = {"optim": "adamw", **manifest[COMPATIBILITY_KEY]}, manifest["step"]
     _check_global_batch(stored["global_batch"], own.global_batch, config, schedule.num_data_ranks)
     if own.template_date and not stored.get(DATE_KEY):
         _check_undated(stored, own)

@@ -1,4 +1,4 @@
-"""What training changes, as shards for a checkpoint: weights, Adam's states, schedule."""
+"""What training changes, as shards for a checkpoint: weights, optimizer states, schedule."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +25,6 @@ from megablocks_utils.mesh.placement import local_tensor
 __all__ = ["RunState"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_STATES = (*_MOMENTS, "step")
 _STEP = BlockPlace((1,), (0,))
 
 
@@ -37,7 +36,7 @@ class RunState:
 
     Attributes:
         model: wrapped by FSDP1 or FSDP2.
-        optimizer: AdamW over its trainable parameters, not in Accelerate's wrapper.
+        optimizer: over its trainable parameters, not in Accelerate's wrapper.
         scheduler: of the learning rate, a function of the step alone.
     """
 
@@ -47,13 +46,13 @@ class RunState:
 
     def shards(self) -> dict[str, TensorShard]:
         """Return what this rank holds of every weight and state: views, nothing is copied."""
-        shards = self._buffer_shards()
+        shards, moments = self._buffer_shards(), self._list_moments()
         for name, (parameter, place) in find_places(self.model).items():
             shards[MODEL_PREFIX + name] = place.shard(local_tensor(parameter.detach()))
             state = self.optimizer.state.get(parameter, {})
             if not state:
                 continue
-            for moment in _MOMENTS:
+            for moment in moments[id(parameter)]:
                 shards[_state_key(name, moment)] = place.shard(local_tensor(state[moment]))
             shards[_state_key(name, "step")] = _STEP.shard(state["step"].detach().view(1))
         return shards
@@ -120,14 +119,14 @@ class RunState:
             )
         }
         states: dict[int, dict[str, Tensor]] = {}
-        shards = {}
+        shards, moments = {}, self._list_moments()
         for name, (parameter, place) in places.items():
             if _state_key(name, "step") not in stored:
                 continue
             state = states[numbers[id(parameter)]] = {"step": torch.zeros(1)}
             shards[_state_key(name, "step")] = _STEP.shard(state["step"])
             device = choose_state_device(self.optimizer, parameter)
-            for moment in _MOMENTS:
+            for moment in moments[id(parameter)]:
                 key = _state_key(name, moment)
                 _shape, dtype = stored[key]
                 state[moment] = torch.zeros_like(parameter.detach(), dtype=dtype, device=device)
@@ -138,9 +137,18 @@ class RunState:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
+    def _list_moments(self) -> dict[int, tuple[str, ...]]:
+        """Return the states that are as large as their parameter, by the parameter's id."""
+        return {
+            id(parameter): group.get("moments", _MOMENTS)
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        }
+
     def _check_names(self, stored: Mapping[str, tuple], folder: Path) -> None:
         """Refuse a checkpoint that lacks something, or holds something that nobody reads."""
-        wanted = set(_trainable_names(self.model))
+        trained = dict(_trainable(self.model))
+        wanted = set(trained)
         buffers = {name.removeprefix(MODEL_PREFIX) for name in self._buffer_shards()}
         found = {
             name.removeprefix(MODEL_PREFIX) for name in stored if name.startswith(MODEL_PREFIX)
@@ -153,13 +161,18 @@ class RunState:
                     f" ({len(names)} of the parameters that this run trains)"
                 )
         # A parameter without a gradient so far has no states.
-        states = {name: {_state_key(name, state) for state in _STATES} for name in wanted}
+        moments = self._list_moments()
+        states = {
+            name: {_state_key(name, state) for state in ("step", *moments[id(parameter)])}
+            for name, parameter in trained.items()
+        }
         begun = {key for keys in states.values() if not keys.isdisjoint(stored) for key in keys}
         others = {name for name in stored if not name.startswith(MODEL_PREFIX)}
         for names, cause in ((begun - others, "lacks"), (others - begun, "also holds")):
             if names:
                 raise CheckpointError(
-                    f"the checkpoint {folder} {cause} {min(names)} ({len(names)} of Adam's states)"
+                    f"the checkpoint {folder} {cause} {min(names)}"
+                    f" ({len(names)} of the optimizer's states)"
                 )
 
 
@@ -167,7 +180,7 @@ def _state_key(name: str, state: str) -> str:
     return f"{OPTIMIZER_PREFIX}{name}.{state}"
 
 
-def _trainable_names(model: nn.Module) -> Iterator[str]:
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield strip_wrappers(name)
+            yield strip_wrappers(name), parameter

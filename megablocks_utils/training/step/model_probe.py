@@ -15,6 +15,7 @@ from megablocks_utils.attention.implementation import (
 )
 from megablocks_utils.attention.varlen_interface import VARLEN
 from megablocks_utils.config import RunConfig, resolve_precision
+from megablocks_utils.config.optim import MUON
 from megablocks_utils.errors import ConfigurationError, UserError
 from megablocks_utils.fsdp.materialize import FillLocal
 from megablocks_utils.moe.expert_spec import find_expert_modules
@@ -160,6 +161,8 @@ def _probe(config: RunConfig, model: PreTrainedModel, device: torch.device) -> M
         _refuse_no_bias(routers, optim.router_bias_update_rate, model.config.model_type)
     elif optim.freeze_router and not config.adapter.has_lora:
         routers = recognize_routers(_asked_by("freeze_router", False, small))
+    elif optim.optim == MUON and not config.adapter.has_lora:
+        routers = recognize_routers(_asked_by("optim", "adamw", small))
     logits_map, logits_reason = find_logits_map(model)
     probe = ModelProbe(
         packing, aux_loss, tuple(routers), logits_map=logits_map, logits_reason=logits_reason

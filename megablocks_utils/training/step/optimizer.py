@@ -1,8 +1,8 @@
-"""AdamW and its schedule, for parameters on several meshes and in every precision."""
+"""AdamW or Muon, and the schedule, for parameters on several meshes and in every precision."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from transformers import get_scheduler
 from megablocks_utils.config import OptimConfig, ResolvedPrecision
 from megablocks_utils.errors import MissingKernelError
 from megablocks_utils.fsdp.cpu_offload import HostStates
+from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.kernels.backends.triton import TRITON
 from megablocks_utils.mesh.placement import is_replicated
+from megablocks_utils.training.step.muon import MUON_STATE, MuonWithAdamW
 from megablocks_utils.training.step.stochastic_rounding import StochasticRoundingAdamW
 
 __all__ = ["build_lr_scheduler", "build_optimizer", "has_weight_decay"]
@@ -40,6 +42,7 @@ def build_optimizer(
     seed: int,
     plain_shard: int = 0,
     cpu_offload: str = "none",
+    matrices: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """Build AdamW (betas 0.9 and 0.999, eps 1e-8) over the trainable parameters.
 
@@ -57,18 +60,19 @@ def build_optimizer(
         plain_shard: which shard of the plain parameters this rank holds: 0 where each rank holds
             all of them, the rank under FSDP1, whose shards are plain tensors.
         cpu_offload: `optimizer` keeps the states in host memory.
+        matrices: names of what Muon trains, see `find_matrices`; AdamW trains all else.
 
     Raises:
         ValueError: no parameter is trainable.
         MissingKernelError: stochastic rounding on a GPU, and Triton is not installed.
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-    groups = _group_parameters(trainable, optim_config.weight_decay)
+    groups = _group_parameters(trainable, optim_config.weight_decay, matrices)
     lr, keeps_on_host = optim_config.learning_rate, cpu_offload == "optimizer"
     state_dtype = getattr(torch, precision.optim)
     # What is kept in float32 beside narrower weights then has float32 states too.
     same_dtype = all(p.dtype == state_dtype for _, p in trainable if not is_replicated(p))
-    if same_dtype and not precision.stochastic_rounding:
+    if same_dtype and not precision.stochastic_rounding and not matrices:
         adamw = HostAdamW if keeps_on_host else torch.optim.AdamW
         return adamw(groups, lr=lr, betas=_BETAS, eps=_EPS, fused=True)
     if any(p.is_cuda for _, p in trainable) and not TRITON.is_installed():
@@ -78,7 +82,7 @@ def build_optimizer(
             parameters=("precision",),
         )
     rounding = HostStochasticRoundingAdamW if keeps_on_host else StochasticRoundingAdamW
-    return rounding(
+    return (MuonWithAdamW if matrices else rounding)(
         groups,
         lr=lr,
         betas=_BETAS,
@@ -114,13 +118,16 @@ def has_weight_decay(name: str) -> bool:
 
 
 def _group_parameters(
-    trainable: list[tuple[str, torch.nn.Parameter]], weight_decay: float
+    trainable: list[tuple[str, torch.nn.Parameter]], weight_decay: float, matrices: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Return one group for each mesh (None: plain tensors) and weight decay, in order of names."""
-    groups: dict[tuple[Any, float], dict[str, Any]] = {}
+    """Return one group for each mesh (None: plain tensors), decay and optimizer, by first name."""
+    groups: dict[tuple[Any, float, bool], dict[str, Any]] = {}
     for name, parameter in trainable:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         decay = weight_decay if has_weight_decay(name) else 0.0
-        group = groups.setdefault((mesh, decay), {"params": [], "weight_decay": decay})
+        is_muon = strip_wrappers(name) in matrices
+        group = groups.setdefault((mesh, decay, is_muon), {"params": [], "weight_decay": decay})
+        if is_muon:
+            group |= {"is_muon": True, "moments": (MUON_STATE,)}
         group["params"].append(parameter)
     return list(groups.values())

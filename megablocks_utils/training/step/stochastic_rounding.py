@@ -20,7 +20,13 @@ from torch.distributed.tensor import DTensor
 from megablocks_utils.kernels.adamw_step import AdamWStep
 from megablocks_utils.mesh.placement import is_replicated
 
-__all__ = ["StochasticRoundingAdamW", "shard_coordinate", "stochastic_round_"]
+__all__ = [
+    "StochasticRoundingAdamW",
+    "local_part",
+    "shard_coordinate",
+    "stochastic_round_",
+    "store",
+]
 
 _DROPPED_BITS = 0xFFFF  # bfloat16 is the upper half of a float32
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -112,10 +118,13 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(self._numbers[parameter], parameter, group)
+            self._update_group(group)
         return loss
+
+    def _update_group(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                self._update(self._numbers[parameter], parameter, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, and number them: their random bits depend on it.
@@ -137,9 +146,9 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, parameter in zip(saved_numbers, parameters, strict=True):
             saved = state_dict["state"].get(number, {})
-            for name in _STATES:
-                if name in saved:
-                    value = saved[name].to(parameter.device, self._state_dtype)
+            for name, value in saved.items():
+                if name != "step":
+                    value = value.to(parameter.device, self._state_dtype)
                     self.state[parameter][name] = value
 
     def _update(self, number: int, parameter: torch.Tensor, group: dict[str, Any]) -> None:
@@ -158,7 +167,7 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
         )
         seed = self._seed_of(adamw.step, number, parameter)
         tensors = [parameter, parameter.grad, *(state[name] for name in _STATES)]
-        pieces = tuple(_local(tensor, parameter) for tensor in tensors)
+        pieces = tuple(local_part(tensor, parameter) for tensor in tensors)
         if _takes_kernel(pieces):
             self._run_kernel(pieces, adamw, seed)
             return
@@ -190,9 +199,9 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
         weight32.mul_(adamw.kept_weight)
         weight32.addcdiv_(average32, scale, value=-adamw.step_size)
 
-        _store(exp_avg, average32, generator)
-        _store(exp_avg_sq, square32, generator)
-        _store(weight, weight32, generator if self._stochastic_weights else None)
+        store(exp_avg, average32, generator)
+        store(exp_avg_sq, square32, generator)
+        store(weight, weight32, generator if self._stochastic_weights else None)
 
     def _seed_of(self, step: int, number: int, parameter: torch.Tensor) -> int:
         """Return a seed equal on the ranks that hold copies, unrelated between shards and steps."""
@@ -209,7 +218,7 @@ def _random_16_bits(like: torch.Tensor, generator: torch.Generator) -> torch.Ten
     return bits.to(torch.int32).bitwise_and_(_DROPPED_BITS)
 
 
-def _local(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that lies here, as the parameter's part does."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -231,7 +240,7 @@ def _chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, .
     return zip(*(tensor.view(-1).split(_CHUNK_ELEMENTS) for tensor in tensors), strict=True)
 
 
-def _store(target: torch.Tensor, value: torch.Tensor, generator: torch.Generator | None) -> None:
+def store(target: torch.Tensor, value: torch.Tensor, generator: torch.Generator | None) -> None:
     """Write a float32 result back; a float32 target was updated in place already."""
     if target.dtype == torch.float32:
         return

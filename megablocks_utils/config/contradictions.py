@@ -83,6 +83,11 @@ def _check_sharding(values: Mapping[str, Any]) -> None:
 
 def _check_adapters(values: Mapping[str, Any]) -> None:
     """Refuse what needs adapters where there are none, and the other way round."""
+    if values["use_dora"]:
+        raise ConfigurationError(
+            "--use_dora is True, but DoRA divides by norms of whole merged weights in every forward"
+            " pass, which lie on several ranks: it must be False (plain LoRA)."
+        )
     if values["resume_adapter"] is not None and values["use_lora"] == "none":
         raise ConfigurationError(
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "

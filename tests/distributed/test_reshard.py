@@ -35,6 +35,9 @@ FOUR_GROUPS = make_run("fsdp2", Layout(4, 2, groups=2))
 FOUR_GROUPS_SHARDED = make_run("fsdp2", Layout(4, 1, groups=2))
 # Each expert split, too.
 FOUR_SLICES = make_run("fsdp2", Layout(4, 1, expert_tp_size=2))
+# The dense layers split; half of the words is an odd number, which FSDP shards unevenly.
+FOUR_TP = make_run("fsdp2", Layout(4, 2, tp_size=2), model="mixtral, odd half of the words")
+FOUR_SEQUENCES = make_run("fsdp2", Layout(4, 4, sp_size=2))
 ONE_FSDP1 = make_run("fsdp1", Layout(1, 0, "replicate"), model="mixtral, wide")
 TWO_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), model="mixtral, wide")
 FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe", **PLACED)
@@ -52,6 +55,7 @@ RESHARDS = [
     (FOUR, FOUR_GROUPS_SHARDED),
     (FOUR_GROUPS, ONE),
     (TWO_FSDP1, FOUR_TWO_PLACED),
+    (FOUR_TP, FOUR_SEQUENCES),
     (TWO_FSDP1, FOUR_SLICES),
     (FOUR_SLICES, FOUR_TWO_FSDP1),
     (FOUR_TWO_COPIES, TWO),

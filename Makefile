@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 venv: $(VENV)/.installed-run
 
 quickstart: $(VENV)/.installed-run $(VENV)/.installed-model
-	FULL=$(FULL) MODEL=$(MODEL) PYTHONPATH=. $(PY) data/quickstart.py
+	FULL=$(FULL) MODEL=$(MODEL) QUANT=$(QUANT) PYTHONPATH=. $(PY) data/quickstart.py
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-model
 	PYTHONPATH=. $(PY) -m pytest tests -n 2 --dist worksteal -rs

@@ -2,7 +2,8 @@
 
 Everything built is kept in ``data/.cache`` and found again by the next run. In the environment,
 ``FULL=1`` trains all weights instead of LoRA adapters on attention and experts, and
-``MODEL=granitemoe`` a model of another family than Mixtral's.
+``MODEL=granitemoe`` a model of another family than Mixtral's, and ``QUANT=nf4`` (or another format)
+keeps the frozen experts in few bits.
 """
 
 import argparse
@@ -121,6 +122,8 @@ def training_command(
     command += ["--model_name_or_path", str(model), "--data_path", str(TRAIN_DATA)]
     command += ["--output_dir", str(options.output_dir), "--overwrite_output_dir", "True"]
     command += ["--use_megablocks_sharding", "True", *METHODS[method]]
+    if quantization := os.environ.get("QUANT"):
+        command += ["--expert_quantization", quantization]
     return command + [text for pair in sizes.items() for text in map(str, pair)]
 
 

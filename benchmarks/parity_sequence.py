@@ -19,7 +19,9 @@ from benchmarks.parity import MEASURED, find_violations, measure_parity, worst_o
 from tests.support.parity import Layout, ParityCase
 
 RESULT = RESULTS / "parity_sequence.json"
-MODELS = ("mixtral", "qwen3_moe", "gpt_oss")
+# The tiny GPT-OSS clamps at 1. A value of step 8 is 6e-7 from that, and rounding decides whether it
+# has a gradient: losses agree to 3e-8 in that step, gradients to 2e-2 only.
+MODELS = ("mixtral", "qwen3_moe", "gpt_oss, clamp out of reach")
 LAYOUTS = (
     Layout(2, 2, sp_size=2),
     Layout(4, 1, sp_size=2),  # two ranks with rows of their own, times two that share them

@@ -1,12 +1,13 @@
 """How exactly a run resumes from a checkpoint in another layout: every layout to every other.
 
-    PYTHONPATH=. python -m benchmarks.reshard [--composed] [--saved LAYOUT ...]
+    PYTHONPATH=. python -m benchmarks.reshard [--composed | --axes] [--saved LAYOUT ...]
 
 Saves a tiny Mixtral after 3 of 8 steps of full fine-tuning in each layout, and resumes from there
 in each layout; about five minutes on two cores. With `--composed`, in layouts of several mesh axes
-at once. Writes benchmarks/results/reshard.json, or reshard_composed.json, and prints it as
-Markdown. Ends with exit code 1 if a weight or moment differs at all, a run resumed in the
-same layout is not bit-equal to the uninterrupted one, or another one exceeds the bound.
+at once; with `--axes`, of a model that these shard unevenly. Writes benchmarks/results/reshard.json
+(reshard_composed.json, reshard_axes.json) and prints it as Markdown. Ends with exit code 1 if a
+weight or moment differs at all, a run resumed in the same layout is not bit-equal to the
+uninterrupted one, or another one exceeds the bound.
 """
 
 import argparse
@@ -57,6 +58,19 @@ COMPOSED = {
     "hsdp2 ep2 etp2": make_run("fsdp2", Layout(8, 2, groups=2, expert_tp_size=2)),
     "sp2 ep2 hsdp2": make_run("fsdp2", Layout(8, 2, groups=2, sp_size=2)),
 }
+# Half of the words is an odd number, so that FSDP shards unevenly what tensor parallelism splits.
+UNEVEN = {"model": "mixtral, odd half of the words"}
+AXES = {
+    "1 rank": make_run("fsdp2", Layout(1, 1), **UNEVEN),
+    "4 ep2": make_run("fsdp2", Layout(4, 2), **UNEVEN),
+    "hsdp2 ep2": make_run("fsdp2", Layout(4, 2, groups=2), **UNEVEN),
+    "etp2 ep2": make_run("fsdp2", Layout(4, 2, expert_tp_size=2), **UNEVEN),
+    "tp2 ep2": make_run("fsdp2", Layout(4, 2, tp_size=2), **UNEVEN),
+    "tp2 ep4": make_run("fsdp2", Layout(4, 4, tp_size=2), **UNEVEN),
+    "sp2 ep2": make_run("fsdp2", Layout(4, 2, sp_size=2), **UNEVEN),
+}
+SETS = {"reshard": RUNS, "reshard_composed": COMPOSED, "reshard_axes": AXES}
+"""Layouts by the name of the result."""
 
 
 def measure(
@@ -132,9 +146,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--composed", action="store_true", help="several mesh axes at once")
     parser.add_argument("--saved", nargs="+", help="layouts to save in; other rows stay")
+    parser.add_argument("--axes", action="store_true", help="further axes, uneven shards")
     given = parser.parse_args()
-    runs = COMPOSED if given.composed else RUNS
-    result = RESULTS / ("reshard_composed.json" if given.composed else "reshard.json")
+    name = "reshard_composed" if given.composed else "reshard_axes" if given.axes else "reshard"
+    runs, result = SETS[name], RESULTS / f"{name}.json"
     sources = [name for name in runs if given.saved is None or name in given.saved]
     known = [] if given.saved is None else Record.read(result).rows
     started = time.monotonic()

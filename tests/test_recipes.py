@@ -25,6 +25,7 @@ RUN_IN_CI = "qwen3-30b-a3b-lora-8gpu"
 FAMILIES = {
     "mixtral-8x7b": "mixtral",
     "qwen3-30b-a3b": "qwen3_moe",
+    "qwen3-235b-a22b": "qwen3_moe",
     "gpt-oss-20b": "gpt_oss",
     "qwen3.5-35b-a3b": "qwen3_5_moe",
 }

@@ -10,6 +10,7 @@ from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
 from megablocks_utils.config.evaluation import check_evaluation
+from megablocks_utils.config.expert_balance import BALANCED, CONTIGUOUS
 from megablocks_utils.config.optim import MUON
 from megablocks_utils.config.quantization import check_quantization
 from megablocks_utils.errors import ConfigurationError
@@ -73,16 +74,32 @@ def _check_sharding(values: Mapping[str, Any]) -> None:
         "expert_tp_size": (1,),
         "expert_dp": (None,),
         "token_dispatch": (AUTO, ROWS),
+        "expert_placement": (CONTIGUOUS,),
     }
     for name, harmless in idle.items():
         if not values["use_megablocks_sharding"] and values[name] not in harmless:
             raise ConfigurationError(
                 f"--{name} is {values[name]}, but it needs --use_megablocks_sharding True."
             )
+    if values["expert_loads"] is not None and values["expert_placement"] == CONTIGUOUS:
+        raise ConfigurationError(
+            f"--expert_loads is {values['expert_loads']}, but it needs --expert_placement "
+            f"{BALANCED}."
+        )
+    if values["optim"] == MUON and values["expert_placement"] == BALANCED:
+        raise ConfigurationError(
+            f"--expert_placement is {BALANCED}, but with --optim {MUON}, which has not been tried "
+            f"with it, it must be {CONTIGUOUS}."
+        )
 
 
 def _check_adapters(values: Mapping[str, Any]) -> None:
     """Refuse what needs adapters where there are none, and the other way round."""
+    if values["use_dora"]:
+        raise ConfigurationError(
+            "--use_dora is True, but DoRA divides by norms of whole merged weights in every forward"
+            " pass, which lie on several ranks: it must be False (plain LoRA)."
+        )
     if values["resume_adapter"] is not None and values["use_lora"] == "none":
         raise ConfigurationError(
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "

@@ -1,5 +1,6 @@
 """Choose which rank of an ep group holds which experts, so that measured loads even out."""
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -63,7 +64,7 @@ class MeasuredLoads:
         """Sort lines, (layer, rows, share of each expert), by layer."""
         layers: dict[str, list[tuple[int, Sequence[float]]]] = {}
         for layer, rows, share in lines:
-            layers.setdefault(layer, []).append((rows, share))
+            layers.setdefault(layer, []).append((rows, array("d", share)))
         return cls(source, layers)
 
     def check(self, num_experts: Mapping[str, int], parameter: str) -> None:

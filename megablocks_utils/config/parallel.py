@@ -7,6 +7,7 @@ from typing import Annotated
 
 from megablocks_utils.config.backends import AUTO, KERNEL_CHOICES
 from megablocks_utils.config.dispatch_cost import DISPATCH_CHOICES
+from megablocks_utils.config.expert_balance import BALANCED, CONTIGUOUS
 from megablocks_utils.config.option import Option
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
@@ -31,6 +32,8 @@ class ParallelConfig:
         kernel: Backend that runs the experts, or "auto".
         verify_kernel: Whether it is compared with "eager" before the first step.
         token_dispatch: How tokens travel to their experts: "rows", "tokens" or "auto".
+        expert_placement: "contiguous", or "balanced" by measured loads.
+        expert_loads: File of these; None: that of the checkpoint a run resumes from.
     """
 
     use_megablocks_sharding: Annotated[
@@ -119,6 +122,24 @@ class ParallelConfig:
             choices=DISPATCH_CHOICES,
         ),
     ] = AUTO
+    expert_placement: Annotated[
+        str,
+        Option(
+            "which process of an ep group holds which experts: contiguous: the first ones the "
+            "first; balanced: in each layer as many, so that the loads of --expert_loads even out; "
+            "files hold the model's order whatever it is",
+            choices=(CONTIGUOUS, BALANCED),
+        ),
+    ] = CONTIGUOUS
+    expert_loads: Annotated[
+        str | None,
+        Option(
+            "for --expert_placement balanced, the expert_load.jsonl of a run of this model, see "
+            "--expert_load_steps",
+            metavar="FILE",
+            shown_default="that of the checkpoint a run resumes from",
+        ),
+    ] = None
 
 
 def legal_ep_sizes(world_size: int, num_experts: int | None = None) -> list[int]:

@@ -21,6 +21,7 @@ _ALONE: Mapping[str, Any] = {
     "dp_replicate_size": 1,
     "cpu_offload": "none",
     "compile": False,
+    "expert_placement": "contiguous",
     "use_scattermoe": False,
 }
 _KERNELS = ("auto", "eager", "grouped_mm", "triton")

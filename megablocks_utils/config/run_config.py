@@ -231,6 +231,10 @@ class _OtherOptions:
     """Declare the options that have no field of their own in a configuration."""
 
     use_scattermoe: Annotated[bool, Option("same as --kernel scattermoe")] = False
+    use_dora: Annotated[
+        bool,
+        Option("not built: True is refused, since DoRA's norms are those of whole merged weights"),
+    ] = False
 
 
 OPTIONS: tuple[Option, ...] = (*list_options(RunConfig), *list_options(_OtherOptions))

@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole
+from megablocks_utils.fsdp.fsdp2 import NamedTensors, gather_whole, in_model_order
 from megablocks_utils.fsdp.materialize import FillLocal, materialize
 from megablocks_utils.mesh.placement import is_replicated
-from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.moe.sharded_moe import ShardedMoE, find_slots
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 
 # torch 2.13 renamed it and warns at the old name, the only one that 2.11 has.
@@ -187,7 +187,7 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
         model: wrapped by `wrap_fsdp1`.
         only_trainable: leave frozen parameters out.
     """
-    is_writer = dist.get_rank() == 0
+    is_writer, slots = dist.get_rank() == 0, find_slots(model)
     units = {id(p): unit for unit in _units(model).values() for p in _own_parameters(unit).values()}
     wanted = [
         (strip_wrappers(name), parameter)
@@ -198,7 +198,8 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
         if unit is None:
             for name, parameter in run:
                 whole = gather_whole(parameter)
-                yield name, whole.cpu() if is_writer else None
+                ours = in_model_order(whole.cpu(), slots.get(parameter)) if is_writer else None
+                yield name, ours
                 del whole
             continue
         with FullyShardedDataParallel.summon_full_params(

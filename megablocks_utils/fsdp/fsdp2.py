@@ -31,7 +31,8 @@ from megablocks_utils.fsdp.prefetch import prefetch_in_order
 from megablocks_utils.mesh.dense_mesh import world_mesh
 from megablocks_utils.mesh.device_mesh import EP_AXIS, axis_size
 from megablocks_utils.mesh.placement import is_replicated
-from megablocks_utils.moe.sharded_moe import ShardedMoE
+from megablocks_utils.moe.expert_slots import ExpertSlots
+from megablocks_utils.moe.sharded_moe import ShardedMoE, find_slots
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 
 NamedTensors = Iterator[tuple[str, Tensor | None]]
@@ -246,17 +247,22 @@ def full_parameters(model: nn.Module, *, only_trainable: bool = False) -> NamedT
         model: wrapped by `prepare_fsdp2`.
         only_trainable: leave frozen parameters out.
     """
-    is_writer = dist.get_rank() == 0
+    is_writer, slots = dist.get_rank() == 0, find_slots(model)
     for name, parameter in model.named_parameters():
         if only_trainable and not parameter.requires_grad:
             continue
         whole = gather_whole(parameter)
-        yield name, whole.cpu() if is_writer else None
+        yield name, in_model_order(whole.cpu(), slots.get(parameter)) if is_writer else None
         del whole
 
 
+def in_model_order(whole: Tensor, slots: ExpertSlots | None) -> Tensor:
+    """Return a gathered tensor as the model has it, whatever order its experts lie in."""
+    return whole if slots is None else slots.to_model_order(whole)
+
+
 def gather_whole(parameter: nn.Parameter) -> Tensor:
-    """Return the whole of a parameter, without its gradient.
+    """Return the whole of a parameter, without its gradient; experts in the order they lie in.
 
     **Collective:** an all-gather over its mesh; none if it is replicated.
     """

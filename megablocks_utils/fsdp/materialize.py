@@ -15,6 +15,7 @@ from megablocks_utils.mesh.placement import (
     mark_replicated,
 )
 from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.sharded_moe import find_slots
 from megablocks_utils.quantization.packed_experts import PackedExperts
 
 FillLocal = Callable[[str, Tensor, tuple[int, ...]], None]
@@ -46,6 +47,7 @@ def materialize(
         offload: FSDP2's, which has shards in host memory; None: all are on the device.
     """
     places: dict[nn.Parameter, list[str]] = {}
+    slots = find_slots(module)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if local_tensor(parameter.detach()).is_meta:
             places.setdefault(parameter, []).append(name)
@@ -57,7 +59,8 @@ def materialize(
             local = _pack(experts, name, parameter, fill_local, device)
         else:
             local = _allocate(parameter, device, offload)
-            for block in local_blocks(parameter):
+            lie = slots[parameter].experts if parameter in slots else None
+            for block in local_blocks(parameter, lie):
                 fill_local(name, block.of(local), block.offsets)
         filled = nn.Parameter(_place_like(parameter, local), requires_grad=parameter.requires_grad)
         if is_replicated(parameter):

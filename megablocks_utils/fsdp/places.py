@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from megablocks_utils.checkpoint.tensor_shards import PartPlace, Place, RunPlace
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.mesh.placement import is_replicated, local_blocks
+from megablocks_utils.moe.sharded_moe import find_slots
 
 __all__ = ["PlacedParameters", "find_buffers", "find_places", "flat_handles"]
 
@@ -28,14 +29,15 @@ def find_places(model: nn.Module) -> PlacedParameters:
     Args:
         model: wrapped by `prepare_fsdp2` or `wrap_fsdp1`.
     """
-    runs = _runs_in_flat_parameters(model.modules())
+    runs, slots = _runs_in_flat_parameters(model.modules()), find_slots(model)
     places: PlacedParameters = {}
     place: Place
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if isinstance(parameter, DTensor) or is_replicated(parameter):
-            place = PartPlace(tuple(parameter.shape), local_blocks(parameter))
+            experts = slots[parameter].experts if parameter in slots else None
+            place = PartPlace(tuple(parameter.shape), local_blocks(parameter, experts))
         elif id(parameter) in runs:
             place = runs[id(parameter)]
         else:

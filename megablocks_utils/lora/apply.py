@@ -18,7 +18,7 @@ from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_l
 from megablocks_utils.lora.peft_targets import find_loadable, split_by_reach
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.lora.trainable import settings_of_adapter
-from megablocks_utils.mesh.placement import cut_slice, local_expert_range, local_tensor
+from megablocks_utils.mesh.placement import cut_slice, local_tensor
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
@@ -160,10 +160,12 @@ def _fill(
     if sharded is None:
         return
     for name, module in sharded.expert_modules.items():
-        mine = local_expert_range(module.num_experts, sharded.mesh)
+        mine = module.local_experts()
+        span = range(min(mine), max(mine) + 1)
+        places = [expert - span.start for expert in mine]
         for projection in module.spec.projections if settings.expert_ranks else ():
             lora = getattr(module, lora_name(projection))
-            factors = source.experts(f"{name}.{projection}", mine)
+            factors = [f[places] for f in source.experts(f"{name}.{projection}", span)]
             splits = module.spec.find_lora_splits(projection)
             for own, factor, split in zip((lora.lora_A, lora.lora_B), factors, splits, strict=True):
                 local_tensor(own.detach()).copy_(cut_slice(factor, sharded.mesh, split))

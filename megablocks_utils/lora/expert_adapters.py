@@ -11,7 +11,6 @@ from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.mesh.placement import (
     DimSplit,
     cut_slice,
-    local_expert_range,
     wrap_local_experts,
 )
 from megablocks_utils.moe.expert_lora import ExpertLora
@@ -43,7 +42,7 @@ def attach_expert_lora(
         )
     generator = torch.Generator().manual_seed(seed)
     for module in sharded.expert_modules.values():
-        mine = local_expert_range(module.num_experts, sharded.mesh)
+        mine = list(module.local_experts())
         for projection in module.spec.projections:
             rank, weights = settings.expert_ranks[projection], getattr(module, projection)
             num_in, num_out = weights.shape[1:][:: 1 if module.spec.is_transposed else -1]
@@ -54,7 +53,7 @@ def attach_expert_lora(
             lora_b = torch.zeros(len(mine), num_out, rank)
             split_a, split_b = module.spec.find_lora_splits(projection)
             adapters = ExpertLora(
-                _place(lora_a[mine.start : mine.stop], split_a, dtype, sharded),
+                _place(lora_a[mine], split_a, dtype, sharded),
                 _place(lora_b, split_b, dtype, sharded),
                 settings.scaling,
             )

@@ -70,6 +70,8 @@ def measure_experts(
             ]
             norms = torch.stack(parts)
             dist.all_reduce(norms)
+            if module.slots is not None:
+                norms = module.slots.to_model_order(norms.T).T
             lora_a, lora_b, moved = norms.cpu()
             found[f"{name}.{projection}"] = ExpertNorms(lora_a, lora_b, moved > 0)
     return found

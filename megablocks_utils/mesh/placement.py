@@ -66,7 +66,7 @@ def is_replicated(tensor: Tensor) -> bool:
 
 
 def local_expert_range(num_experts: int, mesh: DeviceMesh) -> range:
-    """Return the global ids of the experts this rank holds."""
+    """Return the places of this rank's experts in the split order, which is the model's or not."""
     num_local = num_experts // mesh[EP_AXIS].size()
     first = mesh.get_local_rank(EP_AXIS) * num_local
     return range(first, first + num_local)
@@ -155,11 +155,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_blocks(tensor: Tensor) -> tuple[LocalBlock, ...]:
+def local_blocks(tensor: Tensor, experts: Sequence[int] | None = None) -> tuple[LocalBlock, ...]:
     """Return which elements of the whole tensor this rank's part holds; none of an empty part.
 
-    One block, or one for each part of a dim that is split part by part. A plain tensor is one
-    block. No communication.
+    One block, or one for each part of a dim that is split part by part, and for each run of
+    consecutive experts where `experts` says which lies where along dim 0 (None: as in the model). A
+    plain tensor is one block. No communication.
     """
     runs = [[range(size)] for size in tensor.shape]
     if isinstance(tensor, DTensor):
@@ -169,6 +170,9 @@ def local_blocks(tensor: Tensor) -> tuple[LocalBlock, ...]:
             num_parts = _count_parts(tensor.placements, axis)
             place = mesh.get_local_rank(axis), mesh.size(axis)
             runs[dim] = [run for part in _cut(runs[dim], num_parts) for run in _take(part, *place)]
+    if experts is not None:
+        assert len(experts) == len(tensor), (len(experts), tensor.shape)
+        runs[0] = _join([experts[place] for run in runs[0] for place in run])
     sizes = tuple(sum(map(len, of_dim)) for of_dim in runs)
     assert sizes == local_tensor(tensor.detach()).shape, (tensor, sizes)
     starts = [list(accumulate(map(len, of_dim), initial=0)) for of_dim in runs]
@@ -215,6 +219,16 @@ def _take(runs: Sequence[range], rank: int, num_ranks: int) -> list[range]:
     """Return a rank's chunk of runs, as `torch.chunk` cuts: the last ones are short."""
     chunk = -(-sum(map(len, runs)) // num_ranks)
     return _window(runs, rank * chunk, (rank + 1) * chunk)
+
+
+def _join(numbers: Sequence[int]) -> list[range]:
+    """Return numbers as runs of consecutive ones."""
+    found: list[range] = []
+    for number in numbers:
+        follows = bool(found) and found[-1].stop == number
+        start = found.pop().start if follows else number
+        found.append(range(start, number + 1))
+    return found
 
 
 def _window(runs: Sequence[range], start: int, stop: int) -> list[range]:

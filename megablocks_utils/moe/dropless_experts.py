@@ -1,6 +1,6 @@
 """The experts of one layer as a dropless MoE (dMoE) over concatenated, sharded weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from megablocks_utils.kernels.permute import (
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.mesh.device_mesh import EP_AXIS, EXPERT_TP_AXIS, axis_size
 from megablocks_utils.mesh.peer_exchange import combine_from_peers, dispatch_to_peers
-from megablocks_utils.mesh.placement import local_tensor
+from megablocks_utils.mesh.placement import local_expert_range, local_tensor
 from megablocks_utils.mesh.recomputation import keep
 from megablocks_utils.mesh.token_dispatch import find_ranks_of_tokens
 from megablocks_utils.mesh.token_exchange import (
@@ -35,6 +35,7 @@ from megablocks_utils.mesh.token_exchange import (
 )
 from megablocks_utils.mesh.token_split import TokenSplit
 from megablocks_utils.moe.expert_lora import ExpertLora
+from megablocks_utils.moe.expert_slots import ExpertSlots
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
 from megablocks_utils.moe.packed_backend import run_packed
@@ -98,6 +99,7 @@ class DroplessExperts(nn.Module):
         dispatch: how tokens travel, and why.
         token_split: whose tokens are whose, where ranks hold the same ones (tensor parallelism);
             None where this rank's tokens are its own.
+        slots: which expert lies where; None where they lie in the model's order.
         weight_format: what the projections are packed in once they have values; None: they are not.
     """
 
@@ -141,6 +143,12 @@ class DroplessExperts(nn.Module):
         self.weight_format = weight_format
         self.dispatch = dispatch
         self.token_split: TokenSplit | None = None
+        self.slots: ExpertSlots | None = None
+
+    def local_experts(self) -> Sequence[int]:
+        """Return this rank's experts, in the order in which they lie here."""
+        mine = local_expert_range(self.num_experts, self.mesh)
+        return mine if self.slots is None else self.slots.experts[mine.start : mine.stop]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Apply the experts to this rank's tokens.
@@ -173,6 +181,8 @@ class DroplessExperts(nn.Module):
     def _apply_experts(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
+        if self.slots is not None:
+            top_k_index = self.slots.route(top_k_index)
         tokens_per_expert = count_by_expert(top_k_index, self.num_experts)
         goes = self._find_ranks(top_k_index)
         counts = self._exchange_counts(tokens_per_expert, goes)

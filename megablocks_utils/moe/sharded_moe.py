@@ -1,15 +1,18 @@
 """What `shard_moe` returns: a model whose experts are split, and what others must know of it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megablocks_utils.kernels.selection.backend_selection import LoadedBackend
 from megablocks_utils.moe.dropless_experts import DroplessExperts
+from megablocks_utils.moe.expert_slots import ExpertSlots
 
-__all__ = ["ShardedMoE"]
+__all__ = ["ShardedMoE", "find_slots"]
 
 
 @dataclass
@@ -35,6 +38,18 @@ class ShardedMoE:
         self.kernel = kernel
         for module in self.expert_modules.values():
             module.backend = kernel.run
+
+    def place_experts(self, placed: Mapping[str, Sequence[int]]) -> None:
+        """Say which expert each slot holds, before any weight or adapter is there.
+
+        Args:
+            placed: by name of the module, the experts rank by rank; the same on every rank.
+        """
+        device = torch.device(self.mesh.device_type)
+        for name, experts in placed.items():
+            module = self.expert_modules[name]
+            assert len(experts) == module.num_experts, (name, experts)
+            module.slots = ExpertSlots.build(experts, device)
 
     def describe_dispatch(self) -> str:
         """Say how tokens travel, and why; in layers that differ, each way once."""
@@ -70,3 +85,17 @@ class ShardedMoE:
             for name, module in self.expert_modules.items()
             if module.post_expert_norm is not None
         }
+
+
+def find_slots(model: nn.Module) -> dict[nn.Parameter, ExpertSlots]:
+    """Return where the experts lie of each parameter whose dim 0 is not in the model's order.
+
+    By the parameters as they are now: FSDP2 replaces those it shards.
+    """
+    return {
+        parameter: module.slots
+        for module in model.modules()
+        if isinstance(module, DroplessExperts) and module.slots is not None
+        for name, parameter in module.named_parameters()
+        if not name.startswith("post_expert_norm.")
+    }

@@ -30,6 +30,7 @@ from megablocks_utils.training.dense_layers import place_parameters
 from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.evaluation.held_out_data import share_held_out
 from megablocks_utils.training.evaluation.held_out_loss import HeldOut
+from megablocks_utils.training.expert_placement import find_loads_path, place_experts
 from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
@@ -161,8 +162,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     Raises:
         UserError: on every rank, for what the user can mend.
     """
-    console = _begin(config, launch)
-    precision = resolve_precision(config, device.type)
+    console, precision = _begin(config, launch), resolve_precision(config, device.type)
     resume = find_resume_point(config, launch)
     source = _open_model(config, precision, launch.world_size, console)
     folder, model = source.folder, source.model
@@ -180,6 +180,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
+    place_experts(sharded, find_loads_path(config, resume), console)
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)

@@ -211,6 +211,9 @@ REFUSALS = {
     "--optim adamw_8bit": "--optim is adamw_8bit, but torchao's 8-bit AdamW fails on sharded "
     "bfloat16 weights and cannot be resumed on every number of processes (--optim_dtype bfloat16 "
     "halves float32 states): it must be adamw, adamw_torch_fused, adamw_torch or muon.",
+    "--use_dora True --use_lora all": "--use_dora is True, but DoRA divides by norms of whole "
+    "merged weights in every forward pass, which lie on several ranks: it must be False "
+    "(plain LoRA).",
     "--optim muon --cpu_offload params": "--optim is muon, but with --cpu_offload params it must "
     "be adamw: whole matrices are put together on the devices.",
     "--seed 1_000": "--seed is 1_000, but it must be a whole number from 0 to 4294967295.",

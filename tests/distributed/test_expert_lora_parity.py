@@ -30,8 +30,16 @@ FSDP2_CASES = [
     ParityCase(Layout(2, 2), "qwen3_moe", lora="all", lora_rank=16, kernel="eager", **SHORT),
     # Sizes past the tiles of kernels, in rows and in columns.
     ParityCase(Layout(4, 4), "mixtral, wide", lora="mlp-only", lora_rank=1, **SHORT),
-    # Experts without a token, and with ep 4 three ranks without any.
-    ParityCase(Layout(4, 4), "olmoe, starved", lora="all", lora_rank=4, accumulation=2, **SHORT),
+    # Experts without a token, and with ep 4 in their own order three ranks without any.
+    ParityCase(
+        Layout(4, 4),
+        "olmoe, starved",
+        lora="all",
+        lora_rank=4,
+        accumulation=2,
+        placement="balanced",
+        **SHORT,
+    ),
     ParityCase(Layout(4, 2, "replicate"), "olmoe, starved", lora="mlp-only", lora_rank=16, **SHORT),
     # One expert a rank on dp 2, and a rank of 1: FSDP shards A by its columns.
     ParityCase(Layout(4, 2), "olmoe, 2 experts", lora="mlp-only", lora_rank=1, **SHORT),
@@ -46,6 +54,7 @@ FSDP2_CASES = [
         lora_rank=4,
         accumulation=2,
         aux_loss_coef=0.02,
+        placement="balanced",
         **SHORT,
     ),
     ParityCase(
@@ -66,7 +75,14 @@ FSDP2_CASES = [
     ParityCase(Layout(4, 4), "mixtral", num_steps=2, lora="all", lora_rank=4, num_examples=3),
 ]
 FSDP1_CASES = [
-    ParityCase(Layout(4, 2, "replicate"), "qwen3_moe", lora="mlp-only", lora_rank=16, **SHORT),
+    ParityCase(
+        Layout(4, 2, "replicate"),
+        "qwen3_moe",
+        lora="mlp-only",
+        lora_rank=16,
+        placement="balanced",
+        **SHORT,
+    ),
     ParityCase(
         Layout(4, 2, "replicate"),
         "olmoe",

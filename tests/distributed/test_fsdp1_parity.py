@@ -28,7 +28,14 @@ CASES = [
     ParityCase(TWO, "olmoe", accumulation=2, sync_each_batch=False, max_grad_norm=0.0, **SHORT),
     ParityCase(FOUR_TWO, "mixtral", accumulation=2, aux_loss_coef=0.02, **SHORT),
     ParityCase(FOUR_TWO, "qwen3_moe", checkpointing="False", weight_decay=0.1, **SHORT),
-    ParityCase(FOUR_TWO, "olmoe", accumulation=2, sync_each_batch=False, **SHORT),
+    ParityCase(
+        FOUR_TWO,
+        "olmoe",
+        accumulation=2,
+        sync_each_batch=False,
+        placement="balanced",
+        **SHORT,
+    ),
     ParityCase(FOUR, "mixtral", checkpointing="selective", aux_loss_coef=0.02, **SHORT),
     # Into the second epoch.
     ParityCase(FOUR, "qwen3_moe, tied", num_steps=4, accumulation=2, sync_each_batch=False),

@@ -42,6 +42,7 @@ OFFLOADED = {
     (3, "mixtral"): "optimizer",
     (4, "olmoe"): "optimizer",
 }
+PLACED = {(2, "qwen3_moe"), (3, "olmoe")}  # experts lie on the ranks in another order
 
 
 def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
@@ -56,6 +57,7 @@ def _case(layout, model, accumulation, checkpointing, aux, lora, clipped):
         max_grad_norm=1.0 if clipped else 0.0,
         weight_decay=0.0 if clipped else 0.1,
         cpu_offload=OFFLOADED.get((layout, model), "none"),
+        placement="balanced" if (layout, model) in PLACED else "contiguous",
         **SHORT,
     )
 
@@ -71,7 +73,13 @@ GROUPS = [
 ]
 SLICES = [
     # Gate and up side by side, biases; ranks without tokens; gate behind gate, sharded over dp.
-    ParityCase(Layout(4, 2, expert_tp_size=2), "gpt_oss", checkpointing="selective", **SHORT),
+    ParityCase(
+        Layout(4, 2, expert_tp_size=2),
+        "gpt_oss",
+        checkpointing="selective",
+        placement="balanced",
+        **SHORT,
+    ),
     ParityCase(Layout(4, 1, "replicate", expert_tp_size=4), num_steps=2, num_examples=3),
     ParityCase(Layout(4, 1, expert_tp_size=2), accumulation=2, sync_each_batch=False, **SHORT),
 ]
@@ -113,7 +121,12 @@ SPECIAL = [
     ParityCase(LAYOUTS[2], accumulation=2, packing="False", aux_loss_coef=0.02, **SHORT),
     # Tensor parallelism over ranks of one ep group, and of two; norms of a head; sinks and biases.
     ParityCase(
-        Layout(4, 2, tp_size=2), "qwen3_moe", accumulation=2, sync_each_batch=False, **SHORT
+        Layout(4, 2, tp_size=2),
+        "qwen3_moe",
+        accumulation=2,
+        sync_each_batch=False,
+        placement="balanced",
+        **SHORT,
     ),
     ParityCase(Layout(4, 1, "replicate", tp_size=2), "gpt_oss", lora="attn-only", **SHORT),
     # No expert parallelism: all of one module over four ranks; by FSDP alone, and by shard_moe.

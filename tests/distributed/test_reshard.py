@@ -26,18 +26,23 @@ IN_BACKGROUND = ("--async_save", "True")  # the save is held back until the next
 ONE = make_run("fsdp2", Layout(1, 0))
 TWO = make_run("fsdp2", Layout(2, 2), *IN_BACKGROUND, model="qwen3_moe, tied", cpu_offload="params")
 FOUR_TWO = make_run("fsdp2", Layout(4, 2), model="olmoe, 2 experts")
-FOUR_TWO_COPIES = make_run("fsdp2", Layout(4, 2, "replicate"), cpu_offload="optimizer")
+PLACED = {"placement": "balanced"}
+FOUR_TWO_COPIES = make_run("fsdp2", Layout(4, 2, "replicate"), cpu_offload="optimizer", **PLACED)
+FOUR_TWO_PLACED = make_run("fsdp2", Layout(4, 2), **PLACED)
 FOUR = make_run("fsdp2", Layout(4, 4))
 # In two groups that each hold the whole model.
 FOUR_GROUPS = make_run("fsdp2", Layout(4, 2, groups=2))
 FOUR_GROUPS_SHARDED = make_run("fsdp2", Layout(4, 1, groups=2))
 # Each expert split, too.
 FOUR_SLICES = make_run("fsdp2", Layout(4, 1, expert_tp_size=2))
+# The dense layers split; half of the words is an odd number, which FSDP shards unevenly.
+FOUR_TP = make_run("fsdp2", Layout(4, 2, tp_size=2), model="mixtral, odd half of the words")
+FOUR_SEQUENCES = make_run("fsdp2", Layout(4, 4, sp_size=2))
 ONE_FSDP1 = make_run("fsdp1", Layout(1, 0, "replicate"), model="mixtral, wide")
 TWO_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), model="mixtral, wide")
-FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe")
+FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe", **PLACED)
 FOUR_UNSHARDED_FSDP1 = make_run("fsdp1", Layout(4, 0, "replicate"), model="olmoe, 2 experts")
-ADAPTERS = make_run("fsdp2", Layout(4, 2), model="qwen3_moe", lora="all")
+ADAPTERS = make_run("fsdp2", Layout(4, 2), model="qwen3_moe", lora="all", **PLACED)
 ADAPTERS_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), *IN_BACKGROUND, lora="all")
 MUON = make_run("fsdp2", Layout(4, 2), "--optim", "muon", model="olmoe, 2 experts")
 
@@ -49,9 +54,11 @@ RESHARDS = [
     (FOUR_TWO_COPIES, FOUR_TWO_FSDP1),
     (FOUR, FOUR_GROUPS_SHARDED),
     (FOUR_GROUPS, ONE),
-    (TWO_FSDP1, TWO),
+    (TWO_FSDP1, FOUR_TWO_PLACED),
+    (FOUR_TP, FOUR_SEQUENCES),
     (TWO_FSDP1, FOUR_SLICES),
     (FOUR_SLICES, FOUR_TWO_FSDP1),
+    (FOUR_TWO_COPIES, TWO),
     (FOUR_UNSHARDED_FSDP1, FOUR_TWO),
     (ADAPTERS, TWO_FSDP1),
     (ADAPTERS_FSDP1, TWO),

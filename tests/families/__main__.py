@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from tests.support.tiny_families import CAUSAL, COMPOSITE
 
 __all__ = ["main"]
 
+AXES = ("tp_size", "sp_size", "expert_tp_size")
+"""Options of axes of which all families are checked on request, one at a time or several."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Check the families named, or all, and return 1 if one is neither right nor refused."""
@@ -30,16 +34,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="all of the registry's")
     parser.add_argument("--output", type=Path, help="page to write the table to")
     parser.add_argument("--no-lora", action="store_true", help="only with all weights trained")
+    for name in AXES:
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help="with ep 2")
     arguments = parser.parse_args(argv)
+    axes = {name: getattr(arguments, name) for name in AXES}
     known = (*CAUSAL, *COMPOSITE)
     if unknown := sorted(set(arguments.families) - set(known)):
         parser.error(f"no family {unknown[0]}; there are {', '.join(known)}")
     _keep_quiet()
     rows = []
-    with RankPool(2) as pool, tempfile.TemporaryDirectory(prefix="families-") as folder:
+    num_ranks = 2 * math.prod(axes.values())
+    with RankPool(num_ranks) as pool, tempfile.TemporaryDirectory(prefix="families-") as folder:
         for family in arguments.families or known:
             start = time.perf_counter()
-            row = check_family(pool, family, Path(folder), with_lora=not arguments.no_lora)
+            with_lora = not arguments.no_lora
+            row = check_family(pool, family, Path(folder), with_lora=with_lora, axes=axes)
             rows.append(row)
             _show(row, time.perf_counter() - start)
             if arguments.output:

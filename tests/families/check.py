@@ -3,8 +3,8 @@
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -77,11 +77,13 @@ class Ground:
         model: the folder that transformers has saved.
         data: the examples of a step.
         output: of the run that trains all weights.
+        axes: sizes of axes besides ep and dp, by their options.
     """
 
     model: Path
     data: Path
     output: Path
+    axes: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_family(
@@ -91,17 +93,20 @@ def check_family(
     *,
     with_lora: bool = True,
     train: Callable[..., Seen] = train_family,
+    axes: Mapping[str, int] | None = None,
 ) -> Row:
     """Train a step of a tiny model on the ranks of a pool, compare it, and say how it went.
 
     Args:
-        pool: of two ranks.
+        pool: of two ranks, times the sizes of further axes.
         family: by transformers' name.
         folder: where models and runs are kept.
         with_lora: whether an adapter is trained, too.
         train: what the ranks run.
+        axes: sizes of further axes of the mesh, by their options.
     """
-    ground = Ground(folder / family, folder / "data.json", folder / f"{family}-trained")
+    files = (folder / family, folder / "data.json", folder / f"{family}-trained")
+    ground = Ground(*files, axes or {})
     if not ground.data.exists():
         write_examples(ground.data)
     examples = read_examples(ground.data)
@@ -201,13 +206,16 @@ def check_lora(pool: RankPool, ground: Ground, *, draws: bool) -> str:
 
 
 def train_options(ground: Ground, **more: object) -> list[str]:
-    """Return the options of a run of one step: two examples on each of two ranks."""
+    """Return the options of a run of one step: two examples on each of two ranks.
+
+    Ranks that share rows have the same ones; those of slices of experts have one each.
+    """
     options = {
         "model_name_or_path": ground.model,
         "data_path": ground.data,
         "output_dir": ground.output,
         "max_steps": 1,
-        "per_device_train_batch_size": 2,
+        "per_device_train_batch_size": 2 // ground.axes.get("expert_tp_size", 1),
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
@@ -216,7 +224,8 @@ def train_options(ground: Ground, **more: object) -> list[str]:
         "use_megablocks_sharding": True,
         "ep_size": 2,
     }
-    return [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
+    options |= {**ground.axes, **more}
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def write_examples(path: Path) -> None:

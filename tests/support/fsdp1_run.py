@@ -3,11 +3,11 @@
 from typing import Any
 
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from megablocks_utils.config import parse_known_args
 from megablocks_utils.fsdp.fsdp1 import full_parameters, strip_wrappers
+from megablocks_utils.moe.sharded_moe import find_slots
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.report.metrics import StepMetrics
@@ -15,6 +15,7 @@ from megablocks_utils.training.setup import Setup, build_setup
 from megablocks_utils.training.trainer import MoETrainer
 from megablocks_utils.training.trainer_arguments import build_trainer_arguments, parse_trainer_flags
 from tests.support.argv import keep_last
+from tests.support.parity import gather_gradient
 from tests.support.trace import Trace
 
 
@@ -68,8 +69,8 @@ class _FirstGradients(TrainerCallback):
         with FullyShardedDataParallel.summon_full_params(
             self.model, writeback=False, with_grads=True
         ):
+            slots = find_slots(self.model)
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    grad = parameter.grad
-                    grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-                    self.trace.first_gradients[strip_wrappers(name)] = grad.clone()
+                    grad = gather_gradient(parameter, slots)
+                    self.trace.first_gradients[strip_wrappers(name)] = grad

@@ -4,24 +4,27 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megablocks_utils.config import parse_args
 from megablocks_utils.fsdp.fsdp2 import full_parameters
+from megablocks_utils.moe.expert_slots import ExpertSlots
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.rounded_experts import round_experts
+from megablocks_utils.moe.sharded_moe import find_slots
 from megablocks_utils.processes.launch import check_environment
 from megablocks_utils.processes.start import start_processes
 from megablocks_utils.training.loop import TrainingState, build_training_state, fit
+from megablocks_utils.training.report.expert_load import describe_layer
 from megablocks_utils.training.setup import Setup, build_setup
 from tests.support.argv import keep_last
 from tests.support.rank_pool import RankPool
@@ -45,6 +48,10 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "olmoe": ("olmoe", {}),
+    # Half of the words, which is what tensor parallelism has FSDP shard, is an odd number.
+    "mixtral, odd half of the words": ("mixtral", {"vocab_size": 130}),
+    # Where a value lies within rounding of the clamp, its gradient is there or not in any fp32 run.
+    "gpt_oss, clamp out of reach": ("gpt_oss", {"swiglu_limit": 7.0}),
     "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
     # Rows and columns of every projection go past a tile of 128 and of 256, and end inside one.
@@ -125,6 +132,7 @@ class ParityCase:
     learning_rate: float = LEARNING_RATE
     cpu_offload: str = "none"
     attention: str = "auto"
+    placement: str = "contiguous"
     quantization: str = "none"
 
     def __str__(self) -> str:
@@ -188,6 +196,8 @@ class ParityFolder:
                 "token_dispatch": case.token_dispatch,
                 "debug": True,  # copies of experts are compared bit by bit in every step
             }
+        if case.placement != "contiguous":
+            options |= {"expert_placement": case.placement, "expert_loads": self.loads(case.model)}
         if case.lora != "none":
             options |= {"use_lora": case.lora}
         if case.has_expert_lora:
@@ -223,6 +233,23 @@ class ParityFolder:
         if not folder.exists():
             save_adapter(folder, self._model(case.model), case.lora, case.lora_rank)
         return folder
+
+    def loads(self, model: str) -> Path:
+        """Return loads by which each layer's experts are placed in another order: some busy."""
+        folder = self._model(model)
+        path = folder / "expert_load.jsonl"
+        if not path.exists():
+            config = AutoConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                modules = find_expert_modules(AutoModelForCausalLM.from_config(config))
+            lines = []
+            for number, (name, module) in enumerate(modules.items()):
+                num_experts = len(module.get_parameter("down_proj"))
+                busy = [0.9 ** ((3 * e + number) % num_experts) for e in range(num_experts)]
+                busy[0] = busy[1] = 2.0  # side by side, so that the model's order is not the best
+                lines.append(asdict(describe_layer(name, busy, [[1.0]], None)) | {"step": 1})
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
 
     def _model(self, name: str) -> Path:
         folder = self.folder / name.replace(", ", "-").replace(" ", "_")
@@ -350,6 +377,13 @@ def build_setup_of(argv: list[str]) -> Setup:
     return build_setup(config, launch, start_processes(launch))
 
 
+def gather_gradient(parameter: nn.Parameter, slots: dict[nn.Parameter, ExpertSlots]) -> Tensor:
+    """Return the whole gradient of a parameter, in the order of the model."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return slots[parameter].to_model_order(grad) if parameter in slots else grad.clone()
+
+
 def record_first_gradients(state: TrainingState, trace: Trace) -> None:
     """Gather every gradient right before the first optimizer step, on rank 0."""
     is_first = True
@@ -359,11 +393,10 @@ def record_first_gradients(state: TrainingState, trace: Trace) -> None:
         if not is_first:
             return
         is_first = False
+        slots = find_slots(state.model)
         for name, parameter in state.model.named_parameters():
             if parameter.requires_grad:
-                grad = parameter.grad
-                grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-                trace.first_gradients[name] = grad.clone()
+                trace.first_gradients[name] = gather_gradient(parameter, slots)
         if state.accelerator.process_index:
             trace.first_gradients.clear()
 

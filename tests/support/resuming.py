@@ -57,8 +57,9 @@ class Run:
         return self.case.layout
 
     def on(self, other: "Run") -> "Run":
-        """Return the same training, on the script, layout and memory of another run."""
-        place = {"layout": other.layout, "cpu_offload": other.case.cpu_offload}
+        """Return the same training, on the script, layout, memory and placement of another run."""
+        names = ("layout", "cpu_offload", "placement")
+        place = {name: getattr(other.case, name) for name in names}
         return replace(self, script=other.script, case=replace(self.case, **place))
 
 

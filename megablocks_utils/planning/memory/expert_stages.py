@@ -12,6 +12,8 @@ from megablocks_utils.planning.memory.stages import DISPATCH, Stage
 
 __all__ = ["expert_stages"]
 
+_UNPACKED, _UNPACKED_BYTES = 2**22, 12  # values that are unpacked at a time; what each takes
+
 _DOT_BLOCK = {"cpu": 2**17, "cuda": 2**26}
 """Elements that `kernels.permute` turns to fp32 at a time, for the routing weights' gradients."""
 
@@ -40,8 +42,8 @@ def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
 def _sort_stage(sizes: Sizes, unit: FsdpUnit) -> Stage:
     """Sort the routed rows; cast experts that FSDP does not gather in the dtype of compute."""
     has_copy = not unit.is_fsdp
-    cast = (p.whole for p in unit.shards if has_copy and p.stored != sizes.compute)
-    copies = sum(cast) * sizes.compute
+    plain = (p for p in unit.shards if has_copy and p.packed_bytes is None)
+    copies = sum(p.whole for p in plain if p.stored != sizes.compute) * sizes.compute
     saved = {"order of rows": 3 * sizes.num_routed * INDEX, "experts to compute with": copies}
     return Stage("order", DISPATCH, saved=saved, named=copies)
 
@@ -94,7 +96,8 @@ def _gate_up_stage(sizes: Sizes) -> Stage:
         DISPATCH,
         saved={"rows": rows * _saves_inputs(sizes), "between A and B": 2 * inner},
         forward=_lasting(sizes) | {"outputs": outputs * (2 if inner else 1)},
-        backward={"outputs' gradients": outputs, "rows' gradients": paths * rows},
+        backward=_dequantized(sizes, 2)
+        | {"outputs' gradients": outputs, "rows' gradients": paths * rows},
         gradients=_gradients(sizes, sizes.shape.hidden_size, 2 * sizes.shape.expert_size),
         named=rows * _saves_inputs(sizes),
     )
@@ -127,7 +130,8 @@ def _down_stage(sizes: Sizes) -> Stage:
             "product": products * (not saves),
             "outputs": rows * (2 if inner or is_sorted_back else 1),
         },
-        backward={
+        backward=_dequantized(sizes, 1)
+        | {
             "outputs' gradients": rows,
             "products' gradients": products * (2 if inner else 1),
         },
@@ -146,8 +150,10 @@ def _triton_stage(sizes: Sizes) -> Stage:
         "fused experts",
         DISPATCH,
         saved={"rows": inputs * saves, "gate and up": 2 * products},
-        forward={"rows": inputs * (not saves), "product": products, "outputs": rows},
-        backward={
+        forward=_dequantized(sizes, 3)
+        | {"rows": inputs * (not saves), "product": products, "outputs": rows},
+        backward=_dequantized(sizes, 3)
+        | {
             "outputs' gradients": inputs,
             "of gate and up": 2 * products,
             "weighted products": products * saves,
@@ -241,10 +247,19 @@ def _saves_inputs(sizes: Sizes) -> bool:
 def _lasting(sizes: Sizes) -> dict[str, int]:
     """Return what names of Python hold while the experts run, though autograd does not need it."""
     rows = sizes.received(sizes.shape.hidden_size)
-    return {
+    return _dequantized(sizes, 3) | {
         "rows as received": rows * _is_sorted_again(sizes),
         "rows": rows * (not _saves_inputs(sizes)),
     }
+
+
+def _dequantized(sizes: Sizes, num_matrices: int) -> dict[str, int]:
+    """Return what is made of packed experts for use: of gate, up and down, as many as said."""
+    if sizes.run.packed_format is None:
+        return {}
+    weights = sizes.num_local * sizes.shape.hidden_size * sizes.shape.expert_size
+    unpacked = min(_UNPACKED, weights) * _UNPACKED_BYTES
+    return {"dequantized": num_matrices * weights * sizes.compute, "being unpacked": unpacked}
 
 
 def _is_sorted_again(sizes: Sizes) -> bool:

@@ -23,6 +23,7 @@ class ParamShard:
         is_trained: whether it gets a gradient.
         is_restacked: whether shards are put together along another dim than the first, which
             takes a second copy of the whole.
+        packed_bytes: what it takes where it is packed; None: `numel` times `stored`.
         is_matrix: whether it is what Muon trains, where it is asked for.
     """
 
@@ -32,6 +33,12 @@ class ParamShard:
     is_trained: bool
     is_restacked: bool = False
     is_matrix: bool = False
+    packed_bytes: int | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What this rank holds."""
+        return self.numel * self.stored if self.packed_bytes is None else self.packed_bytes
 
     @property
     def whole(self) -> int:
@@ -172,7 +179,7 @@ class FsdpUnit:
 
     def _stored(self, shards: tuple[ParamShard, ...]) -> int:
         padding = self.padding * shards[0].stored if shards else 0
-        return sum(shard.numel * shard.stored for shard in shards) + padding
+        return sum(shard.held_bytes for shard in shards) + padding
 
 
 @dataclass(frozen=True)

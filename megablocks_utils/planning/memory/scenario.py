@@ -115,6 +115,7 @@ class Scenario:
             has_whole_logits=self.has_whole_logits,
             token_dispatch=config.parallel.token_dispatch,
             sp_size=config.parallel.sp_size,
+            packed_format=config.adapter.packed_format,
             optim=config.optim.optim,
         )
 
@@ -128,11 +129,15 @@ class Scenario:
         if self.config.entry_point == "fsdp1":
             return ParallelLayout(ep_size, "replicate", is_dmoe)
         has_copies = ep_size < self.shard_size and parallel.expert_dp == "replicate"
-        return ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
+        layout = ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
+        is_packed = self.config.adapter.packed_format is not None
+        return _with_whole_experts(layout) if is_packed else layout
 
     def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
         layouts = legal_layouts(self.shape, self.shard_size, self.config.entry_point)
+        if self.config.adapter.packed_format is not None:  # FSDP shards no packed weights
+            return list(dict.fromkeys(map(_with_whole_experts, layouts)))
         has_copies = self.config.cpu_offload != "params"  # which it refuses
         return [layout for layout in layouts if has_copies or layout.expert_dp == "shard"]
 
@@ -145,6 +150,13 @@ class Scenario:
         not_known = self.shape.not_known or self._not_known_on_device()
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())
+        if self.config.adapter.packed_format is not None:
+            raise ConfigurationError(
+                f"expert_quantization is {self.config.adapter.packed_format}, but it must be none "
+                f"for a plan: the formulas do not know {not_known} of a {self.shape.model_type} "
+                "model.",
+                parameters=("expert_quantization",),
+            )
         if self.config.parallel.sp_size > 1:
             raise ConfigurationError(
                 f"sp_size is {self.config.parallel.sp_size}, but it must be 1 for a plan: the "
@@ -170,6 +182,12 @@ class Scenario:
         """Whether the load-balancing loss is on, by the rule of `training.step.aux_loss`."""
         given = self.config.router_aux_loss_coef
         return (self.shape.aux_loss_coef if given is None else given) > 0
+
+
+def _with_whole_experts(layout: ParallelLayout) -> ParallelLayout:
+    """Return the layout of the same ranks in which each holds its experts whole."""
+    is_split = layout.ep_size > 1 or layout.is_dmoe
+    return replace(layout, expert_dp="replicate") if is_split else layout
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
+from megablocks_utils.config.quantization import count_packed_bytes
 from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.memory.fsdp_units import (
     FsdpUnit,
@@ -108,7 +109,10 @@ class _Builder:
         num_copies = run.shard_size // self.layout.ep_size
         # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
         is_sharded = (
-            self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"
+            self.layout.expert_dp == "shard"
+            and num_copies > 1
+            and run.entry_point == "fsdp2"
+            and run.packed_format is None
         )
         is_fsdp = is_sharded or (num_copies == 1 and run.cpu_offload == "params")
         ranks = num_copies if is_sharded else 1
@@ -117,8 +121,12 @@ class _Builder:
             num_experts, num_out, num_in = parameter.shape
             num_local, rank = num_experts // self.layout.ep_size, run.lora_r
             is_trained, stored = self._is_trained(parameter), itemsize(precision.weights)
-            shard = _cut((num_local, num_out, num_in), ranks, stored, is_trained)
-            shards.append(replace(shard, is_matrix=_is_matrix(parameter)))
+            weight = _cut((num_local, num_out, num_in), ranks, stored, is_trained)
+            weight = replace(weight, is_matrix=_is_matrix(parameter))
+            if run.packed_format is not None:
+                of_expert = count_packed_bytes(run.packed_format, num_out, num_in)
+                weight = replace(weight, packed_bytes=num_local * of_expert)
+            shards.append(weight)
             if run.trains_experts:
                 stored = itemsize(precision.adapter)
                 factors = ((num_local, rank, num_in), (num_local, num_out, rank))

@@ -100,6 +100,7 @@ class PlannedRun:
         has_whole_logits: whether the loss takes the logits of all labels at once: where what the
             model does to them is not known.
         sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
+        packed_format: what the experts' weights are packed in, each rank whole ones; None: not.
         optim: the optimizer.
     """
 
@@ -125,6 +126,7 @@ class PlannedRun:
     cpu_offload: str = "none"
     dp_replicate_size: int = 1
     sp_size: int = 1
+    packed_format: str | None = None
     optim: str = "adamw"
 
     @property
@@ -171,8 +173,9 @@ class PlannedRun:
         return self.use_lora == "all"
 
     def has_own_experts(self, layout: ParallelLayout) -> bool:
-        """Say whether the experts are this project's: with expert parallelism, or with adapters."""
-        return layout.ep_size > 1 or layout.is_dmoe or self.trains_experts
+        """Say whether the experts are this project's: split, with adapters, or packed."""
+        is_changed = self.trains_experts or self.packed_format is not None
+        return layout.ep_size > 1 or layout.is_dmoe or is_changed
 
 
 @dataclass(frozen=True)

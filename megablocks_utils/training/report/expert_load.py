@@ -147,23 +147,35 @@ def read_measured_loads(path: str | Path, parameter: str) -> MeasuredLoads:
         ConfigurationError: it cannot be read, holds other lines, or none.
     """
     try:
-        layers = [layer for step in read_loads(path) for layer in step.layers]
-        fault = next((f for layer in layers if (f := _find_fault(layer))), None)
+        loads = MeasuredLoads.collect(str(path), _read_lines(path))
     except OSError as error:
         fault = error.strerror
+    except _UnusableLine as error:
+        fault = str(error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fault = "it holds a line that is none"
     else:
-        fault = fault if layers else "it is empty"
-    if fault is not None:
-        raise ConfigurationError(
-            f"{parameter} is {path}, but it must be an expert_load.jsonl, as --expert_load_steps "
-            f"writes it: {fault}.",
-            parameters=(parameter,),
-        )
-    return MeasuredLoads.collect(
-        str(path), ((layer.layer, layer.rows, layer.share) for layer in layers)
+        if loads.layers:
+            return loads
+        fault = "it is empty"
+    raise ConfigurationError(
+        f"{parameter} is {path}, but it must be an expert_load.jsonl, as --expert_load_steps "
+        f"writes it: {fault}.",
+        parameters=(parameter,),
     )
+
+
+class _UnusableLine(Exception):
+    """Say in a clause why the loads of a line cannot be used."""
+
+
+def _read_lines(path: str | Path) -> Iterator[tuple[str, int, tuple[float, ...]]]:
+    for step in read_loads(path):
+        for layer in step.layers:
+            fault = _find_fault(layer)
+            if fault is not None:
+                raise _UnusableLine(fault)
+            yield layer.layer, layer.rows, layer.share
 
 
 def _find_fault(layer: LayerLoad) -> str | None:

@@ -31,6 +31,7 @@ class ExpertLoads:
         self.routing = RoutingCounts(experts, device, with_margins=True)
         self.routing.is_on = False
         self._group, self._num_groups, self._ep_size = 0, 1, 1
+        self._experts = experts
         for module in experts.values():
             if isinstance(module, DroplessExperts):
                 self._ep_size = axis_size(module.mesh, EP_AXIS)
@@ -75,7 +76,9 @@ class ExpertLoads:
             yield self.routing.margins[name]
             # Experts of an ep group run what its own ranks route; the others have their own.
             rows = tokens.new_zeros(self._num_groups, self._ep_size, dtype=torch.float64)
-            of_ranks = tokens[:-1].view(self._ep_size, -1).sum(-1)
+            slots = getattr(self._experts[name], "slots", None)
+            of_experts = tokens[:-1] if slots is None else tokens[list(slots.experts)]
+            of_ranks = of_experts.view(self._ep_size, -1).sum(-1)
             # Rows of zero experts go to all ranks in turn, see `moe.zero_experts`.
             rows[self._group] = of_ranks + tokens[-1] / self._ep_size
             yield rows

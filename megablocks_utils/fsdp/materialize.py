@@ -56,7 +56,7 @@ def materialize(
         owner, _, attribute = names[0].rpartition(".")
         experts = module.get_submodule(owner)
         if is_packed(experts, attribute):
-            local = _pack(experts, name, parameter, fill_local, device)
+            local: Tensor = _pack(experts, name, parameter, fill_local, device)
         else:
             local = _allocate(parameter, device, offload)
             lie = slots[parameter].experts if parameter in slots else None
@@ -92,9 +92,9 @@ def _pack(
     packed = PackedExperts.empty(
         experts.weight_format, local, device=device, is_transposed=experts.spec.is_transposed
     )
-    (block,) = local_blocks(parameter) or (None,)
+    (block,) = local_blocks(parameter)  # whole experts
     matrix = torch.empty((1, *local.shape[1:]), dtype=torch.float32)
-    for number in range(0 if block is None else len(local)):
+    for number in range(len(local)):
         fill_local(name, matrix, (block.offsets[0] + number, 0, 0))
         packed.pack_expert(number, matrix[0].to(device))
     return packed

@@ -100,12 +100,12 @@ class PackedExperts(Tensor):
             parts, self.format_name, self.shape, dtype, is_transposed=self.is_transposed
         )
 
-    def __repr__(self, **_: object) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
         """Say shape and format."""
         return f"PackedExperts({tuple(self.shape)}, {self.dtype}, {self.format_name})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own stub lacks `func`
         cls,
         func: Callable[..., Any],
         types: Sequence[type],

@@ -22,6 +22,7 @@ EXTRAS = {
 # Imported where they are used, with a sentence where they are missing; each has its extra or its
 # own way to be installed.
 OPTIONAL = {"grouped_gemm", "megablocks", "megablocks_ops", "scattermoe", "stk", "triton"}
+OPTIONAL |= {"mlflow", "trackio", "wandb"}
 ONLY_FOR_TYPES = {"_typeshed"}
 
 

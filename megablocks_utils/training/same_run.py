@@ -61,7 +61,7 @@ def check_run_inputs(
     name = config.model.model_name_or_path
     of_model = partial(fingerprint_model_folder, folder)
     inputs = [
-        Input("data", "data_path", config.data.data_path, examples.checksum),
+        Input("data", "data_path", ", ".join(config.data.data_path), examples.checksum),
         Input("model", "model_name_or_path", name, of_model),
     ]
     if held_out is not None and (path := config.evaluation.eval_data_path) is not None:

@@ -195,7 +195,10 @@ CHANGES = [
         lambda tensors: tensors.update({f"optimizer.{Q_PROJ}.max_exp_avg_sq": torch.zeros(1)}),
         f"also holds optimizer.{Q_PROJ}.max_exp_avg_sq (1 of the optimizer's states)",
     ),
-    (lambda tensors: tensors.update({"ema.x": torch.zeros(1)}), "also holds ema.x (1 of Adam's"),
+    (
+        lambda tensors: tensors.update({"ema.x": torch.zeros(1)}),
+        "also holds ema.x (1 of the optimizer's",
+    ),
 ]
 
 

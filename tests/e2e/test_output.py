@@ -27,6 +27,7 @@ METRICS = [
     "tokens_per_s",
     "mem_peak_bytes",
     "mem_alloc_bytes",
+    "mfu",
 ]
 
 

@@ -44,7 +44,7 @@ def probe(monkeypatch, forward, backward):
     torch.manual_seed(0)
     experts = ExpertWeights(torch.randn(2, 24, 16) / 4, torch.randn(2, 16, 12) / 4, SWIGLU)
     module = SimpleNamespace(
-        mesh={"ep": torch.empty(2)},
+        mesh=SimpleNamespace(mesh_dim_names=("dp", "ep"), size=lambda dim: dim + 1),
         post_expert_norm=None,
         backend=run_experts_grouped_mm,
         stored_weights=lambda: experts,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 from rich.console import Console
@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 PLAIN_INTERVAL_S = 5.0
+_MANY_RECORDS = 10_000  # seconds of tokenizing
 
 Advance = Callable[[int], None]
 _Report = Callable[[int, str], None]  # how much is done, and a remark
@@ -46,7 +47,12 @@ def track_sharding(console: Console, num_layers: int) -> AbstractContextManager[
 
 
 def track_tokenizing(console: Console, num_records: int) -> AbstractContextManager[Advance]:
-    """Show how many records are tokenized; call the yielded function with those just done."""
+    """Show how many records are tokenized; call the yielded function with those just done.
+
+    Nothing of few: where a run is refused right after, its sentence stands alone.
+    """
+    if num_records < _MANY_RECORDS:
+        return nullcontext(lambda _amount: None)
     return _track_amount(console, "tokenizing", num_records, _describe_count("records"))
 
 

@@ -3,8 +3,9 @@
 Blocks of 64 numbers are divided by their largest magnitude, and each becomes the nearest of 16
 quantiles of the normal distribution. The magnitudes, less their mean in the matrix, are stored in
 8 bits in blocks of 256. Where the inputs are a multiple of 64, that is what
-`quantize_4bit(..., compress_statistics=True)` of bitsandbytes 0.50 makes of each expert: the same
-codes and mean, and 8-bit codes that are always the nearest (its CPU code misses 1 in 600).
+`quantize_4bit(..., compress_statistics=True)` of bitsandbytes 0.50 makes of each expert, but for
+rounding where two codes are as near: small matrices were bit-equal, of 768 x 2048 numbers a few
+4-bit codes in one draw of two, and 40 of 24,576 8-bit codes (in those looked at ours is nearer).
 """
 
 import math

@@ -19,7 +19,7 @@ from megablocks_utils.processes.liveness import (
     describe_self,
     is_alive,
 )
-from megablocks_utils.processes.progress_marks import Activity, ProgressMarks
+from megablocks_utils.processes.progress_marks import ProgressMarks
 from megablocks_utils.processes.status_store import Loss, Member, Standing, StatusStore
 
 POLLS_UNTIL_SILENT = 45  # beats are read every third poll: fifteen without change
@@ -213,11 +213,17 @@ def test_only_ranks_of_the_run_are_believed():
 
 
 def test_work_of_a_child_is_seen_and_waiting_is_not():
-    activity = Activity()
-    time.sleep(0.5)
-    assert not activity.has_worked()
-    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
-    assert activity.has_worked()
+    """In a process of its own: ranks that other tests have left are children of this one."""
+    body = """
+import subprocess, sys, time
+from megablocks_utils.processes.progress_marks import Activity
+activity = Activity()
+time.sleep(0.5)
+assert not activity.has_worked()
+subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+assert activity.has_worked()
+"""
+    subprocess.run([sys.executable, "-c", body], check=True)
 
 
 def test_own_process_and_one_whose_id_is_reused():

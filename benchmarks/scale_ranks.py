@@ -165,7 +165,7 @@ def compare(case: Case, rank: int) -> Compared:
         raise AssertionError(f"{case}: the plan says {wanted}, but its rows are {of_first}")
     played = play(case.model, case.layout, scenario.planned_run(), rank).sent
     return Compared(
-        case, rank, planned, planned | of_rank, split_by_link(played, rank, NODE.gpus_per_node)
+        case, rank, planned, {**planned, **of_rank}, split_by_link(played, rank, NODE.gpus_per_node)
     )
 
 

@@ -151,7 +151,7 @@ def compare(case: Case, rank: int) -> Compared:
     """Play one rank, and plan the same."""
     scenario = case.scenario()
     prediction = scenario.predict(case.layout)
-    traffic = split_traffic(scenario, case.layout, prediction, NODE)
+    traffic = split_traffic(prediction, NODE)
     planned = {
         (kind, link): round(num_bytes)
         for kind in COLLECTIVES
@@ -159,7 +159,7 @@ def compare(case: Case, rank: int) -> Compared:
             LINKS, (traffic[kind].intra_bytes, traffic[kind].inter_bytes), strict=True
         )
     }
-    of_first, of_rank = (count_exchanged(case, number) for number in (0, rank))
+    of_first, of_rank = (count_exchanged(case, prediction, number) for number in (0, rank))
     wanted = prediction.sent_bytes_per_step["all_to_all"]
     if sum(of_first.values()) != wanted:
         raise AssertionError(f"{case}: the plan says {wanted}, but its rows are {of_first}")
@@ -176,7 +176,7 @@ def play(model: str, layout: ParallelLayout, run: PlannedRun, rank: int) -> Rehe
         return rehearse_few_layers(build(model), layout, run, device=CPU, rank=rank)
 
 
-def count_exchanged(case: Case, rank: int) -> Links:
+def count_exchanged(case: Case, prediction: Prediction, rank: int) -> Links:
     """Return the bytes of the plan's all-to-all, told apart by the receivers' node.
 
     Rows are whole: where they do not divide, the first ranks of an ep group get one more, so that
@@ -185,6 +185,11 @@ def count_exchanged(case: Case, rank: int) -> Links:
     sizes = Sizes(_read_shape(case.model), case.layout, case.scenario().planned_run())
     ep_size, stride = case.layout.ep_size, case.expert_tp_size
     links = dict.fromkeys([("all_to_all", link) for link in LINKS], 0)
+    # Other slices of the same experts, on the same node, get all rows of this one.
+    over_slices = (part for part in prediction.sent if (part.size, part.stride) == (stride, 1))
+    links["all_to_all", "intra"] += sum(
+        part.num_bytes for part in over_slices if stride > 1 and part.kind == "all_to_all"
+    )
     first = rank - rank // stride % ep_size * stride
     for position in range(ep_size):
         link = _link(rank, first + position * stride)

@@ -54,6 +54,7 @@ def list_cases() -> Iterator[Case]:
     for world_size in WORLD_SIZES:
         yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "replicate"))
         yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "shard"), world_size // 8)
+        yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "shard"), expert_tp_size=2)
         yield Case("qwen3-235b-a22b", world_size, ParallelLayout(8, "shard"))
         yield Case("qwen3-235b-a22b", world_size, ParallelLayout(32, "shard"), world_size // 32)
         yield Case("deepseek-v3", world_size, ParallelLayout(32, "shard"), world_size // 64)

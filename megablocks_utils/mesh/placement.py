@@ -162,17 +162,7 @@ def local_blocks(tensor: Tensor, experts: Sequence[int] | None = None) -> tuple[
     consecutive experts where `experts` says which lies where along dim 0 (None: as in the model). A
     plain tensor is one block. No communication.
     """
-    runs = [[range(size)] for size in tensor.shape]
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        for axis in _axes_in_order_of_sharding(tensor.placements, mesh.shape):
-            dim = _sharded_dim(tensor.placements[axis])
-            num_parts = _count_parts(tensor.placements, axis)
-            place = mesh.get_local_rank(axis), mesh.size(axis)
-            runs[dim] = [run for part in _cut(runs[dim], num_parts) for run in _take(part, *place)]
-    if experts is not None:
-        assert len(experts) == len(tensor), (len(experts), tensor.shape)
-        runs[0] = _join([experts[place] for run in runs[0] for place in run])
+    runs = local_runs(tensor, experts)
     sizes = tuple(sum(map(len, of_dim)) for of_dim in runs)
     assert sizes == local_tensor(tensor.detach()).shape, (tensor, sizes)
     starts = [list(accumulate(map(len, of_dim), initial=0)) for of_dim in runs]
@@ -186,13 +176,47 @@ def local_blocks(tensor: Tensor, experts: Sequence[int] | None = None) -> tuple[
     )
 
 
+def local_runs(
+    tensor: Tensor, experts: Sequence[int] | None = None, *, without: str | None = None
+) -> list[list[range]]:
+    """Return which places of each dim this rank's part holds, in the order in which they lie.
+
+    Args:
+        tensor: whole, as a DTensor.
+        experts: which expert lies where along dim 0; None: as in the model.
+        without: an axis that is left out, as if it had kept copies.
+    """
+    runs = [[range(size)] for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for axis in _axes_in_order_of_sharding(tensor.placements, mesh.shape):
+            if mesh.mesh_dim_names is not None and mesh.mesh_dim_names[axis] == without:
+                continue
+            dim = _sharded_dim(tensor.placements[axis])
+            num_parts = _count_parts(tensor.placements, axis)
+            place = mesh.get_local_rank(axis), mesh.size(axis)
+            runs[dim] = [run for part in _cut(runs[dim], num_parts) for run in _take(part, *place)]
+    if experts is not None:
+        assert len(experts) == len(tensor), (len(experts), tensor.shape)
+        runs[0] = _join([experts[place] for run in runs[0] for place in run])
+    return runs
+
+
 def is_cut_into_slices(parameter: Tensor) -> bool:
     """Return whether `expert_tp` cuts an expert's parameter, and does not copy it."""
     assert isinstance(parameter, DTensor), parameter.shape
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return EXPERT_TP_AXIS in names and not (
-        parameter.placements[names.index(EXPERT_TP_AXIS)].is_replicate()
-    )
+    return find_sharded_dim(parameter, EXPERT_TP_AXIS) is not None
+
+
+def find_sharded_dim(tensor: Tensor, axis: str) -> int | None:
+    """Return which dim of a tensor an axis shards; None where it keeps copies or is not there."""
+    if not isinstance(tensor, DTensor):
+        return None
+    names = tensor.device_mesh.mesh_dim_names or ()
+    placement = tensor.placements[names.index(axis)] if axis in names else None
+    if placement is None or placement.is_replicate():
+        return None
+    return _sharded_dim(placement)
 
 
 def find_dims_in_parts(tensor: Tensor) -> set[int]:

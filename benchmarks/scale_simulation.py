@@ -127,7 +127,7 @@ def compare(case: Case, rank: int) -> Compared:
 def plan_links(case: Case) -> Links:
     """Return what the plan says."""
     scenario = case.scenario()
-    traffic = split_traffic(scenario, case.layout, scenario.predict(case.layout), NODE)
+    traffic = split_traffic(scenario.predict(case.layout), NODE)
     links: dict[tuple[str, str], int] = {}
     for kind in COLLECTIVES:
         links[kind, "intra"] = round(traffic[kind].intra_bytes)

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from megablocks_utils.mesh.device_mesh import DP_AXIS, EXPERT_TP_AXIS
-from megablocks_utils.mesh.placement import find_sharded_dim, local_runs, local_tensor
+from megablocks_utils.mesh.placement import find_sharded_dim, local_tensor
+from megablocks_utils.mesh.shard_runs import local_runs
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.packed_experts import PackedExperts

@@ -126,7 +126,7 @@ class ExpertSpec:
             raise ConfigurationError(
                 f"expert_tp_size is {expert_tp_size}, but a slice of experts packed in "
                 f"{weight_format} has whole blocks of {size}, and the intermediate size is "
-                f"{self.intermediate_size}: it must be {join_words(map(str, fitting))}.",
+                f"{self.intermediate_size}: it must be {join_words(fitting)}.",
                 parameters=("expert_tp_size",),
             )
 

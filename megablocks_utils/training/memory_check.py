@@ -27,9 +27,10 @@ from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import count_local_bytes
 from megablocks_utils.training.step.model_probe import ModelProbe
 
-__all__ = ["MemoryCheck", "check_memory", "read_kept_bytes"]
+__all__ = ["MemoryCheck", "check_memory", "keep_no_freed_memory", "read_kept_bytes"]
 
 _ON_CPU = "; a process on a CPU needs more: what the C library keeps of freed memory"
+_M_MMAP_THRESHOLD, _LARGE = -3, 2**20
 
 
 @dataclass(frozen=True)
@@ -187,3 +188,14 @@ def _states(optimizer: Optimizer) -> Iterable[Tensor]:
     """Yield the moments; the count of steps is a number in memory of its own."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
+
+
+def keep_no_freed_memory() -> None:
+    """Have glibc give memory of large tensors back when they are freed; elsewhere do nothing.
+
+    By itself it keeps blocks of up to 32 MiB. What is dequantized, layer after layer, is of about
+    that size, and would take more memory than packing saves.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGE)

@@ -1,5 +1,6 @@
 """Experts packed in few bits give what the weights they stand for give, and save no more."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
 from megablocks_utils.moe.packed_backend import run_packed
+from megablocks_utils.quantization.dequantized_use import dequantize
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.packed_experts import PackedExperts
 
@@ -90,6 +92,23 @@ def test_no_dequantized_weight_is_saved(backend):
 
     assert save(BACKENDS[backend], plain)
     assert not save(partial(run_packed, BACKENDS[backend]), packed)
+
+
+def test_nothing_is_kept_from_one_step_to_the_next():
+    """FSDP2 gathers into the same memory again; an optimizer changes adapters where they lie."""
+    packed, _, tokens = _build("nf4", is_transposed=False)
+    run = partial(run_packed, run_experts_eager)
+    _grads(run, tokens, packed)
+    projection = packed.gate_up_proj
+    for number in range(EXPERTS):
+        projection.pack_expert(number, torch.randn(2 * INNER, HIDDEN) * 0.1)
+    packed.gate_up_lora.lora_b.data.mul_(2)
+    plain = replace(
+        packed, gate_up_proj=dequantize(projection), down_proj=dequantize(packed.down_proj)
+    )
+    wanted = _grads(run_experts_eager, tokens, plain)
+    for own, other in zip(_grads(run, tokens, packed), wanted, strict=True):
+        assert (own - other).norm() <= 1e-5 * other.norm()
 
 
 def test_no_operator_makes_whole_weights_unasked():

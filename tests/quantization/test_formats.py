@@ -47,6 +47,23 @@ def test_error_and_bytes(name):
     assert count_packed_bytes(name, 1536, 2048) <= MOST_BYTES[name] * 1536 * 2048
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_block_has_its_own_scale(name):
+    """Blocks differ in size 16 times, so that no other block's scale would do."""
+    high, wide = FORMATS[name].block
+    sizes = 4.0 ** torch.tensor([[0, 1, 2], [1, 2, 0]])
+    spread = sizes.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+    matrix = _draw(*spread.shape) * spread
+    error = round_to_format(matrix, FORMATS[name]) - matrix
+    for row in range(2):
+        for column in range(3):
+            where = (
+                slice(row * high, (row + 1) * high),
+                slice(column * wide, (column + 1) * wide),
+            )
+            assert error[where].norm() < 2 * ERRORS[name] * matrix[where].norm()
+
+
 def test_nf4_is_the_nearest_of_the_table_in_each_block():
     """Scales come out of 8 bits, so they are compared up to what these lose."""
     matrix = _draw(4, 128)

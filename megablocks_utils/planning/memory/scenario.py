@@ -111,6 +111,7 @@ class Scenario:
             token_dispatch=config.parallel.token_dispatch,
             sp_size=config.parallel.sp_size,
             expert_tp_size=config.parallel.expert_tp_size,
+            tp_size=config.parallel.tp_size,
             packed_format=config.adapter.packed_format,
             optim=config.optim.optim,
         )
@@ -136,7 +137,7 @@ class Scenario:
             self.shape,
             self.slice_ranks,
             self.config.entry_point,
-            is_dmoe=self.config.parallel.expert_tp_size > 1,
+            is_dmoe=self._needs_own_experts,
         )
         if self.config.adapter.packed_format is not None:  # FSDP shards no packed weights
             return list(dict.fromkeys(map(_with_whole_experts, layouts)))
@@ -171,6 +172,11 @@ class Scenario:
                 "python -m megablocks_utils.plan rehearses it"
             )
         return self.rehearse(layout, self.planned_run())
+
+    @property
+    def _needs_own_experts(self) -> bool:
+        """Whether the experts must be this project's, without expert parallelism too."""
+        return self.config.parallel.expert_tp_size > 1 or self.config.parallel.tp_size > 1
 
     def _check_slices(self) -> None:
         """Refuse slices of experts of different sizes, as `ExpertSpec` does.

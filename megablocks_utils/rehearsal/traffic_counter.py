@@ -108,9 +108,7 @@ def _count_functional_reduce_scatter(
     return {_named_route("reduce_scatter", group_name): _size(whole) // size * (size - 1)}
 
 
-def _count_functional_all_reduce(
-    tensor: Tensor, _: str, group_name: GroupName
-) -> dict[Route, int]:
+def _count_functional_all_reduce(tensor: Tensor, _: str, group_name: GroupName) -> dict[Route, int]:
     route = _named_route("all_reduce", group_name)
     size = len(route.group)
     return {route: _size(tensor) * 2 * (size - 1) // size}

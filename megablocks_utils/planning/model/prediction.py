@@ -168,6 +168,11 @@ class PlannedRun:
         """Ranks of a group, which the model is sharded over."""
         return self.world_size // self.dp_replicate_size
 
+    @property
+    def dense_shard_size(self) -> int:
+        """Ranks of a group that FSDP shards all but experts over."""
+        return self.shard_size // self.tp_size
+
     def count_copies(self, layout: ParallelLayout) -> int:
         """Return the ranks of a group that hold the same part of the experts: along dp."""
         return self.shard_size // (layout.ep_size * self.expert_tp_size)

@@ -155,7 +155,7 @@ class _Builder:
         for factor, is_cut in ((first, is_down), (second, not is_down)):
             yield replace(factor, is_matrix=rank > 1, num_slices=num_slices if is_cut else 1)
 
-    def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, int]]:
+    def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, ...]]:
         is_adapted = {MIXER: self.run.trains_attention, DENSE: self.run.trains_dense}
         for parameter in layer.parameters:
             if is_adapted.get(parameter.adapter):

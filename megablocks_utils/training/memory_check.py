@@ -27,10 +27,10 @@ from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import count_local_bytes
 from megablocks_utils.training.step.model_probe import ModelProbe
 
-__all__ = ["MemoryCheck", "check_memory", "keep_no_freed_memory", "read_kept_bytes"]
+__all__ = ["MemoryCheck", "check_memory", "read_kept_bytes"]
 
 _ON_CPU = "; a process on a CPU needs more: what the C library keeps of freed memory"
-_M_MMAP_THRESHOLD, _LARGE = -3, 2**20
+_M_MMAP_THRESHOLD, _LARGE = -3, 2**16
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def check_memory(
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
+    A run on a CPU with packed experts is told to give freed memory back, as the plan takes it to.
+
     **Collective:** one all-reduce of one number over the world.
 
     Args:
@@ -120,6 +122,8 @@ def check_memory(
     tokens, label_tokens, examples = schedule.largest_micro_batch()
     capacity_bytes = _least_capacity(device, schedule.world_size)
     base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes
+    if config.adapter.packed_format is not None and device.type == "cpu":
+        _keep_no_freed_memory()
     try:
         run_plan = plan_run(
             config,
@@ -190,7 +194,7 @@ def _states(optimizer: Optimizer) -> Iterable[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
 
 
-def keep_no_freed_memory() -> None:
+def _keep_no_freed_memory() -> None:
     """Have glibc give memory of large tensors back when they are freed; elsewhere do nothing.
 
     By itself it keeps blocks of up to 32 MiB. What is dequantized, layer after layer, is of about

@@ -31,11 +31,7 @@ from megablocks_utils.training.describe_model import describe_model
 from megablocks_utils.training.evaluation.held_out_data import share_held_out
 from megablocks_utils.training.evaluation.held_out_loss import HeldOut
 from megablocks_utils.training.expert_placement import find_loads_path, place_experts
-from megablocks_utils.training.memory_check import (
-    MemoryCheck,
-    check_memory,
-    keep_no_freed_memory,
-)
+from megablocks_utils.training.memory_check import MemoryCheck, check_memory
 from megablocks_utils.training.model_source import ModelSource, split_experts
 from megablocks_utils.training.report.parameters import ParameterCounts, count_parameters
 from megablocks_utils.training.report.summary import build_console
@@ -188,8 +184,6 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
     plan = check_memory(config, description, schedule, device, sharded, probe=probe)
-    if config.adapter.packed_format is not None and device.type == "cpu":
-        keep_no_freed_memory()
     raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_layer_options(model, config, probe, console)
     return Setup(

@@ -30,7 +30,6 @@ from megablocks_utils.training.step.model_probe import ModelProbe
 __all__ = ["MemoryCheck", "check_memory", "read_kept_bytes"]
 
 _ON_CPU = "; a process on a CPU needs more: what the C library keeps of freed memory"
-_M_MMAP_THRESHOLD, _LARGE = -3, 2**16
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,6 @@ def check_memory(
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
-    A run on a CPU with packed experts is told to give freed memory back, as the plan takes it to.
-
     **Collective:** one all-reduce of one number over the world.
 
     Args:
@@ -122,8 +119,6 @@ def check_memory(
     tokens, label_tokens, examples = schedule.largest_micro_batch()
     capacity_bytes = _least_capacity(device, schedule.world_size)
     base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes
-    if config.adapter.packed_format is not None and device.type == "cpu":
-        _keep_no_freed_memory()
     try:
         run_plan = plan_run(
             config,
@@ -192,14 +187,3 @@ def _states(optimizer: Optimizer) -> Iterable[Tensor]:
     """Yield the moments; the count of steps is a number in memory of its own."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
-
-
-def _keep_no_freed_memory() -> None:
-    """Have glibc give memory of large tensors back when they are freed; elsewhere do nothing.
-
-    By itself it keeps blocks of up to 32 MiB. What is dequantized, layer after layer, is of about
-    that size, and would take more memory than packing saves.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, _LARGE)

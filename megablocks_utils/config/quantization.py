@@ -2,11 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["NO_QUANTIZATION", "QUANTIZATIONS", "check_quantization", "count_packed_bytes"]
+__all__ = [
+    "BLOCK_ROWS",
+    "NO_QUANTIZATION",
+    "QUANTIZATIONS",
+    "check_quantization",
+    "count_packed_bytes",
+]
 
 NO_QUANTIZATION = "none"
 QUANTIZATIONS = (NO_QUANTIZATION, "nf4", "int8", "fp8", "mxfp4")
@@ -39,11 +46,28 @@ def check_quantization(values: Mapping[str, Any]) -> None:
         )
 
 
-def count_packed_bytes(name: str, num_rows: int, num_columns: int) -> int:
-    """Return what one expert's matrix (out, in) takes in a format."""
+BLOCK_ROWS = MappingProxyType({"nf4": 1, "int8": 1, "fp8": 128, "mxfp4": 1})
+"""Rows of a block, which no shard cuts, by format."""
+
+
+def count_packed_bytes(
+    name: str, num_rows: int, num_columns: int, *, num_slices: int = 1, num_shards: int = 1
+) -> int:
+    """Return what one expert's matrix (out, in), or a part of one, takes in a format.
+
+    Args:
+        name: of the format.
+        num_rows: of the part.
+        num_columns: likewise.
+        num_slices: ranks that compute with other slices of the matrix.
+        num_shards: in how many the rows are until they are gathered; this is one of them.
+    """
     if name == "nf4":
         num_scales = num_rows * math.ceil(num_columns / 64)
-        return num_scales * 32 + num_scales + _FP32 * (math.ceil(num_scales / 256) + 1)
+        # The scales of scales are of the whole matrix, on which a slice has to say where its are.
+        shared = math.ceil(num_scales * num_slices * num_shards / 256) + 1
+        starts = num_rows if num_slices > 1 else 0
+        return num_scales * 32 + num_scales + _FP32 * (shared + starts)
     if name == "int8":
         return num_rows * (num_columns + _FP32 * math.ceil(num_columns / 256))
     if name == "fp8":

@@ -125,9 +125,7 @@ class Scenario:
         if self.config.entry_point == "fsdp1":
             return ParallelLayout(ep_size, "replicate", is_dmoe)
         has_copies = ep_size < self.slice_ranks and parallel.expert_dp == "replicate"
-        layout = ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
-        is_packed = self.config.adapter.packed_format is not None
-        return _with_whole_experts(layout) if is_packed else layout
+        return ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
 
     def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
@@ -138,8 +136,6 @@ class Scenario:
             self.config.entry_point,
             is_dmoe=self.config.parallel.expert_tp_size > 1,
         )
-        if self.config.adapter.packed_format is not None:  # FSDP shards no packed weights
-            return list(dict.fromkeys(map(_with_whole_experts, layouts)))
         has_copies = self.config.cpu_offload != "params"  # which it refuses
         return [layout for layout in layouts if has_copies or layout.expert_dp == "shard"]
 
@@ -198,12 +194,6 @@ class Scenario:
         """Whether the load-balancing loss is on, by the rule of `training.step.aux_loss`."""
         given = self.config.router_aux_loss_coef
         return (self.shape.aux_loss_coef if given is None else given) > 0
-
-
-def _with_whole_experts(layout: ParallelLayout) -> ParallelLayout:
-    """Return the layout of the same ranks in which each holds its experts whole."""
-    is_split = layout.ep_size > 1 or layout.is_dmoe
-    return replace(layout, expert_dp="replicate") if is_split else layout
 
 
 @lru_cache(maxsize=4096)

@@ -131,7 +131,7 @@ class PlannedRun:
             model does to them is not known.
         sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
         expert_tp_size: ranks that each expert is split over.
-        packed_format: what the experts' weights are packed in, each rank whole ones; None: not.
+        packed_format: what the experts' weights are packed in; None: not.
         optim: the optimizer.
     """
 

@@ -147,13 +147,7 @@ class FsdpUnit:
     def restacked_bytes(self) -> int:
         """Second copies of gathered parameters that are put together along another dim."""
         cut = (shard for shard in self.shards if shard.is_restacked)
-        # Of packed shards the gathered ones are freed as soon as they are put together.
-        return sum(
-            shard.whole * self.compute
-            if shard.packed_bytes is None
-            else shard.packed_bytes * self.ranks
-            for shard in cut
-        )
+        return sum(shard.gathers(self.compute) for shard in cut) * self.ranks
 
     @cached_property
     def largest_restacked_bytes(self) -> int:

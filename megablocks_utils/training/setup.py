@@ -180,6 +180,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
     sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
+    source.keep_stored_bits(sharded)
     place_experts(sharded, find_loads_path(config, resume), console)
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]

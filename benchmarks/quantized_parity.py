@@ -3,7 +3,7 @@
     PYTHONPATH=. OMP_NUM_THREADS=1 python -m benchmarks.quantized_parity
 
 Every axis and option beside which experts may be packed, in each format, two steps on 4 CPU ranks;
-two minutes on two cores. Writes benchmarks/results/quantized_parity_cpu.json and prints a Markdown
+four minutes on two cores. Writes benchmarks/results/quantized_parity_cpu.json and prints a Markdown
 table. Ends with exit code 1 if a bound does not hold.
 """
 

@@ -64,8 +64,8 @@ MODELS: dict[str, tuple[str, dict]] = {
         "gpt_oss",
         {
             "num_local_experts": 6,
-            "hidden_size": 256,
-            "intermediate_size": 256,
+            "hidden_size": 128,
+            "intermediate_size": 128,
             "swiglu_limit": 7.0,
         },
     ),

@@ -60,7 +60,7 @@ FSDP2_CASES = [
     ParityCase(
         Layout(4, 1, expert_tp_size=2), "qwen3_moe", lora="mlp-only", accumulation=2, **SHORT
     ),
-    # Experts packed in few bits, against PEFT on what they dequantize to: shards of rows, in slices.
+    # Packed experts, against PEFT on what they dequantize to: in shards of rows, in slices.
     ParityCase(
         Layout(4, 2),
         "mixtral, 6 experts",

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
 __all__ = [
-    "BLOCK_ROWS",
+    "BLOCKS",
     "NO_QUANTIZATION",
     "QUANTIZATIONS",
+    "check_packed_slices",
     "check_quantization",
     "count_packed_bytes",
 ]
@@ -46,8 +48,26 @@ def check_quantization(values: Mapping[str, Any]) -> None:
         )
 
 
-BLOCK_ROWS = MappingProxyType({"nf4": 1, "int8": 1, "fp8": 128, "mxfp4": 1})
-"""Rows of a block, which no shard cuts, by format."""
+BLOCKS = MappingProxyType({"nf4": (1, 64), "int8": (1, 256), "fp8": (128, 128), "mxfp4": (1, 32)})
+"""Rows and columns of a block, which no shard and no slice cuts, by format."""
+
+
+def check_packed_slices(name: str, intermediate_size: int, expert_tp_size: int) -> None:
+    """Refuse slices of packed experts that go through a block.
+
+    Raises:
+        ConfigurationError: naming the sizes that do not.
+    """
+    block = max(BLOCKS[name])
+    num_blocks, rest = divmod(intermediate_size, block)
+    fitting = [n for n in range(1, num_blocks + 1) if not rest and num_blocks % n == 0] or [1]
+    if expert_tp_size not in fitting:
+        raise ConfigurationError(
+            f"expert_tp_size is {expert_tp_size}, but a slice of experts packed in {name} has "
+            f"whole blocks of {block}, and their intermediate size is {intermediate_size}: it must "
+            f"be {join_words(fitting)}.",
+            parameters=("expert_tp_size",),
+        )
 
 
 def count_packed_bytes(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from megablocks_utils.config.quantization import QUANTIZATIONS, count_packed_bytes
+from megablocks_utils.config.quantization import BLOCKS, QUANTIZATIONS, count_packed_bytes
 from megablocks_utils.quantization.format_table import FORMATS, round_to_format
 from megablocks_utils.quantization.nf4 import NF4_VALUES
 from megablocks_utils.quantization.weight_format import MatrixCut, keep_parts
@@ -22,6 +22,7 @@ def _draw(*shape: int) -> torch.Tensor:
 
 def test_every_choice_is_a_format():
     assert ("none", *FORMATS) == QUANTIZATIONS
+    assert {name: weight_format.block for name, weight_format in FORMATS.items()} == BLOCKS
 
 
 @pytest.mark.parametrize("name", FORMATS)

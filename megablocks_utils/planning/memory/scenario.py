@@ -8,6 +8,7 @@ from typing import Any
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.config.adapter import DEFAULT_LORA_R
 from megablocks_utils.config.parallel import count_ranks_of_slice
+from megablocks_utils.config.quantization import check_packed_slices
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
@@ -169,7 +170,7 @@ class Scenario:
         return self.rehearse(layout, self.planned_run())
 
     def _check_slices(self) -> None:
-        """Refuse slices of experts of different sizes, as `ExpertSpec` does.
+        """Refuse slices of experts of different sizes, or through blocks, as `ExpertSpec` does.
 
         Raises:
             ConfigurationError: the intermediate size does not divide.
@@ -181,6 +182,8 @@ class Scenario:
                 f"experts, which is {self.shape.expert_size}.",
                 parameters=("expert_tp_size",),
             )
+        if self.config.adapter.packed_format is not None:
+            check_packed_slices(self.config.adapter.packed_format, self.shape.expert_size, size)
 
     def _not_known_on_device(self) -> str:
         """Say what is another on a CPU than on a GPU, and not known there; empty for nothing."""

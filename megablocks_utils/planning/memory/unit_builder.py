@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from megablocks_utils.config.quantization import BLOCK_ROWS, count_packed_bytes
+from megablocks_utils.config.quantization import BLOCKS, count_packed_bytes
 from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.memory.fsdp_units import (
     FsdpUnit,
@@ -151,7 +151,7 @@ class _Builder:
         name = self.run.packed_format
         assert name is not None, weight
         num_local, num_out, num_in = weight.shape
-        by_rows = num_local % ranks != 0 and num_out % (ranks * BLOCK_ROWS[name]) == 0
+        by_rows = num_local % ranks != 0 and num_out % (ranks * BLOCKS[name][0]) == 0
         by_rows = by_rows and not in_parts
         num_held = num_local if by_rows else -(-num_local // ranks)
         num_shards = ranks if by_rows else 1

@@ -21,6 +21,7 @@ from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.expert_spec import find_expert_modules
 
 __all__ = ["BY_WIDTH", "GRADIENT_SUM", "Styles", "TensorParallelPlan", "choose_tp_plan"]
+__all__ += ["find_other_style"]
 
 Styles = dict[str, str]
 """Name of a module or parameter -> name of transformers' style."""
@@ -32,6 +33,10 @@ _WHOLE_INPUT = ("rowwise_split_input", "rowwise_rep")
 _BY_COLUMNS, _BY_ROWS = (COLUMNS, *_WHOLE_OUTPUT), (ROWS, *_WHOLE_INPUT)
 _BY_TOKEN, BY_WIDTH = "embedding_rowwise", "embedding_colwise"
 _BASE_LAYER = "base_layer"
+_COUNTED_STYLES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), (COLUMNS,)),
+    **dict.fromkeys(("o_proj", "down_proj"), (ROWS,)),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,28 @@ def choose_tp_plan(model: PreTrainedModel, tp_size: int) -> TensorParallelPlan:
             parameters=("tp_size",),
         )
     return TensorParallelPlan(dict(_expand(model, styles)), left_whole)
+
+
+def find_other_style(model: PreTrainedModel) -> str:
+    """Name a layer that is split otherwise than plans count it; empty where there is none.
+
+    They know attention by heads, gated MLPs by their inner size, the embedding by its width, and
+    the head by the vocabulary.
+    """
+    if model.all_tied_weights_keys:
+        return "an output head that is the embedding, under tensor parallelism"
+    declared = _find_declared(model)
+    _add_common_attention(model, declared)
+    experts = tuple(f"{name}." for name in find_expert_modules(model))
+    outside = {model.get_input_embeddings(): (_BY_TOKEN, BY_WIDTH)}
+    outside[model.get_output_embeddings()] = _WHOLE_OUTPUT
+    for name, module in model.named_modules():
+        wanted = outside.get(module) or _COUNTED_STYLES.get(name.rpartition(".")[2])
+        if not isinstance(module, nn.Linear | nn.Embedding) or f"{name}.".startswith(experts):
+            continue
+        if declared.get(name) not in (wanted or (None, GRADIENT_SUM, LOCAL)):
+            return f"how tensor parallelism splits {name}"
+    return ""
 
 
 def _find_declared(model: PreTrainedModel) -> Styles:

@@ -43,11 +43,12 @@ __all__ = ["TensorParallelPlan", "choose_tp_plan"]
 
 @dataclass(frozen=True)
 class TensorParallelPlan:
-    """What is split, and what transformers' plan names but is not.
+    """What is split, and what is not.
 
     Attributes:
         styles: of modules and of parameters, by their names.
-        left_whole: pattern of a module -> why each rank keeps it whole.
+        left_whole: pattern of a module -> why each rank keeps it whole; also of those that the
+            plan does not name, where they have two linear layers or more.
     """
 
     styles: Styles
@@ -90,6 +91,9 @@ def choose_tp_plan(model: PreTrainedModel, tp_size: int) -> TensorParallelPlan:
             f"{reason}.",
             parameters=("tp_size",),
         )
+    for name in _find_without_style(model, styles):
+        pattern = replace_layer_number_by_wildcard(name)
+        left_whole.setdefault(pattern, "transformers' plan does not name it")
     return TensorParallelPlan(dict(_expand(model, styles)), left_whole)
 
 
@@ -105,6 +109,17 @@ def _find_declared(model: PreTrainedModel) -> Styles:
         if style is not None and not f"{name}.".startswith(experts):
             found[name] = style
     return found
+
+
+def _find_without_style(model: PreTrainedModel, styles: Styles) -> Iterator[str]:
+    """Yield modules with several linear layers of which none is split."""
+    experts = tuple(f"{name}." for name in find_expert_modules(model))
+    for name, module in model.named_modules():
+        parts = dict(module.named_children())
+        linear = [part for part in parts if isinstance(find_linear(parts[part]), nn.Linear)]
+        is_split = any(f"{name}.{part}" in styles for part in linear)
+        if len(linear) > 1 and not is_split and not f"{name}.".startswith(experts):
+            yield name
 
 
 def _independent(styles: Styles) -> Iterable[Styles]:

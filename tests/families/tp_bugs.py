@@ -108,7 +108,7 @@ TP_BUGS: Mapping[str, tuple[str, Callable[[], Any]]] = MappingProxyType(
         "tp: KV split wrong": ("qwen3_moe", lambda: swap_slices("k_proj.weight")),
         "tp: slices swapped": ("qwen3_moe", lambda: swap_slices("o_proj.weight")),
         "tp: gradient of experts' inputs not joined": ("qwen3_moe", keep_own_rows),
-        "tp: gradient of shared experts' inputs not summed": ("qwen2_moe", average_inputs),
+        "tp: gradient of split layers' inputs averaged": ("glm4_moe", average_inputs),
         "tp: copies count twice in the norm": ("qwen3_moe", count_copies_twice),
         "tp: norms of heads summed twice": ("qwen3_moe", sum_norms_twice),
         "tp: norms of heads not summed": ("qwen3_moe", lambda: leave_norms(checked=False)),

@@ -1,8 +1,8 @@
 """Which dense layers tensor parallelism splits, and how: transformers' own plan for the model.
 
 The plan is taken where it is exact on this number of ranks. Layers depend on each other (what one
-gives split, the next takes split), so all layers of a module are split, or none is. Attention for
-which transformers has no plan is split where it is of the common form.
+gives split, the next takes split), so all layers of a module are split, or none is. Attention and
+gated MLPs for which transformers has no plan are split where they are of the common form.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.fsdp.tp_attention import (
-    add_common_attention,
+from megablocks_utils.fsdp.tp_common_layers import (
+    add_common_layers,
     add_norms_of_heads,
     check_heads,
 )
@@ -66,7 +66,7 @@ def choose_tp_plan(model: PreTrainedModel, tp_size: int) -> TensorParallelPlan:
         ConfigurationError: heads that do not divide evenly, or nothing that could be split.
     """
     declared = _find_declared(model)
-    add_common_attention(model, declared)
+    add_common_layers(model, declared)
     add_norms_of_heads(model, declared)
     by_module: dict[str, Styles] = {}
     for name, style in declared.items():

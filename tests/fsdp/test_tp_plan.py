@@ -40,6 +40,14 @@ def test_attention_of_the_common_form_needs_no_plan():
     assert styles[attention] == "local_params"
 
 
+def test_a_gated_mlp_of_the_common_form_needs_no_plan():
+    styles = _choose("qwen2_moe").styles
+    shared = "model.layers.0.mlp.shared_expert"
+    found = {name: styles[f"{shared}.{name}"] for name in ("gate_proj", "up_proj", "down_proj")}
+    assert found == {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    assert f"{shared}_gate" not in styles
+
+
 def test_norms_of_heads_that_the_plan_forgets_get_whole_gradients():
     styles = _choose("glm4_moe", use_qk_norm=True).styles
     for norm in ("q_norm", "k_norm"):
@@ -53,6 +61,8 @@ def test_what_cannot_be_split_is_left_whole_and_named():
     assert not any(name.startswith("lm_head") for name in tied.styles)
     attention = _choose("deepseek_v2").left_whole["model.layers.*.self_attn"]
     assert attention.endswith("kv_a_proj_with_mqa is of style mla_kv_a_proj")
+    latent = _choose("deepseek_v3").left_whole["model.layers.*.self_attn"]
+    assert latent == "transformers' plan does not name it"
     # Rows of linear attention's output, whose heads nothing splits.
     linear = _choose("glm5_next")
     assert not any(".self_attn" in name for name in linear.styles)

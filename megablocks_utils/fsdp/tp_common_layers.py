@@ -1,4 +1,4 @@
-"""Attention under tensor parallelism: where transformers' plan is silent, and how heads divide."""
+"""Layers of common forms that transformers' plan says nothing of, and how heads divide."""
 
 import math
 import re
@@ -19,16 +19,19 @@ from megablocks_utils.fsdp.tp_styles import (
     find_linear,
     find_target,
 )
+from megablocks_utils.moe.expert_spec import find_expert_modules
 
-__all__ = ["add_common_attention", "add_norms_of_heads", "check_heads"]
+__all__ = ["add_common_layers", "add_norms_of_heads", "check_heads"]
 
 
-def add_common_attention(model: PreTrainedModel, declared: Styles) -> None:
-    """Add the styles of attention of the common form that transformers' plan says nothing of."""
+def add_common_layers(model: PreTrainedModel, declared: Styles) -> None:
+    """Add the styles of attention and MLPs of the common form that the plan says nothing of."""
+    experts = tuple(f"{name}." for name in find_expert_modules(model))
     for name, module in model.named_modules():
-        if any(known == name or known.startswith(f"{name}.") for known in declared):
+        is_known = any(known == name or known.startswith(f"{name}.") for known in declared)
+        if is_known or f"{name}.".startswith(experts):
             continue
-        styles = _common_attention(module)
+        styles = _common_attention(module) or _common_mlp(module)
         declared.update({f"{name}.{part}" if part else name: s for part, s in styles.items()})
 
 
@@ -57,6 +60,22 @@ def _common_attention(module: nn.Module) -> Styles:
             return {}
         styles |= {name: COLUMNS, "": LOCAL}
     return styles
+
+
+def _common_mlp(module: nn.Module) -> Styles:
+    """Return the styles of a gated MLP's three projections; empty for all else."""
+    styles = {"gate_proj": COLUMNS, "up_proj": COLUMNS, "down_proj": ROWS}
+    trained = {
+        name for name, part in module.named_children() if any(True for _ in part.parameters())
+    }
+    if trained != styles.keys() or any(True for _ in module.parameters(recurse=False)):
+        return {}
+    gate, up, down = (find_linear(module.get_submodule(name)) for name in styles)
+    linear = [part for part in (gate, up, down) if isinstance(part, nn.Linear)]
+    if len(linear) < 3:
+        return {}
+    shapes = [(part.in_features, part.out_features) for part in linear]
+    return styles if shapes == [shapes[0], shapes[0], shapes[0][::-1]] else {}
 
 
 def add_norms_of_heads(model: PreTrainedModel, declared: Styles) -> None:

@@ -2,15 +2,18 @@
 
     PYTHONPATH=. python -m benchmarks.scale_groups [a folder of benchmarks/models ...]
 
-Models that the formulas do not know are rehearsed, for ep_size 8 and 32 and one or whole-model
-groups of 64 GPUs alone: minutes of CPU.
+Models that the formulas do not know are rehearsed, with ep_size 8 and 16 and groups of all or 64
+GPUs alone: minutes of CPU.
 """
 
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from benchmarks.scale_ranks import be_quiet, rehearse_first
 from megablocks_utils.byte_units import GB
 from megablocks_utils.plan import build_request, open_model
 from megablocks_utils.planning.memory.verdict import OOM
@@ -22,6 +25,8 @@ __all__ = ["Candidate", "choose", "list_candidates"]
 
 MODELS = ("mixtral-8x7b", "qwen3-235b-a22b", "deepseek-v3", "gpt-oss-120b", "qwen3.5-35b-a3b")
 WORLD_SIZES = (64, 512, 4096)
+REHEARSED_EP_SIZES = (8, 16)
+"""Of models that the formulas do not know: in a node, and over two."""
 GPUS_PER_NODE = 8
 RUN = "--gpu h100-80g --per_device_train_batch_size 1 --max_seq_length 4096"
 PAGE = Path(__file__).parent / "results" / "scale.md"
@@ -50,7 +55,7 @@ def list_candidates(request: PlanRequest, world_size: int) -> Iterator[Candidate
     for shard_size in shard_sizes:
         num_groups = world_size // shard_size
         scenario = replace(request.scenario, world_size=world_size).with_groups(num_groups)
-        for ep_size in (None,) if is_known else (8, 32):
+        for ep_size in (None,) if is_known else REHEARSED_EP_SIZES:
             asked = replace(request, scenario=scenario, ep_size=ep_size)
             for row in plan_layouts(asked, with_remedies=False):
                 yield Candidate(num_groups, row)
@@ -85,6 +90,8 @@ def plan_model(model: str) -> list[str]:
     path = Path(__file__).parent / "models" / model
     options = parse_plan_options([str(path), "--gpus", "64", *RUN.split()])
     with open_model(options) as opened:
+        if opened.rehearse is not None:
+            opened = replace(opened, rehearse=partial(rehearse_first, model))
         request = build_request(options, opened)
         return [
             format_row(model, world_size, list(list_candidates(request, world_size)))
@@ -94,6 +101,8 @@ def plan_model(model: str) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Write the lines of the models into the page; those of others stay."""
+    be_quiet()
+    gc.disable()
     new = {model: plan_model(model) for model in argv or MODELS}
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
     table, _, tail = rest.partition(END)

@@ -2,108 +2,51 @@
 
     PYTHONPATH=. python -m benchmarks.scale_simulation
 
-The first, a middle and the last rank take the training step with meshes, shards and FSDP units of
-their own, on tensors without memory and a fake process group. What each sends is counted by the
-ranks that the collective's group really has.
+Ranks take the training step with meshes, shards and FSDP units of their own, on tensors without
+memory and a fake process group. What each sends is counted by the ranks that the collective's group
+really has. Of a layout with every axis of the experts' mesh, all ranks of 64 are compared with the
+placement plan.
 """
 
-import json
-import logging
-import os
+import gc
+import multiprocessing
+import sys
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
+from benchmarks.harness.provenance import build_provenance
+from benchmarks.harness.report import markdown_table
+from benchmarks.scale_placement import Held, check_all, hold
+from benchmarks.scale_ranks import LINKS, Case, Compared, be_quiet, compare
 from megablocks_utils.byte_units import GB
-from megablocks_utils.config import parse_args
-from megablocks_utils.planning.memory.scenario import Scenario, read_shape
-from megablocks_utils.planning.model.gpus import GPUS
 from megablocks_utils.planning.model.prediction import COLLECTIVES, ParallelLayout
-from megablocks_utils.planning.speed.traffic_links import Cluster, split_traffic
-from megablocks_utils.rehearsal.fewer_layers import rehearse_few_layers
-from megablocks_utils.rehearsal.library_patches import large_on_meta
-from megablocks_utils.rehearsal.traffic_counter import Route
-from megablocks_utils.training.model_source import build_bare_model
 
-__all__ = ["NODE", "Case", "Compared", "compare", "plan_links", "split_by_link"]
-
-NODE = Cluster(GPUS["h100-80g"], 8)
-MODELS = Path(__file__).parent / "models"
 PAGE = Path(__file__).parent / "results" / "scale.md"
 MARK = "<!-- From here on written by python -m benchmarks.scale_simulation -->"
 END = "<!-- Until here -->"
+MODELS = ("qwen3.5-35b-a3b", "gpt-oss-120b", "qwen3-235b-a22b", "mixtral-8x7b", "deepseek-v3")
+"""Those that take longest first."""
 WORLD_SIZES = (64, 512, 4096)
-TOKENS = 4096
-RUN = f"--per_device_train_batch_size 1 --max_seq_length {TOKENS} --precision bf16"
-
-Links = Mapping[tuple[str, str], int]
-"""Bytes by kind of collective and `intra` or `inter`, rounded."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run to be played.
-
-    Attributes:
-        model: folder in `benchmarks/models`.
-        world_size: ranks.
-        layout: how the experts are spread.
-        num_groups: groups of ranks that each hold the whole model.
-    """
-
-    model: str
-    world_size: int
-    layout: ParallelLayout
-    num_groups: int = 1
-
-    def describe(self) -> str:
-        """Say the layout in a few words."""
-        groups = f", {self.num_groups} groups" if self.num_groups > 1 else ""
-        return self.layout.describe() + groups
-
-    def scenario(self) -> Scenario:
-        """Return what is planned."""
-        line = f"{RUN} --dp_replicate_size {self.num_groups}"
-        config = parse_args(line.split(), entry_point="fsdp2")
-        settings = json.loads((MODELS / self.model / "config.json").read_text(encoding="utf-8"))
-        return Scenario(
-            config=config,
-            shape=read_shape(config, settings),
-            world_size=self.world_size,
-            device_type="cuda",
-            kernel="grouped_mm",
-            tokens=TOKENS,
-            label_tokens=TOKENS,
-        )
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What one rank sends in a step, by the plan and by the simulation."""
-
-    case: Case
-    rank: int
-    planned: Links
-    played: Links
-
-    def off_by(self, kind: str) -> int:
-        """Return the bytes that the simulation sends beyond the plan, whatever the link."""
-        return sum(
-            self.played[kind, link] - self.planned[kind, link] for link in ("intra", "inter")
-        )
-
-    def off_by_link(self, kind: str) -> int:
-        """Return the largest difference on a link."""
-        links = ("intra", "inter")
-        return max(abs(self.played[kind, link] - self.planned[kind, link]) for link in links)
+NUM_PROCESSES = 2
+PLACED = Case("mixtral-8x7b", 64, ParallelLayout(4, "shard"), num_groups=4, expert_tp_size=2)
+WEIGHTS = [kind for kind in COLLECTIVES if kind != "all_to_all"]
+COLUMNS = (
+    "model",
+    "layout",
+    "GPUs",
+    "tokens",
+    "weights, in the node",
+    "to others",
+    "tokens, in the node",
+    "to others",
+    "weights: off",
+    "tokens: off",
+    "off from equal shares",
+)
 
 
 def list_cases() -> Iterator[Case]:
@@ -111,94 +54,97 @@ def list_cases() -> Iterator[Case]:
     for world_size in WORLD_SIZES:
         yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "replicate"))
         yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "shard"), world_size // 8)
+        yield Case("mixtral-8x7b", world_size, ParallelLayout(8, "shard"), expert_tp_size=2)
         yield Case("qwen3-235b-a22b", world_size, ParallelLayout(8, "shard"))
         yield Case("qwen3-235b-a22b", world_size, ParallelLayout(32, "shard"), world_size // 32)
+        yield Case("deepseek-v3", world_size, ParallelLayout(32, "shard"), world_size // 64)
+        yield Case("gpt-oss-120b", world_size, ParallelLayout(16, "shard"), world_size // 64)
+        # Its linear attention is a loop over blocks of tokens, of many small operators each.
+        of_hybrid = Case("qwen3.5-35b-a3b", world_size, ParallelLayout(8, "replicate"))
+        yield replace(of_hybrid, tokens=512)
 
 
-def compare(case: Case, rank: int) -> Compared:
-    """Play one rank, and plan the same."""
-    scenario = case.scenario()
-    run, model = scenario.planned_run(), _build(case.model)
-    device = torch.device("cpu")
-    played = rehearse_few_layers(model, case.layout, run, device=device, rank=rank).sent
-    return Compared(case, rank, plan_links(case), split_by_link(played, rank, NODE.gpus_per_node))
+def choose_ranks(world_size: int) -> list[int]:
+    """Choose the first rank and the last; of 64 also one inside an ep group on a middle node."""
+    middle = [world_size // 2 + 3] if world_size == min(WORLD_SIZES) else []
+    return [0, *middle, world_size - 1]
 
 
-def plan_links(case: Case) -> Links:
-    """Return what the plan says."""
-    scenario = case.scenario()
-    traffic = split_traffic(scenario, case.layout, scenario.predict(case.layout), NODE)
-    links: dict[tuple[str, str], int] = {}
-    for kind in COLLECTIVES:
-        links[kind, "intra"] = round(traffic[kind].intra_bytes)
-        links[kind, "inter"] = round(traffic[kind].inter_bytes)
-    return links
+def play_all(pool: ProcessPoolExecutor) -> list[list[Compared]]:
+    """Play the chosen ranks of all runs, those of one model in one process: it remembers more."""
+    cases = sorted(list_cases(), key=lambda case: (case.layout.describe(), case.world_size))
+    of_models = [[case for case in cases if case.model == model] for model in MODELS]
+    return [played for of_model in pool.map(_play_cases, of_models) for played in of_model]
 
 
-def split_by_link(sent: Mapping[Route, int], rank: int, gpus_per_node: int) -> Links:
-    """Split what a rank sends by the nodes of the receivers.
+def place_all(pool: ProcessPoolExecutor) -> int:
+    """Compare the ranks of one layout with the placement plan; returns how many.
 
-    A ring goes from node to node once, so that of its members in a node one sends to another node:
-    each gets its part of that, as in a plan.
+    Raises:
+        PlacementError: naming what lies otherwise.
     """
-    links: Counter[tuple[str, str]] = Counter()
-    exact: dict[tuple[str, str], Fraction] = {}
-    node = rank // gpus_per_node
-    for route, num_bytes in sent.items():
-        near = sum(member // gpus_per_node == node for member in route.ranks)
-        leaves = Fraction(near < len(route.ranks), 1 if route.kind == "all_to_all" else near)
-        for link, share in (("inter", leaves), ("intra", 1 - leaves)):
-            key = route.kind, link
-            exact[key] = exact.get(key, Fraction()) + num_bytes * share
-    links.update({key: round(num_bytes) for key, num_bytes in exact.items()})
-    return links
+    held = list(pool.map(_hold, range(PLACED.world_size), chunksize=8))
+    check_all(held)
+    larger = [replace(PLACED, world_size=size) for size in WORLD_SIZES[1:]]
+    some = [(case, rank) for case in larger for rank in choose_ranks(case.world_size)]
+    return len(held) + len(list(pool.map(hold, *zip(*some, strict=True))))
 
 
-@lru_cache(maxsize=1)
-def _build(model: str) -> PreTrainedModel:
-    with large_on_meta():
-        return build_bare_model(MODELS / model, torch.bfloat16, torch.bfloat16)
+def _play_cases(cases: Sequence[Case]) -> list[list[Compared]]:
+    return [[compare(case, rank) for rank in choose_ranks(case.world_size)] for case in cases]
 
 
-def format_row(compared: list[Compared]) -> str:
-    """Return the line of one run: what rank 0 sends, and how far all are from the plan."""
+def _hold(rank: int) -> Held:
+    return hold(PLACED, rank)
+
+
+def format_row(compared: Sequence[Compared]) -> list[str]:
+    """Return the cells of one run: what rank 0 sends, and how far all are from the plan."""
     first, case = compared[0], compared[0].case
-    rest = [kind for kind in COLLECTIVES if kind != "all_to_all"]
     sent = [
         f"{sum(first.played[kind, link] for kind in kinds) / GB:.2f}"
-        for kinds in (rest, ["all_to_all"])
-        for link in ("intra", "inter")
+        for kinds in (WEIGHTS, ["all_to_all"])
+        for link in LINKS
     ]
-    off = max(one.off_by_link(kind) for one in compared for kind in rest)
-    tokens = [one.off_by("all_to_all") for one in compared]
-    cells = [case.model, f"{case.world_size:,}", case.describe(), *sent, f"{off:,}"]
-    cells += [f"{tokens[0]:,}", f"{max(tokens):,}"]
-    cells += [f"{max(one.off_by_link('all_to_all') for one in compared):,}"]
-    return f"| {' | '.join(cells)} |"
+    off = [
+        max(one.find_difference(WEIGHTS) for one in compared),
+        max(one.find_difference(["all_to_all"]) for one in compared),
+        max(one.find_rounding() for one in compared),
+    ]
+    cells = [case.model, case.describe(), f"{case.world_size:,}", f"{case.tokens:,}"]
+    return cells + sent + [f"{num_bytes:,}" for num_bytes in off]
 
 
-HEAD = """| model | GPUs | layout | weights, in the node | to others | tokens, in the node \
-| to others | weights: off on a link | tokens: off, rank 0 | off, most | off on a link |
-|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|"""
+def describe_run(provenance: dict[str, Any], num_played: int, num_placed: int, took: float) -> str:
+    """Say how many ranks were played and placed, how long it took, and on what."""
+    versions, hardware = provenance["versions"], provenance["hardware"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    return (
+        f"{num_played} rank steps, and {num_placed} ranks compared with the placement plan: "
+        f"{took:.0f} s, {NUM_PROCESSES} processes ({hardware['cpu']}). {named}, commit "
+        f"{(provenance['commit'] or 'unknown')[:7]}, {provenance['date'][:10]}."
+    )
+
+
+def _be_worker() -> None:
+    be_quiet()
+    gc.disable()  # what a rehearsal leaves behind is small: its tensors have no memory
 
 
 def main() -> None:
     """Play all runs, and write the page's table."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    warnings.simplefilter("ignore")  # of libraries, about a process that nobody has launched
-    logging.disable(logging.WARNING)
-    start, rows, num_played = time.perf_counter(), [], 0
-    for case in sorted(list_cases(), key=lambda case: (case.model, case.world_size)):
-        middle = () if case.world_size == max(WORLD_SIZES) else (case.world_size // 2 + 3,)
-        compared = [compare(case, rank) for rank in (0, *middle, case.world_size - 1)]
-        rows.append(format_row(compared))
-        num_played += len(compared)
-    seconds = time.perf_counter() - start
-    took = f"{num_played} rank steps, {seconds:.0f} s on a shared CPU core."
+    start = time.perf_counter()
+    be_quiet()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(NUM_PROCESSES, context, initializer=_be_worker) as pool:
+        num_placed, runs = place_all(pool), play_all(pool)
+    took = time.perf_counter() - start
+    provenance = build_provenance("benchmarks.scale_simulation", sys.argv[1:])
+    table = markdown_table(COLUMNS, map(format_row, runs), num_left=2)
+    told = describe_run(provenance, sum(map(len, runs)), num_placed, took)
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
     tail = rest.partition(END)[2]
-    table = "\n".join([MARK, "", HEAD, *rows, "", took, "", END])
-    PAGE.write_text(head + table + tail, encoding="utf-8")
+    PAGE.write_text(f"{head}{MARK}\n\n{table}\n\n{told}\n\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

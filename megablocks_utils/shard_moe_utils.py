@@ -164,9 +164,12 @@ def split_experts_on_meta(
     """
     use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
     grid = _Grid(ep_size, dp_replicate_size, expert_tp_size)
+    specs = require_experts(model)
+    for spec in specs.values():
+        spec.check_slices(expert_tp_size, weight_format)
     sharded = _plan(model, grid, kernel, expert_dp, use)
     choose = _dispatch_chooser(model, token_dispatch, sharded.mesh, compute_dtype)
-    for name, spec in require_experts(model).items():
+    for name, spec in specs.items():
         module = model.get_submodule(name)
         weights = {
             p: distribute_experts(

@@ -13,7 +13,6 @@ from megablocks_utils.config.model import DataConfig, ModelConfig
 from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.parallel import ParallelConfig
 from megablocks_utils.config.precision import PrecisionConfig, check_dtype
-from megablocks_utils.config.quantization import NO_QUANTIZATION
 from megablocks_utils.config.reader import build_section, refuse_unknown, scan_words
 from megablocks_utils.config.run_config import OPTIONS, RunConfig
 from megablocks_utils.config.saving import SavingConfig
@@ -120,8 +119,7 @@ def _build_config(given: Mapping[str, Any], entry_point: str) -> RunConfig:
     check_together(values, entry_point)
     if values["use_scattermoe"]:
         values["kernel"] = "scattermoe"
-    is_packed = values["expert_quantization"] != NO_QUANTIZATION
-    own_expert_dp = "replicate" if entry_point == "fsdp1" or is_packed else "shard"
+    own_expert_dp = "replicate" if entry_point == "fsdp1" else "shard"
     values["expert_dp"] = values["expert_dp"] or own_expert_dp
     if values["sync_each_batch"] is None:
         values["sync_each_batch"] = values["use_lora"] == "none"

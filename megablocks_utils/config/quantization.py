@@ -13,17 +13,6 @@ QUANTIZATIONS = (NO_QUANTIZATION, "nf4", "int8", "fp8", "mxfp4")
 """Choices of `--expert_quantization`."""
 
 _FP32 = 4
-# What has not been built or proven together with packed experts: option -> what it must be.
-_ALONE: Mapping[str, Any] = {
-    "expert_tp_size": 1,
-    "tp_size": 1,
-    "sp_size": 1,
-    "dp_replicate_size": 1,
-    "cpu_offload": "none",
-    "compile": False,
-    "expert_placement": "contiguous",
-    "use_scattermoe": False,
-}
 _KERNELS = ("auto", "eager", "grouped_mm", "triton")
 
 
@@ -42,21 +31,12 @@ def check_quantization(values: Mapping[str, Any]) -> None:
             f"{named} --use_lora is none, which trains the experts, and packed weights are frozen: "
             "--use_lora must be attn-only, mlp-only or all, or --expert_quantization none."
         )
-    if values["expert_dp"] == "shard":
+    kernel = "scattermoe" if values["use_scattermoe"] else values["kernel"]
+    if kernel not in _KERNELS:
         raise ConfigurationError(
-            f"{named} FSDP shards no packed weights: --expert_dp is shard and must be replicate."
-        )
-    if values["kernel"] not in _KERNELS:
-        raise ConfigurationError(
-            f"{named} --kernel {values['kernel']} has not been tried with it: it must be auto, "
+            f"{named} --kernel {kernel} has not been tried with it: it must be auto, "
             "eager, grouped_mm or triton."
         )
-    for other, wanted in _ALONE.items():
-        if values[other] != wanted:
-            raise ConfigurationError(
-                f"{named} --{other} is {values[other]}, which has not been tried with it: it must "
-                f"be {wanted}."
-            )
 
 
 def count_packed_bytes(name: str, num_rows: int, num_columns: int) -> int:

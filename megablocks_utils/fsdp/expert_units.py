@@ -1,5 +1,7 @@
 """The experts as FSDP2 units of their own: sharded over dp, or copied in from host memory."""
 
+from functools import partial
+
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -9,8 +11,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
+from megablocks_utils.fsdp.packed_shards import (
+    choose_packed_dim,
+    is_packed,
+    let_fsdp2_gather_packed,
+)
 from megablocks_utils.mesh.device_mesh import DP_AXIS, axis_size, copy_axes
 from megablocks_utils.mesh.placement import find_dims_in_parts, is_replicated, local_tensor
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 
 __all__ = ["holds_experts", "shard_experts_over_dp", "shards_over_dp"]
@@ -43,18 +51,23 @@ def shard_experts_over_dp(
     # Of two axes FSDP shards over the last and keeps copies over the first.
     dp_mesh = sharded.mesh[tuple(axes) or (DP_AXIS,)]
 
-    def choose_dim(parameter: nn.Parameter) -> Shard:
+    def choose_dim(module: DroplessExperts, parameter: nn.Parameter) -> Shard:
+        if parameter in packed:
+            return choose_packed_dim(module, parameter, dp_size)
         sizes = local_tensor(parameter).shape
         cut_in_parts = find_dims_in_parts(parameter)
         even = (n for n, size in enumerate(sizes) if size % dp_size == 0 and n not in cut_in_parts)
         return Shard(next(even, 0))
 
-    for module in sharded.expert_modules.values():
+    modules = sharded.expert_modules.values()
+    packed = {m.get_parameter(n) for m in modules for n in m.spec.projections if is_packed(m, n)}
+    for module in modules:
         fully_shard(
             module,
             mesh=dp_mesh,
             mp_policy=policy,
             offload_policy=offload,
-            shard_placement_fn=choose_dim,
+            shard_placement_fn=partial(choose_dim, module),
             ignored_params={p for p in module.parameters() if is_replicated(p)},
         )
+        let_fsdp2_gather_packed(module)

@@ -1,22 +1,21 @@
 """Give a model that was built on meta its memory and its values, each rank its own part only."""
 
 from collections.abc import Callable
-from typing import TypeGuard
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.fsdp.packed_shards import is_packed, pack_experts
 from megablocks_utils.mesh.placement import (
     is_replicated,
     local_blocks,
     local_tensor,
     mark_replicated,
 )
-from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.sharded_moe import find_slots
-from megablocks_utils.quantization.packed_experts import PackedExperts
 
 FillLocal = Callable[[str, Tensor, tuple[int, ...]], None]
 """Fills a part of a parameter: (name in the transformers model, the part, where it begins)."""
@@ -56,7 +55,9 @@ def materialize(
         owner, _, attribute = names[0].rpartition(".")
         experts = module.get_submodule(owner)
         if is_packed(experts, attribute):
-            local: Tensor = _pack(experts, name, parameter, fill_local, device)
+            host = offload if isinstance(offload, CPUOffloadPolicy) else None
+            fill = partial(fill_local, name)
+            local: Tensor = pack_experts(parameter, experts, fill, device, host)
         else:
             local = _allocate(parameter, device, offload)
             lie = slots[parameter].experts if parameter in slots else None
@@ -68,36 +69,6 @@ def materialize(
         for name in names:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, filled)
-
-
-def is_packed(module: nn.Module, attribute: str) -> TypeGuard[DroplessExperts]:
-    """Return whether a parameter is of experts that are packed when they are filled."""
-    return (
-        isinstance(module, DroplessExperts)
-        and module.weight_format is not None
-        and attribute in module.spec.projections
-    )
-
-
-def _pack(
-    experts: DroplessExperts,
-    name: str,
-    parameter: nn.Parameter,
-    fill_local: FillLocal,
-    device: torch.device,
-) -> PackedExperts:
-    """Read one expert after the other, in fp32, and pack it."""
-    assert experts.weight_format is not None, experts
-    local = local_tensor(parameter.detach())
-    packed = PackedExperts.empty(
-        experts.weight_format, local, device=device, is_transposed=experts.spec.is_transposed
-    )
-    (block,) = local_blocks(parameter)  # whole experts
-    matrix = torch.empty((1, *local.shape[1:]), dtype=torch.float32)
-    for number in range(len(local)):
-        fill_local(name, matrix, (block.offsets[0] + number, 0, 0))
-        packed.pack_expert(number, matrix[0].to(device))
-    return packed
 
 
 def _allocate(

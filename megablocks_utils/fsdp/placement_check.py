@@ -24,7 +24,7 @@ from megablocks_utils.fsdp.places import find_buffers, flat_handles
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.processes.agreement import gather_from_all_ranks
 
-__all__ = ["verify_placements"]
+__all__ = ["check_own_parts", "check_sums", "verify_placements"]
 
 
 def verify_placements(model: nn.Module, plan: PlacementPlan) -> None:
@@ -39,7 +39,19 @@ def verify_placements(model: nn.Module, plan: PlacementPlan) -> None:
     Raises:
         PlacementError: on every rank, naming the first parameter or entry.
     """
-    held = gather_from_all_ranks(lambda: _check_here(model, plan))
+    check_sums(plan, gather_from_all_ranks(lambda: check_own_parts(model, plan)))
+
+
+def check_sums(plan: PlacementPlan, held: Sequence[Sequence[int]]) -> None:
+    """Check that the ranks together hold each element as often as it has copies.
+
+    Args:
+        plan: as declared.
+        held: of each rank, what `check_own_parts` has returned.
+
+    Raises:
+        PlacementError: naming the first entry of which they do not.
+    """
     for entry, *counts in zip(plan.entries, *held, strict=True):
         wanted, seen = entry.num_elements * plan.count_copies(entry), sum(counts)
         if seen != wanted:
@@ -50,8 +62,12 @@ def verify_placements(model: nn.Module, plan: PlacementPlan) -> None:
 
 
 @torch.no_grad()
-def _check_here(model: nn.Module, plan: PlacementPlan) -> Sequence[int]:
-    """Check what one rank can see; returns how many elements it holds of each entry."""
+def check_own_parts(model: nn.Module, plan: PlacementPlan) -> Sequence[int]:
+    """Check what one rank can see; returns how many elements it holds of each entry.
+
+    Raises:
+        PlacementError: naming the first parameter or entry.
+    """
     entries: dict[str, list[PlacementEntry]] = {}
     for entry in plan.entries:
         entries.setdefault(entry.pattern, []).append(entry)

@@ -4,7 +4,7 @@ The only place that makes expert DTensors and takes their local part. What the `
 (shard once more, or keep copies) is FSDP's business and is written in the DTensor's placements.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from math import prod
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from megablocks_utils.mesh.device_mesh import EP_AXIS, EXPERT_TP_AXIS, axis_size
+from megablocks_utils.mesh.shard_runs import count_parts, local_runs, sharded_dim
 
 _REPLICATED = "_is_replicated"
 
@@ -136,7 +137,7 @@ def wrap_local_experts(
     shape = list(local_weights.shape)
     for axis, placement in zip(axes, placements, strict=True):
         if not placement.is_replicate():
-            shape[_sharded_dim(placement)] *= axis_size(mesh, axis)
+            shape[sharded_dim(placement)] *= axis_size(mesh, axis)
     return DTensor.from_local(
         local_weights,
         own_mesh,
@@ -162,17 +163,7 @@ def local_blocks(tensor: Tensor, experts: Sequence[int] | None = None) -> tuple[
     consecutive experts where `experts` says which lies where along dim 0 (None: as in the model). A
     plain tensor is one block. No communication.
     """
-    runs = [[range(size)] for size in tensor.shape]
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        for axis in _axes_in_order_of_sharding(tensor.placements, mesh.shape):
-            dim = _sharded_dim(tensor.placements[axis])
-            num_parts = _count_parts(tensor.placements, axis)
-            place = mesh.get_local_rank(axis), mesh.size(axis)
-            runs[dim] = [run for part in _cut(runs[dim], num_parts) for run in _take(part, *place)]
-    if experts is not None:
-        assert len(experts) == len(tensor), (len(experts), tensor.shape)
-        runs[0] = _join([experts[place] for run in runs[0] for place in run])
+    runs = local_runs(tensor, experts)
     sizes = tuple(sum(map(len, of_dim)) for of_dim in runs)
     assert sizes == local_tensor(tensor.detach()).shape, (tensor, sizes)
     starts = [list(accumulate(map(len, of_dim), initial=0)) for of_dim in runs]
@@ -189,10 +180,18 @@ def local_blocks(tensor: Tensor, experts: Sequence[int] | None = None) -> tuple[
 def is_cut_into_slices(parameter: Tensor) -> bool:
     """Return whether `expert_tp` cuts an expert's parameter, and does not copy it."""
     assert isinstance(parameter, DTensor), parameter.shape
-    names = parameter.device_mesh.mesh_dim_names or ()
-    return EXPERT_TP_AXIS in names and not (
-        parameter.placements[names.index(EXPERT_TP_AXIS)].is_replicate()
-    )
+    return find_sharded_dim(parameter, EXPERT_TP_AXIS) is not None
+
+
+def find_sharded_dim(tensor: Tensor, axis: str) -> int | None:
+    """Return which dim of a tensor an axis shards; None where it keeps copies or is not there."""
+    if not isinstance(tensor, DTensor):
+        return None
+    names = tensor.device_mesh.mesh_dim_names or ()
+    placement = tensor.placements[names.index(axis)] if axis in names else None
+    if placement is None or placement.is_replicate():
+        return None
+    return sharded_dim(placement)
 
 
 def find_dims_in_parts(tensor: Tensor) -> set[int]:
@@ -201,83 +200,10 @@ def find_dims_in_parts(tensor: Tensor) -> set[int]:
         return set()
     placements = tensor.placements
     return {
-        _sharded_dim(placement)
+        sharded_dim(placement)
         for axis, placement in enumerate(placements)
-        if not placement.is_replicate() and _count_parts(placements, axis) > 1
+        if not placement.is_replicate() and count_parts(placements, axis) > 1
     }
-
-
-def _cut(runs: Sequence[range], num_parts: int) -> Iterator[list[range]]:
-    """Cut consecutive runs into parts of equal size."""
-    size = sum(map(len, runs)) // num_parts
-    assert num_parts == 1 or size * num_parts == sum(map(len, runs)), (runs, num_parts)
-    for number in range(num_parts):
-        yield _window(runs, number * size, (number + 1) * size)
-
-
-def _take(runs: Sequence[range], rank: int, num_ranks: int) -> list[range]:
-    """Return a rank's chunk of runs, as `torch.chunk` cuts: the last ones are short."""
-    chunk = -(-sum(map(len, runs)) // num_ranks)
-    return _window(runs, rank * chunk, (rank + 1) * chunk)
-
-
-def _join(numbers: Sequence[int]) -> list[range]:
-    """Return numbers as runs of consecutive ones."""
-    found: list[range] = []
-    for number in numbers:
-        follows = bool(found) and found[-1].stop == number
-        start = found.pop().start if follows else number
-        found.append(range(start, number + 1))
-    return found
-
-
-def _window(runs: Sequence[range], start: int, stop: int) -> list[range]:
-    """Return what lies from `start` to `stop` where runs stand one after the other."""
-    found, first = [], 0
-    for run in runs:
-        found.append(run[max(0, start - first) : max(0, stop - first)])
-        first += len(run)
-    return [run for run in found if run]
-
-
-def _axes_in_order_of_sharding(placements: Sequence[Placement], shape: Sequence[int]) -> list[int]:
-    """Return the mesh axes that cut a tensor, the one that cut first in front.
-
-    From left to right, but FSDP2's strided shard cut what the axes right of it had left: FSDP2
-    shards over `dp` what is sharded over `ep` already.
-    """
-    plain: list[int] = []
-    strided: list[int] = []
-    for axis, placement in enumerate(placements):
-        if placement.is_replicate():
-            continue
-        factor, inside = getattr(placement, "split_factor", 1), _axes_inside(placements, axis)
-        (strided if factor > 1 and inside else plain).append(axis)
-        assert not inside or factor in (1, prod(shape[n] for n in inside)), f"{placements}"
-    return plain + strided[::-1]
-
-
-def _axes_inside(placements: Sequence[Placement], axis: int) -> list[int]:
-    """Return the mesh axes right of one that shard the same dim."""
-    dim = _sharded_dim(placements[axis])
-    return [n for n in range(axis + 1, len(placements)) if placements[n] == Shard(dim)]
-
-
-def _count_parts(placements: Sequence[Placement], axis: int) -> int:
-    """Return how many parts of a dim an axis cuts by themselves: gate and up, see `DimSplit`.
-
-    torch has the same placement for it as for what FSDP2 shards behind other axes.
-    """
-    if _axes_inside(placements, axis):
-        return 1
-    return getattr(placements[axis], "split_factor", 1)
-
-
-def _sharded_dim(placement: Placement) -> int:
-    """Return the tensor dim that a placement shards, plain or strided."""
-    dim = getattr(placement, "dim", None)
-    assert isinstance(dim, int), f"{placement} is not supported"
-    return dim
 
 
 def count_replicas(tensor: Tensor, world_size: int) -> int:

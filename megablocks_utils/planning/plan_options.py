@@ -32,6 +32,7 @@ __all__ = [
 _SLIP_OF_OURS = 0.88
 """No name of TrainingArguments is as like one of ours."""
 _GPUS = re.compile(r"([0-9]{1,40})(?:\.\.([0-9]{1,40}))?")
+_ASKS_FOR_EP = frozenset({"ep_size", "expert_dp", "expert_tp_size", "tp_size"})
 _OF_A_LAYOUT = (*LAYOUT_OPTIONS, "model_name_or_path")
 _LAUNCHED = {"torchrun": "fsdp2", "accelerate": "fsdp1"}
 
@@ -134,7 +135,7 @@ def read_run(line: CommandLine, entry_point: str) -> tuple[RunConfig, tuple[Give
         ConfigurationError: for a value or combination that cannot work.
     """
     names = {option.name for option in line.given}
-    if {"ep_size", "expert_dp"} & names and "use_megablocks_sharding" not in names:
+    if _ASKS_FOR_EP & names and "use_megablocks_sharding" not in names:
         switch = SCRIPTS[entry_point].find("use_megablocks_sharding")
         sharding = GivenOption("--use_megablocks_sharding", ("True",), switch)
         line = CommandLine(line.positional, (*line.given, sharding))

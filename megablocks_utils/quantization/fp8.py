@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megablocks_utils.quantization.weight_format import PartLayout, Parts
+from megablocks_utils.quantization.weight_format import (
+    MatrixCut,
+    PartLayout,
+    Parts,
+    cut_parts,
+)
 
 __all__ = ["Fp8"]
 
@@ -18,13 +23,14 @@ class Fp8:
     """See the module."""
 
     name = "fp8"
+    block = (_BLOCK, _BLOCK)
 
     def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
         """Return what the parts of one matrix are."""
         blocks = math.ceil(num_rows / _BLOCK), math.ceil(num_columns / _BLOCK)
         return {
-            "codes": PartLayout((num_rows, num_columns), torch.uint8),
-            "scales": PartLayout(blocks, torch.float32),
+            "codes": PartLayout((num_rows, num_columns), torch.uint8, (1, 1)),
+            "scales": PartLayout(blocks, torch.float32, self.block),
         }
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -37,6 +43,10 @@ class Fp8:
         # A quotient may round to more than the largest number, which would become NaN.
         codes = shares.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
         return {"codes": codes.view(torch.uint8), "scales": scales}
+
+    def cut(self, parts: Parts, cut: MatrixCut) -> dict[str, Tensor]:
+        """Return the parts of some rows and columns of a packed matrix."""
+        return cut_parts(self.describe_parts(cut.num_rows, cut.num_columns), parts, cut)
 
     def unpack(self, parts: Parts, num_columns: int) -> Tensor:
         """Return matrices (n, out, in) in fp32; every part has n in front."""

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from megablocks_utils.quantization.code_book import join_nibbles, look_up_nibbles, pad_columns
-from megablocks_utils.quantization.weight_format import PartLayout, Parts
+from megablocks_utils.quantization.weight_format import (
+    MatrixCut,
+    PartLayout,
+    Parts,
+    cut_parts,
+)
 
 __all__ = ["Mxfp4"]
 
@@ -25,13 +30,14 @@ class Mxfp4:
     """See the module."""
 
     name = "mxfp4"
+    block = (1, _BLOCK)
 
     def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
         """Return what the parts of one matrix are."""
         blocks = math.ceil(num_columns / _BLOCK)
         return {
-            "codes": PartLayout((num_rows, blocks * _BLOCK // 2), torch.uint8),
-            "exponents": PartLayout((num_rows, blocks), torch.uint8),
+            "codes": PartLayout((num_rows, blocks * _BLOCK // 2), torch.uint8, (1, 2)),
+            "exponents": PartLayout((num_rows, blocks), torch.uint8, self.block),
         }
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -46,6 +52,10 @@ class Mxfp4:
             "codes": join_nibbles(codes.flatten(-2), first_is_high=False),
             "exponents": (exponents + _BIAS).to(torch.uint8),
         }
+
+    def cut(self, parts: Parts, cut: MatrixCut) -> dict[str, Tensor]:
+        """Return the parts of some rows and columns of a packed matrix."""
+        return cut_parts(self.describe_parts(cut.num_rows, cut.num_columns), parts, cut)
 
     def unpack(self, parts: Parts, num_columns: int) -> Tensor:
         """Return matrices (n, out, in) in fp32; every part has n in front."""

@@ -19,7 +19,12 @@ from megablocks_utils.quantization.code_book import (
     look_up_nibbles,
     pad_columns,
 )
-from megablocks_utils.quantization.weight_format import PartLayout, Parts
+from megablocks_utils.quantization.weight_format import (
+    MatrixCut,
+    PartLayout,
+    Parts,
+    cut_parts,
+)
 
 __all__ = ["NF4_VALUES", "Nf4"]
 
@@ -55,16 +60,19 @@ class Nf4:
     """See the module."""
 
     name = "nf4"
+    block = (1, _BLOCK)
 
     def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
         """Return what the parts of one matrix are."""
         blocks = math.ceil(num_columns / _BLOCK)
         num_scales = num_rows * blocks
         return {
-            "codes": PartLayout((num_rows, blocks * _BLOCK // 2), torch.uint8),
-            "scale_codes": PartLayout((num_scales,), torch.uint8),
-            "scale_scales": PartLayout((math.ceil(num_scales / _SCALE_BLOCK),), torch.float32),
-            "scale_mean": PartLayout((1,), torch.float32),
+            "codes": PartLayout((num_rows, blocks * _BLOCK // 2), torch.uint8, (1, 2)),
+            "scale_codes": PartLayout((num_scales,), torch.uint8, self.block),
+            "scale_scales": PartLayout(
+                (math.ceil(num_scales / _SCALE_BLOCK),), torch.float32, None
+            ),
+            "scale_mean": PartLayout((1,), torch.float32, None),
         }
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -85,13 +93,36 @@ class Nf4:
             "scale_mean": mean[None],
         }
 
+    def cut(self, parts: Parts, cut: MatrixCut) -> dict[str, Tensor]:
+        """Return the parts of some rows and columns of a packed matrix.
+
+        Blocks of scales go from row to row. They stay whole, and `scale_starts` says where the
+        first scale of each row lies in them.
+        """
+        chosen = cut_parts(self.describe_parts(cut.num_rows, cut.num_columns), parts, cut)
+        if cut.is_whole:
+            return chosen
+        rows = torch.cat([torch.arange(run.start, run.stop) for run in cut.rows])
+        starts = rows * math.ceil(cut.num_columns / _BLOCK) + cut.columns.start // _BLOCK
+        return {**chosen, "scale_starts": starts.to(parts["codes"].device, torch.int32)}
+
     def unpack(self, parts: Parts, num_columns: int) -> Tensor:
         """Return matrices (n, out, in) in fp32; every part has n in front."""
         codes = parts["codes"]
         scale_codes = parts["scale_codes"]
-        scale_scales = parts["scale_scales"].repeat_interleave(_SCALE_BLOCK, dim=1)
         scales = _DYNAMIC_VALUES.to(codes.device)[scale_codes.int()]
-        scales = scales * scale_scales[:, : scales.shape[1]] + parts["scale_mean"]
+        scales = scales * _spread_scale_scales(parts) + parts["scale_mean"]
         values = look_up_nibbles(codes, NF4_VALUES, first_is_high=True)
         values.view(*scales.shape, _BLOCK).mul_(scales[..., None])
         return values[..., :num_columns]
+
+
+def _spread_scale_scales(parts: Parts) -> Tensor:
+    """Return the scale of each 8-bit scale (n, scales)."""
+    scale_scales, num_scales = parts["scale_scales"], parts["scale_codes"].shape[1]
+    starts = parts.get("scale_starts")
+    if starts is None:
+        return scale_scales.repeat_interleave(_SCALE_BLOCK, dim=1)[:, :num_scales]
+    in_row = torch.arange(num_scales // starts.shape[1], device=starts.device)
+    places = (starts[..., None] + in_row).flatten(1) // _SCALE_BLOCK
+    return scale_scales.gather(1, places.long())

@@ -88,8 +88,9 @@ def _assume_counts(num_tokens: int, top_k: int, imbalance: float) -> ExchangeCou
         peers: PeerGroup | None = None,
     ) -> PendingCounts:
         device, tokens = tokens_per_expert.device, None
+        num_brought = math.ceil(num_rows * imbalance) if ep_size > 1 else num_rows
         sent = tokens_per_expert.view(ep_size, -1)
-        cells = _spread(math.ceil(num_rows * imbalance), sent.numel())
+        cells = _spread(num_brought, sent.numel())
         rows = [
             cells[start : start + sent.shape[1]] for start in range(0, len(cells), sent.shape[1])
         ]
@@ -203,6 +204,8 @@ class AssumedValues:
                 return 1.0
             if func is torch.ops.aten._grouped_mm.default and tensor.dtype != torch.bfloat16:
                 return shape_grouped_mm(*args[:3])
+            if func is torch.ops._c10d_functional.wait_tensor.default:
+                return tensor  # not another one, as fakes have it: nothing is copied
         return NotImplemented
 
     def correct(self, func: Any, result: Any) -> Any:

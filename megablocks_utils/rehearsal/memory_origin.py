@@ -22,6 +22,7 @@ _PLACES = (
     ("/megablocks_utils/fsdp/materialize", "parameters"),
     ("/megablocks_utils/kernels/", DISPATCH_BUFFERS),
     ("/megablocks_utils/moe/", DISPATCH_BUFFERS),
+    ("/megablocks_utils/mesh/peer_exchange", DISPATCH_BUFFERS),
     ("/megablocks_utils/mesh/token_exchange", DISPATCH_BUFFERS),
     ("/transformers/integrations/moe", DISPATCH_BUFFERS),
     ("/transformers/models/", ACTIVATIONS),

@@ -32,7 +32,6 @@ from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.planning.model.prediction import (
-    COLLECTIVES,
     COMPONENTS,
     ParallelLayout,
     PlannedRun,
@@ -49,7 +48,7 @@ from megablocks_utils.rehearsal.rehearsed_runs import (
     RehearsalInputs,
     move_to_meta,
 )
-from megablocks_utils.rehearsal.traffic_counter import Route, TrafficCounter, sum_kinds
+from megablocks_utils.rehearsal.traffic_counter import Route, TrafficCounter, sum_groups
 from megablocks_utils.rehearsal.watched_operators import WatchedOperators
 from megablocks_utils.training.describe_model import find_layers
 from megablocks_utils.training.model_source import build_bare_model, split_experts
@@ -79,12 +78,6 @@ class Rehearsal:
     host_bytes: int = 0
 
     @property
-    def sent_bytes_per_step(self) -> dict[str, int]:
-        """Bytes by kind of collective."""
-        sent = sum_kinds(self.sent.items())
-        return {kind: sent[kind] for kind in COLLECTIVES}
-
-    @property
     def peak(self) -> LedgerPeak:
         """The moment at which tensors held most of all."""
         return max(self.peaks, key=lambda peak: peak.total_bytes)
@@ -95,7 +88,7 @@ class Rehearsal:
             {name: self.peak.components.get(name, 0) for name in COMPONENTS},
             "backward" if self.peak.moment == IN_LAYERS else self.peak.moment,
             self.allocated_bytes,
-            self.sent_bytes_per_step,
+            sum_groups(self.sent),
             self.host_bytes,
         )
 
@@ -165,6 +158,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             kernel=run.kernel,
             token_dispatch=run.token_dispatch,
             sp_size=run.sp_size,
+            expert_tp_size=run.expert_tp_size,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),

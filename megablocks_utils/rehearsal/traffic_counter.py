@@ -1,7 +1,7 @@
 """Count the bytes that this rank would send, by kind of collective and by receivers."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
 
-__all__ = ["Route", "TrafficCounter", "sum_kinds"]
+from megablocks_utils.planning.model.prediction import GroupTraffic, sum_traffic
+
+__all__ = ["Route", "TrafficCounter", "sum_groups"]
 
 
 class Route(NamedTuple):
@@ -19,18 +21,22 @@ class Route(NamedTuple):
     Attributes:
         kind: of collective.
         ranks: that share in it; of an all-to-all, this one and the one that receives.
+        group: all ranks that share in the collective.
     """
 
     kind: str
     ranks: tuple[int, ...]
+    group: tuple[int, ...]
 
 
-def sum_kinds(sent: Iterable[tuple[Route, int]]) -> Counter[str]:
-    """Return bytes by kind of collective, whoever they go to."""
-    total: Counter[str] = Counter()
-    for route, num_bytes in sent:
-        total[route.kind] += num_bytes
-    return total
+def sum_groups(sent: Mapping[Route, int]) -> tuple[GroupTraffic, ...]:
+    """Return bytes by kind of collective and form of group, whoever they go to."""
+    parts = []
+    for route, num_bytes in sent.items():
+        ranks = sorted(route.group)
+        stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+        parts.append(GroupTraffic(route.kind, len(ranks), stride, num_bytes))
+    return sum_traffic(parts)
 
 
 class TrafficCounter:
@@ -64,14 +70,14 @@ def _count_all_to_all(
     sizes = input_sizes or [len(rows) // len(ranks)] * len(ranks)
     row_bytes = _size(rows) // max(1, len(rows))
     return {
-        Route("all_to_all", (ranks[own], ranks[peer])): row_bytes * size
+        Route("all_to_all", (ranks[own], ranks[peer]), ranks): row_bytes * size
         for peer, size in enumerate(sizes)
         if peer != own
     }
 
 
 def _count_all_gather(whole: Tensor, own: Tensor, group: Any, *_: Any) -> dict[Route, int]:
-    return {Route("all_gather", _unboxed_ranks(group)): _size(whole) - _size(own)}
+    return {_route("all_gather", group): _size(whole) - _size(own)}
 
 
 def _count_all_gather_of_lists(
@@ -79,21 +85,22 @@ def _count_all_gather_of_lists(
 ) -> dict[Route, int]:
     """Count FSDP1's on a CPU: a list of the shards of all ranks."""
     missing = sum(_size(t) for whole in wholes for t in whole) - sum(map(_size, owns))
-    return {Route("all_gather", _unboxed_ranks(group)): missing}
+    return {_route("all_gather", group): missing}
 
 
 def _count_reduce_scatter(own: Tensor, whole: Tensor, group: Any, *_: Any) -> dict[Route, int]:
-    return {Route("reduce_scatter", _unboxed_ranks(group)): _size(whole) - _size(own)}
+    return {_route("reduce_scatter", group): _size(whole) - _size(own)}
 
 
 def _count_all_reduce(tensors: list[Tensor], group: Any, *_: Any) -> dict[Route, int]:
-    ranks = _unboxed_ranks(group)
-    sent = sum(map(_size, tensors)) * 2 * (len(ranks) - 1) // len(ranks)
-    return {Route("all_reduce", ranks): sent}
+    route = _route("all_reduce", group)
+    size = len(route.group)
+    return {route: sum(map(_size, tensors)) * 2 * (size - 1) // size}
 
 
-def _unboxed_ranks(group: Any) -> tuple[int, ...]:
-    return _ranks(dist.ProcessGroup.unbox(group))
+def _route(kind: str, group: Any) -> Route:
+    ranks = _ranks(dist.ProcessGroup.unbox(group))
+    return Route(kind, ranks, ranks)
 
 
 def _ranks(group: ProcessGroup) -> tuple[int, ...]:

@@ -22,7 +22,12 @@ from megablocks_utils.planning.model.model_description import (
     read_description,
     write_description,
 )
-from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
+from megablocks_utils.planning.model.prediction import (
+    GroupTraffic,
+    ParallelLayout,
+    PlannedRun,
+    Prediction,
+)
 from megablocks_utils.processes.entry_point import run_entry_point
 
 if TYPE_CHECKING:
@@ -94,7 +99,7 @@ class RehearsalWorker:
         run = replace(run, kernel=kernel)
         if (layout, run) not in self._rehearsed:
             parts = {"layout": asdict(layout), "run": asdict(run)}
-            self._rehearsed[layout, run] = Prediction(**self._ask(self._asked | parts))
+            self._rehearsed[layout, run] = _read_prediction(self._ask(self._asked | parts))
         return self._rehearsed[layout, run]
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +153,12 @@ def rehearse_apart(folder: Path, layout: ParallelLayout, run: PlannedRun) -> Pre
     found = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-2000:]}
     if "error" in found:
         raise RuntimeError(f"a rehearsal has failed:\n{found['error']}")
-    return Prediction(**found)
+    return _read_prediction(found)
+
+
+def _read_prediction(found: dict[str, Any]) -> Prediction:
+    sent = tuple(GroupTraffic(*part) for part in found.pop("sent"))
+    return Prediction(**found, sent=sent)
 
 
 def build_request(folder: Path, layout: ParallelLayout, run: PlannedRun) -> str:

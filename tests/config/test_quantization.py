@@ -9,18 +9,16 @@ NF4 = ["--model_name_or_path", "m", "--data_path", "d", "--expert_quantization",
 LORA = [*NF4, "--use_lora", "all", "--use_megablocks_sharding", "True"]
 
 
-def test_copies_are_kept_of_packed_experts():
-    assert parse_args(LORA, entry_point="fsdp2").parallel.expert_dp == "replicate"
+def test_packed_experts_lie_as_others_do():
+    assert parse_args(LORA, entry_point="fsdp2").parallel.expert_dp == "shard"
 
 
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
         (NF4, "--use_lora is none, which trains the experts"),
-        ([*LORA, "--expert_dp", "shard"], "--expert_dp is shard and must be replicate"),
-        ([*LORA, "--expert_tp_size", "2"], "--expert_tp_size is 2"),
-        ([*LORA, "--cpu_offload", "params"], "--cpu_offload is params"),
-        ([*LORA, "--compile", "True"], "--compile is True"),
+        ([*LORA, "--kernel", "megablocks"], "--kernel megablocks has not been tried"),
+        ([*LORA, "--use_scattermoe", "True"], "--kernel scattermoe has not been tried"),
     ],
 )
 def test_it_is_refused_beside(words, wanted):

@@ -6,7 +6,7 @@ from pathlib import Path
 from megablocks_utils.config import parse_args
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.gpus import GPUS
-from megablocks_utils.planning.model.prediction import COLLECTIVES, COMPONENTS, Prediction
+from megablocks_utils.planning.model.prediction import COMPONENTS, GroupTraffic, Prediction
 from megablocks_utils.planning.speed.traffic_links import Cluster
 from tests.support.argv import keep_last
 
@@ -39,11 +39,15 @@ def build_scenario(line=PUBLISHED, *, model="mixtral-8x7b", world_size=8, entry_
     )
 
 
-def build_prediction(*, allocated_bytes=0, moment="backward", sent=None, **components):
-    """Build a prediction with some components, all others 0."""
+def build_prediction(*, allocated_bytes=0, moment="backward", sent=None, groups=None, **components):
+    """Build a prediction with some components, all others 0.
+
+    What is sent goes over (ranks, stride) of `groups`, by kind; else over 8 neighbours.
+    """
+    groups = groups or {}
     return Prediction(
         dict.fromkeys(COMPONENTS, 0) | components,
         moment,
         allocated_bytes,
-        dict.fromkeys(COLLECTIVES, 0) | (sent or {}),
+        tuple(GroupTraffic(k, *groups.get(k, (8, 1)), n) for k, n in (sent or {}).items()),
     )

@@ -7,6 +7,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
+from megablocks_utils.rehearsal.assumptions import AssumedValues
 from megablocks_utils.rehearsal.library_patches import (
     attention_of_a_gpu,
     copied_between_memories,
@@ -26,6 +27,14 @@ def test_the_fake_of_grouped_mm_refuses_fp32():
             torch._grouped_mm(rows, matrices, offs=ends)
         assert shape_grouped_mm(rows, matrices, ends).shape == (6, 32)
         assert shape_grouped_mm(rows.T, torch.empty(6, 32), ends).shape == (2, 16, 32)
+
+
+def test_the_fake_of_an_exchange_is_another_tensor_when_it_is_awaited():
+    wait = torch.ops._c10d_functional.wait_tensor.default
+    with FakeTensorMode():
+        rows = torch.empty(6, 16)
+        assert wait(rows) is not rows
+        assert AssumedValues(1).answer(wait, (rows,)) is rows
 
 
 def test_transformers_takes_fake_positions_for_several_examples():

@@ -55,6 +55,12 @@ MODELS: dict[str, tuple[str, dict]] = {
     "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
     "mixtral, 8 experts": ("mixtral", {"num_local_experts": 8}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
+    # Blocks of every format divide the sizes; a rank of ep 2 has experts that 2 does not divide.
+    "mixtral, 6 experts": (
+        "mixtral",
+        {"num_local_experts": 6, "hidden_size": 256, "intermediate_size": 512},
+    ),
+    "mixtral, 3 experts": ("mixtral", {"num_local_experts": 3}),
     # Rows and columns of every projection go past a tile of 128 and of 256, and end inside one.
     "mixtral, wide": ("mixtral", {"hidden_size": 272, "intermediate_size": 328}),
     # For Triton's interpreter, which is slow.

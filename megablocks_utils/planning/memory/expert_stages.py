@@ -5,7 +5,12 @@ project's, transformers runs them with its own grouped_mm. `eager`, `scattermoe`
 are taken for `grouped_mm`: they keep the same rows between the same products.
 """
 
-from megablocks_utils.config.dispatch_cost import ROUTING_BYTES
+from megablocks_utils.planning.memory.exchange_stages import (
+    combine_stage,
+    dispatch_stage,
+    send_stage,
+    sum_stage,
+)
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit
 from megablocks_utils.planning.memory.sizes import FP32, INDEX, Sizes
 from megablocks_utils.planning.memory.stages import DISPATCH, Stage
@@ -13,9 +18,6 @@ from megablocks_utils.planning.memory.stages import DISPATCH, Stage
 __all__ = ["expert_stages"]
 
 _UNPACKED, _UNPACKED_BYTES = 2**22, 12  # values that are unpacked at a time; what each takes
-
-_DOT_BLOCK = {"cpu": 2**17, "cuda": 2**26}
-"""Elements that `kernels.permute` turns to fp32 at a time, for the routing weights' gradients."""
 
 
 def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
@@ -32,11 +34,11 @@ def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
     else:
         inside = [_gate_up_stage(sizes), _gate_stage(sizes), _down_stage(sizes)]
     stages = [_sort_stage(sizes, unit), *inside]
-    if sizes.layout.ep_size > 1:
-        if sizes.sends_tokens:
-            return [*stages[:1], _send_stage(sizes), *inside, _sum_stage(sizes)]
-        return [*stages[:1], _dispatch_stage(sizes), *inside, _combine_stage(sizes)]
-    return [*stages, _combine_stage(sizes)]
+    if sizes.sends_tokens:
+        return [*stages[:1], send_stage(sizes), *inside, sum_stage(sizes)]
+    if sizes.rows_travel:
+        return [*stages[:1], dispatch_stage(sizes), *inside, combine_stage(sizes)]
+    return [*stages, combine_stage(sizes)]
 
 
 def _sort_stage(sizes: Sizes, unit: FsdpUnit) -> Stage:
@@ -48,48 +50,9 @@ def _sort_stage(sizes: Sizes, unit: FsdpUnit) -> Stage:
     return Stage("order", DISPATCH, saved=saved, named=copies)
 
 
-def _dispatch_stage(sizes: Sizes) -> Stage:
-    """Send rows to the ranks of their experts."""
-    sent, received = sizes.routed(sizes.shape.hidden_size), sizes.received(sizes.shape.hidden_size)
-    order = 2 * sizes.num_received * INDEX * (sizes.num_local > 1)
-    sorted_again = received if sizes.num_local > 1 else sent
-    return Stage(
-        "dispatch",
-        DISPATCH,
-        saved={"order of received rows": order},
-        forward={"rows sent": sent, "rows received": received},
-        backward={"gradients received": received, "sorted, or sent back": sorted_again},
-        kept=received,
-    )
-
-
-def _send_stage(sizes: Sizes) -> Stage:
-    """Send tokens once to a rank, which makes the rows of its experts of them."""
-    sent, came, rows = _sent(sizes), _came(sizes), sizes.received(sizes.shape.hidden_size)
-    places = 2 * sizes.num_sent + sizes.tokens + 3 * sizes.num_received + sizes.num_came
-    return Stage(
-        "dispatch",
-        DISPATCH,
-        saved={"order of copies and received rows": places * INDEX},
-        forward={"tokens": came, "sent, or rows of them": max(sent, rows)},
-        backward={"tokens' gradients": came, "rows' gradients, or sent back": max(sent, rows)},
-        kept=came + sizes.num_received * ROUTING_BYTES,
-    )
-
-
-def _sent(sizes: Sizes) -> int:
-    """S copies of tokens in the dtype of compute."""
-    return sizes.num_sent * sizes.shape.hidden_size * sizes.compute
-
-
-def _came(sizes: Sizes) -> int:
-    """G received tokens in the dtype of compute."""
-    return sizes.num_came * sizes.shape.hidden_size * sizes.compute
-
-
 def _gate_up_stage(sizes: Sizes) -> Stage:
     rows = sizes.received(sizes.shape.hidden_size)
-    outputs, inner = 2 * sizes.received(sizes.shape.expert_size), _inner(sizes)
+    outputs, inner = 2 * sizes.received(sizes.expert_size), _inner(sizes)
     paths = 2 if inner else 1
     return Stage(
         "gate and up projections",
@@ -98,13 +61,13 @@ def _gate_up_stage(sizes: Sizes) -> Stage:
         forward=_lasting(sizes) | {"outputs": outputs * (2 if inner else 1)},
         backward=_dequantized(sizes, 2)
         | {"outputs' gradients": outputs, "rows' gradients": paths * rows},
-        gradients=_gradients(sizes, sizes.shape.hidden_size, 2 * sizes.shape.expert_size),
+        gradients=_gradients(sizes, sizes.shape.hidden_size, 2 * sizes.expert_size),
         named=rows * _saves_inputs(sizes),
     )
 
 
 def _gate_stage(sizes: Sizes) -> Stage:
-    inner = sizes.received(sizes.shape.expert_size)
+    inner = sizes.received(sizes.expert_size)
     return Stage(
         "gate",
         DISPATCH,
@@ -117,7 +80,7 @@ def _gate_stage(sizes: Sizes) -> Stage:
 def _down_stage(sizes: Sizes) -> Stage:
     rows, products = (
         sizes.received(sizes.shape.hidden_size),
-        sizes.received(sizes.shape.expert_size),
+        sizes.received(sizes.expert_size),
     )
     inner, saves = _inner(sizes), _saves_inputs(sizes)
     is_sorted_back = _is_sorted_again(sizes)
@@ -135,16 +98,16 @@ def _down_stage(sizes: Sizes) -> Stage:
             "outputs' gradients": rows,
             "products' gradients": products * (2 if inner else 1),
         },
-        gradients=_gradients(sizes, sizes.shape.expert_size, sizes.shape.hidden_size),
+        gradients=_gradients(sizes, sizes.expert_size, sizes.shape.hidden_size),
         named=products * saves,
     )
 
 
 def _triton_stage(sizes: Sizes) -> Stage:
     """Return all of the fused kernels: gathered as they go, products computed again."""
-    hidden_size, expert_size = sizes.shape.hidden_size, sizes.shape.expert_size
+    hidden_size, expert_size = sizes.shape.hidden_size, sizes.expert_size
     rows, products = sizes.received(hidden_size), sizes.received(expert_size)
-    has_tokens = sizes.layout.ep_size == 1
+    has_tokens = not sizes.rows_travel
     inputs, saves = sizes.hidden_bytes if has_tokens else rows, _saves_inputs(sizes)
     return Stage(
         "fused experts",
@@ -164,42 +127,9 @@ def _triton_stage(sizes: Sizes) -> Stage:
     )
 
 
-def _combine_stage(sizes: Sizes) -> Stage:
-    """Bring the results home, and sum them with their weights."""
-    home, away = sizes.routed(sizes.shape.hidden_size), sizes.received(sizes.shape.hidden_size)
-    if sizes.layout.ep_size == 1:
-        if sizes.run.kernel == "triton":  # sums within its kernels, and keeps nothing for it
-            return Stage("combine", DISPATCH, forward={"outputs": home, "sum": sizes.hidden_bytes})
-        fullest, results = 2 * home + _dot_blocks(sizes), 0
-    else:
-        back = 2 * away if sizes.num_local > 1 else 0
-        fullest, results = max(2 * home + _dot_blocks(sizes), home + away, back), away
-    return Stage(
-        "combine",
-        DISPATCH,
-        saved={"rows": home, "weights": sizes.num_routed * FP32},
-        forward={"results": results, "sum": sizes.hidden_bytes},
-        backward={"rows' gradients": fullest - home},
-        kept=home,
-    )
-
-
-def _sum_stage(sizes: Sizes) -> Stage:
-    """Weight and sum the rows of each token, bring the sums home, and sum them."""
-    sent, came, rows = _sent(sizes), _came(sizes), sizes.received(sizes.shape.hidden_size)
-    return Stage(
-        "combine",
-        DISPATCH,
-        saved={"rows": rows, "weights": sizes.num_received * FP32},
-        forward={"sums": came, "sums at home": sent},
-        backward={"sums' gradients": came, "rows'": max(sent, rows + _dot_blocks(sizes))},
-        kept=sent,
-    )
-
-
 def _transformers_stages(sizes: Sizes) -> list[Stage]:
     """Return what transformers' `grouped_mm_experts_forward` does, without adapters of experts."""
-    hidden_size, expert_size = sizes.shape.hidden_size, sizes.shape.expert_size
+    hidden_size, expert_size = sizes.shape.hidden_size, sizes.expert_size
     rows, products = sizes.routed(hidden_size), sizes.routed(expert_size)
     weighted = rows // sizes.compute * FP32 if sizes.shape.routes_in_fp32 else rows
     saves = _saves_inputs(sizes)
@@ -257,36 +187,19 @@ def _dequantized(sizes: Sizes, num_matrices: int) -> dict[str, int]:
     """Return what is made of packed experts for use: of gate, up and down, as many as said."""
     if sizes.run.packed_format is None:
         return {}
-    weights = sizes.num_local * sizes.shape.hidden_size * sizes.shape.expert_size
+    weights = sizes.num_local * sizes.shape.hidden_size * sizes.expert_size
     unpacked = min(_UNPACKED, weights) * _UNPACKED_BYTES
     return {"dequantized": num_matrices * weights * sizes.compute, "being unpacked": unpacked}
 
 
 def _is_sorted_again(sizes: Sizes) -> bool:
     """Say whether rows come in another order than that of the experts."""
-    return sizes.layout.ep_size > 1 and sizes.num_local > 1 and not sizes.sends_tokens
+    return sizes.rows_travel and sizes.num_local > 1 and not sizes.sends_tokens
 
 
 def _inner(sizes: Sizes) -> int:
     """Return the rows between the two factors of an adapter; 0 without."""
     return sizes.received(sizes.run.lora_r) * sizes.run.trains_experts
-
-
-def _dot_blocks(sizes: Sizes) -> int:
-    """Return a block's product of rows and their gradients in fp32, and copies of both in fp32.
-
-    On a GPU one kernel makes the gradients of routing weights at home, without any.
-    """
-    run, at_home = sizes.run, not sizes.sends_tokens
-    if (
-        run.device_type == "cuda"
-        and at_home
-        and (run.kernel != "eager" or sizes.layout.ep_size > 1)
-    ):
-        return 0
-    num_rows = sizes.num_routed if at_home else sizes.num_received
-    elements = num_rows * sizes.shape.hidden_size
-    return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[run.device_type]) * FP32
 
 
 def _gradients(sizes: Sizes, num_in: int, num_out: int) -> int:

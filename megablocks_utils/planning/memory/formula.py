@@ -13,7 +13,7 @@ from megablocks_utils.planning.memory.ledger import Ledger
 from megablocks_utils.planning.memory.micro_step import MicroStep
 from megablocks_utils.planning.memory.model_stages import plan_layers
 from megablocks_utils.planning.memory.sizes import FP32, Sizes
-from megablocks_utils.planning.memory.traffic import count_sent_bytes
+from megablocks_utils.planning.memory.traffic import count_traffic, sum_of_slices
 from megablocks_utils.planning.memory.unit_builder import build_units
 from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, PlannedRun, Prediction
@@ -24,20 +24,28 @@ _STEP_COUNTER_BYTES = 4
 """Adam counts steps in a number of its own for every parameter."""
 
 
-def legal_layouts(shape: ModelShape, shard_size: int, entry_point: str) -> list[ParallelLayout]:
+def legal_layouts(
+    shape: ModelShape, num_ranks: int, entry_point: str, *, is_dmoe: bool = False
+) -> list[ParallelLayout]:
     """List every way to spread the experts of a model over the ranks of a group.
 
     Without expert parallelism first; then each ep_size above 1 that divides ranks and experts,
     sharded over dp before copied. FSDP1 leaves the experts alone, so there they can only be copied.
+
+    Args:
+        shape: the model.
+        num_ranks: of a group; where each expert is split, those that have the same slice.
+        entry_point: `fsdp2` or `fsdp1`.
+        is_dmoe: whether the experts must be this project's also at ep_size 1.
     """
-    layouts = [ParallelLayout(1, "shard")]
-    for ep_size in range(2, shard_size + 1):
-        if shard_size % ep_size or shape.num_experts % ep_size:
+    layouts = [] if is_dmoe else [ParallelLayout(1, "shard")]
+    for ep_size in range(1 if is_dmoe else 2, num_ranks + 1):
+        if num_ranks % ep_size or shape.num_experts % ep_size:
             continue
         if entry_point == "fsdp2":
-            layouts.append(ParallelLayout(ep_size, "shard"))
-        if entry_point == "fsdp1" or ep_size < shard_size:
-            layouts.append(ParallelLayout(ep_size, "replicate"))
+            layouts.append(ParallelLayout(ep_size, "shard", ep_size == 1))
+        if entry_point == "fsdp1" or ep_size < num_ranks:
+            layouts.append(ParallelLayout(ep_size, "replicate", ep_size == 1))
     return layouts
 
 
@@ -73,8 +81,9 @@ def predict(shape: ModelShape, layout: ParallelLayout, run: PlannedRun) -> Predi
         has_expert_gradients=run.accumulation > 1,
     ).run()
     ledger.moment = "optimizer"
+    ledger.transient("activations", sum_of_slices(sizes, units))
     ledger.transient("optimizer", _updated_bytes(units, run) + _muon_bytes(units, run))
-    sent = count_sent_bytes(sizes, units)
+    sent = count_traffic(sizes, units)
     return Prediction(ledger.peak, ledger.peak_moment, allocated_bytes, sent, host_bytes)
 
 
@@ -152,8 +161,9 @@ def _muon_bytes(units: ModelUnits, run: PlannedRun) -> int:
     if run.optim != MUON:
         return 0
     bf16 = itemsize("bfloat16")
+    matrices = (matrix for unit in units.all() for matrix in unit.matrices)
     return max(
-        (m.numel * (FP32 + bf16) + 3 * m.whole * bf16 for u in units.all() for m in u.matrices),
+        (m.numel * (FP32 + bf16) + 3 * m.whole * m.num_slices * bf16 for m in matrices),
         default=0,
     )
 

@@ -25,6 +25,7 @@ class ParamShard:
             takes a second copy of the whole.
         packed_bytes: what it takes where it is packed; None: `numel` times `stored`.
         is_matrix: whether it is what Muon trains, where it is asked for.
+        num_slices: ranks that compute with other slices of it; 1 where this one has it whole.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +34,7 @@ class ParamShard:
     is_trained: bool
     is_restacked: bool = False
     is_matrix: bool = False
+    num_slices: int = 1
     packed_bytes: int | None = None
 
     @property

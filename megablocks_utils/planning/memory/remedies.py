@@ -62,7 +62,7 @@ def find_remedies(scenario: Scenario, layout: ParallelLayout, capacity_bytes: in
 
 def layout_words(layout: ParallelLayout) -> str:
     """Return the options that ask for a layout."""
-    if layout.ep_size == 1:
+    if layout.ep_size == 1 and not layout.is_dmoe:
         return "--use_megablocks_sharding False"
     words = f"--use_megablocks_sharding True --ep_size {layout.ep_size}"
     return f"{words} --expert_dp {layout.expert_dp}"
@@ -154,7 +154,7 @@ def _try(attempt: Attempt, capacity_bytes: int) -> Remedy:
 
 
 def _other_expert_dp(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
-    sharded = ParallelLayout(layout.ep_size, "shard")
+    sharded = replace(layout, expert_dp="shard")
     if layout != sharded and sharded in scenario.legal_layouts():
         yield Attempt("--expert_dp shard", scenario, sharded)
 
@@ -219,7 +219,7 @@ def _cpu_offload(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt
     is_packed = scenario.config.adapter.packed_format is not None  # which offloads nothing
     if scenario.config.cpu_offload != "none" or scenario.device_type == "cpu" or is_packed:
         return
-    has_copies = layout.expert_dp == "replicate" and layout.ep_size < scenario.world_size
+    has_copies = layout.expert_dp == "replicate" and layout.ep_size < scenario.slice_ranks
     can_offload_params = scenario.config.entry_point == "fsdp2" and not has_copies
     for what in ("optimizer", *(("params",) if can_offload_params else ())):
         config = replace(scenario.config, cpu_offload=what)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.config.adapter import DEFAULT_LORA_R
+from megablocks_utils.config.parallel import count_ranks_of_slice
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
@@ -56,24 +57,18 @@ class Scenario:
     imbalance: float = DEFAULT_IMBALANCE
     rehearse: Callable[[ParallelLayout, PlannedRun], Prediction] | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse what the formulas do not know.
-
-        Raises:
-            ConfigurationError: experts in slices.
-        """
-        expert_tp_size = self.config.parallel.expert_tp_size
-        if expert_tp_size > 1:
-            raise ConfigurationError(
-                f"expert_tp_size is {expert_tp_size}, but plans know whole experts only: it must "
-                "be 1 to plan.",
-                parameters=("expert_tp_size",),
-            )
-
     @property
     def shard_size(self) -> int:
         """Ranks of a group, which the model is sharded over."""
         return self.world_size // self.config.parallel.dp_replicate_size
+
+    @property
+    def slice_ranks(self) -> int:
+        """Ranks of a group that hold the same slice of every expert: ep times dp."""
+        parallel = self.config.parallel
+        return count_ranks_of_slice(
+            self.shard_size, parallel.expert_tp_size, parallel.dp_replicate_size
+        )
 
     @property
     def rank_tokens(self) -> int:
@@ -115,6 +110,7 @@ class Scenario:
             has_whole_logits=self.has_whole_logits,
             token_dispatch=config.parallel.token_dispatch,
             sp_size=config.parallel.sp_size,
+            expert_tp_size=config.parallel.expert_tp_size,
             packed_format=config.adapter.packed_format,
             optim=config.optim.optim,
         )
@@ -124,18 +120,24 @@ class Scenario:
         parallel = self.config.parallel
         if not parallel.use_megablocks_sharding:
             return ParallelLayout(1, "shard")
-        ep_size = parallel.ep_size or self.shard_size
+        ep_size = parallel.ep_size or self.slice_ranks
         is_dmoe = ep_size == 1
         if self.config.entry_point == "fsdp1":
             return ParallelLayout(ep_size, "replicate", is_dmoe)
-        has_copies = ep_size < self.shard_size and parallel.expert_dp == "replicate"
+        has_copies = ep_size < self.slice_ranks and parallel.expert_dp == "replicate"
         layout = ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
         is_packed = self.config.adapter.packed_format is not None
         return _with_whole_experts(layout) if is_packed else layout
 
     def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
-        layouts = legal_layouts(self.shape, self.shard_size, self.config.entry_point)
+        self._check_slices()
+        layouts = legal_layouts(
+            self.shape,
+            self.slice_ranks,
+            self.config.entry_point,
+            is_dmoe=self.config.parallel.expert_tp_size > 1,
+        )
         if self.config.adapter.packed_format is not None:  # FSDP shards no packed weights
             return list(dict.fromkeys(map(_with_whole_experts, layouts)))
         has_copies = self.config.cpu_offload != "params"  # which it refuses
@@ -169,6 +171,20 @@ class Scenario:
                 "python -m megablocks_utils.plan rehearses it"
             )
         return self.rehearse(layout, self.planned_run())
+
+    def _check_slices(self) -> None:
+        """Refuse slices of experts of different sizes, as `ExpertSpec` does.
+
+        Raises:
+            ConfigurationError: the intermediate size does not divide.
+        """
+        size = self.config.parallel.expert_tp_size
+        if self.shape.expert_size % size:
+            raise ConfigurationError(
+                f"expert_tp_size is {size}, but it must divide the intermediate size of the "
+                f"experts, which is {self.shape.expert_size}.",
+                parameters=("expert_tp_size",),
+            )
 
     def _not_known_on_device(self) -> str:
         """Say what is another on a CPU than on a GPU, and not known there; empty for nothing."""

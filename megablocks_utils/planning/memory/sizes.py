@@ -105,6 +105,16 @@ class Sizes:
         return self.run.has_own_experts(self.layout)
 
     @property
+    def expert_size(self) -> int:
+        """I of the slice of an expert that this rank computes with."""
+        return self.shape.expert_size // self.run.expert_tp_size
+
+    @property
+    def rows_travel(self) -> bool:
+        """Whether other ranks have experts, or slices of them, that rows go to."""
+        return self.layout.ep_size > 1 or self.run.expert_tp_size > 1
+
+    @property
     def num_local(self) -> int:
         """L, experts that this rank computes with."""
         return self.shape.num_experts // self.layout.ep_size
@@ -115,16 +125,21 @@ class Sizes:
         return self.tokens * self.shape.top_k
 
     @property
-    def num_received(self) -> int:
-        """R, of the rank that receives most."""
+    def num_brought(self) -> int:
+        """M, that come over the ep axis to the rank that receives most."""
         if self.layout.ep_size == 1:
             return self.num_routed
         return math.ceil(self.num_routed * self.run.imbalance)
 
+    @property
+    def num_received(self) -> int:
+        """R, that this rank computes: M of each rank with a slice of its experts."""
+        return self.num_brought * self.run.expert_tp_size
+
     @cached_property
     def sends_tokens(self) -> bool:
         """Whether a token travels once to a rank, not once for each of its experts there."""
-        if self.layout.ep_size == 1:
+        if self.layout.ep_size == 1 or self.run.expert_tp_size > 1:
             return False
         return choose_dispatch(self.run.token_dispatch, self._traffic, None).is_once_per_rank
 
@@ -135,9 +150,9 @@ class Sizes:
 
     @property
     def num_came(self) -> int:
-        """Rows, or tokens, that come to the rank that receives most."""
+        """Rows, or tokens, that come over the ep axis to the rank that receives most."""
         if not self.sends_tokens:
-            return self.num_received
+            return self.num_brought
         return math.ceil(self.num_sent * self.run.imbalance)
 
     @property

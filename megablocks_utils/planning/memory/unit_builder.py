@@ -1,6 +1,6 @@
 """Cut a model into FSDP's units, as `fsdp.fsdp2` and `fsdp.fsdp1` do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -106,7 +106,7 @@ class _Builder:
 
     def _expert_unit(self, experts: Iterable[ParameterShape]) -> FsdpUnit:
         precision, run = self.run.precision, self.run
-        num_copies = run.shard_size // self.layout.ep_size
+        num_copies = run.count_copies(self.layout)
         # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
         is_sharded = (
             self.layout.expert_dp == "shard"
@@ -116,23 +116,38 @@ class _Builder:
         )
         is_fsdp = is_sharded or (num_copies == 1 and run.cpu_offload == "params")
         ranks = num_copies if is_sharded else 1
-        shards = []
-        for parameter in experts:
-            num_experts, num_out, num_in = parameter.shape
-            num_local, rank = num_experts // self.layout.ep_size, run.lora_r
-            is_trained, stored = self._is_trained(parameter), itemsize(precision.weights)
-            weight = _cut((num_local, num_out, num_in), ranks, stored, is_trained)
-            weight = replace(weight, is_matrix=_is_matrix(parameter))
-            if run.packed_format is not None:
-                of_expert = count_packed_bytes(run.packed_format, num_out, num_in)
-                weight = replace(weight, packed_bytes=num_local * of_expert)
-            shards.append(weight)
-            if run.trains_experts:
-                stored = itemsize(precision.adapter)
-                factors = ((num_local, rank, num_in), (num_local, num_out, rank))
-                cut = (_cut(factor, ranks, stored, True) for factor in factors)
-                shards += [replace(shard, is_matrix=rank > 1) for shard in cut]
+        shards = [shard for p in experts for shard in self._projection(p, ranks)]
         return FsdpUnit(tuple(shards), ranks, is_fsdp, itemsize(precision.compute))
+
+    def _projection(self, parameter: ParameterShape, ranks: int) -> Iterator[ParamShard]:
+        """Yield one of the experts' weights and the factors of its adapter, cut over dp ranks.
+
+        Of each expert this rank has a slice: of down its inputs, of gate and up their outputs, for
+        which FSDP cuts another dim. The factor that sees no slice is whole.
+        """
+        precision, run, num_slices = self.run.precision, self.run, self.run.expert_tp_size
+        num_experts, num_out, num_in = parameter.shape
+        num_local, rank = num_experts // self.layout.ep_size, run.lora_r
+        is_down = (num_out, num_in) == (self.shape.hidden_size, self.shape.expert_size)
+        if is_down:
+            num_in //= num_slices
+        else:
+            num_out //= num_slices
+        in_parts = num_slices > 1 and not is_down
+        is_trained, stored = self._is_trained(parameter), itemsize(precision.weights)
+        weight = _cut((num_local, num_out, num_in), ranks, stored, is_trained, in_parts=in_parts)
+        weight = replace(weight, is_matrix=_is_matrix(parameter), num_slices=num_slices)
+        if run.packed_format is not None:
+            of_expert = count_packed_bytes(run.packed_format, num_out, num_in)
+            weight = replace(weight, packed_bytes=num_local * of_expert)
+        yield weight
+        if not run.trains_experts:
+            return
+        stored = itemsize(precision.adapter)
+        first = _cut((num_local, rank, num_in), ranks, stored, True)
+        second = _cut((num_local, num_out, rank), ranks, stored, True, in_parts=in_parts)
+        for factor, is_cut in ((first, is_down), (second, not is_down)):
+            yield replace(factor, is_matrix=rank > 1, num_slices=num_slices if is_cut else 1)
 
     def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, int]]:
         is_adapted = {MIXER: self.run.trains_attention, DENSE: self.run.trains_dense}
@@ -149,9 +164,15 @@ def _is_matrix(parameter: ParameterShape) -> bool:
     return len(parameter.shape) == num_dims and min(parameter.shape[-2:]) > 1
 
 
-def _cut(shape: tuple[int, ...], ranks: int, stored: int, is_trained: bool) -> ParamShard:
-    """Shard experts over dp: along the first dim that divides, else the first with padding."""
-    dim = next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+def _cut(
+    shape: tuple[int, ...], ranks: int, stored: int, is_trained: bool, *, in_parts: bool = False
+) -> ParamShard:
+    """Shard experts over dp: along the first dim that divides, else the first with padding.
+
+    Not along the second where gate and up are cut `in_parts` there.
+    """
+    dims = [dim for dim in range(len(shape)) if not (in_parts and dim == 1)]
+    dim = next((dim for dim in dims if shape[dim] % ranks == 0), 0)
     return ParamShard(shape, _held(shape, dim, ranks), stored, is_trained, is_restacked=dim > 0)
 
 

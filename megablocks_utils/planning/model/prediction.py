@@ -3,8 +3,10 @@
 Torch-free. All figures are of one rank, the one that needs most.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megablocks_utils.config import ResolvedPrecision
 from megablocks_utils.config.backends import AUTO
@@ -14,9 +16,11 @@ __all__ = [
     "COMPONENTS",
     "ONE_ROW",
     "PADDED",
+    "GroupTraffic",
     "ParallelLayout",
     "PlannedRun",
     "Prediction",
+    "sum_traffic",
 ]
 
 ONE_ROW, PADDED = "positions", "padded"
@@ -41,6 +45,32 @@ for the experts, and everything the experts compute with them.
 """
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")
+
+
+class GroupTraffic(NamedTuple):
+    """What one rank sends in an optimizer step by collectives of one kind over groups of one form.
+
+    Attributes:
+        kind: one of `COLLECTIVES`.
+        size: ranks of a group.
+        stride: from one of its ranks to the next.
+        num_bytes: that leave this rank, all micro-steps. Of n ranks that share W bytes, all-gather
+            and reduce-scatter send W * (n - 1) / n, all-reduce twice that; all-to-all what goes to
+            other ranks.
+    """
+
+    kind: str
+    size: int
+    stride: int
+    num_bytes: int
+
+
+def sum_traffic(parts: Iterable[GroupTraffic]) -> tuple[GroupTraffic, ...]:
+    """Add up what goes the same way, in one order, without what sends nothing."""
+    total: Counter[tuple[str, int, int]] = Counter()
+    for part in parts:
+        total[part.kind, part.size, part.stride] += part.num_bytes
+    return tuple(GroupTraffic(*way, n) for way, n in sorted(total.items()) if n)
 
 
 @dataclass(frozen=True)
@@ -100,6 +130,7 @@ class PlannedRun:
         has_whole_logits: whether the loss takes the logits of all labels at once: where what the
             model does to them is not known.
         sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
+        expert_tp_size: ranks that each expert is split over.
         packed_format: what the experts' weights are packed in, each rank whole ones; None: not.
         optim: the optimizer.
     """
@@ -126,6 +157,7 @@ class PlannedRun:
     cpu_offload: str = "none"
     dp_replicate_size: int = 1
     sp_size: int = 1
+    expert_tp_size: int = 1
     packed_format: str | None = None
     optim: str = "adamw"
 
@@ -133,6 +165,10 @@ class PlannedRun:
     def shard_size(self) -> int:
         """Ranks of a group, which the model is sharded over."""
         return self.world_size // self.dp_replicate_size
+
+    def count_copies(self, layout: ParallelLayout) -> int:
+        """Return the ranks of a group that hold the same part of the experts: along dp."""
+        return self.shard_size // (layout.ep_size * self.expert_tp_size)
 
     @property
     def offloaded(self) -> str:
@@ -187,16 +223,22 @@ class Prediction:
         moment: when that is, in a word or two: `forward`, `loss`, `backward`, `optimizer`.
         allocated_bytes: held between two steps, after zero_grad.
         host_bytes: the most that is held in host memory instead, of what is offloaded.
-        sent_bytes_per_step: by kind of `COLLECTIVES`, bytes that leave this rank in one optimizer
-            step, all micro-steps. Of n ranks that share W bytes, all-gather and reduce-scatter send
-            W * (n - 1) / n, all-reduce twice that; all-to-all what goes to other ranks.
+        sent: bytes that leave this rank in one optimizer step, as `sum_traffic` returns them.
     """
 
     components: Mapping[str, int]
     moment: str
     allocated_bytes: int
-    sent_bytes_per_step: Mapping[str, int]
+    sent: tuple[GroupTraffic, ...]
     host_bytes: int = 0
+
+    @property
+    def sent_bytes_per_step(self) -> dict[str, int]:
+        """Bytes by kind of `COLLECTIVES`, over whichever groups."""
+        total = dict.fromkeys(COLLECTIVES, 0)
+        for part in self.sent:
+            total[part.kind] += part.num_bytes
+        return total
 
     @property
     def peak_bytes(self) -> int:

@@ -87,7 +87,7 @@ def _accelerate(gpus: int, nodes: int) -> list[str]:
 
 
 def _layout_words(layout: ParallelLayout, entry_point: str) -> list[str]:
-    if layout.ep_size == 1:
+    if layout.ep_size == 1 and not layout.is_dmoe:
         return ["--use_megablocks_sharding", "False"]
     words = ["--use_megablocks_sharding", "True", "--ep_size", str(layout.ep_size)]
     # FSDP1 knows no other way than copies.

@@ -52,14 +52,14 @@ class PlanRequest:
 
         Where one rank holds an expert, and without expert parallelism by name, both words fit.
         """
-        shard_size = self.scenario.shard_size
+        slice_ranks = self.scenario.slice_ranks
         return [
             layout
             for layout in self.scenario.legal_layouts()
             if self.ep_size in (None, layout.ep_size)
             and (
                 self.expert_dp is None
-                or layout.ep_size == shard_size
+                or layout.ep_size == slice_ranks
                 or self.ep_size == 1
                 or (layout.ep_size > 1 and layout.expert_dp == self.expert_dp)
             )

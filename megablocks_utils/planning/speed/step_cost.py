@@ -93,7 +93,7 @@ def cost_step(
 ) -> StepCost:
     """Cost a step of one layout, by the model or by what was measured on the user's node."""
     accumulation = scenario.config.optim.gradient_accumulation_steps
-    links = split_traffic(scenario, layout, prediction, cluster)
+    links = split_traffic(prediction, cluster)
     flops = count_flops(scenario, layout)
     tokens_s = links["all_to_all"].ideal_s
     weights_s = sum(link.ideal_s for link in links.values()) - tokens_s

@@ -1,18 +1,17 @@
 """What a rank sends, by the link it goes over: within a node or between nodes.
 
-The ranks form the mesh `("dp", "ep")`, ep innermost: neighbours share a node. Ranks that gather in
-a ring send everything to one neighbour, so of a group with m members in each node only one in m
-sends to another node, and its rings share the adapters of all m.
+A group along an axis of the mesh is so many ranks, so far from each other: neighbours share a node.
+Ranks that gather in a ring send everything to one neighbour, so of a group with m members in each
+node only one in m sends to another node, and its rings share the adapters of all m.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.model.gpus import Gpu
-from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
+from megablocks_utils.planning.model.prediction import COLLECTIVES, Prediction
 
-__all__ = ["Cluster", "LinkTraffic", "add_traffic", "split_traffic"]
+__all__ = ["Cluster", "LinkTraffic", "split_traffic"]
 
 
 @dataclass(frozen=True)
@@ -52,80 +51,28 @@ class Cluster:
         inter = sent / members
         return LinkTraffic(sent - inter, inter, sent / slowest)
 
-    def all_to_all(self, sent: float, size: int) -> LinkTraffic:
+    def all_to_all(self, sent: float, size: int, stride: int = 1) -> LinkTraffic:
         """Cost an all-to-all in which a rank sends `sent` bytes, the same to each of the others.
 
         Both kinds of link work at the same time.
         """
-        members = self.members_per_node(size, 1)
+        members = self.members_per_node(size, stride)
         inter = sent * (size - members) / (size - 1) if size > 1 else 0.0
         intra = sent - inter
         seconds = (intra / self.gpu.intra_bytes_per_s, inter / self.gpu.inter_bytes_per_s)
         return LinkTraffic(intra, inter, max(seconds))
 
 
-def split_traffic(
-    scenario: Scenario, layout: ParallelLayout, prediction: Prediction, cluster: Cluster
-) -> Mapping[str, LinkTraffic]:
-    """Return the traffic of one optimizer step by kind of collective, over its links.
-
-    What is gathered over dp is the difference to the same layout with copies, which are not
-    gathered at all; the rest is gathered over all ranks of a group.
-    """
-    shard_size, sent = scenario.shard_size, prediction.sent_bytes_per_step
-    dp_size, over_group = shard_size // layout.ep_size, sent
-    if layout.ep_size > 1 and dp_size > 1 and layout.expert_dp == "shard":
-        copies = ParallelLayout(layout.ep_size, "replicate")
-        over_group = scenario.one_group().predict(copies).sent_bytes_per_step
-    sp_size, heads = scenario.config.parallel.sp_size, 0
-    if sp_size > 1:
-        # Without expert parallelism nothing else is exchanged.
-        heads = scenario.predict(ParallelLayout(1, "shard")).sent_bytes_per_step["all_to_all"]
-    traffic = {
-        "all_to_all": add_traffic(
-            cluster.all_to_all(sent["all_to_all"] - heads, layout.ep_size),
-            cluster.all_to_all(heads, sp_size),
-        )
-    }
-    for name in ("all_gather", "reduce_scatter"):
-        on_all = min(over_group[name], sent[name])
-        traffic[name] = add_traffic(
-            cluster.ring(on_all, shard_size, 1),
-            cluster.ring(sent[name] - on_all, dp_size, layout.ep_size),
-        )
-    on_all, over_dp, across = _split_all_reduce(scenario, layout, sent["all_reduce"])
-    traffic["all_reduce"] = add_traffic(
-        cluster.ring(on_all, scenario.world_size, 1),
-        cluster.ring(over_dp, dp_size, layout.ep_size),
-        cluster.ring(across, scenario.world_size // shard_size, shard_size),
-    )
+def split_traffic(prediction: Prediction, cluster: Cluster) -> Mapping[str, LinkTraffic]:
+    """Return the traffic of one optimizer step by kind of collective, over its links."""
+    traffic = dict.fromkeys(COLLECTIVES, LinkTraffic())
+    for kind, size, stride, sent in prediction.sent:
+        cost = cluster.all_to_all if kind == "all_to_all" else cluster.ring
+        traffic[kind] = _add(traffic[kind], cost(sent, size, stride))
     return traffic
 
 
-def _split_all_reduce(
-    scenario: Scenario, layout: ParallelLayout, sent: int
-) -> tuple[int, int, int]:
-    """Split what is all-reduced: over all ranks, over dp (copies), from group to group.
-
-    Over all ranks goes what is left without groups and copies; FSDP1 knows nothing but copies.
-    """
-    has_copies = layout.expert_dp == "replicate" and layout.ep_size < scenario.shard_size
-    if scenario.config.entry_point == "fsdp1":
-        return (0, sent, 0) if has_copies else (sent, 0, 0)
-    if not has_copies and scenario.shard_size == scenario.world_size:
-        return sent, 0, 0
-    whole, over_dp = replace(layout, expert_dp="shard"), 0
-    on_all = scenario.with_groups(1).predict(whole).sent_bytes_per_step["all_reduce"]
-    if scenario.shard_size == scenario.world_size:
-        return on_all, sent - on_all, 0
-    if has_copies:
-        group = scenario.one_group()
-        with_copies, without = (group.predict(own).sent_bytes_per_step for own in (layout, whole))
-        over_dp = with_copies["all_reduce"] - without["all_reduce"]
-    return on_all, over_dp, sent - on_all - over_dp
-
-
-def add_traffic(*parts: LinkTraffic) -> LinkTraffic:
+def _add(*parts: LinkTraffic) -> LinkTraffic:
     """Return traffic that goes one after the other."""
     return LinkTraffic(
         sum(part.intra_bytes for part in parts),

@@ -20,7 +20,8 @@ def ask(monkeypatch, *, weights, tokens, model="qwen3-30b-a3b", capacity=85 * GB
         ranks = layout.ep_size if layout.expert_dp == "replicate" else run.world_size
         sent = {"all_gather": weights * GB}
         sent["all_to_all"] = (tokens if layout.ep_size > 1 else 0) * GB
-        return build_prediction(optimizer=800 * GB // ranks, sent=sent)
+        groups = {"all_gather": (run.world_size, 1), "all_to_all": (layout.ep_size, 1)}
+        return build_prediction(optimizer=800 * GB // ranks, sent=sent, groups=groups)
 
     monkeypatch.setattr(scenario_module, "predict", predict)
     scenario = build_scenario(PUBLISHED, model=model)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megablocks_utils.planning.memory import scenario as scenario_module
 from megablocks_utils.planning.model.model_shape import ModelShape
-from megablocks_utils.planning.model.prediction import ParallelLayout
+from megablocks_utils.planning.model.prediction import GroupTraffic, ParallelLayout
 from megablocks_utils.planning.speed.calibration import Calibration
 from megablocks_utils.planning.speed.step_cost import cost_step, count_flops, rank_costs
 from megablocks_utils.planning.speed.traffic_links import Cluster
@@ -78,7 +77,8 @@ def test_copies_that_are_reduced_are_told_from_weights_that_are_gathered():
     line = PUBLISHED.replace("steps 16", "steps 1")
     scenario = scenario_of("none", line, world_size=16)
     layout, amounts = ParallelLayout(8, "replicate"), {"all_gather": 10 * GB, "all_reduce": 20 * GB}
-    prediction = build_prediction(parameters=1, sent=amounts)
+    groups = {"all_gather": (16, 1), "all_reduce": (2, 8)}
+    prediction = build_prediction(parameters=1, sent=amounts, groups=groups)
     cost = cost_step(scenario, layout, prediction, A100_NODE)
     assert cost.regime == "all-reduce bound"
     assert cost.terms["weights"] == pytest.approx((10 / 200 + 20 / 25) / 0.77)
@@ -148,13 +148,13 @@ def test_what_cannot_be_told_apart_goes_by_memory():
     assert rank_costs({}, {}) == []
 
 
-def test_experts_sharded_over_dp_are_told_from_all_else(monkeypatch):
-    """8 nodes: 6 GB go over all ranks; of 46 with sharded experts 40 go over dp alone."""
-    copies = sent(6, accumulation=16)
-    monkeypatch.setattr(scenario_module, "predict", lambda shape, layout, run: copies)
+def test_experts_sharded_over_dp_are_told_from_all_else():
+    """8 nodes: of 46 GB 6 go over all ranks, and those of sharded experts over dp alone."""
     scenario = scenario_of("none", world_size=64)
     gpu = A100_NODE.gpu
-    links = cost_step(scenario, EP8, sent(46), A100_NODE).links["all_gather"]
+    over = [("all_gather", 64, 1, 16 * 6 * GB), ("all_gather", 8, 8, 16 * 40 * GB)]
+    prediction = replace(build_prediction(parameters=1), sent=tuple(GroupTraffic(*o) for o in over))
+    links = cost_step(scenario, EP8, prediction, A100_NODE).links["all_gather"]
     # over all: 8 rings share 8 adapters; over dp each rank has its adapter for itself
     assert links.inter_bytes == pytest.approx(16 * GB * (6 / 8 + 40))
     assert links.intra_bytes == pytest.approx(16 * GB * 6 * 7 / 8)
@@ -164,13 +164,13 @@ def test_experts_sharded_over_dp_are_told_from_all_else(monkeypatch):
 
 
 def test_copies_are_reduced_over_dp():
-    reduced = build_prediction(parameters=1, sent={"all_reduce": 32 * GB})
+    groups = {"all_reduce": (2, 8)}
+    reduced = build_prediction(parameters=1, sent={"all_reduce": 32 * GB}, groups=groups)
     scenario = scenario_of("none", world_size=16)
     links = cost_step(scenario, ParallelLayout(8, "replicate"), reduced, A100_NODE).links[
         "all_reduce"
     ]
-    # All but the norm's 8 bytes, which go round all ranks.
-    assert (links.intra_bytes, links.inter_bytes) == pytest.approx((0, 32 * GB), abs=16)
+    assert (links.intra_bytes, links.inter_bytes) == (0, 32 * GB)
     inside = cost_step(
         scenario, ParallelLayout(8, "replicate"), reduced, Cluster(A100_NODE.gpu, 16)
     )

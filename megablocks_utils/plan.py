@@ -21,7 +21,6 @@ from megablocks_utils.config.record import format_config, format_record, read_re
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME, write_json_atomically
 from megablocks_utils.planning.launcher.launch_file import build_launch_file
-from megablocks_utils.planning.memory.run_plan import refuse_unplanned
 from megablocks_utils.planning.memory.scenario import Scenario, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
@@ -143,7 +142,9 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     """
     path = find_config_file(options.model)
     settings = read_config_file(path)
-    if settings.get("model_type") in KNOWN_MODEL_TYPES:
+    # How transformers splits a model over a tp group, its config does not say.
+    is_split = options.config.parallel.tp_size > 1
+    if settings.get("model_type") in KNOWN_MODEL_TYPES and not is_split:
         packing = PADDED if options.config.optim.packing == "False" else ONE_ROW
         shape = read_shape(options.config, settings)
         yield PlannedModel(shape, packing, options.config.may_be_varlen)
@@ -157,8 +158,7 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
         shutil.copy(path, Path(folder, MODEL_CONFIG_NAME))
         shape = shape_of(worker.describe())
         packing, is_varlen = worker.choose_packing(options.config)
-        rehearse = worker.rehearse if shape.not_known else None
-        yield PlannedModel(shape, packing, is_varlen, rehearse)
+        yield PlannedModel(shape, packing, is_varlen, worker.rehearse)
 
 
 def plan_world(options: PlanOptions, model: PlannedModel) -> bool:
@@ -221,7 +221,6 @@ def build_request(options: PlanOptions, model: PlannedModel) -> PlanRequest:
         UserError: an ep_size or number of GPUs that does not fit the model.
     """
     own, config, shape = options.own, options.config, model.shape
-    refuse_unplanned(config)
     gpu = GPUS[own.gpu or DEFAULT_GPU]
     per_node = own.gpus_per_node or gpu.gpus_per_node
     for world_size in options.world_sizes:

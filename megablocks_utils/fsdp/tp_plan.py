@@ -38,7 +38,12 @@ from megablocks_utils.fsdp.tp_styles import (
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.expert_spec import find_expert_modules
 
-__all__ = ["TensorParallelPlan", "choose_tp_plan"]
+__all__ = ["TensorParallelPlan", "choose_tp_plan", "find_other_style"]
+
+_COUNTED_STYLES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), (COLUMNS,)),
+    **dict.fromkeys(("o_proj", "down_proj"), (ROWS,)),
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,28 @@ def choose_tp_plan(model: PreTrainedModel, tp_size: int) -> TensorParallelPlan:
         pattern = replace_layer_number_by_wildcard(name)
         left_whole.setdefault(pattern, "transformers' plan does not name it")
     return TensorParallelPlan(dict(_expand(model, styles)), left_whole)
+
+
+def find_other_style(model: PreTrainedModel) -> str:
+    """Name a layer that is split otherwise than plans count it; empty where there is none.
+
+    They know attention by heads, gated MLPs by their inner size, the embedding by its width, and
+    the head by the vocabulary.
+    """
+    if model.all_tied_weights_keys:
+        return "an output head that is the embedding, under tensor parallelism"
+    declared = _find_declared(model)
+    add_common_layers(model, declared)
+    experts = tuple(f"{name}." for name in find_expert_modules(model))
+    outside = {model.get_input_embeddings(): (BY_TOKEN, BY_WIDTH)}
+    outside[model.get_output_embeddings()] = WHOLE_OUTPUT
+    for name, module in model.named_modules():
+        wanted = outside.get(module) or _COUNTED_STYLES.get(name.rpartition(".")[2])
+        if not isinstance(module, nn.Linear | nn.Embedding) or f"{name}.".startswith(experts):
+            continue
+        if declared.get(name) not in (wanted or (None, GRADIENT_SUM, LOCAL)):
+            return f"how tensor parallelism splits {name}"
+    return ""
 
 
 def _find_declared(model: PreTrainedModel) -> Styles:

@@ -132,6 +132,13 @@ def calibrate(argv: Sequence[str], run: Callable[[Sequence[str]], int] = run_com
             f"plan calibrate starts {_SCRIPT.name}, which is not installed with the package; "
             "call it in a checkout of this project: python -m megablocks_utils.plan calibrate."
         )
+    for name in ("expert_tp_size", "tp_size"):
+        size = getattr(task.config.parallel, name)
+        if size > 1:
+            raise ConfigurationError(
+                f"--{name} is {size}, but plan calibrate also runs without expert parallelism, "
+                "which it needs: it must be 1."
+            )
     shape = read_shape(task.config, read_config_file(find_config_file(task.model)))
     scenario = Scenario(
         config=task.config,

@@ -28,7 +28,9 @@ from megablocks_utils.config import (
     PrecisionConfig,
     RunConfig,
 )
+from megablocks_utils.fsdp.tensor_parallel import split_dense_layers
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
+from megablocks_utils.mesh.dense_mesh import build_dense_mesh
 from megablocks_utils.mesh.placement import is_replicated
 from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.planning.model.prediction import (
@@ -159,6 +161,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             token_dispatch=run.token_dispatch,
             sp_size=run.sp_size,
             expert_tp_size=run.expert_tp_size,
+            tp_size=run.tp_size,
         ),
         adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
@@ -193,22 +196,28 @@ def _build(
     if run.is_varlen:
         set_implementation(model, "varlen")
     if run.sp_size > 1:
-        share_rows(model, run.sp_size, device)
+        share_rows(model, run.sp_size, device, run.tp_size)
     layers = find_layers(model)
     compute_dtype = getattr(torch, precision.compute)
-    sharded = split_experts(model, config, device, compute_dtype, run.tokens)
+    sharded = split_experts(model, config, device, compute_dtype, run.expert_tokens)
     if sharded is not None:
         for module in sharded.expert_modules.values():
-            assume_routing(module, run.tokens, (find_top_k(model) or 1), run.imbalance)
+            assume_routing(module, run.expert_tokens, (find_top_k(model) or 1), run.imbalance)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         dtype = getattr(torch, precision.adapter)
         with without_values():
             apply_lora(model, sharded, adapters, dtype=dtype, seed=_SEED)
         move_to_meta(model)
+    mesh = build_dense_mesh(
+        device.type, tp_size=run.tp_size, dp_replicate_size=run.dp_replicate_size
+    )
+    if run.tp_size > 1:
+        assert mesh is not None and sharded is not None, "its experts are this project's"
+        split_dense_layers(model, sharded, mesh)
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
-    return kind(RehearsalInputs(model, sharded, config, run, device)), layers
+    return kind(RehearsalInputs(model, sharded, config, run, device, mesh)), layers
 
 
 class _Step:

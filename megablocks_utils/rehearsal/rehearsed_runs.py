@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -20,7 +21,6 @@ from megablocks_utils.fsdp.fsdp2 import (
     reduce_across_groups,
     wrap_fsdp2,
 )
-from megablocks_utils.mesh.dense_mesh import build_dense_mesh
 from megablocks_utils.mesh.placement import is_replicated, mark_replicated
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.model.prediction import PlannedRun
@@ -50,6 +50,7 @@ class RehearsalInputs:
         config: the options.
         run: what is planned.
         device: where tensors will be.
+        dense_mesh: of what is not experts; None where FSDP shards it over the world.
     """
 
     model: PreTrainedModel
@@ -57,6 +58,7 @@ class RehearsalInputs:
     config: RunConfig
     run: PlannedRun
     device: torch.device
+    dense_mesh: DeviceMesh | None = None
 
     def find_logits_map(self) -> LogitsMap | None:
         """Return what the model does to its logits, unless all are to be there at once."""
@@ -82,8 +84,7 @@ class Fsdp2Run:
         self.logits_map = inputs.find_logits_map()
         model, precision = inputs.model, inputs.run.precision
         classes = layer_classes(model)
-        groups, device_type = inputs.config.parallel.dp_replicate_size, inputs.device.type
-        mesh = build_dense_mesh(device_type, dp_replicate_size=groups)
+        device_type, mesh = inputs.device.type, inputs.dense_mesh
         is_muon = inputs.config.optim.optim == MUON
         self._matrices = find_matrices(model, []) if is_muon else set()
         self._accelerator = build_accelerator(inputs.config, precision, classes, device_type, mesh)
@@ -106,7 +107,8 @@ class Fsdp2Run:
         scheduler = build_lr_scheduler(self.optimizer, inputs.config.optim, _NUM_STEPS)
         prepared = accelerator.prepare_optimizer(self.optimizer)
         self._state = TrainingState(accelerator, self.model, prepared, scheduler, inputs.sharded)
-        self._finish = StepFinish(self.model, inputs.sharded, _MAX_GRAD_NORM)
+        tp_size = inputs.config.parallel.tp_size
+        self._finish = StepFinish(self.model, inputs.sharded, _MAX_GRAD_NORM, tp_size=tp_size)
 
     def micro_step(self, batch: MicroBatch, weights: LossWeights, *, is_last: bool) -> None:
         """Run forward and backward; Accelerate counts the micro-steps itself."""

@@ -98,6 +98,27 @@ def _count_all_reduce(tensors: list[Tensor], group: Any, *_: Any) -> dict[Route,
     return {route: sum(map(_size, tensors)) * 2 * (size - 1) // size}
 
 
+def _count_functional_all_gather(own: Tensor, size: int, group_name: GroupName) -> dict[Route, int]:
+    return {_named_route("all_gather", group_name): (size - 1) * _size(own)}
+
+
+def _count_functional_reduce_scatter(
+    whole: Tensor, _: str, size: int, group_name: GroupName
+) -> dict[Route, int]:
+    return {_named_route("reduce_scatter", group_name): _size(whole) // size * (size - 1)}
+
+
+def _count_functional_all_reduce(tensor: Tensor, _: str, group_name: GroupName) -> dict[Route, int]:
+    route = _named_route("all_reduce", group_name)
+    size = len(route.group)
+    return {route: _size(tensor) * 2 * (size - 1) // size}
+
+
+def _named_route(kind: str, group_name: GroupName) -> Route:
+    ranks = _ranks(dist.distributed_c10d._resolve_process_group(group_name))
+    return Route(kind, ranks, ranks)
+
+
 def _route(kind: str, group: Any) -> Route:
     ranks = _ranks(dist.ProcessGroup.unbox(group))
     return Route(kind, ranks, ranks)
@@ -113,6 +134,10 @@ def _size(tensor: Tensor) -> int:
 
 _COUNTED: dict[Any, Callable[..., dict[Route, int]]] = {
     torch.ops._c10d_functional.all_to_all_single.default: _count_all_to_all,
+    torch.ops._c10d_functional.all_gather_into_tensor.default: _count_functional_all_gather,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default: _count_functional_reduce_scatter,
+    torch.ops._c10d_functional.all_reduce.default: _count_functional_all_reduce,
+    torch.ops._c10d_functional.all_reduce_.default: _count_functional_all_reduce,
     torch.ops.c10d._allgather_base_.default: _count_all_gather,
     torch.ops.c10d.allgather_.default: _count_all_gather_of_lists,
     torch.ops.c10d._reduce_scatter_base_.default: _count_reduce_scatter,

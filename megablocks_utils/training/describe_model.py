@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.checkpoint.foreign_code import ForeignCode
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.fsdp.tp_plan import find_other_style
 from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_linears
 from megablocks_utils.lora.peft_targets import find_loadable
@@ -55,6 +56,7 @@ def describe_model(model: PreTrainedModel) -> ModelDescription:
         num_kv_heads=_size(config, "num_key_value_heads") or num_heads,
         sliding_window=_sliding_window(config),
         not_known="; ".join(_list_unknown(model, config, list(specs.values()))),
+        not_known_under_tp=find_other_style(model),
         mixer_linears=tuple(find_loadable(model, mixers)),
         dense_linears=tuple(find_loadable(model, dense)),
         kept=tuple(name for name, p in model.named_parameters() if is_replicated(p)),

@@ -1,12 +1,16 @@
 """Calls and bytes of a step's collectives equal benchmarks/results/step_traffic.md."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 
 import pytest
 
+from megablocks_utils.planning.model.prediction import sum_traffic
+from megablocks_utils.rehearsal.traffic_counter import sum_groups
 from megablocks_utils.training.loop import fit
+from megablocks_utils.training.step.objective import label_positions
 from tests.support.communication import CommunicationCounter
 from tests.support.parity import LAYOUTS, Layout, ParityCase, build_run
 
@@ -56,6 +60,21 @@ def run_second_step(rank, argv):
         sum(_local_bytes(weight) for weight in weights),
         setup.sharded.mesh.get_local_rank("ep"),
     )
+
+
+def compare_second_step(rank, argv):
+    """Return what the plan says of the second step, and what was sent, by groups of ranks."""
+    setup, state = build_run([*argv, "--debug", "False"])
+    steps = fit(state, setup)
+    next(steps)
+    _, plan = next(setup.schedule.plans(1))
+    [batch] = plan.micro_batches
+    label_tokens = len(label_positions(batch.labels, batch.columns).targets)
+    planned = setup.plan.run_plan
+    scenario = replace(planned.scenario, tokens=batch.input_ids.numel(), label_tokens=label_tokens)
+    with CommunicationCounter() as counter:
+        next(steps)
+    return scenario.predict(planned.layout).sent, sum_groups(counter.by_group.sent)
 
 
 def _record_routing(sharded):
@@ -203,3 +222,32 @@ def test_replicas_are_summed_once_a_step(count):
         assert record.calls["all_reduce"] - without.calls["all_reduce"] == 2 * NUM_LAYERS
         more = record.num_bytes["all_reduce"] - without.num_bytes["all_reduce"]
         assert more == record.expert_bytes
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "over"),
+    [
+        (Layout(4, 2, tp_size=2), {"lora": "none"}, {"all_gather", "reduce_scatter", "all_reduce"}),
+        (
+            Layout(4, 1, expert_tp_size=2),
+            {"lora": "mlp-only", "lora_rank": 16},
+            {"all_to_all", "all_reduce"},
+        ),
+        (Layout(4, 1, sp_size=2), {"checkpointing": "False"}, {"all_to_all"}),
+    ],
+    ids=str,
+)
+def test_further_axes_send_what_is_planned(ranks4, parity_folder, layout, options, over):
+    """Over all groups but the world, where metrics are reduced, and ep, where routing decides.
+
+    Both ranks of a group together: slices of experts send each other rows of both.
+    """
+    case = ParityCase(layout, num_steps=2, **options)
+    of_ranks = ranks4.run(compare_second_step, parity_folder.argv(case))[:2]
+    told, counted = (sum_traffic(chain(*parts)) for parts in zip(*of_ranks, strict=True))
+    by_routing = ("all_to_all", layout.ep_size, layout.expert_tp_size)
+    left_out = {("all_reduce", 4, 1), by_routing if layout.ep_size > 1 else None}
+    assert [p for p in counted if p[:3] not in left_out] == [
+        p for p in told if p[:3] not in left_out
+    ]
+    assert {part.kind for part in counted if (part.size, part.stride) == (2, 1)} >= over

@@ -7,19 +7,36 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megablocks_utils.errors import ConfigurationError
-from megablocks_utils.fsdp.tp_plan import choose_tp_plan
+from megablocks_utils.fsdp.tp_plan import choose_tp_plan, find_other_style
 from tests.support.tiny_families import tiny_config
 
 
 def _choose(family, tp_size=2, **overrides):
+    return choose_tp_plan(_build(family, **overrides), tp_size)
+
+
+def _build(family, **overrides):
     config = copy.deepcopy(tiny_config(family))
     for name, value in overrides.items():
         setattr(config, name, value)
     is_text = type(config) in AutoModelForCausalLM._model_mapping
     auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = auto.from_config(config)
-    return choose_tp_plan(model, tp_size)
+        return auto.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mixtral", ""),
+        ("qwen3_moe", ""),
+        ("olmoe", "how tensor parallelism splits model.layers.0.self_attn.q_proj"),
+        ("deepseek_v3", "how tensor parallelism splits model.layers.0.self_attn."),
+    ],
+)
+def test_plans_are_told_what_is_split_otherwise(family, reason):
+    found = find_other_style(_build(family))
+    assert found.startswith(reason) and bool(found) == bool(reason)
 
 
 def test_plan_is_transformers_own_without_experts():

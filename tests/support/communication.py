@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megablocks_utils.rehearsal.traffic_counter import TrafficCounter
+
 
 class CommunicationCounter(TorchDispatchMode):
     """Count while it is entered; autograd on a CPU runs in the same thread and is seen too.
@@ -18,16 +20,19 @@ class CommunicationCounter(TorchDispatchMode):
         num_bytes: by kind: all-to-all, what leaves this rank, of counts, rows (also of tokens), or
             routing (places and weights, or gradients of weights); all-gather, what it receives from
             others; reduce-scatter, what it gives to others; all-reduce, the size of the tensors.
+        by_group: what this rank sends, by collective and by the ranks that share in it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.num_bytes: Counter[str] = Counter()
+        self.by_group = TrafficCounter()
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        self.by_group.count(func, args)
         if func in _COUNTED:
             kind, num_bytes = _COUNTED[func](*args)
             self.calls[kind] += 1

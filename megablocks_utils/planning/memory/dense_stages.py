@@ -59,7 +59,7 @@ def router_stage(sizes: Sizes) -> Stage:
             "input": sizes.hidden_bytes * sizes.trains_all,
             "probabilities": logits * FP32,
             "logits for the auxiliary loss": logits * sizes.compute * sizes.run.has_aux_loss,
-            "top k": sizes.num_routed * (2 * INDEX + 2 * FP32),
+            "top k": sizes.tokens * sizes.shape.top_k * (2 * INDEX + 2 * FP32),
         },
         forward={"logits": logits * (sizes.compute + FP32)},
         backward={"gradients": 2 * logits * FP32 + 2 * sizes.hidden_bytes},
@@ -211,7 +211,11 @@ def _output_stage(sizes: Sizes) -> Stage:
     return Stage(
         "output projection",
         saved=_low_rank(sizes, (_OUTPUT,)),
-        forward={"output": _with_delta(sizes, sizes.hidden_bytes), "sum": sizes.hidden_bytes},
+        forward={
+            "output": _with_delta(sizes, sizes.hidden_bytes),
+            "sum": sizes.hidden_bytes,
+            "sum over tp": sizes.hidden_bytes * (sizes.run.tp_size > 1),
+        },
         backward={"gradients": 2 * sizes.hidden_bytes + _queries(sizes)},
         gradients=_gradients(sizes, (_OUTPUT,)),
     )

@@ -4,10 +4,32 @@ from megablocks_utils.config.dispatch_cost import ROUTING_BYTES
 from megablocks_utils.planning.memory.sizes import FP32, INDEX, Sizes
 from megablocks_utils.planning.memory.stages import DISPATCH, Stage
 
-__all__ = ["combine_stage", "dispatch_stage", "send_stage", "sum_stage"]
+__all__ = ["combine_stage", "dispatch_stage", "join_stage", "send_stage", "sum_stage", "take_stage"]
 
 _DOT_BLOCK = {"cpu": 2**17, "cuda": 2**26}
 """Elements that `kernels.permute` turns to fp32 at a time, for the routing weights' gradients."""
+
+
+def take_stage(sizes: Sizes) -> Stage:
+    """Take this rank's part of the tokens that all ranks of a tp group have."""
+    part = sizes.expert_hidden_bytes
+    return Stage(
+        "own tokens",
+        DISPATCH,
+        forward={"own tokens": part},
+        backward={"whole gradients": sizes.hidden_bytes, "own": part},
+    )
+
+
+def join_stage(sizes: Sizes) -> Stage:
+    """Gather the results of the tokens of all ranks of a tp group."""
+    part = sizes.expert_hidden_bytes
+    return Stage(
+        "tokens of all",
+        DISPATCH,
+        forward={"own": 2 * part, "of all": sizes.hidden_bytes},
+        backward={"own gradients": part},
+    )
 
 
 def dispatch_stage(sizes: Sizes) -> Stage:
@@ -45,7 +67,7 @@ def _sums(sizes: Sizes) -> int:
 def send_stage(sizes: Sizes) -> Stage:
     """Send tokens once to a rank, which makes the rows of its experts of them."""
     sent, came, rows = _sent(sizes), _came(sizes), sizes.received(sizes.shape.hidden_size)
-    places = 2 * sizes.num_sent + sizes.tokens + 3 * sizes.num_received + sizes.num_came
+    places = 2 * sizes.num_sent + sizes.run.expert_tokens + 3 * sizes.num_received + sizes.num_came
     return Stage(
         "dispatch",
         DISPATCH,
@@ -71,7 +93,9 @@ def combine_stage(sizes: Sizes) -> Stage:
     home, away = sizes.routed(sizes.shape.hidden_size), sizes.received(sizes.shape.hidden_size)
     if not sizes.rows_travel:
         if sizes.run.kernel == "triton":  # sums within its kernels, and keeps nothing for it
-            return Stage("combine", DISPATCH, forward={"outputs": home, "sum": sizes.hidden_bytes})
+            return Stage(
+                "combine", DISPATCH, forward={"outputs": home, "sum": sizes.expert_hidden_bytes}
+            )
         fullest, results = 2 * home + _dot_blocks(sizes), 0
     else:
         back = 2 * away if sizes.num_local > 1 else 0
@@ -85,7 +109,7 @@ def combine_stage(sizes: Sizes) -> Stage:
         "combine",
         DISPATCH,
         saved={"rows": home, "weights": sizes.num_routed * FP32},
-        forward={"results": results, "sum": sizes.hidden_bytes},
+        forward={"results": results, "sum": sizes.expert_hidden_bytes},
         backward={"rows' gradients": fullest - home},
         kept=home,
     )
@@ -107,11 +131,11 @@ def sum_stage(sizes: Sizes) -> Stage:
 def _dot_blocks(sizes: Sizes) -> int:
     """Return a block's product of rows and their gradients in fp32, and copies of both in fp32.
 
-    On a GPU one kernel makes the gradients of routing weights at home, without any.
+    On a GPU one kernel makes the gradients of routing weights, without any.
     """
-    run, at_home = sizes.run, not sizes.sends_tokens
-    if run.device_type == "cuda" and at_home and (run.kernel != "eager" or sizes.rows_travel):
+    run = sizes.run
+    if run.device_type == "cuda" and (run.kernel != "eager" or sizes.rows_travel):
         return 0
-    num_rows = sizes.num_routed if at_home else sizes.num_received
+    num_rows = sizes.num_received if sizes.sends_tokens else sizes.num_routed
     elements = num_rows * sizes.shape.hidden_size
     return (1 + 2 * sizes.casts) * min(elements, _DOT_BLOCK[run.device_type]) * FP32

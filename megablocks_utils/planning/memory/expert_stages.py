@@ -8,8 +8,10 @@ are taken for `grouped_mm`: they keep the same rows between the same products.
 from megablocks_utils.planning.memory.exchange_stages import (
     combine_stage,
     dispatch_stage,
+    join_stage,
     send_stage,
     sum_stage,
+    take_stage,
 )
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit
 from megablocks_utils.planning.memory.sizes import FP32, INDEX, Sizes
@@ -33,12 +35,17 @@ def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
         inside = [_triton_stage(sizes)]
     else:
         inside = [_gate_up_stage(sizes), _gate_stage(sizes), _down_stage(sizes)]
-    stages = [_sort_stage(sizes, unit), *inside]
+    stages = [_sort_stage(sizes, unit), *_with_exchange(sizes, inside)]
+    return stages if sizes.run.tp_size == 1 else [take_stage(sizes), *stages, join_stage(sizes)]
+
+
+def _with_exchange(sizes: Sizes, inside: list[Stage]) -> list[Stage]:
+    """Put the way to the experts, and the way home, around what is computed there."""
     if sizes.sends_tokens:
-        return [*stages[:1], send_stage(sizes), *inside, sum_stage(sizes)]
+        return [send_stage(sizes), *inside, sum_stage(sizes)]
     if sizes.rows_travel:
-        return [*stages[:1], dispatch_stage(sizes), *inside, combine_stage(sizes)]
-    return [*stages, combine_stage(sizes)]
+        return [dispatch_stage(sizes), *inside, combine_stage(sizes)]
+    return [*inside, combine_stage(sizes)]
 
 
 def _sort_stage(sizes: Sizes, unit: FsdpUnit) -> Stage:
@@ -108,7 +115,7 @@ def _triton_stage(sizes: Sizes) -> Stage:
     hidden_size, expert_size = sizes.shape.hidden_size, sizes.expert_size
     rows, products = sizes.received(hidden_size), sizes.received(expert_size)
     has_tokens = not sizes.rows_travel
-    inputs, saves = sizes.hidden_bytes if has_tokens else rows, _saves_inputs(sizes)
+    inputs, saves = sizes.expert_hidden_bytes if has_tokens else rows, _saves_inputs(sizes)
     return Stage(
         "fused experts",
         DISPATCH,
@@ -180,6 +187,7 @@ def _lasting(sizes: Sizes) -> dict[str, int]:
     return _dequantized(sizes, 3) | {
         "rows as received": rows * _is_sorted_again(sizes),
         "rows": rows * (not _saves_inputs(sizes)),
+        "own tokens": sizes.expert_hidden_bytes * (sizes.run.tp_size > 1),
     }
 
 

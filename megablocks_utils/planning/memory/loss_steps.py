@@ -76,9 +76,10 @@ class _Blocks(LossSteps):
 
     def __init__(self, sizes: Sizes, head: HeadPlan, ledger: Ledger) -> None:
         super().__init__(sizes, head, ledger)
-        self._rows, self._vocab_size = sizes.run.label_tokens, sizes.shape.vocab_size
+        self._rows, self._vocab_size = head.own_rows, sizes.shape.vocab_size
         # The gradients of the rows, and of a trained head the rows and a number of each.
-        self._kept = head.rows + head.saved_rows + self._rows * FP32 * sizes.trains_all
+        self._kept = head.own_rows_bytes + head.saved_rows + self._rows * FP32 * sizes.trains_all
+        self._kept += head.gathered * sizes.trains_all
 
     def compute_head(self) -> None:
         ledger, head = self._ledger, self._head
@@ -86,6 +87,7 @@ class _Blocks(LossSteps):
         block = block_length(self._rows, self._vocab_size) * self._vocab_size
         log_softmax = block * 2 * FP32
         beside = head.rows - head.saved_rows + self._sizes.hidden_bytes
+        beside += head.gathered * (not self._sizes.trains_all)
         ledger.transient(ACTIVATIONS, log_softmax + beside + 2 * self._rows * FP32)
 
     def compute_loss(self) -> None:
@@ -97,7 +99,8 @@ class _Blocks(LossSteps):
     def backward_head(self) -> None:
         ledger, head, sizes = self._ledger, self._head, self._sizes
         block = self._rows * block_length(self._vocab_size, self._rows) * sizes.trains_all
-        ledger.transient(ACTIVATIONS, head.rows + block * (FP32 + sizes.compute))
+        gradient = head.gathered * sizes.trains_all
+        ledger.transient(ACTIVATIONS, head.rows + block * (FP32 + sizes.compute) + gradient)
         ledger.free(ACTIVATIONS, self._kept)
 
 

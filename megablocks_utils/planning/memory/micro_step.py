@@ -157,7 +157,13 @@ class MicroStep:
             buffers.enter_backward(experts)
         if self._recomputes:
             ledger.hold(ACTIVATIONS, self._stream)
-            self._recompute_stages((*layer.dense, *layer.experts, *layer.shared))
+            # What the norm before the experts has made, no gradient asks for: a name holds it.
+            normalised = self._sizes.hidden_bytes * (not self._sizes.trains_all)
+            self._recompute_stages(layer.dense)
+            ledger.hold(ACTIVATIONS, normalised)
+            self._recompute_stages(layer.experts)
+            ledger.free(ACTIVATIONS, normalised)
+            self._recompute_stages(layer.shared)
             ledger.free(ACTIVATIONS, self._stream)
         owner = layer.units.trained_dense
         gradients = self._backward_stages(layer.shared, owner)

@@ -43,7 +43,10 @@ class HeadPlan:
         mask: of all tokens of a row; checkpointing keeps it for backward.
         norm: the final norm.
         rows: hidden states of the positions with labels.
+        own_rows: how many of these this rank takes; no other rank of its tp group does.
+        own_rows_bytes: their hidden states.
         saved_rows: of these, what the output head keeps for its weights' gradient.
+        gathered: the head's weights, put together where a tp group splits them.
         logits: in the dtype of compute.
         logits_fp32: in fp32.
         gradient: of the output head's weights, and likewise of the embedding's; 0 if frozen.
@@ -53,7 +56,10 @@ class HeadPlan:
     mask: int
     norm: Stage
     rows: int
+    own_rows: int
+    own_rows_bytes: int
     saved_rows: int
+    gathered: int
     logits: int
     logits_fp32: int
     gradient: int
@@ -82,12 +88,18 @@ def _plan_layer(sizes: Sizes, layer: LayerShape, units: LayerUnits) -> LayerPlan
         norm_stage(sizes, "norm before experts", owns_input=True),
     ]
     if not layer.is_moe:
-        dense.append(mlp_stage(sizes, "dense MLP", layer.mlp_size, owns_input=True))
+        dense.append(
+            mlp_stage(sizes, "dense MLP", layer.mlp_size // sizes.run.tp_size, owns_input=True)
+        )
         return LayerPlan(units, tuple(dense), (), ())
     dense.append(router_stage(sizes))
     shared = []
     if layer.mlp_size:
-        shared.append(mlp_stage(sizes, "shared experts", layer.mlp_size, owns_input=False))
+        shared.append(
+            mlp_stage(
+                sizes, "shared experts", layer.mlp_size // sizes.run.tp_size, owns_input=False
+            )
+        )
     experts = expert_stages(sizes, units.experts or units.layer)
     return LayerPlan(units, tuple(dense), tuple(experts), tuple(shared))
 
@@ -97,15 +109,20 @@ def plan_head(sizes: Sizes) -> HeadPlan:
     shape, run = sizes.shape, sizes.run
     logits = run.label_tokens * shape.vocab_size
     rows = run.label_tokens * shape.hidden_size * sizes.compute
-    gradient = shape.vocab_size * shape.hidden_size * sizes.compute * sizes.trains_all
+    own_rows = -(-run.label_tokens // run.tp_size)
+    own_rows_bytes = own_rows * shape.hidden_size * sizes.compute
+    weights = shape.vocab_size * shape.hidden_size * sizes.compute
     angles = 2 * sizes.tokens * sizes.attention.rope_dim * sizes.compute
     return HeadPlan(
         held=angles + 3 * sizes.tokens * INDEX,
         mask=sizes.mask_elements,  # of one byte each
         norm=norm_stage(sizes, "final norm", owns_input=True),
         rows=rows,
-        saved_rows=rows * sizes.trains_all,
+        own_rows=own_rows,
+        own_rows_bytes=own_rows_bytes,
+        saved_rows=own_rows_bytes * sizes.trains_all,
+        gathered=weights * (run.tp_size > 1),
         logits=logits * sizes.compute,
         logits_fp32=logits * FP32,
-        gradient=gradient,
+        gradient=weights // run.tp_size * sizes.trains_all,
     )

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megablocks_utils.config import RunConfig
-from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.remedies import find_remedies
 from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.memory.verdict import WORDS, Verdict, judge
@@ -12,7 +11,7 @@ from megablocks_utils.planning.model.model_shape import ModelShape
 from megablocks_utils.planning.model.prediction import ParallelLayout, Prediction
 from megablocks_utils.planning.model.units import format_gb
 
-__all__ = ["RunPlan", "plan_run", "refuse_unplanned"]
+__all__ = ["RunPlan", "plan_run"]
 
 
 @dataclass(frozen=True)
@@ -78,20 +77,6 @@ class RunPlan:
         }
 
 
-def refuse_unplanned(config: RunConfig) -> None:
-    """Refuse to plan what the formulas do not count.
-
-    Raises:
-        ConfigurationError: tensor parallelism.
-    """
-    size = config.parallel.tp_size
-    if size > 1:
-        raise ConfigurationError(
-            f"tp_size is {size}, but plans count no tensor parallelism: only 1 can be planned.",
-            parameters=("tp_size",),
-        )
-
-
 def plan_run(
     config: RunConfig,
     shape: ModelShape,
@@ -126,7 +111,6 @@ def plan_run(
     Raises:
         ConfigurationError: the formulas do not know the model, or how it is split.
     """
-    refuse_unplanned(config)
     scenario = Scenario(
         config=config,
         shape=shape,

@@ -1,5 +1,6 @@
 """A run to be planned: its options, its model's shape and how many ranks there are."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -7,7 +8,8 @@ from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.config.adapter import DEFAULT_LORA_R
-from megablocks_utils.config.parallel import count_ranks_of_slice
+from megablocks_utils.config.parallel import count_ranks_of_slice, legal_ep_sizes
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
 from megablocks_utils.planning.model.model_shape import ModelShape
@@ -111,6 +113,7 @@ class Scenario:
             token_dispatch=config.parallel.token_dispatch,
             sp_size=config.parallel.sp_size,
             expert_tp_size=config.parallel.expert_tp_size,
+            tp_size=config.parallel.tp_size,
             packed_format=config.adapter.packed_format,
             optim=config.optim.optim,
         )
@@ -132,11 +135,12 @@ class Scenario:
     def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
         self._check_slices()
+        self._check_heads()
         layouts = legal_layouts(
             self.shape,
             self.slice_ranks,
             self.config.entry_point,
-            is_dmoe=self.config.parallel.expert_tp_size > 1,
+            is_dmoe=self._needs_own_experts,
         )
         if self.config.adapter.packed_format is not None:  # FSDP shards no packed weights
             return list(dict.fromkeys(map(_with_whole_experts, layouts)))
@@ -149,7 +153,7 @@ class Scenario:
         Raises:
             ConfigurationError: the formulas do not know it, and nothing else is there.
         """
-        not_known = self.shape.not_known or self._not_known_on_device()
+        not_known = self.not_known
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())
         if self.config.adapter.packed_format is not None:
@@ -172,6 +176,11 @@ class Scenario:
             )
         return self.rehearse(layout, self.planned_run())
 
+    @property
+    def _needs_own_experts(self) -> bool:
+        """Whether the experts must be this project's, without expert parallelism too."""
+        return self.config.parallel.expert_tp_size > 1 or self.config.parallel.tp_size > 1
+
     def _check_slices(self) -> None:
         """Refuse slices of experts of different sizes, as `ExpertSpec` does.
 
@@ -185,6 +194,43 @@ class Scenario:
                 f"experts, which is {self.shape.expert_size}.",
                 parameters=("expert_tp_size",),
             )
+
+    def _check_heads(self) -> None:
+        """Refuse heads that tensor parallelism cannot share out evenly, as `fsdp.tp_plan` does.
+
+        Raises:
+            ConfigurationError: it divides those of queries or keys unevenly.
+        """
+        tp_size, attention = self.config.parallel.tp_size, self.shape.attention
+        if tp_size == 1 or attention is None or attention.kv_rank:
+            return
+        common = math.gcd(attention.num_heads, attention.num_kv_heads)
+        if common % tp_size:
+            raise ConfigurationError(
+                f"tp_size is {tp_size}, but it must divide the heads of the attention "
+                f"({attention.num_heads} of queries and {attention.num_kv_heads} of keys); "
+                f"{join_words(legal_ep_sizes(common), 'and')} would work.",
+                parameters=("tp_size",),
+            )
+
+    @property
+    def not_known(self) -> str:
+        """What of this run the formulas do not know; empty where they know all."""
+        return self.shape.not_known or self._not_known_on_device() or self._not_known_under_tp()
+
+    def _not_known_under_tp(self) -> str:
+        """Say what of tensor parallelism is not known; empty for nothing."""
+        shape, tp_size = self.shape, self.config.parallel.tp_size
+        if tp_size == 1:
+            return ""
+        if shape.attention is not None and (shape.attention.kv_rank or shape.is_tied):
+            return shape.not_known_under_tp or "how tensor parallelism splits it"
+        if self.has_whole_logits:
+            return shape.not_known_under_tp or "logits that are split over ranks"
+        sizes = {shape.hidden_size, shape.vocab_size, *(layer.mlp_size for layer in shape.layers)}
+        if any(size % tp_size for size in sizes):
+            return shape.not_known_under_tp or f"layers that {tp_size} ranks cannot split evenly"
+        return shape.not_known_under_tp
 
     def _not_known_on_device(self) -> str:
         """Say what is another on a CPU than on a GPU, and not known there; empty for nothing."""

@@ -1,7 +1,7 @@
 """Numbers that every stage is made of."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megablocks_utils.config.dispatch_cost import TokenTraffic, choose_dispatch
@@ -25,11 +25,13 @@ class Sizes:
     layout: ParallelLayout
     run: PlannedRun
 
-    @property
+    @cached_property
     def attention(self) -> AttentionShape:
-        """Sizes of the attention."""
-        assert self.shape.attention is not None, "formulas are for models that they know"
-        return self.shape.attention
+        """Sizes of the attention, of the heads that this rank has."""
+        whole, tp_size = self.shape.attention, self.run.tp_size
+        assert whole is not None, "formulas are for models that they know"
+        num_heads, num_kv_heads = whole.num_heads // tp_size, whole.num_kv_heads // tp_size
+        return replace(whole, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
     @property
     def compute(self) -> int:
@@ -49,6 +51,11 @@ class Sizes:
     def hidden(self, num_bytes: int) -> int:
         """T * H elements."""
         return self.tokens * self.shape.hidden_size * num_bytes
+
+    @property
+    def expert_hidden_bytes(self) -> int:
+        """Hidden states of the tokens that this rank brings to the experts."""
+        return self.run.expert_tokens * self.shape.hidden_size * self.compute
 
     @property
     def hidden_fp32_bytes(self) -> int:
@@ -122,7 +129,7 @@ class Sizes:
     @property
     def num_routed(self) -> int:
         """N."""
-        return self.tokens * self.shape.top_k
+        return self.run.expert_tokens * self.shape.top_k
 
     @property
     def num_brought(self) -> int:
@@ -146,7 +153,11 @@ class Sizes:
     @property
     def num_sent(self) -> int:
         """Rows, or copies of tokens, that a rank sends, itself among the receivers."""
-        return self._traffic.count_copies(self.tokens) if self.sends_tokens else self.num_routed
+        return (
+            self._traffic.count_copies(self.run.expert_tokens)
+            if self.sends_tokens
+            else self.num_routed
+        )
 
     @property
     def num_came(self) -> int:

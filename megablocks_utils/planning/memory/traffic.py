@@ -5,12 +5,12 @@ are left out.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from megablocks_utils.config.dispatch_cost import ROUTING_BYTES, WEIGHT_GRADIENT_BYTES
 from megablocks_utils.planning.memory.dense_stages import exchanged_bytes, output_bytes
 from megablocks_utils.planning.memory.fsdp_units import FsdpUnit, ModelUnits
 from megablocks_utils.planning.memory.sizes import INDEX, Sizes
+from megablocks_utils.planning.memory.tp_traffic import Axis, count_tp_traffic
 from megablocks_utils.planning.model.prediction import GroupTraffic, sum_traffic
 
 __all__ = ["count_traffic", "sum_of_slices"]
@@ -18,34 +18,19 @@ __all__ = ["count_traffic", "sum_of_slices"]
 _NORM_BYTES = 8
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Ranks of a group, so far from each other."""
-
-    size: int
-    stride: int
-
-    def send(self, kind: str, num_bytes: int) -> GroupTraffic:
-        """Say that a rank sends so much."""
-        return GroupTraffic(kind, self.size, self.stride, num_bytes)
-
-    def reduce(self, num_bytes: int) -> GroupTraffic:
-        """Say that tensors of so much are all-reduced."""
-        return self.send("all_reduce", num_bytes * 2 * (self.size - 1) // self.size)
-
-
 class _Axes:
     """The groups that a rank is in, on both meshes; the last axis of each is innermost."""
 
     def __init__(self, sizes: Sizes) -> None:
         run, ep_size = sizes.run, sizes.layout.ep_size
-        self.world = _Axis(run.world_size, 1)
-        self.groups = _Axis(run.dp_replicate_size, run.shard_size)
-        self.shard = _Axis(run.shard_size, 1)
-        self.copies = _Axis(run.count_copies(sizes.layout), ep_size * run.expert_tp_size)
-        self.ep = _Axis(ep_size, run.expert_tp_size)
-        self.slices = _Axis(run.expert_tp_size, 1)
-        self.rows = _Axis(run.sp_size, 1)
+        self.world = Axis(run.world_size, 1)
+        self.groups = Axis(run.dp_replicate_size, run.shard_size)
+        self.shard = Axis(run.dense_shard_size, run.tp_size)
+        self.copies = Axis(run.count_copies(sizes.layout), ep_size * run.expert_tp_size)
+        self.ep = Axis(ep_size, run.expert_tp_size)
+        self.slices = Axis(run.expert_tp_size, 1)
+        self.rows = Axis(run.sp_size, run.tp_size)
+        self.tp = Axis(run.tp_size, 1)
 
 
 def count_traffic(sizes: Sizes, units: ModelUnits) -> tuple[GroupTraffic, ...]:
@@ -56,6 +41,7 @@ def count_traffic(sizes: Sizes, units: ModelUnits) -> tuple[GroupTraffic, ...]:
             *_count_gathered(sizes, units, axes),
             *_count_exchanges(sizes, axes),
             *_count_head_exchanges(sizes, axes),
+            *count_tp_traffic(sizes, axes.tp),
             *_count_all_reduces(sizes, units, axes),
         ]
     )

@@ -66,13 +66,19 @@ class _Builder:
     def base(self, parameter: ParameterShape) -> ParamShard:
         """Return a weight of the model, sharded over the ranks of a group."""
         stored = itemsize(self.run.precision.weights)
-        shard = self._shard(parameter.shape, stored, self._is_trained(parameter))
-        return replace(shard, is_matrix=_is_matrix(parameter))
+        shape = self._split(parameter.shape, parameter.tp_dim)
+        shard = self._shard(shape, stored, self._is_trained(parameter))
+        num_slices = 1 if parameter.tp_dim is None else self.run.tp_size
+        return replace(shard, is_matrix=_is_matrix(parameter), num_slices=num_slices)
 
     def adapter(self, shape: tuple[int, ...]) -> ParamShard:
         """Return an adapter's factor, sharded over the ranks of a group."""
         shard = self._shard(shape, itemsize(self.run.precision.adapter), True)
         return replace(shard, is_matrix=min(shape) > 1)
+
+    def _split(self, shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
+        """Return the part of a tensor that a rank of a tp group has; all of it without a dim."""
+        return tuple(n // self.run.tp_size if i == dim else n for i, n in enumerate(shape))
 
     def kept(self) -> FsdpUnit | None:
         """Return what every rank holds whole, of all layers; None for nothing."""
@@ -91,14 +97,14 @@ class _Builder:
 
     def unit(self, shards: list[ParamShard]) -> FsdpUnit:
         """Put parameters that are sharded over the ranks of a group in a unit."""
-        compute, shard_size = itemsize(self.run.precision.compute), self.run.shard_size
+        compute, shard_size = itemsize(self.run.precision.compute), self.run.dense_shard_size
         if self.run.entry_point == "fsdp2":
             return FsdpUnit(tuple(shards), shard_size, True, compute)
         padding = _flat_padding(shards, shard_size)
         return FsdpUnit(tuple(shards), shard_size, True, compute, padding)
 
     def _shard(self, shape: tuple[int, ...], stored: int, is_trained: bool) -> ParamShard:
-        shard_size = self.run.shard_size
+        shard_size = self.run.dense_shard_size
         if self.run.entry_point == "fsdp1":
             # Exact to the element only with what `_flat_padding` adds.
             return ParamShard(shape, prod(shape) // shard_size, stored, is_trained)
@@ -149,13 +155,15 @@ class _Builder:
         for factor, is_cut in ((first, is_down), (second, not is_down)):
             yield replace(factor, is_matrix=rank > 1, num_slices=num_slices if is_cut else 1)
 
-    def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, int]]:
+    def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, ...]]:
         is_adapted = {MIXER: self.run.trains_attention, DENSE: self.run.trains_dense}
         for parameter in layer.parameters:
             if is_adapted.get(parameter.adapter):
                 num_out, num_in = parameter.shape
-                yield (self.run.lora_r, num_in)
-                yield (num_out, self.run.lora_r)
+                # B is split as columns are, A as rows.
+                dim = parameter.tp_dim
+                yield self._split((self.run.lora_r, num_in), 1 if dim == 1 else None)
+                yield self._split((num_out, self.run.lora_r), 0 if dim == 0 else None)
 
 
 def _is_matrix(parameter: ParameterShape) -> bool:

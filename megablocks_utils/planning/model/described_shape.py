@@ -56,6 +56,7 @@ def shape_of(model: ModelDescription) -> ModelShape:
         layers=tuple(kinds.setdefault(shape, shape) for shape in shapes),
         outside=tuple(outside),
         not_known=reason,
+        not_known_under_tp=model.not_known_under_tp,
         layers_path=model.layers,
         routes_in_fp32=model.routes_in_fp32,
     )

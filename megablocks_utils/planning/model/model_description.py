@@ -31,6 +31,7 @@ class ModelDescription:
         num_kv_heads: of keys and values, likewise.
         sliding_window: tokens that attention looks back; None for all.
         not_known: what no formula has, in words; empty where all of it may be known.
+        not_known_under_tp: likewise of how tensor parallelism splits it.
         mixer_linears: paths of the linear layers that mix tokens and can have adapters.
         dense_linears: likewise of dense MLPs and shared experts.
         routes_in_fp32: whether the routing weights reach the experts in fp32, whatever is computed
@@ -56,6 +57,7 @@ class ModelDescription:
     num_kv_heads: int
     sliding_window: int | None
     not_known: str
+    not_known_under_tp: str = ""
     mixer_linears: tuple[str, ...] = ()
     dense_linears: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()

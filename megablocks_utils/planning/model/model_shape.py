@@ -38,6 +38,7 @@ class ModelShape:
         layers: every decoder layer; layers of one kind are one object.
         outside: parameters of no layer: embedding, final norm, output head unless tied.
         not_known: what of the model the formulas do not know; empty where they know all.
+        not_known_under_tp: likewise of how tensor parallelism splits it.
         layers_path: where the decoder layers are.
         routes_in_fp32: whether the routing weights reach the experts in fp32, whatever is computed
             in.
@@ -55,6 +56,7 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     outside: tuple[ParameterShape, ...]
     not_known: str = ""
+    not_known_under_tp: str = ""
     layers_path: str = "model.layers"
     routes_in_fp32: bool = True
 

@@ -45,6 +45,20 @@ class ParameterShape:
         """Elements."""
         return prod(self.shape)
 
+    @property
+    def tp_dim(self) -> int | None:
+        """Dim that tensor parallelism splits, where it splits all that the formulas know of it."""
+        if self.room in _TP_DIMS:
+            return _TP_DIMS[self.room]
+        linear, _, kind = self.name.rpartition(".")
+        dim = _TP_DIMS.get(linear.rpartition(".")[2])
+        return None if dim == 1 and kind == "bias" else dim
+
+
+_TP_DIMS = {"embedding": 1, "head": 0, "o_proj": 1, "down_proj": 1}
+_TP_DIMS |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0)
+"""By room or by the name of a linear layer."""
+
 
 @dataclass(frozen=True)
 class LayerShape:

@@ -131,6 +131,7 @@ class PlannedRun:
             model does to them is not known.
         sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
         expert_tp_size: ranks that each expert is split over.
+        tp_size: ranks that have the same rows, and split attention and dense layers.
         packed_format: what the experts' weights are packed in, each rank whole ones; None: not.
         optim: the optimizer.
     """
@@ -158,6 +159,7 @@ class PlannedRun:
     dp_replicate_size: int = 1
     sp_size: int = 1
     expert_tp_size: int = 1
+    tp_size: int = 1
     packed_format: str | None = None
     optim: str = "adamw"
 
@@ -166,9 +168,19 @@ class PlannedRun:
         """Ranks of a group, which the model is sharded over."""
         return self.world_size // self.dp_replicate_size
 
+    @property
+    def dense_shard_size(self) -> int:
+        """Ranks of a group that FSDP shards all but experts over."""
+        return self.shard_size // self.tp_size
+
     def count_copies(self, layout: ParallelLayout) -> int:
         """Return the ranks of a group that hold the same part of the experts: along dp."""
         return self.shard_size // (layout.ep_size * self.expert_tp_size)
+
+    @property
+    def expert_tokens(self) -> int:
+        """Of the tokens of a rank, those that it brings to the experts: no other one does."""
+        return -(-self.tokens // self.tp_size)
 
     @property
     def offloaded(self) -> str:

@@ -25,7 +25,7 @@ def show_loads(
         for ep_size in sorted(of_sizes)
     }
     if not balances:
-        console.print("\nWith ep_size 1 no rank waits for the experts of another (--loads).")
+        console.print("\nWith ep_size 1 each rank has all experts, or a slice of each (--loads).")
         return
     console.print(f"\nLoads of experts, {loads.source}", markup=False, soft_wrap=True)
     console.print(_build_table(loads, balances))

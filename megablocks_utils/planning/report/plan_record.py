@@ -58,9 +58,9 @@ def list_assumptions(request: PlanRequest, own: Mapping[str, Any]) -> list[str]:
         says.append("Seconds come from the calibration: two runs on one node, this workload.")
     if config.adapter.resume_adapter is not None:
         says.append(f"--lora_r is taken as {scenario.planned_run().lora_r}: no adapter was read.")
-    if scenario.shape.not_known:
+    if scenario.not_known:
         says.append(
-            f"The formulas do not know {scenario.shape.not_known}: one layer of each kind was "
+            f"The formulas do not know {scenario.not_known}: one layer of each kind was "
             "rehearsed on tensors without memory, on a CPU, for every layout. Nothing was tried "
             "that would make a layout fit, and of attention only the weights count for speed."
         )

@@ -180,7 +180,7 @@ def _rank(rows: Sequence[PlanRow]) -> tuple[Mapping[ParallelLayout, int], float 
 
 
 def _remedies(request: PlanRequest, row: PlanRow) -> tuple[str, ...]:
-    if row.verdict.name != OOM or request.scenario.shape.not_known:
+    if row.verdict.name != OOM or request.scenario.not_known:
         return ()  # each attempt would be a rehearsal
     found = find_remedies(request.scenario, row.layout, request.capacity_bytes)
     return tuple(remedy.describe() for remedy in found)

@@ -11,7 +11,7 @@ constants below give their order, not their seconds, and no other run has been c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megablocks_utils.planning.memory.scenario import Scenario
 from megablocks_utils.planning.model.model_shape import ModelShape
@@ -44,6 +44,7 @@ _REGIMES = {
     "compute": "compute bound",
     "weights": "all-gather bound",
     "tokens": "all-to-all bound",
+    "tp": "tensor-parallel bound",
 }
 _GATHERED = ("all_gather", "reduce_scatter")
 
@@ -53,7 +54,8 @@ class StepCost:
     """Say what a micro-step is made of, and where its bytes go.
 
     Attributes:
-        terms: seconds by the model above: `launch`, `compute`, `weights` and `tokens`.
+        terms: seconds by the model above: `launch`, `compute`, `weights`, `tokens`, and `tp`: what
+            ranks of a tp group exchange, which is waited for as tokens are.
         links: traffic of an optimizer step by kind of collective.
         step_s: seconds of an optimizer step by measurement; None without a calibration.
         micro_step: what micro-steps are compared by.
@@ -95,17 +97,19 @@ def cost_step(
     accumulation = scenario.config.optim.gradient_accumulation_steps
     links = split_traffic(prediction, cluster)
     flops = count_flops(scenario, layout)
+    tp_s = _time_tp(scenario, prediction, cluster)
     tokens_s = links["all_to_all"].ideal_s
-    weights_s = sum(link.ideal_s for link in links.values()) - tokens_s
+    weights_s = sum(link.ideal_s for link in links.values()) - tokens_s - tp_s
     terms = {
         "launch": LAUNCH_S_PER_LAYER * scenario.shape.num_layers,
         "compute": flops / (cluster.gpu.peak_flops * ACHIEVED_FLOPS),
         "weights": weights_s / ACHIEVED_BANDWIDTH / accumulation,
         "tokens": tokens_s / ACHIEVED_BANDWIDTH / accumulation,
+        "tp": tp_s / ACHIEVED_BANDWIDTH / accumulation,
     }
     if calibration is None:
         busy = max(terms["compute"], terms["launch"] + terms["weights"])
-        return StepCost(terms, links, None, busy + terms["tokens"])
+        return StepCost(terms, links, None, busy + terms["tokens"] + terms["tp"])
     sent = prediction.sent_bytes_per_step
     step_s = calibration.step_s(sum(sent.values()), accumulation)
     own = "launch" if terms["launch"] > terms["compute"] else "compute"
@@ -131,6 +135,16 @@ def rank_costs(
     return ranked
 
 
+def _time_tp(scenario: Scenario, prediction: Prediction, cluster: Cluster) -> float:
+    """Return the seconds of what the ranks of a tp group gather and reduce, and wait for."""
+    tp_size = scenario.config.parallel.tp_size
+    if tp_size == 1:
+        return 0.0
+    within = (p for p in prediction.sent if (p.size, p.stride) == (tp_size, 1))
+    own = replace(prediction, sent=tuple(p for p in within if p.kind != "all_to_all"))
+    return sum(link.ideal_s for link in split_traffic(own, cluster).values())
+
+
 def count_flops(scenario: Scenario, layout: ParallelLayout) -> float:
     """Count the operations of a micro-step on the rank whose experts have most to do.
 
@@ -146,6 +160,7 @@ def count_flops(scenario: Scenario, layout: ParallelLayout) -> float:
     forward = scenario.rank_tokens * (
         2 * (dense + experts * imbalance) + _attention_flops(scenario)
     )
+    forward /= config.parallel.tp_size  # of the same tokens each rank has its part of the work
     passes = 2 if config.adapter.has_lora else 3
     return forward * (passes + (config.gradient_checkpointing != "none"))
 

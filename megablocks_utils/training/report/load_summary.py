@@ -75,7 +75,7 @@ class LoadSummary:
             f"{self.num_dead:,} of {self.num_experts:,} got no token in step {self.steps[-1]}",
         ]
         if ep_size == 1:
-            return "; ".join([*parts, "with ep 1 no rank waits for the experts of another"])
+            return "; ".join([*parts, "with ep 1 each rank has all experts, or a slice of each"])
         mean = sum(self.rank_max_over_mean) / len(self.rank_max_over_mean)
         step, layer = self.worst
         plan = "" if planned is None else f"; the plan takes {planned:.2f} (--imbalance)"

@@ -92,6 +92,22 @@ def folder_of(tmp_path_factory):
         # Ranks that share rows, and of four key heads two copies each.
         (MIXTRAL, WHOLE, {"sp_size": 8, "world_size": 8, "precision": "bf16", "use_lora": "all"}),
         (MIXTRAL, SHARD, {"sp_size": 2, "gradient_checkpointing": "selective"}),
+        # Dense layers split over ranks with the same rows.
+        (
+            QWEN | {"mlp_only_layers": [0], "intermediate_size": 2048},
+            ParallelLayout(2, "shard"),
+            {"tp_size": 2, "use_lora": "all", "precision": "bf16"},
+        ),
+        (
+            QWEN,
+            ParallelLayout(2, "shard"),
+            {"tp_size": 2, "sp_size": 2, "dp_replicate_size": 2, "has_aux_loss": True},
+        ),
+        (
+            MIXTRAL,
+            ParallelLayout(2, "replicate"),
+            {"tp_size": 4, "expert_tp_size": 2, "gradient_checkpointing": "none"},
+        ),
         # Slices of experts: alone, and sharded over dp.
         (
             QWEN,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from transformers import MixtralConfig
 
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.scenario import read_shape
 from megablocks_utils.planning.model.prediction import ParallelLayout
 from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
@@ -31,6 +32,12 @@ LAYOUTS = [
     ("--use_megablocks_sharding True --expert_dp replicate", "fsdp2", (8, "shard")),
     ("--use_megablocks_sharding True --ep_size 4", "fsdp2", (4, "shard")),
     ("--use_megablocks_sharding True --ep_size 4 --expert_dp replicate", "fsdp2", (4, "replicate")),
+    ("--use_megablocks_sharding True --expert_tp_size 2", "fsdp2", (4, "shard")),
+    (
+        "--use_megablocks_sharding True --ep_size 1 --tp_size 2 --expert_dp replicate",
+        "fsdp2",
+        (1, "replicate", True),
+    ),
     ("", "fsdp1", (1, "shard")),
     ("--use_megablocks_sharding True", "fsdp1", (8, "replicate")),
     ("--use_megablocks_sharding True --ep_size 2", "fsdp1", (2, "replicate")),
@@ -42,6 +49,22 @@ def test_the_layout_that_the_options_ask_for(line, entry_point, layout):
     scenario = build_scenario(line, entry_point=entry_point)
     assert scenario.own_layout() == ParallelLayout(*layout)
     assert scenario.own_layout() in scenario.legal_layouts()
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--tp_size 16", r"^tp_size is 16, but it must divide the heads .* 8 of keys\); 1, 2, 4"),
+        (
+            "--expert_tp_size 32768",
+            r"^expert_tp_size is 32768, but it must divide the intermediate",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_evenly_is_refused(option, reason):
+    scenario = build_scenario(f"--use_megablocks_sharding True {option}", world_size=2**15)
+    with pytest.raises(ConfigurationError, match=reason):
+        scenario.legal_layouts()
 
 
 def test_a_truncated_model_has_two_layers():

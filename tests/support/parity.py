@@ -53,6 +53,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     # Where a value lies within rounding of the clamp, its gradient is there or not in any fp32 run.
     "gpt_oss, clamp out of reach": ("gpt_oss", {"swiglu_limit": 7.0}),
     "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
+    "mixtral, 8 experts": ("mixtral", {"num_local_experts": 8}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
     # Blocks of every format divide the sizes; a rank of ep 2 has experts that 2 does not divide.
     "mixtral, 6 experts": (

@@ -1,11 +1,12 @@
 """How far runs with several mesh axes at once are from one process of stock transformers.
 
-    PYTHONPATH=. python -m benchmarks.composition [--only LAYOUT ...]
+    PYTHONPATH=. python -m benchmarks.composition [--only LAYOUT ...] [--missing]
 
-Products of HSDP, expert, expert tensor, tensor and sequence parallelism on 4 and 8 CPU ranks, 20
-steps, full and LoRA. Writes benchmarks/results/composition.json and prints it as a Markdown table.
-Ends with exit code 1 if a bound does not hold. With `--only`, rows of other layouts stay as they
-are in the file.
+HSDP, expert, expert tensor, tensor and sequence parallelism and their products on 4 and 8 CPU
+ranks, 20 steps, full and LoRA; two steps on 16 ranks, more than there are experts. Writes
+benchmarks/results/composition.json and prints it as a Markdown table. Ends with exit code 1 if a
+bound does not hold. With `--only`, rows of other layouts stay as they are in the file; with
+`--missing`, all rows do.
 """
 
 import argparse
@@ -33,17 +34,28 @@ LAYOUTS = (
     Layout(4, 1, tp_size=2, expert_tp_size=2),
     Layout(8, 2, groups=2, expert_tp_size=2),
     Layout(8, 2, groups=2, sp_size=2),
+    Layout(4, 1, tp_size=2),
+    Layout(4, 1, expert_tp_size=2),
+    Layout(4, 1, groups=2),
+    Layout(4, 1, sp_size=2),
 )
+FEW_ADAPTERS = LAYOUTS[4:7]
+"""Layouts of which one model has adapters; of the others every one, too."""
+MANY_RANKS = ParityCase(Layout(16, 8, expert_tp_size=2), "mixtral, 8 experts", num_steps=2)
 
 
 def list_cases() -> Iterator[ParityCase]:
-    """Yield a full run of each layout and model, and one with adapters on the experts.
+    """Yield a full run of each layout and model, and those with adapters.
 
-    The model with adapters changes from layout to layout, and the way of recomputing from run to
-    run. The routers' auxiliary loss is in the full runs of Mixtral.
+    The model with adapters on the experts alone changes from layout to layout, and the way of
+    recomputing from run to run. The routers' auxiliary loss is in the full runs of Mixtral.
     """
+    yield MANY_RANKS
     for number, layout in enumerate(LAYOUTS):
-        cases = [(model, "none") for model in MODELS] + [(MODELS[number % len(MODELS)], "mlp-only")]
+        alone = MODELS[number % len(MODELS)]
+        cases = [(model, "none") for model in MODELS] + [(alone, "mlp-only")]
+        if layout not in FEW_ADAPTERS:
+            cases += [(model, "all") for model in MODELS if model != alone]
         for place, (model, lora) in enumerate(cases):
             yield ParityCase(
                 layout,
@@ -58,10 +70,15 @@ def main() -> None:
     """Measure what the file does not have, write, show, judge."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="LAYOUT", default=[])
-    only = parser.parse_args().only
+    parser.add_argument("--missing", action="store_true", help="only cases that the file has not")
+    options = parser.parse_args()
     started = time.monotonic()
+    only = options.only
     cases = [case for case in list_cases() if not only or str(case.layout) in only]
-    record = _open_record(cases)
+    known = Record.read(RESULT) if RESULT.exists() else None
+    if options.missing and known is not None:
+        cases = [case for case in cases if known.find(**_key(case)) is None]
+    record = _open_record(known, cases)
     with open_rank_pools(*sorted({case.layout.world_size for case in cases})) as (pools, folder):
         for case in cases:
             record.rows.extend(measure_parity(pools, folder, [case]))
@@ -93,13 +110,17 @@ def find_all_violations(rows: Sequence[Row]) -> list[str]:
     return find_violations(judged, [])
 
 
-def _open_record(cases: Sequence[ParityCase]) -> Record:
-    """Return the rows that the file has of layouts that are not measured now."""
+def _key(case: ParityCase) -> dict[str, str]:
+    return {"layout": str(case.layout), "model": case.model, "lora": case.lora}
+
+
+def _open_record(known: Record | None, cases: Sequence[ParityCase]) -> Record:
+    """Return the rows that the file has of cases that are not measured now."""
     content = build_provenance("benchmarks.composition", sys.argv[1:], runtime_s=0) | {"rows": []}
-    if RESULT.exists():
-        measured = {str(case.layout) for case in cases}
-        known = Record.read(RESULT)
-        content["rows"] = [row for row in known.rows if row["layout"] not in measured]
+    if known is not None:
+        measured = {tuple(_key(case).values()) for case in cases}
+        keys = ("layout", "model", "lora")
+        content["rows"] = [row for row in known.rows if tuple(row[k] for k in keys) not in measured]
         content["runtime_s"] = known.content["runtime_s"]
     return Record(RESULT, content)
 

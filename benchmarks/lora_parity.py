@@ -11,7 +11,7 @@ bound does not hold.
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import product
 
@@ -57,14 +57,18 @@ def lora_cases() -> Iterator[tuple[str, ParityCase]]:
         )
 
 
-def measure_rows(pools: Mapping[int, RankPool], folder: ParityFolder) -> list[Row]:
-    """Run all cases and return a row for each: its options and its worst relative differences.
+def measure_rows(
+    pools: Mapping[int, RankPool],
+    folder: ParityFolder,
+    cases: Iterable[tuple[str, ParityCase]],
+) -> list[Row]:
+    """Run cases and return a row for each: its options and its worst relative differences.
 
     `weight_excess` is there where a final weight is further than the bound from fp32 stock: the
     largest quotient of a weight's distance from fp64 and that of fp32 stock (or the bound).
     """
     rows = []
-    for script, case in lora_cases():
+    for script, case in cases:
         started = time.monotonic()
         wanted = folder.reference(folder.stock_run(case))
         seen = run_case(pools, folder, case, TRAIN[script])
@@ -102,7 +106,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()  # --help, no options
     started = time.monotonic()
     with open_rank_pools(4) as (pools, folder):
-        rows = measure_rows(pools, folder)
+        rows = measure_rows(pools, folder, lora_cases())
     runtime_s = round(time.monotonic() - started)
     provenance = build_provenance("benchmarks.lora_parity", sys.argv[1:], runtime_s=runtime_s)
     finish(RESULT, provenance | {"rows": rows}, format_table(rows), find_violations(rows))

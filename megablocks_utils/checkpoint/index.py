@@ -25,6 +25,7 @@ from megablocks_utils.checkpoint.folder_files import (
 )
 from megablocks_utils.checkpoint.garbage_pause import pause_garbage_search
 from megablocks_utils.checkpoint.json_file import JsonObject, read_settings
+from megablocks_utils.checkpoint.packed_weights import PackedWeight
 from megablocks_utils.checkpoint.safetensors_header import StoredTensor, TensorEntry, read_header
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import MODEL_INDEX_NAME, MODEL_WEIGHTS_NAME
@@ -125,6 +126,11 @@ class CheckpointIndex:
                 f"rows {start}:{stop} of {part} were asked for, but {entry.path} has {num_rows}"
             )
         return entry.read_rows(start, stop, item=item)
+
+    def find_packed(self, key: str) -> PackedWeight | None:
+        """Return tensor `key` as it is stored, where it is packed in few bits; else None."""
+        entry = self._entry(key)
+        return entry if isinstance(entry, PackedWeight) else None
 
     def _entry(self, key: str) -> StoredTensor:
         if key not in self._entries:

@@ -25,6 +25,7 @@ _MAX_VALUES = 2**21
 """Dequantized at once: 8 MiB in float32, of which the operations hold a few copies."""
 _NAN_EXPONENT = 255
 """Of a scale stored as a byte that is its power of two."""
+_MXFP4_BLOCK, _FP8_BLOCK = 32, (128, 128)  # of the formats that experts are kept in
 _FP4_DTYPES = (torch.int8, torch.float4_e2m1fn_x2)
 
 
@@ -79,6 +80,18 @@ class PackedWeight(ABC):
     def num_bytes(self) -> int:
         """Return the size of the floating-point tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def keeps_format(self, name: str) -> bool:
+        """Return whether it is stored as `--expert_quantization` of that name packs matrices."""
+        return False
+
+    def read_parts(self, item: int | None) -> dict[str, Tensor]:
+        """Return the parts of a matrix, or of element `item`, as that format has them: (out, in).
+
+        Raises:
+            CheckpointError: a number is not finite, or a file is not what it was.
+        """
+        raise NotImplementedError(self)
 
     def read_bytes(self, start: int, num_bytes: int) -> bytes:
         """Return some bytes of the floating-point tensor."""
@@ -145,6 +158,16 @@ class Mxfp4Weight(PackedWeight):
         super().__init__(blocks, (num_experts, num_groups * self._group_rows, num_columns), dtype)
         self._operation = Mxfp4Dequantize(None)
 
+    def keeps_format(self, name: str) -> bool:
+        """See `PackedWeight`."""
+        return name == "mxfp4" and self._group_rows == _MXFP4_BLOCK
+
+    def read_parts(self, item: int | None) -> dict[str, Tensor]:
+        """See `PackedWeight`; what is stored as a row is an output."""
+        blocks = self.values.entry.read_rows(0, self.shape[2], item=item)
+        scales = self._scales.entry.read_rows(0, self.shape[2], item=item)
+        return {"codes": blocks.flatten(1), "exponents": self._scales.check_finite(scales)}
+
     def _dequantize(self, start: int, stop: int, item: int | None) -> Tensor:
         first, last = start // self._group_rows, math.ceil(stop / self._group_rows)
         num_columns = self.shape[2]
@@ -182,6 +205,21 @@ class Fp8Weight(PackedWeight):
         self._scale = scale
         self._block = self._find_block(block_size)
         self._operation = Fp8Dequantize(None)
+
+    def keeps_format(self, name: str) -> bool:
+        """See `PackedWeight`."""
+        is_fp8 = self.values.entry.dtype == torch.float8_e4m3fn
+        return name == "fp8" and is_fp8 and self._is_grid and self._block == _FP8_BLOCK
+
+    def read_parts(self, item: int | None) -> dict[str, Tensor]:
+        """See `PackedWeight`."""
+        num_rows = self.shape[-2]
+        codes = self.values.check_finite(self.values.entry.read_rows(0, num_rows, item=item))
+        num_blocks = math.ceil(num_rows / self._block[0])
+        scales = self._scale.check_finite(self._scale.entry.read_rows(0, num_blocks, item=item))
+        if _is_exponent(scales):
+            scales = scales.view(torch.float8_e8m0fnu)
+        return {"codes": codes.view(torch.uint8), "scales": scales.float()}
 
     @property
     def _is_grid(self) -> bool:

@@ -2,11 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
-__all__ = ["NO_QUANTIZATION", "QUANTIZATIONS", "check_quantization", "count_packed_bytes"]
+__all__ = [
+    "BLOCKS",
+    "NO_QUANTIZATION",
+    "QUANTIZATIONS",
+    "check_packed_slices",
+    "check_quantization",
+    "count_packed_bytes",
+]
 
 NO_QUANTIZATION = "none"
 QUANTIZATIONS = (NO_QUANTIZATION, "nf4", "int8", "fp8", "mxfp4")
@@ -39,11 +48,46 @@ def check_quantization(values: Mapping[str, Any]) -> None:
         )
 
 
-def count_packed_bytes(name: str, num_rows: int, num_columns: int) -> int:
-    """Return what one expert's matrix (out, in) takes in a format."""
+BLOCKS = MappingProxyType({"nf4": (1, 64), "int8": (1, 256), "fp8": (128, 128), "mxfp4": (1, 32)})
+"""Rows and columns of a block, which no shard and no slice cuts, by format."""
+
+
+def check_packed_slices(name: str, intermediate_size: int, expert_tp_size: int) -> None:
+    """Refuse slices of packed experts that go through a block.
+
+    Raises:
+        ConfigurationError: naming the sizes that do not.
+    """
+    block = max(BLOCKS[name])
+    num_blocks, rest = divmod(intermediate_size, block)
+    fitting = [n for n in range(1, num_blocks + 1) if not rest and num_blocks % n == 0] or [1]
+    if expert_tp_size not in fitting:
+        raise ConfigurationError(
+            f"expert_tp_size is {expert_tp_size}, but a slice of experts packed in {name} has "
+            f"whole blocks of {block}, and their intermediate size is {intermediate_size}: it must "
+            f"be {join_words(fitting)}.",
+            parameters=("expert_tp_size",),
+        )
+
+
+def count_packed_bytes(
+    name: str, num_rows: int, num_columns: int, *, num_slices: int = 1, num_shards: int = 1
+) -> int:
+    """Return what one expert's matrix (out, in), or a part of one, takes in a format.
+
+    Args:
+        name: of the format.
+        num_rows: of the part.
+        num_columns: likewise.
+        num_slices: ranks that compute with other slices of the matrix.
+        num_shards: in how many the rows are until they are gathered; this is one of them.
+    """
     if name == "nf4":
         num_scales = num_rows * math.ceil(num_columns / 64)
-        return num_scales * 32 + num_scales + _FP32 * (math.ceil(num_scales / 256) + 1)
+        # The scales of scales are of the whole matrix, on which a slice has to say where its are.
+        shared = math.ceil(num_scales * num_slices * num_shards / 256) + 1
+        starts = num_rows if num_slices > 1 else 0
+        return num_scales * 32 + num_scales + _FP32 * (shared + starts)
     if name == "int8":
         return num_rows * (num_columns + _FP32 * math.ceil(num_columns / 256))
     if name == "fp8":

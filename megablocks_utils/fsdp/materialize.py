@@ -1,7 +1,6 @@
 """Give a model that was built on meta its memory and its values, each rank its own part only."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +55,9 @@ def materialize(
         experts = module.get_submodule(owner)
         if is_packed(experts, attribute):
             host = offload if isinstance(offload, CPUOffloadPolicy) else None
-            fill = partial(fill_local, name)
-            local: Tensor = pack_experts(parameter, experts, fill, device, host)
+            local: Tensor = pack_experts(
+                parameter, experts, name, fill_local, device=device, offload=host
+            )
         else:
             local = _allocate(parameter, device, offload)
             lie = slots[parameter].experts if parameter in slots else None

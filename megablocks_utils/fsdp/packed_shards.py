@@ -69,18 +69,22 @@ def let_fsdp2_gather_packed(experts: nn.Module) -> None:
 def pack_experts(
     parameter: nn.Parameter,
     experts: DroplessExperts,
-    fill: Callable[[Tensor, tuple[int, ...]], None],
+    name: str,
+    fill_local: Callable[[str, Tensor, tuple[int, ...]], None],
+    *,
     device: torch.device,
     offload: CPUOffloadPolicy | None,
 ) -> PackedExperts:
     """Read one whole expert after the other, in fp32, pack it, and keep this rank's part.
 
-    Packed whole, the weights are the same ones on every layout.
+    Packed whole, the weights are the same ones on every layout. What is stored in the format keeps
+    its bits.
 
     Args:
         parameter: on meta, sharded as it will be.
         experts: whose it is.
-        fill: reads a part of the parameter: (the part, where it begins).
+        name: of the parameter in the transformers model.
+        fill_local: where the values come from.
         device: where this rank computes.
         offload: FSDP2's, which has shards in host memory; None: they are on the device.
     """
@@ -98,7 +102,11 @@ def pack_experts(
     matrix = torch.empty((1, *parameter.shape[1:]), dtype=torch.float32)
     mine = (expert for run in local_runs(parameter, lie)[0] for expert in run)
     for number, expert in enumerate(mine):
-        fill(matrix, (expert, 0, 0))
+        stored = None if experts.read_stored is None else experts.read_stored(name, expert)
+        if stored is not None:
+            packed.put_expert(number, stored)
+            continue
+        fill_local(name, matrix, (expert, 0, 0))
         packed.pack_expert(number, matrix[0].to(device))
     return packed
 

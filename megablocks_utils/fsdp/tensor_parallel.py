@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.integrations.tensor_parallel import apply_tensor_parallelism
 
-from megablocks_utils.fsdp.tp_plan import BY_WIDTH, GRADIENT_SUM, TensorParallelPlan, choose_tp_plan
+from megablocks_utils.fsdp.tp_plan import TensorParallelPlan, choose_tp_plan
+from megablocks_utils.fsdp.tp_styles import BY_WIDTH, GRADIENT_SUM
 from megablocks_utils.mesh.dense_mesh import TP_AXIS
 from megablocks_utils.mesh.token_split import TokenSplit, sum_gradient_over
 from megablocks_utils.moe.sharded_moe import ShardedMoE

@@ -1,6 +1,6 @@
 """Check a written adapter by its use: plain PEFT on plain transformers must give our logits."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def check_logits(
     plain: PreTrainedModel,
     is_truncated: bool = False,
     weight_format: str | None = None,
+    kept_bits: Collection[str] = frozenset(),
 ) -> LogitsCheck:
     """Load the adapter with plain PEFT, in this process on the CPU, and compare logits.
 
@@ -97,6 +98,7 @@ def check_logits(
         is_truncated: whether it has fewer layers than the base model.
         weight_format: what the trained model's experts are packed in, or None: the adapter was
             trained on what they dequantize to.
+        kept_bits: names of experts' weights that the base model has in this format already.
 
     Raises:
         AdapterCheckError: they differ by more than rounding explains.
@@ -114,7 +116,7 @@ def check_logits(
             # Transformers leaves those that are not quantized in the dtype they are stored in.
             parameter.data = parameter.data.to(_HIGHER[compute])
         if weight_format is not None:
-            round_experts(base, weight_format)
+            round_experts(base, weight_format, kept_bits)
         model = PeftModel.from_pretrained(base, adapter_dir).eval()
     exact = compute_logits(model, input_ids)
     with model.disable_adapter():

@@ -1,6 +1,6 @@
 """The experts of one layer as a dropless MoE (dMoE) over concatenated, sharded weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -41,6 +41,7 @@ from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
 from megablocks_utils.moe.packed_backend import run_packed
 from megablocks_utils.moe.zero_experts import split_zero_experts
 from megablocks_utils.quantization.packed_experts import PackedExperts
+from megablocks_utils.quantization.weight_format import Parts
 
 
 def run_where_experts_are(
@@ -101,6 +102,8 @@ class DroplessExperts(nn.Module):
             None where this rank's tokens are its own.
         slots: which expert lies where; None where they lie in the model's order.
         weight_format: what the projections are packed in once they have values; None: they are not.
+        read_stored: returns the parts of an expert's matrix (parameter's name in the model, expert)
+            where the checkpoint has them in that format; None: all are packed as they are read.
     """
 
     post_expert_norm: nn.Module | None
@@ -141,6 +144,7 @@ class DroplessExperts(nn.Module):
         self.exchange_counts: ExchangeCounts = exchange_counts
         self.backend = backend
         self.weight_format = weight_format
+        self.read_stored: Callable[[str, int], Parts | None] | None = None
         self.dispatch = dispatch
         self.token_split: TokenSplit | None = None
         self.slots: ExpertSlots | None = None

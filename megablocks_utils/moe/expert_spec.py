@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from megablocks_utils.config.values import join_words
+from megablocks_utils.config.quantization import check_packed_slices
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.families import UNMARKED_EXPERTS, UnmarkedExperts
 from megablocks_utils.kernels.gate import SWIGLU, Gate, KnownFunction
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.mesh.placement import DimSplit
 from megablocks_utils.moe.own_gate import ADAPTED_PART, POST_NORM, Recognised, find_gate
-from megablocks_utils.quantization.format_table import FORMATS
 
 __all__ = [
     "ExpertSpec",
@@ -115,20 +114,8 @@ class ExpertSpec:
                 f"the experts, which is {self.intermediate_size}.",
                 parameters=("expert_tp_size",),
             )
-        if weight_format is not None and expert_tp_size > 1:
-            self._check_blocks(expert_tp_size, weight_format)
-
-    def _check_blocks(self, expert_tp_size: int, weight_format: str) -> None:
-        size = max(FORMATS[weight_format].block)
-        num_blocks, rest = divmod(self.intermediate_size, size)
-        fitting = [n for n in range(1, num_blocks + 1) if not rest and num_blocks % n == 0] or [1]
-        if expert_tp_size not in fitting:
-            raise ConfigurationError(
-                f"expert_tp_size is {expert_tp_size}, but a slice of experts packed in "
-                f"{weight_format} has whole blocks of {size}, and the intermediate size is "
-                f"{self.intermediate_size}: it must be {join_words(fitting)}.",
-                parameters=("expert_tp_size",),
-            )
+        if weight_format is not None:
+            check_packed_slices(weight_format, self.intermediate_size, expert_tp_size)
 
     def build_weights(self, tensors: Mapping[str, Tensor]) -> ExpertWeights:
         """Return what a backend computes with, of some of the experts, without adapters.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.checkpoint.load import build_model_on_meta
+from megablocks_utils.checkpoint.stored_parts import keeps_stored_bits
 from megablocks_utils.lora.file_check import (
     ExpertNorms,
     check_files,
@@ -116,8 +117,27 @@ class AdapterCheck:
                 plain=plain,
                 is_truncated=setup.config.model.truncate_layers is not None,
                 weight_format=setup.config.adapter.packed_format,
+                kept_bits=_find_kept_bits(setup),
             )
         self.report = AdapterReport(*count_trained(self._measured), logits, self._skipped)
+
+
+def _find_kept_bits(setup: Setup) -> set[str]:
+    """Return the experts' weights that are packed as the checkpoint has them."""
+    modules = {} if setup.sharded is None else setup.sharded.expert_modules
+    return {
+        f"{path}.{projection}"
+        for path, module in modules.items()
+        for projection in module.spec.projections
+        if module.weight_format is not None
+        and keeps_stored_bits(
+            setup.reader,
+            f"{path}.{projection}",
+            module.num_experts,
+            format_name=module.weight_format,
+            is_transposed=module.spec.is_transposed,
+        )
+    }
 
 
 def build_plain_model(setup: Setup) -> PreTrainedModel:

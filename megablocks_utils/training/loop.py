@@ -22,6 +22,7 @@ from megablocks_utils.training.report.utilization import mfu_per_token_rate
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.aux_loss import resolve_aux_loss_coef
+from megablocks_utils.training.step.debug import check_gradients_beside_tp
 from megablocks_utils.training.step.finish import StepFinish
 from megablocks_utils.training.step.finite import FiniteCheck
 from megablocks_utils.training.step.micro_batch import (
@@ -172,6 +173,8 @@ def _train(
             hooks.after_stop(step - 1, state.run_state())
             return
         norm = finish.finish_gradients()
+        if step == first_step + 1 and state.sharded is not None:
+            check_gradients_beside_tp(state.model, state.sharded)
         learning_rate = finish.update(state.optimizer, state.scheduler)
         finish.balance_experts()
         finish.check_weights(step)

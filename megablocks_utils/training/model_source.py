@@ -1,5 +1,6 @@
 """A checkpoint that has been checked, and the model without weights that it will fill."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.load import build_model_on_meta, fill_buffers
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.checkpoint.stored_parts import read_stored_bits
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.model_sizes import check_model_sizes
 from megablocks_utils.errors import ConfigurationError
@@ -59,6 +61,17 @@ class ModelSource:
     def num_experts(self) -> int:
         """Experts of a layer; of the first where layers differ."""
         return next(iter(self.expert_specs.values())).num_experts
+
+    def keep_stored_bits(self, sharded: ShardedMoE | None) -> None:
+        """Let experts keep the bits they are stored in, where that is how they will be packed."""
+        for module in () if sharded is None else sharded.expert_modules.values():
+            if module.weight_format is not None:
+                module.read_stored = partial(
+                    read_stored_bits,
+                    self.reader,
+                    format_name=module.weight_format,
+                    is_transposed=module.spec.is_transposed,
+                )
 
     def choose_fill(self, checkpoint: Path | None) -> FillLocal:
         """Return what fills parameters, as the model is now, with the values of the model's files.

@@ -179,7 +179,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     )
     checkpoint = None if resume is None else resume.folder
     description = raise_on_all_ranks(lambda: describe_model(model))
-    sharded = raise_on_all_ranks(lambda: _split_experts(model, schedule, device, precision))
+    sharded = raise_on_all_ranks(lambda: _split_experts(source, schedule, device, precision))
     place_experts(sharded, find_loads_path(config, resume), console)
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
@@ -265,12 +265,15 @@ def _check_compatibility(
 
 
 def _split_experts(
-    model: PreTrainedModel, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
+    source: ModelSource, schedule: Schedule, device: torch.device, precision: ResolvedPrecision
 ) -> ShardedMoE | None:
     config = schedule.config
     tokens = schedule.examples.lengths.mean() * config.optim.per_device_train_batch_size
     tokens = round(tokens / config.parallel.sp_size)
-    return split_experts(model, config, device, getattr(torch, precision.compute), tokens)
+    compute = getattr(torch, precision.compute)
+    sharded = split_experts(source.model, config, device, compute, tokens)
+    source.keep_stored_bits(sharded)
+    return sharded
 
 
 def _choose_adapters(model: PreTrainedModel, config: RunConfig) -> ChosenAdapters | None:

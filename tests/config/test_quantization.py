@@ -3,6 +3,7 @@
 import pytest
 
 from megablocks_utils.config import parse_args
+from megablocks_utils.config.quantization import check_packed_slices
 from megablocks_utils.errors import ConfigurationError
 
 NF4 = ["--model_name_or_path", "m", "--data_path", "d", "--expert_quantization", "nf4"]
@@ -26,3 +27,10 @@ def test_it_is_refused_beside(words, wanted):
         parse_args(words, entry_point="fsdp2")
     assert str(caught.value).startswith("--expert_quantization is nf4, but")
     assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "size", "slices"), [("nf4", 192, "1 or 3"), ("int8", 384, "1")])
+def test_slices_go_through_no_block(name, size, slices):
+    with pytest.raises(ConfigurationError, match=rf"expert_tp_size is 2, .* must be {slices}\.$"):
+        check_packed_slices(name, size, 2)
+    check_packed_slices(name, 512, 2)

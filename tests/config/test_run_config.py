@@ -190,8 +190,8 @@ def test_when_checkpoints_are_due(line):
 REFUSALS = {
     "--tp_size 2": "--tp_size is 2, but it needs --use_megablocks_sharding True (also --ep_size "
     "1), so that ranks with the same rows share the work of the experts.",
-    f"{SHARDING} --tp_size 2 --compile True": "--tp_size is 2, but with --compile True it must be "
-    "1.",
+    f"{SHARDING} --tp_size 2 --compile True": "--tp_size is 2, but torch compiles no layer "
+    "whose weights are split: it must be 1, or --compile False.",
     "--dp_replicate_size 2 --cpu_offload params": "--dp_replicate_size is 2, but with "
     "--cpu_offload params it must be 1: FSDP leaves copies of the experts on the devices.",
     "--learning_rat 1": "unknown option --learning_rat; did you mean --learning_rate?",

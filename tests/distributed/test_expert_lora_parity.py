@@ -60,17 +60,24 @@ FSDP2_CASES = [
     ParityCase(
         Layout(4, 1, expert_tp_size=2), "qwen3_moe", lora="mlp-only", accumulation=2, **SHORT
     ),
-    # Experts packed in few bits, against PEFT on what they dequantize to; copies over dp.
+    # Packed experts, against PEFT on what they dequantize to: in shards of rows, in slices.
     ParityCase(
-        Layout(4, 2, "replicate"),
-        "mixtral",
+        Layout(4, 2),
+        "mixtral, 6 experts",
         lora="all",
         lora_rank=4,
         accumulation=2,
         quantization="nf4",
         **SHORT,
     ),
-    ParityCase(Layout(4, 4, "replicate"), "qwen3_moe", lora="all", quantization="int8", **SHORT),
+    ParityCase(
+        Layout(4, 1, expert_tp_size=2),
+        "mixtral, 6 experts",
+        lora="all",
+        lora_rank=4,
+        quantization="fp8",
+        **SHORT,
+    ),
     # Fewer examples than ranks: dummies.
     ParityCase(Layout(4, 4), "mixtral", num_steps=2, lora="all", lora_rank=4, num_examples=3),
 ]

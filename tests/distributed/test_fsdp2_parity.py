@@ -126,6 +126,7 @@ SPECIAL = [
         accumulation=2,
         sync_each_batch=False,
         placement="balanced",
+        cpu_offload="params",
         **SHORT,
     ),
     ParityCase(Layout(4, 1, "replicate", tp_size=2), "gpt_oss", lora="attn-only", **SHORT),

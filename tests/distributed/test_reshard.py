@@ -44,6 +44,10 @@ FOUR_TWO_FSDP1 = make_run("fsdp1", Layout(4, 2, "replicate"), model="qwen3_moe",
 FOUR_UNSHARDED_FSDP1 = make_run("fsdp1", Layout(4, 0, "replicate"), model="olmoe, 2 experts")
 ADAPTERS = make_run("fsdp2", Layout(4, 2), model="qwen3_moe", lora="all", **PLACED)
 ADAPTERS_FSDP1 = make_run("fsdp1", Layout(2, 2, "replicate"), *IN_BACKGROUND, lora="all")
+# The same numbers on every layout, whatever a rank holds of a packed matrix.
+PACKED = {"model": "mixtral, 6 experts", "lora": "mlp-only", "quantization": "nf4"}
+PACKED_ROWS = make_run("fsdp2", Layout(4, 2), **PACKED)
+PACKED_SLICES = make_run("fsdp1", Layout(4, 2, "replicate", expert_tp_size=2), **PACKED)
 MUON = make_run("fsdp2", Layout(4, 2), "--optim", "muon", model="olmoe, 2 experts")
 
 RESHARDS = [
@@ -62,6 +66,7 @@ RESHARDS = [
     (FOUR_UNSHARDED_FSDP1, FOUR_TWO),
     (ADAPTERS, TWO_FSDP1),
     (ADAPTERS_FSDP1, TWO),
+    (PACKED_ROWS, PACKED_SLICES),
 ]
 SAME_LAYOUT = [
     TWO,

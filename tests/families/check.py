@@ -145,6 +145,7 @@ def find_faults(seen: Seen, wanted: Step, ground: Ground, *, draws: bool) -> Ite
 
 def _errors(seen: Step, wanted: Step) -> Iterator[tuple[str, float]]:
     yield "loss", abs(seen.loss - wanted.loss) / wanted.loss
+    yield "gradient norm", abs(seen.grad_norm - wanted.grad_norm) / wanted.grad_norm
     for name, gradient in wanted.gradients.items():
         ours = seen.gradients.get(name)
         if ours is None:

@@ -27,6 +27,7 @@ from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.training.report.metrics import StepMetrics
 from tests.families import check, run
 from tests.families.run import Seen, train_family
+from tests.families.tp_bugs import TP_BUGS
 from tests.support.rank_pool import RankPool
 
 __all__ = ["BUGS", "main", "train_with_bug"]
@@ -118,26 +119,35 @@ BUGS: Mapping[str, tuple[str, Callable[[], Any]]] = MappingProxyType(
 
 def train_with_bug(rank: int, argv: list[str], *, bug: str, draws: bool = False) -> Seen:
     """Train a step with a bug planted."""
-    with BUGS[bug][1]():
+    with (BUGS | TP_BUGS)[bug][1]():
         return train_family(rank, argv, draws=draws)
 
 
 def main() -> int:
     """Plant all, and return 1 if one was not found."""
+    missed = [*_plant_all(BUGS, {}), *_plant_all(TP_BUGS, {"tp_size": 2})]
+    total = len(BUGS) + len(TP_BUGS)
+    sys.stdout.write(f"{total - len(missed)} of {total} found\n")
+    return int(bool(missed))
+
+
+def _plant_all(
+    bugs: Mapping[str, tuple[str, Callable[[], Any]]], axes: Mapping[str, int]
+) -> list[str]:
+    """Plant bugs on a mesh with further axes, and return those that were not found."""
     missed = []
-    with RankPool(2) as pool, tempfile.TemporaryDirectory(prefix="bugs-") as folder:
-        for bug, (family, _) in BUGS.items():
-            place = Path(folder, bug.replace(" ", "-"))
+    num_ranks = 2 * math.prod(axes.values())
+    with RankPool(num_ranks) as pool, tempfile.TemporaryDirectory(prefix="bugs-") as folder:
+        for number, (bug, (family, _)) in enumerate(bugs.items()):
+            place = Path(folder, str(number))
             place.mkdir()
-            row = check.check_family(
-                pool, family, place, with_lora=False, train=partial(train_with_bug, bug=bug)
-            )
+            train = partial(train_with_bug, bug=bug)
+            row = check.check_family(pool, family, place, with_lora=False, train=train, axes=axes)
             sys.stdout.write(f"{bug} | {family} | {row.verdict} | {row.why}\n")
             sys.stdout.flush()
             if row.verdict in (check.Verdict.WORKS, check.Verdict.NOT_BUILT):
                 missed.append(bug)
-    sys.stdout.write(f"{len(BUGS) - len(missed)} of {len(BUGS)} found\n")
-    return int(bool(missed))
+    return missed
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.tp_plan import choose_tp_plan, find_other_style
@@ -19,8 +19,10 @@ def _build(family, **overrides):
     config = copy.deepcopy(tiny_config(family))
     for name, value in overrides.items():
         setattr(config, name, value)
+    is_text = type(config) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto.from_config(config)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,20 @@ def test_attention_of_the_common_form_needs_no_plan():
     assert styles[attention] == "local_params"
 
 
+def test_a_gated_mlp_of_the_common_form_needs_no_plan():
+    styles = _choose("qwen2_moe").styles
+    shared = "model.layers.0.mlp.shared_expert"
+    found = {name: styles[f"{shared}.{name}"] for name in ("gate_proj", "up_proj", "down_proj")}
+    assert found == {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    assert f"{shared}_gate" not in styles
+
+
+def test_norms_of_heads_that_the_plan_forgets_get_whole_gradients():
+    styles = _choose("glm4_moe", use_qk_norm=True).styles
+    for norm in ("q_norm", "k_norm"):
+        assert styles[f"model.layers.0.self_attn.{norm}"] == "replicated_with_grad_allreduce"
+
+
 def test_what_cannot_be_split_is_left_whole_and_named():
     tied = _choose("mixtral", tie_word_embeddings=True)
     assert set(tied.left_whole) == {"model.embed_tokens", "lm_head"}
@@ -62,6 +78,12 @@ def test_what_cannot_be_split_is_left_whole_and_named():
     assert not any(name.startswith("lm_head") for name in tied.styles)
     attention = _choose("deepseek_v2").left_whole["model.layers.*.self_attn"]
     assert attention.endswith("kv_a_proj_with_mqa is of style mla_kv_a_proj")
+    latent = _choose("deepseek_v3").left_whole["model.layers.*.self_attn"]
+    assert latent == "transformers' plan does not name it"
+    # Rows of linear attention's output, whose heads nothing splits.
+    linear = _choose("glm5_next")
+    assert not any(".self_attn" in name for name in linear.styles)
+    assert any("no layer beside it colwise" in reason for reason in linear.left_whole.values())
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from megablocks_utils.config.quantization import QUANTIZATIONS, count_packed_bytes
+from megablocks_utils.config.quantization import BLOCKS, QUANTIZATIONS, count_packed_bytes
 from megablocks_utils.quantization.format_table import FORMATS, round_to_format
 from megablocks_utils.quantization.nf4 import NF4_VALUES
+from megablocks_utils.quantization.weight_format import MatrixCut, keep_parts
 
 SHAPES = [(5, 7), (130, 200), (192, 64)]
 # Of normal numbers: of a block of 64, 32 or 256, the largest is about 2.4, 2.1 or 2.9 sigma.
@@ -21,6 +22,7 @@ def _draw(*shape: int) -> torch.Tensor:
 
 def test_every_choice_is_a_format():
     assert ("none", *FORMATS) == QUANTIZATIONS
+    assert {name: weight_format.block for name, weight_format in FORMATS.items()} == BLOCKS
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -37,6 +39,33 @@ def test_parts_are_those_that_are_described_and_counted(name, shape):
     assert error < ERRORS[name] * 1.1
     zeros = torch.zeros(shape)
     assert torch.equal(round_to_format(zeros, FORMATS[name]), zeros)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([range(512)], range(256, 512)),
+        ([range(128, 256), range(384, 512)], range(768)),  # of gate and of up
+        ([range(512)], range(768)),
+    ],
+)
+def test_a_cut_stands_for_the_numbers_of_the_whole(name, rows, columns):
+    """Also where scales of scales go from row to row; and shards of its rows take what is said."""
+    matrix, own = _draw(512, 768), FORMATS[name]
+    cut = MatrixCut(rows, columns, *matrix.shape)
+    parts = own.pack(matrix)
+    kept = {n: part[None] for n, part in keep_parts(own, parts, cut).items()}
+    wanted = round_to_format(matrix, own)[:, columns.start : columns.stop]
+    wanted = torch.cat([wanted[run.start : run.stop] for run in rows])
+    assert torch.equal(own.unpack(kept, len(columns))[0], wanted)
+    num_slices = matrix.numel() // wanted.numel()
+    counted = count_packed_bytes(
+        name, len(wanted) // 2, len(columns), num_slices=num_slices, num_shards=2
+    )
+    for shard in range(2):
+        held = keep_parts(own, parts, cut._replace(shard=shard, num_shards=2))
+        assert sum(part.nbytes for part in held.values()) == counted
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -53,6 +53,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     # Where a value lies within rounding of the clamp, its gradient is there or not in any fp32 run.
     "gpt_oss, clamp out of reach": ("gpt_oss", {"swiglu_limit": 7.0}),
     "olmoe, 2 experts": ("olmoe", {"num_experts": 2, "num_experts_per_tok": 1}),
+    "mixtral, 8 experts": ("mixtral", {"num_local_experts": 8}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
     # Blocks of every format divide the sizes; a rank of ep 2 has experts that 2 does not divide.
     "mixtral, 6 experts": (
@@ -60,6 +61,15 @@ MODELS: dict[str, tuple[str, dict]] = {
         {"num_local_experts": 6, "hidden_size": 256, "intermediate_size": 512},
     ),
     "mixtral, 3 experts": ("mixtral", {"num_local_experts": 3}),
+    "gpt_oss, 6 experts": (
+        "gpt_oss",
+        {
+            "num_local_experts": 6,
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "swiglu_limit": 7.0,
+        },
+    ),
     # Rows and columns of every projection go past a tile of 128 and of 256, and end inside one.
     "mixtral, wide": ("mixtral", {"hidden_size": 272, "intermediate_size": 328}),
     # For Triton's interpreter, which is slow.
@@ -140,6 +150,7 @@ class ParityCase:
     attention: str = "auto"
     placement: str = "contiguous"
     quantization: str = "none"
+    compiles: bool = False
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -202,6 +213,8 @@ class ParityFolder:
                 "token_dispatch": case.token_dispatch,
                 "debug": True,  # copies of experts are compared bit by bit in every step
             }
+        if case.compiles:
+            options |= {"compile": True}
         if case.placement != "contiguous":
             options |= {"expert_placement": case.placement, "expert_loads": self.loads(case.model)}
         if case.lora != "none":

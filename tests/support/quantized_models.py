@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,17 +22,23 @@ def to_mxfp4(key: str, weight: Tensor) -> dict[str, Tensor]:
         return {key: weight}
     num_experts, num_rows, num_columns = weight.shape
     blocks = torch.randint(0, 256, (num_experts, num_columns, num_rows // 32, 16))
+    blocks[:, :, 0] &= 0x11  # 0 or 0.5: packed again, the exponent would be another
     scales = torch.randint(120, 126, blocks.shape[:-1])
     return {f"{key}_blocks": blocks.byte(), f"{key}_scales": scales.byte()}
 
 
-def to_fp8(key: str, weight: Tensor) -> dict[str, Tensor]:
-    """Quantize a matrix of a linear layer in blocks that fit into it."""
+def to_fp8(
+    key: str, weight: Tensor, block: tuple[int, int] = BLOCK, largest: float = 448.0
+) -> dict[str, Tensor]:
+    """Quantize a matrix of a linear layer in blocks that fit into it.
+
+    `largest` is what the largest number of a block becomes.
+    """
     is_linear = weight.dim() == 2 and "_proj" in key
-    if not is_linear or any(size % block for size, block in zip(weight.shape, BLOCK, strict=True)):
+    if not is_linear or any(size % block for size, block in zip(weight.shape, block, strict=True)):
         return {key: weight}
-    tiles = weight.unflatten(1, (-1, BLOCK[1])).unflatten(0, (-1, BLOCK[0]))
-    scales = tiles.abs().amax((1, 3), keepdim=True) / 448
+    tiles = weight.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    scales = tiles.abs().amax((1, 3), keepdim=True) / largest
     packed = (tiles / scales).to(torch.float8_e4m3fn).reshape(weight.shape)
     return {key: packed, f"{key}_scale_inv": scales[:, 0, :, 0].contiguous()}
 
@@ -63,6 +70,13 @@ INT4 = {
 PUBLISHED: dict[str, tuple[str, dict, QuantizeWeight, dict]] = {
     "gpt_oss": ("gpt_oss", {"quant_method": "mxfp4"}, to_mxfp4, {"intermediate_size": 64}),
     "deepseek_v3": ("deepseek_v3", FP8, to_fp8, {}),
+    # Its numbers do not fill the range: packed again they would be other ones.
+    "deepseek_v3, own blocks": (
+        "deepseek_v3",
+        FP8 | {"weight_block_size": [128, 128]},
+        partial(to_fp8, block=(128, 128), largest=300.0),
+        {"hidden_size": 128, "moe_intermediate_size": 128},
+    ),
     "minimax_m2": ("minimax_m2", FP8, to_fp8, {}),
     "kimi": ("deepseek_v3", INT4, to_int4, {"moe_intermediate_size": 32}),
 }

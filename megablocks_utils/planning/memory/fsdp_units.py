@@ -47,6 +47,14 @@ class ParamShard:
         """Elements this rank computes with."""
         return prod(self.shape)
 
+    def gathers(self, compute: int) -> int:
+        """Return the bytes of its elements in the dtype of compute, or packed."""
+        return self.numel * compute if self.packed_bytes is None else self.packed_bytes
+
+    def is_cast(self, compute: int) -> bool:
+        """Say whether it is cast before it is gathered."""
+        return self.stored != compute and self.packed_bytes is None
+
 
 @dataclass(frozen=True)
 class FsdpUnit:
@@ -94,8 +102,9 @@ class FsdpUnit:
     @cached_property
     def gathered_bytes(self) -> int:
         """All ranks' shards in the dtype of compute; 0 for what FSDP does not hold."""
-        held = sum(shard.numel for shard in self.shards) + self.padding
-        return held * self.ranks * self.compute if self.is_fsdp else 0
+        held = sum(shard.gathers(self.compute) for shard in self.shards)
+        whole = (held + self.padding * self.compute) * self.ranks
+        return whole if self.is_fsdp else 0
 
     @property
     def buffer_bytes(self) -> int:
@@ -105,14 +114,14 @@ class FsdpUnit:
     @cached_property
     def cast_bytes(self) -> int:
         """Own shards cast to the dtype of compute, which are gathered instead of the stored."""
-        held = sum(shard.numel for shard in self.shards if shard.stored != self.compute)
+        held = sum(shard.numel for shard in self.shards if shard.is_cast(self.compute))
         return held * self.compute if self.is_fsdp and self.ranks > 1 else 0
 
     @cached_property
     def copied_in_bytes(self) -> int:
         """What copying own shards from host memory leaves on the device until they are gathered."""
-        held = sum(shard.numel for shard in self.shards)
-        return held * self.compute if self.ranks > 1 else 0
+        held = sum(shard.gathers(self.compute) for shard in self.shards)
+        return held if self.ranks > 1 else 0
 
     @cached_property
     def copied_alone_bytes(self) -> int:
@@ -123,8 +132,8 @@ class FsdpUnit:
         """
         whole = before = most = 0
         for shard in self.shards:
-            stored, computed = shard.numel * shard.stored, shard.numel * self.compute
-            cast = computed if shard.stored != self.compute else 0
+            stored, computed = shard.held_bytes, shard.gathers(self.compute)
+            cast = computed if shard.is_cast(self.compute) else 0
             most = max(most, whole + before + stored + cast, whole + 2 * computed)
             whole, before = whole + computed, computed
         return most - whole
@@ -137,7 +146,8 @@ class FsdpUnit:
     @cached_property
     def restacked_bytes(self) -> int:
         """Second copies of gathered parameters that are put together along another dim."""
-        return sum(shard.whole for shard in self.shards if shard.is_restacked) * self.compute
+        cut = (shard for shard in self.shards if shard.is_restacked)
+        return sum(shard.gathers(self.compute) for shard in cut) * self.ranks
 
     @cached_property
     def largest_restacked_bytes(self) -> int:

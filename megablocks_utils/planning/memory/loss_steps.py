@@ -99,8 +99,11 @@ class _Blocks(LossSteps):
     def backward_head(self) -> None:
         ledger, head, sizes = self._ledger, self._head, self._sizes
         block = self._rows * block_length(self._vocab_size, self._rows) * sizes.trains_all
-        gradient = head.gathered * sizes.trains_all
-        ledger.transient(ACTIVATIONS, head.rows + block * (FP32 + sizes.compute) + gradient)
+        beside = head.rows + block * (FP32 + sizes.compute)
+        # Of a head that is split, the whole gradient comes first, and this rank's part of it after.
+        whole = head.gathered * sizes.trains_all
+        own = head.gradient if whole else 0
+        ledger.transient(ACTIVATIONS, whole + max(0, beside - own))
         ledger.free(ACTIVATIONS, self._kept)
 
 

@@ -161,12 +161,10 @@ def _other_expert_dp(scenario: Scenario, layout: ParallelLayout) -> Iterator[Att
 
 def _other_ep_size(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     """Offer the other sizes, the nearest first."""
-    is_packed = scenario.config.adapter.packed_format is not None
     others = [
         other
         for other in scenario.legal_layouts()
-        if other.ep_size != layout.ep_size
-        and (other.expert_dp in (layout.expert_dp, "shard") or is_packed)
+        if other.ep_size != layout.ep_size and other.expert_dp in (layout.expert_dp, "shard")
     ]
     for other in sorted(others, key=lambda o: _distance(o.ep_size, layout.ep_size)):
         words = layout_words(other)
@@ -216,8 +214,7 @@ def _least_examples(scenario: Scenario, batch_size: int) -> int:
 
 def _cpu_offload(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     """Offer host memory, which takes time but changes no number, if it is another memory."""
-    is_packed = scenario.config.adapter.packed_format is not None  # which offloads nothing
-    if scenario.config.cpu_offload != "none" or scenario.device_type == "cpu" or is_packed:
+    if scenario.config.cpu_offload != "none" or scenario.device_type == "cpu":
         return
     has_copies = layout.expert_dp == "replicate" and layout.ep_size < scenario.slice_ranks
     can_offload_params = scenario.config.entry_point == "fsdp2" and not has_copies

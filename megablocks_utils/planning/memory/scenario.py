@@ -9,6 +9,7 @@ from typing import Any
 from megablocks_utils.config import RunConfig, resolve_precision
 from megablocks_utils.config.adapter import DEFAULT_LORA_R
 from megablocks_utils.config.parallel import count_ranks_of_slice, legal_ep_sizes
+from megablocks_utils.config.quantization import check_packed_slices
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.planning.memory.formula import legal_layouts, predict
@@ -128,9 +129,7 @@ class Scenario:
         if self.config.entry_point == "fsdp1":
             return ParallelLayout(ep_size, "replicate", is_dmoe)
         has_copies = ep_size < self.slice_ranks and parallel.expert_dp == "replicate"
-        layout = ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
-        is_packed = self.config.adapter.packed_format is not None
-        return _with_whole_experts(layout) if is_packed else layout
+        return ParallelLayout(ep_size, "replicate" if has_copies else "shard", is_dmoe)
 
     def legal_layouts(self) -> list[ParallelLayout]:
         """List every way to spread this model's experts over these ranks."""
@@ -142,8 +141,6 @@ class Scenario:
             self.config.entry_point,
             is_dmoe=self._needs_own_experts,
         )
-        if self.config.adapter.packed_format is not None:  # FSDP shards no packed weights
-            return list(dict.fromkeys(map(_with_whole_experts, layouts)))
         has_copies = self.config.cpu_offload != "params"  # which it refuses
         return [layout for layout in layouts if has_copies or layout.expert_dp == "shard"]
 
@@ -182,7 +179,7 @@ class Scenario:
         return self.config.parallel.expert_tp_size > 1 or self.config.parallel.tp_size > 1
 
     def _check_slices(self) -> None:
-        """Refuse slices of experts of different sizes, as `ExpertSpec` does.
+        """Refuse slices of experts of different sizes, or through blocks, as `ExpertSpec` does.
 
         Raises:
             ConfigurationError: the intermediate size does not divide.
@@ -194,6 +191,8 @@ class Scenario:
                 f"experts, which is {self.shape.expert_size}.",
                 parameters=("expert_tp_size",),
             )
+        if self.config.adapter.packed_format is not None:
+            check_packed_slices(self.config.adapter.packed_format, self.shape.expert_size, size)
 
     def _check_heads(self) -> None:
         """Refuse heads that tensor parallelism cannot share out evenly, as `fsdp.tp_plan` does.
@@ -244,12 +243,6 @@ class Scenario:
         """Whether the load-balancing loss is on, by the rule of `training.step.aux_loss`."""
         given = self.config.router_aux_loss_coef
         return (self.shape.aux_loss_coef if given is None else given) > 0
-
-
-def _with_whole_experts(layout: ParallelLayout) -> ParallelLayout:
-    """Return the layout of the same ranks in which each holds its experts whole."""
-    is_split = layout.ep_size > 1 or layout.is_dmoe
-    return replace(layout, expert_dp="replicate") if is_split else layout
 
 
 @lru_cache(maxsize=4096)

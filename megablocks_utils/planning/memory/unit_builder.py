@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from megablocks_utils.config.quantization import count_packed_bytes
+from megablocks_utils.config.quantization import BLOCKS, count_packed_bytes
 from megablocks_utils.dtypes import itemsize
 from megablocks_utils.planning.memory.fsdp_units import (
     FsdpUnit,
@@ -115,10 +115,7 @@ class _Builder:
         num_copies = run.count_copies(self.layout)
         # FSDP1 leaves experts of this project's alone, also where only adapters made them so.
         is_sharded = (
-            self.layout.expert_dp == "shard"
-            and num_copies > 1
-            and run.entry_point == "fsdp2"
-            and run.packed_format is None
+            self.layout.expert_dp == "shard" and num_copies > 1 and run.entry_point == "fsdp2"
         )
         is_fsdp = is_sharded or (num_copies == 1 and run.cpu_offload == "params")
         ranks = num_copies if is_sharded else 1
@@ -143,10 +140,7 @@ class _Builder:
         is_trained, stored = self._is_trained(parameter), itemsize(precision.weights)
         weight = _cut((num_local, num_out, num_in), ranks, stored, is_trained, in_parts=in_parts)
         weight = replace(weight, is_matrix=_is_matrix(parameter), num_slices=num_slices)
-        if run.packed_format is not None:
-            of_expert = count_packed_bytes(run.packed_format, num_out, num_in)
-            weight = replace(weight, packed_bytes=num_local * of_expert)
-        yield weight
+        yield weight if run.packed_format is None else self._pack(weight, ranks, in_parts=in_parts)
         if not run.trains_experts:
             return
         stored = itemsize(precision.adapter)
@@ -154,6 +148,32 @@ class _Builder:
         second = _cut((num_local, num_out, rank), ranks, stored, True, in_parts=in_parts)
         for factor, is_cut in ((first, is_down), (second, not is_down)):
             yield replace(factor, is_matrix=rank > 1, num_slices=num_slices if is_cut else 1)
+
+    def _pack(self, weight: ParamShard, ranks: int, *, in_parts: bool) -> ParamShard:
+        """Shard packed experts over dp: whole ones, else rows in whole blocks, else with padding.
+
+        As `fsdp.packed_shards` does; what is stored (in, out) has its rows in the last dim.
+        """
+        name = self.run.packed_format
+        assert name is not None, weight
+        num_local, num_out, num_in = weight.shape
+        by_rows = num_local % ranks != 0 and num_out % (ranks * BLOCKS[name][0]) == 0
+        by_rows = by_rows and not in_parts
+        num_held = num_local if by_rows else -(-num_local // ranks)
+        num_shards = ranks if by_rows else 1
+        of_expert = count_packed_bytes(
+            name,
+            num_out // num_shards,
+            num_in,
+            num_slices=weight.num_slices,
+            num_shards=num_shards,
+        )
+        return replace(
+            weight,
+            numel=num_held * num_out // num_shards * num_in,
+            packed_bytes=num_held * of_expert,
+            is_restacked=by_rows,
+        )
 
     def _linear_adapters(self, layer: LayerShape) -> Iterable[tuple[int, ...]]:
         is_adapted = {MIXER: self.run.trains_attention, DENSE: self.run.trains_dense}

@@ -132,7 +132,7 @@ class PlannedRun:
         sp_size: ranks that share rows; `tokens` and `label_tokens` are those of a rank.
         expert_tp_size: ranks that each expert is split over.
         tp_size: ranks that have the same rows, and split attention and dense layers.
-        packed_format: what the experts' weights are packed in, each rank whole ones; None: not.
+        packed_format: what the experts' weights are packed in; None: not.
         optim: the optimizer.
     """
 

@@ -1,21 +1,27 @@
-"""Checks of a `--debug` run: where every parameter lies, and equal replicas."""
+"""Checks of a `--debug` run: where every parameter lies, and equal replicas.
 
-from collections.abc import Iterator
+And one of the first step of every run with tensor parallelism: equal gradients of replicas.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.fsdp.expert_units import shards_over_dp
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
 from megablocks_utils.mesh.dense_mesh import DENSE_DP_AXIS, TP_AXIS
 from megablocks_utils.mesh.device_mesh import copy_axes
 from megablocks_utils.mesh.placement import is_replicated, local_tensor
 from megablocks_utils.moe.sharded_moe import ShardedMoE
-from megablocks_utils.processes.agreement import max_over_ranks
+from megablocks_utils.processes.agreement import max_over_ranks, raise_on_all_ranks
 from megablocks_utils.quantization.packed_experts import list_stored
 
+_MAX_DIFFERENCE = 0.05
+"""Of norms, relative to the larger: rounding is far below, a sum that is missing above."""
 _BITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -55,6 +61,46 @@ def check_replicas(model: nn.Module, sharded: ShardedMoE | None, step: int) -> N
     if max_over_ranks(len(differing)):
         first = differing[0] if differing else "a parameter of other ranks"
         raise RuntimeError(f"after step {step} the copies of {first} differ between replicas")
+
+
+def check_gradients_beside_tp(model: nn.Module, sharded: ShardedMoE) -> None:
+    """Check that the ranks of a tp group have the same gradients of what each holds whole.
+
+    They differ where a parameter sees one rank's heads or features and its plan does not say so.
+
+    **Collective:** two all-reduces of a number a parameter over the tp group, one all-gather; every
+    rank must call, after the gradients of a step and before they are dropped.
+
+    Raises:
+        ConfigurationError: on every rank, naming the first parameter whose norms differ.
+    """
+    group = _find_tp_group(sharded)
+    beside = {
+        name: local_tensor(parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and _is_beside_tp(parameter)
+    }
+    if group is None or not beside:
+        return
+    largest = torch.stack([grad.norm(dtype=torch.float32) for grad in beside.values()])
+    smallest = largest.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
+    # What is zero but for rounding is compared with the largest.
+    is_off = largest - smallest > _MAX_DIFFERENCE * largest + 1e-6 * largest.max()
+    differing = [name for name, off in zip(beside, is_off.tolist(), strict=True) if off]
+    raise_on_all_ranks(lambda: _refuse_tp(differing, dist.get_world_size(group)))
+
+
+def _refuse_tp(differing: Sequence[str], tp_size: int) -> None:
+    if differing:
+        raise ConfigurationError(
+            f"tp_size is {tp_size}, but it must be 1 for this model: its ranks have different "
+            f"gradients of {strip_wrappers(differing[0])} ({len(differing)} parameters in all), "
+            "which each holds whole; transformers' tensor-parallel plan does not say that they "
+            "must be summed.",
+            parameters=("tp_size",),
+        )
 
 
 def _replicas(

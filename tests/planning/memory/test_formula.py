@@ -99,7 +99,7 @@ def folder_of(tmp_path_factory):
             {"tp_size": 2, "use_lora": "all", "precision": "bf16"},
         ),
         (
-            QWEN,
+            QWEN | {"vocab_size": 2**16},
             ParallelLayout(2, "shard"),
             {"tp_size": 2, "sp_size": 2, "dp_replicate_size": 2, "has_aux_loss": True},
         ),

@@ -1,10 +1,21 @@
 """The checks of a `--debug` run find what they are for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, distribute_tensor
 
+from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.fsdp.tensor_parallel import _build_token_split
+from megablocks_utils.mesh.dense_mesh import DENSE_DP_AXIS, TP_AXIS, build_dense_mesh
 from megablocks_utils.shard_moe_utils import shard_moe
-from megablocks_utils.training.step.debug import check_replicas, describe_placements
+from megablocks_utils.training.step.debug import (
+    check_gradients_beside_tp,
+    check_replicas,
+    describe_placements,
+)
 from tests.support.tiny_models import build_tiny_model
 
 
@@ -45,3 +56,27 @@ def test_describe_placements(ranks4):
     assert f"{prefix}.gate.weight (4, 64) on plain tensor, 1,024 bytes here" in lines
     where = "on ep: Shard(dim=0), 49,152 bytes here"
     assert f"{prefix}.experts.down_proj (4, 64, 96) {where}" in lines
+
+
+def _check_gradients(rank, factor):
+    """Two parameters that both ranks of a tp group hold; the second's gradients differ."""
+    mesh = build_dense_mesh("cpu", tp_size=2)
+    experts = SimpleNamespace(token_split=_build_token_split(mesh[TP_AXIS]))
+    model = nn.Linear(4, 4)
+    for number, (name, parameter) in enumerate(list(model.named_parameters())):
+        whole = distribute_tensor(parameter.detach(), mesh[DENSE_DP_AXIS], [Replicate()])
+        setattr(model, name, nn.Parameter(whole))
+        gradient = torch.ones(parameter.shape) * (factor if rank and number else 1.0)
+        getattr(model, name).grad = distribute_tensor(gradient, mesh[DENSE_DP_AXIS], [Replicate()])
+    try:
+        check_gradients_beside_tp(model, SimpleNamespace(expert_modules={"experts": experts}))
+    except ConfigurationError as error:
+        return str(error)
+    return "equal"
+
+
+def test_gradients_of_what_tp_leaves_whole_are_compared(ranks2):
+    assert ranks2.run(_check_gradients, 1.001) == ["equal"] * 2
+    for sentence in ranks2.run(_check_gradients, 1.2):
+        assert sentence.startswith("tp_size is 2, but it must be 1 for this model: its ranks have")
+        assert "different gradients of bias (1 parameters in all)" in sentence

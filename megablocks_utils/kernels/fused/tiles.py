@@ -145,7 +145,7 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
                 Tile(128, 64, 32, 8, 4, programs_per_processor=2),
             ),
             "linear": (
-                *(Tile(64, 128, 32, 4, 4), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
+                *(Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3)),
                 Tile(128, 128, 32, 8, 4, programs_per_processor=1),
             ),
             "skinny": (Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), Tile(128, 32, 64, 4, 4)),
@@ -167,7 +167,7 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
             ),
             "skinny": (Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 4, 4), Tile(64, 32, 64, 4, 3)),
             "act_backward": (
-                *(Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3), Tile(128, 64, 64, 8, 3)),
+                *(Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
             ),
             "weight_grad": (
                 *(Tile(64, 128, 32, 4, 3), Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3)),
@@ -179,7 +179,7 @@ _TABLE: Mapping[tuple[str, int], _Candidates] = MappingProxyType(
             "linear": (Tile(64, 64, 16, 4, 3), Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
             "skinny": (Tile(64, 32, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 32, 16, 4, 3)),
             "act_backward": (
-                *(Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3), Tile(128, 32, 16, 4, 3)),
+                *(Tile(64, 64, 16, 8, 3), Tile(64, 64, 32, 8, 3), Tile(64, 32, 32, 4, 3)),
             ),
             "weight_grad": (
                 *(Tile(64, 64, 16, 4, 3), Tile(64, 64, 32, 4, 3), Tile(128, 64, 16, 8, 3)),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks.harness.provenance import build_provenance, describe_provenance
 from benchmarks.scale_ranks import be_quiet, rehearse_first
 from megablocks_utils.byte_units import GB
 from megablocks_utils.plan import build_request, open_model
@@ -32,6 +33,7 @@ RUN = "--gpu h100-80g --per_device_train_batch_size 1 --max_seq_length 4096"
 PAGE = Path(__file__).parent / "results" / "scale.md"
 MARK = "<!-- From here on written by python -m benchmarks.scale_groups -->"
 END = "<!-- Until here: groups -->"
+VERSIONS = ("torch", "transformers")
 HEAD = (
     "| model | GPUs | groups | layout | peak, GB | all-to-all | all-gather, reduce-scatter | "
     "all-reduce | regime | without groups |\n|---|---:|---:|---|---:|---:|---:|---:|---|---|"
@@ -109,7 +111,12 @@ def main(argv: Sequence[str]) -> None:
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     old = {model: [line for line in lines if f"| {model} |" in line] for model in MODELS}
     rows = [row for model in MODELS for row in new.get(model, old[model])]
-    PAGE.write_text("\n".join([head + MARK, "", HEAD, *rows, "", END]) + tail, encoding="utf-8")
+    provenance = build_provenance("benchmarks.scale_groups", argv)
+    versions = ", ".join(f"{name} {provenance['versions'][name]}" for name in VERSIONS)
+    told = f"{describe_provenance(provenance)}, {versions}."
+    PAGE.write_text(
+        "\n".join([head + MARK, "", HEAD, *rows, "", told, "", END]) + tail, encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

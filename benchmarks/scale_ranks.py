@@ -169,7 +169,7 @@ def compare(case: Case, rank: int) -> Compared:
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # by arguments as they are written: all by position
 def play(model: str, layout: ParallelLayout, run: PlannedRun, rank: int) -> Rehearsal:
     """Take the step of one rank on tensors without memory."""
     with _without_waste():
@@ -258,7 +258,7 @@ def _read_shape(model: str) -> ModelShape:
 
 def rehearse_first(model: str, layout: ParallelLayout, run: PlannedRun) -> Prediction:
     """Predict by the step of rank 0 what the formulas do not know."""
-    return play(model, layout, run, rank=0).as_prediction()
+    return play(model, layout, run, 0).as_prediction()
 
 
 @contextmanager

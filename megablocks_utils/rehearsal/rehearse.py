@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,12 @@ from megablocks_utils.config import (
     PrecisionConfig,
     RunConfig,
 )
+from megablocks_utils.config.quantization import NO_QUANTIZATION
 from megablocks_utils.fsdp.tensor_parallel import split_dense_layers
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.mesh.dense_mesh import build_dense_mesh
-from megablocks_utils.mesh.placement import is_replicated
+from megablocks_utils.mesh.placement import is_replicated, local_tensor
+from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.planning.model.prediction import (
     COMPONENTS,
@@ -39,6 +42,9 @@ from megablocks_utils.planning.model.prediction import (
     PlannedRun,
     Prediction,
 )
+from megablocks_utils.quantization.format_table import FORMATS
+from megablocks_utils.quantization.packed_experts import list_stored
+from megablocks_utils.quantization.weight_format import Parts
 from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing, pretend
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import without_values
@@ -163,7 +169,12 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             expert_tp_size=run.expert_tp_size,
             tp_size=run.tp_size,
         ),
-        adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
+        adapter=AdapterConfig(
+            use_lora=run.use_lora,
+            lora_r=run.lora_r,
+            lora_alpha=run.lora_r,
+            expert_quantization=run.packed_format or NO_QUANTIZATION,
+        ),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
             optim=run.optim,
@@ -203,6 +214,8 @@ def _build(
     if sharded is not None:
         for module in sharded.expert_modules.values():
             assume_routing(module, run.expert_tokens, (find_top_k(model) or 1), run.imbalance)
+            # No value changes the size of packed weights: none is drawn, none is packed.
+            module.read_stored = partial(_make_parts, module)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         dtype = getattr(torch, precision.adapter)
@@ -218,6 +231,15 @@ def _build(
     apply_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = Fsdp1Run if run.entry_point == "fsdp1" else Fsdp2Run
     return kind(RehearsalInputs(model, sharded, config, run, device, mesh)), layers
+
+
+def _make_parts(experts: DroplessExperts, name: str, _expert: int) -> Parts:
+    """Return what one expert's matrix is packed in, without values."""
+    assert experts.weight_format is not None, experts
+    sizes = experts.get_parameter(name.rpartition(".")[2]).shape[1:]
+    num_rows, num_columns = sizes[::-1] if experts.spec.is_transposed else sizes
+    layouts = FORMATS[experts.weight_format].describe_parts(num_rows, num_columns)
+    return {part: torch.zeros(of.shape, dtype=of.dtype) for part, of in layouts.items()}
 
 
 class _Step:
@@ -283,7 +305,8 @@ class _Step:
     def _assign(self) -> None:
         for parameter in self._rehearsed.model.parameters():
             on_host = self._is_on_host(parameter)
-            self._ledger.assign([parameter], HOST if on_host else "parameters")
+            stored = list_stored(local_tensor(parameter.detach()))
+            self._ledger.assign(stored, HOST if on_host else "parameters")
             self._ledger.assign([parameter.grad], HOST if on_host else "gradients")
 
     def _is_on_host(self, parameter: Tensor) -> bool:

@@ -125,6 +125,39 @@ def folder_of(tmp_path_factory):
                 "cpu_offload": "optimizer",
             },
         ),
+        # Packed experts: whole ones over dp, rows of them, in host memory, in slices.
+        (
+            MIXTRAL,
+            SHARD,
+            {
+                "packed_format": "nf4",
+                "use_lora": "all",
+                "gradient_checkpointing": "selective",
+                "precision": "mixed",
+                "device_type": "cuda",
+            },
+        ),
+        (
+            MIXTRAL,
+            SHARD,
+            {"packed_format": "int8", "use_lora": "all", "world_size": 12, "precision": "bf16"},
+        ),
+        (
+            MIXTRAL,
+            WHOLE,
+            {
+                "packed_format": "fp8",
+                "use_lora": "all",
+                "precision": "bf16",
+                "device_type": "cuda",
+                "cpu_offload": "params",
+            },
+        ),
+        (
+            MIXTRAL,
+            ParallelLayout(2, "shard"),
+            {"packed_format": "mxfp4", "use_lora": "all", "expert_tp_size": 2, "precision": "bf16"},
+        ),
         (
             TIED,
             SHARD,

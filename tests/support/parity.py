@@ -151,6 +151,7 @@ class ParityCase:
     placement: str = "contiguous"
     quantization: str = "none"
     compiles: bool = False
+    optim: str = "adamw"
 
     def __str__(self) -> str:
         """Name the layout, the model and every option that is not the default."""
@@ -201,6 +202,7 @@ class ParityFolder:
             "tp_size": case.layout.tp_size,
             "sp_size": case.layout.sp_size,
             "expert_quantization": case.quantization,
+            "optim": case.optim,
             "report_to": "none",
         }
         if case.layout.ep_size:
@@ -244,6 +246,7 @@ class ParityFolder:
             aux_loss_coef=case.aux_loss_coef,
             deal=deal if case.aux_loss_coef else None,
             is_padded=case.packing == "False",
+            optim=case.optim,
         )
 
     def adapter(self, case: ParityCase) -> Path:

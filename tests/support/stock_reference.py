@@ -9,6 +9,7 @@ padding, no kernel and no communication to get wrong.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from megablocks_utils.training.data.batches import assign_examples
 from megablocks_utils.training.data.example_order import epoch_order
+from tests.support.stock_optimizers import build_stock_optimizers
 from tests.support.trace import Trace
 
 Example = dict[str, list[int]]
@@ -46,6 +48,7 @@ class StockRun:
         deal: world size, batch size and accumulation that cut a step into the micro-batches whose
             auxiliary losses are averaged; None without auxiliary loss.
         is_padded: whether these micro-batches are padded batches.
+        optim: "adamw", or "muon" for the matrices between embedding and head.
     """
 
     model_folder: str
@@ -63,6 +66,7 @@ class StockRun:
     aux_loss_coef: float = 0.0
     deal: tuple[int, int, int] | None = None
     is_padded: bool = False
+    optim: str = "adamw"
 
 
 def train_stock(run: StockRun) -> Trace:
@@ -71,25 +75,28 @@ def train_stock(run: StockRun) -> Trace:
     model = _load_model(run)
     num_experts = _count_experts(model)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": run.weight_decay}]
-    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
-    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, foreach=False)
-    scheduler = get_linear_schedule_with_warmup(optimizer, 0, run.num_steps)
+    optimizers = build_stock_optimizers(
+        parameters,
+        partial(split_experts, num_experts=num_experts),
+        uses_muon=run.optim == "muon",
+        learning_rate=run.learning_rate,
+        weight_decay=run.weight_decay,
+    )
+    schedulers = [get_linear_schedule_with_warmup(o, 0, run.num_steps) for o in optimizers]
     trace = Trace()
     for batch in islice(_global_batches(examples, run), run.num_steps):
         trace.losses.append(_accumulate(model, batch, run))
         max_norm = run.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm, foreach=False)
         trace.grad_norms.append(norm.item())
-        trace.learning_rates.append(scheduler.get_last_lr()[0])
+        trace.learning_rates.append(schedulers[0].get_last_lr()[0])
         if not trace.first_gradients:
             grads = ((n, p.grad.clone()) for n, p in parameters.items())
             trace.first_gradients = dict(in_our_words(n, g, num_experts) for n, g in grads)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        model.zero_grad()
     trace.stored_weights = {name: p.detach().clone() for name, p in parameters.items()}
     trace.weights = dict(
         in_our_words(name, weight, num_experts) for name, weight in trace.stored_weights.items()
@@ -97,22 +104,29 @@ def train_stock(run: StockRun) -> Trace:
     return trace
 
 
-def in_our_words(name: str, tensor: Tensor, num_experts: int) -> tuple[str, Tensor]:
-    """Return a parameter's name without PEFT's wrappers, and adapters by expert.
+def split_experts(name: str, tensor: Tensor, *, num_experts: int) -> list[Tensor]:
+    """Return the matrix of each expert, as views; of what is not experts', the tensor alone.
 
     PEFT keeps A of the experts as (E * r, in), B as (out, r * E) with the expert running fastest.
     """
+    if ".experts." not in name:
+        return [tensor]
+    if "lora_A" in name:
+        return list(tensor.chunk(num_experts))
+    if "lora_B" in name:
+        return [tensor[:, e::num_experts] for e in range(num_experts)]
+    return list(tensor)
+
+
+def in_our_words(name: str, tensor: Tensor, num_experts: int) -> tuple[str, Tensor]:
+    """Return a parameter's name without PEFT's wrappers, and adapters by expert."""
     name = name.removeprefix("base_model.model.")
     block, is_in_experts, rest = name.partition(".experts.")
     if not is_in_experts or "lora_" not in rest:
         return name, tensor
     projection = "gate_up_proj" if rest.startswith("base_layer.") else "down_proj"
-    if "lora_A" in rest:
-        rows = tensor.shape[0] // num_experts
-        stacked = torch.stack([tensor[e * rows : (e + 1) * rows] for e in range(num_experts)])
-        return f"{block}.experts.{projection}_lora.lora_A", stacked
-    stacked = torch.stack([tensor[:, e::num_experts] for e in range(num_experts)])
-    return f"{block}.experts.{projection}_lora.lora_B", stacked
+    stacked = torch.stack(split_experts(name, tensor, num_experts=num_experts))
+    return f"{block}.experts.{projection}_lora.lora_{'A' if 'lora_A' in rest else 'B'}", stacked
 
 
 def _count_experts(model: nn.Module) -> int:

@@ -86,11 +86,6 @@ def _check_sharding(values: Mapping[str, Any]) -> None:
             f"--expert_loads is {values['expert_loads']}, but it needs --expert_placement "
             f"{BALANCED}."
         )
-    if values["optim"] == MUON and values["expert_placement"] == BALANCED:
-        raise ConfigurationError(
-            f"--expert_placement is {BALANCED}, but with --optim {MUON}, which has not been tried "
-            f"with it, it must be {CONTIGUOUS}."
-        )
 
 
 def _check_adapters(values: Mapping[str, Any]) -> None:

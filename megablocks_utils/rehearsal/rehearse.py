@@ -163,7 +163,7 @@ def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
             expert_tp_size=run.expert_tp_size,
             tp_size=run.tp_size,
         ),
-        adapter=AdapterConfig(use_lora=run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
+        adapter=AdapterConfig.of_targets(run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
         precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
         optim=OptimConfig(
             optim=run.optim,

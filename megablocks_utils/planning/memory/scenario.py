@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
-from megablocks_utils.config.adapter import DEFAULT_LORA_R
+from megablocks_utils.config.adapter import DEFAULT_LORA_R, LM_HEAD, ROUTER
 from megablocks_utils.config.parallel import count_ranks_of_slice, legal_ep_sizes
 from megablocks_utils.config.quantization import check_packed_slices
 from megablocks_utils.config.values import join_words
@@ -94,7 +94,7 @@ class Scenario:
             world_size=self.world_size,
             entry_point=config.entry_point,
             precision=resolve_precision(config, self.device_type),
-            use_lora=config.adapter.use_lora,
+            use_lora=config.adapter.targets,
             lora_r=config.adapter.lora_r or DEFAULT_LORA_R,
             gradient_checkpointing=config.gradient_checkpointing,
             accumulation=config.optim.gradient_accumulation_steps,
@@ -215,7 +215,9 @@ class Scenario:
     @property
     def not_known(self) -> str:
         """What of this run the formulas do not know; empty where they know all."""
-        return self.shape.not_known or self._not_known_on_device() or self._not_known_under_tp()
+        reason = self.shape.not_known or self._not_known_on_device() or self._not_known_under_tp()
+        rare = {ROUTER, LM_HEAD} & {*self.config.adapter.parts}
+        return reason or (f"adapters on {min(rare)}" if rare else "")
 
     def _not_known_under_tp(self) -> str:
         """Say what of tensor parallelism is not known; empty for nothing."""

@@ -260,8 +260,9 @@ def _holds_adapters(unit: FullyShardedDataParallel) -> bool:
 def _find_adapted_head(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the output head with its name if it has adapters: a layer then, of two units."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    named = ((name, module) for name, module in model.named_modules() if module is head)
-    return [(n, m) for n, m in named if any(_is_adapter(key) for key, _ in m.named_parameters())]
+    if head is None or not any(_is_adapter(key) for key, _ in head.named_parameters()):
+        return []
+    return [(name, module) for name, module in model.named_modules() if module is head]
 
 
 def _take_adapters_off(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -27,6 +27,7 @@ FAMILIES = {
     "qwen3-30b-a3b": "qwen3_moe",
     "qwen3-235b-a22b": "qwen3_moe",
     "gpt-oss-20b": "gpt_oss",
+    "gpt-oss-120b": "gpt_oss",
     "qwen3.5-35b-a3b": "qwen3_5_moe",
 }
 WORDS = [{"input_ids": [5 + i % 90, 6, 7, 8], "labels": [-100, 6, 7, 8]} for i in range(8)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from megablocks_utils.mesh.device_mesh import DP_AXIS, EXPERT_TP_AXIS
+from megablocks_utils.mesh.device_mesh import DP_AXIS, EXPERT_TP_AXIS, axis_size
 from megablocks_utils.mesh.placement import find_sharded_dim, local_tensor
 from megablocks_utils.mesh.shard_runs import local_runs
 from megablocks_utils.moe.dropless_experts import DroplessExperts
@@ -125,8 +125,9 @@ def _find_cut(parameter: nn.Parameter, rows_dim: int) -> MatrixCut:
     if find_sharded_dim(parameter, DP_AXIS) != rows_dim:
         return MatrixCut(runs[rows_dim], columns, *sizes)
     assert isinstance(parameter, DTensor), "it is sharded"
-    mesh = parameter.device_mesh[DP_AXIS]
-    return MatrixCut(runs[rows_dim], columns, *sizes, mesh.get_local_rank(), mesh.size())
+    mesh = parameter.device_mesh
+    shard = mesh.get_local_rank(DP_AXIS)
+    return MatrixCut(runs[rows_dim], columns, *sizes, shard, axis_size(mesh, DP_AXIS))
 
 
 def _count_allocated(parameter: nn.Parameter) -> int:
@@ -135,4 +136,4 @@ def _count_allocated(parameter: nn.Parameter) -> int:
     if find_sharded_dim(parameter, DP_AXIS) != 0:
         return num_experts
     assert isinstance(parameter, DTensor), "it is sharded"
-    return math.ceil(num_experts / parameter.device_mesh[DP_AXIS].size())
+    return math.ceil(num_experts / axis_size(parameter.device_mesh, DP_AXIS))

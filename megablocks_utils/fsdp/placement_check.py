@@ -12,14 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from megablocks_utils.errors import PlacementError
 from megablocks_utils.fsdp.fsdp1 import strip_wrappers
-from megablocks_utils.fsdp.placement_plan import (
-    COPIES,
-    SHARD,
-    PlacementEntry,
-    PlacementPlan,
-    describe_placement,
-    find_pattern,
-)
+from megablocks_utils.fsdp.placement_plan import PlacementEntry, PlacementPlan, find_pattern
+from megablocks_utils.fsdp.placement_rules import COPIES, SHARD, describe_placement
 from megablocks_utils.fsdp.places import find_buffers, flat_handles
 from megablocks_utils.mesh.placement import local_tensor
 from megablocks_utils.processes.agreement import gather_from_all_ranks

@@ -10,7 +10,7 @@ Every rank of the group must enter every exchange, also without rows. Legend: M 
 this rank, R rows of all peers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from megablocks_utils.mesh.token_exchange import DispatchPlan, PeerGroup, exchan
 
 __all__ = ["combine_from_peers", "dispatch_to_peers"]
 
+_Way = Callable[[Tensor], Tensor]
+
 
 def dispatch_to_peers(
     rows: Tensor, plan: DispatchPlan, group: ProcessGroup, peers: PeerGroup
@@ -31,7 +33,8 @@ def dispatch_to_peers(
     **Collective:** one all-to-all on the ep group (none if it is one rank) and one on the peers',
     and one more each in backward.
     """
-    return _Dispatch.apply(rows, plan, group, peers)
+    there, back = _ways(plan, group, peers)
+    return _Exchange.apply(rows, there, back)
 
 
 def combine_from_peers(
@@ -41,22 +44,24 @@ def combine_from_peers(
 
     **Collective:** as `dispatch_to_peers`.
     """
-    return _Combine.apply(rows, plan, group, peers)
+    there, back = _ways(plan, group, peers)
+    return _Exchange.apply(rows, back, there)
 
 
-def _send(rows: Tensor, plan: DispatchPlan, group: ProcessGroup, peers: PeerGroup) -> Tensor:
-    rows = _exchange(rows, plan.receive_sizes, plan.send_sizes, group)
-    return _gather(rows, _sizes(plan), peers)
+def _ways(plan: DispatchPlan, group: ProcessGroup, peers: PeerGroup) -> tuple[_Way, _Way]:
+    """Return how rows go to the slices of their experts, and how sums come back."""
 
+    def send(rows: Tensor) -> Tensor:
+        rows = _exchange(rows, plan.receive_sizes, plan.send_sizes, group)
+        return _gather(rows, sizes, peers)
 
-def _return(rows: Tensor, plan: DispatchPlan, group: ProcessGroup, peers: PeerGroup) -> Tensor:
-    rows = _sum_own(rows, _sizes(plan), peers)
-    return _exchange(rows, plan.send_sizes, plan.receive_sizes, group)
+    def return_sums(rows: Tensor) -> Tensor:
+        rows = _sum_own(rows, sizes, peers)
+        return _exchange(rows, plan.send_sizes, plan.receive_sizes, group)
 
-
-def _sizes(plan: DispatchPlan) -> list[int]:
     assert plan.peer_sizes is not None, plan
-    return plan.peer_sizes
+    sizes = plan.peer_sizes
+    return send, return_sums
 
 
 def _exchange(
@@ -81,31 +86,14 @@ def _sum_own(rows: Tensor, sizes: Sequence[int], peers: PeerGroup) -> Tensor:
     return parts.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Both ways of a row out as one: a checkpointed layer keeps the rows at their end alone."""
+class _Exchange(torch.autograd.Function):
+    """Both parts of a way as one: a checkpointed layer keeps the rows at their end alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, plan: DispatchPlan, group: ProcessGroup, peers: PeerGroup
-    ) -> Tensor:
-        ctx.way = plan, group, peers
-        return keep_rows(lambda: _send(rows.contiguous(), plan, group, peers))
+    def forward(ctx: Any, rows: Tensor, there: _Way, back: _Way) -> Tensor:
+        ctx.back = back
+        return keep_rows(lambda: there(rows.contiguous()))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _return(grad.contiguous(), *ctx.way), None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Both ways of a row back as one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, plan: DispatchPlan, group: ProcessGroup, peers: PeerGroup
-    ) -> Tensor:
-        ctx.way = plan, group, peers
-        return keep_rows(lambda: _return(rows.contiguous(), plan, group, peers))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _send(grad.contiguous(), *ctx.way), None, None, None
+        return ctx.back(grad.contiguous()), None, None

@@ -51,17 +51,16 @@ def remade_in_backward(made: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
         made: pairs of packed and dequantized, alive as long as the context. Others are left alone.
     """
     by_storage = {
-        dense.untyped_storage().data_ptr(): packed
+        dense.untyped_storage()._cdata: packed
         for packed, dense in made
-        if isinstance(packed, PackedExperts) and dense.numel()
+        if isinstance(packed, PackedExperts)
     }
     pack_other, unpack_other = _current_hooks()
 
     def pack(tensor: Tensor) -> Any:
-        packed = None
-        if type(tensor) is Tensor and tensor.numel():
-            packed = by_storage.get(tensor.untyped_storage().data_ptr())
-        if packed is None:
+        # Not its address, which is 0 of all that is empty, or only rehearsed.
+        packed = by_storage.get(tensor.untyped_storage()._cdata)
+        if packed is None or tensor.numel() == 0:
             return pack_other(tensor)
         return _RemadeView(
             packed, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())

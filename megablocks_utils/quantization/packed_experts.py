@@ -23,6 +23,7 @@ _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
 # FSDP2 keeps a flat view of its shard, and views what it has gathered in the shape that it has.
 _VIEWS = (_aten.view.default, _aten.as_strided.default)
+_COPIES = (_aten._to_copy.default, _aten.clone.default)
 # Values that are unpacked at a time: their fp32 copies are small beside the result.
 _CHUNK = 2**22
 
@@ -152,6 +153,7 @@ class PackedExperts(Tensor):
             parts = {name: part[start:end] for name, part in self.parts.items()}
             values = FORMATS[self.format_name].unpack(parts, num_columns)
             made[start - first : end - first] = values.mT if self.is_transposed else values
+            del values  # before the next ones are there
         return made
 
     def fsdp_pre_all_gather(
@@ -237,7 +239,7 @@ class PackedExperts(Tensor):
         if isinstance(packed, PackedExperts):
             if func in _SAME or (func in _VIEWS and _is_same_view(packed, *args[1:])):
                 return packed._rebuild(packed.parts, packed.dtype)
-            if func is _aten._to_copy.default and not (kwargs or {}).keys() - _OF_DEVICE:
+            if func in _COPIES and not (kwargs or {}).keys() - _OF_DEVICE:
                 parts = {name: func(part, **(kwargs or {})) for name, part in packed.parts.items()}
                 return packed._rebuild(parts, packed.dtype)
             if func is _aten.is_pinned.default:

@@ -25,6 +25,8 @@ from megablocks_utils.mesh.token_exchange import (
 )
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.planning.model.prediction import PlannedRun
+from megablocks_utils.quantization.format_table import FORMATS
+from megablocks_utils.quantization.weight_format import Parts
 from megablocks_utils.rehearsal.library_patches import (
     attention_of_a_gpu,
     copied_between_memories,
@@ -34,7 +36,7 @@ from megablocks_utils.rehearsal.library_patches import (
 )
 from megablocks_utils.rehearsal.remembered_fakes import RememberedFakes
 
-__all__ = ["AssumedValues", "assume_gpu_sums", "assume_routing", "pretend"]
+__all__ = ["AssumedValues", "assume_gpu_sums", "assume_routing", "assume_stored", "pretend"]
 
 
 def assume_routing(module: DroplessExperts, num_tokens: int, top_k: int, imbalance: float) -> None:
@@ -57,6 +59,24 @@ def assume_routing(module: DroplessExperts, num_tokens: int, top_k: int, imbalan
         return hidden_states, _route_evenly(index, copies, module.num_experts, ep_size), weights
 
     module.register_forward_pre_hook(route)
+
+
+def assume_stored(experts: DroplessExperts) -> None:
+    """Have a layer take packed weights as they are stored: none is drawn, and none is packed.
+
+    Args:
+        experts: what their weights are changes no size.
+    """
+    if experts.weight_format is None:
+        return
+    layout_of = FORMATS[experts.weight_format].describe_parts
+
+    def read(name: str, _expert: int) -> Parts:
+        sizes = experts.get_parameter(name.rpartition(".")[2]).shape[1:]
+        layouts = layout_of(*(sizes[::-1] if experts.spec.is_transposed else sizes))
+        return {part: torch.zeros(of.shape, dtype=of.dtype) for part, of in layouts.items()}
+
+    experts.read_stored = read
 
 
 def _route_evenly(index: Tensor, copies: int, num_experts: int, ep_size: int) -> Tensor:

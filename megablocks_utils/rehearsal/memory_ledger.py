@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from megablocks_utils.quantization.packed_experts import PackedExperts
 from megablocks_utils.rehearsal.library_patches import watch_resizes
 from megablocks_utils.rehearsal.memory_origin import FSDP_BUFFERS, find_origin
 
@@ -82,6 +83,8 @@ class MemoryLedger:
         """Book what an operator has returned."""
         leaves = (results,) if isinstance(results, Tensor) else tree_leaves(results)
         for result in leaves:
+            if isinstance(result, PackedExperts):
+                continue  # it has no memory but its parts, which other operators return
             if isinstance(result, Tensor) and result.device.type == self._device_type:
                 self._book(result.untyped_storage())
         if _JOINS_GRADIENTS in func.__name__:

@@ -21,17 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.attention.implementation import set_implementation
-from megablocks_utils.config import (
-    AdapterConfig,
-    OptimConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RunConfig,
-)
+from megablocks_utils.config import RunConfig
 from megablocks_utils.fsdp.tensor_parallel import split_dense_layers
 from megablocks_utils.lora.apply import apply_lora, choose_adapters
 from megablocks_utils.mesh.dense_mesh import build_dense_mesh
-from megablocks_utils.mesh.placement import is_replicated
+from megablocks_utils.mesh.placement import is_replicated, local_tensor
 from megablocks_utils.moe.model_facts import find_top_k
 from megablocks_utils.planning.model.prediction import (
     COMPONENTS,
@@ -39,11 +33,18 @@ from megablocks_utils.planning.model.prediction import (
     PlannedRun,
     Prediction,
 )
-from megablocks_utils.rehearsal.assumptions import AssumedValues, assume_routing, pretend
+from megablocks_utils.quantization.packed_experts import list_stored
+from megablocks_utils.rehearsal.assumptions import (
+    AssumedValues,
+    assume_routing,
+    assume_stored,
+    pretend,
+)
 from megablocks_utils.rehearsal.fake_process_group import fake_process_group
 from megablocks_utils.rehearsal.library_patches import without_values
 from megablocks_utils.rehearsal.memory_ledger import HOST, IN_LAYERS, LedgerPeak, MemoryLedger
 from megablocks_utils.rehearsal.planned_batch import build_planned_batch
+from megablocks_utils.rehearsal.planned_config import build_config
 from megablocks_utils.rehearsal.rehearsed_runs import (
     Fsdp1Run,
     Fsdp2Run,
@@ -124,7 +125,8 @@ def rehearse(
     Raises:
         UserError: a model or kernel that cannot be run.
     """
-    config = _build_config(layout, run)
+    steps = 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
+    config = build_config(layout, run, steps)
     ledger, traffic = MemoryLedger(device.type), TrafficCounter()
     fakes = () if is_real else pretend(run, lambda copy: ledger.assign([copy], HOST))
     with fake_process_group(run.world_size, device.type, rank):
@@ -141,39 +143,9 @@ def rehearse(
             step.make_optimizer_state()
             ledger.open()
             on_ready()
-            step.take(config.optim.gradient_accumulation_steps)
+            step.take(steps)
             on_done()
             return step.report()
-
-
-def _build_config(layout: ParallelLayout, run: PlannedRun) -> RunConfig:
-    """Return the options that make the training code do what is planned."""
-    has_ep = layout.ep_size > 1 or layout.is_dmoe
-    steps = 1 if _begins_with_gradients(run) else min(run.accumulation, _MICRO_STEPS)
-    return RunConfig(
-        entry_point=run.entry_point,
-        parallel=ParallelConfig(
-            use_megablocks_sharding=has_ep,
-            ep_size=layout.ep_size if has_ep else None,
-            expert_dp=layout.expert_dp,
-            dp_replicate_size=run.dp_replicate_size,
-            kernel=run.kernel,
-            token_dispatch=run.token_dispatch,
-            sp_size=run.sp_size,
-            expert_tp_size=run.expert_tp_size,
-            tp_size=run.tp_size,
-        ),
-        adapter=AdapterConfig.of_targets(run.use_lora, lora_r=run.lora_r, lora_alpha=run.lora_r),
-        precision=PrecisionConfig(run.precision.name, None, run.precision.optim),
-        optim=OptimConfig(
-            optim=run.optim,
-            gradient_accumulation_steps=steps,
-            sync_each_batch=run.sync_each_batch,
-        ),
-        gradient_checkpointing=run.gradient_checkpointing,
-        cpu_offload=run.cpu_offload,
-        router_aux_loss_coef=0.01 if run.has_aux_loss else 0.0,
-    )
 
 
 def _begins_with_gradients(run: PlannedRun) -> bool:
@@ -203,6 +175,7 @@ def _build(
     if sharded is not None:
         for module in sharded.expert_modules.values():
             assume_routing(module, run.expert_tokens, (find_top_k(model) or 1), run.imbalance)
+            assume_stored(module)
     if config.adapter.has_lora:
         adapters = choose_adapters(model, config.adapter)
         dtype = getattr(torch, precision.adapter)
@@ -283,7 +256,8 @@ class _Step:
     def _assign(self) -> None:
         for parameter in self._rehearsed.model.parameters():
             on_host = self._is_on_host(parameter)
-            self._ledger.assign([parameter], HOST if on_host else "parameters")
+            stored = list_stored(local_tensor(parameter.detach()))
+            self._ledger.assign(stored, HOST if on_host else "parameters")
             self._ledger.assign([parameter.grad], HOST if on_host else "gradients")
 
     def _is_on_host(self, parameter: Tensor) -> bool:

@@ -176,13 +176,13 @@ class RunRecorder:
         if resume is not None:
             earlier = EarlierLogs(resume.metrics_path, resume.loads_path, resume.samples_path)
         with self._as_sentence(self.metrics_path):
-            logs = RunLogs(
+            self._logs = RunLogs(
                 self.output_dir,
                 earlier,
                 has_loads=config.expert_load_steps > 0,
                 has_samples=config.evaluation.predict_samples > 0,
             )
-        self._logs = self._open.enter_context(logs)
+        self._open.callback(self._logs.close)
 
     def _add(self, metrics: StepMetrics) -> None:
         self._totals = self._totals.plus(metrics)

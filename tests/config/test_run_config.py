@@ -304,8 +304,8 @@ REFUSALS = {
     "--use_lora all --lora_target attention": "--use_lora is all, but --lora_target is attention: "
     "leave one of the two out.",
     "--lora_target experts,attention --lora_dropout 0.1": "--lora_dropout is 0.1, but "
-    "--lora_target experts,attention also puts adapters on experts, where nothing can be dropped (all rows or "
-    "whole weights at once): it must be 0, or --lora_target without them.",
+    "--lora_target experts,attention also puts adapters on experts, where nothing can be dropped "
+    "(all rows or whole weights at once): it must be 0, or --lora_target without them.",
     "--lora_target router --freeze_router True": "--freeze_router is True, but --lora_target "
     "router puts adapters on routers: it must be False.",
     "--save_strategy often": "--save_strategy is often, but it must be no, steps or epoch.",

@@ -19,7 +19,9 @@ from megablocks_utils.planning.memory.stages import DISPATCH, Stage
 
 __all__ = ["expert_stages"]
 
-_UNPACKED, _UNPACKED_BYTES = 2**22, 12  # values that are unpacked at a time; what each takes
+_UNPACKED_AT_A_TIME = 2**22  # values, or one expert's matrix where it has more
+# What each takes until it is cast: in fp32 it, and the codes it is looked up by, or a factor.
+_UNPACKED_BYTES = {"nf4": 6.07, "int8": 8, "fp8": 8.04, "mxfp4": 8.13}
 
 
 def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
@@ -35,6 +37,8 @@ def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
         inside = [_triton_stage(sizes)]
     else:
         inside = [_gate_up_stage(sizes), _gate_stage(sizes), _down_stage(sizes)]
+    if sizes.run.packed_format is not None:
+        inside = [_unpack_stage(sizes), *inside]
     stages = [_sort_stage(sizes, unit), *_with_exchange(sizes, inside)]
     return stages if sizes.run.tp_size == 1 else [take_stage(sizes), *stages, join_stage(sizes)]
 
@@ -57,6 +61,13 @@ def _sort_stage(sizes: Sizes, unit: FsdpUnit) -> Stage:
     return Stage("order", DISPATCH, saved=saved, named=copies)
 
 
+def _unpack_stage(sizes: Sizes) -> Stage:
+    """Return what comes before the first product: both weights are made for use."""
+    rows = sizes.received(sizes.shape.hidden_size)
+    held = {"rows": rows * sizes.rows_travel, "rows as received": rows * _is_sorted_again(sizes)}
+    return Stage("unpack", DISPATCH, forward=held | _unpacked_both(sizes))
+
+
 def _gate_up_stage(sizes: Sizes) -> Stage:
     rows = sizes.received(sizes.shape.hidden_size)
     outputs, inner = 2 * sizes.received(sizes.expert_size), _inner(sizes)
@@ -67,7 +78,11 @@ def _gate_up_stage(sizes: Sizes) -> Stage:
         saved={"rows": rows * _saves_inputs(sizes), "between A and B": 2 * inner},
         forward=_lasting(sizes) | {"outputs": outputs * (2 if inner else 1)},
         backward=_dequantized(sizes, 2)
-        | {"outputs' gradients": outputs, "rows' gradients": paths * rows},
+        | {
+            "outputs' gradients": outputs,
+            # While it unpacks, those of the adapter are there instead of the rows that it saved.
+            "being unpacked, or rows' gradients": max(_being_unpacked(sizes, 2), paths * rows),
+        },
         gradients=_gradients(sizes, sizes.shape.hidden_size, 2 * sizes.expert_size),
         named=rows * _saves_inputs(sizes),
     )
@@ -103,7 +118,9 @@ def _down_stage(sizes: Sizes) -> Stage:
         backward=_dequantized(sizes, 1)
         | {
             "outputs' gradients": rows,
-            "products' gradients": products * (2 if inner else 1),
+            "being unpacked, or products' gradients": max(
+                _being_unpacked(sizes, 1), products * (2 if inner else 1)
+            ),
         },
         gradients=_gradients(sizes, sizes.expert_size, sizes.shape.hidden_size),
         named=products * saves,
@@ -196,8 +213,23 @@ def _dequantized(sizes: Sizes, num_matrices: int) -> dict[str, int]:
     if sizes.run.packed_format is None:
         return {}
     weights = sizes.num_local * sizes.shape.hidden_size * sizes.expert_size
-    unpacked = min(_UNPACKED, weights) * _UNPACKED_BYTES
-    return {"dequantized": num_matrices * weights * sizes.compute, "being unpacked": unpacked}
+    return {"dequantized": num_matrices * weights * sizes.compute}
+
+
+def _being_unpacked(sizes: Sizes, num_matrices: int) -> int:
+    """Return what unpacking one projection takes besides: down, or gate and up as one matrix."""
+    if sizes.run.packed_format is None:
+        return 0
+    per_expert = num_matrices * sizes.shape.hidden_size * sizes.expert_size
+    num_experts = min(max(1, _UNPACKED_AT_A_TIME // per_expert), sizes.num_local)
+    return int(num_experts * per_expert * _UNPACKED_BYTES[sizes.run.packed_format])
+
+
+def _unpacked_both(sizes: Sizes) -> dict[str, int]:
+    """Return the fuller moment of unpacking one projection after the other."""
+    first = _dequantized(sizes, 2) | {"being unpacked": _being_unpacked(sizes, 2)}
+    second = _dequantized(sizes, 3) | {"being unpacked": _being_unpacked(sizes, 1)}
+    return max(first, second, key=lambda moment: sum(moment.values()))
 
 
 def _is_sorted_again(sizes: Sizes) -> bool:

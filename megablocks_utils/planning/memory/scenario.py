@@ -158,13 +158,6 @@ class Scenario:
         not_known = self.not_known
         if not not_known:
             return _predict_once(predict, self.shape, layout, self.planned_run())
-        if self.config.adapter.packed_format is not None:
-            raise ConfigurationError(
-                f"expert_quantization is {self.config.adapter.packed_format}, but it must be none "
-                f"for a plan: the formulas do not know {not_known} of a {self.shape.model_type} "
-                "model.",
-                parameters=("expert_quantization",),
-            )
         if self.config.parallel.sp_size > 1:
             raise ConfigurationError(
                 f"sp_size is {self.config.parallel.sp_size}, but it must be 1 for a plan: the "

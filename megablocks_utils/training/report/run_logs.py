@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from megablocks_utils.files import (
     EXPERT_LOAD_NAME,
@@ -32,7 +30,7 @@ class EarlierLogs:
 
 
 class RunLogs:
-    """Write each line as soon as it is known; use it as a context.
+    """Write each line as soon as it is known.
 
     Args:
         folder: the output folder.
@@ -60,15 +58,8 @@ class RunLogs:
             samples = JsonLinesWriter(self._samples_path, after=earlier.samples)
             self._samples = self._open.enter_context(samples)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files; every line that could be written is in them."""
         self._open.close()
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -125,6 +126,39 @@ def folder_of(tmp_path_factory):
                 "cpu_offload": "optimizer",
             },
         ),
+        # Packed experts: whole ones over dp, rows of them, in host memory, in slices.
+        (
+            MIXTRAL,
+            SHARD,
+            {
+                "packed_format": "nf4",
+                "use_lora": "all",
+                "gradient_checkpointing": "selective",
+                "precision": "mixed",
+                "device_type": "cuda",
+            },
+        ),
+        (
+            MIXTRAL,
+            SHARD,
+            {"packed_format": "int8", "use_lora": "all", "world_size": 12, "precision": "bf16"},
+        ),
+        (
+            MIXTRAL,
+            WHOLE,
+            {
+                "packed_format": "fp8",
+                "use_lora": "all",
+                "precision": "bf16",
+                "device_type": "cuda",
+                "cpu_offload": "params",
+            },
+        ),
+        (
+            MIXTRAL,
+            ParallelLayout(2, "shard"),
+            {"packed_format": "mxfp4", "use_lora": "all", "expert_tp_size": 2, "precision": "bf16"},
+        ),
         (
             TIED,
             SHARD,
@@ -207,11 +241,11 @@ def ledgers(monkeypatch):
 @pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v3"])
 def test_everything_that_is_taken_is_given_back(ledgers, model, use_lora):
     shape = ModelShape.from_config(read_model(model))
+    # Every pair of checkpointing, kernel and accumulation, the last by turns.
+    pairs = product(("full", "none", "selective"), ("grouped_mm", "triton"))
     changes = [
         {"gradient_checkpointing": checkpointing, "kernel": kernel, "accumulation": accumulation}
-        for checkpointing in ("full", "none", "selective")
-        for kernel in ("grouped_mm", "triton")
-        for accumulation in (1, 2)
+        for (checkpointing, kernel), accumulation in zip(pairs, (1, 2, 2, 1, 1, 2), strict=True)
     ]
     changes += [
         {"precision": "mixed"},

@@ -22,6 +22,7 @@ from megablocks_utils.lora.file_check import (
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.processes.agreement import broadcast_from_rank0
+from megablocks_utils.training.evaluation.undisturbed import undisturbed
 from megablocks_utils.training.report.memory import read_available_memory
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
@@ -161,6 +162,5 @@ def _find_skip_reason(setup: Setup) -> str | None:
 
 def _run_forward(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Return the logits (1, T, V) on the CPU; every rank runs the same tokens."""
-    model.eval()
-    with torch.no_grad():
+    with undisturbed(model):
         return model(input_ids=input_ids, use_cache=False).logits.cpu()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.checkpoint.load import build_model_on_meta
-from megablocks_utils.checkpoint.stored_parts import keeps_stored_bits
+from megablocks_utils.checkpoint.stored_parts import find_kept_bits
 from megablocks_utils.lora.file_check import (
     ExpertNorms,
     check_files,
@@ -125,20 +125,11 @@ class AdapterCheck:
 
 def _find_kept_bits(setup: Setup) -> set[str]:
     """Return the experts' weights that are packed as the checkpoint has them."""
-    modules = {} if setup.sharded is None else setup.sharded.expert_modules
-    return {
-        f"{path}.{projection}"
-        for path, module in modules.items()
-        for projection in module.spec.projections
-        if module.weight_format is not None
-        and keeps_stored_bits(
-            setup.reader,
-            f"{path}.{projection}",
-            module.num_experts,
-            format_name=module.weight_format,
-            is_transposed=module.spec.is_transposed,
-        )
-    }
+    packed_format = setup.config.adapter.packed_format
+    if setup.sharded is None or packed_format is None:
+        return set()
+    specs = {path: module.spec for path, module in setup.sharded.expert_modules.items()}
+    return find_kept_bits(setup.reader, specs, packed_format)
 
 
 def build_plain_model(setup: Setup) -> PreTrainedModel:

@@ -273,6 +273,8 @@ REFUSALS = {
     "--eval_data_path or --eval_fraction.",
     "--eval_fraction 0.1": "--eval_fraction is 0.1, but --eval_strategy is no: it must be steps or "
     "epoch.",
+    "--eval_strategy epoch --eval_fraction 0.1 --eval_dataset_split test": "--eval_dataset_split "
+    "is test, but there is no --eval_data_path that it could be of.",
     "--predict_samples 2": "--predict_samples is 2, but --eval_strategy is no: it must be steps or "
     "epoch.",
     "--eval_strategy epoch --eval_fraction 0.1 --eval_data_path x.json": "--eval_data_path is "

@@ -6,7 +6,7 @@ process group and no GPU. Torch is imported when the options are good, so `--hel
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.precision import SAVE_DTYPE_OPTION
+from megablocks_utils.config.quantization import NO_QUANTIZATION, QUANTIZATIONS
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import GENERATION_CONFIG_NAME
+from megablocks_utils.files import GENERATION_CONFIG_NAME, RUN_RECORD_NAME
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
     check_output,
@@ -28,8 +29,10 @@ from megablocks_utils.processes.entry_point import run_entry_point
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from megablocks_utils.checkpoint.index import CheckpointIndex
     from megablocks_utils.checkpoint.writer import TensorSpec
     from megablocks_utils.lora.merge_weights import AdapterMerger
+    from megablocks_utils.lora.rounded_base import RoundedBase
 
 __all__ = ["COMMAND", "MergeOptions", "main", "merge_adapter", "parse_options"]
 
@@ -63,6 +66,15 @@ class MergeOptions:
     save_dtype: Annotated[
         str | None, replace(SAVE_DTYPE_OPTION, shown_default="that of each of the base's tensors")
     ] = None
+
+    expert_quantization: Annotated[
+        str,
+        Option(
+            "merge into experts as this format keeps them: what a run with --expert_quantization "
+            "has trained on, written in the dtype of the base",
+            choices=QUANTIZATIONS,
+        ),
+    ] = NO_QUANTIZATION
 
 
 COMMAND = Command(
@@ -123,6 +135,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         resolve_adapter_folder,
     )
     from megablocks_utils.lora.merge_weights import AdapterMerger
+    from megablocks_utils.lora.rounded_base import RoundedBase
 
     adapter_folder = resolve_adapter_folder(options.adapter)
     base = resolve_checkpoint_folder(find_base_name(options.model_name_or_path, adapter_folder))
@@ -135,7 +148,10 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         model.config.dtype = saved_dtype("", index.dtype(next(iter(index))))
     layout = ModelLayout(model, index)
     check_against_model(model, index, layout)
-    merger = AdapterMerger(open_adapter(adapter_folder, model), index, layout)
+    weight_format = options.expert_quantization
+    is_own = weight_format == NO_QUANTIZATION
+    base_index = index if is_own else RoundedBase(index, layout, model, weight_format)
+    merger = AdapterMerger(open_adapter(adapter_folder, model), base_index, layout)
     try:
         with removed_on_error(options.output):
             folders = (index.folder, adapter_folder)
@@ -149,7 +165,38 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         f"wrote {options.output}: {changed} of {len(index.keys())} tensors changed,"
         f" {written_bytes:,} bytes"
     )
-    return "\n".join((*index.notes, line))
+    return "\n".join((*index.notes, *_list_notes(base_index, adapter_folder, options), line))
+
+
+def _list_notes(
+    base: "CheckpointIndex | RoundedBase", adapter: Path, options: MergeOptions
+) -> Iterator[str]:
+    """Say how far off the experts are that the adapter was merged into, or was trained on."""
+    from megablocks_utils.lora.rounded_base import RoundedBase
+
+    if isinstance(base, RoundedBase):
+        yield (
+            f"experts are those that {options.expert_quantization} keeps, "
+            f"{100 * base.error:.2g} % off the base's"
+        )
+    trained_on = _find_trained_format(adapter)
+    if trained_on != options.expert_quantization:
+        yield (
+            f"the adapter was trained on experts in {trained_on}: --expert_quantization "
+            f"{trained_on} merges it into these"
+        )
+
+
+def _find_trained_format(adapter: Path) -> str:
+    """Return the format of the experts that an adapter was trained on, as its run says it."""
+    from megablocks_utils.checkpoint.json_file import read_settings
+
+    if not (adapter / RUN_RECORD_NAME).is_file():
+        return NO_QUANTIZATION
+    section: object = read_settings(adapter / RUN_RECORD_NAME, "adapter")
+    for name in ("options", "adapter", "expert_quantization"):
+        section = section.get(name) if isinstance(section, dict) else None
+    return section if isinstance(section, str) else NO_QUANTIZATION
 
 
 def _list_companions(base: Path, adapter: Path) -> list[Path]:

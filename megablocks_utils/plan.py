@@ -21,7 +21,7 @@ from megablocks_utils.config.record import format_config, format_record, read_re
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME, write_json_atomically
 from megablocks_utils.planning.launcher.launch_file import build_launch_file
-from megablocks_utils.planning.memory.scenario import Scenario, read_shape
+from megablocks_utils.planning.memory.scenario import Scenario, has_rare_adapters, read_shape
 from megablocks_utils.planning.model.config_file import (
     find_config_file,
     launch_name,
@@ -142,9 +142,10 @@ def open_model(options: PlanOptions) -> Iterator[PlannedModel]:
     """
     path = find_config_file(options.model)
     settings = read_config_file(path)
-    # How transformers splits a model over a tp group, its config does not say.
-    is_split = options.config.parallel.tp_size > 1
-    if settings.get("model_type") in KNOWN_MODEL_TYPES and not is_split:
+    # How transformers splits a model over a tp group, its config does not say; and no formula
+    # knows adapters of some parts.
+    is_rare = options.config.parallel.tp_size > 1 or has_rare_adapters(options.config.adapter)
+    if settings.get("model_type") in KNOWN_MODEL_TYPES and not is_rare:
         packing = PADDED if options.config.optim.packing == "False" else ONE_ROW
         shape = read_shape(options.config, settings)
         yield PlannedModel(shape, packing, options.config.may_be_varlen)

@@ -4,6 +4,7 @@ So nothing is rounded a second time: GPT-OSS's MXFP4, and FP8 in blocks of 128 x
 has it, where gate and up are put together at the end of a block.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,11 @@ import torch
 from megablocks_utils.checkpoint.expert_trace import ExpertPart, Span
 from megablocks_utils.checkpoint.packed_weights import Mxfp4Weight, PackedWeight
 from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.weight_format import Parts
 
-__all__ = ["keeps_stored_bits", "read_stored_bits"]
+__all__ = ["find_kept_bits", "read_stored_bits"]
 
 
 class _StoredRows(NamedTuple):
@@ -51,14 +53,31 @@ def read_stored_bits(
     return {part: torch.cat([parts[part] for parts in read]) for part in read[0]}
 
 
-def keeps_stored_bits(
-    reader: SliceReader, name: str, num_experts: int, *, format_name: str, is_transposed: bool
-) -> bool:
-    """Return whether `read_stored_bits` finds every expert of a projection; reads no weights."""
-    return all(
-        _find_rows(reader, name, expert, format_name, is_transposed=is_transposed) is not None
-        for expert in range(num_experts)
-    )
+def find_kept_bits(
+    reader: SliceReader, specs: Mapping[str, ExpertSpec], format_name: str
+) -> set[str]:
+    """Return the projections of which `read_stored_bits` finds every expert; reads no weights.
+
+    Args:
+        reader: of the checkpoint.
+        specs: of the experts modules, by their names in the transformers model.
+        format_name: of `FORMATS`.
+    """
+    return {
+        f"{path}.{projection}"
+        for path, spec in specs.items()
+        for projection in spec.projections
+        if all(
+            _find_rows(
+                reader,
+                f"{path}.{projection}",
+                expert,
+                format_name,
+                is_transposed=spec.is_transposed,
+            )
+            for expert in range(spec.num_experts)
+        )
+    }
 
 
 def _find_rows(

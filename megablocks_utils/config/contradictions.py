@@ -6,6 +6,14 @@ Torch-free.
 from collections.abc import Mapping
 from typing import Any
 
+from megablocks_utils.config.adapter import (
+    EXPERTS,
+    LM_HEAD,
+    NO_LORA,
+    ROUTER,
+    parts_of,
+    targets_of,
+)
 from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.data_checks import check_data_options
 from megablocks_utils.config.dispatch_cost import ROWS
@@ -28,7 +36,7 @@ def check_together(values: Mapping[str, Any], entry_point: str) -> None:
     Raises:
         ConfigurationError: naming an option, its value and what it contradicts.
     """
-    check_quantization(values)
+    check_quantization(values, has_lora=targets_of(values) != NO_LORA)
     _check_sharding(values)
     _check_kernel(values)
     check_data_options(values)
@@ -95,17 +103,60 @@ def _check_adapters(values: Mapping[str, Any]) -> None:
             "--use_dora is True, but DoRA divides by norms of whole merged weights in every forward"
             " pass, which lie on several ranks: it must be False (plain LoRA)."
         )
-    if values["resume_adapter"] is not None and values["use_lora"] == "none":
+    targets = targets_of(values)
+    _check_targets(values)
+    if values["resume_adapter"] is not None and targets == NO_LORA:
         raise ConfigurationError(
             "--use_lora is none, but --resume_adapter needs it to say what the adapter is on: "
             "attn-only, mlp-only or all."
         )
-    if values["save_dtype"] is not None and values["use_lora"] != "none":
+    if values["save_dtype"] is not None and targets != NO_LORA:
         raise ConfigurationError(
-            f"--save_dtype is {values['save_dtype']}, but with --use_lora {values['use_lora']} the "
+            f"--save_dtype is {values['save_dtype']}, but with {_give_targets(values)} the "
             "final model is an adapter, in the dtype it is trained in; leave it out, or give it to "
             "megablocks_utils.merge."
         )
+
+
+def _check_targets(values: Mapping[str, Any]) -> None:
+    """Refuse parts that contradict each other, or a dropout that none of them has."""
+    use_lora, parts = values["use_lora"], parts_of(targets_of(values))
+    if values["lora_target"] and use_lora != NO_LORA and set(parts_of(use_lora)) != set(parts):
+        raise ConfigurationError(
+            f"--use_lora is {use_lora}, but --lora_target is {','.join(parts)}: leave one of the "
+            "two out."
+        )
+    split = [part for part in (ROUTER, LM_HEAD) if part in parts]
+    if split and values["tp_size"] > 1:
+        raise ConfigurationError(
+            f"--lora_target names {split[0]}, but with --tp_size {values['tp_size']}, which has "
+            "the head in parts and routers beside them, it must not; or --tp_size 1."
+        )
+    dropout = values["lora_dropout"]
+    if not dropout:
+        return
+    without = [part for part in (EXPERTS, ROUTER) if part in parts]
+    if not parts or without:
+        why = (
+            f"{_give_targets(values)} also puts adapters on {' and '.join(without)}, where nothing "
+            "can be dropped (all rows or whole weights at once): it must be 0, or --lora_target "
+            "without them"
+            if parts
+            else "there are no adapters: it must be 0, or --use_lora attn-only"
+        )
+        raise ConfigurationError(f"--lora_dropout is {dropout:g}, but {why}.")
+    if values["tp_size"] > 1:
+        raise ConfigurationError(
+            f"--lora_dropout is {dropout:g}, but with --tp_size {values['tp_size']} it must be 0: "
+            "ranks with the same rows would drop different inputs."
+        )
+
+
+def _give_targets(values: Mapping[str, Any], between: str = " ") -> str:
+    """Return the option that says which parts have adapters, with its value."""
+    if values["lora_target"]:
+        return f"--lora_target{between}{','.join(values['lora_target'])}"
+    return f"--use_lora{between}{values['use_lora']}"
 
 
 def _check_muon(values: Mapping[str, Any], entry_point: str) -> None:
@@ -172,17 +223,24 @@ def _check_tensor_parallelism(values: Mapping[str, Any], entry_point: str) -> No
 
 def _check_routers(values: Mapping[str, Any]) -> None:
     """Refuse to change routers in a run that keeps them as they are."""
-    has_lora, rate = values["use_lora"] != "none", values["router_bias_update_rate"]
-    if has_lora and values["freeze_router"] is False:
+    targets, rate = targets_of(values), values["router_bias_update_rate"]
+    has_lora = targets != NO_LORA
+    trains_router = ROUTER in parts_of(targets)
+    if (
+        has_lora
+        and values["freeze_router"] in (True, False)
+        and values["freeze_router"] is trains_router
+    ):
+        why = "puts adapters on routers" if trains_router else "leaves routers as they are"
         raise ConfigurationError(
-            f"--freeze_router is False, but --use_lora {values['use_lora']} trains adapters alone: "
-            "it must be True."
+            f"--freeze_router is {values['freeze_router']}, but {_give_targets(values)} {why}: it "
+            f"must be {not trains_router}."
         )
     if rate and (has_lora or values["freeze_router"]):
-        cause = f"--use_lora {values['use_lora']}" if has_lora else "--freeze_router True"
+        cause = _give_targets(values) if has_lora else "--freeze_router True"
         raise ConfigurationError(
-            f"--router_bias_update_rate is {rate}, but {cause} leaves routers as they are: it must "
-            "be 0."
+            f"--router_bias_update_rate is {rate}, but {cause} leaves their biases as they are: it "
+            "must be 0."
         )
 
 
@@ -195,11 +253,11 @@ def _check_kernel(values: Mapping[str, Any]) -> None:
                 f"--use_scattermoe is True, but {named}; leave one of the two out."
             )
         kernel, named = "scattermoe", "--use_scattermoe is True"
-    trains_experts = values["use_lora"] in ("mlp-only", "all")
+    trains_experts = EXPERTS in parts_of(targets_of(values))
     able = [AUTO, *list_backends(with_adapters=True)]
     if trains_experts and kernel not in able:
         raise ConfigurationError(
-            f"--use_lora is {values['use_lora']}, but {kernel} runs experts without adapters; "
+            f"{_give_targets(values, ' is ')}, but {kernel} runs experts without adapters; "
             f"--kernel {', '.join(able[:-1])} or {able[-1]} runs them with adapters."
         )
     if kernel != "auto" and not values["use_megablocks_sharding"] and not trains_experts:

@@ -4,7 +4,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from megablocks_utils.config.adapter import DEFAULT_LORA_ALPHA, DEFAULT_LORA_R, AdapterConfig
+from megablocks_utils.config.adapter import (
+    DEFAULT_LORA_ALPHA,
+    DEFAULT_LORA_R,
+    NO_LORA,
+    ROUTER,
+    AdapterConfig,
+    parts_of,
+    targets_of,
+)
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.contradictions import check_together
 from megablocks_utils.config.evaluation import EvaluationConfig
@@ -121,10 +129,11 @@ def _build_config(given: Mapping[str, Any], entry_point: str) -> RunConfig:
         values["kernel"] = "scattermoe"
     own_expert_dp = "replicate" if entry_point == "fsdp1" else "shard"
     values["expert_dp"] = values["expert_dp"] or own_expert_dp
+    targets = targets_of(values)
     if values["sync_each_batch"] is None:
-        values["sync_each_batch"] = values["use_lora"] == "none"
+        values["sync_each_batch"] = targets == NO_LORA
     if values["freeze_router"] is None:
-        values["freeze_router"] = values["use_lora"] != "none"
+        values["freeze_router"] = targets != NO_LORA and ROUTER not in parts_of(targets)
     if values["resume_adapter"] is None:
         values["lora_r"] = values["lora_r"] or DEFAULT_LORA_R
         values["lora_alpha"] = values["lora_alpha"] or DEFAULT_LORA_ALPHA

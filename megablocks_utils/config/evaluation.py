@@ -26,6 +26,7 @@ class EvaluationConfig:
         load_best_model_at_end: Whether the final model is the saved one with the lowest loss.
         early_stopping_patience: Evaluations without a lower loss that end the run; None: none do.
         predict_samples: Held-out prompts that each evaluation answers.
+        eval_dataset_split: Of `eval_data_path`; None: `dataset_split`.
     """
 
     eval_data_path: Annotated[
@@ -89,6 +90,14 @@ class EvaluationConfig:
             minimum=0,
         ),
     ] = 0
+    eval_dataset_split: Annotated[
+        str | None,
+        Option(
+            "split of a dataset that --eval_data_path names (no file), such as validation",
+            metavar="SPLIT",
+            shown_default="--dataset_split",
+        ),
+    ] = None
 
     @property
     def is_on(self) -> bool:
@@ -166,6 +175,11 @@ def _check_sources(values: Mapping[str, Any], strategy: str, sources: list[str])
             f"--eval_strategy is {strategy}, but no examples are held out: give --eval_data_path "
             "or --eval_fraction."
         )
+    if values["eval_dataset_split"] and not values["eval_data_path"]:
+        raise ConfigurationError(
+            f"--eval_dataset_split is {values['eval_dataset_split']}, but there is no "
+            "--eval_data_path that it could be of."
+        )
     if values["eval_fraction"] and values.get("streaming"):
         raise ConfigurationError(
             f"--eval_fraction is {values['eval_fraction']}, but --streaming True never knows all "
@@ -186,7 +200,7 @@ def _list_sources(values: Mapping[str, Any]) -> list[str]:
 def _refuse_idle(values: Mapping[str, Any]) -> None:
     """Refuse what means nothing in a run that is not evaluated."""
     idle = ("eval_steps", "load_best_model_at_end", "early_stopping_patience", "predict_samples")
-    for name in (*_list_sources(values), *idle):
+    for name in (*_list_sources(values), *idle, "eval_dataset_split"):
         if values[name]:
             raise ConfigurationError(
                 f"--{name} is {values[name]}, but --eval_strategy is no: it must be steps or epoch."

@@ -12,8 +12,8 @@ _NAMES = {
     "ep_size": "ep ep_degree expert_parallel_size expert_parallel_degree expert_parallelism"
     " expert_model_parallel_size moe_expert_parallel_size",
     "kernel": "experts_implementation moe_backend moe_kernel backend",
-    "use_lora": "lora peft use_peft adapter finetuning_type lora_target lora_target_modules"
-    " lora_modules target_modules",
+    "use_lora": "lora peft use_peft adapter finetuning_type",
+    "lora_target": "lora_target_modules lora_modules target_modules",
     "lora_r": "lora_rank lora_dim rank r",
     "resume_adapter": "adapter_name_or_path lora_model_dir adapter_path",
     "precision": "bf16 fp16 mixed_precision amp half",

@@ -25,8 +25,12 @@ _FP32 = 4
 _KERNELS = ("auto", "eager", "grouped_mm", "triton")
 
 
-def check_quantization(values: Mapping[str, Any]) -> None:
+def check_quantization(values: Mapping[str, Any], *, has_lora: bool) -> None:
     """Refuse options that cannot be, or have not been proven, beside packed experts.
+
+    Args:
+        values: of all options, by name.
+        has_lora: whether adapters are trained.
 
     Raises:
         ConfigurationError: naming both options.
@@ -35,7 +39,7 @@ def check_quantization(values: Mapping[str, Any]) -> None:
     if name == NO_QUANTIZATION:
         return
     named = f"--expert_quantization is {name}, but"
-    if values["use_lora"] == "none":
+    if not has_lora:
         raise ConfigurationError(
             f"{named} --use_lora is none, which trains the experts, and packed weights are frozen: "
             "--use_lora must be attn-only, mlp-only or all, or --expert_quantization none."

@@ -151,6 +151,7 @@ def fill_and_wrap_fsdp1(
         )
 
     layers = [(n, m) for n, m in model.named_modules() if type(m).__name__ in layer_classes]
+    layers += _find_adapted_head(model)
     norms = sharded.post_expert_norms if sharded else {}
     for name, layer in layers:
         materialize(layer, fill_local, device, prefix=f"{name}.")
@@ -256,6 +257,14 @@ def _holds_adapters(unit: FullyShardedDataParallel) -> bool:
     return isinstance(unit.module, FullyShardedDataParallel)
 
 
+def _find_adapted_head(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the output head with its name if it has adapters: a layer then, of two units."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or not any(_is_adapter(key) for key, _ in head.named_parameters()):
+        return []
+    return [(name, module) for name, module in model.named_modules() if module is head]
+
+
 def _take_adapters_off(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Take the adapters' modules out of a layer; returns where each was, for `setattr`.
 
@@ -277,4 +286,4 @@ def _is_left_alone(parameter: nn.Parameter) -> bool:
 
 
 def _is_adapter(name: str) -> bool:
-    return any(part in name for part in _ADAPTER_PARTS)
+    return any(part in f".{name}" for part in _ADAPTER_PARTS)

@@ -1,7 +1,7 @@
 """LoRA: freeze the model and attach adapters to attention, experts, or all linear layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import peft
 import torch
@@ -10,12 +10,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.config import AdapterConfig
+from megablocks_utils.config.adapter import ATTENTION, LM_HEAD, ROUTER, SHARED
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.adapter_reader import AdapterReader, open_adapter
 from megablocks_utils.lora.expert_adapters import attach_expert_lora, lora_name
-from megablocks_utils.lora.linear_adapters import attach_linear_lora
-from megablocks_utils.lora.linear_choice import find_dense_linears, find_mixer_linears
+from megablocks_utils.lora.linear_adapters import attach_linear_lora, attach_router_lora
+from megablocks_utils.lora.linear_choice import (
+    find_dense_linears,
+    find_mixer_linears,
+    has_end,
+    list_weights,
+    target_ends,
+)
 from megablocks_utils.lora.peft_targets import find_loadable, split_by_reach
+from megablocks_utils.lora.router_choice import find_head, find_router_modules
 from megablocks_utils.lora.settings import LoraSettings, same_rank_everywhere
 from megablocks_utils.lora.trainable import settings_of_adapter
 from megablocks_utils.mesh.placement import cut_slice, local_tensor
@@ -49,8 +57,8 @@ def choose_adapters(model: PreTrainedModel, adapter: AdapterConfig) -> ChosenAda
     if adapter.resume_adapter is None:
         return ChosenAdapters(_new_settings(model, adapter))
     reader = open_adapter(adapter.resume_adapter, model)
-    settings = settings_of_adapter(reader, model)
-    _check_agreement(adapter, settings)
+    settings = replace(settings_of_adapter(reader, model), dropout=adapter.lora_dropout)
+    _check_agreement(adapter, settings, model)
     return ChosenAdapters(settings, reader)
 
 
@@ -64,8 +72,18 @@ def _new_settings(model: PreTrainedModel, adapter: AdapterConfig) -> LoraSetting
     if adapter.trains_experts:
         _check_experts_are_loadable(model, adapter)
         ranks = same_rank_everywhere(adapter.lora_r, model)
-    modules, weights = split_by_reach(model, _choose_linears(model, adapter))
-    return LoraSettings(adapter.lora_r, adapter.lora_alpha, modules, ranks, weights)
+    chosen = _choose_linears(model, adapter)
+    modules, weights = split_by_reach(model, [n for n in chosen if not _is_router(model, n)])
+    routers = target_ends(model, [n for n in chosen if _is_router(model, n)], list_weights(model))
+    return LoraSettings(
+        adapter.lora_r,
+        adapter.lora_alpha,
+        modules,
+        ranks,
+        weights,
+        routers,
+        adapter.lora_dropout,
+    )
 
 
 def _check_experts_are_loadable(model: PreTrainedModel, adapter: AdapterConfig) -> None:
@@ -74,32 +92,62 @@ def _check_experts_are_loadable(model: PreTrainedModel, adapter: AdapterConfig) 
     if lost:
         others = "none or attn-only" if find_loadable(model, find_mixer_linears(model)) else "none"
         raise ConfigurationError(
-            f"use_lora is {adapter.use_lora}, but PEFT {peft.__version__} would not find adapters "
-            f"on {min(lost)} again when it loads them; it must be {others} for model type "
-            f"{model.config.model_type}.",
-            parameters=("use_lora",),
+            f"{adapter.option} is {adapter.targets}, but PEFT {peft.__version__} would not find "
+            f"adapters on {min(lost)} again when it loads them; use_lora must be {others} for "
+            f"model type {model.config.model_type}.",
+            parameters=(adapter.option,),
         )
 
 
 def _choose_linears(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
-    if not adapter.trains_attention:
-        return []
-    linears = find_loadable(model, find_mixer_linears(model))
-    if not linears:
-        raise ConfigurationError(
-            f"use_lora {adapter.use_lora} needs linear layers in the attention whose adapters PEFT "
-            f"can load, but model type {model.config.model_type} has none.",
-            parameters=("use_lora",),
-        )
-    dense = find_dense_linears(model) if adapter.trains_experts else ()
-    return [*linears, *find_loadable(model, dense)]
+    """Return the linear layers, and the routers of classes of their own, that get adapters.
+
+    Raises:
+        ConfigurationError: a part that is asked for by name has none that PEFT can load.
+    """
+    chosen: list[str] = []
+    for part, what in _LINEAR_PARTS.items():
+        if part not in adapter.parts:
+            continue
+        found = find_loadable(model, _find_part(model, part))
+        if not found and not (part == SHARED and adapter.lora_target is None):
+            raise ConfigurationError(
+                f"{adapter.option} {adapter.targets} needs {what} whose adapters PEFT can load, "
+                f"but model type {model.config.model_type} has none.",
+                parameters=(adapter.option,),
+            )
+        chosen += found
+    return list(dict.fromkeys(chosen))
 
 
-def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:
+_LINEAR_PARTS = {
+    ATTENTION: "linear layers in the attention",
+    SHARED: "linear layers in shared experts or dense MLPs",
+    ROUTER: "routers that are called as they are,",
+    LM_HEAD: "an output head of its own (not tied to the embeddings)",
+}
+
+
+def _find_part(model: PreTrainedModel, part: str) -> list[str]:
+    if part == LM_HEAD:
+        return [name for name in [find_head(model)] if name is not None]
+    finders = {ATTENTION: find_mixer_linears, SHARED: find_dense_linears}
+    return (finders | {ROUTER: find_router_modules})[part](model)
+
+
+def _is_router(model: PreTrainedModel, name: str) -> bool:
+    """Say whether a module is a router of a class of its own, no linear layer."""
+    return not isinstance(model.get_submodule(name), nn.Linear)
+
+
+def _check_agreement(
+    adapter: AdapterConfig, settings: LoraSettings, model: PreTrainedModel
+) -> None:
     """Refuse a config that contradicts the adapter to start from."""
-    kinds = {(True, False): "attn-only", (False, True): "mlp-only", (True, True): "all"}
-    kind = kinds[bool(settings.linear_ends), bool(settings.expert_ranks)]
-    own = {"use_lora": kind, "lora_r": settings.r, "lora_alpha": settings.lora_alpha}
+    own: dict[str, object] = {"lora_r": settings.r, "lora_alpha": settings.lora_alpha}
+    if adapter.lora_target is None:
+        kinds = {(True, False): "attn-only", (False, True): "mlp-only", (True, True): "all"}
+        own["use_lora"] = kinds[bool(settings.all_ends), bool(settings.expert_ranks)]
     for name, value in own.items():
         given = getattr(adapter, name)
         if given is not None and given != value:
@@ -107,6 +155,18 @@ def _check_agreement(adapter: AdapterConfig, settings: LoraSettings) -> None:
                 f"{name} is {given}, but the adapter {adapter.resume_adapter} has {value}.",
                 parameters=(name,),
             )
+    if adapter.lora_target is None:
+        return
+    wanted, has_experts = set(_choose_linears(model, adapter)), bool(settings.expert_ranks)
+    found = {name for name, _ in model.named_modules() if has_end(name, settings.all_ends)}
+    if wanted != found or adapter.trains_experts != has_experts:
+        which = min(wanted ^ found, default="the experts")
+        has = "has one" if which in found or (not wanted ^ found and has_experts) else "has none"
+        raise ConfigurationError(
+            f"lora_target is {adapter.targets}, but the adapter {adapter.resume_adapter} {has} on "
+            f"{which}.",
+            parameters=("lora_target",),
+        )
 
 
 def apply_lora(
@@ -142,6 +202,8 @@ def apply_lora(
     model.requires_grad_(False)
     if settings.linear_ends:
         attach_linear_lora(model, settings, dtype=dtype, seed=seed)
+    if settings.router_weights:
+        attach_router_lora(model, settings, dtype=dtype, seed=seed)
     if sharded is not None and settings.expert_ranks:
         attach_expert_lora(sharded, settings, dtype=dtype, seed=seed)
     if adapters.source is not None:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from megablocks_utils.moe.expert_spec import find_expert_modules
 from megablocks_utils.moe.model_facts import text_config
 
-__all__ = ["find_dense_linears", "find_mixer_linears", "has_end", "target_ends"]
+__all__ = ["find_dense_linears", "find_mixer_linears", "has_end", "is_linear", "read_past"]
+__all__ += ["list_weights", "target_ends"]
 
 # What only a module that mixes tokens is given: which ones may see each other, or what it kept.
 _MIXER_ARGUMENTS = {"attention_mask", "past_key_values", "cache_params"}
@@ -48,7 +49,7 @@ def find_dense_linears(model: nn.Module) -> list[str]:
         for name, module in layer.named_modules(prefix=layer_name):
             if name in {layer_name, *blocks} or _is_inside(name, (*mixers, *experts)):
                 continue
-            linears = {key: part for key, part in module.named_children() if _is_linear(part)}
+            linears = {key: part for key, part in module.named_children() if is_linear(part)}
             if _leads_back(linears.values(), hidden_size) and not _is_gate(name, model):
                 found += [f"{name}.{key}" for key in linears]
     return found
@@ -76,6 +77,12 @@ def target_ends(model: nn.Module, chosen: Collection[str], names: Iterable[str])
 def has_end(name: str, ends: Iterable[str]) -> bool:
     """Return whether a name is one of `ends` or ends with one, in whole parts."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def list_weights(model: nn.Module) -> list[str]:
+    """Return the names of the modules that have a weight."""
+    named = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return [name.removesuffix(".weight") for name in named if name.endswith(".weight")]
 
 
 def _ends(name: str) -> Iterator[str]:
@@ -115,13 +122,13 @@ def _linears_with_effect(mixer: nn.Module) -> Iterator[str]:
         if name and _only_selects(module):
             without.append(name)
             continue
-        bypassed = _read_past(module)
+        bypassed = read_past(module)
         for key, part in module.named_children():
-            if _is_linear(part) and key not in bypassed:
+            if is_linear(part) and key not in bypassed:
                 yield f"{name}.{key}".lstrip(".")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Say whether a module is a linear layer that computes what `nn.Linear` does."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
@@ -137,7 +144,7 @@ def _only_selects(module: nn.Module) -> bool:
     return "LongTensor" in annotation or "@torch.no_grad()" in source or ".topk(" in source
 
 
-def _read_past(module: nn.Module) -> set[str]:
+def read_past(module: nn.Module) -> set[str]:
     """Return the children whose weight the module computes with itself, past their forward.
 
     A fused operation does it, on a GPU perhaps only: the adapter around the layer is not asked.
@@ -157,7 +164,7 @@ def _source(function: Callable[..., object]) -> str:
 
 
 def _leads_back(linears: Iterable[nn.Module], hidden_size: int) -> bool:
-    pairs = [(part.in_features, part.out_features) for part in linears if _is_linear(part)]
+    pairs = [(part.in_features, part.out_features) for part in linears if is_linear(part)]
     takes = [pair for pair in pairs if pair[0] == hidden_size]
     gives = [pair for pair in pairs if pair[1] == hidden_size]
     return bool(takes and gives) and len(pairs) > 1

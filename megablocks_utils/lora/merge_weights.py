@@ -17,6 +17,7 @@ from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_checks import FoundAdapter
 from megablocks_utils.lora.adapter_reader import AdapterReader
+from megablocks_utils.lora.rounded_base import RoundedBase
 
 __all__ = ["AdapterMerger"]
 
@@ -28,11 +29,13 @@ class AdapterMerger:
 
     Args:
         adapter: opened for the model that the checkpoint holds.
-        index: the base checkpoint.
+        index: the base checkpoint, or what a format keeps of its experts.
         layout: where the model's weights lie in it.
     """
 
-    def __init__(self, adapter: AdapterReader, index: CheckpointIndex, layout: ModelLayout):
+    def __init__(
+        self, adapter: AdapterReader, index: CheckpointIndex | RoundedBase, layout: ModelLayout
+    ):
         self._adapter = adapter
         self._index = index
         self._layout = layout
@@ -44,8 +47,9 @@ class AdapterMerger:
         self._converted: dict[str, Tensor] = {}
 
     def is_changed(self, key: str) -> bool:
-        """Return whether the adapter changes the Hub tensor `key`."""
-        return any(self._changes(name, key) for name in self._layout.names(key))
+        """Return whether the Hub tensor `key` is another one than that of the base."""
+        is_rounded = isinstance(self._index, RoundedBase) and self._index.is_rounded(key)
+        return is_rounded or self._is_adapted(key)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every Hub tensor of the checkpoint in its order, changed or not.
@@ -58,6 +62,9 @@ class AdapterMerger:
             yield key, tensor
             # Else it would still be held while the next one is read.
             del tensor
+
+    def _is_adapted(self, key: str) -> bool:
+        return any(self._changes(name, key) for name in self._layout.names(key))
 
     def _changes(self, name: str, key: str) -> bool:
         """Return whether the adapter changes what the parameter `name` has of a Hub tensor."""
@@ -72,7 +79,7 @@ class AdapterMerger:
             return self._converted.pop(key)
         names = self._layout.names(key)
         tensor = self._index.read(key)
-        if not self.is_changed(key):
+        if not self._is_adapted(key):
             return tensor
         if any(not (self._layout.is_plain(n) or self._layout.is_expert(n)) for n in names):
             self._convert(names)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.lora.adapter_config import AdapterConfigFile
-from megablocks_utils.lora.linear_choice import has_end, target_ends
+from megablocks_utils.lora.linear_choice import has_end, list_weights, target_ends
 from megablocks_utils.lora.peft_format import linear_key
 
 __all__ = [
@@ -128,9 +128,7 @@ def split_by_reach(
     modules = tuple(end for end in ends if not _is_taken_for_expert(model, end))
     others = [end for end in ends if end not in modules]
     by_weight = [name for name in linears if has_end(name, others)]
-    parameters = model.named_parameters(remove_duplicate=False)
-    weights = [name.removesuffix(".weight") for name, _ in parameters if name.endswith(".weight")]
-    return modules, target_ends(model, by_weight, weights)
+    return modules, target_ends(model, by_weight, list_weights(model))
 
 
 def _is_taken_for_expert(model: PreTrainedModel, end: str) -> bool:

@@ -24,6 +24,8 @@ class LoraSettings:
             rank other than `r` comes from adapters of the separate gate and up of transformers 4.
         target_weights: ends of the names of linear layers that PEFT finds by their weight alone:
             it takes their last names for those of single experts.
+        router_weights: ends of the names of routers of classes of their own, found so, too.
+        dropout: share of an adapter's inputs that training drops.
     """
 
     r: int
@@ -31,6 +33,8 @@ class LoraSettings:
     target_modules: tuple[str, ...] = ()
     expert_ranks: Mapping[str, int] = field(default_factory=dict)
     target_weights: tuple[str, ...] = ()
+    router_weights: tuple[str, ...] = ()
+    dropout: float = 0.0
 
     @property
     def scaling(self) -> float:
@@ -42,11 +46,18 @@ class LoraSettings:
         """Ends of the names of all linear layers with adapters."""
         return (*self.target_modules, *self.target_weights)
 
+    @property
+    def all_ends(self) -> tuple[str, ...]:
+        """Ends of the names of all modules with adapters but experts."""
+        return (*self.linear_ends, *self.router_weights)
+
     def describe(self) -> str:
         """Say which modules have adapters, and how strong they are."""
         experts = [f"experts.{projection}" for projection in self.expert_ranks]
-        names = dict.fromkeys(map(_path_in_layer, (*self.linear_ends, *experts)))
-        return f"LoRA of rank {self.r}, alpha {self.lora_alpha:g}, on {', '.join(names)}"
+        ends = (*self.linear_ends, *self.router_weights, *experts)
+        names = ", ".join(dict.fromkeys(map(_path_in_layer, ends)))
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"LoRA of rank {self.r}, alpha {self.lora_alpha:g}{dropout}, on {names}"
 
 
 def same_rank_everywhere(r: int, model: nn.Module) -> Mapping[str, int]:
@@ -67,15 +78,17 @@ def build_peft_config(
     """
     ranks = _rank_of_targets(settings, model)
     patterns = {target: rank for target, rank in ranks.items() if rank != settings.r}
-    weights = [f"{end}.weight" for end in settings.target_weights]
+    by_weight = (*settings.target_weights, *settings.router_weights)
+    parameters = [*ranks, *(f"{end}.weight" for end in by_weight)]
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it, whatever it is
-        lora_dropout=0.0,
+        # PEFT drops nothing of parameters' adapters, and refuses a file that says so.
+        lora_dropout=0.0 if parameters else settings.dropout,
         target_modules=list(settings.target_modules),
-        target_parameters=[*ranks, *weights] or None,
+        target_parameters=parameters or None,
         rank_pattern=patterns,
         alpha_pattern={name: rank * settings.scaling for name, rank in patterns.items()},
     )

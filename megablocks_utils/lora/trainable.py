@@ -12,6 +12,7 @@ from megablocks_utils.files import ADAPTER_WEIGHTS_NAME
 from megablocks_utils.lora.adapter_checks import FoundAdapter
 from megablocks_utils.lora.adapter_places import find_places
 from megablocks_utils.lora.adapter_reader import AdapterReader
+from megablocks_utils.lora.linear_choice import list_weights, target_ends
 from megablocks_utils.lora.peft_targets import split_by_reach
 from megablocks_utils.lora.settings import LoraSettings
 
@@ -40,21 +41,14 @@ def settings_of_adapter(reader: AdapterReader, model: PreTrainedModel) -> LoraSe
             " / r here; merge the file into its base instead"
         )
     places = find_places(model)
-    head = model.get_output_embeddings()
-    untrained = {name for name, module in model.named_modules() if module is head}
-    untrained = (untrained | set(places.routers)) & set(found.linears)
-    if untrained:
-        raise CheckpointError(
-            f"{path} holds adapters on {min(untrained)}, which are not trained here; merge the file"
-            " into its base instead"
-        )
     if found.experts and len(found.experts) < len(places.experts):
         raise CheckpointError(
             f"{path} holds adapters on {len(found.experts)} of the {len(places.experts)} weights of"
             f" experts, wanted are all or none: {', '.join(_last_names(places.experts))}"
         )
     kinds = {_kind(name) for name in found.linears}
-    missing = [n for n in places.linears if _kind(n) in kinds and n not in found.linears]
+    all_places = [*places.linears, *places.routers]
+    missing = [n for n in all_places if _kind(n) in kinds and n not in found.linears]
     if missing:
         raise CheckpointError(
             f"{path} holds no adapter on {missing[0]}, but on others of this kind: only adapters in"
@@ -66,8 +60,12 @@ def settings_of_adapter(reader: AdapterReader, model: PreTrainedModel) -> LoraSe
     for name, adapter in found.experts.items():
         wanted = ranks.setdefault(_last_name(name), adapter.rank)
         _check_ranks(reader, {name: adapter}, wanted)
-    modules, weights = split_by_reach(model, list(found.linears))
-    return LoraSettings(config.r, config.lora_alpha, modules, MappingProxyType(ranks), weights)
+    routers = [name for name in found.linears if name in places.routers]
+    modules, weights = split_by_reach(model, [n for n in found.linears if n not in routers])
+    ends = target_ends(model, routers, list_weights(model))
+    return LoraSettings(
+        config.r, config.lora_alpha, modules, MappingProxyType(ranks), weights, ends
+    )
 
 
 def _check_ranks(reader: AdapterReader, adapters: Mapping[str, FoundAdapter], wanted: int) -> None:

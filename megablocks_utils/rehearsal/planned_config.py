@@ -35,8 +35,8 @@ def build_config(layout: ParallelLayout, run: PlannedRun, micro_steps: int) -> R
             expert_tp_size=run.expert_tp_size,
             tp_size=run.tp_size,
         ),
-        adapter=AdapterConfig(
-            use_lora=run.use_lora,
+        adapter=AdapterConfig.of_targets(
+            run.use_lora,
             lora_r=run.lora_r,
             lora_alpha=run.lora_r,
             expert_quantization=run.packed_format or NO_QUANTIZATION,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from megablocks_utils.byte_units import GIB
 from megablocks_utils.checkpoint.load import build_model_on_meta
-from megablocks_utils.checkpoint.stored_parts import keeps_stored_bits
+from megablocks_utils.checkpoint.stored_parts import find_kept_bits
 from megablocks_utils.lora.file_check import (
     ExpertNorms,
     check_files,
@@ -22,6 +22,7 @@ from megablocks_utils.lora.file_check import (
 from megablocks_utils.lora.logits_check import LogitsCheck, check_logits, needed_bytes
 from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.processes.agreement import broadcast_from_rank0
+from megablocks_utils.training.evaluation.undisturbed import undisturbed
 from megablocks_utils.training.report.memory import read_available_memory
 from megablocks_utils.training.resume.run_state import RunState
 from megablocks_utils.training.setup import Setup
@@ -124,20 +125,11 @@ class AdapterCheck:
 
 def _find_kept_bits(setup: Setup) -> set[str]:
     """Return the experts' weights that are packed as the checkpoint has them."""
-    modules = {} if setup.sharded is None else setup.sharded.expert_modules
-    return {
-        f"{path}.{projection}"
-        for path, module in modules.items()
-        for projection in module.spec.projections
-        if module.weight_format is not None
-        and keeps_stored_bits(
-            setup.reader,
-            f"{path}.{projection}",
-            module.num_experts,
-            format_name=module.weight_format,
-            is_transposed=module.spec.is_transposed,
-        )
-    }
+    packed_format = setup.config.adapter.packed_format
+    if setup.sharded is None or packed_format is None:
+        return set()
+    specs = {path: module.spec for path, module in setup.sharded.expert_modules.items()}
+    return find_kept_bits(setup.reader, specs, packed_format)
 
 
 def build_plain_model(setup: Setup) -> PreTrainedModel:
@@ -170,6 +162,5 @@ def _find_skip_reason(setup: Setup) -> str | None:
 
 def _run_forward(model: nn.Module, input_ids: Tensor) -> Tensor:
     """Return the logits (1, T, V) on the CPU; every rank runs the same tokens."""
-    model.eval()
-    with torch.no_grad():
+    with undisturbed(model):
         return model(input_ids=input_ids, use_cache=False).logits.cpu()

@@ -6,7 +6,7 @@ A plan is a help, not a condition: a run that cannot be planned starts all the s
 import ctypes
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from megablocks_utils.config import RunConfig
 from megablocks_utils.errors import PlanError, UserError
+from megablocks_utils.lora.settings import LoraSettings
 from megablocks_utils.moe.sharded_moe import ShardedMoE
 from megablocks_utils.planning.memory.run_plan import RunPlan, plan_run
 from megablocks_utils.planning.model.described_shape import shape_of
@@ -100,6 +101,7 @@ def check_memory(
     sharded: ShardedMoE | None,
     *,
     probe: ModelProbe,
+    lora: LoraSettings | None,
 ) -> MemoryCheck:
     """Predict the peak of this run, and refuse one that no device could hold.
 
@@ -112,10 +114,13 @@ def check_memory(
         device: where this rank computes; its free memory is what a rank may take.
         sharded: experts and the kernel that runs them; None: transformers does.
         probe: how its attention and its loss are computed.
+        lora: its adapters, new ones or those that it resumes.
 
     Raises:
         PlanError: on every rank, for a plan that cannot fit, unless `ignore_plan` is True.
     """
+    if lora is not None:
+        config = replace(config, adapter=replace(config.adapter, lora_r=lora.r))
     tokens, label_tokens, examples = schedule.largest_micro_batch()
     capacity_bytes = _least_capacity(device, schedule.world_size)
     base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes

@@ -15,7 +15,7 @@ from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.load import build_model_on_meta, fill_buffers
 from megablocks_utils.checkpoint.model_check import check_against_model
 from megablocks_utils.checkpoint.slices import SliceReader
-from megablocks_utils.checkpoint.stored_parts import read_stored_bits
+from megablocks_utils.checkpoint.stored_parts import find_kept_bits, read_stored_bits
 from megablocks_utils.config import ResolvedPrecision, RunConfig
 from megablocks_utils.config.model_sizes import check_model_sizes
 from megablocks_utils.errors import ConfigurationError
@@ -49,18 +49,31 @@ class ModelSource:
         self.index: CheckpointIndex = open_checkpoint(folder, dtype=dtype)
         layout = ModelLayout(self.model, self.index)
         ignored = check_against_model(self.model, self.index, layout, truncate_layers=layers)
-        self.notes = list(self.index.notes)
+        self.reader = SliceReader(self.index, layout)
+        self.notes = [*self.index.notes, *self._note_kept_bits(config.adapter.packed_format)]
         if ignored:
             use = "copied into the saved model" if layers is None else "left out"
             count = f"{ignored[0]} ({len(ignored)} in all)"
             self.notes.append(f"{folder}: {count} is not trained; {use}")
-        self.reader = SliceReader(self.index, layout)
         fill_buffers(self.model, self.reader)
 
     @property
     def num_experts(self) -> int:
         """Experts of a layer; of the first where layers differ."""
         return next(iter(self.expert_specs.values())).num_experts
+
+    def _note_kept_bits(self, packed_format: str | None) -> list[str]:
+        """Return the line that says which experts are not read as all else that is quantized."""
+        if packed_format is None:
+            return []
+        num_all = sum(len(spec.projections) for spec in self.expert_specs.values())
+        num_kept = len(find_kept_bits(self.reader, self.expert_specs, packed_format))
+        if num_kept == 0:
+            return []
+        return [
+            f"{self.folder}: {num_kept} of {num_all} projections of experts are not read so: they "
+            f"keep their bits, which are {packed_format}"
+        ]
 
     def keep_stored_bits(self, sharded: ShardedMoE | None) -> None:
         """Let experts keep the bits they are stored in, where that is how they will be packed."""

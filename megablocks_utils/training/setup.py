@@ -183,7 +183,7 @@ def build_setup(config: RunConfig, launch: LaunchEnvironment, device: torch.devi
     place_experts(sharded, find_loads_path(config, resume), console)
     routing = apply_router_options(config, model, probe, device, source.reader.fill_local)
     specs = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
-    plan = check_memory(config, description, schedule, device, sharded, probe=probe)
+    plan = check_memory(config, description, schedule, device, sharded, probe=probe, lora=lora)
     raise_on_all_ranks(lambda: _apply_lora(model, sharded, adapters, config, precision))
     apply_layer_options(model, config, probe, console)
     return Setup(

@@ -8,7 +8,7 @@ from megablocks_utils.checkpoint.index import open_checkpoint
 from megablocks_utils.checkpoint.layouts import ModelLayout
 from megablocks_utils.checkpoint.load import build_model_on_meta
 from megablocks_utils.checkpoint.slices import SliceReader
-from megablocks_utils.checkpoint.stored_parts import keeps_stored_bits, read_stored_bits
+from megablocks_utils.checkpoint.stored_parts import find_kept_bits, read_stored_bits
 from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_specs
 from megablocks_utils.quantization.format_table import FORMATS
 from tests.support.quantized_models import save_quantized
@@ -52,7 +52,8 @@ def test_bits_are_those_of_the_file(tmp_path, name, format_name):
         assert torch.equal(FORMATS[format_name].unpack(parts, matrix.shape[1])[0], matrix)
         again = FORMATS[format_name].pack(matrix.contiguous())
         assert any(not torch.equal(again[part], seen[part]) for part in seen)
-        assert keeps_stored_bits(reader, key, spec.num_experts, format_name=format_name, **turned)
+    kept = find_kept_bits(reader, {path: spec}, format_name)
+    assert kept == {f"{path}.{projection}" for projection in spec.projections}
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,4 @@ def test_other_forms_are_packed_as_they_are_read(tmp_path, name, format_name):
     (path, spec), reader, _ = _open(save_quantized(name, tmp_path))
     key, turned = f"{path}.down_proj", {"is_transposed": spec.is_transposed}
     assert read_stored_bits(reader, key, 0, format_name=format_name, **turned) is None
+    assert not find_kept_bits(reader, {path: spec}, format_name)

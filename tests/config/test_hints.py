@@ -32,7 +32,7 @@ MEANT = {
     "warmup_num_steps": "warmup_steps",
     # nothing near, or not built yet
     "load_in_4bit": "expert_quantization",
-    "lora_dropout": None,
+    "lora_modules": "lora_target",
     "frobnicate": None,
     "name": None,
 }

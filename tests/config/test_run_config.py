@@ -273,6 +273,8 @@ REFUSALS = {
     "--eval_data_path or --eval_fraction.",
     "--eval_fraction 0.1": "--eval_fraction is 0.1, but --eval_strategy is no: it must be steps or "
     "epoch.",
+    "--eval_strategy epoch --eval_fraction 0.1 --eval_dataset_split test": "--eval_dataset_split "
+    "is test, but there is no --eval_data_path that it could be of.",
     "--predict_samples 2": "--predict_samples is 2, but --eval_strategy is no: it must be steps or "
     "epoch.",
     "--eval_strategy epoch --eval_fraction 0.1 --eval_data_path x.json": "--eval_data_path is "
@@ -301,6 +303,13 @@ REFUSALS = {
     f"{SHARDING} --kernel megablocks --use_lora mlp-only": "--use_lora is mlp-only, but megablocks "
     "runs experts without adapters; --kernel auto, eager, grouped_mm or triton runs them with "
     "adapters.",
+    "--use_lora all --lora_target attention": "--use_lora is all, but --lora_target is attention: "
+    "leave one of the two out.",
+    "--lora_target experts,attention --lora_dropout 0.1": "--lora_dropout is 0.1, but "
+    "--lora_target experts,attention also puts adapters on experts, where nothing can be dropped "
+    "(all rows or whole weights at once): it must be 0, or --lora_target without them.",
+    "--lora_target router --freeze_router True": "--freeze_router is True, but --lora_target "
+    "router puts adapters on routers: it must be False.",
     "--save_strategy often": "--save_strategy is often, but it must be no, steps or epoch.",
     "--save_steps 0": "--save_steps is 0, but it must be a number above 0.",
     "--save_steps 2.5": "--save_steps is 2.5, but it must be a whole number, or below 1 a share.",
@@ -487,6 +496,16 @@ def test_rank_and_alpha(words, rank_and_alpha):
     assert (adapter.lora_r, adapter.lora_alpha) == rank_and_alpha
 
 
+def test_parts_by_name_are_the_words_of_use_lora():
+    """So that all that knows the words knows the parts; a configuration comes back from them."""
+    adapter = parse("--lora_target attention,shared,experts").adapter
+    assert (adapter.targets, adapter.expert_mode) == ("all", "lora")
+    config = parse("--lora_target lm_head,router")
+    assert config.adapter.targets == "router,lm_head"
+    assert not config.optim.freeze_router
+    assert AdapterConfig.of_targets("router,lm_head").parts == config.adapter.parts
+
+
 @pytest.mark.parametrize(
     ("use_lora", "attention", "experts", "mode"),
     [
@@ -498,7 +517,7 @@ def test_rank_and_alpha(words, rank_and_alpha):
 )
 def test_what_gets_adapters(use_lora, attention, experts, mode):
     adapter = AdapterConfig(use_lora)
-    assert (adapter.trains_attention, adapter.trains_experts) == (attention, experts)
+    assert ("attention" in adapter.parts, adapter.trains_experts) == (attention, experts)
     assert adapter.expert_mode == mode
 
 

@@ -78,6 +78,16 @@ FSDP2_CASES = [
         quantization="fp8",
         **SHORT,
     ),
+    # Parts by name: routers of a class of their own, the head, shared experts and dense MLPs.
+    ParityCase(
+        Layout(4, 2),
+        "mixtral",
+        lora="experts,attention,router,lm_head",
+        lora_rank=4,
+        accumulation=2,
+        **SHORT,
+    ),
+    ParityCase(Layout(4, 2), "deepseek_v3", lora="shared,router", lora_rank=4, **SHORT),
     # Fewer examples than ranks: dummies.
     ParityCase(Layout(4, 4), "mixtral", num_steps=2, lora="all", lora_rank=4, num_examples=3),
 ]
@@ -125,6 +135,9 @@ FSDP1_CASES = [
         quantization="mxfp4",
         checkpointing="False",
         **SHORT,
+    ),
+    ParityCase(
+        Layout(2, 2, "replicate"), "olmoe", lora="experts,router,lm_head", lora_rank=4, **SHORT
     ),
     # Our Triton kernels, in the interpreter.
     ParityCase(

@@ -76,6 +76,13 @@ def test_training_goes_on_at_another_ep_size(ranks4, parity_folder, tmp_path):
         resume_adapter=tmp_path / "ep4",
     )
 
+    # Of a quarter of the rank that new adapters have: the plan takes it from the files too.
+    plan = json.loads((tmp_path / "ep2" / "run.json").read_text())["plan"]
+    predicted, measured = (
+        plan[when]["components"]["optimizer"] for when in ("predicted", "measured")
+    )
+    assert predicted == pytest.approx(measured, rel=0.02)  # the counters of steps are not measured
+
     run = parity_folder.stock_run(first)
     before = parity_folder.reference(run)
     _save_stock(run, before, tmp_path / "stock")

@@ -259,7 +259,6 @@ def test_what_is_merged_but_not_trained_further(refusal, tmp_path):
         "head": ({"target_modules": ["lm_head"]}, "also holds base_model.model.lm_head.base_layer"),
         "layers": ({"layers_to_transform": [0]}, "on others of this kind: only adapters in every"),
         "saved": ({"modules_to_save": ["norm"]}, "also holds base_model.model.model.layers.0"),
-        "router": ({"target_parameters": ["gate.weight"]}, "on model.layers.0.mlp.gate, which"),
     }
     for name, (options, message) in kinds.items():
         save_fused_adapter("mixtral", tmp_path / name, **options)

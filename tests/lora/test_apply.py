@@ -29,6 +29,40 @@ def test_new_adapters(use_lora, modules, experts):
     assert chosen.settings.scaling == 1.5
 
 
+def test_parts_by_name():
+    """A router of a class of its own is found by its weight, the head by its name."""
+    config = AdapterConfig(lora_r=4, lora_alpha=6, lora_target=("router", "lm_head", "attention"))
+    settings = choose_adapters(build_tiny_model("mixtral"), config).settings
+    ends = (*ALL_ATTENTION[:1], "lm_head", *ALL_ATTENTION[1:])
+    assert settings == LoraSettings(4, 6, ends, {}, router_weights=("gate",))
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "needs"),
+    [
+        ("shared", {}, "shared experts or dense MLPs"),
+        ("lm_head", {"tie_word_embeddings": True}, "an output head of its own"),
+    ],
+)
+def test_parts_that_a_model_lacks(target, options, needs):
+    config = AdapterConfig(lora_r=4, lora_alpha=6, lora_target=(target,))
+    with pytest.raises(ConfigurationError, match=f"lora_target {target} needs .*{needs}"):
+        choose_adapters(build_tiny_model("mixtral", **options), config)
+
+
+def test_dropout_is_of_linear_layers_in_training_alone():
+    model = build_tiny_model("mixtral")
+    config = AdapterConfig(lora_r=4, lora_alpha=6, lora_target=("attention",), lora_dropout=0.5)
+    chosen = choose_adapters(model, config)
+    apply_lora(model, None, chosen, dtype=torch.float32, seed=0)
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.nn.init.ones_(layer.lora_B["default"].weight)
+    tokens = torch.ones(1, 8, layer.in_features)
+    assert not torch.equal(layer.train()(tokens), layer(tokens))
+    assert torch.equal(layer.eval()(tokens), layer(tokens))
+    assert build_peft_config(chosen.settings, model).lora_dropout == 0.5
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")

@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from megablocks_utils import merge
 from megablocks_utils.checkpoint.index import open_checkpoint
 from megablocks_utils.lora import merge_weights
 from megablocks_utils.merge import MergeOptions, merge_adapter
+from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_specs
+from megablocks_utils.moe.rounded_experts import round_experts
 from tests.support.merged import assert_same_model, merge_with_peft, save_base
 from tests.support.tiny_adapters import PEFT_WARNINGS, save_fused_adapter, save_separate_adapter
 from tests.support.tiny_models import FAMILIES
@@ -162,3 +165,42 @@ def test_holds_one_tensor_and_a_block_of_what_is_added(tmp_path, monkeypatch, fu
     adapters = 4 * 4 * (64 + 192 + 96 + 64)
     assert largest < traced.peak <= largest + 2 * block_bytes + 2 * adapters
     assert traced.peak < index.total_bytes / (2 if fused else 5)
+
+
+@pytest.mark.parametrize(
+    ("family", "weight_format", "fused"),
+    [("mixtral", "nf4", False), ("mixtral", "fp8", True), ("gpt_oss", "int8", False)],
+)
+def test_into_what_a_format_keeps_of_the_experts(tmp_path, family, weight_format, fused):
+    """A base of rounded experts, of which gate and up share blocks, and PEFT's merge into it."""
+    base, rounded = tmp_path / "base", tmp_path / "rounded"
+    save_base(family, base, fused=fused)
+    save_fused_adapter(family, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    exact = {name: p.clone() for name, p in find_projections(model).items()}
+    round_experts(model, weight_format)
+    squares = [
+        ((p - exact[name]).square().sum(), exact[name].square().sum())
+        for name, p in find_projections(model).items()
+    ]
+    off, whole = map(sum, zip(*squares, strict=True))
+    model.save_pretrained(rounded, save_original_format=not fused)
+    merge_with_peft(rounded, tmp_path / "adapter", tmp_path / "wanted", fused=fused)
+    options = MergeOptions(
+        str(tmp_path / "adapter"),
+        tmp_path / "out",
+        str(base),
+        expert_quantization=weight_format,
+    )
+    line = merge_adapter(options)
+    assert_same_model(tmp_path / "out", tmp_path / "wanted")
+    assert f"that {weight_format} keeps, {100 * (off / whole) ** 0.5:.2g} % off" in line
+
+
+def find_projections(model):
+    modules = find_expert_modules(model)
+    return {
+        f"{name}.{projection}": modules[name].get_parameter(projection).detach()
+        for name, spec in read_expert_specs(modules).items()
+        for projection in spec.projections
+    }

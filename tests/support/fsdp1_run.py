@@ -46,7 +46,7 @@ def train_fsdp1(rank: int, argv: list[str]) -> Trace:
     trainer = build_trainer(argv, record)
     trainer.add_callback(_FirstGradients(trainer.model, trace))
     trainer.train()
-    only_trainable = "--use_lora" in argv
+    only_trainable = not {"--use_lora", "--lora_target"}.isdisjoint(argv)
     weights = full_parameters(trainer.model, only_trainable=only_trainable)
     trace.weights = {name: weight for name, weight in weights if weight is not None}
     if rank:

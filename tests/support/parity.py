@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megablocks_utils.config import parse_args
+from megablocks_utils.config.adapter import EXPERT_MODE_OF, parts_of
 from megablocks_utils.fsdp.fsdp2 import full_parameters
 from megablocks_utils.moe.expert_slots import ExpertSlots
 from megablocks_utils.moe.expert_spec import find_expert_modules
@@ -161,9 +162,9 @@ class ParityCase:
         return ", ".join([str(self.layout), self.model, *options])
 
     @property
-    def has_expert_lora(self) -> bool:
-        """Whether experts have adapters; then both sides start from one that PEFT has written."""
-        return self.lora in ("mlp-only", "all")
+    def starts_from_peft(self) -> bool:
+        """Whether both sides start from an adapter that PEFT has written: all but attn-only."""
+        return self.lora not in ("none", "attn-only")
 
     @property
     def batch_size(self) -> int:
@@ -220,8 +221,9 @@ class ParityFolder:
         if case.placement != "contiguous":
             options |= {"expert_placement": case.placement, "expert_loads": self.loads(case.model)}
         if case.lora != "none":
-            options |= {"use_lora": case.lora}
-        if case.has_expert_lora:
+            name = "use_lora" if case.lora in EXPERT_MODE_OF else "lora_target"
+            options |= {name: case.lora}
+        if case.starts_from_peft:
             options |= {"resume_adapter": self.adapter(case)}
         elif case.lora != "none":
             options |= {"lora_r": case.lora_rank, "lora_alpha": LORA_ALPHA}
@@ -242,7 +244,7 @@ class ParityFolder:
             dtype=dtype,
             lora_rank=case.lora_rank if case.lora == "attn-only" else 0,
             lora_alpha=LORA_ALPHA,
-            adapter=str(self.adapter(case)) if case.has_expert_lora else None,
+            adapter=str(self.adapter(case)) if case.starts_from_peft else None,
             aux_loss_coef=case.aux_loss_coef,
             deal=deal if case.aux_loss_coef else None,
             is_padded=case.packing == "False",
@@ -328,19 +330,29 @@ _PREPARE = {"starved": starve_experts, "wide": keep_activations_small}
 
 def save_adapter(folder: Path, model_folder: Path, use_lora: str, rank: int) -> None:
     """Let PEFT write an adapter for a model, random in A and in B."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model, parts = AutoModelForCausalLM.from_pretrained(model_folder), parts_of(use_lora)
     places = {re.sub(r".*\.layers\.\d+\.", "", name) for name in find_expert_modules(model)}
     experts = [f"{at}.{name}" for at in sorted(places) for name in ("gate_up_proj", "down_proj")]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    attention = sorted({n.rpartition(".")[2] for n in linear if "_attn." in n})
+    ends = {
+        "attention": {n.rpartition(".")[2] for n in linear if "_attn." in n},
+        "lm_head": {"lm_head"},
+    }
+    # PEFT takes these names for those of single experts, unless their weights are named.
+    weights = {
+        "shared": {f"mlp.{n.partition('.mlp.')[2]}.weight" for n in linear if ".mlp." in n},
+        "router": {"gate.weight"},
+        "experts": set(experts),
+    }
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=LORA_ALPHA,
-        target_modules=attention if use_lora == "all" else [],
-        target_parameters=experts,
+        target_modules=sorted(end for part in parts for end in ends.get(part, ())),
+        target_parameters=sorted(name for part in parts for name in weights.get(part, ())),
     )
-    attach_random_adapters(model, config, std=ADAPTER_STD).save_pretrained(folder)
+    attached = attach_random_adapters(model, config, std=ADAPTER_STD)
+    attached.save_pretrained(folder, save_embedding_layers=False)
 
 
 def write_examples(path: Path, num_examples: int) -> None:

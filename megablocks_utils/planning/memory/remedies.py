@@ -235,7 +235,7 @@ def _smaller_dtypes(scenario: Scenario, layout: ParallelLayout) -> Iterator[Atte
 def _lora(scenario: Scenario, layout: ParallelLayout) -> Iterator[Attempt]:
     if scenario.config.adapter.has_lora:
         return
-    adapter = replace(scenario.config.adapter, use_lora="attn-only")
+    adapter = replace(scenario.config.adapter, use_lora="attn-only", lora_target=None)
     optim = replace(scenario.config.optim, sync_each_batch=False)  # the default with adapters
     config = replace(scenario.config, adapter=adapter, optim=optim)
     yield Attempt("--use_lora attn-only", replace(scenario, config=config), layout)

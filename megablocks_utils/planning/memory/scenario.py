@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from megablocks_utils.config import RunConfig, resolve_precision
-from megablocks_utils.config.adapter import DEFAULT_LORA_R
+from megablocks_utils.config.adapter import DEFAULT_LORA_R, LM_HEAD, ROUTER, AdapterConfig
 from megablocks_utils.config.parallel import count_ranks_of_slice, legal_ep_sizes
 from megablocks_utils.config.quantization import check_packed_slices
 from megablocks_utils.config.values import join_words
@@ -21,9 +21,14 @@ from megablocks_utils.planning.model.prediction import (
     Prediction,
 )
 
-__all__ = ["DEFAULT_IMBALANCE", "Scenario", "read_shape"]
+__all__ = ["DEFAULT_IMBALANCE", "Scenario", "has_rare_adapters", "read_shape"]
 
 DEFAULT_IMBALANCE = 1.25
+
+
+def has_rare_adapters(adapter: AdapterConfig) -> bool:
+    """Say whether parts have adapters that the formulas do not know."""
+    return not {ROUTER, LM_HEAD}.isdisjoint(adapter.parts)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Scenario:
             world_size=self.world_size,
             entry_point=config.entry_point,
             precision=resolve_precision(config, self.device_type),
-            use_lora=config.adapter.use_lora,
+            use_lora=config.adapter.targets,
             lora_r=config.adapter.lora_r or DEFAULT_LORA_R,
             gradient_checkpointing=config.gradient_checkpointing,
             accumulation=config.optim.gradient_accumulation_steps,
@@ -208,7 +213,9 @@ class Scenario:
     @property
     def not_known(self) -> str:
         """What of this run the formulas do not know; empty where they know all."""
-        return self.shape.not_known or self._not_known_on_device() or self._not_known_under_tp()
+        reason = self.shape.not_known or self._not_known_on_device() or self._not_known_under_tp()
+        is_rare = has_rare_adapters(self.config.adapter)
+        return reason or ("adapters on routers or the head" if is_rare else "")
 
     def _not_known_under_tp(self) -> str:
         """Say what of tensor parallelism is not known; empty for nothing."""

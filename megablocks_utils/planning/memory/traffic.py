@@ -34,7 +34,7 @@ class _Axes:
 
 
 def count_traffic(sizes: Sizes, units: ModelUnits) -> tuple[GroupTraffic, ...]:
-    """Return what the rank sends that sends most."""
+    """Return what the first rank sends."""
     axes = _Axes(sizes)
     return sum_traffic(
         [

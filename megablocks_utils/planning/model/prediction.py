@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megablocks_utils.config import ResolvedPrecision
+from megablocks_utils.config.adapter import ATTENTION, EXPERTS, SHARED, parts_of
 from megablocks_utils.config.backends import AUTO
 
 __all__ = [
@@ -105,7 +106,7 @@ class PlannedRun:
         world_size: ranks.
         entry_point: `fsdp2` or `fsdp1`.
         precision: dtypes.
-        use_lora: `none`, `attn-only`, `mlp-only` or `all`.
+        use_lora: which parts have adapters: what `config.adapter.name_targets` returns.
         lora_r: rank of the adapters.
         gradient_checkpointing: `full`, `none` or `selective`.
         accumulation: micro-steps of an optimizer step.
@@ -206,19 +207,24 @@ class PlannedRun:
         return -(-whole // self.examples) if self.is_padded else whole
 
     @property
+    def lora_parts(self) -> tuple[str, ...]:
+        """Which parts of the model have adapters."""
+        return parts_of(self.use_lora)
+
+    @property
     def trains_attention(self) -> bool:
         """Whether the attention's linear layers have adapters."""
-        return self.use_lora in ("attn-only", "all")
+        return ATTENTION in self.lora_parts
 
     @property
     def trains_experts(self) -> bool:
         """Whether the experts have adapters."""
-        return self.use_lora in ("mlp-only", "all")
+        return EXPERTS in self.lora_parts
 
     @property
     def trains_dense(self) -> bool:
         """Whether dense MLPs and shared experts have adapters."""
-        return self.use_lora == "all"
+        return SHARED in self.lora_parts
 
     def has_own_experts(self, layout: ParallelLayout) -> bool:
         """Say whether the experts are this project's: split, with adapters, or packed."""

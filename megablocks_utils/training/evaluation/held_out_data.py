@@ -46,11 +46,16 @@ def choose_held_out(
     )
     if Path(path).is_file():  # which has no configuration and no split
         data = replace(data, dataset_config=None, dataset_split="train")
+    if evaluation.eval_dataset_split is not None:
+        data = replace(data, dataset_split=evaluation.eval_dataset_split)
     try:
         return examples, load(replace(config, data=data))
     except UserError as error:
-        message = re.sub(r"(?<!\w)data_path\b", "eval_data_path", str(error))
-        parameters = (*error.parameters, "eval_data_path")
+        own = ["data_path"]
+        if evaluation.eval_dataset_split is not None:
+            own.append("dataset_split")
+        message = re.sub(rf"(?<!\w)({'|'.join(own)})\b", r"eval_\1", str(error))
+        parameters = (*error.parameters, *(f"eval_{name}" for name in own))
         raise type(error)(message, parameters=parameters) from error
 
 

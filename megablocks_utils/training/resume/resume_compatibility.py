@@ -29,7 +29,7 @@ _CLAUSES = {
     ),
     "lora": (
         "use_lora, lora_r and lora_alpha give the adapters",
-        ("use_lora", "lora_r", "lora_alpha"),
+        ("use_lora", "lora_target", "lora_r", "lora_alpha", "lora_dropout"),
     ),
     "optim": ("optim is", ("optim",)),
     "dtypes": ("precision gives the dtypes", ("precision",)),
@@ -246,6 +246,8 @@ def _describe_lora(lora: LoraSettings) -> dict[str, Any]:
         "target_modules": sorted(lora.target_modules),
         "expert_ranks": dict(lora.expert_ranks),
         **({"target_weights": sorted(lora.target_weights)} if lora.target_weights else {}),
+        **({"router_weights": sorted(lora.router_weights)} if lora.router_weights else {}),
+        **({"dropout": lora.dropout} if lora.dropout else {}),
     }
 
 

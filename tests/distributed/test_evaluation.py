@@ -143,9 +143,12 @@ def test_the_loss_of_one_process_and_no_trace(
 
 
 def test_patience_ends_the_run_with_the_best_model(pools, parity_folder, held_out, tmp_path):
-    """Losses that rise: the first checkpoint is the best, and outlives the limit of one."""
+    """Losses that rise: the first checkpoint is the best, and outlives the limit of one.
+
+    The two ranks share every example, which counts once.
+    """
     folder = tmp_path / "run"
-    case = ParityCase(Layout(2, 2), num_steps=6)
+    case = ParityCase(Layout(2, 1, tp_size=2), num_steps=6)
     argv = [*parity_folder.argv(case), "--debug", "False", "--output_dir", str(folder)]
     argv += ["--eval_data_path", str(held_out), "--eval_strategy", "steps", "--eval_steps", "1"]
     argv += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1"]

@@ -10,6 +10,7 @@ from megablocks_utils.errors import ConfigurationError
 
 __all__ = [
     "BLOCKS",
+    "NO_DENSE_NF4",
     "NO_QUANTIZATION",
     "QUANTIZATIONS",
     "check_packed_slices",
@@ -22,6 +23,12 @@ QUANTIZATIONS = (NO_QUANTIZATION, "nf4", "int8", "fp8", "mxfp4")
 """Choices of `--expert_quantization`."""
 
 _FP32 = 4
+# Tried on two gloo ranks with torch 2.13, torchao 0.18 and bitsandbytes 0.50.2.
+NO_DENSE_NF4 = (
+    "torchao's NF4 weights are sharded by FSDP2 in whole groups of 16,384 numbers alone and scaled "
+    "by a mean over all ranks' parts, and bitsandbytes' lose their scales when they are sharded "
+    "(--expert_quantization nf4 packs the experts, nine tenths of a model)"
+)
 _KERNELS = ("auto", "eager", "grouped_mm", "triton")
 
 

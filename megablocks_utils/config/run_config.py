@@ -18,6 +18,7 @@ from megablocks_utils.config.optim import OptimConfig
 from megablocks_utils.config.option import Option, list_options
 from megablocks_utils.config.parallel import ParallelConfig, count_data_ranks
 from megablocks_utils.config.precision import PrecisionConfig
+from megablocks_utils.config.quantization import NO_DENSE_NF4, NO_QUANTIZATION
 from megablocks_utils.config.saving import SavingConfig
 
 __all__ = ["OPTIONS", "OPTION_NAMES", "RunConfig"]
@@ -222,6 +223,14 @@ class _OtherOptions:
         bool,
         Option("not built: True is refused, since DoRA's norms are those of whole merged weights"),
     ] = False
+    dense_quantization: Annotated[
+        str,
+        Option(
+            "not built: frozen weights outside the experts keep their dtype",
+            choices=(NO_QUANTIZATION,),
+            refused=MappingProxyType({"nf4": NO_DENSE_NF4}),
+        ),
+    ] = NO_QUANTIZATION
 
 
 OPTIONS: tuple[Option, ...] = (*list_options(RunConfig), *list_options(_OtherOptions))

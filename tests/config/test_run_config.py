@@ -29,6 +29,7 @@ from megablocks_utils.config.entry_points import SCRIPTS
 from megablocks_utils.config.evaluation import EvaluationConfig
 from megablocks_utils.config.help_text import format_help, format_options_table
 from megablocks_utils.config.parallel import check_heads, count_data_ranks
+from megablocks_utils.config.quantization import NO_DENSE_NF4
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import ConfigurationError
 
@@ -308,6 +309,8 @@ REFUSALS = {
     "--lora_target experts,attention --lora_dropout 0.1": "--lora_dropout is 0.1, but "
     "--lora_target experts,attention also puts adapters on experts, where nothing can be dropped "
     "(all rows or whole weights at once): it must be 0, or --lora_target without them.",
+    "--dense_quantization nf4": f"--dense_quantization is nf4, but {NO_DENSE_NF4}: it must be "
+    "none.",
     "--lora_target router --freeze_router True": "--freeze_router is True, but --lora_target "
     "router puts adapters on routers: it must be False.",
     "--save_strategy often": "--save_strategy is often, but it must be no, steps or epoch.",

@@ -1,5 +1,7 @@
 """Find the nearest of a table of values, and spread two 4-bit codes from each byte."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,19 @@ def join_nibbles(codes: Tensor, *, first_is_high: bool) -> Tensor:
 
 def look_up_nibbles(packed: Tensor, table: Tensor, *, first_is_high: bool) -> Tensor:
     """Return the fp32 values (..., 2n) of the codes in bytes (..., n), of a table of 16."""
-    codes = torch.arange(256, device=packed.device)
+    # Copying a table to a GPU makes the CPU wait for it: there it is kept. What is no plain tensor is
+    # of a rehearsal, and keeps nothing.
+    is_kept = packed.device.type != "cpu" and type(packed) is Tensor
+    build = _keep_pairs if is_kept else _build_pairs
+    return build(table, packed.device, first_is_high)[packed.int()].flatten(-2)
+
+
+def _build_pairs(table: Tensor, device: torch.device, first_is_high: bool) -> Tensor:
+    """Return the two values (256, 2) of each byte."""
+    codes = torch.arange(256, device=device)
     high, low = codes >> 4, codes & 15
     pairs = torch.stack((high, low) if first_is_high else (low, high), dim=1)
-    values = table.to(packed.device)[pairs]  # (256, 2)
-    return values[packed.int()].flatten(-2)
+    return table.to(device)[pairs]
+
+
+_keep_pairs = cache(_build_pairs)

@@ -29,8 +29,8 @@ def join_nibbles(codes: Tensor, *, first_is_high: bool) -> Tensor:
 
 def look_up_nibbles(packed: Tensor, table: Tensor, *, first_is_high: bool) -> Tensor:
     """Return the fp32 values (..., 2n) of the codes in bytes (..., n), of a table of 16."""
-    # Copying a table to a GPU makes the CPU wait for it: there it is kept. What is no plain tensor is
-    # of a rehearsal, and keeps nothing.
+    # Copying a table to a GPU makes the CPU wait for it: there it is kept. What is no plain tensor
+    # is of a rehearsal, and keeps nothing.
     is_kept = packed.device.type != "cpu" and type(packed) is Tensor
     build = _keep_pairs if is_kept else _build_pairs
     return build(table, packed.device, first_is_high)[packed.int()].flatten(-2)

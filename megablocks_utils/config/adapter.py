@@ -172,6 +172,11 @@ class AdapterConfig:
         return "use_lora" if self.lora_target is None else "lora_target"
 
     @property
+    def named(self) -> str:
+        """What that option is."""
+        return self.use_lora if self.lora_target is None else ",".join(self.lora_target)
+
+    @property
     def has_lora(self) -> bool:
         """Whether adapters are trained instead of all weights."""
         return self.targets != NO_LORA

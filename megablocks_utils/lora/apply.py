@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from megablocks_utils.config import AdapterConfig
-from megablocks_utils.config.adapter import ATTENTION, LM_HEAD, ROUTER, SHARED
+from megablocks_utils.config.adapter import ATTENTION, EXPERTS, LM_HEAD, ROUTER, SHARED
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.lora.adapter_reader import AdapterReader, open_adapter
 from megablocks_utils.lora.expert_adapters import attach_expert_lora, lora_name
@@ -92,7 +92,7 @@ def _check_experts_are_loadable(model: PreTrainedModel, adapter: AdapterConfig) 
     if lost:
         others = "none or attn-only" if find_loadable(model, find_mixer_linears(model)) else "none"
         raise ConfigurationError(
-            f"{adapter.option} is {adapter.targets}, but PEFT {peft.__version__} would not find "
+            f"{adapter.option} is {adapter.named}, but PEFT {peft.__version__} would not find "
             f"adapters on {min(lost)} again when it loads them; use_lora must be {others} for "
             f"model type {model.config.model_type}.",
             parameters=(adapter.option,),
@@ -112,7 +112,7 @@ def _choose_linears(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]
         found = find_loadable(model, _find_part(model, part))
         if not found and not (part == SHARED and adapter.lora_target is None):
             raise ConfigurationError(
-                f"{adapter.option} {adapter.targets} needs {what} whose adapters PEFT can load, "
+                f"{adapter.option} {adapter.named} needs {what} whose adapters PEFT can load, "
                 f"but model type {model.config.model_type} has none.",
                 parameters=(adapter.option,),
             )
@@ -144,8 +144,18 @@ def _check_agreement(
     adapter: AdapterConfig, settings: LoraSettings, model: PreTrainedModel
 ) -> None:
     """Refuse a config that contradicts the adapter to start from."""
+    found = {name for name, _ in model.named_modules() if has_end(name, settings.all_ends)}
+    parts = [part for part in _LINEAR_PARTS if found.intersection(_find_part(model, part))]
+    parts += [EXPERTS] * bool(settings.expert_ranks)
     own: dict[str, object] = {"lora_r": settings.r, "lora_alpha": settings.lora_alpha}
-    if adapter.lora_target is None:
+    if adapter.lora_target is not None or {ROUTER, LM_HEAD}.intersection(parts):
+        if {*adapter.parts} != {*parts}:
+            raise ConfigurationError(
+                f"{adapter.option} is {adapter.named}, but the adapter {adapter.resume_adapter} "
+                f"is on lora_target {','.join(parts)}.",
+                parameters=(adapter.option,),
+            )
+    else:
         kinds = {(True, False): "attn-only", (False, True): "mlp-only", (True, True): "all"}
         own["use_lora"] = kinds[bool(settings.all_ends), bool(settings.expert_ranks)]
     for name, value in own.items():
@@ -155,18 +165,6 @@ def _check_agreement(
                 f"{name} is {given}, but the adapter {adapter.resume_adapter} has {value}.",
                 parameters=(name,),
             )
-    if adapter.lora_target is None:
-        return
-    wanted, has_experts = set(_choose_linears(model, adapter)), bool(settings.expert_ranks)
-    found = {name for name, _ in model.named_modules() if has_end(name, settings.all_ends)}
-    if wanted != found or adapter.trains_experts != has_experts:
-        which = min(wanted ^ found, default="the experts")
-        has = "has one" if which in found or (not wanted ^ found and has_experts) else "has none"
-        raise ConfigurationError(
-            f"lora_target is {adapter.targets}, but the adapter {adapter.resume_adapter} {has} on "
-            f"{which}.",
-            parameters=("lora_target",),
-        )
 
 
 def apply_lora(

@@ -77,6 +77,29 @@ def test_an_adapter_to_go_on_from_brings_its_own_settings(folder):
 
 
 @pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"use_lora": "attn-only"}, "use_lora is attn-only"),
+        ({"lora_target": ("attention",)}, "lora_target is attention"),
+        ({"lora_target": ("router", "attention", "experts")}, "lora_target is router,attention,ex"),
+        ({"lora_target": ("router", "attention")}, None),
+    ],
+)
+def test_parts_of_an_adapter_to_go_on_from(tmp_path, given, found):
+    """Some layers of the attention are enough; a word of use_lora never means routers."""
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}
+    save_fused_adapter("mixtral", tmp_path, **targets)
+    config = AdapterConfig(**given, resume_adapter=str(tmp_path))
+    model = build_tiny_model("mixtral")
+    if found is None:
+        settings = choose_adapters(model, config).settings
+        assert (settings.target_modules, settings.router_weights) == (("q_proj",), ("gate",))
+        return
+    with pytest.raises(ConfigurationError, match=f"{found}.* is on lora_target attention,router"):
+        choose_adapters(model, config)
+
+
+@pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ({"lora_r": 16}, "--lora_r is 16, but the adapter {} has 4."),

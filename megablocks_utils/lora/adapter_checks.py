@@ -61,7 +61,7 @@ class FoundAdapters:
         linears: by the name of the linear layer or router.
         experts: by the name of the parameter.
         expert_format: None where there are none of experts.
-        replaced: parameter of the model -> tensor of the file that replaces it whole.
+        replaced: parameter or buffer of the model -> tensor of the file that replaces it whole.
     """
 
     linears: Mapping[str, FoundAdapter]

@@ -26,11 +26,13 @@ _USED = (
     *("layers_to_transform", "r", "lora_alpha", *_PATTERNS, *_FLAGS, *_TARGETS),
 )
 # Settings that change nothing in what is merged or continued: notes; what acts in training only,
-# where this run's options count; how new adapters begin; sizes beside a setting that is refused.
+# where this run's options count; how new adapters begin; sizes beside a setting that is refused;
+# what acts on tied weights only, whose adapters and replacements are refused.
 _WITHOUT_EFFECT = (
     *("task_type", "auto_mapping", "revision", "inference_mode", "peft_version", "runtime_config"),
     *("lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "qalora_group_size", "megatron_core", "velora_config"),
+    "ensure_weight_tying",
 )
 # Beginnings of new adapters; and those that change the base weights as well.
 _BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")

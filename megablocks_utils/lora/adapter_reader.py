@@ -54,7 +54,7 @@ class AdapterReader:
         return self.found.experts
 
     def replaced(self, name: str) -> Tensor:
-        """Read the tensor that replaces a parameter, one of `found.replaced`, in its own dtype.
+        """Read the tensor that replaces a weight, one of `found.replaced`, in its own dtype.
 
         Raises:
             CheckpointError: values that are not finite.

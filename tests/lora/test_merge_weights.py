@@ -84,8 +84,9 @@ MERGES = {
     "all linear layers": {"target_modules": "all-linear", "target_parameters": None},
     "router": {"target_parameters": ["gate.weight", *EVERYWHERE]},
     "head": {"target_modules": ["lm_head", "q_proj"]},
-    "saved head": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "saved head": {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
     "saved router and norm": {"modules_to_save": ["gate", "norm"]},
+    "saved attention": {"target_modules": [], "modules_to_save": ["self_attn"]},
     "biases": {"bias": "all"},
     "biases of adapted layers": {"bias": "lora_only"},
 }
@@ -99,6 +100,7 @@ def _randomise(peft_model):
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
 
 
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
 @pytest.mark.parametrize("name", MERGES)
 def test_whatever_peft_merges_is_merged_alike(tmp_path, name):
     family, overrides = "olmoe", {"attention_bias": "bias" in name}

@@ -167,6 +167,7 @@ class RunRecorder:
         if self._logs is not None:
             with self._as_sentence(self.output_dir / SAMPLES_PAGE_NAME):
                 self._logs.write_samples(samples)
+            self._tracking.record_samples(samples)
 
     def _open_logs(self) -> None:
         if not self._is_main:

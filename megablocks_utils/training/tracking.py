@@ -1,7 +1,7 @@
 """What a run tells its trackers, from its first step to its end."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +9,7 @@ from megablocks_utils.config.secrets import find_secrets
 from megablocks_utils.processes.agreement import raise_on_all_ranks
 from megablocks_utils.training.report.metrics import StepMetrics
 from megablocks_utils.training.report.run_record import RunRecord, build_provenance
+from megablocks_utils.training.report.samples import Sample, format_samples
 from megablocks_utils.training.report.tracker_runs import TrackerRuns, flatten_config
 from megablocks_utils.training.report.trackers import FAILED, FINISHED, STOPPED
 from megablocks_utils.training.setup import Setup
@@ -57,6 +58,11 @@ class Tracking:
     def record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """Report an evaluation after `step`: its line in `metrics.jsonl`."""
         self._runs.log_evaluation(step, values)
+
+    def record_samples(self, samples: Sequence[Sample]) -> None:
+        """Report the answers to held-out prompts of one evaluation."""
+        if samples:
+            self._runs.log_samples(samples[0].step, format_samples(samples))
 
     def finish(self, record: RunRecord, *, first_loss: float, final_loss: float) -> None:
         """Report what the run has come to."""

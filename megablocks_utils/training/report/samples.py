@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megablocks_utils.files import publish_file
 
-__all__ = ["Sample", "describe_sample", "read_samples", "write_samples_page"]
+__all__ = ["Sample", "describe_sample", "format_samples", "read_samples", "write_samples_page"]
 
 _SHOWN_CHARACTERS = 60
 
@@ -43,6 +43,18 @@ def describe_sample(sample: Sample) -> str:
     """Return a line for the log."""
     first, now = _shorten(sample.first_answer), _shorten(sample.answer)
     return f"sample {sample.sample}: {now}" + ("" if first == now else f" (at first: {first})")
+
+
+def format_samples(samples: Sequence[Sample]) -> str:
+    """Return the answers of one evaluation beside the first ones, as a table in Markdown."""
+    rows = [("prompt", "expected", "first answer", f"answer after step {samples[0].step}")]
+    rows += [("---",) * 4]
+    rows += [(s.prompt, s.expected, s.first_answer, s.answer) for s in samples]
+    return "".join(f"| {' | '.join(map(_as_cell, row))} |\n" for row in rows)
+
+
+def _as_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _shorten(text: str) -> str:

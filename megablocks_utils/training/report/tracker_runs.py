@@ -28,6 +28,7 @@ from megablocks_utils.training.report.trackers import (
 
 __all__ = ["TrackerRuns", "flatten_config"]
 
+_SAMPLES = "samples"
 _NOT_IN_NAMES = re.compile(r"[^\w. :/-]", re.ASCII)
 """What MLflow, the strictest, takes in no name."""
 
@@ -93,6 +94,11 @@ class TrackerRuns:
         """Send the numbers of an evaluation after `step`, named `eval_...`."""
         self._log(step, rewrite_logs({name: values[name] for name in values if name != "step"}))
 
+    def log_samples(self, step: int, text: str) -> None:
+        """Send the answers to held-out prompts after `step`, as a table in Markdown."""
+        for name in tuple(self._open):
+            self._try(name, partial(self._log_text, name, step, text))
+
     def log_summary(self, step: int, values: Mapping[str, float | None]) -> None:
         """Send what a run has come to, after its last step."""
         self._log(step, {f"summary/{name}": v for name, v in values.items() if v is not None})
@@ -127,6 +133,11 @@ class TrackerRuns:
         fresh = {key: value for key, value in values.items() if step > last.get(key, -1)}
         if fresh and (read_step is None or step >= read_step(tracker)):
             tracker.log(fresh, step=step)
+
+    def _log_text(self, name: str, step: int, text: str) -> None:
+        tracker, read_step = self._open[name], TRACKERS[name].read_step
+        if read_step is None or step >= read_step(tracker):
+            TRACKERS[name].log_text(tracker, _SAMPLES, text, step)
 
     def _try(self, name: str, action: partial[None]) -> None:
         try:

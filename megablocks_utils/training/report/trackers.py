@@ -55,6 +55,7 @@ class Tracker:
         store_config: keeps the configuration of a run; by default in Accelerate's way.
         end: ends the run as finished, stopped or failed.
         has_one_config: whether what is stored once can never change.
+        log_text: keeps a text of a step under a name; by default in Accelerate's way.
         read_step: returns its last step, where it takes none below that; None: it takes any.
         read_last_steps: returns the last step of each number that it has, where a number that is
             sent again would be doubled.
@@ -66,6 +67,9 @@ class Tracker:
     store_config: Callable[[Any, dict[str, Any]], None] = lambda t, c: t.store_init_configuration(c)
     end: Callable[[Any, str], None] = lambda tracker, _status: tracker.finish()
     has_one_config: bool = False
+    log_text: Callable[[Any, str, str, int], None] = lambda tracker, name, text, step: tracker.log(
+        {name: text}, step=step
+    )
     read_step: Callable[[Any], int] | None = None
     read_last_steps: Callable[[Any], dict[str, int]] = lambda _tracker: {}
 
@@ -147,6 +151,14 @@ def _read_last_mlflow_steps(tracker: Any) -> dict[str, int]:
     return {n: max(m.step for m in client.get_metric_history(run_id, n)) for n in names}
 
 
+def _log_mlflow_text(tracker: Any, name: str, text: str, step: int) -> None:
+    """Keep a text as a file: its metrics are numbers alone."""
+    import mlflow
+
+    run_id = tracker.tracker.info.run_id
+    mlflow.MlflowClient().log_text(run_id, text, f"{name}/step-{step}.md")
+
+
 def _trackio_arguments(run: TrackerRun) -> dict[str, Any]:
     """Return what it takes; a run is known by its name alone, which must be its own."""
     name = run.run_id or f"{run.name}-{os.urandom(3).hex()}"
@@ -174,6 +186,7 @@ TRACKERS: Mapping[str, Tracker] = MappingProxyType(
             read_id=lambda tracker: str(tracker.tracker.info.run_id),
             end=_end_mlflow,
             read_last_steps=_read_last_mlflow_steps,
+            log_text=_log_mlflow_text,
             has_one_config=True,
         ),
         "trackio": Tracker(

@@ -16,6 +16,7 @@ from megablocks_utils.config import OPTIONS
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.training.report import tracker_runs, trackers
 from megablocks_utils.training.report.metrics import read_metrics
+from megablocks_utils.training.report.samples import Sample, format_samples
 from tests.support.argv import keep_last
 from tests.support.parity import Layout, ParityCase, ParityFolder
 
@@ -70,6 +71,7 @@ def fake(monkeypatch):
         record,
         end=lambda tracker, status: tracker.told.append(status),
         read_last_steps=lambda tracker: {"eval/loss": 2},
+        log_text=lambda tracker, name, text, step: tracker.told.append((step, name, text)),
     )
     monkeypatch.setattr(tracker_runs, "TRACKERS", {"mlflow": ended})
     return FakeMlflow.runs
@@ -85,12 +87,13 @@ def _start(folder: Path, first_step: int = 0, **names: str | None) -> tracker_ru
 def test_a_run_that_resumes_in_its_folder_continues_its_tracker_run(fake, tmp_path):
     runs = _start(tmp_path)
     runs.log_evaluation(0, {"step": 0, "eval_loss": 2.5})
+    runs.log_samples(0, "| a |")
     runs.finish()
     runs = _start(tmp_path, first_step=4)
     runs.log_evaluation(2, {"eval_loss": 2.5})  # which it has
     runs.log_summary(5, {"final_loss": 1.0, "best": None})
     runs.finish(trackers.FINISHED)
-    told = ["start", {"seed": 1}, (0, {"eval/loss": 2.5}), "KILLED"]
+    told = ["start", {"seed": 1}, (0, {"eval/loss": 2.5}), (0, "samples", "| a |"), "KILLED"]
     told += ["start", (5, {"summary/final_loss": 1.0}), "FINISHED"]
     assert fake == {f"p/{tmp_path.name}#0": told}
     _start(tmp_path, run_name="fresh")
@@ -149,6 +152,7 @@ def test_the_library_itself_keeps_one_run_without_secrets(name, tmp_path, monkey
         )
         for step in range(first_step + 1, first_step + 3):
             runs.log_evaluation(step, {"eval_loss": 1 / step})
+            runs.log_samples(step, f"| answer {step} |")
         runs.finish(trackers.FINISHED if first_step else trackers.STOPPED)
     run_id = json.loads((tmp_path / "trackers.json").read_text())[name]
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"s3cretword" in p.read_bytes()]
@@ -161,11 +165,32 @@ def test_the_library_itself_keeps_one_run_without_secrets(name, tmp_path, monkey
         history = mlflow.MlflowClient().get_metric_history(run_id, "eval/loss")
         assert [(m.step, m.value) for m in history] == [(s, 1 / s) for s in (1, 2, 3)]
         assert mlflow.get_run(run_id).data.params == {"seed": "1"}
+        files = {p.name: p.read_text() for p in tmp_path.rglob("samples/step-*.md")}
+        assert files == {f"step-{s}.md": f"| answer {s} |" for s in (1, 2, 3)}
     else:
         import trackio
 
         (run,) = trackio.Api().runs(tmp_path.name)
         assert run.name == run_id and run_id.startswith("r-")
+
+
+def test_answers_are_text_in_tensorboard(tmp_path):
+    """A table of the answers of one evaluation; bars in a text do not end a cell."""
+    PartialState(cpu=True)
+    runs = tracker_runs.TrackerRuns(["tensorboard"], Console(stderr=True))
+    runs.start(tmp_path, {"seed": 1}, run_name="r", project=None, first_step=0)
+    runs.log_samples(4, format_samples([Sample(4, 1, "a|b\nc", "e", "f", "g")]))
+    runs.finish()
+    (path,) = tmp_path.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(path))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    (text,) = event.tensor_proto.string_val
+    assert event.step == 4
+    assert text.decode() == (
+        "| prompt | expected | first answer | answer after step 4 |\n| --- | --- | --- | --- |\n"
+        "| a\\|b c | e | f | g |\n"
+    )
 
 
 def _train(rank: int, script: str, argv: list[str]) -> None:

@@ -21,6 +21,7 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _OF_TEXT = frozenset({"token_dispatch"})  # tokens of text
+_WORKING_FOLDER = "PWD"  # a shell's, to which paths of options may lead
 _ADDRESS = re.compile(r"(?<=://)[^/\s?#'\"]+(?=@)")
 _QUERY = re.compile(r"([?&][\w.-]*?(?:token|key|secret|password|signature|sig)=)[^&\s'\"#]+", re.I)
 _HUB_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
@@ -46,7 +47,8 @@ def redact_words(words: Sequence[str]) -> list[str]:
 
 def find_secrets(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Return the secrets of a command line and of the environment, to be looked for in texts."""
-    found = {value for name, value in environ.items() if is_secret_name(name)}
+    named = {name for name in environ if is_secret_name(name)} - {_WORKING_FOLDER}
+    found = {environ[name] for name in named}
     found |= {secret for _, secret in _find_in_words(words) if secret is not None}
     long = (value for value in found if len(value) >= _SHORTEST)
     return tuple(sorted(long, key=len, reverse=True))

@@ -48,6 +48,12 @@ def test_command_lines(words, shown):
     assert build_provenance(["train.py", *words])["command"] == f"train.py {shown}"
 
 
+def test_the_working_folder_is_no_secret():
+    """Every shell has PWD, which records' paths begin with; other names with it are passwords."""
+    environ = {"PWD": "/home/me/project", "DB_PWD": SECRET}
+    assert find_secrets([], environ) == (SECRET,)
+
+
 def test_records_and_texts():
     record = {
         "hub_token": SECRET,

@@ -50,7 +50,7 @@ def test_command_lines(words, shown):
 
 def test_the_working_folder_is_no_secret():
     """Every shell has PWD, which records' paths begin with; other names with it are passwords."""
-    environ = {"PWD": "/home/me/project", "DB_PWD": SECRET}
+    environ = {"PWD": "/data/a-project", "DB_PWD": SECRET}
     assert find_secrets([], environ) == (SECRET,)
 
 

@@ -29,19 +29,28 @@ def join_nibbles(codes: Tensor, *, first_is_high: bool) -> Tensor:
 
 def look_up_nibbles(packed: Tensor, table: Tensor, *, first_is_high: bool) -> Tensor:
     """Return the fp32 values (..., 2n) of the codes in bytes (..., n), of a table of 16."""
-    # Copying a table to a GPU makes the CPU wait for it: there it is kept. What is no plain tensor
-    # is of a rehearsal, and keeps nothing.
-    is_kept = packed.device.type != "cpu" and type(packed) is Tensor
-    build = _keep_pairs if is_kept else _build_pairs
-    return build(table, packed.device, first_is_high)[packed.int()].flatten(-2)
+    pairs = put_beside(packed, _build_pairs(table, first_is_high))
+    return pairs[packed.int()].flatten(-2)
 
 
-def _build_pairs(table: Tensor, device: torch.device, first_is_high: bool) -> Tensor:
+def put_beside(tensor: Tensor, table: Tensor) -> Tensor:
+    """Return a table, one of a few that never change, on the device of a tensor.
+
+    Copying it to a GPU makes the CPU wait: there it is kept. What is no plain tensor is of a
+    rehearsal, and keeps nothing.
+    """
+    is_kept = tensor.device.type != "cpu" and type(tensor) is Tensor
+    return _keep_on(table, tensor.device) if is_kept else table.to(tensor.device)
+
+
+@cache
+def _keep_on(table: Tensor, device: torch.device) -> Tensor:
+    return table.to(device)
+
+
+@cache
+def _build_pairs(table: Tensor, first_is_high: bool) -> Tensor:
     """Return the two values (256, 2) of each byte."""
-    codes = torch.arange(256, device=device)
+    codes = torch.arange(256)
     high, low = codes >> 4, codes & 15
-    pairs = torch.stack((high, low) if first_is_high else (low, high), dim=1)
-    return table.to(device)[pairs]
-
-
-_keep_pairs = cache(_build_pairs)
+    return table[torch.stack((high, low) if first_is_high else (low, high), dim=1)]

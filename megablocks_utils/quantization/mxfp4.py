@@ -8,7 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from megablocks_utils.quantization.code_book import join_nibbles, look_up_nibbles, pad_columns
+from megablocks_utils.quantization.code_book import (
+    join_nibbles,
+    look_up_nibbles,
+    pad_columns,
+    put_beside,
+)
 from megablocks_utils.quantization.weight_format import (
     MatrixCut,
     PartLayout,
@@ -23,6 +28,8 @@ _LARGEST_EXPONENT = 2  # of E2M1
 _BIAS = 127  # of E8M0
 _MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _VALUES = torch.cat([_MAGNITUDES, -_MAGNITUDES])
+# What a byte of E8M0 stands for: looked up, since not every device raises 2 to a power exactly.
+_POWERS = torch.ldexp(torch.ones(256), torch.arange(256) - _BIAS)
 _MIDDLES = (_MAGNITUDES[:-1] + _MAGNITUDES[1:]) / 2
 
 
@@ -31,6 +38,8 @@ class Mxfp4:
 
     name = "mxfp4"
     block = (1, _BLOCK)
+    table = _VALUES
+    first_is_high = False
 
     def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
         """Return what the parts of one matrix are."""
@@ -49,7 +58,7 @@ class Mxfp4:
         exponents = exponents.clamp_(-_BIAS, _BIAS).where(largest > 0, -_BIAS)
         codes = _round_to_even(torch.ldexp(blocks, -exponents[..., None]))
         return {
-            "codes": join_nibbles(codes.flatten(-2), first_is_high=False),
+            "codes": join_nibbles(codes.flatten(-2), first_is_high=self.first_is_high),
             "exponents": (exponents + _BIAS).to(torch.uint8),
         }
 
@@ -59,10 +68,14 @@ class Mxfp4:
 
     def unpack(self, parts: Parts, num_columns: int) -> Tensor:
         """Return matrices (n, out, in) in fp32; every part has n in front."""
-        values = look_up_nibbles(parts["codes"], _VALUES, first_is_high=False)
-        exponents = parts["exponents"].int() - _BIAS
-        blocks = values.unflatten(-1, (-1, _BLOCK))
-        return torch.ldexp(blocks, exponents[..., None]).flatten(-2)[..., :num_columns]
+        values = look_up_nibbles(parts["codes"], self.table, first_is_high=self.first_is_high)
+        values.unflatten(-1, (-1, _BLOCK)).mul_(self.build_scales(parts)[..., None])
+        return values[..., :num_columns]
+
+    def build_scales(self, parts: Parts) -> Tensor:
+        """Return the scales of blocks (n, out, blocks) in fp32; every part has n in front."""
+        exponents = parts["exponents"]
+        return put_beside(exponents, _POWERS)[exponents.int()]
 
 
 def _round_to_even(shares: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from megablocks_utils.quantization.code_book import (
     join_nibbles,
     look_up_nibbles,
     pad_columns,
+    put_beside,
 )
 from megablocks_utils.quantization.weight_format import (
     MatrixCut,
@@ -61,6 +62,8 @@ class Nf4:
 
     name = "nf4"
     block = (1, _BLOCK)
+    table = NF4_VALUES
+    first_is_high = True
 
     def describe_parts(self, num_rows: int, num_columns: int) -> dict[str, PartLayout]:
         """Return what the parts of one matrix are."""
@@ -87,7 +90,7 @@ class Nf4:
         shares = rests / scale_scales.where(scale_scales > 0, 1.0)[:, None]
         scale_codes = find_nearest(shares, _DYNAMIC_VALUES.to(matrix.device))
         return {
-            "codes": join_nibbles(codes, first_is_high=True).reshape(len(matrix), -1),
+            "codes": join_nibbles(codes, first_is_high=self.first_is_high).reshape(len(matrix), -1),
             "scale_codes": scale_codes.flatten()[: len(scales)],
             "scale_scales": scale_scales,
             "scale_mean": mean[None],
@@ -108,13 +111,17 @@ class Nf4:
 
     def unpack(self, parts: Parts, num_columns: int) -> Tensor:
         """Return matrices (n, out, in) in fp32; every part has n in front."""
-        codes = parts["codes"]
-        scale_codes = parts["scale_codes"]
-        scales = _DYNAMIC_VALUES.to(codes.device)[scale_codes.int()]
-        scales = scales * _spread_scale_scales(parts) + parts["scale_mean"]
-        values = look_up_nibbles(codes, NF4_VALUES, first_is_high=True)
+        scales = self.build_scales(parts)
+        values = look_up_nibbles(parts["codes"], self.table, first_is_high=self.first_is_high)
         values.view(*scales.shape, _BLOCK).mul_(scales[..., None])
         return values[..., :num_columns]
+
+    def build_scales(self, parts: Parts) -> Tensor:
+        """Return the scales of blocks (n, out, blocks) in fp32; every part has n in front."""
+        codes = parts["scale_codes"]
+        scales = put_beside(codes, _DYNAMIC_VALUES)[codes.int()]
+        scales = scales * _spread_scale_scales(parts) + parts["scale_mean"]
+        return scales.unflatten(1, (parts["codes"].shape[1], -1))
 
 
 def _spread_scale_scales(parts: Parts) -> Tensor:

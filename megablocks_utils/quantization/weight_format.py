@@ -7,12 +7,13 @@ so that the numbers that they stand for are the same on every layout.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "CodedFormat",
     "MatrixCut",
     "PartLayout",
     "Parts",
@@ -91,6 +92,28 @@ class WeightFormat(Protocol):
 
     def unpack(self, parts: Parts, num_columns: int) -> Tensor:
         """Return matrices (n, out, in) in fp32; every part has n in front."""
+        ...
+
+
+@runtime_checkable
+class CodedFormat(WeightFormat, Protocol):
+    """A format of 4-bit codes: a weight is its code's entry of a table, times its block's scale.
+
+    `parts["codes"]` has two inputs of an output in each byte.
+    """
+
+    @property
+    def table(self) -> Tensor:
+        """The 16 numbers that codes stand for, fp32 on the CPU."""
+        ...
+
+    @property
+    def first_is_high(self) -> bool:
+        """Whether the first of a byte's two codes is in its upper bits."""
+        ...
+
+    def build_scales(self, parts: Parts) -> Tensor:
+        """Return the scales of blocks (n, out, blocks) in fp32; every part has n in front."""
         ...
 
 

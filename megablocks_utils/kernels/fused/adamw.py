@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megablocks_utils.kernels.adamw_step import AdamWStep
 from megablocks_utils.kernels.device import is_interpreted
-from megablocks_utils.kernels.fused.device_code import round_to
+from megablocks_utils.kernels.fused.rounding import round_to
 
 __all__ = ["PAIRS", "ROUNDS", "run_adamw"]
 

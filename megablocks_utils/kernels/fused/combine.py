@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megablocks_utils.kernels.device import is_interpreted
-from megablocks_utils.kernels.fused.device_code import round_to
+from megablocks_utils.kernels.fused.rounding import round_to
 
 _MAX_BLOCK = 2048
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: finding a tile's rows, products, rounding.
+"""What the Triton kernels share: finding a tile's rows, products.
 
 Offsets into tensors are int64 throughout: N * 2I passes 2**31 at 75 thousand rows of Mixtral.
 Arguments that belong together travel as tuples: `strides` (expert, column, row) of weights, and
@@ -7,6 +7,8 @@ Arguments that belong together travel as tuples: `strides` (expert, column, row)
 
 import triton
 import triton.language as tl
+
+from megablocks_utils.kernels.fused.weight_tile import load_plain, load_weights
 
 
 # Order of the programs over row tiles (down) and column tiles (right), for GROUP_M = 4:
@@ -84,31 +86,6 @@ def load_rows(x_ptr, source, exists, k, num_k, stride_m, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def load_weights(w, strides, expert, k, cols, is_col, num_k, EVEN_K: tl.constexpr):
-    """Load weights (K, N) of an expert by pointers: rows `k`, columns `cols`."""
-    pointers = w + expert.to(tl.int64) * strides[0]
-    pointers += k[:, None].to(tl.int64) * strides[2] + cols[None, :].to(tl.int64) * strides[1]
-    mask = is_col[None, :]
-    if not EVEN_K:
-        mask = mask & (k < num_k)[:, None]
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST: tl.constexpr):
-    """Load the same by a tensor descriptor over (L * rows, columns) of the stored weights.
-
-    A box may reach into the next expert: its columns are masked when results are stored, and along
-    K the launcher only lets whole boxes through.
-    """
-    if K_IS_LAST:
-        weights = w.load([expert * num_cols + first_col, first_k]).T
-    else:
-        weights = w.load([expert * num_k + first_k, first_col])
-    return weights
-
-
-@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """Add a @ b to acc in fp32; the interpreter cannot multiply bf16 (triton#11584)."""
     if INTERPRET:
@@ -149,21 +126,22 @@ def multiply(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
+    CODE_BLOCK: tl.constexpr,
+    HIGH_IS_FIRST: tl.constexpr,
     K_IS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Multiply rows `source` of x by BLOCK_N columns of an expert's weights, in fp32."""
-    cols = first_col + tl.arange(0, BLOCK_N)
-    is_col = cols < num_cols
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
-        if USE_TMA:
-            weights = load_weights_tma(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST)
-        else:
-            weights = load_weights(w, strides, expert, k, cols, is_col, num_k, EVEN_K)
+        weights = load_weights(
+            *(w, strides, expert, first_k, first_col, num_k, num_cols, dtype, BLOCK_N, BLOCK_K),
+            *(EVEN_K, USE_TMA, CODE_BLOCK, HIGH_IS_FIRST, K_IS_LAST, INTERPRET),
+        )
         acc = dot(x, weights, acc, PRECISION, INTERPRET)
     return acc
 
@@ -218,16 +196,5 @@ def add_ranks(
     lora_rows_ptr, factor_ptr, rank, strides = adapter
     ranks = first + tl.arange(0, BLOCK_R)
     lora_rows = load_rows(lora_rows_ptr, rows.to(tl.int64), exists, ranks, rank, rank, False)
-    factor = load_weights(factor_ptr, strides, expert, ranks, cols, is_col, rank, False)
+    factor = load_plain(factor_ptr, strides, expert, ranks, cols, is_col, rank, False)
     return dot(lora_rows, factor, acc, PRECISION, INTERPRET)
-
-
-@triton.jit
-def round_to(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """Round fp32 to nearest even in `dtype`, which the interpreter would cut off for bf16."""
-    if INTERPRET and dtype == tl.bfloat16:
-        # Half a unit of the last place that stays, and one more bit on ties of an odd number.
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(dtype)

@@ -14,11 +14,11 @@ from megablocks_utils.kernels.fused.gate_up import gate_up
 from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     LoraRows,
-    Matrix,
     Routing,
     narrow,
 )
 from megablocks_utils.kernels.fused.layer_tiles import choose_layer_tiles, count_programs
+from megablocks_utils.kernels.fused.matrices import Matrix
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable

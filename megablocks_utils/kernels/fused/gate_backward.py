@@ -21,9 +21,9 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
     LoraRows,
-    Matrix,
     Routing,
 )
+from megablocks_utils.kernels.fused.matrices import AnyMatrix
 from megablocks_utils.kernels.fused.tiles import Tile
 
 
@@ -89,6 +89,8 @@ def gate_backward_kernel(
     HAS_LORA: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
+    CODE_BLOCK: tl.constexpr,
+    HIGH_IS_FIRST: tl.constexpr,
     K_IS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -109,7 +111,18 @@ def gate_backward_kernel(
     first_col = tile_n * BLOCK_N
     acc = multiply(
         *(grad_ptr, stride_gm, source, exists, w, strides, expert, first_col, num_k, num_cols),
-        *(BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST, PRECISION, INTERPRET),
+        *(
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN_K,
+            USE_TMA,
+            CODE_BLOCK,
+            HIGH_IS_FIRST,
+            K_IS_LAST,
+            PRECISION,
+            INTERPRET,
+        ),
     )
     if HAS_LORA:
         cols = first_col + tl.arange(0, BLOCK_N)
@@ -169,7 +182,7 @@ class GateGradients:
 
 def gate_backward(
     grad: Tensor,
-    weights: Matrix,
+    weights: AnyMatrix,
     gate_up_out: Tensor,
     top_k_weights: Tensor | None,
     routing: Routing,
@@ -200,7 +213,7 @@ def gate_backward(
     if num_rows:
         gate_backward_kernel[(tiles_m * tiles_n,)](
             grad,
-            launch.weights_argument(),
+            weights.argument(tile),
             gate_up_out,
             top_k_weights,
             grad_gate_up,

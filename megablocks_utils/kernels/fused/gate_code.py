@@ -8,7 +8,7 @@ in its code.
 import triton
 import triton.language as tl
 
-from megablocks_utils.kernels.fused.device_code import round_to
+from megablocks_utils.kernels.fused.rounding import round_to
 
 # gelu(x) is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x^3)): tanh(y) = 2 * sigmoid(2 * y) - 1.
 _GELU_LINEAR = tl.constexpr(1.5957691216057308)

@@ -9,10 +9,7 @@ from megablocks_utils.kernels.fused.device_code import (
     dot,
     find_rows,
     load_rows,
-    load_weights,
-    load_weights_tma,
     read_order,
-    round_to,
     swizzle,
 )
 from megablocks_utils.kernels.fused.gate_code import apply_gate
@@ -20,11 +17,13 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
     LoraRows,
-    Matrix,
     Routing,
 )
+from megablocks_utils.kernels.fused.matrices import AnyMatrix
+from megablocks_utils.kernels.fused.rounding import round_to
 from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
 from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.fused.weight_tile import load_weights
 
 
 @triton.jit
@@ -44,13 +43,16 @@ def multiply_both(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
+    CODE_BLOCK: tl.constexpr,
+    HIGH_IS_FIRST: tl.constexpr,
     K_IS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Multiply rows by the same columns of gate and of up: the rows are loaded once for both."""
-    cols = first_col + tl.arange(0, BLOCK_N)
-    is_col = cols < num_cols
+    # Gate's columns may reach into up's, which are masked when results are stored.
+    all_cols, first_up = 2 * num_cols, first_col + num_cols
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     # Two accumulators and not one of twice the columns: the gate pairs their columns up, and values
     # of one accumulator cannot meet without passing through shared memory.
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -58,15 +60,14 @@ def multiply_both(
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
-        if USE_TMA:
-            # Two boxes, I columns apart.
-            all_cols = 2 * num_cols
-            w_gate = load_weights_tma(w, expert, first_k, first_col, num_k, all_cols, K_IS_LAST)
-            first_up = first_col + num_cols
-            w_up = load_weights_tma(w, expert, first_k, first_up, num_k, all_cols, K_IS_LAST)
-        else:
-            w_gate = load_weights(w, strides, expert, k, cols, is_col, num_k, EVEN_K)
-            w_up = load_weights(w, strides, expert, k, cols + num_cols, is_col, num_k, EVEN_K)
+        w_gate = load_weights(
+            *(w, strides, expert, first_k, first_col, num_k, all_cols, dtype, BLOCK_N, BLOCK_K),
+            *(EVEN_K, USE_TMA, CODE_BLOCK, HIGH_IS_FIRST, K_IS_LAST, INTERPRET),
+        )
+        w_up = load_weights(
+            *(w, strides, expert, first_k, first_up, num_k, all_cols, dtype, BLOCK_N, BLOCK_K),
+            *(EVEN_K, USE_TMA, CODE_BLOCK, HIGH_IS_FIRST, K_IS_LAST, INTERPRET),
+        )
         gate = dot(x, w_gate, gate, PRECISION, INTERPRET)
         up = dot(x, w_up, up, PRECISION, INTERPRET)
     return gate, up
@@ -186,6 +187,8 @@ def gate_up_kernel(
     HAS_LORA: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
+    CODE_BLOCK: tl.constexpr,
+    HIGH_IS_FIRST: tl.constexpr,
     K_IS_LAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -206,7 +209,18 @@ def gate_up_kernel(
             source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
             gate, up = multiply_both(
                 *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-                *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+                *(
+                    num_k,
+                    num_cols,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    EVEN_K,
+                    USE_TMA,
+                    CODE_BLOCK,
+                    HIGH_IS_FIRST,
+                    K_IS_LAST,
+                ),
                 *(PRECISION, INTERPRET),
             )
             # Found again: by now the loads may have gone on to the next tile.
@@ -227,7 +241,18 @@ def gate_up_kernel(
         source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
         gate, up = multiply_both(
             *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-            *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+            *(
+                num_k,
+                num_cols,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                EVEN_K,
+                USE_TMA,
+                CODE_BLOCK,
+                HIGH_IS_FIRST,
+                K_IS_LAST,
+            ),
             *(PRECISION, INTERPRET),
         )
         finish_gate_up(
@@ -239,7 +264,7 @@ def gate_up_kernel(
 
 def gate_up(
     tokens: Tensor,
-    weights: Matrix,
+    weights: AnyMatrix,
     routing: Routing,
     tile: Tile,
     layout: GateLayout,
@@ -271,7 +296,7 @@ def gate_up(
     launch = KernelLaunch(weights, routing, tile, lora)
     gate_up_kernel[(launch.count_programs(num_cols),)](
         tokens,
-        launch.weights_argument(),
+        weights.argument(tile),
         out,
         gate_up_out,
         routing.order,

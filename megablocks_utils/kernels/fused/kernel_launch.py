@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megablocks_utils.kernels.device import is_interpreted
 from megablocks_utils.kernels.fused.layer_tiles import count_processors
+from megablocks_utils.kernels.fused.matrices import AnyMatrix, Matrix
 from megablocks_utils.kernels.fused.tiles import Tile
 from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 
@@ -51,50 +51,6 @@ class Routing:
         """Return how many row tiles there can be at most: each expert wastes less than one."""
         most = (self.num_rows + self.num_experts * (block_m - 1)) // block_m
         return min(self.num_rows, most)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix (rows, columns) of each expert, as a view of stored weights: `row @ matrix`.
-
-    Attributes:
-        tensor: (L, a, b), any strides.
-        rows_are_last: whether its rows run along the last dim of `tensor`.
-    """
-
-    tensor: Tensor
-    rows_are_last: bool
-
-    @property
-    def num_rows(self) -> int:
-        """Length of what is multiplied with a column."""
-        return self.tensor.shape[2 if self.rows_are_last else 1]
-
-    @property
-    def num_cols(self) -> int:
-        """Length of a result."""
-        return self.tensor.shape[1 if self.rows_are_last else 2]
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Elements from one expert, column and row to the next."""
-        expert, middle, last = self.tensor.stride()
-        return (expert, middle, last) if self.rows_are_last else (expert, last, middle)
-
-    @property
-    def transposed(self) -> "Matrix":
-        """The matrix of the backward pass: `row @ matrix.T`."""
-        return Matrix(self.tensor, not self.rows_are_last)
-
-    def fits_descriptor(self, tile: Tile) -> bool:
-        """Say whether TMA may and can load tiles of it: whole boxes along the rows, even lines."""
-        return (
-            tile.uses_tma
-            and self.tensor.is_contiguous()
-            and self.num_rows % tile.block_k == 0
-            and self.tensor.shape[2] * self.tensor.element_size() % 16 == 0
-            and self.tensor.data_ptr() % 16 == 0
-        )
 
 
 @dataclass(frozen=True)
@@ -149,15 +105,10 @@ class KernelLaunch:
         lora: a low-rank product to add; or None.
     """
 
-    weights: Matrix
+    weights: AnyMatrix
     routing: Routing
     tile: Tile
     lora: LoraRows | None = None
-
-    @property
-    def uses_tma(self) -> bool:
-        """Whether the weights are loaded by a descriptor."""
-        return self.weights.fits_descriptor(self.tile)
 
     def grid(self, num_cols: int) -> tuple[int, int]:
         """Return the numbers of row tiles and of column tiles."""
@@ -174,22 +125,13 @@ class KernelLaunch:
         tiles_m, tiles_n = self.grid(num_cols)
         if not self.is_persistent:
             return tiles_m * tiles_n
-        persistent = self.tile.programs_per_processor * count_processors(self.weights.tensor.device)
+        persistent = self.tile.programs_per_processor * count_processors(self.weights.device)
         return min(persistent, tiles_m * tiles_n)
-
-    def weights_argument(self) -> Tensor | TensorDescriptor:
-        """Return what the kernel loads weights by: a descriptor of boxes, or the tensor."""
-        if not self.uses_tma:
-            return self.weights.tensor
-        box = [self.tile.block_n, self.tile.block_k]
-        if not self.weights.rows_are_last:
-            box.reverse()
-        return TensorDescriptor.from_tensor(self.weights.tensor.flatten(0, 1), box)
 
     def adapter_argument(self) -> tuple[Any, ...]:
         """Return the tuple that `add_low_rank` takes; without an adapter, one that is not read."""
         if self.lora is None:
-            return (self.weights.tensor, self.weights.tensor, 1, self.weights.strides)
+            return (self.routing.offsets, self.routing.offsets, 1, (1, 1, 1))
         factor = self.lora.factor
         return (self.lora.rows, factor.tensor, factor.num_rows, factor.strides)
 
@@ -206,8 +148,7 @@ class KernelLaunch:
             "HAS_ORDER": self.routing.order is not None,
             "HAS_LORA": self.lora is not None,
             "EVEN_K": self.weights.num_rows % self.tile.block_k == 0,
-            "USE_TMA": self.uses_tma,
-            "K_IS_LAST": self.weights.rows_are_last,
+            **self.weights.constants(self.tile),
             **compile_options(self.tile),
         }
 

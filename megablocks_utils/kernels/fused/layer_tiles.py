@@ -12,7 +12,8 @@ __all__ = ["choose_layer_tiles", "count_processors", "count_programs"]
 
 def choose_layer_tiles(tokens: Tensor, order: ExpertOrder, experts: ExpertWeights) -> TileTable:
     """Return the table's tiles for these rows on this device."""
-    hidden_size, intermediate_size = experts.projections[1].shape[1:]
+    sizes = experts.down_proj.shape[1:]
+    hidden_size, intermediate_size = reversed(sizes) if experts.is_transposed else sizes
     loras = [lora for lora in (experts.gate_up_lora, experts.down_lora) if lora is not None]
     capability = torch.cuda.get_device_capability(tokens.device) if tokens.is_cuda else None
     return choose_tiles(

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
-from megablocks_utils.kernels.fused.kernel_launch import LoraRows, Matrix, Routing, narrow
+from megablocks_utils.kernels.fused.kernel_launch import LoraRows, Routing, narrow
+from megablocks_utils.kernels.fused.matrices import AnyMatrix, Matrix, build_matrix
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
@@ -16,7 +18,7 @@ class Parameters:
     """What of a projection may be trained; each None where there is none.
 
     Attributes:
-        weight: (L, out, in), or (L, in, out) in a model that stores it so.
+        weight: (L, out, in), or (L, in, out) in a model that stores it so; may be packed.
         bias: (L, out).
         lora_a: (L, r, in).
         lora_b: (L, out, r).
@@ -55,10 +57,10 @@ class Projection:
     tiles: TileTable
     num_programs: int
 
-    @property
-    def matrix(self) -> Matrix:
+    @cached_property
+    def matrix(self) -> AnyMatrix:
         """The weights (in, out)."""
-        return Matrix(self.parameters.weight, rows_are_last=not self.is_transposed)
+        return build_matrix(self.parameters.weight, is_transposed=self.is_transposed)
 
     def lora_rows(self, inputs: Operand | None) -> LoraRows | None:
         """Send inputs through A; the kernel that takes the result sends it through B."""

@@ -15,7 +15,6 @@ from megablocks_utils.kernels.fused.device_code import (
     find_rows,
     multiply,
     read_order,
-    round_to,
     swizzle,
 )
 from megablocks_utils.kernels.fused.gate_code import activate, apply_gate, halve, split_pairs
@@ -23,9 +22,10 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
     LoraRows,
-    Matrix,
     Routing,
 )
+from megablocks_utils.kernels.fused.matrices import AnyMatrix
+from megablocks_utils.kernels.fused.rounding import round_to
 from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
 from megablocks_utils.kernels.fused.tiles import Tile
 
@@ -165,6 +165,8 @@ def row_gemm_kernel(
     HAS_LORA: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_TMA: tl.constexpr,
+    CODE_BLOCK: tl.constexpr,
+    HIGH_IS_FIRST: tl.constexpr,
     K_IS_LAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -189,7 +191,18 @@ def row_gemm_kernel(
                 source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
             acc = multiply(
                 *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-                *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+                *(
+                    num_k,
+                    num_cols,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    EVEN_K,
+                    USE_TMA,
+                    CODE_BLOCK,
+                    HIGH_IS_FIRST,
+                    K_IS_LAST,
+                ),
                 *(PRECISION, INTERPRET),
             )
             # Found again: by now the loads may have gone on to the next tile.
@@ -219,7 +232,18 @@ def row_gemm_kernel(
         source = routed // TOP_K if GATHER else rows.to(tl.int64)
         acc = multiply(
             *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-            *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, USE_TMA, K_IS_LAST),
+            *(
+                num_k,
+                num_cols,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                EVEN_K,
+                USE_TMA,
+                CODE_BLOCK,
+                HIGH_IS_FIRST,
+                K_IS_LAST,
+            ),
             *(PRECISION, INTERPRET),
         )
         target = routed if SCATTER else rows.to(tl.int64)
@@ -233,7 +257,7 @@ def row_gemm_kernel(
 
 def row_gemm(
     x: Tensor,
-    weights: Matrix,
+    weights: AnyMatrix,
     routing: Routing,
     tile: Tile,
     *,
@@ -267,7 +291,7 @@ def row_gemm(
     launch = KernelLaunch(weights, routing, tile, lora)
     row_gemm_kernel[(launch.count_programs(weights.num_cols),)](
         x,
-        launch.weights_argument(),
+        weights.argument(tile),
         out,
         gate_up_out,
         routing.order,

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megablocks_utils.kernels.fused.device_code import dot, load_rows, read_order, round_to
+from megablocks_utils.kernels.fused.device_code import dot, load_rows, read_order
 from megablocks_utils.kernels.fused.kernel_launch import Routing, compile_options
+from megablocks_utils.kernels.fused.rounding import round_to
 from megablocks_utils.kernels.fused.tiles import Tile
 
 _MAX_SPLITS = 16

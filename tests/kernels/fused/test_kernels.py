@@ -14,10 +14,10 @@ from megablocks_utils.kernels.fused.gate_up import gate_up
 from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     LoraRows,
-    Matrix,
     Routing,
     compile_options,
 )
+from megablocks_utils.kernels.fused.matrices import Matrix
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tiles import Tile, TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
@@ -207,11 +207,11 @@ def test_a_layer_with_weights_loaded_by_descriptors():
 
 def test_descriptors_are_for_whole_boxes_and_even_lines():
     fits = Matrix(torch.zeros(2, 40, 48), rows_are_last=True)
-    assert fits.fits_descriptor(TMA)
-    assert not fits.fits_descriptor(TILE)
-    assert not Matrix(torch.zeros(2, 48, 40), rows_are_last=True).fits_descriptor(TMA)  # 40 of 16
-    assert not Matrix(torch.zeros(2, 48, 42), rows_are_last=False).fits_descriptor(TMA)  # 168 bytes
-    assert not Matrix(torch.zeros(2, 48, 40).mT, rows_are_last=True).fits_descriptor(TMA)
+    assert fits.uses_tma(TMA)
+    assert not fits.uses_tma(TILE)
+    assert not Matrix(torch.zeros(2, 48, 40), rows_are_last=True).uses_tma(TMA)  # 40 of 16
+    assert not Matrix(torch.zeros(2, 48, 42), rows_are_last=False).uses_tma(TMA)  # 168 bytes
+    assert not Matrix(torch.zeros(2, 48, 40).mT, rows_are_last=True).uses_tma(TMA)
 
 
 def test_tiles_are_at_most_one_a_row_and_never_too_few():

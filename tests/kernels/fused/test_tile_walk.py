@@ -14,9 +14,9 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     GateLayout,
     KernelLaunch,
     LoraRows,
-    Matrix,
     Routing,
 )
+from megablocks_utils.kernels.fused.matrices import Matrix
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
 from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
 from megablocks_utils.kernels.fused.tiles import Tile

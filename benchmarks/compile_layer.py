@@ -16,10 +16,11 @@ from megablocks_utils.kernels.fused.adamw import run_adamw
 from megablocks_utils.kernels.fused.combine import combine
 from megablocks_utils.kernels.fused.combine_backward import combine_backward
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
-from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+from megablocks_utils.quantization.packed_experts import PackedExperts
 
 TILE_OPTIONS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 # Mixtral-8x7B: every size is a multiple of every tile's, which is the path that counts.
@@ -37,6 +38,7 @@ class Form:
     has_bias: bool = False
     is_transposed: bool = False
     is_interleaved: bool = False
+    packed_in: str | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -57,6 +59,14 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "silu, clamp after": Form(KnownGate(clamp=Clamp.AFTER, limit=10.0)),
         "relu squared, no gate": Form(KnownActivation(Activation.RELU_SQUARED), has_bias=True),
         "gelu, no gate": Form(KnownActivation(Activation.GELU_TANH)),
+        "swiglu, nf4": Form(packed_in="nf4"),
+        "as gpt-oss, mxfp4": Form(
+            KnownGate(clamp=Clamp.GPT_OSS, limit=7.0, alpha=1.702),
+            has_bias=True,
+            is_transposed=True,
+            is_interleaved=True,
+            packed_in="mxfp4",
+        ),
     }
 )
 """SwiGLU, and others that take the most registers or the other branches of the kernels."""
@@ -112,7 +122,12 @@ def compile_only(
         self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
     ) -> Any:
         name = self.fn.__name__.removesuffix("_kernel")
-        tile = (name, *(kwargs.get(option) for option in TILE_OPTIONS + _FORM_OPTIONS))
+        load = kwargs.get("LOAD")
+        # Either way that codes run: a kernel's registers go with it.
+        tile = (
+            *(name, load if load is not None and load.code_block else None),
+            *(kwargs.get(option) for option in TILE_OPTIONS + _FORM_OPTIONS),
+        )
         is_wanted = kernels is None or name in kernels
         if only_persistent:
             is_wanted &= kwargs.get("PERSISTENT", False)
@@ -159,7 +174,14 @@ def run_layer(dtype: torch.dtype, rank: int, tiles: TileTable, form: Form) -> No
         ]
 
     def make_weights(num_out: int, num_in: int) -> torch.Tensor:
-        return make(NUM_EXPERTS, *((num_in, num_out) if form.is_transposed else (num_out, num_in)))
+        weights = make(
+            NUM_EXPERTS, *((num_in, num_out) if form.is_transposed else (num_out, num_in))
+        )
+        if form.packed_in is None:
+            return weights
+        return PackedExperts.empty(
+            form.packed_in, weights, device=weights.device, is_transposed=form.is_transposed
+        )
 
     experts = ExpertWeights(
         make_weights(form.num_outputs, HIDDEN),

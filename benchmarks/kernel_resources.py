@@ -32,12 +32,8 @@ from benchmarks.compile_layer import (
 )
 from benchmarks.harness.provenance import build_provenance
 from megablocks_utils.kernels.fused.shared_memory import SHARED_LIMIT_BYTES
-from megablocks_utils.kernels.fused.tiles import (
-    KINDS,
-    TileTable,
-    list_candidates,
-    name_architecture,
-)
+from megablocks_utils.kernels.fused.tile import KINDS, TileTable
+from megablocks_utils.kernels.fused.tiles import list_candidates, name_architecture
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 CAPABILITIES = {
@@ -151,10 +147,11 @@ def _describe(function: Any, kernel: Any, options: dict, variant: Variant, form:
     usage = _read_usage(kernel.asm["cubin"])
     tile = "x".join(str(options[name]) for name in TILE_OPTIONS[:3] if name in options)
     blocks = [options[name] for name in TILE_OPTIONS[:2] if name in options]
+    load = options.get("LOAD")
     flags = {
         "adapter": options.get("HAS_LORA", False),
         "thin": bool(blocks) and min(blocks) < 64,
-        "tma": options.get("USE_TMA", False),
+        "tma": load is not None and load.uses_tma,
         "shared out": options.get("SPLITS", 1) > 1,
         "persistent": options.get("PERSISTENT", False),
     }

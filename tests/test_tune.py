@@ -11,7 +11,8 @@ from megablocks_utils import tune
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.kernels.backends.eager import run_experts_eager
-from megablocks_utils.kernels.fused.tiles import KINDS, choose_tiles, list_candidates
+from megablocks_utils.kernels.fused.tile import KINDS
+from megablocks_utils.kernels.fused.tiles import choose_tiles, list_candidates
 from megablocks_utils.kernels.selection.backend_selection import select_backend
 from megablocks_utils.kernels.tuning.measurements import read_entries
 from megablocks_utils.kernels.tuning.tile_search import KINDS_OF_MODE

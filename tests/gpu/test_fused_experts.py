@@ -11,12 +11,8 @@ import torch
 
 from megablocks_utils.kernels.device import read_device_facts
 from megablocks_utils.kernels.fused.fused_experts import run_experts_triton
-from megablocks_utils.kernels.fused.tiles import (
-    KINDS,
-    TileTable,
-    list_candidates,
-    name_architecture,
-)
+from megablocks_utils.kernels.fused.tile import KINDS, TileTable
+from megablocks_utils.kernels.fused.tiles import list_candidates, name_architecture
 from megablocks_utils.kernels.gate import Activation, Clamp, KnownActivation, KnownGate
 from tests.support.compare import relative_error
 from tests.support.layer_case import PROJECTIONS, LayerCase, assert_equals_obvious, prepare

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from megablocks_utils.kernels.fused.tiles import Tile, TileTable, choose_tiles
+from megablocks_utils.kernels.fused.tile import Tile, TileTable
+from megablocks_utils.kernels.fused.tiles import choose_tiles
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.tuning.measurements import Entry, build_key
 from tests.kernels.facts import H100

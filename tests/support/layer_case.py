@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.eager import run_experts_eager
-from megablocks_utils.kernels.fused.tiles import Tile, TileTable
+from megablocks_utils.kernels.fused.tile import Tile, TileTable
 from megablocks_utils.kernels.gate import SWIGLU, KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank

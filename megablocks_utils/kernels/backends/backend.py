@@ -12,7 +12,7 @@ from megablocks_utils.config.backends import BackendFacts, list_backends
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.device import DeviceFacts
-from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 from megablocks_utils.kernels.weights import ExpertWeights

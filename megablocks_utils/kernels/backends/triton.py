@@ -8,7 +8,7 @@ from megablocks_utils.config import backends
 from megablocks_utils.config.values import join_words
 from megablocks_utils.kernels.backends.backend import Backend, ExpertBackend
 from megablocks_utils.kernels.device import DeviceFacts
-from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.gate import Activation, KnownActivation, KnownGate
 from megablocks_utils.kernels.shapes import ExpertShapes
 

@@ -124,11 +124,7 @@ def multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    CODE_BLOCK: tl.constexpr,
-    HIGH_IS_FIRST: tl.constexpr,
-    K_IS_LAST: tl.constexpr,
+    LOAD: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -137,10 +133,10 @@ def multiply(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
-        x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
+        x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, LOAD.even_k)
         weights = load_weights(
             *(w, strides, expert, first_k, first_col, num_k, num_cols, dtype, BLOCK_N, BLOCK_K),
-            *(EVEN_K, USE_TMA, CODE_BLOCK, HIGH_IS_FIRST, K_IS_LAST, INTERPRET),
+            *(LOAD, INTERPRET),
         )
         acc = dot(x, weights, acc, PRECISION, INTERPRET)
     return acc

@@ -21,11 +21,12 @@ from megablocks_utils.kernels.fused.layer_tiles import choose_layer_tiles, count
 from megablocks_utils.kernels.fused.matrices import Matrix
 from megablocks_utils.kernels.fused.projection import Parameters, Projection
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
-from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand
 from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+from megablocks_utils.quantization.packed_experts import PackedExperts
 
 
 def run_experts_triton(
@@ -56,10 +57,13 @@ def run_experts_triton(
         order.tokens_per_expert.numel() + 1, dtype=torch.int32, device=tokens.device
     )
     torch.cumsum(order.tokens_per_expert, 0, dtype=torch.int32, out=offsets[1:])
+    tiles = tiles or choose_layer_tiles(tokens, order, experts)
+    if isinstance(experts.gate_up_proj, PackedExperts):
+        tiles = tiles.for_codes()
     plan = _Plan(
         num_rows=len(tokens) * order.top_k,
         top_k=order.top_k,
-        tiles=tiles or choose_layer_tiles(tokens, order, experts),
+        tiles=tiles,
         num_programs=count_programs(tokens.device),
         layout=GateLayout(experts.gate, experts.is_interleaved),
         is_transposed=experts.is_transposed,

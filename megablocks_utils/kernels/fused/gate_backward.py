@@ -24,7 +24,7 @@ from megablocks_utils.kernels.fused.kernel_launch import (
     Routing,
 )
 from megablocks_utils.kernels.fused.matrices import AnyMatrix
-from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.fused.tile import Tile
 
 
 # One program computes BLOCK_N columns of I, for a row tile of one expert:
@@ -87,11 +87,7 @@ def gate_backward_kernel(
     KEEP_WEIGHTED: tl.constexpr,
     KEEP_PARTIAL: tl.constexpr,
     HAS_LORA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    CODE_BLOCK: tl.constexpr,
-    HIGH_IS_FIRST: tl.constexpr,
-    K_IS_LAST: tl.constexpr,
+    LOAD: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -111,18 +107,7 @@ def gate_backward_kernel(
     first_col = tile_n * BLOCK_N
     acc = multiply(
         *(grad_ptr, stride_gm, source, exists, w, strides, expert, first_col, num_k, num_cols),
-        *(
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            EVEN_K,
-            USE_TMA,
-            CODE_BLOCK,
-            HIGH_IS_FIRST,
-            K_IS_LAST,
-            PRECISION,
-            INTERPRET,
-        ),
+        *(BLOCK_M, BLOCK_N, BLOCK_K, LOAD, PRECISION, INTERPRET),
     )
     if HAS_LORA:
         cols = first_col + tl.arange(0, BLOCK_N)

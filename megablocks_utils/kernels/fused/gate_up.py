@@ -21,8 +21,8 @@ from megablocks_utils.kernels.fused.kernel_launch import (
 )
 from megablocks_utils.kernels.fused.matrices import AnyMatrix
 from megablocks_utils.kernels.fused.rounding import round_to
+from megablocks_utils.kernels.fused.tile import Tile
 from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
-from megablocks_utils.kernels.fused.tiles import Tile
 from megablocks_utils.kernels.fused.weight_tile import load_weights
 
 
@@ -41,11 +41,7 @@ def multiply_both(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    CODE_BLOCK: tl.constexpr,
-    HIGH_IS_FIRST: tl.constexpr,
-    K_IS_LAST: tl.constexpr,
+    LOAD: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -59,14 +55,14 @@ def multiply_both(
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
-        x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, EVEN_K)
+        x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, LOAD.even_k)
         w_gate = load_weights(
             *(w, strides, expert, first_k, first_col, num_k, all_cols, dtype, BLOCK_N, BLOCK_K),
-            *(EVEN_K, USE_TMA, CODE_BLOCK, HIGH_IS_FIRST, K_IS_LAST, INTERPRET),
+            *(LOAD, INTERPRET),
         )
         w_up = load_weights(
             *(w, strides, expert, first_k, first_up, num_k, all_cols, dtype, BLOCK_N, BLOCK_K),
-            *(EVEN_K, USE_TMA, CODE_BLOCK, HIGH_IS_FIRST, K_IS_LAST, INTERPRET),
+            *(LOAD, INTERPRET),
         )
         gate = dot(x, w_gate, gate, PRECISION, INTERPRET)
         up = dot(x, w_up, up, PRECISION, INTERPRET)
@@ -185,11 +181,7 @@ def gate_up_kernel(
     KEEP_GATE_UP_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    CODE_BLOCK: tl.constexpr,
-    HIGH_IS_FIRST: tl.constexpr,
-    K_IS_LAST: tl.constexpr,
+    LOAD: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -209,19 +201,7 @@ def gate_up_kernel(
             source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
             gate, up = multiply_both(
                 *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-                *(
-                    num_k,
-                    num_cols,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    EVEN_K,
-                    USE_TMA,
-                    CODE_BLOCK,
-                    HIGH_IS_FIRST,
-                    K_IS_LAST,
-                ),
-                *(PRECISION, INTERPRET),
+                *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, LOAD, PRECISION, INTERPRET),
             )
             # Found again: by now the loads may have gone on to the next tile.
             expert, rows, exists, tile_n = find_tile(
@@ -241,19 +221,7 @@ def gate_up_kernel(
         source = read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K
         gate, up = multiply_both(
             *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-            *(
-                num_k,
-                num_cols,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                EVEN_K,
-                USE_TMA,
-                CODE_BLOCK,
-                HIGH_IS_FIRST,
-                K_IS_LAST,
-            ),
-            *(PRECISION, INTERPRET),
+            *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, LOAD, PRECISION, INTERPRET),
         )
         finish_gate_up(
             *(gate, up, expert, rows, exists, tile_n * BLOCK_N, out_ptr, gate_up_out_ptr),

@@ -11,7 +11,7 @@ from torch import Tensor
 from megablocks_utils.kernels.device import is_interpreted
 from megablocks_utils.kernels.fused.layer_tiles import count_processors
 from megablocks_utils.kernels.fused.matrices import AnyMatrix, Matrix
-from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.fused.tile import Tile
 from megablocks_utils.kernels.gate import KnownActivation, KnownGate
 
 GROUP_M = 8
@@ -147,8 +147,7 @@ class KernelLaunch:
             "GROUP_M": GROUP_M,
             "HAS_ORDER": self.routing.order is not None,
             "HAS_LORA": self.lora is not None,
-            "EVEN_K": self.weights.num_rows % self.tile.block_k == 0,
-            **self.weights.constants(self.tile),
+            "LOAD": self.weights.load(self.tile),
             **compile_options(self.tile),
         }
 

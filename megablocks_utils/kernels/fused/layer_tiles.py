@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from megablocks_utils.kernels.fused.tiles import TileTable, choose_tiles, name_architecture
+from megablocks_utils.kernels.fused.tile import TileTable
+from megablocks_utils.kernels.fused.tiles import choose_tiles, name_architecture
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights
 

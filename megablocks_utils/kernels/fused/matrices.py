@@ -1,14 +1,13 @@
 """The experts' matrices that rows are multiplied by, and how a kernel loads them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.fused.tile import Tile
+from megablocks_utils.kernels.fused.weight_tile import WeightLoad
 from megablocks_utils.quantization.code_book import put_beside
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.packed_experts import PackedExperts
@@ -74,14 +73,10 @@ class Matrix:
             box.reverse()
         return TensorDescriptor.from_tensor(self.tensor.flatten(0, 1), box)
 
-    def constants(self, tile: Tile) -> Mapping[str, Any]:
-        """Return what `load_weights` is compiled for."""
-        return {
-            "USE_TMA": self.uses_tma(tile),
-            "CODE_BLOCK": 0,
-            "HIGH_IS_FIRST": False,
-            "K_IS_LAST": self.rows_are_last,
-        }
+    def load(self, tile: Tile) -> WeightLoad:
+        """Return how its tiles are loaded."""
+        is_even = self.num_rows % tile.block_k == 0
+        return WeightLoad(is_even, self.rows_are_last, self.uses_tma(tile))
 
 
 @dataclass(frozen=True)
@@ -132,22 +127,18 @@ class CodedMatrix:
         """The matrix of the backward pass: `row @ matrix.T`."""
         return replace(self, rows_are_last=not self.rows_are_last)
 
-    def uses_tma(self, _tile: Tile) -> bool:
-        """Say no: what a descriptor loads goes to the product as it is."""
-        return False
-
     def argument(self, _tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Return what the kernel loads and looks up weights by."""
         return self.codes, self.scales, self.table
 
-    def constants(self, _tile: Tile) -> Mapping[str, Any]:
-        """Return what `load_weights` is compiled for."""
-        return {
-            "USE_TMA": False,
-            "CODE_BLOCK": self.block,
-            "HIGH_IS_FIRST": self.high_is_first,
-            "K_IS_LAST": self.rows_are_last,
-        }
+    def load(self, tile: Tile) -> WeightLoad:
+        """Return how its tiles are loaded: by no descriptor, since they are no numbers yet."""
+        return WeightLoad(
+            self.num_rows % tile.block_k == 0,
+            self.rows_are_last,
+            code_block=self.block,
+            high_is_first=self.high_is_first,
+        )
 
 
 AnyMatrix = Matrix | CodedMatrix

@@ -9,7 +9,7 @@ from torch import Tensor
 from megablocks_utils.kernels.fused.kernel_launch import LoraRows, Routing, narrow
 from megablocks_utils.kernels.fused.matrices import AnyMatrix, Matrix, build_matrix
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
-from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
 
 

@@ -26,8 +26,8 @@ from megablocks_utils.kernels.fused.kernel_launch import (
 )
 from megablocks_utils.kernels.fused.matrices import AnyMatrix
 from megablocks_utils.kernels.fused.rounding import round_to
+from megablocks_utils.kernels.fused.tile import Tile
 from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
-from megablocks_utils.kernels.fused.tiles import Tile
 
 NARROW = tl.constexpr(128)
 """Columns of a tile that a walk stores at once; of a wider tile it does a quarter at a time."""
@@ -163,11 +163,7 @@ def row_gemm_kernel(
     KEEP_GATE_UP_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    CODE_BLOCK: tl.constexpr,
-    HIGH_IS_FIRST: tl.constexpr,
-    K_IS_LAST: tl.constexpr,
+    LOAD: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -191,19 +187,7 @@ def row_gemm_kernel(
                 source = (read_order(order_ptr, rows, exists, HAS_ORDER) // TOP_K).to(tl.int32)
             acc = multiply(
                 *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-                *(
-                    num_k,
-                    num_cols,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    EVEN_K,
-                    USE_TMA,
-                    CODE_BLOCK,
-                    HIGH_IS_FIRST,
-                    K_IS_LAST,
-                ),
-                *(PRECISION, INTERPRET),
+                *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, LOAD, PRECISION, INTERPRET),
             )
             # Found again: by now the loads may have gone on to the next tile.
             expert, rows, exists, tile_n = find_tile(
@@ -232,19 +216,7 @@ def row_gemm_kernel(
         source = routed // TOP_K if GATHER else rows.to(tl.int64)
         acc = multiply(
             *(x_ptr, stride_xm, source, exists, w, strides, expert, tile_n * BLOCK_N),
-            *(
-                num_k,
-                num_cols,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                EVEN_K,
-                USE_TMA,
-                CODE_BLOCK,
-                HIGH_IS_FIRST,
-                K_IS_LAST,
-            ),
-            *(PRECISION, INTERPRET),
+            *(num_k, num_cols, BLOCK_M, BLOCK_N, BLOCK_K, LOAD, PRECISION, INTERPRET),
         )
         target = routed if SCATTER else rows.to(tl.int64)
         finish_rows(

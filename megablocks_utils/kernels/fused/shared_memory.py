@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from megablocks_utils.kernels.fused.kernel_launch import MAX_BLOCK_RANK
 from megablocks_utils.kernels.fused.row_gemm import NARROW
-from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.fused.tile import Tile
 
 __all__ = ["SHARED_LIMIT_BYTES", "shared_bytes"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megablocks_utils.kernels.fused.device_code import dot, load_rows, read_order
 from megablocks_utils.kernels.fused.kernel_launch import Routing, compile_options
 from megablocks_utils.kernels.fused.rounding import round_to
-from megablocks_utils.kernels.fused.tiles import Tile
+from megablocks_utils.kernels.fused.tile import Tile
 
 _MAX_SPLITS = 16
 _FEW_SUMS = 64 * 64

@@ -1,9 +1,29 @@
 """Load a tile of an expert's weights in any way that they lie: plainly, in boxes, or in codes."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from megablocks_utils.kernels.fused.rounding import round_to
+
+
+class WeightLoad(NamedTuple):
+    """How a kernel loads weights, which it is compiled for.
+
+    Attributes:
+        even_k: whether steps of a sum end where the weights do.
+        k_is_last: whether what is summed over lies side by side.
+        uses_tma: whether boxes are loaded by a descriptor.
+        code_block: inputs that share the scale of their codes; 0 where numbers are stored.
+        high_is_first: whether the first of a byte's two codes is in its upper bits.
+    """
+
+    even_k: bool
+    k_is_last: bool
+    uses_tma: bool = False
+    code_block: int = 0
+    high_is_first: bool = False
 
 
 @triton.jit
@@ -18,32 +38,28 @@ def load_weights(
     dtype: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    CODE_BLOCK: tl.constexpr,
-    HIGH_IS_FIRST: tl.constexpr,
-    K_IS_LAST: tl.constexpr,
+    LOAD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Load weights (BLOCK_K, BLOCK_N) of an expert from row `first_k` and column `first_col`.
 
-    `w` and `strides` are what `Matrix` or, with a CODE_BLOCK, `CodedMatrix` has of these names.
+    `w` and `strides` are the `argument` and `strides` of a `Matrix` or `CodedMatrix`.
     """
-    if USE_TMA:
-        weights = load_box(w, expert, first_k, first_col, num_k, num_cols, K_IS_LAST)
-    elif CODE_BLOCK == 0:
+    if LOAD.uses_tma:
+        weights = load_box(w, expert, first_k, first_col, num_k, num_cols, LOAD.k_is_last)
+    elif LOAD.code_block == 0:
         k = first_k + tl.arange(0, BLOCK_K)
         cols = first_col + tl.arange(0, BLOCK_N)
-        weights = load_plain(w, strides, expert, k, cols, cols < num_cols, num_k, EVEN_K)
-    elif K_IS_LAST:
+        weights = load_plain(w, strides, expert, k, cols, cols < num_cols, num_k, LOAD.even_k)
+    elif LOAD.k_is_last:
         weights = look_up_codes(
             *(w, strides, expert, first_col, first_k, num_cols, num_k, dtype),
-            *(BLOCK_N, BLOCK_K, CODE_BLOCK, HIGH_IS_FIRST, INTERPRET),
+            *(BLOCK_N, BLOCK_K, LOAD.code_block, LOAD.high_is_first, INTERPRET),
         ).T
     else:
         weights = look_up_codes(
             *(w, strides, expert, first_k, first_col, num_k, num_cols, dtype),
-            *(BLOCK_K, BLOCK_N, CODE_BLOCK, HIGH_IS_FIRST, INTERPRET),
+            *(BLOCK_K, BLOCK_N, LOAD.code_block, LOAD.high_is_first, INTERPRET),
         )
     return weights
 
@@ -119,7 +135,7 @@ def look_up_codes(
         codes = tl.interleave(pairs >> 4, pairs & 15)
     else:
         codes = tl.interleave(pairs & 15, pairs >> 4)
-    numbers = tl.load(table_ptr + codes)
+    numbers = look_up(table_ptr, codes, INTERPRET)
     NUM_BLOCKS: tl.constexpr = max(1, WIDE // CODE_BLOCK)
     blocks = first_in // CODE_BLOCK + tl.arange(0, NUM_BLOCKS)
     starts = expert.to(tl.int64) * strides[2] + outs.to(tl.int64) * strides[3]
@@ -130,3 +146,22 @@ def look_up_codes(
     )
     in_blocks = tl.reshape(numbers, (HIGH, NUM_BLOCKS, WIDE // NUM_BLOCKS)) * scales[:, :, None]
     return round_to(tl.reshape(in_blocks, (HIGH, WIDE)), dtype, INTERPRET)
+
+
+@triton.jit
+def look_up(table_ptr, codes, INTERPRET: tl.constexpr):
+    """Return the entries of a table in fp32 that codes stand for."""
+    if INTERPRET:
+        numbers = tl.load(table_ptr + codes)
+    else:
+        # A load that leads to a product is pipelined: 4 bytes for each weight and step would lie in
+        # shared memory. The compiler leaves this one where it is.
+        numbers = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];",
+            "=f,l",
+            [(table_ptr + codes).to(tl.int64)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return numbers

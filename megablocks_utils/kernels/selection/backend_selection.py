@@ -12,7 +12,7 @@ from megablocks_utils.config.backends import AUTO
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS, check_backend
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
-from megablocks_utils.kernels.fused.tiles import TileTable
+from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.tuning.measurements import (
     Entry,

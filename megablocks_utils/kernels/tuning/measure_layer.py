@@ -11,12 +11,8 @@ import torch
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
 from megablocks_utils.kernels.device import DeviceFacts
-from megablocks_utils.kernels.fused.tiles import (
-    TileTable,
-    choose_tiles,
-    list_candidates,
-    name_architecture,
-)
+from megablocks_utils.kernels.fused.tile import TileTable
+from megablocks_utils.kernels.fused.tiles import choose_tiles, list_candidates, name_architecture
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.tuning.measurements import Entry, build_key
 from megablocks_utils.kernels.tuning.random_layer import build_random_layer

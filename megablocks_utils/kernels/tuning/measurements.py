@@ -15,7 +15,8 @@ from typing import Any, Self
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import write_json_atomically
 from megablocks_utils.kernels.device import DeviceFacts
-from megablocks_utils.kernels.fused.tiles import TileTable, bucket_of
+from megablocks_utils.kernels.fused.tile import TileTable
+from megablocks_utils.kernels.fused.tiles import bucket_of
 from megablocks_utils.kernels.shapes import ExpertShapes, name_dtype
 
 __all__ = [

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from megablocks_utils.kernels.fused.tiles import Tile, TileTable
+from megablocks_utils.kernels.fused.tile import Tile, TileTable
 
 __all__ = ["KINDS_OF_MODE", "TileSearch", "TimeMs", "Trial", "search_tiles", "time_on_cuda"]
 

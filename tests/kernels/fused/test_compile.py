@@ -16,7 +16,8 @@ import pytest
 
 from benchmarks.kernel_resources import Resources
 from megablocks_utils.kernels.fused.shared_memory import shared_bytes
-from megablocks_utils.kernels.fused.tiles import KINDS, list_candidates
+from megablocks_utils.kernels.fused.tile import KINDS
+from megablocks_utils.kernels.fused.tiles import list_candidates
 
 KERNELS = {"gate_up", "row_gemm", "gate_backward", "weight_grad", "combine", "adamw"}
 KERNELS.add("combine_backward")

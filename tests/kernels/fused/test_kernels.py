@@ -19,7 +19,7 @@ from megablocks_utils.kernels.fused.kernel_launch import (
 )
 from megablocks_utils.kernels.fused.matrices import Matrix
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
-from megablocks_utils.kernels.fused.tiles import Tile, TileTable
+from megablocks_utils.kernels.fused.tile import Tile, TileTable
 from megablocks_utils.kernels.fused.weight_grad import Operand, weight_grad
 from megablocks_utils.kernels.gate import SWIGLU
 from tests.support.compare import relative_error

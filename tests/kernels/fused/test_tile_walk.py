@@ -18,8 +18,8 @@ from megablocks_utils.kernels.fused.kernel_launch import (
 )
 from megablocks_utils.kernels.fused.matrices import Matrix
 from megablocks_utils.kernels.fused.row_gemm import row_gemm
+from megablocks_utils.kernels.fused.tile import Tile
 from megablocks_utils.kernels.fused.tile_walk import find_tile, list_experts
-from megablocks_utils.kernels.fused.tiles import Tile
 from megablocks_utils.kernels.gate import SWIGLU, Activation, Clamp, KnownActivation, KnownGate
 from tests.kernels.fused.test_kernels import TOP_K, build_routing, draw
 

@@ -7,11 +7,9 @@ from itertools import product
 import pytest
 
 from megablocks_utils.kernels.fused.shared_memory import SHARED_LIMIT_BYTES, shared_bytes
+from megablocks_utils.kernels.fused.tile import KINDS, Tile, TileTable
 from megablocks_utils.kernels.fused.tiles import (
     FEW_ROWS,
-    KINDS,
-    Tile,
-    TileTable,
     bucket_of,
     choose_tile,
     choose_tiles,

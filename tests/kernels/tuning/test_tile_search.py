@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megablocks_utils.kernels.fused.tiles import KINDS, choose_tiles, list_candidates
+from megablocks_utils.kernels.fused.tile import KINDS
+from megablocks_utils.kernels.fused.tiles import choose_tiles, list_candidates
 from megablocks_utils.kernels.shapes import EXPERT_MODES
 from megablocks_utils.kernels.tuning.tile_search import KINDS_OF_MODE, search_tiles, time_on_cuda
 

@@ -162,7 +162,7 @@ def split_experts_on_meta(
     Raises:
         UserError: as `shard_moe`.
     """
-    use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank)
+    use = ExpertUse(device_type, compute_dtype, expert_mode, tokens_per_rank, weight_format)
     grid = _Grid(ep_size, dp_replicate_size, expert_tp_size)
     specs = require_experts(model)
     for spec in specs.values():
@@ -239,7 +239,7 @@ def _swap(
         spec,
         weights,
         mesh=sharded.mesh,
-        backend=sharded.kernel.run,
+        backend=sharded.kernel.run_for(weight_format),
         post_expert_norm=module.get_submodule("post_expert_norm") if spec.has_post_norm else None,
         dispatch=dispatch,
         weight_format=weight_format,

@@ -10,10 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from megablocks_utils.config.adapter import DEFAULT_LORA_R, EXPERT_MODE_OF, AdapterConfig
+from megablocks_utils.config.backends import AUTO
 from megablocks_utils.config.command import Command
 from megablocks_utils.config.option import Option, list_options, same_option
 from megablocks_utils.config.parallel import check_ep_size
 from megablocks_utils.config.precision import TRAINING_DTYPES
+from megablocks_utils.config.quantization import (
+    NO_QUANTIZATION,
+    check_quantization,
+    find_format,
+)
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.files import MODEL_CONFIG_NAME
@@ -71,6 +77,15 @@ class TuneOptions:
         str,
         Option("dtype that the run computes in", choices=TRAINING_DTYPES, aliases=("torch_dtype",)),
     ] = "bfloat16"
+    expert_quantization: Annotated[
+        str,
+        same_option(
+            AdapterConfig,
+            "expert_quantization",
+            help="the --expert_quantization of the run; triton looks nf4 and mxfp4 up as it "
+            "multiplies, other kernels get the numbers",
+        ),
+    ] = NO_QUANTIZATION
 
 
 COMMAND = Command(
@@ -155,7 +170,16 @@ def parse_options(argv: Sequence[str]) -> TuneOptions:
         HelpRequested: for `--help` or `-h`.
         ConfigurationError: for a word, name or value that cannot be used.
     """
-    return build_section(TuneOptions, read_command(argv, COMMAND)[0])
+    options = build_section(TuneOptions, read_command(argv, COMMAND)[0])
+    check_quantization(
+        {
+            "expert_quantization": options.expert_quantization,
+            "use_scattermoe": False,
+            "kernel": AUTO,
+        },
+        has_lora=options.use_lora != "none",
+    )
+    return options
 
 
 def read_shapes(options: TuneOptions) -> "ExpertShapes":
@@ -177,7 +201,8 @@ def read_shapes(options: TuneOptions) -> "ExpertShapes":
     spec = next(iter(require_experts(model).values()))
     check_ep_size(options.ep_size, num_experts=spec.num_experts)
     mode, dtype = EXPERT_MODE_OF[options.use_lora], find_dtype(options.dtype)
-    use = ExpertUse("cuda", dtype, mode, options.tokens)
+    weight_format = find_format(options.expert_quantization)
+    use = ExpertUse("cuda", dtype, mode, options.tokens, weight_format)
     return use.shapes(spec, dtype, find_top_k(model), options.ep_size)
 
 
@@ -190,7 +215,7 @@ def build_table(model: str, entry: "Entry", measured: "LayerTimes") -> "Table":
     rank = "" if entry.lora_r is None else f" (rank {entry.lora_r})"
     title = (
         f"{model} on {key.gpu}: {key.num_local_experts} experts of {key.hidden_size} x "
-        f"{key.intermediate_size}, {key.rows:,} rows, {key.dtype}, {key.mode}{rank}"
+        f"{key.intermediate_size}, {key.rows:,} rows, {key.dtype}, {key.mode}{rank}, {key.form}"
     )
     table = Table(
         "kernel",

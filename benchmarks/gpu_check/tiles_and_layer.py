@@ -14,6 +14,7 @@ from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.record import Record, Row
 from benchmarks.moe_layer.contenders import OURS_GROUPED_MM
 from benchmarks.moe_layer.measure import WRONG
+from megablocks_utils.config.quantization import NO_QUANTIZATION
 from megablocks_utils.kernels.tuning.measurements import CACHE_VARIABLE, read_entries
 
 _MODELS = ROOT / "benchmarks" / "models"
@@ -32,10 +33,13 @@ class _Search:
     model: Path
     use_lora: str
     tokens: int = 16384
+    expert_quantization: str = NO_QUANTIZATION
 
     @property
     def name(self) -> str:
-        return f"tiles: {self.model.name}, lora {self.use_lora}, {self.tokens} tokens"
+        packed = "" if self.expert_quantization == NO_QUANTIZATION else self.expert_quantization
+        words = [f"tiles: {self.model.name}", f"lora {self.use_lora}", f"{self.tokens} tokens"]
+        return ", ".join(filter(None, [*words, packed]))
 
 
 def run(part: Part) -> None:
@@ -87,10 +91,14 @@ def read_layer(path: Path) -> Row:
 
 def _list_searches(part: Part) -> list[_Search]:
     if part.is_dry:
-        return [_Search(save_dry_config(part.scratch / "model"), "all", tokens=16)]
-    return [
+        folder = save_dry_config(part.scratch / "model")
+        return [_Search(folder, "all", 16), _Search(folder, "all", 16, "nf4")]
+    searches = [
         _Search(model, use_lora) for use_lora in ("none", "all") for model in (_MIXTRAL, _QWEN3)
     ]
+    # Looked up as they are multiplied, against numbers made before: for many rows, and for few.
+    packed = [_Search(_QWEN3, "all", tokens, "nf4") for tokens in (16384, 1024)]
+    return [*searches, *packed]
 
 
 def _search_options(search: _Search) -> dict[str, Any]:
@@ -98,6 +106,7 @@ def _search_options(search: _Search) -> dict[str, Any]:
         "model_name_or_path": search.model,
         "tokens": search.tokens,
         "use_lora": search.use_lora,
+        "expert_quantization": search.expert_quantization,
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 from megablocks_utils.config.option import Option
-from megablocks_utils.config.quantization import NO_QUANTIZATION, QUANTIZATIONS
+from megablocks_utils.config.quantization import NO_QUANTIZATION, QUANTIZATIONS, find_format
 
 __all__ = ["ATTENTION", "DEFAULT_LORA_ALPHA", "DEFAULT_LORA_R", "EXPERTS", "EXPERT_MODE_OF"]
 __all__ += [
@@ -147,7 +147,7 @@ class AdapterConfig:
     @property
     def packed_format(self) -> str | None:
         """The format that experts are packed in; None where they are not."""
-        return None if self.expert_quantization == NO_QUANTIZATION else self.expert_quantization
+        return find_format(self.expert_quantization)
 
     @classmethod
     def of_targets(cls, targets: str, **others: Any) -> Self:

@@ -20,28 +20,35 @@ class BackendFacts:
         name: as `--kernel` has it.
         supports_adapters: whether it runs experts with LoRA adapters.
         supports_biases: whether it runs experts with biases.
+        supports_packed: whether it was tried with experts that are packed in few bits.
     """
 
     name: str
     supports_adapters: bool = True
     supports_biases: bool = True
+    supports_packed: bool = True
 
 
 EAGER = BackendFacts("eager")
 GROUPED_MM = BackendFacts("grouped_mm")
 TRITON = BackendFacts("triton")
-SCATTERMOE = BackendFacts("scattermoe", supports_adapters=False)
-MEGABLOCKS = BackendFacts("megablocks", supports_adapters=False, supports_biases=False)
+SCATTERMOE = BackendFacts("scattermoe", supports_adapters=False, supports_packed=False)
+MEGABLOCKS = BackendFacts(
+    "megablocks", supports_adapters=False, supports_biases=False, supports_packed=False
+)
 
 BACKENDS = (EAGER, GROUPED_MM, TRITON, SCATTERMOE, MEGABLOCKS)
 KERNEL_CHOICES = (AUTO, *(backend.name for backend in BACKENDS))
 
 
-def list_backends(*, with_adapters: bool = False, with_biases: bool = False) -> list[str]:
+def list_backends(
+    *, with_adapters: bool = False, with_biases: bool = False, with_packed: bool = False
+) -> list[str]:
     """Return the names of the backends that support all that is asked for."""
     return [
         backend.name
         for backend in BACKENDS
         if (backend.supports_adapters or not with_adapters)
         and (backend.supports_biases or not with_biases)
+        and (backend.supports_packed or not with_packed)
     ]

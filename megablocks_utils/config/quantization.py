@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from megablocks_utils.config.backends import AUTO, list_backends
 from megablocks_utils.config.values import join_words
 from megablocks_utils.errors import ConfigurationError
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_packed_slices",
     "check_quantization",
     "count_packed_bytes",
+    "find_format",
 ]
 
 NO_QUANTIZATION = "none"
@@ -29,7 +31,11 @@ NO_DENSE_NF4 = (
     "by a mean over all ranks' parts, and bitsandbytes' lose their scales when they are sharded "
     "(--expert_quantization nf4 packs the experts, nine tenths of a model)"
 )
-_KERNELS = ("auto", "eager", "grouped_mm", "triton")
+
+
+def find_format(choice: str) -> str | None:
+    """Return the format of a choice of `--expert_quantization`; None where nothing is packed."""
+    return None if choice == NO_QUANTIZATION else choice
 
 
 def check_quantization(values: Mapping[str, Any], *, has_lora: bool) -> None:
@@ -52,10 +58,11 @@ def check_quantization(values: Mapping[str, Any], *, has_lora: bool) -> None:
             "--use_lora must be attn-only, mlp-only or all, or --expert_quantization none."
         )
     kernel = "scattermoe" if values["use_scattermoe"] else values["kernel"]
-    if kernel not in _KERNELS:
+    wanted = [AUTO, *list_backends(with_packed=True)]
+    if kernel not in wanted:
         raise ConfigurationError(
-            f"{named} --kernel {kernel} has not been tried with it: it must be auto, "
-            "eager, grouped_mm or triton."
+            f"{named} --kernel {kernel} has not been tried with it: it must be "
+            f"{join_words(wanted)}."
         )
 
 

@@ -31,6 +31,7 @@ class ExpertShapes:
         has_bias: whether both projections have a bias.
         is_transposed: whether weights are stored (in, out).
         is_interleaved: whether outputs of the first projection are gate, up, gate, up, ...
+        weight_format: what both projections are packed in; None: they are not.
     """
 
     hidden_size: int
@@ -46,6 +47,7 @@ class ExpertShapes:
     has_bias: bool = False
     is_transposed: bool = False
     is_interleaved: bool = False
+    weight_format: str | None = None
 
     @property
     def has_adapters(self) -> bool:
@@ -65,6 +67,7 @@ class ExpertShapes:
             "bias": self.has_bias,
             "transposed": self.is_transposed,
             "interleaved": self.is_interleaved,
+            f"in {self.weight_format}": self.weight_format is not None,
         }
         return ", ".join([*words, *(name for name, is_so in flags.items() if is_so)])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ from megablocks_utils.moe.expert_lora import ExpertLora
 from megablocks_utils.moe.expert_slots import ExpertSlots
 from megablocks_utils.moe.expert_spec import ExpertSpec
 from megablocks_utils.moe.once_per_rank import RankRouting, run_once_per_rank
-from megablocks_utils.moe.packed_backend import run_packed
 from megablocks_utils.moe.zero_experts import split_zero_experts
 from megablocks_utils.quantization.packed_experts import PackedExperts
 from megablocks_utils.quantization.weight_format import Parts
@@ -125,7 +123,7 @@ class DroplessExperts(nn.Module):
             spec: what the experts are.
             weights: by `spec.parameter_names`.
             mesh: axes ("dp", "ep"), and perhaps "expert_tp".
-            backend: runs the experts of this rank.
+            backend: runs the experts of this rank, packed as they may be.
             post_expert_norm: transformers' own, where `spec.has_post_norm`.
             dispatch: how tokens travel, where they do.
             weight_format: what the projections will be packed in.
@@ -193,11 +191,11 @@ class DroplessExperts(nn.Module):
         order = sort_counted_rows(top_k_index, tokens_per_expert)
         experts = self.local_weights(hidden_states.dtype)
         if counts is None and self.post_expert_norm is None:
-            return self.run(hidden_states, order, top_k_weights, experts)
+            return self.backend(hidden_states, order, top_k_weights, experts)
         if counts is not None and goes is not None:
             routing = RankRouting(top_k_index, top_k_weights, order, goes)
             group = self.mesh.get_group(EP_AXIS)
-            return run_once_per_rank(hidden_states, routing, counts, group, self.run, experts)
+            return run_once_per_rank(hidden_states, routing, counts, group, self.backend, experts)
         rows = self._run_rows(hidden_states, order, counts, experts)
         if self.post_expert_norm is not None:
             rows = self.post_expert_norm(rows)
@@ -246,15 +244,12 @@ class DroplessExperts(nn.Module):
         """Run this rank's tokens through experts wherever they are: (N, H), in expert order."""
         if counts is None:
             rows = permute_tokens(hidden_states, order)
-            return self.run(rows, order.of_sorted_rows(), None, experts)
+            return self.backend(rows, order.of_sorted_rows(), None, experts)
         group = self.mesh.get_group(EP_AXIS)
         peers = self._find_peers()
-        return run_where_experts_are(hidden_states, order, counts, group, self.run, experts, peers)
-
-    @property
-    def run(self) -> ExpertBackend:
-        """Runs the experts of this rank, packed or not."""
-        return self.backend if self.weight_format is None else partial(run_packed, self.backend)
+        return run_where_experts_are(
+            hidden_states, order, counts, group, self.backend, experts, peers
+        )
 
     def local_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the experts that this rank computes with, cast to the dtype of compute.

@@ -21,12 +21,14 @@ class ExpertUse:
         compute_dtype: None takes that of the weights.
         mode: which of their parameters are trained, one of `EXPERT_MODES`.
         tokens_per_rank: about how many tokens a rank has at a time, or None.
+        weight_format: what the projections are packed in; None: they are not.
     """
 
     device_type: str
     compute_dtype: torch.dtype | None
     mode: str
     tokens_per_rank: int | None
+    weight_format: str | None = None
 
     def shapes(
         self,
@@ -62,12 +64,12 @@ class ExpertUse:
             mode=self.mode,
             gate=spec.gate,
             num_local_experts=spec.num_experts // ep_size,
-            top_k=top_k
-            if ep_size * expert_tp_size == 1
-            else 1,  # rows of other ranks come one by one
+            # Rows of other ranks come one by one.
+            top_k=top_k if ep_size * expert_tp_size == 1 else 1,
             num_rows=None if tokens is None or top_k is None else tokens * top_k,
             has_gate=spec.has_gate,
             has_bias=spec.has_bias,
             is_transposed=spec.is_transposed,
             is_interleaved=spec.is_interleaved,
+            weight_format=self.weight_format,
         )

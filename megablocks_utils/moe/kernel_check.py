@@ -131,12 +131,16 @@ def _probe(name: str, module: DroplessExperts, dtype: torch.dtype) -> Deviation:
     is_alone = all(axis_size(module.mesh, axis) == 1 for axis in (EP_AXIS, EXPERT_TP_AXIS))
     has_own_routing = is_alone and module.post_expert_norm is None
     with _gathered(module):
-        weights = module.stored_weights().map_tensors(_take_plain)
-        found = probe_backend(name, module.backend, weights, dtype, is_weighted=has_own_routing)
+        stored = module.stored_weights()
+        weights = stored.map_tensors(_take_plain)
+        backend = module.backend
+        if module.weight_format is not None:
+            backend = partial(_run_packed_ones, backend, stored)
+        found = probe_backend(name, backend, weights, dtype, is_weighted=has_own_routing)
         if has_own_routing or find_combine_kernels(weights.down_proj.device, dtype) is None:
             return found
         # What sums rows that came back is a kernel of its own, which no backend calls.
-        run = partial(_run_and_combine, module.backend)
+        run = partial(_run_and_combine, backend)
         combined = probe_backend(
             f"{name} (or the sum of its rows)", run, weights, dtype, is_weighted=True
         )
@@ -148,6 +152,25 @@ def _take_plain(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, PackedExperts):
         return tensor
     return tensor.dequantize_some(0, min(MAX_EXPERTS, len(tensor)))
+
+
+def _run_packed_ones(
+    backend: ExpertBackend,
+    packed: ExpertWeights,
+    tokens: Tensor,
+    order: ExpertOrder,
+    top_k_weights: Tensor | None,
+    experts: ExpertWeights,
+) -> Tensor:
+    """Run the packed weights in the place of those that they stand for."""
+
+    def take(projection: Tensor) -> Tensor:
+        assert isinstance(projection, PackedExperts), projection
+        return projection.first(len(experts.down_proj)).in_dtype(tokens.dtype)
+
+    gate_up, down = take(packed.gate_up_proj), take(packed.down_proj)
+    experts = replace(experts, gate_up_proj=gate_up, down_proj=down)
+    return backend(tokens, order, top_k_weights, experts)
 
 
 def _run_and_combine(

@@ -37,7 +37,7 @@ class ShardedMoE:
         """Run the experts on another backend from now on."""
         self.kernel = kernel
         for module in self.expert_modules.values():
-            module.backend = kernel.run
+            module.backend = kernel.run_for(module.weight_format)
 
     def place_experts(self, placed: Mapping[str, Sequence[int]]) -> None:
         """Say which expert each slot holds, before any weight or adapter is there.

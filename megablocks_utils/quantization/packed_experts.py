@@ -14,6 +14,7 @@ from megablocks_utils.quantization.weight_format import (
     MatrixCut,
     Parts,
     find_shared_parts,
+    join_rows,
     keep_parts,
 )
 
@@ -142,6 +143,13 @@ class PackedExperts(Tensor):
         """Return the same experts, to be dequantized in another dtype; nothing is copied."""
         return self._rebuild(self.parts, dtype)
 
+    def first(self, count: int) -> "PackedExperts":
+        """Return the first of the experts; nothing is copied."""
+        parts = {name: part[:count] for name, part in self.parts.items()}
+        shape = (count, *self.shape[1:])
+        flags = {"is_transposed": self.is_transposed, "cut": self.cut}
+        return PackedExperts(parts, self.format_name, shape, self.dtype, **flags)
+
     def dequantize_some(self, first: int, stop: int) -> Tensor:
         """Return the weights of experts from `first` to before `stop`, contiguous."""
         assert self.cut is None or self.cut.num_shards == 1, "shards of rows are gathered first"
@@ -195,7 +203,7 @@ class PackedExperts(Tensor):
         else:
             named = dict(zip(shard.parts, gathered, strict=True))
             shared = find_shared_parts(FORMATS[self.format_name])
-            whole = {n: _join_rows(p, num_row_shards, n in shared) for n, p in named.items()}
+            whole = {n: join_rows(p, num_row_shards, n in shared) for n, p in named.items()}
             parts, copies = _copy_into(held, whole), True
             for part in gathered:
                 part.untyped_storage().resize_(0)  # FSDP2 allocates it for the next gather
@@ -260,15 +268,6 @@ def _is_same_view(
     """Return whether a view is of all elements as they lie: in the same shape, or flat."""
     is_contiguous = stride is None or tuple(stride) == packed.stride()
     return is_contiguous and not offset and list(size) in (list(packed.shape), [-1])
-
-
-def _join_rows(gathered: Tensor, num_shards: int, is_shared: bool) -> Tensor:
-    """Return a part (L, ...) of what ranks have of it one after the other (ranks * L, rows, ...).
-
-    Of what all of them have whole, the first one's.
-    """
-    by_rank = gathered.unflatten(0, (num_shards, -1))
-    return by_rank[0] if is_shared else by_rank.transpose(0, 1).flatten(1, 2)
 
 
 def _find_packed(tensor: Tensor) -> PackedExperts:

@@ -20,6 +20,7 @@ __all__ = [
     "WeightFormat",
     "cut_parts",
     "find_shared_parts",
+    "join_rows",
     "keep_parts",
 ]
 
@@ -133,6 +134,15 @@ def find_shared_parts(weight_format: WeightFormat) -> set[str]:
     """Return the parts that are of a matrix as a whole, which every shard of it has."""
     layouts = weight_format.describe_parts(*weight_format.block)
     return {name for name, layout in layouts.items() if layout.covers is None}
+
+
+def join_rows(gathered: Tensor, num_shards: int, is_shared: bool) -> Tensor:
+    """Return a part (L, ...) of what ranks have of it one after the other (ranks * L, rows, ...).
+
+    Of what all of them have whole, the first one's.
+    """
+    by_rank = gathered.unflatten(0, (num_shards, -1))
+    return by_rank[0] if is_shared else by_rank.transpose(0, 1).flatten(1, 2)
 
 
 def cut_parts(layouts: Mapping[str, PartLayout], parts: Parts, cut: MatrixCut) -> dict[str, Tensor]:

@@ -15,7 +15,13 @@ from megablocks_utils.kernels.fused.tile import KINDS, TileTable
 from megablocks_utils.kernels.fused.tiles import list_candidates, name_architecture
 from megablocks_utils.kernels.gate import Activation, Clamp, KnownActivation, KnownGate
 from tests.support.compare import relative_error
-from tests.support.layer_case import PROJECTIONS, LayerCase, assert_equals_obvious, prepare
+from tests.support.layer_case import (
+    PROJECTIONS,
+    LayerCase,
+    assert_equals_obvious,
+    pack_projections,
+    prepare,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,14 +62,41 @@ def test_layer_equals_the_obvious_one(case, dtype):
     assert_equals_obvious(case, run_experts_triton, dtype, "cuda")
 
 
+def _read_column(column: int, dtype: torch.dtype) -> TileTable:
+    arch = name_architecture(read_device_facts("cuda").capability)
+    candidates = {k: list_candidates(k, arch=arch, itemsize=dtype.itemsize) for k in KINDS}
+    return TileTable(**{k: tiles[min(column, len(tiles) - 1)] for k, tiles in candidates.items()})
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("column", [0, 1, 2, 3])
 def test_every_shipped_tile(column, dtype):
-    arch = name_architecture(read_device_facts("cuda").capability)
-    candidates = {k: list_candidates(k, arch=arch, itemsize=dtype.itemsize) for k in KINDS}
-    tiles = {kind: tiles[min(column, len(tiles) - 1)] for kind, tiles in candidates.items()}
-    run = partial(run_experts_triton, tiles=TileTable(**tiles))
+    run = partial(run_experts_triton, tiles=_read_column(column, dtype))
     assert_equals_obvious(LayerCase(700, 320, 512, rank=16), run, dtype, "cuda")
+
+
+@pytest.mark.parametrize("column", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["nf4", "mxfp4"])
+def test_codes_give_to_the_bit_what_their_numbers_give(name, column):
+    """With the same tiles, so that sums have the same order; and nothing is read by the host."""
+    case = replace(LayerCase(700, 320, 456, rank=16, frozen=PROJECTIONS), has_bias=True)
+    if name == "mxfp4":
+        case = replace(case, is_interleaved=True, is_transposed=True, gate=GPT_OSS)
+    tiles = _read_column(column, BF16)
+    run = prepare(case, BF16, "cuda")
+    packed, plain = pack_projections(run, name)
+    wanted = replace(run, experts=plain).results(
+        partial(run_experts_triton, tiles=tiles.for_codes())
+    )
+    packed_run = replace(run, experts=packed)
+    packed_run.results(partial(run_experts_triton, tiles=tiles))  # compile first
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seen = packed_run.results(partial(run_experts_triton, tiles=tiles))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(seen[key], value) for key, value in wanted.items())
 
 
 def test_results_repeat_bit_for_bit():

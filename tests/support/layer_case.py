@@ -1,6 +1,6 @@
 """One layer of experts to run through a backend: what is drawn, what is trained, its bounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from megablocks_utils.kernels.fused.tile import Tile, TileTable
 from megablocks_utils.kernels.gate import SWIGLU, KnownActivation, KnownGate
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+from megablocks_utils.quantization.packing import pack_all
 from tests.support.compare import relative_error
 
 SCALING = 0.5
@@ -157,6 +158,21 @@ def prepare(case: LayerCase, dtype: torch.dtype, device: str = "cpu") -> LayerRu
     shape = case.num_tokens, case.hidden_size
     upstream = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
     return LayerRun(case, leaves, case.build_order(device), case.build_experts(leaves), upstream)
+
+
+def pack_projections(run: LayerRun, name: str) -> tuple[ExpertWeights, ExpertWeights]:
+    """Return a run's experts packed in a format, and with the numbers that they stand for then."""
+    dtype = run.leaves["tokens"].dtype
+    gate_up, down = (
+        pack_all(name, run.leaves[p], is_transposed=run.case.is_transposed).in_dtype(dtype)
+        for p in PROJECTIONS
+    )
+    plain = [packed.dequantize_some(0, len(packed)) for packed in (gate_up, down)]
+    experts = run.experts
+    return (
+        replace(experts, gate_up_proj=gate_up, down_proj=down),
+        replace(experts, gate_up_proj=plain[0], down_proj=plain[1]),
+    )
 
 
 def run_case(

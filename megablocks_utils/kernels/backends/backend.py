@@ -56,6 +56,7 @@ class Backend:
         find_limit: says in a clause which limit of its own these experts exceed, or returns None.
         find_slowness: says in a clause why it must be slow for these experts, or returns None.
         serves_transformers: whether `register_experts_implementation` offers it.
+        unpacks: formats of packed weights that it takes as they are; others are dequantized for it.
     """
 
     facts: BackendFacts
@@ -69,6 +70,7 @@ class Backend:
     find_limit: Callable[[ExpertShapes, DeviceFacts], str | None] = lambda _shapes, _device: None
     find_slowness: Callable[[ExpertShapes, DeviceFacts], str | None] = lambda _shapes, _device: None
     serves_transformers: bool = False
+    unpacks: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -87,6 +89,8 @@ class Backend:
             return f"{self.name} does not support LoRA on experts"
         if shapes.has_bias and not self.facts.supports_biases:
             return f"{self.name} does not support biases of experts"
+        if shapes.weight_format is not None and not self.facts.supports_packed:
+            return f"{self.name} has not been tried with packed experts"
         return (
             self._check_device(shapes.device_type, device)
             or self._check_dtype(shapes.dtype)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megablocks_utils.config.backends import AUTO
 from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.backends.backend_table import BACKENDS, check_backend
+from megablocks_utils.kernels.backends.packed import serve_format
 from megablocks_utils.kernels.device import DeviceFacts, read_device_facts
 from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.shapes import ExpertShapes
@@ -59,6 +60,10 @@ class LoadedBackend:
     reason: str
     run: ExpertBackend
     alternative: str | None = None
+
+    def run_for(self, weight_format: str | None) -> ExpertBackend:
+        """Return what runs experts that are packed in a format, or that are not."""
+        return serve_format(BACKENDS[self.name], self.run, weight_format)
 
 
 def select_and_load_backend(

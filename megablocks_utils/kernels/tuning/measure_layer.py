@@ -10,6 +10,7 @@ import torch
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends.backend_table import BACKENDS
+from megablocks_utils.kernels.backends.packed import serve_format
 from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.fused.tiles import choose_tiles, list_candidates, name_architecture
@@ -75,7 +76,8 @@ def measure_layer(
     layer = build_random_layer(shapes, lora_r=lora_r, device=device)
 
     def run(name: str, tiles: TileTable | None) -> object:
-        return layer.step(BACKENDS[name].load(tiles))
+        backend = BACKENDS[name]
+        return layer.step(serve_format(backend, backend.load(tiles), shapes.weight_format))
 
     search = None
     for name in names:

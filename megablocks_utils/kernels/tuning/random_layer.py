@@ -11,6 +11,7 @@ from megablocks_utils.kernels.backends.backend import ExpertBackend
 from megablocks_utils.kernels.permute import ExpertOrder, sort_by_expert
 from megablocks_utils.kernels.shapes import ExpertShapes
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
+from megablocks_utils.quantization.packing import pack_all
 
 __all__ = ["RandomLayer", "build_random_layer"]
 
@@ -96,10 +97,15 @@ def _draw_experts(shapes: ExpertShapes, lora_r: int, draw: Callable[..., Tensor]
     def draw_bias(num_out: int) -> Tensor | None:
         return draw(num_experts, num_out, is_trained=is_trained) if shapes.has_bias else None
 
+    def pack(weights: Tensor) -> Tensor:
+        if shapes.weight_format is None:
+            return weights
+        return pack_all(shapes.weight_format, weights, is_transposed=shapes.is_transposed)
+
     outputs = 2 * intermediate if shapes.has_gate else intermediate
     return ExpertWeights(
-        draw_weights(outputs, hidden),
-        draw_weights(hidden, intermediate),
+        pack(draw_weights(outputs, hidden)),
+        pack(draw_weights(hidden, intermediate)),
         shapes.gate,
         gate_up_lora=draw_lora(hidden, outputs),
         down_lora=draw_lora(intermediate, hidden),

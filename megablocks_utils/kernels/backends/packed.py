@@ -1,15 +1,29 @@
 """Run experts whose weights are packed: the one place between backends and formats."""
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
-from megablocks_utils.kernels.backends.backend import ExpertBackend
+from megablocks_utils.kernels.backends.backend import Backend, ExpertBackend
 from megablocks_utils.kernels.permute import ExpertOrder
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.quantization.dequantized_use import dequantize, remade_in_backward
 
-__all__ = ["run_packed"]
+__all__ = ["run_packed", "serve_format"]
+
+
+def serve_format(backend: Backend, run: ExpertBackend, weight_format: str | None) -> ExpertBackend:
+    """Return what runs experts that are packed in a format, or that are not.
+
+    Args:
+        backend: which one it is.
+        run: as it was loaded.
+        weight_format: of the experts; None: they are not packed.
+    """
+    if weight_format is None or weight_format in backend.unpacks:
+        return run
+    return partial(run_packed, run)
 
 
 def run_packed(

@@ -10,24 +10,16 @@ from torch.utils.checkpoint import checkpoint
 
 from megablocks_utils.kernels.backends.eager import run_experts_eager
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
+from megablocks_utils.kernels.backends.packed import run_packed
 from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.permute import sort_by_expert
 from megablocks_utils.kernels.weights import ExpertWeights, LowRank
-from megablocks_utils.moe.packed_backend import run_packed
 from megablocks_utils.quantization.dequantized_use import dequantize
 from megablocks_utils.quantization.format_table import FORMATS
-from megablocks_utils.quantization.packed_experts import PackedExperts
+from megablocks_utils.quantization.packing import pack_all
 
 EXPERTS, HIDDEN, INNER, TOKENS, RANK = 4, 64, 96, 24, 4
 BACKENDS = {"eager": run_experts_eager, "grouped_mm": run_experts_grouped_mm}
-CPU = torch.device("cpu")
-
-
-def _pack(weights, name, is_transposed):
-    packed = PackedExperts.empty(name, weights, device=CPU, is_transposed=is_transposed)
-    for number, matrix in enumerate(weights):
-        packed.pack_expert(number, matrix)
-    return packed
 
 
 def _build(name, is_transposed):
@@ -40,7 +32,7 @@ def _build(name, is_transposed):
     weights = [draw(EXPERTS, 2 * INNER, HIDDEN), draw(EXPERTS, HIDDEN, INNER)]
     if is_transposed:
         weights = [weight.mT.contiguous() for weight in weights]
-    packed = [_pack(weight, name, is_transposed) for weight in weights]
+    packed = [pack_all(name, weight, is_transposed=is_transposed) for weight in weights]
     plain = [weight.dequantize_some(0, EXPERTS) for weight in packed]
     sizes = ((HIDDEN, 2 * INNER), (INNER, HIDDEN))
     factors = [(draw(EXPERTS, RANK, n), draw(EXPERTS, m, RANK)) for n, m in sizes]

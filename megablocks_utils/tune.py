@@ -171,14 +171,9 @@ def parse_options(argv: Sequence[str]) -> TuneOptions:
         ConfigurationError: for a word, name or value that cannot be used.
     """
     options = build_section(TuneOptions, read_command(argv, COMMAND)[0])
-    check_quantization(
-        {
-            "expert_quantization": options.expert_quantization,
-            "use_scattermoe": False,
-            "kernel": AUTO,
-        },
-        has_lora=options.use_lora != "none",
-    )
+    named = {"expert_quantization": options.expert_quantization}
+    any_kernel = {"kernel": AUTO, "use_scattermoe": False}
+    check_quantization({**named, **any_kernel}, has_lora=options.use_lora != "none")
     return options
 
 

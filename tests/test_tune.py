@@ -48,6 +48,9 @@ REFUSALS = {
     "least 1.",
     "--tokens 1 --model_name_or_path m --use_lora some": "--use_lora is some, but it must be none, "
     "attn-only, mlp-only or all.",
+    "--tokens 1 --model_name_or_path m --expert_quantization nf4": "--expert_quantization is nf4, "
+    "but --use_lora is none, which trains the experts, and packed weights are frozen: --use_lora "
+    "must be attn-only, mlp-only or all, or --expert_quantization none.",
     "--token 1": "unknown option --token; did you mean --tokens?",
 }
 
@@ -165,7 +168,7 @@ def test_the_table(folder, cache, monkeypatch, capsys):
     title = " ".join(lines[: next(i for i, line in enumerate(lines) if "━" in line)])
     assert " ".join(title.split()) == (
         f"{folder} on NVIDIA H100 80GB HBM3: 2 experts of 64 x 96, 64 rows, bfloat16, lora (rank "
-        "16)"
+        "16), silu"
     )
     rows = [re.findall(r"[^│\s](?:[^│]*[^│\s])?", line) for line in lines if "│" in line]
     assert ["linear", "128 x 256 x 64", "8", "3", "4.00", "taken"] in rows

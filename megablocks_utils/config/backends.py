@@ -21,17 +21,19 @@ class BackendFacts:
         supports_adapters: whether it runs experts with LoRA adapters.
         supports_biases: whether it runs experts with biases.
         supports_packed: whether it was tried with experts that are packed in few bits.
+        unpacks: formats of these that it takes as they are; others are dequantized for it.
     """
 
     name: str
     supports_adapters: bool = True
     supports_biases: bool = True
     supports_packed: bool = True
+    unpacks: tuple[str, ...] = ()
 
 
 EAGER = BackendFacts("eager")
 GROUPED_MM = BackendFacts("grouped_mm")
-TRITON = BackendFacts("triton")
+TRITON = BackendFacts("triton", unpacks=("nf4", "mxfp4"))
 SCATTERMOE = BackendFacts("scattermoe", supports_adapters=False, supports_packed=False)
 MEGABLOCKS = BackendFacts(
     "megablocks", supports_adapters=False, supports_biases=False, supports_packed=False

@@ -102,8 +102,9 @@ def test_part_2_compares_runs_of_both_scripts_with_references(tmp_path):
 
 
 def test_part_3_keeps_tiles_and_the_layers_rows(tmp_path):
-    tiles, layer = run(3, tmp_path).values()
+    tiles, packed, layer = run(3, tmp_path).values()
     assert "weight_grad" in tiles["table"] and (tmp_path / tiles["file"]).is_file()
+    assert "in nf4" in packed["table"]
     assert layer["rows"] == {"measured": 1} and (tmp_path / layer["file"]).is_file()
 
 

@@ -86,7 +86,7 @@ def test_codes_give_to_the_bit_what_their_numbers_give(name, column):
     run = prepare(case, BF16, "cuda")
     packed, plain = pack_projections(run, name)
     wanted = replace(run, experts=plain).results(
-        partial(run_experts_triton, tiles=tiles.for_codes())
+        partial(run_experts_triton, tiles=tiles.for_codes(BF16.itemsize))
     )
     packed_run = replace(run, experts=packed)
     packed_run.results(partial(run_experts_triton, tiles=tiles))  # compile first

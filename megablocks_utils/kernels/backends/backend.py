@@ -56,7 +56,6 @@ class Backend:
         find_limit: says in a clause which limit of its own these experts exceed, or returns None.
         find_slowness: says in a clause why it must be slow for these experts, or returns None.
         serves_transformers: whether `register_experts_implementation` offers it.
-        unpacks: formats of packed weights that it takes as they are; others are dequantized for it.
     """
 
     facts: BackendFacts
@@ -70,7 +69,6 @@ class Backend:
     find_limit: Callable[[ExpertShapes, DeviceFacts], str | None] = lambda _shapes, _device: None
     find_slowness: Callable[[ExpertShapes, DeviceFacts], str | None] = lambda _shapes, _device: None
     serves_transformers: bool = False
-    unpacks: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ def serve_format(backend: Backend, run: ExpertBackend, weight_format: str | None
         run: as it was loaded.
         weight_format: of the experts; None: they are not packed.
     """
-    if weight_format is None or weight_format in backend.unpacks:
+    if weight_format is None or weight_format in backend.facts.unpacks:
         return run
     return partial(run_packed, run)
 

@@ -11,8 +11,6 @@ from megablocks_utils.kernels.device import DeviceFacts
 from megablocks_utils.kernels.fused.tile import TileTable
 from megablocks_utils.kernels.gate import Activation, KnownActivation, KnownGate
 from megablocks_utils.kernels.shapes import ExpertShapes
-from megablocks_utils.quantization.format_table import FORMATS
-from megablocks_utils.quantization.weight_format import CodedFormat
 
 __all__ = ["TRITON"]
 
@@ -42,5 +40,4 @@ TRITON = Backend(
     oldest_capability=(8, 0),
     find_limit=_find_limit,
     serves_transformers=True,
-    unpacks=frozenset(name for name, kind in FORMATS.items() if isinstance(kind, CodedFormat)),
 )

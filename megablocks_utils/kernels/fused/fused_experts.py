@@ -59,7 +59,7 @@ def run_experts_triton(
     torch.cumsum(order.tokens_per_expert, 0, dtype=torch.int32, out=offsets[1:])
     tiles = tiles or choose_layer_tiles(tokens, order, experts)
     if isinstance(experts.gate_up_proj, PackedExperts):
-        tiles = tiles.for_codes()
+        tiles = tiles.for_codes(tokens.element_size())
     plan = _Plan(
         num_rows=len(tokens) * order.top_k,
         top_k=order.top_k,
@@ -121,7 +121,7 @@ class _FusedExperts(torch.autograd.Function):
         activations, gate_up_out = _run_first_half(tokens, first, plan)
         rows = row_gemm(
             activations,
-            second.matrix,
+            second.build_matrix(),
             routing,
             plan.tiles.linear,
             scatter=True,
@@ -148,7 +148,7 @@ class _FusedExperts(torch.autograd.Function):
         lora_grads = second.lora_grads(output_grads)
         through_gate = gate_backward(
             grad,
-            second.matrix.transposed,
+            second.build_matrix().transposed,
             gate_up_out,
             top_k_weights,
             routing,
@@ -216,10 +216,11 @@ def _run_first_half(tokens: Tensor, first: Projection, plan: _Plan) -> tuple[Ten
     """Return the gate's results (N, I), and where they are kept its inputs, in expert order."""
     routing = first.routing
     lora, bias = first.lora_rows(Operand(tokens, by_token=True)), first.parameters.bias
+    matrix = first.build_matrix()
     if plan.layout.has_halves:
         return gate_up(
             tokens,
-            first.matrix,
+            matrix,
             routing,
             plan.tiles.up,
             plan.layout,
@@ -229,10 +230,10 @@ def _run_first_half(tokens: Tensor, first: Projection, plan: _Plan) -> tuple[Ten
         )
     gate_up_out = None
     if plan.keeps_gate_up_out:
-        gate_up_out = tokens.new_empty(routing.num_rows, first.matrix.num_cols)
+        gate_up_out = tokens.new_empty(routing.num_rows, matrix.num_cols)
     activations = row_gemm(
         tokens,
-        first.matrix,
+        matrix,
         routing,
         plan.tiles.linear,
         gather=True,
@@ -250,7 +251,7 @@ def _differentiate_tokens(
     """Return the tokens' gradients (T, H): the first projection's backward pass."""
     rows = row_gemm(
         gate_up_grads,
-        first.matrix.transposed,
+        first.build_matrix().transposed,
         first.routing,
         first.tiles.linear,
         scatter=True,

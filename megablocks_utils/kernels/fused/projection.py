@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
@@ -57,9 +56,8 @@ class Projection:
     tiles: TileTable
     num_programs: int
 
-    @cached_property
-    def matrix(self) -> AnyMatrix:
-        """The weights (in, out)."""
+    def build_matrix(self) -> AnyMatrix:
+        """Return the weights (in, out), of packed ones with scales that live as long as it."""
         return build_matrix(self.parameters.weight, is_transposed=self.is_transposed)
 
     def lora_rows(self, inputs: Operand | None) -> LoraRows | None:

@@ -6,6 +6,8 @@ from typing import Any, Self
 
 __all__ = ["KINDS", "Tile", "TileTable"]
 
+_CODE_STEP_BYTES, _WIDE = 64, 64 * 128
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -60,21 +62,20 @@ class TileTable:
             if getattr(self, kind).programs_per_processor:
                 raise ValueError(f"{kind} has no persistent programs: {getattr(self, kind)}")
 
-    def for_codes(self) -> Self:
+    def for_codes(self, itemsize: int) -> Self:
         """Return tiles for weights that the kernels look up: a step of them is in registers, too.
 
-        Fewer of a sum at a time, in one program a tile, whose registers suffice.
+        Less of a sum at a time, by more warps, in one program a tile: so no register spills.
+
+        Args:
+            itemsize: bytes of a number.
         """
-        narrowed = {
-            kind: replace(
-                tile,
-                block_k=min(tile.block_k, 32),
-                uses_tma=False,
-                programs_per_processor=0,
-            )
-            for kind, tile in vars(self).items()
-            if kind in ("up", "linear", "act_backward")
-        }
+        kinds = "up", "linear", "act_backward"
+        narrowed = {kind: _for_codes(getattr(self, kind), itemsize) for kind in kinds}
+        # What follows its product takes the most registers of all.
+        through_gate = narrowed["act_backward"]
+        rows = min(through_gate.block_m, through_gate.block_n)
+        narrowed["act_backward"] = replace(through_gate, block_m=rows)
         return replace(self, **narrowed)
 
     def as_json(self) -> dict[str, dict[str, int]]:
@@ -102,3 +103,13 @@ class TileTable:
 
 
 KINDS: tuple[str, ...] = tuple(field.name for field in fields(TileTable))
+
+
+def _for_codes(tile: Tile, itemsize: int) -> Tile:
+    return replace(
+        tile,
+        block_k=min(tile.block_k, _CODE_STEP_BYTES // itemsize),
+        num_warps=8 if tile.block_m * tile.block_n >= _WIDE else tile.num_warps,
+        uses_tma=False,
+        programs_per_processor=0,
+    )

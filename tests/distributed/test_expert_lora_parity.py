@@ -139,7 +139,7 @@ FSDP1_CASES = [
     ParityCase(
         Layout(2, 2, "replicate"), "olmoe", lora="experts,router,lm_head", lora_rank=4, **SHORT
     ),
-    # Our Triton kernels, in the interpreter.
+    # Our Triton kernels, in the interpreter; they look packed weights up.
     ParityCase(
         Layout(2, 2, "replicate"),
         "mixtral, one layer",

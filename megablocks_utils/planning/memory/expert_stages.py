@@ -5,6 +5,8 @@ project's, transformers runs them with its own grouped_mm. `eager`, `scattermoe`
 are taken for `grouped_mm`: they keep the same rows between the same products.
 """
 
+from megablocks_utils.config.backends import TRITON
+from megablocks_utils.config.quantization import BLOCKS
 from megablocks_utils.planning.memory.exchange_stages import (
     combine_stage,
     dispatch_stage,
@@ -33,11 +35,11 @@ def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
     """
     if not sizes.has_own_experts:
         return _transformers_stages(sizes)
-    if sizes.run.kernel == "triton":
+    if sizes.run.kernel == TRITON.name:
         inside = [_triton_stage(sizes)]
     else:
         inside = [_gate_up_stage(sizes), _gate_stage(sizes), _down_stage(sizes)]
-    if sizes.run.packed_format is not None:
+    if sizes.run.packed_format is not None and not _looks_up(sizes):
         inside = [_unpack_stage(sizes), *inside]
     stages = [_sort_stage(sizes, unit), *_with_exchange(sizes, inside)]
     return stages if sizes.run.tp_size == 1 else [take_stage(sizes), *stages, join_stage(sizes)]
@@ -137,9 +139,9 @@ def _triton_stage(sizes: Sizes) -> Stage:
         "fused experts",
         DISPATCH,
         saved={"rows": inputs * saves, "gate and up": 2 * products},
-        forward=_dequantized(sizes, 3)
+        forward=_held_weights(sizes)
         | {"rows": inputs * (not saves), "product": products, "outputs": rows},
-        backward=_dequantized(sizes, 3)
+        backward=_held_weights(sizes)
         | {
             "outputs' gradients": inputs,
             "of gate and up": 2 * products,
@@ -214,6 +216,21 @@ def _dequantized(sizes: Sizes, num_matrices: int) -> dict[str, int]:
         return {}
     weights = sizes.num_local * sizes.shape.hidden_size * sizes.expert_size
     return {"dequantized": num_matrices * weights * sizes.compute}
+
+
+def _looks_up(sizes: Sizes) -> bool:
+    """Say whether the kernels take packed experts as they are."""
+    return sizes.run.kernel == TRITON.name and sizes.run.packed_format in TRITON.unpacks
+
+
+def _held_weights(sizes: Sizes) -> dict[str, int]:
+    """Return what the fused kernels have of packed experts: numbers, or scales of one product's."""
+    if not _looks_up(sizes):
+        return _dequantized(sizes, 3)
+    assert sizes.run.packed_format is not None, sizes
+    _, block = BLOCKS[sizes.run.packed_format]
+    weights = 2 * sizes.num_local * sizes.shape.hidden_size * sizes.expert_size
+    return {"scales": weights // block * FP32}
 
 
 def _being_unpacked(sizes: Sizes, num_matrices: int) -> int:

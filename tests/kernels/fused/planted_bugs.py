@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 KERNELS = Path("megablocks_utils/kernels/fused")
 TESTS = tuple(
     f"tests/kernels/fused/test_{of}.py"
-    for of in ("tile_walk", "adamw", "unpermute", "kernels", "fused_experts")
+    for of in ("codes", "tile_walk", "adamw", "unpermute", "kernels", "fused_experts")
 )
 TIMEOUT_S = 1200
 
@@ -122,13 +122,13 @@ BUGS = (
     ),
     Bug(
         "descriptor ignores the expert",
-        "device_code.py",
+        "weight_tile.py",
         "w.load([expert * num_cols + first_col, first_k])",
         "w.load([first_col, first_k])",
     ),
     Bug(
         "bf16 is cut off instead of rounded",
-        "device_code.py",
+        "rounding.py",
         "(bits + 0x7FFF + ((bits >> 16) & 1))",
         "(bits)",
     ),
@@ -432,6 +432,63 @@ BUGS = (
         "combine_backward.py",
         "token = tl.load(token_ptr + token)",
         "token = tl.load(token_ptr + tl.minimum(token, 1))",
+    ),
+    Bug(
+        "codes: halves of a byte the other way round",
+        "matrices.py",
+        "high_is_first=self.high_is_first",
+        "high_is_first=not self.high_is_first",
+    ),
+    Bug(
+        "codes: another table", "matrices.py", "weight_format.table)", "weight_format.table * 1.01)"
+    ),
+    Bug(
+        "codes: a block's neighbour's scale",
+        "weight_tile.py",
+        "blocks[None, :],",
+        "1 - blocks[None, :],",
+    ),
+    Bug(
+        "codes: scales of the first output",
+        "weight_tile.py",
+        "outs.to(tl.int64) * strides[3]",
+        "outs.to(tl.int64) * 0",
+    ),
+    Bug(
+        "codes: scales of the first expert",
+        "weight_tile.py",
+        "expert.to(tl.int64) * strides[2]",
+        "expert.to(tl.int64) * 0",
+    ),
+    Bug(
+        "codes: the first block's for all of a row",
+        "weight_tile.py",
+        "first_in // CODE_BLOCK +",
+        "0 *",
+    ),
+    Bug(
+        "codes: the last bytes of a row left out",
+        "weight_tile.py",
+        "(2 * places < num_in)",
+        "(2 * places < num_in - 8)",
+    ),
+    Bug(
+        "codes: backward loads them as forward does",
+        "weight_tile.py",
+        "*(w, strides, expert, first_k, first_col, num_k, num_cols, dtype)",
+        "*(w, strides, expert, first_col, first_k, num_cols, num_k, dtype)",
+    ),
+    Bug(
+        "codes: numbers are not rounded",
+        "weight_tile.py",
+        "return round_to(tl.reshape(in_blocks, (HIGH, WIDE)), dtype, INTERPRET)",
+        "return tl.reshape(in_blocks, (HIGH, WIDE))",
+    ),
+    Bug(
+        "codes: experts that are not there are counted",
+        "matrices.py",
+        "part[:num_experts]",
+        "part[1:]",
     ),
     Bug(
         "A's gradient without the scaling",

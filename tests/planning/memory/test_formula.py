@@ -159,6 +159,12 @@ def folder_of(tmp_path_factory):
             ParallelLayout(2, "shard"),
             {"packed_format": "mxfp4", "use_lora": "all", "expert_tp_size": 2, "precision": "bf16"},
         ),
+        # Looked up by the kernels.
+        (
+            MIXTRAL,
+            SHARD,
+            {"packed_format": "nf4", "kernel": "triton", "use_lora": "all", "precision": "bf16"},
+        ),
         (
             TIED,
             SHARD,

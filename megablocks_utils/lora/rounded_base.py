@@ -57,6 +57,11 @@ class RoundedBase:
         off, all_ = self._squares.tolist()
         return (off / all_) ** 0.5 if all_ else 0.0
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether all experts are stored in the format, so that none is rounded."""
+        return not self._specs
+
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the stored tensors."""
         return iter(self._index)

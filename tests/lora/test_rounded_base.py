@@ -23,3 +23,4 @@ def test_what_is_stored_in_the_format_is_not_rounded_again(tmp_path):
         assert torch.equal(kept.read(key), index.read(key))
         assert not torch.equal(rounded.read(key), index.read(key))
     assert kept.error == 0 < rounded.error
+    assert kept.is_exact and not rounded.is_exact

@@ -16,6 +16,7 @@ from megablocks_utils.quantization.weight_format import (
     find_shared_parts,
     join_rows,
     keep_parts,
+    unpack_rows,
 )
 
 __all__ = ["PackedExperts", "list_stored"]
@@ -26,7 +27,7 @@ _SAME = (_aten.detach.default, _aten.alias.default)
 _VIEWS = (_aten.view.default, _aten.as_strided.default)
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
 # Values that are unpacked at a time: their fp32 copies are small beside the result.
-_CHUNK = 2**22
+_CHUNK = 2**20
 
 
 class _Gather(NamedTuple):
@@ -154,14 +155,21 @@ class PackedExperts(Tensor):
         """Return the weights of experts from `first` to before `stop`, contiguous."""
         assert self.cut is None or self.cut.num_shards == 1, "shards of rows are gathered first"
         made = torch.empty((stop - first, *self.shape[1:]), dtype=self.dtype, device=self.device)
-        num_columns = self.shape[1 if self.is_transposed else 2]
-        step = max(1, _CHUNK // (self.shape[1] * self.shape[2]))
-        for start in range(first, stop, step):
-            end = min(start + step, stop)
-            parts = {name: part[start:end] for name, part in self.parts.items()}
-            values = FORMATS[self.format_name].unpack(parts, num_columns)
-            made[start - first : end - first] = values.mT if self.is_transposed else values
-            del values  # before the next ones are there
+        rows_first = made.mT if self.is_transposed else made
+        num_rows, num_columns = rows_first.shape[1:]
+        weight_format = FORMATS[self.format_name]
+        high, _ = weight_format.block
+        scales = weight_format.build_scales({n: p[first:stop] for n, p in self.parts.items()})
+        codes = self.parts["codes"][first:stop]
+        step = max(1, _CHUNK // (num_columns * high)) * high
+        for start in range(0, num_rows, step):
+            rows = slice(start, start + step)
+            blocks = slice(start // high, -(-(start + step) // high))
+            for expert in range(len(made)):
+                mine = slice(expert, expert + 1)
+                rows_first[mine, rows] = unpack_rows(
+                    weight_format, codes[mine, rows], scales[mine, blocks], num_columns
+                )
         return made
 
     def fsdp_pre_all_gather(

@@ -7,7 +7,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from megablocks_utils.config.quantization import BLOCKS, QUANTIZATIONS, count_packed_bytes
 from megablocks_utils.quantization.format_table import FORMATS, round_to_format
 from megablocks_utils.quantization.nf4 import NF4_VALUES
-from megablocks_utils.quantization.weight_format import MatrixCut, keep_parts
+from megablocks_utils.quantization.weight_format import MatrixCut, keep_parts, unpack
 
 SHAPES = [(5, 7), (130, 200), (192, 64)]
 # Of normal numbers: of a block of 64, 32 or 256, the largest is about 2.4, 2.1 or 2.9 sigma.
@@ -58,7 +58,7 @@ def test_a_cut_stands_for_the_numbers_of_the_whole(name, rows, columns):
     kept = {n: part[None] for n, part in keep_parts(own, parts, cut).items()}
     wanted = round_to_format(matrix, own)[:, columns.start : columns.stop]
     wanted = torch.cat([wanted[run.start : run.stop] for run in rows])
-    assert torch.equal(own.unpack(kept, len(columns))[0], wanted)
+    assert torch.equal(unpack(own, kept, len(columns))[0], wanted)
     num_slices = matrix.numel() // wanted.numel()
     counted = count_packed_bytes(
         name, len(wanted) // 2, len(columns), num_slices=num_slices, num_shards=2

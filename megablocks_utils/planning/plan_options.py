@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megablocks_utils.config import RunConfig
+from megablocks_utils.config.adapter import AdapterConfig
 from megablocks_utils.config.entry_points import SCRIPTS, read_run_options
 from megablocks_utils.config.given import CommandLine, GivenOption, split_line
 from megablocks_utils.config.hints import find_slip, unknown_option
@@ -14,6 +15,7 @@ from megablocks_utils.config.reader import build_section, choose_model, refuse_u
 from megablocks_utils.config.secrets import redact_words
 from megablocks_utils.config.values import describe_wanted
 from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.planning.model.adapter_rank import read_adapter_rank
 from megablocks_utils.planning.model.gpus import DEFAULT_GPU, GPUS
 from megablocks_utils.planning.plan_arguments import COMMAND, MAX_GPUS, PlanArguments
 from megablocks_utils.planning.speed.launch_lines import LAYOUT_OPTIONS
@@ -100,6 +102,7 @@ def build_plan_options(own: PlanArguments, line: CommandLine) -> PlanOptions:
 
     Raises:
         ConfigurationError: for a word, value or combination that cannot be used.
+        CheckpointError: for an adapter to resume whose settings cannot be read.
     """
     if own.gpu is None and own.gpu_mem_gib is None:
         gpu = next(option for option in COMMAND.options if option.name == "gpu")
@@ -111,6 +114,7 @@ def build_plan_options(own: PlanArguments, line: CommandLine) -> PlanOptions:
         if path is not None:
             check_output_file(name, Path(path))
     config, leftovers = read_run(line, own.entry_point)
+    config = replace(config, adapter=_with_rank(config.adapter))
     given = {option.name: option.read() for option in line.given if option.option is not None}
     has_no_ep = given.get("use_megablocks_sharding") is False
     return PlanOptions(
@@ -140,6 +144,23 @@ def read_run(line: CommandLine, entry_point: str) -> tuple[RunConfig, tuple[Give
         sharding = GivenOption("--use_megablocks_sharding", ("True",), switch)
         line = CommandLine(line.positional, (*line.given, sharding))
     return read_run_options(line, entry_point)
+
+
+def _with_rank(adapter: AdapterConfig) -> AdapterConfig:
+    """Take the rank of an adapter to resume, which a run refuses to take otherwise."""
+    source, given = adapter.resume_adapter, adapter.lora_r
+    if source is None:
+        return adapter
+    rank = read_adapter_rank(source)
+    if rank is None and given is None:
+        raise ConfigurationError(
+            f"--resume_adapter is {source}, but its rank is not known: there is neither such an "
+            "adapter here nor one in the local cache of the Hub, and nothing is downloaded; give "
+            "--lora_r."
+        )
+    if None not in (rank, given) and rank != given:
+        raise ConfigurationError(f"--lora_r is {given}, but the adapter {source} has {rank}.")
+    return replace(adapter, lora_r=rank or given)
 
 
 def list_words(given: Iterable[GivenOption], without: Sequence[str] = ()) -> list[str]:

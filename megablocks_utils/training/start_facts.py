@@ -8,7 +8,7 @@ from typing import Any
 from megablocks_utils.config.secrets import redact_record, redact_text
 from megablocks_utils.fsdp.placement_plan import describe_plan
 from megablocks_utils.processes.output_folder import find_incomplete
-from megablocks_utils.training.report.parameters import count_local_bytes
+from megablocks_utils.training.report.parameters import count_local_bytes, describe_packed
 from megablocks_utils.training.report.summary import RunFacts, describe_precision
 from megablocks_utils.training.setup import Setup
 from megablocks_utils.training.step.debug import describe_placements
@@ -51,6 +51,7 @@ def collect_facts(setup: Setup) -> RunFacts:
         ignored_keys=examples.ignored_keys,
         data_order=setup.schedule.describe_order(),
         units="examples" if setup.schedule.rows is None else "rows",
+        packed=describe_packed(experts.values()),
     )
 
 

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from megablocks_utils.config import OPTIONS
 from megablocks_utils.config.hints import find_slip
 from megablocks_utils.config.reader import HelpRequested
-from megablocks_utils.errors import ConfigurationError
+from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.planning.plan_arguments import COMMAND
 from megablocks_utils.planning.plan_options import parse_plan_options
 
@@ -167,4 +167,21 @@ def test_fsdp1_takes_all_of_training_arguments():
             assert find_slip(name, COMMAND.names, 0.88) is None
     for line in (f"{PLAN} --entry_point fsdp1 --micro_batch_size 1", f"{PLAN} --gpuss 1"):
         with pytest.raises(ConfigurationError, match="did you mean"):
+            parse(line)
+
+
+def test_the_rank_is_that_of_the_adapter_that_is_resumed(tmp_path):
+    line = f"{PLAN} --use_lora all --resume_adapter {tmp_path}"
+    with pytest.raises(ConfigurationError, match="its rank is not known: .* give --lora_r[.]"):
+        parse(line)
+    assert parse(f"{line} --lora_r 4").config.adapter.lora_r == 4
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"r": 32}')
+    assert parse(line).config.adapter.lora_r == 32
+    assert "--lora_r" not in parse(line).words
+    with pytest.raises(ConfigurationError, match=f"--lora_r is 4, but the adapter {path.parent}"):
+        parse(f"{line} --lora_r 4")
+    for text in ("{", "[]", '{"r": 0}', '{"r": true}', '{"r": 16.0}', "{}"):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=f"{path} (cannot be read|has r)"):
             parse(line)

@@ -9,7 +9,7 @@ from typing import Any
 from megablocks_utils.errors import CheckpointError
 from megablocks_utils.files import MODEL_CONFIG_NAME
 
-__all__ = ["find_config_file", "launch_name", "read_config_file"]
+__all__ = ["find_config_file", "find_in_cache", "launch_name", "read_config_file"]
 
 
 def find_config_file(model: str) -> Path:
@@ -28,7 +28,7 @@ def find_config_file(model: str) -> Path:
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.endswith(".json")
     if looks_local or model.count("/") > 1:
         raise CheckpointError(f"MODEL is {model}, but there is no such file or folder.")
-    cached = _find_in_cache(model)
+    cached = find_in_cache(model, MODEL_CONFIG_NAME)
     if cached is None:
         raise CheckpointError(
             f"MODEL is {model}, but it is neither a folder or file here nor a model in the local "
@@ -62,12 +62,13 @@ def launch_name(model: str) -> str:
     return model
 
 
-def _find_in_cache(name: str) -> Path | None:
+def find_in_cache(name: str, file_name: str) -> Path | None:
+    """Return a file of a Hub repository in the local cache; None where it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, MODEL_CONFIG_NAME)
+        found = try_to_load_from_cache(name, file_name)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None

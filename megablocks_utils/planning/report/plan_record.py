@@ -56,8 +56,6 @@ def list_assumptions(request: PlanRequest, own: Mapping[str, Any]) -> list[str]:
         )
     if request.calibration is not None:
         says.append("Seconds come from the calibration: two runs on one node, this workload.")
-    if config.adapter.resume_adapter is not None:
-        says.append(f"--lora_r is taken as {scenario.planned_run().lora_r}: no adapter was read.")
     if scenario.not_known:
         says.append(
             f"The formulas do not know {scenario.not_known}: one layer of each kind was "

@@ -175,10 +175,11 @@ def _title(request: PlanRequest) -> str:
     run = scenario.planned_run()
     source = "" if request.capacity_bytes == gpu.memory_bytes else "links of "
     trained = "all weights" if run.use_lora == "none" else f"LoRA {run.use_lora} r{run.lora_r}"
+    packed = "" if run.packed_format is None else f", experts in {run.packed_format}"
     return (
         f"{request.model}: {format_count(scenario.shape.num_parameters)} parameters, "
         f"{format_count(scenario.shape.num_active_parameters)} active, on {scenario.world_size} x "
-        f"{format_gb(request.capacity_bytes)} ({source}{gpu.name}); {trained}, "
+        f"{format_gb(request.capacity_bytes)} ({source}{gpu.name}); {trained}{packed}, "
         f"{run.precision.name}, {run.entry_point}"
     )
 

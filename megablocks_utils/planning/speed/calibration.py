@@ -91,6 +91,7 @@ def describe_workload(scenario: Scenario) -> dict[str, Any]:
         "per_device_train_batch_size": scenario.config.optim.per_device_train_batch_size,
         "max_seq_length": scenario.config.data.max_seq_length,
         "use_lora": run.use_lora,
+        "expert_quantization": scenario.config.adapter.expert_quantization,
         "gradient_checkpointing": run.gradient_checkpointing,
         "compute_dtype": run.precision.compute,
     }

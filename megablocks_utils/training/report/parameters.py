@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megablocks_utils.quantization.packed_experts import list_stored
+from megablocks_utils.quantization.packed_experts import PackedExperts, list_stored
 
-__all__ = ["ParameterCounts", "count_local_bytes", "count_parameters"]
+__all__ = ["ParameterCounts", "count_local_bytes", "count_parameters", "describe_packed"]
 
 
 @dataclass(frozen=True)
@@ -76,5 +76,19 @@ def _count_flops(model: nn.Module, expert_parameters: Mapping[str, Tensor], top_
 
 def count_local_bytes(tensors: Iterable[Tensor]) -> int:
     """Count the bytes this rank holds of `tensors`: a DTensor's own shard, a plain tensor whole."""
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    return sum(stored.nbytes for tensor in local for stored in list_stored(tensor))
+    return sum(stored.nbytes for tensor in map(_local, tensors) for stored in list_stored(tensor))
+
+
+def describe_packed(tensors: Iterable[Tensor]) -> str | None:
+    """Say which format this rank holds tensors in, and how large; None where none is packed."""
+    packed = [local for local in map(_local, tensors) if isinstance(local, PackedExperts)]
+    if not packed:
+        return None
+    num_bytes = sum(stored.nbytes for local in packed for stored in list_stored(local))
+    num_weights = sum(local.numel() for local in packed)
+    size = f", {num_bytes / num_weights:.3f} bytes each" if num_weights else ""
+    return f"the experts' frozen weights, in {packed[0].format_name}{size}"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

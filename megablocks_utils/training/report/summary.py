@@ -64,6 +64,7 @@ class RunFacts:
         ignored_keys: Keys of the data's records that have no meaning for training.
         data_order: What a user should know of how examples become rows, as the end of a sentence.
         units: What a step holds: "examples" or "rows".
+        packed: What is kept in few bits, in words; None for nothing.
     """
 
     model: str
@@ -92,6 +93,7 @@ class RunFacts:
     expert_tp_size: int = 1
     data_order: str = ""
     units: str = "examples"
+    packed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ def build_start_summary(facts: RunFacts, width: int) -> Group:
         "steps": f"{facts.steps:,}, {facts.examples_per_step:,} {facts.units} each",
         "mesh": _describe_mesh(facts),
     }
+    if facts.packed is not None:
+        rows["packed"] = facts.packed
     if facts.dispatch is not None:
         rows["dispatch"] = facts.dispatch
     if facts.ignored_keys:

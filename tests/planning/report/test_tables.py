@@ -104,8 +104,10 @@ def test_the_title_says_what_is_planned():
         "org/moe: 46.7 B parameters, 12.9 B active, on 8 x 85.0 GB (a100-80g); all weights, bf16, "
     )
     assert "8 x 60.0 GB (links of a100-80g);" in show(capacity_bytes=60 * GB)[1]
-    _, text = show(scenario=build_scenario(f"{PUBLISHED} --use_lora all --lora_r 4"))
-    assert "LoRA all r4" in text.splitlines()[0]
+    line = f"{PUBLISHED} --use_lora all --lora_r 4"
+    assert "LoRA all r4, bf16" in show(scenario=build_scenario(line))[1].splitlines()[0]
+    packed = show(scenario=build_scenario(f"{line} --expert_quantization nf4"))[1]
+    assert "LoRA all r4, experts in nf4, bf16" in " ".join(packed[:200].split())
 
 
 def test_nodes_have_a_column_where_there_are_some():

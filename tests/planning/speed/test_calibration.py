@@ -114,6 +114,10 @@ def test_seconds_are_for_the_measured_workload_only(change, word):
     calibration.check_workload(other, "node.json")
     with pytest.raises(ConfigurationError, match=rf"node\.json, but it was measured with {word} "):
         calibration.check_workload(build_scenario(f"{PUBLISHED} {change}"), "node.json")
+    adapters = "--use_lora all --expert_quantization"
+    packed = Calibration(1.0, 1.0, describe_workload(build_scenario(f"{adapters} nf4")))
+    with pytest.raises(ConfigurationError, match="with expert_quantization nf4 and this plan has "):
+        packed.check_workload(build_scenario(f"{adapters} int8"), "node.json")
     with pytest.raises(ConfigurationError, match="with world_size 8 and this plan has 16"):
         calibration.check_workload(replace(measured, world_size=16), "node.json")
     with pytest.raises(ConfigurationError, match="with model_type mixtral and this plan has qwen3"):

@@ -9,10 +9,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megablocks_utils.planning.model.gpus import find_peak_flops
+from megablocks_utils.quantization.packing import pack_all
 from megablocks_utils.training.report.parameters import (
     ParameterCounts,
     count_local_bytes,
     count_parameters,
+    describe_packed,
 )
 from megablocks_utils.training.report.utilization import mfu_per_token_rate
 
@@ -91,3 +93,15 @@ def test_replicas_count_once_and_are_held_whole(fake_ranks):
     experts = DTensor.from_local(local, fake_ranks, [Replicate(), Shard(0)])
     assert experts.shape == (8, 4, 3)
     assert count_local_bytes([experts]) == EXPERTS * 2 // 4
+
+
+def test_packed_weights_are_named_with_what_they_take_here(fake_ranks):
+    adapter = torch.empty(2, 4, 3)
+    assert describe_packed([adapter]) is None
+    local = pack_all("int8", torch.ones(2, 4, 256), is_transposed=False)
+    experts = DTensor.from_local(local, fake_ranks, [Replicate(), Shard(0)], run_check=False)
+    # A scale of four bytes for 256 numbers.
+    wanted = "the experts' frozen weights, in int8, 1.016 bytes each"
+    assert describe_packed([adapter, experts]) == wanted
+    none_here = pack_all("int8", torch.ones(0, 4, 256), is_transposed=False)
+    assert describe_packed([none_here]) == "the experts' frozen weights, in int8"

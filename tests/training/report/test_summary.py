@@ -176,6 +176,12 @@ def test_precision_in_words():
     )
 
 
+def test_packed_experts_have_a_line():
+    console = build_text_console()
+    show_start_summary(console, replace(FACTS, packed="in nf4"))
+    assert "  packed      in nf4" in lines_of(console)
+
+
 def test_ignored_keys_are_named_in_one_line():
     console = build_text_console()
     show_start_summary(console, replace(FACTS, ignored_keys=("id", "messages.source")))

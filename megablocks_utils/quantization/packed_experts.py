@@ -1,6 +1,8 @@
 """The weights of some experts in few bits: a tensor of which only the parts are in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.config.quantization import count_unpacked
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.weight_format import (
     MatrixCut,
@@ -26,8 +29,6 @@ _SAME = (_aten.detach.default, _aten.alias.default)
 # FSDP2 keeps a flat view of its shard, and views what it has gathered in the shape that it has.
 _VIEWS = (_aten.view.default, _aten.as_strided.default)
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
-# Values that are unpacked at a time: their fp32 copies are small beside the result.
-_CHUNK = 2**20
 
 
 class _Gather(NamedTuple):
@@ -161,15 +162,16 @@ class PackedExperts(Tensor):
         high, _ = weight_format.block
         scales = weight_format.build_scales({n: p[first:stop] for n, p in self.parts.items()})
         codes = self.parts["codes"][first:stop]
-        step = max(1, _CHUNK // (num_columns * high)) * high
-        for start in range(0, num_rows, step):
-            rows = slice(start, start + step)
-            blocks = slice(start // high, -(-(start + step) // high))
-            for expert in range(len(made)):
-                mine = slice(expert, expert + 1)
-                rows_first[mine, rows] = unpack_rows(
-                    weight_format, codes[mine, rows], scales[mine, blocks], num_columns
-                )
+        # Some small experts at a time, or some rows of a large one, in whole blocks.
+        at_a_time = count_unpacked(self.device.type)
+        num_experts = max(1, at_a_time // (num_rows * num_columns))
+        step = max(1, at_a_time // (num_columns * high)) * high
+        for expert, row in product(range(0, len(made), num_experts), range(0, num_rows, step)):
+            some, rows = slice(expert, expert + num_experts), slice(row, row + step)
+            blocks = slice(row // high, ceil((row + step) / high))
+            rows_first[some, rows] = unpack_rows(
+                weight_format, codes[some, rows], scales[some, blocks], num_columns
+            )
         return made
 
     def fsdp_pre_all_gather(

@@ -11,6 +11,7 @@ from megablocks_utils.checkpoint.slices import SliceReader
 from megablocks_utils.checkpoint.stored_parts import find_kept_bits, read_stored_bits
 from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_specs
 from megablocks_utils.quantization.format_table import FORMATS
+from megablocks_utils.quantization.weight_format import unpack
 from tests.support.quantized_models import save_quantized
 
 CASES = [("gpt_oss", "mxfp4"), ("deepseek_v3, own blocks", "fp8")]

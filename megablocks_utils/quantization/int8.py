@@ -44,7 +44,10 @@ class Int8:
         """Return the parts of some rows and columns of a packed matrix."""
         return cut_parts(self.describe_parts(cut.num_rows, cut.num_columns), parts, cut)
 
-    def unpack(self, parts: Parts, num_columns: int) -> Tensor:
-        """Return matrices (n, out, in) in fp32; every part has n in front."""
-        scales = parts["scales"].repeat_interleave(_BLOCK, dim=-1)[..., :num_columns]
-        return parts["codes"] * scales
+    def read_codes(self, codes: Tensor) -> Tensor:
+        """Return the numbers (n, rows, columns), unscaled, in fp32."""
+        return codes.float()
+
+    def build_scales(self, parts: Parts) -> Tensor:
+        """Return the scale of each block (n, out, blocks) in fp32; every part has n in front."""
+        return parts["scales"]

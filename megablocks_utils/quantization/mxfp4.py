@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megablocks_utils.quantization.code_book import (
     join_nibbles,
+    look_up,
     look_up_nibbles,
     pad_columns,
-    put_beside,
 )
 from megablocks_utils.quantization.weight_format import (
     MatrixCut,
@@ -66,16 +66,13 @@ class Mxfp4:
         """Return the parts of some rows and columns of a packed matrix."""
         return cut_parts(self.describe_parts(cut.num_rows, cut.num_columns), parts, cut)
 
-    def unpack(self, parts: Parts, num_columns: int) -> Tensor:
-        """Return matrices (n, out, in) in fp32; every part has n in front."""
-        values = look_up_nibbles(parts["codes"], self.table, first_is_high=self.first_is_high)
-        values.unflatten(-1, (-1, _BLOCK)).mul_(self.build_scales(parts)[..., None])
-        return values[..., :num_columns]
+    def read_codes(self, codes: Tensor) -> Tensor:
+        """Return the numbers (n, rows, columns or more), unscaled, in fp32."""
+        return look_up_nibbles(codes, self.table, first_is_high=self.first_is_high)
 
     def build_scales(self, parts: Parts) -> Tensor:
-        """Return the scales of blocks (n, out, blocks) in fp32; every part has n in front."""
-        exponents = parts["exponents"]
-        return put_beside(exponents, _POWERS)[exponents.int()]
+        """Return the scale of each block (n, out, blocks) in fp32; every part has n in front."""
+        return look_up(parts["exponents"], _POWERS)
 
 
 def _round_to_even(shares: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 from megablocks_utils.quantization.code_book import (
     find_nearest,
     join_nibbles,
+    look_up,
     look_up_nibbles,
     pad_columns,
-    put_beside,
 )
 from megablocks_utils.quantization.weight_format import (
     MatrixCut,
@@ -109,17 +109,13 @@ class Nf4:
         starts = rows * math.ceil(cut.num_columns / _BLOCK) + cut.columns.start // _BLOCK
         return {**chosen, "scale_starts": starts.to(parts["codes"].device, torch.int32)}
 
-    def unpack(self, parts: Parts, num_columns: int) -> Tensor:
-        """Return matrices (n, out, in) in fp32; every part has n in front."""
-        scales = self.build_scales(parts)
-        values = look_up_nibbles(parts["codes"], self.table, first_is_high=self.first_is_high)
-        values.view(*scales.shape, _BLOCK).mul_(scales[..., None])
-        return values[..., :num_columns]
+    def read_codes(self, codes: Tensor) -> Tensor:
+        """Return the numbers (n, rows, columns or more), unscaled, in fp32."""
+        return look_up_nibbles(codes, self.table, first_is_high=self.first_is_high)
 
     def build_scales(self, parts: Parts) -> Tensor:
-        """Return the scales of blocks (n, out, blocks) in fp32; every part has n in front."""
-        codes = parts["scale_codes"]
-        scales = put_beside(codes, _DYNAMIC_VALUES)[codes.int()]
+        """Return the scale of each block (n, out, blocks) in fp32; every part has n in front."""
+        scales = look_up(parts["scale_codes"], _DYNAMIC_VALUES)
         scales = scales * _spread_scale_scales(parts) + parts["scale_mean"]
         return scales.unflatten(1, (parts["codes"].shape[1], -1))
 

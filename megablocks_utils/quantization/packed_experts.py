@@ -1,6 +1,8 @@
 """The weights of some experts in few bits: a tensor of which only the parts are in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from megablocks_utils.config.quantization import count_unpacked
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.weight_format import (
     MatrixCut,
@@ -16,6 +19,7 @@ from megablocks_utils.quantization.weight_format import (
     find_shared_parts,
     join_rows,
     keep_parts,
+    unpack_rows,
 )
 
 __all__ = ["PackedExperts", "list_stored"]
@@ -25,8 +29,6 @@ _SAME = (_aten.detach.default, _aten.alias.default)
 # FSDP2 keeps a flat view of its shard, and views what it has gathered in the shape that it has.
 _VIEWS = (_aten.view.default, _aten.as_strided.default)
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
-# Values that are unpacked at a time: their fp32 copies are small beside the result.
-_CHUNK = 2**22
 
 
 class _Gather(NamedTuple):
@@ -154,14 +156,22 @@ class PackedExperts(Tensor):
         """Return the weights of experts from `first` to before `stop`, contiguous."""
         assert self.cut is None or self.cut.num_shards == 1, "shards of rows are gathered first"
         made = torch.empty((stop - first, *self.shape[1:]), dtype=self.dtype, device=self.device)
-        num_columns = self.shape[1 if self.is_transposed else 2]
-        step = max(1, _CHUNK // (self.shape[1] * self.shape[2]))
-        for start in range(first, stop, step):
-            end = min(start + step, stop)
-            parts = {name: part[start:end] for name, part in self.parts.items()}
-            values = FORMATS[self.format_name].unpack(parts, num_columns)
-            made[start - first : end - first] = values.mT if self.is_transposed else values
-            del values  # before the next ones are there
+        rows_first = made.mT if self.is_transposed else made
+        num_rows, num_columns = rows_first.shape[1:]
+        weight_format = FORMATS[self.format_name]
+        high, _ = weight_format.block
+        scales = weight_format.build_scales({n: p[first:stop] for n, p in self.parts.items()})
+        codes = self.parts["codes"][first:stop]
+        # Some small experts at a time, or some rows of a large one, in whole blocks.
+        at_a_time = count_unpacked(self.device.type)
+        num_experts = max(1, at_a_time // (num_rows * num_columns))
+        step = max(1, at_a_time // (num_columns * high)) * high
+        for expert, row in product(range(0, len(made), num_experts), range(0, num_rows, step)):
+            some, rows = slice(expert, expert + num_experts), slice(row, row + step)
+            blocks = slice(row // high, ceil((row + step) / high))
+            rows_first[some, rows] = unpack_rows(
+                weight_format, codes[some, rows], scales[some, blocks], num_columns
+            )
         return made
 
     def fsdp_pre_all_gather(

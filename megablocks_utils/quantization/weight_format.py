@@ -22,6 +22,8 @@ __all__ = [
     "find_shared_parts",
     "join_rows",
     "keep_parts",
+    "unpack",
+    "unpack_rows",
 ]
 
 Parts = Mapping[str, Tensor]
@@ -91,8 +93,18 @@ class WeightFormat(Protocol):
         """Return the parts of some rows and columns of a packed matrix."""
         ...
 
-    def unpack(self, parts: Parts, num_columns: int) -> Tensor:
-        """Return matrices (n, out, in) in fp32; every part has n in front."""
+    def build_scales(self, parts: Parts) -> Tensor:
+        """Return the scale of each block (n, blocks of rows, blocks of columns) in fp32.
+
+        Every part has n in front.
+        """
+        ...
+
+    def read_codes(self, codes: Tensor) -> Tensor:
+        """Return the numbers (n, rows, columns or more), unscaled, of `parts["codes"]` in fp32.
+
+        They have memory of their own.
+        """
         ...
 
 
@@ -113,9 +125,36 @@ class CodedFormat(WeightFormat, Protocol):
         """Whether the first of a byte's two codes is in its upper bits."""
         ...
 
-    def build_scales(self, parts: Parts) -> Tensor:
-        """Return the scales of blocks (n, out, blocks) in fp32; every part has n in front."""
-        ...
+
+def unpack(weight_format: WeightFormat, parts: Parts, num_columns: int) -> Tensor:
+    """Return matrices (n, out, in) in fp32; every part has n in front."""
+    return unpack_rows(
+        weight_format, parts["codes"], weight_format.build_scales(parts), num_columns
+    )
+
+
+def unpack_rows(
+    weight_format: WeightFormat, codes: Tensor, scales: Tensor, num_columns: int
+) -> Tensor:
+    """Return rows (n, rows, in) of matrices in fp32, in memory of their own.
+
+    Args:
+        weight_format: what they are packed in.
+        codes: `parts["codes"]` of these rows, which begin and, but for the matrix's last, end with
+            a block.
+        scales: of these blocks, of `build_scales`.
+        num_columns: in.
+    """
+    high, wide = weight_format.block
+    numbers = weight_format.read_codes(codes)
+    if high > 1:
+        scales = scales.repeat_interleave(high, dim=1)[:, : numbers.shape[1]]
+    whole, rest = divmod(numbers.shape[-1], wide)
+    in_blocks = numbers[..., : whole * wide].unflatten(-1, (whole, wide))
+    in_blocks.mul_(scales[..., :whole, None])
+    if rest:
+        numbers[..., whole * wide :].mul_(scales[..., whole:])
+    return numbers[..., :num_columns]
 
 
 def keep_parts(weight_format: WeightFormat, parts: Parts, cut: MatrixCut) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from megablocks_utils.mesh.token_exchange import (
 )
 from megablocks_utils.moe.dropless_experts import DroplessExperts
 from megablocks_utils.planning.model.prediction import PlannedRun
+from megablocks_utils.quantization import packed_experts
 from megablocks_utils.quantization.format_table import FORMATS
 from megablocks_utils.quantization.weight_format import Parts
 from megablocks_utils.rehearsal.library_patches import (
@@ -163,6 +164,22 @@ def assume_gpu_sums() -> Iterator[None]:
         permute._BLOCK_ELEMENTS_CPU, unpermute.find_combine_kernels = originals
 
 
+@contextmanager
+def assume_gpu_unpacking() -> Iterator[None]:
+    """Unpack as many values at a time as on a GPU, while entered, with tensors on a CPU."""
+    original = packed_experts.count_unpacked
+
+    def count_on_a_gpu(device_type: str) -> int:
+        assert device_type == "cpu", device_type
+        return original("cuda")
+
+    packed_experts.count_unpacked = count_on_a_gpu
+    try:
+        yield
+    finally:
+        packed_experts.count_unpacked = original
+
+
 def _shape_sums(rows: Tensor, weights: Tensor, _top_k: int, _inverse: Tensor) -> Tensor:
     return rows.new_empty(weights.shape[0], rows.shape[1])
 
@@ -194,6 +211,7 @@ def pretend(run: PlannedRun, on_host: Callable[[Tensor], None]) -> Iterator[Abst
         yield no_launches()
     if run.device_type == "cuda":
         yield assume_gpu_sums()
+        yield assume_gpu_unpacking()
         yield attention_of_a_gpu()
     if run.offloaded != "none":
         yield copied_between_memories(on_host)

@@ -5,9 +5,11 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megablocks_utils.config.quantization import BLOCKS, QUANTIZATIONS, count_packed_bytes
+from megablocks_utils.quantization import packed_experts
 from megablocks_utils.quantization.format_table import FORMATS, round_to_format
 from megablocks_utils.quantization.nf4 import NF4_VALUES
-from megablocks_utils.quantization.weight_format import MatrixCut, keep_parts
+from megablocks_utils.quantization.packing import pack_all
+from megablocks_utils.quantization.weight_format import MatrixCut, keep_parts, unpack
 
 SHAPES = [(5, 7), (130, 200), (192, 64)]
 # Of normal numbers: of a block of 64, 32 or 256, the largest is about 2.4, 2.1 or 2.9 sigma.
@@ -58,7 +60,7 @@ def test_a_cut_stands_for_the_numbers_of_the_whole(name, rows, columns):
     kept = {n: part[None] for n, part in keep_parts(own, parts, cut).items()}
     wanted = round_to_format(matrix, own)[:, columns.start : columns.stop]
     wanted = torch.cat([wanted[run.start : run.stop] for run in rows])
-    assert torch.equal(own.unpack(kept, len(columns))[0], wanted)
+    assert torch.equal(unpack(own, kept, len(columns))[0], wanted)
     num_slices = matrix.numel() // wanted.numel()
     counted = count_packed_bytes(
         name, len(wanted) // 2, len(columns), num_slices=num_slices, num_shards=2
@@ -121,3 +123,18 @@ def test_mxfp4_is_read_by_transformers_and_keeps_what_is_stored_so():
 def test_mxfp4_rounds_ties_to_even_and_never_overflows(value, wanted):
     matrix = torch.tensor([[value, 6.0]])
     assert round_to_format(-matrix, FORMATS["mxfp4"])[0, 0] == -wanted
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_some_rows_or_experts_at_a_time_are_as_all_at_once(name, is_transposed, monkeypatch):
+    """Rows end inside a block of fp8, and blocks of nf4's scales go from row to row."""
+    weights = torch.randn(3, 300, 130, generator=torch.Generator().manual_seed(0))
+    weights = weights.mT.contiguous() if is_transposed else weights
+    packed = pack_all(name, weights, is_transposed=is_transposed)
+    whole = unpack(FORMATS[name], packed.parts, 130)
+    wanted = whole.mT if is_transposed else whole
+    for at_a_time in (1, 7 * 130, 2 * 300 * 130):
+        monkeypatch.setattr(packed_experts, "count_unpacked", lambda _, n=at_a_time: n)
+        assert torch.equal(packed.dequantize_some(0, 3), wanted)
+        assert torch.equal(packed.dequantize_some(1, 3), wanted[1:])

@@ -6,7 +6,7 @@ are taken for `grouped_mm`: they keep the same rows between the same products.
 """
 
 from megablocks_utils.config.backends import TRITON
-from megablocks_utils.config.quantization import BLOCKS
+from megablocks_utils.config.quantization import BLOCKS, count_unpacked
 from megablocks_utils.planning.memory.exchange_stages import (
     combine_stage,
     dispatch_stage,
@@ -21,9 +21,10 @@ from megablocks_utils.planning.memory.stages import DISPATCH, Stage
 
 __all__ = ["expert_stages"]
 
-_UNPACKED_AT_A_TIME = 2**22  # values, or one expert's matrix where it has more
-# What each takes until it is cast: in fp32 it, and the codes it is looked up by, or a factor.
-_UNPACKED_BYTES = {"nf4": 6.07, "int8": 8, "fp8": 8.04, "mxfp4": 8.13}
+# What a value takes until it is cast: in fp32 it, and the number that it is looked up by.
+_UNPACKED_BYTES = {"nf4": 6, "int8": 4, "fp8": 8, "mxfp4": 6}
+# What the scale of a block takes while it is made from its parts; others are stored as they are.
+_SCALE_BYTES = {"nf4": 3 * FP32, "mxfp4": 2 * FP32}
 
 
 def expert_stages(sizes: Sizes, unit: FsdpUnit) -> list[Stage]:
@@ -235,11 +236,19 @@ def _held_weights(sizes: Sizes) -> dict[str, int]:
 
 def _being_unpacked(sizes: Sizes, num_matrices: int) -> int:
     """Return what unpacking one projection takes besides: down, or gate and up as one matrix."""
-    if sizes.run.packed_format is None:
+    name = sizes.run.packed_format
+    if name is None:
         return 0
+    at_a_time, (high, wide) = count_unpacked(sizes.run.device_type), BLOCKS[name]
     per_expert = num_matrices * sizes.shape.hidden_size * sizes.expert_size
-    num_experts = min(max(1, _UNPACKED_AT_A_TIME // per_expert), sizes.num_local)
-    return int(num_experts * per_expert * _UNPACKED_BYTES[sizes.run.packed_format])
+    num_columns = sizes.shape.hidden_size if num_matrices == 2 else sizes.expert_size
+    some = min(max(1, at_a_time // per_expert), sizes.num_local) * per_expert
+    rows = max(1, at_a_time // (num_columns * high)) * high * num_columns
+    numbers = (some if at_a_time >= per_expert else min(rows, per_expert)) * _UNPACKED_BYTES[name]
+    if name not in _SCALE_BYTES:
+        return numbers
+    num_scales = sizes.num_local * per_expert // wide
+    return max(num_scales * _SCALE_BYTES[name], num_scales * FP32 + numbers)
 
 
 def _unpacked_both(sizes: Sizes) -> dict[str, int]:

@@ -6,8 +6,9 @@ process group and no GPU. Torch is imported when the options are good, so `--hel
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,9 +149,10 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         model.config.dtype = saved_dtype("", index.dtype(next(iter(index))))
     layout = ModelLayout(model, index)
     check_against_model(model, index, layout)
-    weight_format = options.expert_quantization
-    is_own = weight_format == NO_QUANTIZATION
-    base_index = index if is_own else RoundedBase(index, layout, model, weight_format)
+    in_format = partial(RoundedBase, index, layout, model)
+    is_own = options.expert_quantization == NO_QUANTIZATION
+    base_index = index if is_own else in_format(options.expert_quantization)
+    trained_on = _find_trained_format(adapter_folder)
     merger = AdapterMerger(open_adapter(adapter_folder, model), base_index, layout)
     try:
         with removed_on_error(options.output):
@@ -165,22 +167,24 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
         f"wrote {options.output}: {changed} of {len(index.keys())} tensors changed,"
         f" {written_bytes:,} bytes"
     )
-    return "\n".join((*index.notes, *_list_notes(base_index, adapter_folder, options), line))
+    notes = _list_notes(base_index, in_format, trained_on, options.expert_quantization)
+    return "\n".join((*index.notes, *notes, line))
 
 
 def _list_notes(
-    base: "CheckpointIndex | RoundedBase", adapter: Path, options: MergeOptions
+    base: "CheckpointIndex | RoundedBase",
+    in_format: "Callable[[str], RoundedBase]",
+    trained_on: str,
+    merged_into: str,
 ) -> Iterator[str]:
     """Say how far off the experts are that the adapter was merged into, or was trained on."""
     from megablocks_utils.lora.rounded_base import RoundedBase
 
     if isinstance(base, RoundedBase):
-        yield (
-            f"experts are those that {options.expert_quantization} keeps, "
-            f"{100 * base.error:.2g} % off the base's"
-        )
-    trained_on = _find_trained_format(adapter)
-    if trained_on != options.expert_quantization:
+        yield f"experts are those that {merged_into} keeps, {100 * base.error:.2g} % off the base's"
+    if merged_into == NO_QUANTIZATION != trained_on and in_format(trained_on).is_exact:
+        return  # the base's own are those that it was trained on
+    if trained_on != merged_into:
         yield (
             f"the adapter was trained on experts in {trained_on}: --expert_quantization "
             f"{trained_on} merges it into these"
@@ -196,7 +200,7 @@ def _find_trained_format(adapter: Path) -> str:
     section: object = read_settings(adapter / RUN_RECORD_NAME, "adapter")
     for name in ("options", "adapter", "expert_quantization"):
         section = section.get(name) if isinstance(section, dict) else None
-    return section if isinstance(section, str) else NO_QUANTIZATION
+    return section if section in QUANTIZATIONS else NO_QUANTIZATION
 
 
 def _list_companions(base: Path, adapter: Path) -> list[Path]:

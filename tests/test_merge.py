@@ -76,6 +76,17 @@ def test_several_files_and_all_that_belongs_to_the_model(folder):
     assert not any(info.values()), info
 
 
+def test_the_format_that_it_was_trained_on_is_read_before_anything_is_written(folder):
+    record = folder / "adapter" / "run.json"
+    record.write_text('{"options": {"adapter": {"expert_quantization": "nf4"}}}')
+    hint = "was trained on experts in nf4: --expert_quantization nf4 merges it into these"
+    assert hint in merge_adapter(options_of(folder))
+    record.write_text("{")
+    with pytest.raises(CheckpointError, match=f"^{record} "):
+        merge_adapter(options_of(folder, output=folder / "other"))
+    assert not (folder / "other").exists()
+
+
 def test_as_a_command(folder, monkeypatch, capsys):
     words = ["--adapter", str(folder / "adapter"), f"--output={folder / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["merge", *words])

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from megablocks_utils.checkpoint.expert_trace import ExpertPart
 from megablocks_utils.checkpoint.index import CheckpointIndex
 from megablocks_utils.checkpoint.layouts import ModelLayout
+from megablocks_utils.checkpoint.slices import SliceReader
+from megablocks_utils.checkpoint.stored_parts import find_kept_bits
 from megablocks_utils.moe.expert_spec import find_expert_modules, read_expert_specs
 from megablocks_utils.quantization.format_table import FORMATS, round_to_format
 
@@ -20,7 +22,8 @@ class RoundedBase:
     """Read the tensors of a checkpoint as a run with `--expert_quantization` computes with them.
 
     A block of a format may go over several stored tensors, such as gate and up: an expert's matrix
-    is put together, rounded, and the part that was asked for is kept.
+    is put together, rounded, and the part that was asked for is kept. What is stored in the format
+    has been rounded already, and is left as it is.
 
     Args:
         index: the checkpoint.
@@ -39,16 +42,25 @@ class RoundedBase:
         self._index, self._layout = index, layout
         self._format = FORMATS[weight_format]
         specs = read_expert_specs(find_expert_modules(model))
+        kept = find_kept_bits(SliceReader(index, layout), specs, weight_format)
         self._specs = {
-            f"{name}.{p}": spec for name, spec in specs.items() for p in spec.projections
+            f"{name}.{p}": spec
+            for name, spec in specs.items()
+            for p in spec.projections
+            if f"{name}.{p}" not in kept
         }
         self._squares = torch.zeros(2, dtype=torch.float64)
 
     @property
     def error(self) -> float:
-        """Relative error of all experts that were read so far."""
+        """Relative error of all experts that were read and rounded so far."""
         off, all_ = self._squares.tolist()
         return (off / all_) ** 0.5 if all_ else 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all experts are stored in the format, so that none is rounded."""
+        return not self._specs
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of the stored tensors."""

@@ -258,4 +258,4 @@ def _describe(value: Any) -> str:
         return ", ".join(items) or "none"
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
-    return str(value)[:40]
+    return "none" if value is None else str(value)[:40]

@@ -115,7 +115,12 @@ def test_another_global_batch_is_refused_with_one_that_fits():
         (
             {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
             "--use_lora, --lora_r and --lora_alpha give the adapters r 4, target_modules q_proj "
-            "v_proj, but the checkpoint to resume from has None.",
+            "v_proj, but the checkpoint to resume from has none.",
+        ),
+        (
+            {"expert_quantization": "nf4"},
+            "--expert_quantization, which the adapters were trained on, is nf4, but the checkpoint "
+            "to resume from has none.",
         ),
         (
             {"dtypes": {"weights": "bfloat16", "optim": "float32"}},

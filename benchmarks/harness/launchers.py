@@ -5,7 +5,6 @@ saves a CPU half a minute a run. Both run the same programs with the same option
 """
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import multiprocessing
@@ -29,6 +28,7 @@ from benchmarks.harness.outcome import Ending
 from benchmarks.harness.processes import as_words, rank_environment
 from benchmarks.harness.provenance import ROOT
 from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.freed_memory import give_back_freed_memory
 
 FSDP2_SCRIPT = ("train_accelerate_fsdp2.py",)
 
@@ -45,7 +45,6 @@ _PRELOADED = (
 _SHUTDOWN_S = 60.0
 _POLL_S = 1.0
 _ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _SMALL = -1, -3, 65536
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class ForkedRanks:
     """Start runs as processes forked from one that has imported the libraries.
 
     Args:
-        frees_at_once: `free_memory_at_once`, for measuring memory; costs time.
+        frees_at_once: `give_back_freed_memory`, for measuring memory; costs time.
     """
 
     def __init__(self, *, frees_at_once: bool = False) -> None:
@@ -135,18 +134,10 @@ class ForkedRanks:
         return Ending(0)
 
 
-def free_memory_at_once() -> None:
-    """Have glibc hand freed memory back, so that resident memory is what this process holds."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _SMALL)
-        libc.mallopt(_M_TRIM_THRESHOLD, _SMALL)
-
-
 def _be_rank(rank: int, job: Job, port: int, frees_at_once: bool) -> None:
     """Run the program as a rank that torchrun would have started."""
     if frees_at_once:
-        free_memory_at_once()
+        give_back_freed_memory({})
     with _log(job.folder, rank).open("w") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())

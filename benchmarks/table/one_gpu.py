@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.harness.launchers import free_memory_at_once
 from benchmarks.harness.memory import reset_peak_resident
 from benchmarks.harness.outcome import LEFT_OUT, MEASURED, Ending, explain
 from benchmarks.harness.provenance import ROOT
 from benchmarks.table.bench import Bench
 from benchmarks.table.rows import TRANSFORMERS, Row
 from megablocks_utils.processes.entry_point import run_entry_point
+from megablocks_utils.processes.freed_memory import give_back_freed_memory
 from megablocks_utils.rehearsal.worker import build_request, read_request
 
 MODULE = "benchmarks.table.one_gpu"
@@ -113,7 +113,7 @@ class _Meter:
         self._device = device
         self._base_bytes = 0
         if device.type == "cpu":
-            free_memory_at_once()
+            give_back_freed_memory({})
             self._base_bytes = self._read().allocated_bytes
 
     def start(self) -> None:

@@ -21,6 +21,7 @@ from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.processes.agreement import broadcast_from_rank0
 from megablocks_utils.processes.connection import CONNECT_S, connect_to_store
 from megablocks_utils.processes.early_exit import count_covered, stop_announcing
+from megablocks_utils.processes.freed_memory import give_back_freed_memory
 from megablocks_utils.processes.launch import LaunchEnvironment, reports_errors
 from megablocks_utils.processes.liveness import DEFAULT_LIMITS, WatchLimits, describe_self
 from megablocks_utils.processes.local_device import (
@@ -65,7 +66,10 @@ def start_run(
     """
     limits = WatchLimits(config.lost_rank_timeout_s, config.hang_timeout_s)
     facts = describe_run(config, leftovers) if launch.world_size > 1 else {}
-    return start_processes(launch, config.output_dir, limits=limits, facts=facts)
+    device = start_processes(launch, config.output_dir, limits=limits, facts=facts)
+    if device.type == "cpu" and config.adapter.packed_format is not None:
+        give_back_freed_memory()
+    return device
 
 
 def start_processes(

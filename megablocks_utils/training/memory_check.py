@@ -3,7 +3,6 @@
 A plan is a help, not a condition: a run that cannot be planned starts all the same and says why.
 """
 
-import ctypes
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -22,13 +21,14 @@ from megablocks_utils.planning.model.described_shape import shape_of
 from megablocks_utils.planning.model.model_description import ModelDescription
 from megablocks_utils.planning.report.prediction_check import KEPT_BYTES
 from megablocks_utils.processes.agreement import min_over_ranks
+from megablocks_utils.processes.freed_memory import read_kept_bytes
 from megablocks_utils.training.data.schedule import Schedule
 from megablocks_utils.training.report.memory import read_available_memory, read_memory
 from megablocks_utils.training.report.metrics import RunTotals
 from megablocks_utils.training.report.parameters import count_local_bytes
 from megablocks_utils.training.step.model_probe import ModelProbe
 
-__all__ = ["MemoryCheck", "check_memory", "read_kept_bytes"]
+__all__ = ["MemoryCheck", "check_memory"]
 
 _ON_CPU = "; a process on a CPU needs more: what the C library keeps of freed memory"
 
@@ -43,12 +43,14 @@ class MemoryCheck:
         device_type: `cuda` or `cpu`.
         base_bytes: resident memory of this process when it was made; 0 on a GPU, where only
             tensors are measured.
+        keeps_freed: whether the C library may keep what is freed, see `processes.freed_memory`.
     """
 
     run_plan: RunPlan | None
     reason: str
     device_type: str
     base_bytes: int
+    keeps_freed: bool = False
 
     @property
     def imbalance(self) -> float | None:
@@ -59,7 +61,7 @@ class MemoryCheck:
         """Say the peak in one line, or why there is none."""
         if self.run_plan is None:
             return f"not planned: {self.reason}"
-        return self.run_plan.describe() + (_ON_CPU if self.device_type == "cpu" else "")
+        return self.run_plan.describe() + (_ON_CPU if self.keeps_freed else "")
 
     def as_record(
         self, model: nn.Module, optimizer: Optimizer, totals: RunTotals
@@ -124,6 +126,7 @@ def check_memory(
     tokens, label_tokens, examples = schedule.largest_micro_batch()
     capacity_bytes = _least_capacity(device, schedule.world_size)
     base_bytes = 0 if device.type == "cuda" else read_memory(device).allocated_bytes
+    keeps_freed = device.type == "cpu" and config.adapter.packed_format is None
     try:
         run_plan = plan_run(
             config,
@@ -140,43 +143,10 @@ def check_memory(
             kernel="transformers" if sharded is None else sharded.kernel.name,
         )
     except UserError as error:
-        return MemoryCheck(None, str(error), device.type, base_bytes)
+        return MemoryCheck(None, str(error), device.type, base_bytes, keeps_freed)
     if run_plan.is_impossible and not config.ignore_plan:
         raise PlanError(run_plan.describe_impossible())
-    return MemoryCheck(run_plan, "", device.type, base_bytes)
-
-
-class _AllocatorInfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc, see mallinfo(3)."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    )
-
-
-def read_kept_bytes() -> int | None:
-    """Return what glibc has got back from this process and not given back to the system.
-
-    It raises its threshold for blocks of their own to the largest one that was freed, up to 32 MiB;
-    smaller ones then come from one heap, whose holes stay. None with another C library.
-    """
-    read = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if read is None:
-        return None
-    read.restype = _AllocatorInfo
-    return int(read().fordblks)
+    return MemoryCheck(run_plan, "", device.type, base_bytes, keeps_freed)
 
 
 def _least_capacity(device: torch.device, world_size: int) -> int:

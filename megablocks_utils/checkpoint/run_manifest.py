@@ -76,8 +76,9 @@ def _check_facts(facts: JsonObject) -> None:
     for name in dtypes.values:
         dtypes.text(name)
     facts.optional("lora")
-    if BASE_KEY in facts:
-        facts.text(BASE_KEY)
+    for name in (BASE_KEY, "expert_quantization"):
+        if name in facts:
+            facts.text(name)
     if DATE_KEY in facts:
         _check_day(facts)
 

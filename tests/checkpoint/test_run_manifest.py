@@ -25,6 +25,7 @@ GOOD = {
         "dtypes": {"weights": "float32", "optim": "float32"},
         "lora": LORA,
         "base_sha256": "cd" * 32,
+        "expert_quantization": "nf4",
     },
 }
 
@@ -60,7 +61,8 @@ def places_in(contents, place=()):
 
 
 PLACES = [*places_in(GOOD), ("options",), ("options", "model", "model_name_or_path")]
-NULLABLE = {("continuity", "lora"), ("continuity", "base_sha256")}
+OPTIONAL = {("continuity", "base_sha256"), ("continuity", "expert_quantization")}
+NULLABLE = {("continuity", "lora")} | OPTIONAL
 GONE = object()
 FREE = {("mesh", "dp"), ("mesh", "ep"), ("continuity", "lora", "expert_ranks", "down_proj")}
 FREE |= {("continuity", "dtypes", name) for name in ("weights", "optim")}
@@ -86,7 +88,7 @@ def test_a_value_of_another_type_is_named(folder, place):
     values = [GONE, None, [], [1], {"x": 1}, "x", True, -1.5, 10**30]
     for value in values:
         is_allowed = (
-            (value is GONE and place in FREE | {("continuity", "base_sha256")})
+            (value is GONE and place in FREE | OPTIONAL)
             or (value is None and place in NULLABLE)
             or (isinstance(good, str) and isinstance(value, str))
             or (isinstance(good, bool) and isinstance(value, bool))

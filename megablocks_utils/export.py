@@ -259,25 +259,21 @@ def _export_adapter(
     output: Path,
 ) -> None:
     from megablocks_utils.checkpoint.load import build_model_on_meta
+    from megablocks_utils.checkpoint.run_manifest import COMPATIBILITY_KEY
     from megablocks_utils.checkpoint.tokenizer import load_tokenizer
     from megablocks_utils.lora.adapter_files import export_adapter
     from megablocks_utils.lora.settings import LoraSettings
 
     with show_progress("exporting", sum(_count_bytes(*s) for s in stored.values())) as advance:
         export_adapter(
-            LoraSettings(
-                lora["r"],
-                lora["lora_alpha"],
-                tuple(lora["target_modules"]),
-                lora["expert_ranks"],
-                tuple(lora.get("target_weights", ())),
-            ),
+            LoraSettings.from_record(lora),
             load_tokenizer(folder),
             _read_tensors(folder, stored, sorted(stored), advance),
             output,
             base_model=partial(build_model_on_meta, folder),
             base_model_name=manifest["options"]["model"]["model_name_or_path"],
             is_writer=True,
+            weight_format=manifest[COMPATIBILITY_KEY].get("expert_quantization"),
         )
 
 

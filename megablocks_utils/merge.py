@@ -18,7 +18,7 @@ from megablocks_utils.config.precision import SAVE_DTYPE_OPTION
 from megablocks_utils.config.quantization import NO_QUANTIZATION, QUANTIZATIONS
 from megablocks_utils.config.reader import build_section, read_command
 from megablocks_utils.errors import CheckpointError
-from megablocks_utils.files import GENERATION_CONFIG_NAME, RUN_RECORD_NAME
+from megablocks_utils.files import GENERATION_CONFIG_NAME
 from megablocks_utils.processes.command_output import (
     OUTPUT_OPTION,
     check_output,
@@ -137,6 +137,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     )
     from megablocks_utils.lora.merge_weights import AdapterMerger
     from megablocks_utils.lora.rounded_base import RoundedBase
+    from megablocks_utils.lora.trained_format import read_trained_format
 
     adapter_folder = resolve_adapter_folder(options.adapter)
     base = resolve_checkpoint_folder(find_base_name(options.model_name_or_path, adapter_folder))
@@ -152,7 +153,7 @@ def merge_adapter(options: MergeOptions, *, max_shard_bytes: int | None = None) 
     in_format = partial(RoundedBase, index, layout, model)
     is_own = options.expert_quantization == NO_QUANTIZATION
     base_index = index if is_own else in_format(options.expert_quantization)
-    trained_on = _find_trained_format(adapter_folder)
+    trained_on = read_trained_format(adapter_folder)
     merger = AdapterMerger(open_adapter(adapter_folder, model), base_index, layout)
     try:
         with removed_on_error(options.output):
@@ -189,18 +190,6 @@ def _list_notes(
             f"the adapter was trained on experts in {trained_on}: --expert_quantization "
             f"{trained_on} merges it into these"
         )
-
-
-def _find_trained_format(adapter: Path) -> str:
-    """Return the format of the experts that an adapter was trained on, as its run says it."""
-    from megablocks_utils.checkpoint.json_file import read_settings
-
-    if not (adapter / RUN_RECORD_NAME).is_file():
-        return NO_QUANTIZATION
-    section: object = read_settings(adapter / RUN_RECORD_NAME, "adapter")
-    for name in ("options", "adapter", "expert_quantization"):
-        section = section.get(name) if isinstance(section, dict) else None
-    return section if section in QUANTIZATIONS else NO_QUANTIZATION
 
 
 def _list_companions(base: Path, adapter: Path) -> list[Path]:

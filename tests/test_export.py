@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from megablocks_utils.checkpoint.distributed_checkpoint import MODEL_PREFIX
 from megablocks_utils.config.reader import HelpRequested
 from megablocks_utils.errors import CheckpointError, ConfigurationError
 from megablocks_utils.export import ExportOptions, export_checkpoint, main, parse_options
+from megablocks_utils.lora.trained_format import read_trained_format
 from tests.support.parity import Layout, ParityFolder
 from tests.support.resuming import SAVED_STEP, SavedRun, make_run, run_and_save
 
@@ -68,7 +70,7 @@ def test_transformers_loads_the_state_of_the_step(save, tmp_path, script, model)
 
 
 def test_an_adapter_is_what_was_trained(save, tmp_path):
-    saved = save("fsdp2", lora="all")
+    saved = save("fsdp2", lora="experts,attention,router", quantization="nf4")
     line = export_checkpoint(ExportOptions(tmp_path / "out", saved.checkpoint))
     assert line.endswith("the adapter after step 3")
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -77,6 +79,9 @@ def test_an_adapter_is_what_was_trained(save, tmp_path):
     assert written.keys() == wanted.keys()
     for key, tensor in wanted.items():
         assert torch.equal(written[key], tensor), key
+    config = LoraConfig.from_pretrained(tmp_path / "out")
+    assert {"gate.weight", "mlp.experts.down_proj"} <= set(config.target_parameters)
+    assert read_trained_format(tmp_path / "out") == "nf4"
 
 
 def _in_peft_form(name, tensor):

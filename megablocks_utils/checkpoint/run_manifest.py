@@ -96,8 +96,9 @@ def _check_adapters(lora: JsonObject) -> None:
     lora.whole_number("r", minimum=1)
     lora.number("lora_alpha")
     lora.texts("target_modules")
-    if "target_weights" in lora:
-        lora.texts("target_weights")
+    for name in ("target_weights", "router_weights"):
+        if name in lora:
+            lora.texts(name)
     ranks = lora.section("expert_ranks")
     for name in ranks.values:
         ranks.whole_number(name, minimum=1)

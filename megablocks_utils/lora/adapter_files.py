@@ -22,6 +22,7 @@ from megablocks_utils.lora.file_check import AdapterCheckError
 from megablocks_utils.lora.peft_format import ExpertPlace, find_expert_places, linear_key
 from megablocks_utils.lora.peft_targets import attach_on_meta
 from megablocks_utils.lora.settings import LoraSettings, build_peft_config
+from megablocks_utils.lora.trained_format import build_metadata
 
 REFUSED_NAME = "refused_adapter"
 _LINEAR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.default\.weight")
@@ -37,6 +38,7 @@ def export_adapter(
     base_model: Callable[[], PreTrainedModel],
     base_model_name: str,
     is_writer: bool,
+    weight_format: str | None = None,
     generation_config: GenerationConfig | None = None,
     check: Callable[[Path], None] = lambda _: None,
 ) -> None:
@@ -52,7 +54,8 @@ def export_adapter(
         output_dir: the folder.
         base_model: builds the plain model, on meta: it says how PEFT holds adapters of experts.
         base_model_name: what PEFT will load the adapter onto.
-        is_writer: whether this rank writes.
+        is_writer: whether this rank does.
+        weight_format: what the experts under it are packed in, which the file then says.
         generation_config: written too, if given: where generation with the adapter stops.
         check: called with the folder that holds the complete files, before they are moved into
             place. If it refuses them, they are kept in `refused_adapter` of the folder.
@@ -62,18 +65,17 @@ def export_adapter(
         CheckpointError: likewise, for values that are not finite; or the folder cannot be written.
     """
     names = PeftNames(settings, base_model()) if is_writer else None
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in tensors:
         if names is not None and tensor is not None:
-            key, stored = names.to_peft(name, tensor)
-            weights[key] = stored
+            weights.update([names.to_peft(name, tensor)])
     if names is None:
         return
     config = names.build_config(base_model_name)
     try:
         with staged_folder(Path(output_dir), last=ADAPTER_CONFIG_NAME) as folder:
             with DiskErrorsAsOSErrors():
-                save_file(weights, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+                save_file(weights, folder / ADAPTER_WEIGHTS_NAME, build_metadata(weight_format))
                 config.save_pretrained(str(folder))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)

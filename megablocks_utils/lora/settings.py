@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from peft import LoraConfig
 from torch import nn
@@ -35,6 +36,18 @@ class LoraSettings:
     target_weights: tuple[str, ...] = ()
     router_weights: tuple[str, ...] = ()
     dropout: float = 0.0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Return the settings that the manifest of a checkpoint holds; dropout changes no file."""
+        return cls(
+            record["r"],
+            record["lora_alpha"],
+            tuple(record["target_modules"]),
+            record["expert_ranks"],
+            tuple(record.get("target_weights", ())),
+            tuple(record.get("router_weights", ())),
+        )
 
     @property
     def scaling(self) -> float:

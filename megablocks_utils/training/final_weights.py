@@ -56,5 +56,6 @@ def write_adapter(
         base_model=partial(build_plain_model, setup),
         base_model_name=setup.config.model.model_name_or_path,
         is_writer=setup.launch.rank == 0,
+        weight_format=setup.config.adapter.packed_format,
         check=check,
     )

@@ -129,14 +129,15 @@ def multiply(
     INTERPRET: tl.constexpr,
 ):
     """Multiply rows `source` of x by BLOCK_N columns of an expert's weights, in fp32."""
+    is_col = first_col + tl.arange(0, BLOCK_N) < num_cols
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, num_k, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, LOAD.even_k)
         weights = load_weights(
-            *(w, strides, expert, first_k, first_col, num_k, num_cols, dtype, BLOCK_N, BLOCK_K),
-            *(LOAD, INTERPRET),
+            *(w, strides, expert, first_k, first_col, num_k, num_cols, is_col, dtype),
+            *(BLOCK_N, BLOCK_K, LOAD, INTERPRET),
         )
         acc = dot(x, weights, acc, PRECISION, INTERPRET)
     return acc

@@ -46,7 +46,8 @@ def multiply_both(
     INTERPRET: tl.constexpr,
 ):
     """Multiply rows by the same columns of gate and of up: the rows are loaded once for both."""
-    # Gate's columns may reach into up's, which are masked when results are stored.
+    is_col = first_col + tl.arange(0, BLOCK_N) < num_cols
+    # Boxes and codes of gate's may reach into up's, which are masked when results are stored.
     all_cols, first_up = 2 * num_cols, first_col + num_cols
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     # Two accumulators and not one of twice the columns: the gate pairs their columns up, and values
@@ -57,12 +58,12 @@ def multiply_both(
         k = first_k + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, source, exists, k, num_k, stride_xm, LOAD.even_k)
         w_gate = load_weights(
-            *(w, strides, expert, first_k, first_col, num_k, all_cols, dtype, BLOCK_N, BLOCK_K),
-            *(LOAD, INTERPRET),
+            *(w, strides, expert, first_k, first_col, num_k, all_cols, is_col, dtype),
+            *(BLOCK_N, BLOCK_K, LOAD, INTERPRET),
         )
         w_up = load_weights(
-            *(w, strides, expert, first_k, first_up, num_k, all_cols, dtype, BLOCK_N, BLOCK_K),
-            *(LOAD, INTERPRET),
+            *(w, strides, expert, first_k, first_up, num_k, all_cols, is_col, dtype),
+            *(BLOCK_N, BLOCK_K, LOAD, INTERPRET),
         )
         gate = dot(x, w_gate, gate, PRECISION, INTERPRET)
         up = dot(x, w_up, up, PRECISION, INTERPRET)

@@ -35,6 +35,7 @@ def load_weights(
     first_col,
     num_k,
     num_cols,
+    is_col,
     dtype: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -43,14 +44,15 @@ def load_weights(
 ):
     """Load weights (BLOCK_K, BLOCK_N) of an expert from row `first_k` and column `first_col`.
 
-    `w` and `strides` are the `argument` and `strides` of a `Matrix` or `CodedMatrix`.
+    `w` and `strides` are the `argument` and `strides` of a `Matrix` or `CodedMatrix`; `is_col` says
+    which of the columns are wanted.
     """
     if LOAD.uses_tma:
         weights = load_box(w, expert, first_k, first_col, num_k, num_cols, LOAD.k_is_last)
     elif LOAD.code_block == 0:
         k = first_k + tl.arange(0, BLOCK_K)
         cols = first_col + tl.arange(0, BLOCK_N)
-        weights = load_plain(w, strides, expert, k, cols, cols < num_cols, num_k, LOAD.even_k)
+        weights = load_plain(w, strides, expert, k, cols, is_col, num_k, LOAD.even_k)
     elif LOAD.k_is_last:
         weights = look_up_codes(
             *(w, strides, expert, first_col, first_k, num_cols, num_k, dtype),

@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from megablocks_utils.config import parse_args
+from megablocks_utils.processes import start
 from megablocks_utils.processes.freed_memory import read_kept_bytes
+from megablocks_utils.processes.launch import LaunchEnvironment
 
 # Frees every second of 64 blocks of 1 MiB, once a larger one has raised glibc's threshold.
 PROGRAM = """
@@ -47,3 +51,17 @@ def test_holes_are_kept_unless_told_and_the_user_is_obeyed(gives_back, set_up, k
     )
     # All 32 holes, or none: what Python itself allocates between takes less than one.
     assert (json.loads(result.stdout) > 31 * 2**20) == keeps, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "times"), [("cpu", "nf4", 1), ("cpu", "none", 0), ("cuda", "nf4", 0)]
+)
+def test_it_is_told_where_packed_experts_are_on_a_cpu(device, quantization, times, monkeypatch):
+    told = []
+    monkeypatch.setattr(start, "start_processes", lambda *_, **__: torch.device(device))
+    monkeypatch.setattr(start, "give_back_freed_memory", lambda: told.append(True))
+    words = ["--use_lora", "all", "--expert_quantization", quantization]
+    words += ["--use_megablocks_sharding", "True"]
+    config = parse_args(words, entry_point="fsdp2")
+    assert start.start_run(config, LaunchEnvironment()) == torch.device(device)
+    assert len(told) == times

@@ -18,6 +18,7 @@ class _Experts(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.spec, self.backend = SimpleNamespace(kind=kind), None
+        self.weight_format = None
         self.down_proj = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
 
 

@@ -1,5 +1,7 @@
-"""With rows from other ranks, what sums them is checked too, where a kernel of its own does it."""
+"""The check of a kernel: of what sums rows from other ranks too, and on experts as they are packed."""
 
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +9,13 @@ import torch
 
 from megablocks_utils.errors import ConfigurationError
 from megablocks_utils.kernels.backends.grouped_mm import run_experts_grouped_mm
+from megablocks_utils.kernels.backends.packed import run_packed
 from megablocks_utils.kernels.fused import unpermute
 from megablocks_utils.kernels.gate import SWIGLU
 from megablocks_utils.kernels.weights import ExpertWeights
 from megablocks_utils.moe import kernel_check
+from megablocks_utils.quantization.packed_experts import PackedExperts
+from megablocks_utils.quantization.packing import pack_all
 
 
 def sum_rows(rows, weights, top_k, inverse):
@@ -46,6 +51,7 @@ def probe(monkeypatch, forward, backward):
     module = SimpleNamespace(
         mesh=SimpleNamespace(mesh_dim_names=("dp", "ep"), size=lambda dim: dim + 1),
         post_expert_norm=None,
+        weight_format=None,
         backend=run_experts_grouped_mm,
         stored_weights=lambda: experts,
     )
@@ -63,3 +69,30 @@ def test_right_kernels_pass(monkeypatch):
 def test_wrong_kernels_are_found(monkeypatch, forward, backward, tensor):
     with pytest.raises(ConfigurationError, match=rf"sum of its rows.*its {tensor} is off"):
         probe(monkeypatch, forward, backward)
+
+
+def read_badly(tokens, order, top_k_weights, experts):
+    """Take the scales of packed weights for a thousandth more than they are."""
+    if isinstance(experts.down_proj, PackedExperts):
+        parts = experts.down_proj.parts
+        parts = {**parts, "scale_mean": parts["scale_mean"] * 1.001}
+        experts = replace(experts, down_proj=experts.down_proj._rebuild(parts, tokens.dtype))
+    return run_packed(run_experts_grouped_mm, tokens, order, top_k_weights, experts)
+
+
+def test_packed_experts_are_checked_as_they_are():
+    """Numbers that were made before would say nothing of a kernel that reads codes itself."""
+    torch.manual_seed(0)
+    weights = torch.randn(3, 24, 64) / 8, torch.randn(3, 64, 12) / 4
+    packed = [pack_all("nf4", tensor, is_transposed=False) for tensor in weights]
+    module = SimpleNamespace(
+        mesh=SimpleNamespace(mesh_dim_names=("dp", "ep"), size=lambda _: 1),
+        post_expert_norm=None,
+        weight_format="nf4",
+        backend=partial(run_packed, run_experts_grouped_mm),
+        stored_weights=lambda: ExpertWeights(*packed, SWIGLU),
+    )
+    assert kernel_check._probe("grouped_mm", module, torch.float32).ratio <= 2
+    module.backend = read_badly
+    with pytest.raises(ConfigurationError, match="fails its check"):
+        kernel_check._probe("grouped_mm", module, torch.float32)

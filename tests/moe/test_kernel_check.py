@@ -1,4 +1,4 @@
-"""The check of a kernel: of what sums rows of other ranks too, and on experts as they are packed."""
+"""The check of a kernel: of what sums rows of other ranks, and on experts as they are packed."""
 
 from dataclasses import replace
 from functools import partial

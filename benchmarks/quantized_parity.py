@@ -3,8 +3,9 @@
     PYTHONPATH=. OMP_NUM_THREADS=1 python -m benchmarks.quantized_parity
 
 Every axis and option beside which experts may be packed, in each format, two steps on 4 CPU ranks;
-six minutes on two cores. Writes benchmarks/results/quantized_parity_cpu.json and prints a Markdown
-table. Ends with exit code 1 if a bound does not hold.
+more than nine minutes on two cores with other work beside. Writes
+benchmarks/results/quantized_parity_cpu.json and prints a Markdown table. Ends with exit code 1 if a
+bound does not hold.
 """
 
 import argparse
